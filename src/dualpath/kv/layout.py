@@ -1,0 +1,54 @@
+"""Where the bytes of a KV-cache block lie (paper §3).
+
+Layer Block = ``[tokens, bytes]`` of one layer; Full Block = ``[layers, tokens, bytes]``, the concatenation of its Layer
+Blocks. A Full Block is one contiguous page and a layer is a byte range of it, so nothing is ever converted.
+"""
+
+import msgspec
+
+
+class KVPart(msgspec.Struct, frozen=True):
+    """A named piece of a token's bytes in one layer, `heads × dim` elements: k and v, or MLA's latent and rope."""
+
+    name: str
+    heads: int
+    dim: int
+
+
+class KVLayout(msgspec.Struct, frozen=True):
+    """What a model's KV looks like in memory, in a buffer and in storage. Sizes in bytes unless named otherwise."""
+
+    layers: int
+    parts: tuple[KVPart, ...]
+    dtype: str
+    """``float32``, ``bfloat16`` or ``float16``."""
+    block_tokens: int = 64
+
+    @property
+    def itemsize_bytes(self) -> int:
+        return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in one layer (the paper's `bytes`)."""
+        return sum(part.heads * part.dim for part in self.parts) * self.itemsize_bytes
+
+    @property
+    def layer_block_bytes(self) -> int:
+        return self.block_tokens * self.token_bytes
+
+    @property
+    def full_block_bytes(self) -> int:
+        return self.layers * self.layer_block_bytes
+
+    def layer_range(self, layer: int, first_token: int = 0, tokens: int | None = None) -> tuple[int, int]:
+        """Byte range ``(start, stop)`` inside a Full Block of `tokens` tokens of `layer`, from `first_token`."""
+        if tokens is None:
+            tokens = self.block_tokens - first_token
+        if not (0 <= layer < self.layers and first_token >= 0 and first_token + tokens <= self.block_tokens):
+            raise ValueError(
+                f"layer {layer}, tokens {first_token}+{tokens} are outside a block of {self.layers} layers × "
+                f"{self.block_tokens} tokens"
+            )
+        start = layer * self.layer_block_bytes + first_token * self.token_bytes
+        return start, start + tokens * self.token_bytes
