@@ -1,0 +1,178 @@
+"""Intra-engine batching of a PE: FIFO packing under a compute quota (paper §6.2).
+
+Data-parallel GPUs synchronise before every MoE layer, so the slowest attention sets the pace. Batches are therefore cut
+by *predicted attention time*, not by tokens: theoretical FLOPs times a rate fitted beforehand by profiling. Requests
+are taken first come, first served; the one that would exceed the quota is cut to the largest chunk that still fits, and
+its rest stays at the head of the line.
+
+The queue hands out chunks and is told when each is done; a request with a chunk in flight is passed over until then, as
+its next chunk needs the KV of this one.
+"""
+
+from collections import OrderedDict
+
+import msgspec
+
+from dualpath.core.vocabulary import RequestId
+
+QUOTA_NS = 300_000_000
+"""The paper's compute quota (§6.2)."""
+
+
+class AttentionCost(msgspec.Struct, frozen=True):
+    """Predicted time of one attention layer over a batch: ``fixed_ns + Σ flops · ns_per_flop`` (§6.2)."""
+
+    fixed_ns: float
+    ns_per_flop: float
+    flops_per_token: float
+    """Projections: per new token."""
+    flops_per_pair: float
+    """Scores and values: per pair of a new token and a token it attends to."""
+
+    def chunk_ns(self, cached_tokens: int, new_tokens: int) -> float:
+        """Time that a chunk adds to its batch; `fixed_ns` is the batch's, paid once. New token i sees cached+i+1."""
+        pairs = new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2
+        return (new_tokens * self.flops_per_token + pairs * self.flops_per_pair) * self.ns_per_flop
+
+
+class Chunk(msgspec.Struct, frozen=True, gc=False):
+    """Compute tokens ``[cached_tokens, cached_tokens + new_tokens)`` of a request; `last` ends its prompt."""
+
+    request: RequestId
+    attempt: int
+    cached_tokens: int
+    new_tokens: int
+    last: bool
+
+
+class _Line(msgspec.Struct):
+    """A request in the queue: what is computed, what is not, and whether a chunk of it is out."""
+
+    request: RequestId
+    attempt: int
+    cached_tokens: int
+    new_tokens: int
+    in_flight: bool = False
+
+
+class PrefillQueue:
+    """Requests ready for prefill on one PE. Holds no clock and never blocks; every method is O(1) but `next_batch`."""
+
+    def __init__(
+        self,
+        cost: AttentionCost,
+        quota_ns: float = QUOTA_NS,
+        max_batch_tokens: int = 8192,
+        max_batch_requests: int = 64,
+        max_batch_kv_tokens: int | None = None,
+    ) -> None:
+        """`max_batch_tokens` bounds the new tokens of a batch; `max_batch_kv_tokens` new and cached ones together.
+
+        The latter is what the device's layer buffers hold. The request at the head is exempt from it: a driver sizes
+        its buffers for the longest prompt it admits.
+        """
+        if min(quota_ns, max_batch_tokens, max_batch_requests) <= 0:
+            raise ValueError(
+                f"quota_ns {quota_ns}, max_batch_tokens {max_batch_tokens} and max_batch_requests "
+                f"{max_batch_requests} must all be above zero"
+            )
+        self._cost = cost
+        self._quota_ns = quota_ns
+        self._max_batch_tokens = max_batch_tokens
+        self._max_batch_requests = max_batch_requests
+        self._max_batch_kv_tokens = max_batch_kv_tokens
+        self._lines: OrderedDict[tuple[RequestId, int], _Line] = OrderedDict()
+        self._waiting_tokens = 0
+        self._waiting_requests = 0
+
+    def push(self, request: RequestId, attempt: int, cached_tokens: int, new_tokens: int) -> None:
+        """Queue a prompt of which `cached_tokens` are in the buffers. Raises ValueError on an empty or known one."""
+        if new_tokens < 1 or cached_tokens < 0:
+            raise ValueError(f"request {request} attempt {attempt}: {new_tokens} new tokens after {cached_tokens}")
+        if (request, attempt) in self._lines:
+            raise ValueError(f"request {request} attempt {attempt} is already queued")
+        self._lines[request, attempt] = _Line(request, attempt, cached_tokens, new_tokens)
+        self._waiting_tokens += new_tokens
+        self._waiting_requests += 1
+
+    def remove(self, request: RequestId, attempt: int) -> bool:
+        """Forget a request, a chunk in flight included; False where there is none."""
+        line = self._lines.pop((request, attempt), None)
+        if line is None:
+            return False
+        self._waiting_tokens -= line.new_tokens
+        self._waiting_requests -= line.new_tokens > 0
+        return True
+
+    def chunk_done(self, request: RequestId, attempt: int) -> bool:
+        """The chunk in flight is computed and in the DE buffer; False where none is in flight (stale)."""
+        line = self._lines.get((request, attempt))
+        if line is None or not line.in_flight:
+            return False
+        line.in_flight = False
+        if not line.new_tokens:
+            del self._lines[request, attempt]
+        return True
+
+    def next_batch(self) -> tuple[Chunk, ...]:
+        """The next chunks to compute together, in arrival order; empty where nothing can be given out.
+
+        The batch's predicted time is within the quota unless it is a single token that alone exceeds it.
+        """
+        batch: list[Chunk] = []
+        left_ns = self._quota_ns - self._cost.fixed_ns
+        left_tokens = self._max_batch_tokens
+        kv_tokens = 0
+        for line in self._lines.values():
+            if line.in_flight:
+                continue
+            if len(batch) == self._max_batch_requests or (batch and self._over_kv(kv_tokens, line)):
+                break
+            new_tokens = self._fitting_tokens(line, left_ns, left_tokens)
+            if not new_tokens and batch:
+                break
+            chunk = _take(line, max(1, new_tokens))
+            batch.append(chunk)
+            self._waiting_tokens -= chunk.new_tokens
+            self._waiting_requests -= chunk.last
+            left_ns -= self._cost.chunk_ns(chunk.cached_tokens, chunk.new_tokens)
+            left_tokens -= chunk.new_tokens
+            kv_tokens += line.cached_tokens
+            if not chunk.last:
+                break
+        return tuple(batch)
+
+    @property
+    def waiting_requests(self) -> int:
+        """Requests with tokens not yet given out."""
+        return self._waiting_requests
+
+    @property
+    def waiting_tokens(self) -> int:
+        """New tokens not yet given out."""
+        return self._waiting_tokens
+
+    def _over_kv(self, kv_tokens: int, line: _Line) -> bool:
+        limit = self._max_batch_kv_tokens
+        return limit is not None and kv_tokens + line.cached_tokens + line.new_tokens > limit
+
+    def _fitting_tokens(self, line: _Line, left_ns: float, left_tokens: int) -> int:
+        """The largest number of the line's new tokens that fits both budgets, by binary search; 0 where none does."""
+        low, high = 0, min(line.new_tokens, left_tokens)
+        if self._cost.chunk_ns(line.cached_tokens, high) <= left_ns:
+            return high
+        while high - low > 1:  # `low` fits (or is 0), `high` does not
+            middle = (low + high) // 2
+            if self._cost.chunk_ns(line.cached_tokens, middle) <= left_ns:
+                low = middle
+            else:
+                high = middle
+        return low
+
+
+def _take(line: _Line, new_tokens: int) -> Chunk:
+    chunk = Chunk(line.request, line.attempt, line.cached_tokens, new_tokens, new_tokens == line.new_tokens)
+    line.cached_tokens += new_tokens
+    line.new_tokens -= new_tokens
+    line.in_flight = True
+    return chunk

@@ -1,0 +1,85 @@
+"""What one prefill chunk moves, per layer: which token ranges come from which buffer, and which are shipped PE → DE.
+
+Theory of operation (paper §4.1). Before a layer's attention, positions ``[0, cached)`` must be on the PE device. The
+hit tokens lie in the buffer of the side that read them; what earlier chunks of the same prompt computed lies in the DE
+buffer, where every computed token goes. Afterwards the chunk's new tokens travel to the DE buffer, and with the first
+chunk also the hit tokens that the PE side read, since the DE buffer must end up holding the whole prompt. On the DE
+path only miss tokens travel.
+
+```
+ prompt   |<------- hit ------->|<-- computed earlier -->|<-- new -->|
+ load     PE or DE, by leg       DE buffer                 -
+ ship     PE legs, first chunk   -                         always
+```
+"""
+
+import msgspec
+
+from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side
+
+
+class Segment(msgspec.Struct, frozen=True, gc=False):
+    """Tokens ``[first_token, first_token + tokens)`` that come from the buffer of `side`."""
+
+    side: Side
+    first_token: int
+    tokens: int
+
+
+class TokenRange(msgspec.Struct, frozen=True, gc=False):
+    """Tokens ``[first_token, first_token + tokens)``."""
+
+    first_token: int
+    tokens: int
+
+
+class ChunkPlan(msgspec.Struct, frozen=True):
+    """Per layer: `loads` tile ``[0, cached_tokens)`` in order; `ships` are what the DE buffer still lacks, in order."""
+
+    loads: tuple[Segment, ...]
+    ships: tuple[TokenRange, ...]
+
+
+def chunk_plan(legs: tuple[Leg, ...], hit_tokens: int, cached_tokens: int, new_tokens: int) -> ChunkPlan:
+    """Plan for the chunk that computes tokens ``[cached_tokens, cached_tokens + new_tokens)``.
+
+    `legs` tile the hit blocks, in any order. Raises ValueError where they don't, where the chunk is empty or where it
+    starts inside the hit tokens.
+    """
+    if new_tokens < 1 or cached_tokens < hit_tokens:
+        raise ValueError(
+            f"chunk of {new_tokens} new tokens after {cached_tokens} cached, with {hit_tokens} hit: a chunk has at "
+            "least one new token and starts after the hit tokens"
+        )
+    loads = _hit_segments(legs, hit_tokens)
+    ships = [TokenRange(part.first_token, part.tokens) for part in loads if part.side is Side.PE]
+    if cached_tokens > hit_tokens:
+        ships = []
+        _append_segment(loads, Segment(Side.DE, hit_tokens, cached_tokens - hit_tokens))
+    if ships and ships[-1].first_token + ships[-1].tokens == cached_tokens:
+        ships[-1] = TokenRange(ships[-1].first_token, ships[-1].tokens + new_tokens)
+    else:
+        ships.append(TokenRange(cached_tokens, new_tokens))
+    return ChunkPlan(tuple(loads), tuple(ships))
+
+
+def _hit_segments(legs: tuple[Leg, ...], hit_tokens: int) -> list[Segment]:
+    segments: list[Segment] = []
+    next_block = 0
+    for leg in sorted(legs, key=lambda leg: leg.first_block):
+        if leg.first_block != next_block or leg.blocks < 1:
+            break
+        next_block += leg.blocks
+        _append_segment(segments, Segment(leg.side, leg.first_block * BLOCK_TOKENS, leg.blocks * BLOCK_TOKENS))
+    else:
+        if next_block * BLOCK_TOKENS == hit_tokens:
+            return segments
+    raise ValueError(f"legs {legs} do not tile the {hit_tokens} hit tokens in blocks of {BLOCK_TOKENS}")
+
+
+def _append_segment(segments: list[Segment], segment: Segment) -> None:
+    """Append, or grow the last one where it is of the same side (callers append in order, without gaps)."""
+    if segments and segments[-1].side is segment.side:
+        last = segments.pop()
+        segment = Segment(last.side, last.first_token, last.tokens + segment.tokens)
+    segments.append(segment)

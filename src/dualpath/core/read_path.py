@@ -1,0 +1,53 @@
+"""Path choice: which side's storage NIC reads a request's hit KV (paper §6.1), as legs of whole Full Blocks.
+
+The paper's rule is the shorter of the two nodes' read queues. `pe_only` is what other disaggregated systems do,
+`alternate` is two paths without a scheduler (an ablation step), and `split` is ours, named in the paper as future work:
+both sides read a part of one request, sized so that both queues run dry together.
+"""
+
+from dualpath.core.policy import ReadPath
+from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side
+
+MIN_SPLIT_BLOCKS = 4
+"""`split` gives no side fewer blocks than this: a tiny leg costs a request and saves nothing."""
+
+
+def choose_legs(
+    read_path: ReadPath,
+    *,
+    hit_blocks: int,
+    pe_queue_tokens: int,
+    de_queue_tokens: int,
+    pe_buffer_blocks: int,
+    turn: int,
+) -> tuple[Leg, ...]:
+    """Legs that tile blocks ``[0, hit_blocks)`` in order, PE side first; none where nothing hit.
+
+    The queues are those of the two engines' *nodes*, this request not yet in them. A PE leg never exceeds
+    `pe_buffer_blocks`, the PE buffer's capacity, except under `pe_only`, whose PE was chosen to be large enough.
+    `turn` counts the requests with a hit so far and is read by `alternate` alone.
+    """
+    match read_path:
+        case "pe_only":
+            pe_blocks = hit_blocks
+        case "shorter_queue":
+            pe_blocks = hit_blocks if pe_queue_tokens <= de_queue_tokens else 0
+        case "alternate":
+            # Thue-Morse order: one of each in every two turns, yet never in step with a round robin over engines,
+            # which would give some nodes all the reads and others none.
+            pe_blocks = 0 if turn.bit_count() % 2 else hit_blocks
+        case "split":
+            pe_blocks = _even_split(hit_blocks, pe_queue_tokens, de_queue_tokens, pe_buffer_blocks)
+    if read_path != "pe_only" and pe_blocks > pe_buffer_blocks:
+        pe_blocks = 0
+    legs = (Leg(Side.PE, 0, pe_blocks), Leg(Side.DE, pe_blocks, hit_blocks - pe_blocks))
+    return tuple(leg for leg in legs if leg.blocks)
+
+
+def _even_split(hit_blocks: int, pe_queue_tokens: int, de_queue_tokens: int, pe_buffer_blocks: int) -> int:
+    """Blocks for the PE side so that ``pe_queue + pe_part = de_queue + de_part``, as nearly as legs allow."""
+    lead_blocks = (de_queue_tokens - pe_queue_tokens) / BLOCK_TOKENS
+    pe_blocks = min(hit_blocks, pe_buffer_blocks, max(0, round((hit_blocks + lead_blocks) / 2)))
+    if pe_blocks < MIN_SPLIT_BLOCKS or hit_blocks - pe_blocks < MIN_SPLIT_BLOCKS:
+        return hit_blocks if 2 * pe_blocks >= hit_blocks and hit_blocks <= pe_buffer_blocks else 0
+    return pe_blocks
