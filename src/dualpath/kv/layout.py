@@ -6,6 +6,8 @@ Blocks. A Full Block is one contiguous page and a layer is a byte range of it, s
 
 import msgspec
 
+_ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 
 class KVPart(msgspec.Struct, frozen=True):
     """A named piece of a token's bytes in one layer, `heads × dim` elements: k and v, or MLA's latent and rope."""
@@ -14,9 +16,16 @@ class KVPart(msgspec.Struct, frozen=True):
     heads: int
     dim: int
 
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.dim < 1:
+            raise ValueError(f"KV part {self.name!r} has {self.heads} heads × {self.dim} elements; both must be ≥ 1")
+
 
 class KVLayout(msgspec.Struct, frozen=True):
-    """What a model's KV looks like in memory, in a buffer and in storage. Sizes in bytes unless named otherwise."""
+    """What a model's KV looks like in memory, in a buffer and in storage. Sizes in bytes unless named otherwise.
+
+    Raises ValueError for a layout that holds no bytes or whose `dtype` is unknown.
+    """
 
     layers: int
     parts: tuple[KVPart, ...]
@@ -24,9 +33,18 @@ class KVLayout(msgspec.Struct, frozen=True):
     """``float32``, ``bfloat16`` or ``float16``."""
     block_tokens: int = 64
 
+    def __post_init__(self) -> None:
+        if self.dtype not in _ITEMSIZE_BYTES:
+            raise ValueError(f"KV dtype {self.dtype!r} is unknown; use one of {', '.join(_ITEMSIZE_BYTES)}")
+        if self.layers < 1 or self.block_tokens < 1 or not self.parts:
+            raise ValueError(
+                f"a KV layout needs at least one layer, one part and one token a block; got {self.layers} layers, "
+                f"{len(self.parts)} parts, {self.block_tokens} tokens"
+            )
+
     @property
     def itemsize_bytes(self) -> int:
-        return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return _ITEMSIZE_BYTES[self.dtype]
 
     @property
     def token_bytes(self) -> int:
@@ -45,7 +63,9 @@ class KVLayout(msgspec.Struct, frozen=True):
         """Byte range ``(start, stop)`` inside a Full Block of `tokens` tokens of `layer`, from `first_token`."""
         if tokens is None:
             tokens = self.block_tokens - first_token
-        if not (0 <= layer < self.layers and first_token >= 0 and first_token + tokens <= self.block_tokens):
+        if not (
+            0 <= layer < self.layers and first_token >= 0 and tokens >= 0 and first_token + tokens <= self.block_tokens
+        ):
             raise ValueError(
                 f"layer {layer}, tokens {first_token}+{tokens} are outside a block of {self.layers} layers × "
                 f"{self.block_tokens} tokens"

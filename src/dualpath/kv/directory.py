@@ -1,0 +1,169 @@
+"""The directory of one namespace in a POSIX store: where its files lie and what else may lie there.
+
+::
+
+    <store>/<namespace hex>/namespace.json          model and layout, for people and for `dualpath store`
+                            ab/ab…cd.kv             one file per Full Block, 256 shards by the key's first byte
+                            ab/.ab…cd.kv.….tmp      a block being written, or a leftover of a killed process
+                            bad/ab…cd.checksum      quarantined files, never served again
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from dualpath.kv.block_file import BlockError, BlockFault, BlockHeader, io_faults, open_block, physical_bytes
+from dualpath.kv.draft import is_draft, is_leftover, write_file
+from dualpath.kv.keys import KEY_BYTES, BlockKey, Namespace
+from dualpath.kv.layout import KVLayout
+
+MAX_QUARANTINED_FILES = 64
+"""A namespace keeps this many bad files for inspection; quarantining one more deletes the oldest."""
+_DESCRIPTION = "namespace.json"
+_BLOCK_SUFFIX = ".kv"
+
+
+class BlockRecord(msgspec.Struct, frozen=True, gc=False):
+    """A stored block as its header and its file tell."""
+
+    key: BlockKey
+    parent: BlockKey
+    payload_bytes: int
+    physical_bytes: int
+    mtime_ns: int
+
+
+class BadFile(msgspec.Struct, frozen=True):
+    """A file in a store that holds no servable block. `key` is None where its name is no key."""
+
+    path: str
+    key: BlockKey | None
+    cause: BlockFault
+    detail: str
+
+
+class NamespaceDescription(msgspec.Struct, frozen=True):
+    """The content of ``namespace.json``."""
+
+    namespace: str
+    model_fingerprint: str
+    weights_version: str
+    layout: KVLayout
+    salted: bool
+
+
+class NamespaceDirectory:
+    """Paths and housekeeping of one namespace's directory. Methods raise OSError as it comes, unless they say else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._bad = path / "bad"
+
+    def block_path(self, key: BlockKey) -> Path:
+        name = key.hex()
+        return self.path / name[:2] / f"{name}{_BLOCK_SUFFIX}"
+
+    def block_paths(self) -> Iterator[Path]:
+        """All block files, in the order of their names. Files that vanish meanwhile may be among them."""
+        for shard in self._shards():
+            yield from (shard / name for name in _names(shard) if name.endswith(_BLOCK_SUFFIX) and not is_draft(name))
+
+    def drafts(self) -> Iterator[Path]:
+        """All temporary files, in use or left over."""
+        for folder in (self.path, *self._shards()):
+            yield from (folder / name for name in _names(folder) if is_draft(name))
+
+    def remove_leftovers(self) -> int:
+        """Delete temporary files that nobody writes any more; how many there were."""
+        removed = 0
+        for path in filter(is_leftover, self.drafts()):
+            path.unlink(missing_ok=True)
+            removed += 1
+        return removed
+
+    def quarantined(self) -> list[Path]:
+        """Bad files set aside, oldest first."""
+        found = []
+        for name in _names(self._bad):
+            with suppress(FileNotFoundError):
+                found.append(((self._bad / name).stat().st_ctime_ns, self._bad / name))
+        return [path for _, path in sorted(found)]
+
+    def set_aside(self, path: Path, cause: BlockFault) -> bool:
+        """Move a bad file into quarantine; False if it is gone already."""
+        self._bad.mkdir(exist_ok=True)
+        try:
+            path.replace(self._bad / f"{path.name.removesuffix(_BLOCK_SUFFIX)}.{cause.value}")
+        except FileNotFoundError:
+            return False
+        for surplus in self.quarantined()[:-MAX_QUARANTINED_FILES]:
+            surplus.unlink(missing_ok=True)
+        return True
+
+    def describe(self, namespace: Namespace) -> None:
+        """Make ``namespace.json`` say what `namespace` is."""
+        description = NamespaceDescription(
+            namespace.hex,
+            namespace.model_fingerprint,
+            namespace.weights_version,
+            namespace.layout,
+            namespace.salted,
+        )
+        text = msgspec.json.format(msgspec.json.encode(description)) + b"\n"
+        path = self.path / _DESCRIPTION
+        if not path.exists() or path.read_bytes() != text:
+            write_file(path, text)
+
+    def description(self) -> NamespaceDescription | None:
+        """What ``namespace.json`` says; None if it is missing, damaged or another namespace's."""
+        try:
+            found = msgspec.json.decode((self.path / _DESCRIPTION).read_bytes(), type=NamespaceDescription)
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        return found if found.namespace == self.path.name else None
+
+    def _shards(self) -> list[Path]:
+        return [self.path / name for name in _names(self.path) if len(name) == 2 and _is_hex(name)]
+
+
+def namespace_directories(store: Path) -> list[NamespaceDirectory]:
+    """The namespaces of a store, in the order of their names. Raises OSError if `store` is no readable directory."""
+    names = sorted(entry.name for entry in os.scandir(store) if entry.is_dir())
+    return [NamespaceDirectory(store / name) for name in names if len(name) == 2 * KEY_BYTES and _is_hex(name)]
+
+
+def key_of(path: Path) -> BlockKey | None:
+    """The key a block file's name stands for; None if the name is no key or the file lies in the wrong shard."""
+    name = path.name.removesuffix(_BLOCK_SUFFIX)
+    if len(name) != 2 * KEY_BYTES or not _is_hex(name) or path.parent.name != name[:2]:
+        return None
+    return bytes.fromhex(name)
+
+
+def scan_file(path: Path, header_of: Callable[[int, BlockKey], BlockHeader]) -> BlockRecord | BadFile | None:
+    """What a block file's name and header tell; None if the file has vanished."""
+    key = key_of(path)
+    if key is None:
+        return BadFile(str(path), None, BlockFault.HEADER, "the file's name and place fit no key")
+    try:
+        with open_block(path, key) as fd:
+            header = header_of(fd, key)
+            with io_faults(key):
+                status = os.fstat(fd)
+    except BlockError as error:
+        return None if error.cause is BlockFault.MISSING else BadFile(str(path), key, error.cause, error.detail)
+    return BlockRecord(key, header.parent, header.payload_bytes, physical_bytes(status), status.st_mtime_ns)
+
+
+def _is_hex(text: str) -> bool:
+    return set(text) <= set("0123456789abcdef")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(folder))
+    except FileNotFoundError:
+        return []
