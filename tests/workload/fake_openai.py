@@ -1,7 +1,7 @@
-"""A small OpenAI server for tests: it generates tokens from a hash of the prompt, remembers prefixes, and can misbehave.
+"""A small OpenAI server for tests: generates tokens from a hash of the prompt, remembers prefixes, and can misbehave.
 
-`python fake_openai.py --port 0 --ready-file FILE …` stands in for `dualpath serve`: it takes the same options, paces the
-bytes of loaded tokens by `--snic-rate` on one emulated NIC per engine that the system reads with, and counts them in
+`python fake_openai.py --port 0 --ready-file FILE …` stands in for `dualpath serve`: it takes the same options, paces
+the bytes of loaded tokens by `--snic-rate` on one emulated NIC per engine that the system reads with, and counts them in
 /metrics.
 """
 
@@ -82,7 +82,8 @@ class FakeServer:
             for position, token in enumerate(tokens if fault != "short" else tokens[:-1]):
                 await asyncio.sleep(self.step_s)
                 if fault == "broken" and position == 1:
-                    yield b'data: {"error": {"message": "engine lost", "type": "server_error", "code": "engine_lost"}}\n\n'
+                    error = {"message": "engine lost", "type": "server_error", "code": "engine_lost"}
+                    yield b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
                     return
                 choice = {"index": 0, "text": "", "token_ids": [token], "finish_reason": None}
                 yield b"data: " + json.dumps({"id": "c", "choices": [choice]}).encode() + b"\n\n"

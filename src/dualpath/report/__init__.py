@@ -1,0 +1,1 @@
+"""Result files as tables, sentences and figures. Reads result files and nothing else."""
