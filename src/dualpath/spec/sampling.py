@@ -26,3 +26,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: no log-probabilities. n: the chosen token's, and the n most likely ones'."""
+
+
+def finish_reason(sampling: SamplingParams, last_token_id: int, generated_tokens: int) -> str | None:
+    """``"stop"`` after a stop token, ``"length"`` at `max_tokens`, else None. `generated_tokens` includes the last one."""
+    if last_token_id in sampling.stop_token_ids and generated_tokens >= sampling.min_tokens:
+        return "stop"
+    return "length" if generated_tokens >= sampling.max_tokens else None

@@ -1,0 +1,146 @@
+"""How one prefill batch's KV moves, layer by layer: core's chunk plans turned into copies and channel operations.
+
+Before layer l computes, its hit rows come from the PE buffer (a local copy through the CNIC) or are pulled from the DE
+buffer (a read over the compute network); afterwards its rows go into the DE buffer (paper §4.1 ②③). Called by the
+engine's loader and shipper threads; an item that fails, or is cancelled, does not disturb the others.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import msgspec
+import numpy as np
+
+from dualpath.core.load_plan import ChunkPlan
+from dualpath.core.vocabulary import BLOCK_TOKENS, Side
+from dualpath.kv.layout import KVLayout
+from dualpath.transfer import BufferPool, Channel, Span, TrafficManager
+
+TRANSFER_DEADLINE_NS = 60_000_000_000
+"""Longest one layer's transfer of one item may take before the attempt is failed."""
+
+Rows = np.ndarray
+"""uint8, a whole number of tokens of one layer, `token_bytes` each."""
+
+
+class TokenRun(msgspec.Struct, frozen=True):
+    """Consecutive tokens inside one page."""
+
+    page: int
+    first_token: int
+    tokens: int
+    row: int
+    """Where they stand in the item's rows: tokens before them."""
+
+
+def token_runs(pages: list[int], first_block: int, first_token: int, tokens: int, first_row: int) -> list[TokenRun]:
+    """Tokens [first_token, first_token + tokens) of a prompt whose block `first_block` lies in `pages[0]`."""
+    runs = []
+    at, end = first_token, first_token + tokens
+    while at < end:
+        block, inside = divmod(at, BLOCK_TOKENS)
+        n = min(BLOCK_TOKENS - inside, end - at)
+        runs.append(TokenRun(pages[block - first_block], inside, n, first_row + at - first_token))
+        at += n
+    return runs
+
+
+class ItemTransfers:
+    """One item's runs: what to copy from the PE buffer, what to pull from the DE buffer, what to put there."""
+
+    def __init__(
+        self,
+        plan: ChunkPlan,
+        pe_pages: list[int],
+        pe_first_block: int,
+        de_pages: list[int],
+        channel: Channel | None,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self.channel = channel
+        self.cancelled = cancelled
+        self.copies: list[TokenRun] = []
+        self.pulls: list[TokenRun] = []
+        for segment in plan.loads:
+            if segment.side is Side.PE:
+                self.copies += token_runs(
+                    pe_pages, pe_first_block, segment.first_token, segment.tokens, segment.first_token
+                )
+            else:
+                self.pulls += token_runs(de_pages, 0, segment.first_token, segment.tokens, segment.first_token)
+        self.puts: list[TokenRun] = []
+        for ship in plan.ships:
+            self.puts += token_runs(de_pages, 0, ship.first_token, ship.tokens, ship.first_token)
+
+
+class AttemptCancelledError(Exception):
+    """The coordinator gave the attempt up while it was in a batch."""
+
+
+class BatchTransfers:
+    """`engine.prefill.LayerIO` over the PE buffer and the channels to decode engines."""
+
+    def __init__(self, layout: KVLayout, pool: BufferPool, traffic: TrafficManager, items: list[ItemTransfers]) -> None:
+        self._layout = layout
+        self._pool = pool
+        self._traffic = traffic
+        self._items = items
+
+    def load_layer(self, layer: int, destinations: list[Rows | None]) -> list[Exception | None]:
+        """Fill every destination; pulls are under way together while local copies are made."""
+        errors: list[Exception | None] = [None] * len(destinations)
+        pulls: list[Future[int] | None] = [None] * len(destinations)
+        for i, (item, rows) in enumerate(zip(self._items, destinations, strict=True)):
+            if rows is not None and item.pulls:
+                errors[i], pulls[i] = self._post(item, layer, rows, item.pulls, write=False)
+        for i, (item, rows) in enumerate(zip(self._items, destinations, strict=True)):
+            if rows is not None and item.copies and errors[i] is None:
+                self._copy(layer, rows, item.copies)
+        return [self._wait(error, pull) for error, pull in zip(errors, pulls, strict=True)]
+
+    def ship_layer(self, layer: int, rows: list[Rows | None]) -> list[Exception | None]:
+        """Put every item's rows into its decode engine's buffer; returns when the peers have acknowledged."""
+        posted: list[tuple[Exception | None, Future[int] | None]] = []
+        for item, item_rows in zip(self._items, rows, strict=True):
+            if item_rows is None:
+                posted.append((None, None))
+            else:
+                posted.append(self._post(item, layer, item_rows, item.puts, write=True))
+        return [self._wait(error, put) for error, put in posted]
+
+    def _post(
+        self, item: ItemTransfers, layer: int, rows: Rows, runs: list[TokenRun], write: bool
+    ) -> tuple[Exception | None, Future[int] | None]:
+        if item.cancelled():
+            return AttemptCancelledError(), None
+        if item.channel is None:
+            return ConnectionError("no channel to the decode engine"), None
+        spans, local = [], []
+        for run in runs:
+            start, stop = self._layout.layer_range(layer, run.first_token, run.tokens)
+            spans.append(Span(run.page, start, stop - start))
+            local.append(self._part(rows, run))
+        deadline_ns = time.monotonic_ns() + TRANSFER_DEADLINE_NS
+        try:
+            verb = item.channel.write if write else item.channel.read
+            return None, verb(spans, local, deadline_ns)
+        except Exception as error:  # a closed or overfull channel fails this item alone
+            return error, None
+
+    def _copy(self, layer: int, rows: Rows, runs: list[TokenRun]) -> None:
+        self._traffic.local_copy(sum(run.tokens for run in runs) * self._layout.token_bytes)
+        for run in runs:
+            start, stop = self._layout.layer_range(layer, run.first_token, run.tokens)
+            np.copyto(self._part(rows, run), self._pool.view(run.page)[start:stop])  # gives up the interpreter lock
+
+    def _part(self, rows: Rows, run: TokenRun) -> Rows:
+        token_bytes = self._layout.token_bytes
+        return rows[run.row * token_bytes : (run.row + run.tokens) * token_bytes]
+
+    @staticmethod
+    def _wait(error: Exception | None, transfer: Future[int] | None) -> Exception | None:
+        if error is not None or transfer is None:
+            return error
+        # The channel ends every future by its deadline; nothing touches the rows after that.
+        return transfer.exception()  # type: ignore[return-value]

@@ -1,0 +1,144 @@
+"""Who belongs to the cluster: engines that join, engines that are refused, engines that are lost.
+
+The first prefill engine *founds* the cluster: it tells which model is served and how fast a PE is, which the
+scheduler's constants need. Decode engines that come earlier wait for it. Later engines must have the same model and
+layout.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from dualpath.core.vocabulary import EngineFacts, EngineId, Role
+from dualpath.runtime import messages as m
+from dualpath.runtime.config import ClusterConfig
+from dualpath.runtime.links import EngineLink, EngineLinks
+
+
+class Members(Protocol):
+    """What the coordinator does when membership changes."""
+
+    def founded(self, join: m.Join, prefill_tokens_per_s: float) -> None: ...
+
+    def engine_joined(self, facts: EngineFacts) -> None: ...
+
+    def engine_lost(self, link: EngineLink) -> None: ...
+
+
+class Membership:
+    """Used from one asyncio thread. `kill_engine(pid)` ends a local process and returns once it is dead."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        links: EngineLinks,
+        members: Members,
+        kill_engine: Callable[[int], None] | None,
+    ) -> None:
+        self._config = config
+        self._links = links
+        self._members = members
+        self._kill_engine = kill_engine
+        self._first: m.Join | None = None
+        self._founded = False
+        self._early: list[tuple[bytes, m.Join]] = []
+        self._complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def complete(self, timeout_s: float) -> None:
+        """Wait until every engine of the topology has joined.
+
+        Raises TimeoutError saying which are missing, RuntimeError when one ended before it joined.
+        """
+        try:
+            await asyncio.wait_for(asyncio.shield(self._complete), timeout_s)
+        except TimeoutError:
+            raise TimeoutError(
+                f"after {timeout_s:.0f} s {self.count(Role.PREFILL)} prefill and {self.count(Role.DECODE)} decode "
+                f"engines of {self._config.topology} have joined; see the engines' messages above"
+            ) from None
+
+    def count(self, role: Role) -> int:
+        return sum(link.join.role is role for link in self._links.by_engine.values())
+
+    @property
+    def status(self) -> str:
+        """``ok``, ``degraded`` (fewer engines than the topology has) or ``unavailable`` (no PE or no DE)."""
+        missing = [self._wanted(role) - self.count(role) for role in Role]
+        if not (self.count(Role.PREFILL) and self.count(Role.DECODE)):
+            return "unavailable"
+        return "degraded" if max(missing) > 0 else "ok"
+
+    def _wanted(self, role: Role) -> int:
+        topology = self._config.topology
+        return topology.prefill_engines if role is Role.PREFILL else topology.decode_engines
+
+    def join(self, identity: bytes, join: m.Join) -> None:
+        """An engine offers itself."""
+        refusal = self._refusal(join)
+        if refusal is not None:
+            self._links.send_to(identity, m.Shutdown(refusal))
+            return
+        self._first = self._first or join
+        if not self._founded:
+            if join.prefill_tokens_per_s is None:
+                self._early.append((identity, join))
+                return
+            self._founded = True
+            self._members.founded(join, join.prefill_tokens_per_s)
+        self._admit(identity, join)
+        while self._early:
+            self._admit(*self._early.pop(0))
+
+    def _refusal(self, join: m.Join) -> str | None:
+        first = self._first
+        if first is None or (join.layout, join.model_fingerprint) == (first.layout, first.model_fingerprint):
+            return None
+        return (
+            f"this engine's model ({join.model_fingerprint}, {join.layout}) is not the cluster's "
+            f"({first.model_fingerprint}, {first.layout}); start it with the same checkpoint and dtype"
+        )
+
+    def _admit(self, identity: bytes, join: m.Join) -> None:
+        link = self._links.admit(identity, join)
+        self._links.send(link.engine, m.Welcome(link.engine))
+        self._members.engine_joined(
+            EngineFacts(
+                engine=link.engine,
+                role=join.role,
+                node=link.engine,  # one engine a node here: each has a SNIC and a CNIC of its own
+                group=0 if join.role is Role.PREFILL else 1,
+                buffer_blocks=join.buffer_blocks,
+                hbm_blocks=join.hbm_blocks,
+            )
+        )
+        if self.status == "ok" and not self._complete.done():
+            self._complete.set_result(None)
+
+    def lost(self, engine: EngineId, why: str) -> None:
+        """The engine no longer counts. Its process is dead before anybody acts on that, if it is one of ours."""
+        link = self._links.forget(engine)
+        if link is None:
+            return
+        self._links.send_to(link.identity, m.Shutdown(f"no longer counted in: {why}"))
+        if self._kill_engine is not None:
+            self._kill_engine(link.join.pid)
+        for other in self._links.by_engine:
+            self._links.send(other, m.PeerLost(engine, link.join.data_address))
+        self._members.engine_lost(link)
+
+    def process_died(self, pid: int, why: str) -> None:
+        """A local engine process has ended, before or after it joined."""
+        for link in list(self._links.by_engine.values()):
+            if link.join.pid == pid:
+                self.lost(link.engine, why)
+                return
+        if not self._complete.done():
+            self._complete.set_exception(RuntimeError(f"{why} before it joined; its message is above"))
+
+    async def watch_leases(self) -> None:
+        """Declare engines lost that have been silent for a lease; until cancelled."""
+        while True:
+            await asyncio.sleep(self._config.heartbeat_ns / 1e9)
+            for engine in self._links.expired(time.monotonic_ns(), self._config.lease_ns):
+                self.lost(engine, f"silent for {self._config.lease_ns / 1e9:.1f} s")

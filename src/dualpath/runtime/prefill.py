@@ -1,0 +1,207 @@
+"""The prefill engine: reads its legs, packs batches under the compute quota, runs them layer by layer (paper §4.1,
+§6.2).
+
+An attempt's life here: `LoadLeg` (PE side only) → blocks come from storage into the PE buffer → `StartPrefill` → waits
+in core's `PrefillQueue` → one or more chunks → `PrefillDone`, PE buffer pages given back. `AbortAttempt` at any point:
+what is reading or computing is let go as soon as it can be, then `Released`.
+"""
+
+import asyncio
+
+from dualpath.core.batching import AttentionCost, Chunk, PrefillQueue
+from dualpath.core.load_plan import chunk_plan
+from dualpath.core.vocabulary import Cause, Leg, Side, TrafficClass
+from dualpath.engine import LayerwisePrefill, LoadedModel, PrefillItem, PrefillOutput
+from dualpath.runtime import messages as m
+from dualpath.runtime.draws import draw_message
+from dualpath.runtime.engine_host import EngineHost, Owner
+from dualpath.runtime.layer_transfers import BatchTransfers, ItemTransfers
+from dualpath.transfer import Channel, connect
+
+
+class PrefillAttempt:
+    """What the PE holds of one attempt."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        self.leg: Leg | None = None
+        self.pages: list[int] = []
+        self.start: m.StartPrefill | None = None
+        self.busy = False
+        """Reading or in a batch: its pages can't be given back yet."""
+        self.aborted = False
+
+
+class PrefillWorker:
+    """Handles the coordinator's messages on the main thread; computes on the host's compute thread."""
+
+    def __init__(self, host: EngineHost, model: LoadedModel, cost: AttentionCost) -> None:
+        cluster = host.config.cluster
+        self._host = host
+        self._model = model
+        self._prefill = LayerwisePrefill(
+            model,
+            max_batch_tokens=cluster.max_batch_tokens,
+            device_layers=cluster.device_layers,
+            layerwise=cluster.policy.layerwise,
+        )
+        self._queue = PrefillQueue(cost, cluster.quota_ns, cluster.max_batch_tokens, cluster.max_batch_requests)
+        self._attempts: dict[Owner, PrefillAttempt] = {}
+        self._channels: dict[str, Channel] = {}
+        self._work = asyncio.Event()
+        host.gauge_sources.append(self._gauges)
+        host.spawn(self._run_batches())
+
+    def handle(self, message: m.ToEngine) -> None:
+        match message:
+            case m.LoadLeg():
+                attempt = self._hold((message.request, message.attempt), message.leg)
+                self._host.spawn(self._load(attempt, message))
+            case m.StartPrefill():
+                self._start(message)
+            case m.AbortAttempt():
+                self._abort((message.request, message.attempt))
+            case m.PeerLost():
+                channel = self._channels.pop(message.data_address, None)
+                if channel is not None:
+                    channel.close()
+            case _:
+                raise TypeError(f"a prefill engine was sent {type(message).__name__}")
+
+    # ── loading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _hold(self, owner: Owner, leg: Leg) -> PrefillAttempt:
+        """At once, not in the loading task: an abort that comes next must find it."""
+        attempt = self._attempts[owner] = PrefillAttempt(owner)
+        attempt.leg = leg
+        attempt.pages = self._host.pool.allocate(owner, leg.blocks)
+        attempt.busy = True
+        return attempt
+
+    async def _load(self, attempt: PrefillAttempt, message: m.LoadLeg) -> None:
+        faults = await self._host.read_leg(message.namespace, message.keys, attempt.pages, lambda: attempt.aborted)
+        attempt.busy = False
+        if attempt.aborted:
+            self._release(attempt)
+        elif faults:
+            self._host.send(m.LoadFailed(*attempt.owner, Side.PE, faults))
+        else:
+            self._host.send(m.Loaded(*attempt.owner, Side.PE))
+
+    # ── computing ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self, message: m.StartPrefill) -> None:
+        owner = (message.request, message.attempt)
+        attempt = self._attempts.setdefault(owner, PrefillAttempt(owner))
+        attempt.start = message
+        self._queue.push(*owner, message.hit_tokens, len(message.miss_token_ids))
+        self._work.set()
+
+    async def _run_batches(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._work.wait()
+            chunks = self._queue.next_batch()
+            if not chunks:
+                self._work.clear()
+                continue
+            attempts = [self._attempts[chunk.request, chunk.attempt] for chunk in chunks]
+            for attempt in attempts:
+                attempt.busy = True
+            outputs = await loop.run_in_executor(self._host.compute, self._compute, chunks, attempts)
+            for chunk, attempt, output in zip(chunks, attempts, outputs, strict=True):
+                self._on_chunk(chunk, attempt, output)
+
+    def _compute(self, chunks: tuple[Chunk, ...], attempts: list[PrefillAttempt]) -> list[PrefillOutput]:
+        """On the compute thread: one batch, all layers."""
+        items, transfers = [], []
+        for chunk, attempt in zip(chunks, attempts, strict=True):
+            start = attempt.start
+            assert start is not None
+            first = chunk.cached_tokens - start.hit_tokens
+            items.append(
+                PrefillItem(
+                    token_ids=start.miss_token_ids[first : first + chunk.new_tokens],
+                    cached_tokens=chunk.cached_tokens,
+                    sampling=start.sampling if chunk.last else None,
+                    generated_so_far=start.generated_tokens,
+                )
+            )
+            plan = chunk_plan(tuple(start.legs), start.hit_tokens, chunk.cached_tokens, chunk.new_tokens)
+            transfers.append(
+                ItemTransfers(
+                    plan,
+                    attempt.pages,
+                    attempt.leg.first_block if attempt.leg is not None else 0,
+                    start.decode_pages,
+                    self._channel(start.decode_address),
+                    lambda attempt=attempt: attempt.aborted,  # type: ignore[misc]
+                )
+            )
+        io = BatchTransfers(self._host.layout, self._host.pool, self._host.traffic, transfers)
+        return self._prefill.run(items, io)
+
+    def _channel(self, address: str) -> Channel | None:
+        """The channel to a decode engine's buffer, opened on first use; None where it can't be."""
+        channel = self._channels.get(address)
+        if channel is None or not channel.is_open:
+            try:
+                channel = connect(
+                    address,
+                    local_traffic=self._host.traffic,
+                    traffic_class=TrafficClass.LOW,
+                    peer_tag=str(self._host.engine),
+                )
+            except OSError:
+                return None
+            self._channels[address] = channel
+        return channel
+
+    def _on_chunk(self, chunk: Chunk, attempt: PrefillAttempt, output: PrefillOutput) -> None:
+        attempt.busy = False
+        self._queue.chunk_done(*attempt.owner)
+        self._host.counters["prefill_chunks"] += 1
+        self._host.counters["prefill_tokens"] += chunk.new_tokens
+        if attempt.aborted:
+            self._queue.remove(*attempt.owner)
+            self._release(attempt)
+        elif output.error is not None:
+            self._queue.remove(*attempt.owner)
+            self._host.send(m.AttemptFailed(*attempt.owner, Cause.TRANSFER_FAILED, repr(output.error)))
+        elif chunk.last:
+            assert output.draw is not None
+            self._give_back(attempt)
+            self._host.send(m.PrefillDone(*attempt.owner, draw_message(output.draw)))
+
+    # ── giving back ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _abort(self, owner: Owner) -> None:
+        attempt = self._attempts.get(owner)
+        if attempt is None:
+            self._host.send(m.Released(*owner))
+            return
+        attempt.aborted = True
+        if not attempt.busy:
+            self._queue.remove(*owner)
+            self._release(attempt)
+
+    def _release(self, attempt: PrefillAttempt) -> None:
+        self._give_back(attempt)
+        self._host.send(m.Released(*attempt.owner))
+
+    def _give_back(self, attempt: PrefillAttempt) -> None:
+        if attempt.pages:
+            self._host.pool.free(attempt.owner, attempt.pages)
+        del self._attempts[attempt.owner]
+
+    def _gauges(self) -> dict[str, float]:
+        return {
+            "dualpath_engine_attempts": float(len(self._attempts)),
+            "dualpath_prefill_waiting_tokens": float(self._queue.waiting_tokens),
+            "dualpath_prefill_peak_device_kv_bytes": float(self._prefill.peak_device_kv_bytes),
+        }
+
+    def close(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+        self._prefill.close()
