@@ -1,0 +1,168 @@
+"""Every invariant of core, checked from first principles: what the live requests imply is what the books say.
+
+The scheduler keeps each quantity up to date step by step; here each is computed afresh from the requests and the facts
+of the engines, and compared. Tests audit after every step. O(requests + engines).
+"""
+
+from collections import Counter
+
+from dualpath.core.ledger import Account, Key
+from dualpath.core.lifecycle import Lifecycle
+from dualpath.core.request import Request, State, hbm_blocks, hit_blocks, prompt_blocks
+from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, Role, Side
+
+
+def audit(life: Lifecycle) -> None:
+    """Raises AssertionError with the first invariant that is broken."""
+    _audit_requests(life)
+    _audit_waiting(life)
+    _audit_columns(life)
+    _audit_groups(life)
+    _audit_accounts(life)
+    _audit_releases(life)
+
+
+def _require(holds: bool, message: str, *details: object) -> None:
+    if not holds:
+        raise AssertionError(message.format(*details))
+
+
+def _audit_requests(life: Lifecycle) -> None:
+    """Each live request has one owner and a deadline, and engines exactly when its state says so."""
+    _require(len(life.deadlines) == len(life.requests), "{} deadlines", len(life.deadlines))
+    for request_id, request in life.requests.items():
+        _require(request_id == request.id, "request {} is filed as {}", request.id, request_id)
+        _require(not request.state.is_terminal, "request {} is over and still known", request_id)
+        _require(request_id in life.deadlines, "request {} has no deadline", request_id)
+        queued = request_id in life.waiting.requests
+        _require(queued == (request.state is State.QUEUED), "{} waits: {}", request, queued)
+        for engine in (request.prefill_engine, request.decode_engine):
+            _require(engine is None or engine in life.fleet.facts, "{} is on engine {}, gone", request, engine)
+        if request.state is State.QUEUED:
+            _require(not request.commanded and not request.legs, "{} has more than a place in line", request)
+            continue
+        wants_prefill = request.state in (State.ALLOCATING, State.LOADING, State.PREFILLING)
+        wants_decode = request.state is not State.RETRYING
+        has_prefill, has_decode = request.prefill_engine is not None, request.decode_engine is not None
+        _require((has_prefill, has_decode) == (wants_prefill, wants_decode), "{} is on the wrong engines", request)
+        if wants_decode:
+            covered = sum(leg.blocks for leg in request.legs)
+            _require(covered == hit_blocks(request.facts), "{}: legs do not cover the hit", request)
+        if request.state in (State.PREFILLING, State.DECODING):
+            _require(request.prepared and not request.unloaded, "{} runs before its KV is there", request)
+
+
+def _audit_waiting(life: Lifecycle) -> None:
+    """A queued request stands in the lines that its missing engines call for, and in no other."""
+    waiting = life.waiting
+    queued = waiting.requests.values()
+    for_prefill = [request.id for request in queued if request.prefill_engine is None]
+    _require(list(waiting.for_prefill) == for_prefill, "the line for PEs is {}", list(waiting.for_prefill))
+    for_decode = [request.id for request in queued if request.decode_engine is None and request.group is None]
+    _require(list(waiting.for_decode) == for_decode, "the line for DEs is {}", list(waiting.for_decode))
+    private: dict[int, list[int]] = {}
+    for request in queued:
+        if request.decode_engine is None and request.group is not None:
+            private.setdefault(request.group, []).append(request.id)
+    lines = {group: list(line) for group, line in waiting.private.items()}
+    _require(lines == private, "private queues are {} and should be {}", lines, private)
+
+
+def _audit_columns(life: Lifecycle) -> None:
+    """seq, tok and read queues are what the live attempts add up to."""
+    seq: Counter[EngineId] = Counter()
+    tok: Counter[EngineId] = Counter()
+    read: Counter[int] = Counter()
+    for request in life.requests.values():
+        for engine in (request.prefill_engine, request.decode_engine):
+            if engine is not None:
+                seq[engine] += 1
+                tok[engine] += request.facts.prompt_tokens
+        for leg in request.unloaded:
+            engine = request.engine_of(leg.side)
+            if engine is not None:
+                read[life.fleet.facts[engine].node] += leg.blocks * BLOCK_TOKENS
+    for engine, facts in life.fleet.facts.items():
+        columns = life.fleet.prefill if facts.role is Role.PREFILL else life.fleet.decode
+        slot = columns.slots[engine]
+        seen = int(columns.seq[slot]), int(columns.tok[slot]), life.fleet.read_queue_tokens(engine)
+        implied = seq[engine], tok[engine], read[facts.node]
+        _require(seen == implied, "engine {}: seq, tok, read_q are {}, requests imply {}", engine, seen, implied)
+        if facts.role is Role.PREFILL:
+            column = int(life.fleet.prefill.read_queue[slot])
+            _require(column == read[facts.node], "engine {}: read_q column is {}", engine, column)
+        else:
+            free, column = life.ledger.accounts[engine].hbm_free_blocks, int(life.fleet.decode.hbm_free[slot])
+            _require(free == column, "engine {}: {} free HBM blocks, column says {}", engine, free, column)
+
+
+def _audit_groups(life: Lifecycle) -> None:
+    """A group's totals are its engines' sums, and its load has the private queue on top."""
+    decode = life.fleet.decode
+    for position, group_id in enumerate(decode.group_ids):
+        group = decode.groups[group_id]
+        queued = sum(request.facts.prompt_tokens for request in life.waiting.private.get(group_id, {}).values())
+        seen = group.tok_total, group.hbm_free_total, int(decode.group_load[position])
+        tok = int(group.tok.sum())
+        implied = tok, int(group.hbm_free.sum()), tok + queued
+        _require(seen == implied, "group {}: tok, free HBM, load are {}, not {}", group_id, seen, implied)
+
+
+def _audit_accounts(life: Lifecycle) -> None:
+    """What an account lists is what live and draining attempts hold, within capacity, and nobody waits in vain."""
+    _require(life.ledger.accounts.keys() == life.fleet.facts.keys(), "accounts and engines differ")
+    seen: dict[EngineId, list[Key]] = {engine: [] for engine in life.ledger.accounts}
+    for request in life.requests.values():
+        for engine in (request.prefill_engine, request.decode_engine):
+            if engine is not None:
+                _audit_holding(life, request, engine)
+                seen[engine].append(request.key)
+    for engine, account in life.ledger.accounts.items():
+        buffer = sum(held.buffer_blocks for held in account.held.values())
+        hbm = sum(held.hbm_blocks for held in account.held.values())
+        free = account.buffer_free_blocks, account.hbm_free_blocks
+        capacity = account.facts.buffer_blocks, account.facts.hbm_blocks
+        _require((buffer + free[0], hbm + free[1]) == capacity, "engine {}: {} held, {} free", engine, buffer, free)
+        _require(min(free) >= 0, "engine {} is overdrawn: {} free", engine, free)
+        known = set(seen[engine])
+        for key, held in account.held.items():
+            _require(held.draining != (key in known), "engine {}: {} has {} and no owner", engine, key, held)
+        _require(known >= account.line.keys(), "engine {}: the dead stand in line {}", engine, account.line)
+        _audit_line(account)
+
+
+def _audit_line(account: Account) -> None:
+    if account.line:
+        head_blocks = next(iter(account.line.values()))
+        _require(head_blocks > account.buffer_free_blocks, "engine {}: the head would fit", account.facts.engine)
+
+
+def _audit_holding(life: Lifecycle, request: Request, engine: EngineId) -> None:
+    """One live attempt at one of its engines: in line with nothing, or holding what its state calls for."""
+    account = life.ledger.accounts[engine]
+    held = account.held.get(request.key)
+    buffer, hbm = (held.buffer_blocks, held.hbm_blocks) if held is not None else (0, 0)
+    in_line = account.line.get(request.key)
+    told = engine in request.commanded
+    if engine == request.decode_engine:
+        _require(hbm == hbm_blocks(request.facts), "{}: {} HBM blocks promised", request, hbm)
+        full = prompt_blocks(request.facts)
+        whole = request.state in (State.ALLOCATING, State.LOADING, State.PREFILLING) and told
+        if request.state is State.DECODING:
+            _require(0 <= buffer <= full, "{}: {} blocks of DE buffer", request, buffer)
+        else:
+            _require(buffer == (full if whole else 0), "{}: {} blocks of DE buffer", request, buffer)
+        waits = request.state is State.ALLOCATING and not told
+    else:
+        full = sum(leg.blocks for leg in request.legs if leg.side is Side.PE)
+        _require(buffer == (full if told else 0), "{}: {} blocks of PE buffer", request, buffer)
+        waits = request.state is State.ALLOCATING and request.decode_engine in request.commanded
+    _require(in_line == (full if waits else None), "{}: in line for {} of engine {}", request, in_line, engine)
+
+
+def _audit_releases(life: Lifecycle) -> None:
+    """Every draining holding is an unanswered Abort, in time or overdue, and the other way round."""
+    draining = {(held.engine, held.request, held.attempt) for held in life.ledger.holdings() if held.draining}
+    in_time = set(life.releases.keys())
+    _require(in_time.isdisjoint(life.overdue), "releases both in time and overdue: {}", in_time & life.overdue.keys())
+    _require(draining == in_time | life.overdue.keys(), "draining {}, awaited {}", draining, in_time)

@@ -1,0 +1,112 @@
+"""Which PE and which DE: the paper's adaptive request scheduling (§6.1), and round robin beside it.
+
+PE choice, for the head of the one global FIFO. Three classes of engines, by the constants alpha and beta:
+
+    tok_e > beta                 takes nothing
+    tok_e <= beta, read_q > alpha    taken from only when the class below is empty
+    tok_e <= beta, read_q <= alpha   preferred
+
+and in the class the smallest `tok_e`. No class left: stop until something finishes.
+
+DE choice, in two levels. (1) Every request goes to the group with the smallest total of tokens, what waits in the
+group's own queue included (without it, all requests of one fetch would go to one group). (2) In the group, `R` is the
+head of the queue that would fit the group's free HBM, fragmentation ignored, and
+
+    Z = 1.05 * (sum of len over R + sum of tok_e) / |E|
+
+An engine is *high* for a request if ``tok_e + len > Z``. Among the engines with enough free HBM: the not-high one with
+the smallest `seq_e`, else the high one with the smallest `tok_e`, else stop. Placing the head moves its length from the
+first sum to the second, so Z holds for a whole pass.
+
+All functions are pure: they read the columns and return an id, or None. Ties go to the smallest id.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+import numpy as np
+
+from dualpath.core.engines import Column, DecodeEngines, DecodeGroup, PrefillEngines
+from dualpath.core.policy import Constants
+from dualpath.core.vocabulary import EngineFacts, EngineId, GroupId, RequestFacts
+
+_NEVER = np.iinfo(np.int64).max
+
+
+def _argmin_where(mask: "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]", values: Column) -> int:
+    """Slot of the smallest value among the masked ones, the first of equals; the mask must not be empty."""
+    return int(np.where(mask, values, _NEVER).argmin())
+
+
+def choose_prefill_engine(engines: PrefillEngines, constants: Constants, buffer_blocks: int) -> EngineId | None:
+    """§6.1's PE choice; `buffer_blocks` is what the engine's buffer must be able to hold, at capacity."""
+    takes = engines.tok <= constants.beta_tokens
+    if buffer_blocks > engines.smallest_buffer_blocks:
+        takes &= engines.buffer_capacity >= buffer_blocks
+    short_queue = takes & (engines.read_queue <= constants.alpha_tokens)
+    for mask in (short_queue, takes):
+        if mask.any():
+            return engines.facts[_argmin_where(mask, engines.tok)].engine
+    return None
+
+
+def next_prefill_engine(engines: PrefillEngines, last: EngineId | None, buffer_blocks: int) -> EngineId | None:
+    """Round robin: the first PE after `last`, in order of id, whose buffer could hold so much."""
+    start = 0 if last is None else bisect_right(engines.facts, last, key=lambda facts: facts.engine)
+    for offset in range(len(engines)):
+        facts = engines.facts[(start + offset) % len(engines)]
+        if facts.buffer_blocks >= buffer_blocks:
+            return facts.engine
+    return None
+
+
+def choose_group(engines: DecodeEngines, buffer_blocks: int, hbm_blocks: int) -> GroupId:
+    """Phase 1: the group with the smallest load among those with an engine that could ever hold the request.
+
+    The caller knows that there is one (`Fleet.refusal`).
+    """
+    load = engines.group_load
+    if buffer_blocks > engines.smallest_buffer_blocks or hbm_blocks > engines.smallest_hbm_blocks:
+        fits = (engines.buffer_capacity >= buffer_blocks) & (engines.hbm_capacity >= hbm_blocks)
+        groups = {facts.group for facts, possible in zip(engines.facts, fits, strict=True) if possible}
+        load = np.where([group in groups for group in engines.group_ids], load, _NEVER)
+    return engines.group_ids[int(load.argmin())]
+
+
+def z_tokens(group: DecodeGroup, queue: Iterable[tuple[int, int]], z_factor: float) -> float:
+    """Phase 2's Z; `queue` gives each waiting request's prompt tokens and HBM blocks, from the head."""
+    free_blocks = group.hbm_free_total
+    fitting_tokens = 0
+    for prompt_tokens, hbm_blocks in queue:
+        if hbm_blocks > free_blocks:
+            break
+        free_blocks -= hbm_blocks
+        fitting_tokens += prompt_tokens
+    return z_factor * (fitting_tokens + group.tok_total) / len(group.facts)
+
+
+def choose_decode_engine(
+    group: DecodeGroup, facts: RequestFacts, z: float, buffer_blocks: int, hbm_blocks: int
+) -> EngineId | None:
+    """Phase 2's choice for the head of the group's queue."""
+    fits = (group.hbm_free >= hbm_blocks) & (group.buffer_capacity >= buffer_blocks)
+    not_high = fits & (group.tok <= z - facts.prompt_tokens)
+    if not_high.any():
+        return group.facts[_argmin_where(not_high, group.seq)].engine
+    if fits.any():
+        return group.facts[_argmin_where(fits, group.tok)].engine
+    return None
+
+
+def next_decode_engine(
+    engines: DecodeEngines, last: EngineFacts | None, buffer_blocks: int, hbm_blocks: int
+) -> EngineFacts | None:
+    """Round robin: the first DE after `last`, by group, then id, with so much free HBM and buffer capacity."""
+    fits = (engines.hbm_free >= hbm_blocks) & (engines.buffer_capacity >= buffer_blocks)
+    start = 0
+    if last is not None:
+        start = bisect_right(engines.facts, (last.group, last.engine), key=lambda facts: (facts.group, facts.engine))
+    for first, part in ((start, fits[start:]), (0, fits[:start])):
+        if part.any():
+            return engines.facts[first + int(part.argmax())]
+    return None

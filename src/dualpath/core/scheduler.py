@@ -1,0 +1,297 @@
+"""The scheduler: who prefills, who decodes, who reads, and what happens when something goes wrong.
+
+Theory of operation. A synchronous state machine without a clock. A driver calls one method for each thing that happens,
+with the time; the call appends commands to an outbox that `take_commands` drains; `next_wake` says when to call `wake`
+if nothing happens before. The same inputs in the same order give the same commands.
+
+```
+ submit ──> QUEUED ──> ALLOCATING ──> LOADING ──> PREFILLING ──> DECODING ──> FINISHED
+            waiting    ledger: DE     Prepare,    Prefill        Decode       Finish
+            room       buffer, then   Load(s)
+                       PE buffer
+```
+
+A request waits for a PE and a DE (`waiting`, `placement`), then gets its read path (`read_path`). Commands that make an
+engine allocate are issued when the `ledger` has room. What an engine answers is checked against the request's attempt
+and state; anything stale is dropped and counted, so an exception out of here means a bug in the driver or in core.
+
+An attempt fails by an engine's word, by the loss of an engine or by the deadline of its state. Engines that were told
+of it get an Abort, and their blocks stay held until they answer; the driver gets a Resubmit, or the client its Fail.
+
+Fetches, which place requests, run at most every `fetch_interval_ns` and only after something has changed.
+
+This file is the face: it decides which inputs are news. The steps that follow are in `lifecycle`.
+"""
+
+from dualpath.core.audit import audit
+from dualpath.core.gauges import EngineLoad, load_of, statistics
+from dualpath.core.ledger import Holding
+from dualpath.core.lifecycle import Lifecycle
+from dualpath.core.policy import Constants, Limits, Policy
+from dualpath.core.request import Event, Request, State, check_facts
+from dualpath.core.vocabulary import (
+    Cancelled,
+    Cause,
+    Command,
+    Decode,
+    EngineFacts,
+    EngineId,
+    Finish,
+    RequestFacts,
+    RequestId,
+    Side,
+)
+
+
+class Scheduler:
+    """One cluster's policy in action. Inputs take `now` in nanoseconds, which must not go back (ValueError)."""
+
+    def __init__(self, policy: Policy, constants: Constants, limits: Limits | None = None) -> None:
+        self._life = Lifecycle(policy, constants, limits if limits is not None else Limits())
+
+    @property
+    def policy(self) -> Policy:
+        return self._life.policy
+
+    @property
+    def constants(self) -> Constants:
+        return self._life.constants
+
+    @property
+    def limits(self) -> Limits:
+        return self._life.limits
+
+    @property
+    def now(self) -> int:
+        """Time of the last input, 0 before the first."""
+        return self._life.now
+
+    # ── engines ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def engine_joined(self, now: int, facts: EngineFacts) -> None:
+        """Raises ValueError on facts that make no sense or contradict those of other engines."""
+        life = self._life
+        life.begin(now)
+        life.fleet.add(facts)
+        life.ledger.open(facts)
+        life.changed = True
+        life.settle()
+
+    def engine_lost(self, now: int, engine: EngineId) -> None:
+        """The engine is gone for good, and the driver knows that it touches no memory of others any more."""
+        life = self._life
+        life.begin(now)
+        if engine not in life.fleet.facts:
+            life.count("dropped_engine_lost")
+            return
+        life.lose(engine)
+        life.settle()
+
+    # ── the driver's requests ───────────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, now: int, facts: RequestFacts) -> None:
+        """A new request, attempt 0. Raises ValueError on senseless facts or an id that is in use."""
+        life = self._life
+        life.begin(now)
+        check_facts(facts)
+        if facts.attempt != 0 or facts.request in life.requests:
+            raise ValueError(f"{facts}: a new request has attempt 0 and an id never used before")
+        life.count("submitted")
+        request = life.requests[facts.request] = Request(facts)
+        refusal = life.refusal(facts)
+        if refusal is None and len(life.waiting) >= life.limits.max_waiting:
+            refusal = Cause.OVERLOADED
+        if refusal is not None:
+            life.fail(request, refusal)
+            return
+        life.enqueue(request)
+        life.settle()
+
+    def resubmit(self, now: int, facts: RequestFacts) -> None:
+        """The driver's answer to `Resubmit`: the next attempt, matched against storage anew."""
+        life = self._life
+        life.begin(now)
+        check_facts(facts)
+        request = life.requests.get(facts.request)
+        if request is None or request.state is not State.RETRYING or facts.attempt != request.facts.attempt + 1:
+            life.count("dropped_resubmit")
+            return
+        request.facts = facts
+        refusal = life.refusal(facts)
+        if refusal is not None:
+            life.fail(request, refusal)
+            return
+        life.move(request, Event.RESUBMIT)
+        life.enqueue(request)
+        life.settle()
+
+    def cancel(self, now: int, request: RequestId) -> None:
+        """The client went away."""
+        life = self._life
+        life.begin(now)
+        live = life.requests.get(request)
+        if live is None:
+            life.count("dropped_cancel")
+            return
+        life.withdraw(live)
+        life.count("cancelled")
+        life.end(live, Event.CANCEL)
+        life.outbox.append(Cancelled(request))
+        life.settle()
+
+    # ── what engines answer ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def prepared(self, now: int, request: RequestId, attempt: int) -> None:
+        """DE: the attempt's buffer blocks are set aside."""
+        life = self._life
+        life.begin(now)
+        live = life.accept("prepared", request, attempt)
+        if live is None:
+            return
+        if live.prepared or live.decode_engine not in live.commanded:
+            life.count("dropped_prepared")
+            return
+        live.prepared = True
+        life.prefill_if_ready(live)
+        life.settle()
+
+    def loaded(self, now: int, request: RequestId, attempt: int, side: Side) -> None:
+        """The leg of `side` is in that side's buffer, verified."""
+        life = self._life
+        life.begin(now)
+        found = life.accept_leg("loaded", request, attempt, side)
+        if found is not None:
+            life.leg_loaded(*found)
+            life.settle()
+
+    def load_failed(self, now: int, request: RequestId, attempt: int, side: Side) -> None:
+        """A block of the leg is gone or fails its checksum; the driver will not offer it again."""
+        life = self._life
+        life.begin(now)
+        found = life.accept_leg("load_failed", request, attempt, side)
+        if found is not None:
+            life.fail_attempt(found[0], Cause.LOAD_FAILED)
+            life.settle()
+
+    def prefill_done(self, now: int, request: RequestId, attempt: int) -> None:
+        """PE: the prompt's KV is in the DE buffer, the first token is out, the PE holds nothing any more."""
+        life = self._life
+        life.begin(now)
+        live = life.accept("prefill_done", request, attempt)
+        if live is None:
+            return
+        prefill, decode = live.prefill_engine, live.decode_engine
+        assert prefill is not None and decode is not None
+        life.fleet.prefill.end(prefill, live.facts.prompt_tokens)
+        life.ledger.give_back(prefill, live.key)
+        life.freed(prefill)
+        live.prefill_engine = None
+        live.commanded = (decode,)
+        life.move(live, Event.PREFILL)
+        life.outbox.append(Decode(request, attempt, decode))
+        life.settle()
+
+    def buffer_freed(self, now: int, request: RequestId, attempt: int, blocks: int) -> None:
+        """DE: `blocks` more of the attempt's buffer blocks are given back.
+
+        Pieces look alike, so a repeated one is only caught when the attempt holds no more: the channel must not repeat.
+        """
+        life = self._life
+        life.begin(now)
+        live = life.accept("buffer_freed", request, attempt)
+        if live is None:
+            return
+        assert live.decode_engine is not None
+        if not life.ledger.free_buffer(live.decode_engine, live.key, blocks):
+            life.count("dropped_buffer_freed")
+            return
+        life.freed(live.decode_engine)
+        life.settle()
+
+    def finished(self, now: int, request: RequestId, attempt: int) -> None:
+        """DE: all tokens are out, all full blocks persisted, nothing is held any more."""
+        life = self._life
+        life.begin(now)
+        live = life.accept("finished", request, attempt)
+        if live is None:
+            return
+        assert live.decode_engine is not None
+        life.fleet.decode.end(live.decode_engine, live.facts.prompt_tokens)
+        life.ledger.give_back(live.decode_engine, live.key)
+        life.freed(live.decode_engine)
+        life.count("finished")
+        life.end(live, Event.FINISH)
+        life.outbox.append(Finish(request))
+        life.settle()
+
+    def attempt_failed(self, now: int, request: RequestId, attempt: int, engine: EngineId, cause: Cause) -> None:
+        """`engine` can't go on with the attempt; it keeps what it holds until its Abort."""
+        life = self._life
+        life.begin(now)
+        live = life.accept("attempt_failed", request, attempt)
+        if live is None:
+            return
+        if engine not in live.commanded:
+            life.count("dropped_attempt_failed")
+            return
+        life.fail_attempt(live, cause)
+        life.settle()
+
+    def released(self, now: int, request: RequestId, attempt: int, engine: EngineId) -> None:
+        """Answer to an Abort: nothing can touch the attempt's blocks any more, and the engine has them back."""
+        life = self._life
+        life.begin(now)
+        if not life.ledger.is_draining(engine, (request, attempt)):
+            life.count("dropped_released")
+            return
+        life.ledger.give_back(engine, (request, attempt))
+        life.releases.drop((engine, request, attempt))
+        life.overdue.pop((engine, request, attempt), None)
+        life.freed(engine)
+        life.settle()
+
+    # ── time and commands ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def wake(self, now: int) -> None:
+        """Time has passed: act on deadlines, and fetch if a fetch is due. Calling it early or often is harmless."""
+        life = self._life
+        life.begin(now)
+        for request in life.deadlines.pop_due(now):
+            life.expire(life.requests[request])
+        life.overdue |= dict.fromkeys(life.releases.pop_due(now))
+        life.settle()
+
+    def next_wake(self) -> int | None:
+        """When `wake` must be called at the latest; None while there is nothing to wait for."""
+        life = self._life
+        times = [life.deadlines.earliest(), life.releases.earliest()]
+        if life.changed and life.waiting:
+            times.append(life.next_fetch_ns)
+        return min((at_ns for at_ns in times if at_ns is not None), default=None)
+
+    def take_commands(self) -> list[Command]:
+        """The commands since the last call, in the order in which they must be carried out."""
+        commands, self._life.outbox = self._life.outbox, []
+        return commands
+
+    # ── what to look at ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def statistics(self) -> dict[str, int]:
+        """Counts since the start (``dropped_…`` are stale inputs), and the gauges at the end of the dictionary."""
+        return statistics(self._life)
+
+    def load_of(self, engine: EngineId) -> EngineLoad:
+        """Raises KeyError where no such engine is in the cluster."""
+        return load_of(self._life, engine)
+
+    def engines(self) -> tuple[EngineFacts, ...]:
+        """The cluster's engines, in order of joining."""
+        return tuple(self._life.fleet.facts.values())
+
+    def held(self) -> tuple[Holding, ...]:
+        """Every block held by any attempt anywhere; empty when nothing is going on."""
+        return tuple(self._life.ledger.holdings())
+
+    def audit(self) -> None:
+        """Check every invariant, in O(everything). Raises AssertionError saying which is broken."""
+        audit(self._life)

@@ -1,0 +1,161 @@
+"""Where requests wait for a PE and a DE, and the fetch that places them (paper §6.1).
+
+A request stands in two lines at once: the one FIFO for PEs, and for a DE first the global queue, then the private queue
+of a group. Every fetch drains the global queue into the groups' and serves each line from its head until it is stuck.
+Whoever has both engines leaves.
+
+Half-placed requests hold something while they wait: tokens counted on a PE, or a promise of device blocks. That can't
+lock up as long as all lines keep the order of arrival: who holds a promise and waits for a PE is younger than everyone
+who has a PE, and stands behind them in every private queue. Losing an engine would mix that order, so `start_over` then
+takes every half-made choice back; no command depends on one yet.
+"""
+
+from collections import OrderedDict
+
+from dualpath.core.engines import Fleet
+from dualpath.core.ledger import Ledger
+from dualpath.core.placement import (
+    choose_decode_engine,
+    choose_group,
+    choose_prefill_engine,
+    next_decode_engine,
+    next_prefill_engine,
+    z_tokens,
+)
+from dualpath.core.policy import Constants, Policy
+from dualpath.core.request import Request, hbm_blocks, hit_blocks, prompt_blocks
+from dualpath.core.vocabulary import EngineFacts, EngineId, GroupId, RequestId
+
+Line = OrderedDict[RequestId, Request]
+
+
+class WaitingRoom:
+    """All QUEUED requests, in order of arrival."""
+
+    def __init__(self, policy: Policy, constants: Constants, fleet: Fleet, ledger: Ledger) -> None:
+        self._policy = policy
+        self._constants = constants
+        self._fleet = fleet
+        self._ledger = ledger
+        self.requests: Line = OrderedDict()
+        self.for_prefill: Line = OrderedDict()
+        self.for_decode: Line = OrderedDict()
+        self.private: dict[GroupId, Line] = {}
+        """Private queues that are not empty."""
+        self._last_prefill: EngineId | None = None
+        self._last_decode: EngineFacts | None = None
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def join(self, request: Request) -> None:
+        self.requests[request.id] = request
+        self.for_prefill[request.id] = request
+        self.for_decode[request.id] = request
+
+    def leave(self, request: Request) -> None:
+        """Out of every line, and back with what was chosen for it."""
+        del self.requests[request.id]
+        self._take_back(request)
+
+    def start_over(self) -> None:
+        """Undo every half-made choice: all stand in both lines again, in order of arrival."""
+        for request in self.requests.values():
+            self._take_back(request)
+        self.for_prefill = self.requests.copy()
+        self.for_decode = self.requests.copy()
+
+    def fetch(self) -> list[Request]:
+        """Place what can be placed; who now has both a PE and a DE, in the order in which that came about."""
+        placed: list[Request] = []
+        self._fetch_prefill(placed)
+        if self._policy.placement == "paper":
+            self._share_out()
+            for group in list(self.private):
+                self._fetch_group(group, placed)
+        else:
+            self._fetch_decode_in_turn(placed)
+        for request in placed:
+            del self.requests[request.id]
+        return placed
+
+    def pe_buffer_blocks(self, request: Request) -> int:
+        """What the request needs of a PE buffer whatever happens: its hit blocks where only PEs read."""
+        return hit_blocks(request.facts) if self._policy.read_path == "pe_only" else 0
+
+    def _fetch_prefill(self, placed: list[Request]) -> None:
+        engines = self._fleet.prefill
+        while self.for_prefill:
+            request = next(iter(self.for_prefill.values()))
+            blocks = self.pe_buffer_blocks(request)
+            if self._policy.placement == "paper":
+                engine = choose_prefill_engine(engines, self._constants, blocks)
+            else:
+                engine = self._last_prefill = next_prefill_engine(engines, self._last_prefill, blocks)
+            if engine is None:
+                return
+            del self.for_prefill[request.id]
+            engines.start(engine, request.facts.prompt_tokens)
+            request.prefill_engine = engine
+            if request.decode_engine is not None:
+                placed.append(request)
+
+    def _share_out(self) -> None:
+        """DE choice, phase 1: each request of the global queue to a group."""
+        while self.for_decode:
+            _, request = self.for_decode.popitem(last=False)
+            group = choose_group(self._fleet.decode, prompt_blocks(request.facts), hbm_blocks(request.facts))
+            request.group = group
+            self._fleet.decode.queue(group, request.facts.prompt_tokens)
+            self.private.setdefault(group, OrderedDict())[request.id] = request
+
+    def _fetch_group(self, group_id: GroupId, placed: list[Request]) -> None:
+        """DE choice, phase 2: the group's private queue from its head."""
+        group, line = self._fleet.decode.groups[group_id], self.private[group_id]
+        lengths = ((request.facts.prompt_tokens, hbm_blocks(request.facts)) for request in line.values())
+        z = z_tokens(group, lengths, self._constants.z_factor)
+        while line:
+            request = next(iter(line.values()))
+            facts = request.facts
+            engine = choose_decode_engine(group, facts, z, prompt_blocks(facts), hbm_blocks(facts))
+            if engine is None:
+                return
+            del line[request.id]
+            self._fleet.decode.queue(group_id, -facts.prompt_tokens)
+            self._give_decode(request, engine, placed)
+        del self.private[group_id]
+
+    def _fetch_decode_in_turn(self, placed: list[Request]) -> None:
+        while self.for_decode:
+            request = next(iter(self.for_decode.values()))
+            blocks = prompt_blocks(request.facts), hbm_blocks(request.facts)
+            engine = next_decode_engine(self._fleet.decode, self._last_decode, *blocks)
+            if engine is None:
+                return
+            del self.for_decode[request.id]
+            self._last_decode = engine
+            self._give_decode(request, engine.engine, placed)
+
+    def _give_decode(self, request: Request, engine: EngineId, placed: list[Request]) -> None:
+        request.decode_engine = engine
+        self._fleet.decode.start(engine, request.facts.prompt_tokens)
+        self._ledger.promise_hbm(engine, request.key, hbm_blocks(request.facts))
+        if request.prefill_engine is not None:
+            placed.append(request)
+
+    def _take_back(self, request: Request) -> None:
+        tokens = request.facts.prompt_tokens
+        self.for_prefill.pop(request.id, None)
+        self.for_decode.pop(request.id, None)
+        if request.group is not None and request.id in self.private.get(request.group, {}):
+            line = self.private[request.group]
+            del line[request.id]
+            self._fleet.decode.queue(request.group, -tokens)
+            if not line:
+                del self.private[request.group]
+        if request.prefill_engine is not None:
+            self._fleet.prefill.end(request.prefill_engine, tokens)
+        if request.decode_engine is not None:
+            self._fleet.decode.end(request.decode_engine, tokens)
+            self._ledger.give_back(request.decode_engine, request.key)
+        request.leave_engines()
