@@ -1,0 +1,285 @@
+"""The passive side of one connection: what a peer asks of this engine's pool, checked, paced and answered.
+
+Two threads: the *receiver* takes frames and the chunks of writes and answers those; the *replier* serves reads and
+pings first-in first-out, so that a read on its way out does not hold up a write on its way in. Every chunk passes this
+engine's CNIC. Nothing a peer sends is trusted: descriptors are checked against the pool and answered with an error,
+what is not the protocol ends the connection, and the queue between the threads is bounded, which stops a greedy peer.
+"""
+
+import contextlib
+import queue
+import threading
+from typing import Protocol
+
+import msgspec
+
+from dualpath.core.vocabulary import TrafficClass
+from dualpath.transfer.channel import Span, TransferCause, TransferError, check_spans
+from dualpath.transfer.cursor import Cursor
+from dualpath.transfer.pool import Bytes, MappedPages
+from dualpath.transfer.quiet import InFlight
+from dualpath.transfer.stream import Stream, StreamClosed
+from dualpath.transfer.traffic import DeadlineExceeded, TrafficManager
+from dualpath.transfer.wire import (
+    CAUSES,
+    SPAN_BYTES,
+    VERSION,
+    Frame,
+    FrameKind,
+    Hello,
+    ProtocolError,
+    Welcome,
+    unpack_spans,
+)
+
+MAX_QUEUED_REPLIES = 1024
+MAX_OPEN_WRITES = 1024
+HELLO_TIMEOUT_NS = 5_000_000_000
+
+
+class _Read:
+    """A read to be served."""
+
+    def __init__(self, frame: Frame, cursor: Cursor, deadline_ns: int) -> None:
+        self.op = frame.op
+        self.left_bytes = frame.n_bytes
+        self.cursor = cursor
+        self.deadline_ns = deadline_ns
+
+
+class _Write:
+    """A write whose chunks are arriving. Without a cursor it was refused; its chunks are neither kept nor counted."""
+
+    def __init__(self, frame: Frame, cursor: Cursor | None, deadline_ns: int) -> None:
+        self.left_bytes = frame.n_bytes
+        self.cursor = cursor
+        self.deadline_ns = deadline_ns
+
+
+class _Ping(msgspec.Struct, frozen=True):
+    op: int
+    payload: bytes
+
+
+class Host(Protocol):
+    """What a connection needs of its server."""
+
+    pool: MappedPages
+    traffic: TrafficManager
+    in_flight: InFlight
+
+    def rejected(self) -> None:
+        """An operation was answered with an error."""
+        ...
+
+    def violated(self, connection: "ServedConnection", error: Exception) -> None:
+        """The peer broke the protocol."""
+        ...
+
+    def gone(self, connection: "ServedConnection") -> None:
+        """The connection is over, and its peer quiet."""
+        ...
+
+
+class ServedConnection:
+    """One accepted connection. A subclass says how payload travels and how to hang up."""
+
+    def __init__(self, number: int, stream: Stream, host: Host) -> None:
+        self.number = number
+        self.peer_tag = ""
+        self._forced = False
+        self._class = TrafficClass.LOW
+        self._stream = stream
+        self._host = host
+        self._writes: dict[int, _Write] = {}
+        self._replies: queue.Queue[_Read | _Ping | None] = queue.Queue(MAX_QUEUED_REPLIES)
+        self._replier = threading.Thread(target=self._reply_all, name=f"channel replier {number}", daemon=True)
+        self._receiver = threading.Thread(target=self._run, name=f"channel receiver {number}", daemon=True)
+
+    def start(self) -> None:
+        self._receiver.start()
+
+    def join(self, timeout_s: float) -> None:
+        self._receiver.join(timeout_s)
+
+    def force(self) -> None:
+        """End the connection without waiting for the peer; whether it is quiet stays unknown."""
+        self._forced = True
+        self._stream.shutdown()
+
+    # ── How payload travels ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def hang_up(self) -> None:
+        """End the connection from any thread, such that its end proves that the peer touches the pool no more."""
+        raise NotImplementedError
+
+    def _pull(self, n_bytes: int, cursor: Cursor | None) -> None:
+        """Take a chunk of a write into the pool, or from nowhere to nowhere."""
+        raise NotImplementedError
+
+    def _push(self, frame: Frame, slices: list[Bytes]) -> None:
+        """Send a chunk of a read."""
+        raise NotImplementedError
+
+    def _mark_class(self, traffic_class: TrafficClass) -> None:
+        """The peer's class is known now."""
+
+    def _pool_path(self) -> str:
+        return ""
+
+    def _pushed(self, op: int) -> None:
+        """The last chunk of a read was sent, or its error."""
+        self._ended(op)
+
+    # ── Receiving ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _run(self) -> None:
+        try:
+            self._greet()
+            self._replier.start()
+            self._receive_all()
+        except StreamClosed:
+            pass
+        except Exception as error:  # whatever it is, it must not take the server along
+            self._host.violated(self, error)
+            if self.peer_tag:
+                self._part()
+        finally:
+            self._stream.shutdown()
+            if self._replier.ident is not None:
+                self._replies.put(None)
+                self._replier.join()
+            self._stream.close()
+            if not self._forced:
+                self._host.in_flight.end_connection(self.peer_tag, self.number)
+            self._host.gone(self)
+
+    def _greet(self) -> None:
+        deadline_ns = self._host.traffic.clock() + HELLO_TIMEOUT_NS
+        frame = self._stream.receive_frame(deadline_ns)
+        if frame.kind is not FrameKind.HELLO:
+            raise ProtocolError(f"expected HELLO: {frame}")
+        hello = msgspec.msgpack.decode(self._stream.receive_bytes(frame.n_bytes, deadline_ns), type=Hello)
+        if hello.version != VERSION or not hello.tag:
+            raise ProtocolError(f"expected version {VERSION} and a tag: {hello}")
+        self._class = TrafficClass(hello.traffic_class)
+        self._mark_class(self._class)
+        self.peer_tag = hello.tag
+        self._host.in_flight.begin(self.peer_tag, (self.number, 0))
+        pool = self._host.pool
+        body = msgspec.msgpack.encode(Welcome(VERSION, pool.page_bytes, pool.pages, self._pool_path()))
+        self._stream.send(Frame(FrameKind.WELCOME, n_bytes=len(body)), [body])
+
+    def _part(self) -> None:
+        """Hang up and wait until the peer has closed its end."""
+        self.hang_up()
+        with contextlib.suppress(StreamClosed):
+            while True:
+                self._stream.discard(1 << 20)
+
+    def _receive_all(self) -> None:
+        while True:
+            frame = self._stream.receive_frame()
+            match frame.kind:
+                case FrameKind.DATA:
+                    self._receive_chunk(frame)
+                case FrameKind.READ | FrameKind.WRITE:
+                    self._open(frame)
+                case FrameKind.PING:
+                    payload = self._stream.receive_bytes(frame.n_bytes)
+                    self._host.traffic.cnic.rx.acquire(self._class, frame.n_bytes)
+                    self._replies.put(_Ping(frame.op, payload))
+                case FrameKind.ABORT:
+                    if self._writes.pop(frame.op, None) is None:
+                        raise ProtocolError(f"ABORT of no open write: {frame}")
+                    self._ended(frame.op)
+                case FrameKind.DONE:
+                    self._ended(frame.op)
+                case _:
+                    raise ProtocolError(f"a server is not sent {frame.kind.name}")
+
+    def _open(self, frame: Frame) -> None:
+        spans = unpack_spans(self._stream.receive_bytes(frame.spans * SPAN_BYTES))
+        if frame.n_bytes != sum(span.n_bytes for span in spans) or not spans or frame.op == 0:
+            raise ProtocolError(f"a total that is not the sum of the spans: {frame}")
+        if not self._host.in_flight.begin(self.peer_tag, (self.number, frame.op)):
+            raise ProtocolError(f"operation {frame.op} is in flight already")
+        deadline_ns = self._host.traffic.clock() + frame.timeout_ns
+        try:
+            cursor: Cursor | None = self._cursor(spans)
+        except TransferError as error:
+            cursor = None
+            self._answer_error(frame.op, error)
+        if frame.kind is FrameKind.WRITE:
+            if len(self._writes) >= MAX_OPEN_WRITES:
+                raise ProtocolError(f"more than {MAX_OPEN_WRITES} writes begun and not sent")
+            self._writes[frame.op] = _Write(frame, cursor, deadline_ns)
+        elif cursor is not None:
+            self._replies.put(_Read(frame, cursor, deadline_ns))
+        else:
+            self._pushed(frame.op)
+
+    def _cursor(self, spans: list[Span]) -> Cursor:
+        pool = self._host.pool
+        check_spans(spans, pool.page_bytes, pool.pages)
+        return Cursor([pool.view(span.page)[span.offset : span.offset + span.n_bytes] for span in spans])
+
+    def _receive_chunk(self, frame: Frame) -> None:
+        write = self._writes.get(frame.op)
+        if write is None or frame.n_bytes > write.left_bytes:
+            raise ProtocolError(f"a chunk of no open write: {frame}")
+        if write.cursor is not None:
+            try:
+                self._host.traffic.cnic.rx.acquire(self._class, frame.n_bytes, write.deadline_ns)
+            except DeadlineExceeded as late:
+                write.cursor = None
+                self._answer_error(frame.op, TransferError(TransferCause.DEADLINE, f"on the receiving side: {late}"))
+        self._pull(frame.n_bytes, write.cursor)
+        write.left_bytes -= frame.n_bytes
+        if write.left_bytes == 0:
+            del self._writes[frame.op]
+            self._ended(frame.op)
+            if write.cursor is not None:
+                self._send(Frame(FrameKind.DONE, frame.op))
+
+    # ── Replying ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _reply_all(self) -> None:
+        connected = True
+        while (reply := self._replies.get()) is not None:
+            if not connected:
+                continue
+            try:
+                if isinstance(reply, _Ping):
+                    self._host.traffic.cnic.tx.acquire(self._class, len(reply.payload))
+                    self._stream.send(Frame(FrameKind.PONG, reply.op, len(reply.payload)), [reply.payload])
+                else:
+                    self._reply_read(reply)
+            except StreamClosed:
+                connected = False
+
+    def _reply_read(self, read: _Read) -> None:
+        lane = self._host.traffic.cnic.tx
+        while read.left_bytes:
+            n_bytes = min(lane.chunk_bytes, read.left_bytes)
+            try:
+                lane.acquire(self._class, n_bytes, read.deadline_ns)
+            except DeadlineExceeded as late:
+                self._answer_error(read.op, TransferError(TransferCause.DEADLINE, f"on the sending side: {late}"))
+                break
+            self._push(Frame(FrameKind.DATA, read.op, n_bytes), read.cursor.take(n_bytes))
+            read.left_bytes -= n_bytes
+        self._pushed(read.op)
+
+    def _answer_error(self, op: int, error: TransferError) -> None:
+        self._host.rejected()
+        text = str(error).removeprefix(f"{error.cause.value}: ").encode()[:1024]
+        self._send(Frame(FrameKind.ERROR, op, len(text), cause=CAUSES.index(error.cause)), [text])
+
+    def _send(self, frame: Frame, payload: list[bytes] | None = None) -> None:
+        """Send unless we have hung up: then the receiver still has to see the peer's end."""
+        with contextlib.suppress(StreamClosed):
+            self._stream.send(frame, payload or ())
+
+    def _ended(self, op: int) -> None:
+        self._host.in_flight.end(self.peer_tag, (self.number, op))

@@ -1,0 +1,258 @@
+"""The traffic manager: every byte in or out of an engine passes one of its NICs, in one of two classes (paper §5).
+
+Theory of operation
+-------------------
+An engine has two NICs, ``snic`` (storage network) and ``cnic`` (compute network), and each NIC two lanes, ``rx`` into
+the engine and ``tx`` out of it. A thread about to move a chunk first calls `Lane.acquire`, which returns when the lane
+lets the chunk through. Who is next is decided by `core.arbiter.Arbiter`; this module adds a lock and sleeping.
+
+Of the threads that wait on a lane one *leads*: it sleeps until the arbiter can next grant something, asks it, wakes
+whoever was granted, and passes the lead on when it was granted itself. So a grant wakes one thread, not all.
+
+A thread sleeps 50-100 µs too long, more when another holds the interpreter lock. `acquire` therefore returns up to
+`EARLY_NS` before the chunk's last byte would have left: the thread copies and asks for its next chunk while the lane is
+still busy with this one, on the arbiter's exact timeline. The rate over time is unaffected, being the arbiter's.
+
+With a rate of None (real hardware, whose NICs pace themselves) nothing waits and everything is still counted.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from dualpath.core.arbiter import Arbiter
+from dualpath.core.vocabulary import TrafficClass
+
+Clock = Callable[[], int]
+Sleep = Callable[[int], None]
+Weights = tuple[int, int]
+
+EARLY_NS = 500_000
+MIN_CHUNK_BYTES = 64 * 1024
+MAX_CHUNK_BYTES = 256 * 1024
+UNPACED_CHUNK_BYTES = 1024 * 1024
+CHUNK_NS = 500_000
+"""A chunk should take about this long: it is the longest a high-class message waits for a low-class one."""
+
+
+class DeadlineExceeded(Exception):  # noqa: N818
+    """The deadline came before the lane's turn. Of what was asked for, `granted_bytes` were let through and counted."""
+
+    def __init__(self, text: str, granted_bytes: int = 0) -> None:
+        super().__init__(text)
+        self.granted_bytes = granted_bytes
+
+
+class LaneStatistics(msgspec.Struct, frozen=True, gc=False):
+    """Bytes let through so far by class, and the time they took at the lane's rate (0 when it has none)."""
+
+    high_bytes: int
+    low_bytes: int
+    busy_ns: int
+    waiting: int
+    """Threads waiting at this moment."""
+
+
+class NicStatistics(msgspec.Struct, frozen=True, gc=False):
+    """Both lanes of a NIC."""
+
+    rx: LaneStatistics
+    tx: LaneStatistics
+
+
+class TrafficStatistics(msgspec.Struct, frozen=True, gc=False):
+    """Both NICs of an engine."""
+
+    snic: NicStatistics
+    cnic: NicStatistics
+
+
+class _Waiter:
+    """A chunk asked for. `signal` is a lock the waiting thread blocks on: the cheapest timed wait there is.
+
+    `attended`: a thread waits for it, and so may be given the lead.
+    """
+
+    __slots__ = ("attended", "done_ns", "signal")
+
+    def __init__(self) -> None:
+        self.attended = False
+        self.done_ns: int | None = None
+        self.signal = threading.Lock()
+        self.signal.acquire()
+
+    def wake(self) -> None:
+        if self.signal.locked():
+            self.signal.release()
+
+
+class Lane:
+    """One direction of one NIC."""
+
+    def __init__(
+        self, name: str, rate_bytes_per_s: int | None, clock: Clock, sleep: Sleep, weights: Weights = (99, 1)
+    ) -> None:
+        self.name = name
+        self.rate_bytes_per_s = rate_bytes_per_s
+        self._clock = clock
+        self._sleep = sleep
+        self._arbiter = Arbiter(rate_bytes_per_s, weights)
+        self._lock = threading.Lock()
+        self._waiting: dict[int, _Waiter] = {}
+        self._leader: int | None = None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The piece in which to move bytes through this lane."""
+        if self.rate_bytes_per_s is None:
+            return UNPACED_CHUNK_BYTES
+        return min(max(self.rate_bytes_per_s * CHUNK_NS // 1_000_000_000, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+
+    def acquire(self, traffic_class: TrafficClass, n_bytes: int, deadline_ns: int | None = None) -> None:
+        """Block until `n_bytes` may count as sent; more than a chunk is asked for a chunk at a time.
+
+        Raises DeadlineExceeded at `deadline_ns` of the manager's clock; chunks granted by then stay counted.
+        """
+        if self.rate_bytes_per_s is None:
+            if n_bytes:
+                with self._lock:
+                    self._ask(traffic_class, n_bytes, _Waiter())
+            return
+        granted_bytes = 0
+        while granted_bytes < n_bytes:
+            chunk_bytes = min(n_bytes - granted_bytes, self.chunk_bytes)
+            try:
+                self._finish(*self._begin(traffic_class, chunk_bytes), deadline_ns)
+            except DeadlineExceeded as late:
+                raise DeadlineExceeded(f"{late}, {granted_bytes} of {n_bytes} bytes sent", granted_bytes) from None
+            granted_bytes += chunk_bytes
+
+    def statistics(self) -> LaneStatistics:
+        with self._lock:
+            high_bytes, low_bytes = self._arbiter.served_bytes
+            return LaneStatistics(high_bytes, low_bytes, self._arbiter.busy_ns, len(self._waiting))
+
+    def _begin(self, traffic_class: TrafficClass, n_bytes: int) -> tuple[int, _Waiter]:
+        waiter = _Waiter()
+        with self._lock:
+            return self._ask(traffic_class, n_bytes, waiter), waiter
+
+    def _ask(self, traffic_class: TrafficClass, n_bytes: int, waiter: _Waiter) -> int:
+        now = self._clock()
+        ticket = self._arbiter.request(now, traffic_class, n_bytes)
+        self._waiting[ticket] = waiter
+        self._grant(now)
+        return ticket
+
+    def _finish(self, ticket: int, waiter: _Waiter, deadline_ns: int | None) -> None:
+        """Wait for a chunk asked for by `_begin`, leading the lane where nobody else does."""
+        while True:
+            with self._lock:
+                waiter.attended = True
+                now = self._clock()
+                self._grant(now)
+                if waiter.done_ns is not None:
+                    self._pass_lead(ticket)
+                    break
+                if deadline_ns is not None and now >= deadline_ns:
+                    self._give_back(ticket)
+                    raise DeadlineExceeded(f"{self.name}: the deadline passed {now - deadline_ns} ns ago")
+                if self._leader is None:
+                    self._leader = ticket
+                wake_ns = self._arbiter.next_wake() if self._leader == ticket else None
+            self._wait(waiter, now, wake_ns, deadline_ns)
+        if waiter.done_ns - now > EARLY_NS:
+            self._sleep(waiter.done_ns - EARLY_NS - now)
+
+    def _wait(self, waiter: _Waiter, now: int, wake_ns: int | None, deadline_ns: int | None) -> None:
+        """The leader sleeps until `wake_ns`; the others until they are granted or given the lead."""
+        until_ns = min((at for at in (wake_ns, deadline_ns) if at is not None), default=None)
+        if wake_ns is not None and until_ns is not None:
+            self._sleep(max(until_ns - now, 0))
+        elif until_ns is None:
+            waiter.signal.acquire()
+        else:
+            waiter.signal.acquire(timeout=min(max(until_ns - now, 0) / 1e9, threading.TIMEOUT_MAX))
+
+    def _grant(self, now: int) -> None:
+        for grant in self._arbiter.poll(now):
+            waiter = self._waiting.pop(grant.ticket)
+            waiter.done_ns = grant.done_ns
+            if grant.ticket != self._leader:
+                waiter.wake()
+
+    def _withdraw(self, ticket: int) -> None:
+        with self._lock:
+            self._give_back(ticket)
+
+    def _give_back(self, ticket: int) -> None:
+        self._arbiter.cancel(ticket)
+        self._waiting.pop(ticket, None)
+        self._pass_lead(ticket)
+
+    def _pass_lead(self, ticket: int) -> None:
+        if self._leader == ticket:
+            self._leader = next((other for other, waiter in self._waiting.items() if waiter.attended), None)
+            if self._leader is not None:
+                self._waiting[self._leader].wake()
+
+
+class Nic:
+    """A full-duplex NIC of one engine."""
+
+    def __init__(
+        self, name: str, rate_bytes_per_s: int | None, clock: Clock, sleep: Sleep, weights: Weights = (99, 1)
+    ) -> None:
+        self.rx = Lane(f"{name} rx", rate_bytes_per_s, clock, sleep, weights)
+        self.tx = Lane(f"{name} tx", rate_bytes_per_s, clock, sleep, weights)
+
+    def statistics(self) -> NicStatistics:
+        return NicStatistics(self.rx.statistics(), self.tx.statistics())
+
+
+def _sleep_ns(n_ns: int) -> None:
+    time.sleep(n_ns / 1e9)
+
+
+class TrafficManager:
+    """The NICs of one engine. Rates are of one direction; None leaves the pacing to the hardware.
+
+    `clock` gives nanoseconds; every deadline in this package is of that clock. `sleep` takes nanoseconds.
+    """
+
+    def __init__(
+        self,
+        snic_bytes_per_s: int | None = None,
+        cnic_bytes_per_s: int | None = None,
+        *,
+        weights: Weights = (99, 1),
+        clock: Clock = time.monotonic_ns,
+        sleep: Sleep = _sleep_ns,
+    ) -> None:
+        self.clock = clock
+        self.snic = Nic("snic", snic_bytes_per_s, clock, sleep, weights)
+        self.cnic = Nic("cnic", cnic_bytes_per_s, clock, sleep, weights)
+
+    def local_copy(
+        self, n_bytes: int, deadline_ns: int | None = None, traffic_class: TrafficClass = TrafficClass.LOW
+    ) -> None:
+        """Charge a copy between this engine's DRAM and its GPU: out through the CNIC and in again (paper §5).
+
+        Blocks like `Lane.acquire`, for the slower of the two lanes rather than for their sum. Raises DeadlineExceeded.
+        """
+        rx, tx = self.cnic.rx, self.cnic.tx
+        while n_bytes > 0:
+            chunk_bytes = min(n_bytes, tx.chunk_bytes)
+            leaving, arriving = tx._begin(traffic_class, chunk_bytes), rx._begin(traffic_class, chunk_bytes)
+            try:
+                tx._finish(*leaving, deadline_ns)
+            except DeadlineExceeded:
+                rx._withdraw(arriving[0])
+                raise
+            rx._finish(*arriving, deadline_ns)
+            n_bytes -= chunk_bytes
+
+    def statistics(self) -> TrafficStatistics:
+        return TrafficStatistics(self.snic.statistics(), self.cnic.statistics())
