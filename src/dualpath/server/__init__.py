@@ -1,0 +1,7 @@
+"""The OpenAI-compatible server over the runtime's public face."""
+
+from dualpath.server.app import ServerLimits, create_app
+from dualpath.server.codec import load_tokenizer
+from dualpath.server.listen import serve
+
+__all__ = ["ServerLimits", "create_app", "load_tokenizer", "serve"]

@@ -1,0 +1,230 @@
+"""What clients receive: OpenAI's bodies and stream events, written with msgspec because every token passes here.
+
+A writer holds what the answers of one request share and knows one endpoint's shape. It turns each piece into a
+server-sent event, or folds all into a whole body. Fields the client did not ask for are left out (`UNSET`); `usage`
+always has ``prompt_tokens_details.cached_tokens``.
+"""
+
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from dualpath.runtime.api import TokenLogprob
+from dualpath.server.codec import TextCodec
+from dualpath.server.generation import Piece, Usage
+from dualpath.server.planning import Plan
+
+DONE = b"data: [DONE]\n\n"
+_LEAST_LOGPROB = -9999.0
+"""JSON has no minus infinity."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class CachedTokens(msgspec.Struct, gc=False):
+    cached_tokens: int
+
+
+class UsageBody(msgspec.Struct, gc=False):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class ChoiceBody(msgspec.Struct, kw_only=True, gc=False):
+    """One choice: `text` (completions), `message` (chats) or `delta` (chats, streamed) is set."""
+
+    index: int
+    text: str | UnsetType = UNSET
+    message: dict[str, Any] | UnsetType = UNSET
+    delta: dict[str, str] | UnsetType = UNSET
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class AnswerBody(msgspec.Struct, kw_only=True, gc=False):
+    """A whole response, or one event of a streamed one."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChoiceBody]
+    usage: UsageBody | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Writer(Protocol):
+    """Shapes one request's answer."""
+
+    def event(self, piece: Piece) -> bytes:
+        """Server-sent event (or two) of one piece."""
+        ...
+
+    def usage_event(self, usage: Usage) -> bytes: ...
+
+    def whole(self, pieces: list[Piece], usage: Usage) -> bytes:
+        """Body of an answer that is not streamed, from all its pieces."""
+        ...
+
+
+class _Answer:
+    """What both shapes share: the envelope, usage, and pieces folded per choice."""
+
+    object: str
+    chunk_object: str
+    id_prefix: str
+
+    def __init__(self, model: str, plan: Plan, codec: TextCodec) -> None:
+        self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
+        self._plan = plan
+        self._codec = codec
+        self._begun = [False] * len(plan.choices)
+
+    def usage_event(self, usage: Usage) -> bytes:
+        return b"data: %b\n\n" % _encode(self._body(self.chunk_object, [], _usage_body(usage)))
+
+    def _body(self, kind: str, choices: list[ChoiceBody], usage: UsageBody | UnsetType | None) -> AnswerBody:
+        return AnswerBody(
+            id=self._id, object=kind, created=self._created, model=self._model, choices=choices, usage=usage
+        )
+
+    def _chunk(self, choice: ChoiceBody) -> AnswerBody:
+        return self._body(self.chunk_object, [choice], None if self._plan.include_usage else UNSET)
+
+    def _choice(self, piece: Piece) -> ChoiceBody:
+        token_ids = piece.token_ids if self._plan.return_token_ids else UNSET
+        return ChoiceBody(index=piece.choice, finish_reason=piece.finish_reason, token_ids=token_ids)
+
+    def _is_first(self, choice: int) -> bool:
+        first, self._begun[choice] = not self._begun[choice], True
+        return first
+
+    def _folded(self, pieces: list[Piece]) -> Iterator[Piece]:
+        """One piece per choice, with everything of it."""
+        of_choice: list[list[Piece]] = [[] for _ in self._plan.choices]
+        for piece in pieces:
+            of_choice[piece.choice].append(piece)
+        for choice, own in enumerate(of_choice):
+            yield Piece(
+                choice=choice,
+                text="".join(piece.text for piece in own),
+                token_ids=[token for piece in own for token in piece.token_ids],
+                logprobs=[entry for piece in own for entry in piece.logprobs or []],
+                finish_reason=own[-1].finish_reason,
+                cached_tokens=own[-1].cached_tokens,
+            )
+
+
+class CompletionWriter(_Answer):
+    """/v1/completions."""
+
+    object = chunk_object = "text_completion"
+    id_prefix = "cmpl"
+
+    def __init__(self, model: str, plan: Plan, codec: TextCodec) -> None:
+        super().__init__(model, plan, codec)
+        self._offsets = [0] * len(plan.choices)
+
+    def event(self, piece: Piece) -> bytes:
+        return b"data: %b\n\n" % _encode(self._chunk(self._choice(piece)))
+
+    def whole(self, pieces: list[Piece], usage: Usage) -> bytes:
+        choices = [self._choice(piece) for piece in self._folded(pieces)]
+        return _encode(self._body(self.object, choices, _usage_body(usage)))
+
+    def _choice(self, piece: Piece) -> ChoiceBody:
+        choice = super()._choice(piece)
+        choice.text = piece.text
+        if self._is_first(piece.choice) and self._plan.return_token_ids:
+            choice.prompt_token_ids = self._plan.choices[piece.choice].request.prompt_token_ids
+        if self._plan.logprobs is not None:
+            choice.logprobs = self._logprobs(piece)
+        return choice
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any]:
+        """Parallel lists over tokens; `text_offset` counts characters of the tokens' own texts."""
+        chosen = [entry[0] for entry in piece.logprobs or []]
+        tokens = [self._codec.token_text(c.token_id) for c in chosen]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[piece.choice])
+            self._offsets[piece.choice] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [_number(c) for c in chosen],
+            "top_logprobs": [
+                {self._codec.token_text(t.token_id): _number(t) for t in reversed(entry)}
+                for entry in piece.logprobs or []
+            ],
+            "text_offset": offsets,
+        }
+
+
+class ChatWriter(_Answer):
+    """/v1/chat/completions."""
+
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+
+    def event(self, piece: Piece) -> bytes:
+        choice = self._choice(piece)
+        choice.delta = {"content": piece.text}
+        event = b"data: %b\n\n" % _encode(self._chunk(choice))
+        return self._opening(piece.choice) + event if self._is_first(piece.choice) else event
+
+    def whole(self, pieces: list[Piece], usage: Usage) -> bytes:
+        choices = []
+        for piece in self._folded(pieces):
+            choice = self._choice(piece)
+            choice.message = {"role": "assistant", "content": piece.text, "refusal": None}
+            choices.append(choice)
+        body = self._body(self.object, choices, _usage_body(usage))
+        if self._plan.return_token_ids:
+            body.prompt_token_ids = self._plan.prompts[0]
+        return _encode(body)
+
+    def _opening(self, choice: int) -> bytes:
+        """The event that names the role before any text."""
+        delta = {"role": "assistant", "content": ""}
+        chunk = self._chunk(ChoiceBody(index=choice, delta=delta, finish_reason=None))
+        if self._plan.return_token_ids:
+            chunk.prompt_token_ids = self._plan.prompts[0]
+        return b"data: %b\n\n" % _encode(chunk)
+
+    def _choice(self, piece: Piece) -> ChoiceBody:
+        choice = super()._choice(piece)
+        if self._plan.logprobs is not None:
+            choice.logprobs = {"content": [self._logprob(entry) for entry in piece.logprobs or []], "refusal": None}
+        return choice
+
+    def _logprob(self, entry: list[TokenLogprob]) -> dict[str, Any]:
+        chosen, *top = entry
+        return {**self._token(chosen), "top_logprobs": [self._token(t) for t in top]}
+
+    def _token(self, token: TokenLogprob) -> dict[str, Any]:
+        text = self._codec.token_text(token.token_id)
+        return {"token": text, "logprob": _number(token), "bytes": list(text.encode())}
+
+
+def _number(token: TokenLogprob) -> float:
+    return max(token.logprob, _LEAST_LOGPROB)
+
+
+def _usage_body(usage: Usage) -> UsageBody:
+    return UsageBody(
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.prompt_tokens + usage.completion_tokens,
+        CachedTokens(usage.cached_tokens),
+    )

@@ -1,0 +1,156 @@
+"""From the cluster's tokens to pieces of text: one choice, many choices side by side, and their usage.
+
+Every source is closed where it is used, whatever ends it (its last piece, a stop string, an error, a client that went
+away), because closing a generation is what frees its blocks in the cluster.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+
+import msgspec
+
+from dualpath.runtime.api import GeneratedTokens, Generator, TokenLogprob
+from dualpath.server.codec import TextCodec
+from dualpath.server.detokenize import IncrementalDetokenizer, StopMatcher
+from dualpath.server.errors import INTERNAL, ApiError
+from dualpath.server.metrics import GenerationTimer
+from dualpath.server.planning import Choice, Plan
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT_S = 30.0
+_PIECES_AHEAD = 2
+
+
+class Piece(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of one choice. The last has a `finish_reason`; text may lag behind tokens, never run ahead."""
+
+    choice: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[list[TokenLogprob]] | None
+    finish_reason: str | None
+    cached_tokens: int
+
+
+class ChoiceText:
+    """Turns one choice's steps into pieces: characters completed, stop strings cut off, a stop token left out."""
+
+    def __init__(self, codec: TextCodec, choice: Choice, stop: Sequence[str], skip_special_tokens: bool) -> None:
+        self._choice = choice.index
+        self._detokenizer = IncrementalDetokenizer(
+            lambda ids: codec.decode(ids, skip_special_tokens=skip_special_tokens), choice.request.prompt_token_ids
+        )
+        self._matcher = StopMatcher(stop)
+
+    def take(self, step: GeneratedTokens) -> Piece:
+        """The piece of `step`. One that ends at a stop string has the tokens up to the one that completed it."""
+        texts: list[str] = []
+        used, finish_reason = len(step.token_ids), step.finish_reason
+        for i, token in enumerate(step.token_ids):
+            if finish_reason == "stop" and i + 1 == len(step.token_ids):
+                break  # the stop token itself is not text
+            texts.append(self._matcher.push(self._detokenizer.push(token)))
+            if self._matcher.matched is not None:
+                used, finish_reason = i + 1, "stop"
+                break
+        if finish_reason is not None and self._matcher.matched is None:
+            texts.append(self._matcher.push(self._detokenizer.finish()))
+            texts.append(self._matcher.finish())
+            finish_reason = finish_reason if self._matcher.matched is None else "stop"
+        return Piece(
+            choice=self._choice,
+            text="".join(texts),
+            token_ids=step.token_ids[:used],
+            logprobs=None if step.logprobs is None else step.logprobs[:used],
+            finish_reason=finish_reason,
+            cached_tokens=step.cached_tokens,
+        )
+
+
+async def run_choice(
+    generator: Generator, codec: TextCodec, plan: Plan, choice: Choice, timer: GenerationTimer
+) -> AsyncGenerator[Piece, None]:
+    """Pieces of one choice. Raises RequestError as the cluster does, ApiError if it stops short of a finish reason."""
+    text = ChoiceText(codec, choice, plan.stop, plan.skip_special_tokens)
+    steps = generator.generate(choice.request)
+    try:
+        async for step in steps:
+            if not step.token_ids and step.finish_reason is None:
+                continue
+            piece = text.take(step)
+            timer.step(piece.finish_reason)
+            yield piece
+            if piece.finish_reason is not None:
+                return
+    finally:
+        await _close(steps)
+    raise ApiError(500, "the generation ended without a finish reason; please report it", code=INTERNAL)
+
+
+async def run_plan(
+    generator: Generator, codec: TextCodec, plan: Plan, new_timer: Callable[[], GenerationTimer]
+) -> AsyncGenerator[Piece, None]:
+    """Pieces of all choices as they come. The first failure ends all of them."""
+    sources = [run_choice(generator, codec, plan, choice, new_timer()) for choice in plan.choices]
+    async with contextlib.aclosing(sources[0] if len(sources) == 1 else _merged(sources)) as pieces:
+        async for piece in pieces:
+            yield piece
+
+
+async def _merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    queue: asyncio.Queue[Piece | Exception] = asyncio.Queue(_PIECES_AHEAD * len(sources))
+
+    async def pump(source: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async with contextlib.aclosing(source):
+                async for piece in source:
+                    await queue.put(piece)
+        except Exception as error:
+            await queue.put(error)
+
+    pumps = [asyncio.create_task(pump(source)) for source in sources]
+    try:
+        running = len(sources)
+        while running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            running -= item.finish_reason is not None
+            yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _close(steps: AsyncIterator[GeneratedTokens]) -> None:
+    aclose = getattr(steps, "aclose", None)
+    if aclose is None:
+        return
+    try:
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            await aclose()
+    except TimeoutError:
+        logger.error("the cluster did not take back a cancelled generation within %.0f s", _CLOSE_TIMEOUT_S)
+
+
+class Usage:
+    """Tokens of a request: each prompt counts once, however many choices answer it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._prompt_of = [choice.prompt_index for choice in plan.choices]
+        self._cached_tokens = [0] * len(plan.prompts)
+        self.prompt_tokens = sum(map(len, plan.prompts))
+        self.completion_tokens = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(self._cached_tokens)
+
+    def add(self, piece: Piece) -> None:
+        prompt = self._prompt_of[piece.choice]
+        self._cached_tokens[prompt] = max(self._cached_tokens[prompt], piece.cached_tokens)
+        self.completion_tokens += len(piece.token_ids)

@@ -1,0 +1,176 @@
+"""What clients may send: OpenAI's request bodies with vLLM's extensions, as msgspec records.
+
+Every field may be null, which means "not given". Unknown fields are ignored, as vLLM does. Fields that would change the
+answer and are not supported are listed in `_NEUTRAL` with the values that ask for nothing; any other value is refused.
+"""
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from dualpath.server.errors import ApiError, bad_parameter
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "modalities": (["text"],),
+    "presence_penalty": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+}
+
+
+class GenerationRequest(msgspec.Struct, kw_only=True):
+    """Fields that completions and chats share. Documented in docs/how-to/openai-api.md."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: "StreamOptions | None" = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    cache_salt: str | None = None
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    """Body of /v1/completions. `prompt` is one text, one list of token ids, or a list of either."""
+
+    prompt: msgspec.Raw
+    logprobs: int | None = None
+
+
+class ChatMessage(msgspec.Struct, omit_defaults=True):
+    """One message. `content` is a text or a list of parts, of which only text parts are supported."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Any] | None = None
+    function_call: Any = None
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    """Body of /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """Body of /tokenize: a `prompt` or chat `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """Body of /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+_FIELD = re.compile(r"at `\$\.(\w+)|required field `(\w+)`")
+
+
+def decode_body(body: bytes, kind: type[Body]) -> Body:
+    """Parse a request body. Raises ApiError (400), naming the field at fault where there is one."""
+    try:
+        record = msgspec.json.decode(body, type=kind)
+        if issubclass(kind, GenerationRequest):
+            _refuse_unsupported(msgspec.json.decode(body, type=dict[str, msgspec.Raw]))
+    except msgspec.ValidationError as error:
+        match = _FIELD.search(str(error))
+        param = (match[1] or match[2]) if match else None
+        raise ApiError(
+            400, f"the request body is not as it must be: {error}", code="invalid_value", param=param
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _malformed(error) from None
+    return record
+
+
+def decode_prompts(raw: msgspec.Raw) -> list[str] | list[list[int]]:
+    """The prompts of a completion, at least one: texts, or lists of token ids. Raises ApiError (400)."""
+    text = bytes(raw)
+    inner = text[1:].lstrip(b" \t\r\n")[:1] if text[:1] == b"[" else b""
+    try:
+        if text[:1] == b'"':
+            return [msgspec.json.decode(text, type=str)]
+        if inner == b'"':
+            return msgspec.json.decode(text, type=list[str])
+        if inner == b"[":
+            return msgspec.json.decode(text, type=list[list[int]])
+        return [msgspec.json.decode(text, type=list[int])]
+    except msgspec.ValidationError as error:
+        raise bad_parameter(
+            "prompt", f"prompt must be a text, a list of token ids, or a list of either: {error}"
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # decoding the body did not look inside
+        raise _malformed(error) from None
+
+
+def _malformed(error: Exception) -> ApiError:
+    return ApiError(400, f"the request body is not valid JSON: {error}", code="invalid_json")
+
+
+def _refuse_unsupported(fields: dict[str, msgspec.Raw]) -> None:
+    for name in _NEUTRAL.keys() & fields.keys():
+        value = msgspec.json.decode(fields[name])
+        if value is not None and value not in _NEUTRAL[name]:
+            raise bad_parameter(
+                name, f"{name} is not supported by this server; leave it out", code="unsupported_parameter"
+            )

@@ -1,0 +1,202 @@
+"""What operators meet: health, metrics, models, tokenisation, clients that leave, start and shutdown."""
+
+import asyncio
+import socket
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import httpx
+import pytest
+from fake_cluster import EOS, TOKENIZER, VOCABULARY_TOKENS, FakeGenerator, ids, running_server, says
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from dualpath import __version__
+from dualpath.runtime.api import GeneratedTokens, TokenLogprob
+from dualpath.server import ServerLimits, create_app, serve
+from dualpath.server.codec import TextCodec
+from dualpath.server.metrics import format_gauges
+
+
+def samples(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def test_models_and_version() -> None:
+    with running_server(FakeGenerator(says("ok"))) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        (model,) = client.models.list().data
+        assert model.id == "tiny"
+        assert client.models.retrieve("tiny").id == "tiny"
+        assert httpx.get(f"{url}/v1/models/org/other").json()["error"]["code"] == "model_not_found"
+        assert httpx.get(f"{url}/version").json() == {"version": __version__}
+
+
+@pytest.mark.parametrize(("status", "http"), [("ok", 200), ("degraded", 200), ("unavailable", 503)])
+def test_health_is_the_clusters(status: str, http: int) -> None:
+    cluster = FakeGenerator(says("ok"))
+    cluster.status = status
+    with running_server(cluster) as url:
+        response = httpx.get(f"{url}/health")
+    assert (response.status_code, response.json()["status"]) == (http, status)
+
+
+def test_tokenize_and_detokenize() -> None:
+    with running_server(FakeGenerator(says("ok"))) as url:
+        answer = httpx.post(f"{url}/tokenize", json={"model": "tiny", "prompt": "héllo"}).json()
+        assert answer == {"count": 6, "max_model_len": 256, "tokens": ids("héllo")}
+        chat = httpx.post(f"{url}/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).json()
+        assert TOKENIZER.decode(chat["tokens"]) == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+        back = httpx.post(f"{url}/detokenize", json={"tokens": [*ids("hé"), EOS]}).json()
+        assert back == {"prompt": "hé<|im_end|>"}
+        both = httpx.post(f"{url}/tokenize", json={"prompt": "x", "messages": []})
+        assert (both.status_code, both.json()["error"]["param"]) == (400, "prompt")
+        outside = httpx.post(f"{url}/detokenize", json={"tokens": [VOCABULARY_TOKENS]})
+        assert (outside.status_code, outside.json()["error"]["param"]) == (400, "tokens")
+
+
+def test_metrics_count_what_happened() -> None:
+    cluster = FakeGenerator(says("abc", cached_tokens=1))
+    cluster.numbers = {
+        "vllm:num_requests_running": 3,
+        'dualpath_snic_bytes_total{node="0"}': 10.0,
+        'dualpath_snic_bytes_total{node="1"}': 20.0,
+    }
+    with running_server(cluster) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        client.completions.create(model="tiny", prompt="hi")
+        list(client.completions.create(model="tiny", prompt="hi", max_tokens=2, stream=True))
+        httpx.post(f"{url}/v1/completions", json={"prompt": ""})
+        httpx.get(f"{url}/a/path/nobody/has")
+        found = samples(url)
+    model = (("model_name", "tiny"),)
+    assert found["vllm:time_to_first_token_seconds_count", model] == 2
+    assert found["vllm:inter_token_latency_seconds_count", model] == 3 + 1
+    assert found["vllm:e2e_request_latency_seconds_count", model] == 2
+
+    def requests(endpoint: str, error_code: str, finish_reason: str) -> float:
+        labels = (("endpoint", endpoint), ("error_code", error_code), ("finish_reason", finish_reason))
+        return found["dualpath_requests_total", labels]
+
+    assert requests("/v1/completions", "", "stop") == 1
+    assert requests("/v1/completions", "", "length") == 1
+    assert requests("/v1/completions", "invalid_value", "") == 1
+    assert requests("other", "not_found", "") == 1
+    assert found["dualpath_request_tokens_total", (("kind", "prompt"),)] == 4
+    assert found["dualpath_request_tokens_total", (("kind", "cached"),)] == 2
+    assert found["dualpath_request_tokens_total", (("kind", "completion"),)] == 4 + 2
+    assert found["vllm:num_requests_running", ()] == 3
+    assert found["dualpath_snic_bytes_total", (("node", "1"),)] == 20
+
+
+def test_gauges_have_one_type_line_per_name_and_odd_values_are_legal() -> None:
+    text = format_gauges({'a{x="1"}': 1, "b_total": float("inf"), 'a{x="2"}': float("nan")})
+    assert text == '# TYPE a gauge\na{x="1"} 1.0\na{x="2"} NaN\n# TYPE b_total counter\nb_total +Inf\n'
+    with pytest.raises(ValueError, match="not a name"):
+        format_gauges({"not a name": 1})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("first_token", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_client_that_leaves_closes_its_generations(stream: bool, first_token: bool, n: int) -> None:
+    never = threading.Event()
+    cluster = FakeGenerator(lambda request: [*([GeneratedTokens(token_ids=[65])] if first_token else []), never])
+    with running_server(cluster) as url:
+        host, port = url.removeprefix("http://").split(":")
+        body = b'{"prompt": "a", "n": %d, "stream": %s}' % (n, b"true" if stream else b"false")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body))
+            connection.sendall(body)
+            while cluster.open < n:
+                threading.Event().wait(0.005)
+            if stream and first_token:
+                assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
+            assert not cluster.all_closed.is_set()
+        assert cluster.all_closed.wait(10)
+        found = {labels: value for (name, labels), value in samples(url).items() if name == "dualpath_requests_total"}
+    expected = (("endpoint", "/v1/completions"), ("error_code", "client_disconnected"), ("finish_reason", ""))
+    assert found == {expected: 1.0}
+
+
+def test_a_client_that_stops_reading_loses_its_generation() -> None:
+    entries = [[TokenLogprob(token_id=65, logprob=-0.5)] * 1000] * 10
+    flood = FakeGenerator(lambda request: [GeneratedTokens(token_ids=[65] * 10, logprobs=entries)] * 5000)
+    with running_server(flood, limits=ServerLimits(write_timeout_s=0.1)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        body = b'{"messages": [{"role": "user", "content": "a"}], "stream": true, "logprobs": true}'
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            connection.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+            )
+            connection.sendall(body)
+            while not flood.requests:
+                threading.Event().wait(0.005)
+            assert flood.all_closed.wait(30)
+
+
+def test_the_openai_client_closing_its_stream_closes_the_generation() -> None:
+    never = threading.Event()
+    cluster = FakeGenerator(lambda request: [GeneratedTokens(token_ids=[65]), never])
+    with running_server(cluster) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with client.completions.create(model="tiny", prompt="a", stream=True) as stream:
+            next(iter(stream))
+        assert cluster.all_closed.wait(10)
+
+
+def test_shutdown_cuts_off_what_does_not_end_by_itself() -> None:
+    never = threading.Event()
+    cluster = FakeGenerator(lambda request: [GeneratedTokens(token_ids=[65]), never])
+    outcome: list[str] = []
+
+    def ask(url: str) -> None:
+        try:
+            httpx.post(f"{url}/v1/completions", json={"prompt": "a", "stream": True}, timeout=30)
+            outcome.append("a whole answer")
+        except httpx.HTTPError:
+            outcome.append("cut off")
+
+    with running_server(cluster) as url:
+        thread = threading.Thread(target=ask, args=(url,))
+        thread.start()
+        while not cluster.open:
+            thread.join(0.01)
+    assert cluster.all_closed.wait(5)
+    thread.join(30)
+    assert outcome == ["cut off"]
+
+
+def test_a_taken_port_is_said_plainly() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        app: Any = create_app(FakeGenerator(says("ok")), TOKENIZER)
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}.*port 0"):
+            asyncio.run(serve(app, "127.0.0.1", port))
+
+
+def test_a_slow_tokenizer_does_too() -> None:
+    class Slow:
+        """No backend: Transformers' Python interface alone."""
+
+        chat_template = None
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [ord(c) for c in text]
+
+        def decode(self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+            return "".join(map(chr, ids))
+
+    codec = TextCodec(Slow())
+    assert asyncio.run(codec.encode("abc", add_special_tokens=True)) == [97, 98, 99]
+    assert codec.decode([97, 98], skip_special_tokens=True) == "ab"
+
+
+def test_importing_the_server_loads_no_torch() -> None:
+    code = "import sys, dualpath.server; sys.exit(int(bool({'torch', 'transformers'} & sys.modules.keys())))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
