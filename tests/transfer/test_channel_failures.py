@@ -1,0 +1,499 @@
+"""What channels do when something goes wrong: deadlines, deaths, nonsense, and the proof that a peer is quiet."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from channel_pair import PAGE_BYTES, PAGES, Pair, deadline_ns
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dualpath.core.vocabulary import TrafficClass
+from dualpath.transfer import Span, TrafficManager, TransferCause, TransferError, connect
+from dualpath.transfer.channel import Address
+from dualpath.transfer.stream import Stream, StreamClosed
+from dualpath.transfer.wire import CAUSES, VERSION, Frame, FrameKind, Hello, Welcome, pack_spans
+
+LOW = TrafficClass.LOW
+WAIT_S = 30
+SLOW = 1_000_000
+WHOLE = Span(0, 0, PAGE_BYTES)
+
+
+def cause_of(future) -> TransferCause:
+    with pytest.raises(TransferError) as failure:
+        future.result(WAIT_S)
+    return failure.value.cause
+
+
+def until(condition, what: str) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"still not: {what}")
+
+
+class RawPeer:
+    """Speaks frames by hand, to say what our channels never would."""
+
+    def __init__(self, address: str, tag: str = "raw") -> None:
+        parsed = Address.parse(address)
+        if parsed.path:
+            connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connected.connect(parsed.path)
+        else:
+            connected = socket.create_connection((parsed.host, parsed.port))
+        self.socket = connected
+        self.stream = Stream(connected, time.monotonic_ns)
+        if tag:
+            body = msgspec.msgpack.encode(Hello(VERSION, tag, LOW))
+            self.stream.send(Frame(FrameKind.HELLO, n_bytes=len(body)), [body])
+            self.stream.receive_bytes(self.receive(FrameKind.WELCOME).n_bytes)
+
+    def receive(self, kind: FrameKind) -> Frame:
+        frame = self.stream.receive_frame(deadline_ns())
+        assert frame.kind is kind
+        return frame
+
+    def open(self, kind: FrameKind, op: int, spans: list[Span], timeout_s: float = 30) -> None:
+        total_bytes = sum(span.n_bytes for span in spans)
+        frame = Frame(kind, op, total_bytes, len(spans), timeout_ns=int(timeout_s * 1e9))
+        self.stream.send(frame, [pack_spans(spans)])
+
+    def chunk(self, op: int, payload: bytes, inline: bool) -> None:
+        self.stream.send(Frame(FrameKind.DATA, op, len(payload)), [payload] if inline else [])
+
+
+@pytest.fixture
+def raw_peers():
+    peers = []
+
+    def make(*args, **kwargs):
+        peers.append(RawPeer(*args, **kwargs))
+        return peers[-1]
+
+    yield make
+    for peer in peers:
+        peer.stream.close()
+
+
+# ── Deadlines ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("slow_side", ["ours", "theirs"])
+@pytest.mark.parametrize("verb", ["read", "write"])
+def test_deadline_ends_an_operation_and_the_channel_goes_on(pair, verb, slow_side):
+    pair.serve(cnic_bytes_per_s=SLOW if slow_side == "theirs" else None)
+    pair.traffic = TrafficManager(cnic_bytes_per_s=SLOW if slow_side == "ours" else None)
+    channel = pair.connect()
+    local = np.full(PAGE_BYTES, 7, np.uint8)
+    assert cause_of(getattr(channel, verb)([WHOLE], [local], deadline_ns(0.1))) is TransferCause.DEADLINE
+    after = local.copy()
+    local_again = np.zeros(1_000, np.uint8)
+    pair.pool.view(1)[:1_000] = 9
+    assert channel.read([Span(1, 0, 1_000)], [local_again], deadline_ns()).result(WAIT_S) == 1_000
+    assert np.all(local_again == 9)
+    until(lambda: channel.ops_in_flight == 0, "the late operation's last frame has come")
+    assert np.array_equal(local, after)
+
+
+def test_an_operation_that_waits_behind_a_long_one_ends_at_its_own_deadline(pair):
+    pair.serve(cnic_bytes_per_s=SLOW)
+    pair.traffic = TrafficManager(cnic_bytes_per_s=SLOW)
+    channel = pair.connect()
+    source = np.full(PAGE_BYTES, 7, np.uint8)
+    long = channel.write([WHOLE], [source], deadline_ns())
+    short = channel.write([Span(1, 0, 100)], [source[:100]], deadline_ns(0.05))
+    assert cause_of(short) is TransferCause.DEADLINE
+    assert not long.done(), "the short one did not wait for the long one"
+    assert long.result(WAIT_S) == PAGE_BYTES
+    assert channel.ping(b"", deadline_ns()).result(WAIT_S) == b""
+    assert not pair.pool.view(1).any(), "a write that never began has written nothing"
+
+
+class SilentServer:
+    """Welcomes a TCP channel and then reads only when told to."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self._welcome)
+        self.thread.start()
+
+    def _welcome(self) -> None:
+        connected, _ = self.listener.accept()
+        self.stream = Stream(connected, time.monotonic_ns)
+        self.stream.receive_bytes(self.stream.receive_frame().n_bytes)
+        body = msgspec.msgpack.encode(Welcome(VERSION, 8 << 20, 8))
+        self.stream.send(Frame(FrameKind.WELCOME, n_bytes=len(body)), [body])
+
+
+@pytest.fixture
+def silent():
+    server = SilentServer()
+    yield server
+    server.thread.join()
+    server.stream.close()
+    server.listener.close()
+
+
+def test_memory_of_a_write_to_a_stalled_peer_is_the_callers_again_at_the_deadline(silent):
+    channel = connect(silent.address, local_traffic=TrafficManager(), traffic_class=LOW, peer_tag="pe0")
+    silent.thread.join()
+    total_bytes = 8 << 20
+    memory = np.full(total_bytes, 0x11, np.uint8)
+    future = channel.write([Span(0, 0, total_bytes)], [memory], deadline_ns(0.3))
+    assert cause_of(future) is TransferCause.DEADLINE
+    memory[:] = 0xEE
+    received = []
+    opening = silent.stream.receive_frame(deadline_ns())
+    silent.stream.receive_bytes(opening.spans * 24)
+    while (frame := silent.stream.receive_frame(deadline_ns())).kind is FrameKind.DATA:
+        received.append(silent.stream.receive_bytes(frame.n_bytes, deadline_ns()))
+    assert frame == Frame(FrameKind.ABORT, opening.op)
+    content = b"".join(received)
+    assert 0 < len(content) < total_bytes
+    assert b"\xee" not in content
+    assert content.count(0x11) + content.count(0) == len(content)
+    until(lambda: channel.ops_in_flight == 0, "the aborted write is forgotten")
+    channel.close()
+
+
+def test_memory_of_a_read_that_stalls_in_a_chunk_is_the_callers_again_at_the_deadline(silent):
+    channel = connect(silent.address, local_traffic=TrafficManager(), traffic_class=LOW, peer_tag="pe0")
+    silent.thread.join()
+    memory = np.zeros(1_000, np.uint8)
+    future = channel.read([Span(0, 0, 1_000)], [memory], deadline_ns(0.3))
+    opening = silent.stream.receive_frame(deadline_ns())
+    assert opening.kind is FrameKind.READ
+    assert 0 < opening.timeout_ns <= 300_000_000
+    silent.stream.receive_bytes(24)
+    silent.stream.send(Frame(FrameKind.DATA, opening.op, 1_000), [])
+    silent.stream._socket.send(b"\x11" * 400)
+    assert cause_of(future) is TransferCause.DEADLINE
+    memory[:] = 0xEE
+    silent.stream._socket.send(b"\x22" * 600)
+    pong = channel.ping(b"abc", deadline_ns())
+    ping = silent.stream.receive_frame(deadline_ns())
+    silent.stream.receive_bytes(3)
+    silent.stream.send(Frame(FrameKind.PONG, ping.op, 3), [b"abc"])
+    assert pong.result(WAIT_S) == b"abc"
+    assert np.all(memory == 0xEE)
+    channel.close()
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        Frame(FrameKind.DATA, 1, 1_001),
+        Frame(FrameKind.DATA, 99, 10),
+        Frame(FrameKind.DONE, 1),
+        Frame(FrameKind.PONG, 1, 5),
+        Frame(FrameKind.WELCOME),
+    ],
+)
+def test_a_server_that_answers_nonsense_breaks_the_channel_not_the_engine(silent, nonsense):
+    channel = connect(silent.address, local_traffic=TrafficManager(), traffic_class=LOW, peer_tag="pe0")
+    silent.thread.join()
+    future = channel.read([Span(0, 0, 1_000)], [np.zeros(1_000, np.uint8)], deadline_ns())
+    silent.stream.receive_frame(deadline_ns())
+    silent.stream.send(nonsense, [bytes(nonsense.n_bytes)])
+    assert cause_of(future) is TransferCause.PROTOCOL
+    assert not channel.is_open
+    channel.close()
+
+
+def test_connecting_to_what_never_answers_ends_in_time():
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(TransferError, match="did not answer in time") as failure:
+            connect(address, local_traffic=TrafficManager(), traffic_class=LOW, peer_tag="pe0", timeout_s=0.1)
+        assert failure.value.cause is TransferCause.PEER_CLOSED
+
+
+# ── A server that trusts nobody ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_server_refuses_bad_descriptors_by_an_error_and_goes_on(pair, raw_peers):
+    server = pair.serve()
+    peer = raw_peers(server.address)
+    before = [pair.pool.view(page).copy() for page in range(PAGES)]
+    peer.open(FrameKind.READ, 1, [Span(PAGES, 0, 10)])
+    error = peer.receive(FrameKind.ERROR)
+    assert (error.op, CAUSES[error.cause]) == (1, TransferCause.BAD_DESCRIPTOR)
+    assert b"page 12" in peer.stream.receive_bytes(error.n_bytes)
+    peer.open(FrameKind.WRITE, 2, [Span(0, PAGE_BYTES - 1, 2_000)])
+    peer.chunk(2, b"\x33" * 1_500, pair.kind == "tcp")
+    peer.chunk(2, b"\x33" * 500, pair.kind == "tcp")
+    error = peer.receive(FrameKind.ERROR)
+    assert (error.op, CAUSES[error.cause]) == (2, TransferCause.BAD_DESCRIPTOR)
+    peer.stream.receive_bytes(error.n_bytes)
+    peer.stream.send(Frame(FrameKind.PING, 3, 2), [b"ok"])
+    assert peer.receive(FrameKind.PONG).op == 3
+    assert peer.stream.receive_bytes(2) == b"ok"
+    assert all(np.array_equal(pair.pool.view(page), before[page]) for page in range(PAGES))
+    statistics = server.statistics()
+    assert (statistics.ops_rejected, statistics.protocol_errors, statistics.connections_open) == (2, 0, 1)
+
+
+def frames_no_peer_sends() -> list[bytes]:
+    spans = pack_spans([Span(0, 0, 10)])
+    return [
+        b"GET / HTTP/1.1\r\nHost: engine\r\n\r\n" + bytes(40),
+        Frame(FrameKind.WRITE, 1, 10**12, 1).pack() + spans,
+        Frame(FrameKind.WRITE, 0, 10, 1).pack() + spans,
+        Frame(FrameKind.READ, 1, 0, 0).pack(),
+        Frame(FrameKind.READ, 1, 10, 70_000).pack(),
+        Frame(FrameKind.DATA, 77, 10).pack() + bytes(10),
+        Frame(FrameKind.WRITE, 5, 10, 1).pack() + spans + Frame(FrameKind.DATA, 5, 11).pack() + bytes(11),
+        Frame(FrameKind.DATA, 5, 1 << 40).pack(),
+        Frame(FrameKind.ABORT, 3).pack(),
+        Frame(FrameKind.PONG, 3).pack(),
+        Frame(FrameKind.HELLO, n_bytes=3).pack() + b"abc",
+        Frame(FrameKind.PING, 3, 1 << 20).pack(),
+        Frame(FrameKind.ERROR, 3, cause=200).pack(),
+        (Frame(FrameKind.WRITE, 5, 10, 1).pack() + spans) * 2,
+    ]
+
+
+@pytest.mark.parametrize("said", frames_no_peer_sends())
+@pytest.mark.parametrize("tag", ["raw", ""])
+def test_a_peer_that_talks_nonsense_is_counted_and_closed(pair, raw_peers, said, tag):
+    server = pair.serve()
+    good = pair.connect()
+    peer = raw_peers(server.address, tag=tag)
+    peer.socket.setblocking(True)
+    peer.socket.settimeout(WAIT_S)
+    peer.socket.sendall(said)
+    with contextlib.suppress(ConnectionResetError):
+        while peer.socket.recv(65_536):
+            pass
+    peer.stream.close()
+    until(lambda: server.statistics().connections_open == 1, "the connection is gone")
+    statistics = server.statistics()
+    assert (statistics.protocol_errors, statistics.ops_in_flight) == (1, 0)
+    assert good.ping(b"ok", deadline_ns()).result(WAIT_S) == b"ok"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(said=st.binary(min_size=1, max_size=200), greeted=st.booleans())
+def test_random_bytes_do_not_bring_a_server_down(pair, said, greeted):
+    server = pair.server or pair.serve()
+    peer = RawPeer(server.address, tag="raw" if greeted else "")
+    peer.socket.setblocking(True)
+    peer.socket.sendall(said)
+    peer.stream.close()
+    until(lambda: server.statistics().connections_open == 0, "the connection is gone")
+    assert server.statistics().ops_in_flight == 0
+    assert pair.connect().ping(b"ok", deadline_ns()).result(WAIT_S) == b"ok"
+    pair.channels.pop().close()
+    until(lambda: server.statistics().connections_open == 0, "the good connection is gone too")
+
+
+# ── Quiet ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_quiesce_of_a_peer_with_nothing_in_flight_is_done_at_once(pair):
+    server = pair.serve()
+    assert server.quiesce("nobody").done()
+    pair.connect(peer_tag="pe0").ping(b"", deadline_ns()).result(WAIT_S)
+    assert server.quiesce("pe0").done()
+
+
+def test_quiesce_waits_for_what_is_in_flight_and_not_for_what_comes_later(pair, raw_peers):
+    server = pair.serve()
+    inline = pair.kind == "tcp"
+    peer = raw_peers(server.address, tag="pe0")
+    peer.open(FrameKind.WRITE, 1, [Span(0, 0, 100)])
+    until(lambda: server.statistics().ops_in_flight == 1, "the write is open")
+    barrier = server.quiesce("pe0")
+    peer.open(FrameKind.WRITE, 2, [Span(1, 0, 100)])
+    until(lambda: server.statistics().ops_in_flight == 2, "the second write is open")
+    assert server.quiesce("pe1").done()
+    peer.chunk(1, b"a" * 60, inline)
+    assert not barrier.done()
+    peer.chunk(1, b"a" * 40, inline)
+    barrier.result(WAIT_S)
+    assert server.statistics().ops_in_flight == 1
+    second = server.quiesce("pe0")
+    assert not second.done()
+    peer.stream.send(Frame(FrameKind.ABORT, 2))
+    second.result(WAIT_S)
+
+
+def test_a_read_over_shared_memory_is_over_when_the_reader_says_so(tmp_path, raw_peers):
+    pair = Pair("shm", tmp_path)
+    try:
+        server = pair.serve()
+        peer = raw_peers(server.address, tag="pe0")
+        peer.open(FrameKind.READ, 1, [Span(0, 0, 100)])
+        assert peer.receive(FrameKind.DATA).n_bytes == 100
+        barrier = server.quiesce("pe0")
+        assert not barrier.done()
+        peer.stream.send(Frame(FrameKind.DONE, 1))
+        barrier.result(WAIT_S)
+    finally:
+        pair.close()
+
+
+def test_disconnecting_a_peer_ends_its_operations_and_proves_it_quiet(pair):
+    server = pair.serve(cnic_bytes_per_s=SLOW)
+    pair.traffic = TrafficManager(cnic_bytes_per_s=SLOW)
+    channel, bystander = pair.connect(peer_tag="pe0"), pair.connect(peer_tag="pe1")
+    source = np.full(PAGE_BYTES, 5, np.uint8)
+    future = channel.write([WHOLE], [source], deadline_ns())
+    until(lambda: server.statistics().ops_in_flight == 1, "the write is open")
+    server.quiesce("pe0", disconnect=True).result(WAIT_S)
+    snapshot = pair.pool.view(0).copy()
+    assert cause_of(future) is TransferCause.PEER_CLOSED
+    channel.close()
+    assert np.array_equal(pair.pool.view(0), snapshot)
+    assert bystander.ping(b"", deadline_ns()).result(WAIT_S) == b""
+
+
+def test_a_peer_that_never_lets_go_of_shared_memory_is_not_called_quiet(tmp_path, raw_peers):
+    pair = Pair("shm", tmp_path)
+    try:
+        server = pair.serve()
+        peer = raw_peers(server.address, tag="pe0")
+        peer.open(FrameKind.WRITE, 1, [Span(0, 0, 100)])
+        until(lambda: server.statistics().ops_in_flight == 1, "the write is open")
+        barrier = server.quiesce("pe0", disconnect=True)
+        with pytest.raises(StreamClosed):
+            peer.stream.receive_frame(deadline_ns())
+        assert not barrier.done()
+        server.close(grace_s=0.05)
+        assert cause_of(barrier) is TransferCause.PEER_CLOSED
+    finally:
+        pair.close()
+
+
+# ── Deaths ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SERVER = """
+import sys
+from dualpath.transfer import BufferPool, ChannelServer, TrafficManager
+pool = BufferPool.create("victim", 8 << 20, 2)
+pool.view(0)[:] = 0x11
+server = ChannelServer(pool, TrafficManager(cnic_bytes_per_s=4_000_000), sys.argv[1])
+print(pool.path, server.address, flush=True)
+sys.stdin.read()
+"""
+
+WRITER = """
+import sys, time
+import numpy as np
+from dualpath.core.vocabulary import TrafficClass
+from dualpath.transfer import Span, TrafficManager, connect
+traffic = TrafficManager(cnic_bytes_per_s=int(sys.argv[2]))
+channel = connect(sys.argv[1], local_traffic=traffic, traffic_class=TrafficClass.LOW, peer_tag="victim")
+source = np.full(int(sys.argv[3]), 0x11, np.uint8)
+future = channel.write([Span(0, 0, len(source))], [source], time.monotonic_ns() + 60_000_000_000)
+print("posted", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def child(script: str, *args: str):
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("verb", ["read", "write"])
+def test_peer_killed_in_the_middle_fails_the_future_and_nothing_is_touched_afterwards(kind, verb, tmp_path):
+    address = f"shm:{tmp_path}/victim.sock" if kind == "shm" else "tcp://127.0.0.1:0"
+    with child(SERVER, address) as server:
+        path, address = server.stdout.readline().split()
+        try:
+            channel = connect(address, local_traffic=TrafficManager(), traffic_class=LOW, peer_tag="pe0")
+            memory = np.zeros(8 << 20, np.uint8)
+            future = getattr(channel, verb)([Span(0, 0, 8 << 20)], [memory], deadline_ns())
+            if verb == "read":
+                until(lambda: memory[0] == 0x11, "the first chunk has come")
+            server.send_signal(signal.SIGKILL)
+            assert cause_of(future) is TransferCause.PEER_CLOSED
+            after = memory.copy()
+            channel.close()
+            assert not channel.is_open
+            assert np.array_equal(memory, after)
+            assert (memory == 0x11).sum() < memory.size
+        finally:
+            os.unlink(path)
+
+
+def test_initiator_killed_in_the_middle_of_a_write_becomes_quiet(pair):
+    server = pair.serve()
+    with child(WRITER, server.address, "1000000", str(PAGE_BYTES)) as writer:
+        assert writer.stdout.readline() == "posted\n"
+        until(lambda: pair.pool.view(0)[0] == 0x11, "the first chunk has come")
+        barrier = server.quiesce("victim")
+        assert not barrier.done()
+        writer.send_signal(signal.SIGKILL)
+        barrier.result(WAIT_S)
+        snapshot = pair.pool.view(0).copy()
+        assert 0 < (snapshot == 0x11).sum() < PAGE_BYTES
+        until(lambda: server.statistics().connections_open == 0, "the connection is gone")
+        assert np.array_equal(pair.pool.view(0), snapshot)
+        assert server.statistics().protocol_errors == 0
+
+
+def test_server_socket_left_by_a_killed_server_is_replaced(tmp_path):
+    address = f"shm:{tmp_path}/victim.sock"
+    with child(SERVER, address) as server:
+        path, _ = server.stdout.readline().split()
+        server.send_signal(signal.SIGKILL)
+        server.wait(WAIT_S)
+        os.unlink(path)
+    pair = Pair("shm", tmp_path)
+    try:
+        pair.serve(address)
+        assert pair.connect().ping(b"", deadline_ns()).result(WAIT_S) == b""
+    finally:
+        pair.close()
+
+
+def test_a_shm_peer_whose_pool_is_gone_is_told_so(tmp_path):
+    pair = Pair("shm", tmp_path)
+    try:
+        pair.serve()
+        pair.pool.path.unlink()
+        with pytest.raises(TransferError, match="No such file"):
+            pair.connect()
+    finally:
+        pair.close()
+
+
+def test_idle_threads_sleep_until_something_happens(pair):
+    """Context switches are counted, not time: a thread that polls in a loop has some, one that waits has none."""
+    pair.serve()
+    channel = pair.connect()
+    channel.ping(b"", deadline_ns()).result(WAIT_S)
+    served = next(iter(pair.server._connections.values()))
+    threads = [*channel._threads, served._receiver, served._replier, pair.server._acceptor]
+
+    def switches() -> list[str]:
+        statuses = [Path(f"/proc/self/task/{thread.native_id}/status").read_text() for thread in threads]
+        return [line for status in statuses for line in status.splitlines() if line.startswith("voluntary")]
+
+    time.sleep(0.1)
+    before = switches()
+    time.sleep(0.3)
+    assert switches() == before
