@@ -63,7 +63,13 @@ def test_sentences_say_what_bound_what_was_possible_and_what_was_lost():
     idle = "in 2.7 s the busiest SNIC waited for compute, decode or scheduling."
     assert sentences[2] == f"{reads} (max/avg 1.04), and {idle}"
     assert "set by compute: oracle, which pays nothing for I/O, takes 18.0 s" in sentences[4]
-    assert len(sentences) == 6
+    assert sentences[6:] == ["Every system generated the same tokens in every turn."]
+
+
+def test_a_system_that_generated_other_tokens_is_named():
+    other = run("1P1D", "dualpath", 25.0, {"PE0": 5, "DE0": 5}, 50.0, 2.0, same_tokens_as_basic=0.875)
+    sentences = explain(decode(document(other, snic_bytes_per_s=None)))
+    assert sentences[-1] == "1P1D: dualpath generated basic's tokens in 87.5% of its turns."
 
 
 def test_a_baseline_that_storage_does_not_bound_is_called_so():
@@ -78,6 +84,7 @@ def test_failed_turns_are_said_and_no_rate_means_no_account_of_it():
     ]
     assert explain(decode(document(*runs, snic_bytes_per_s=None))) == [
         "1P1D: dualpath is 2.00× basic.",
+        "Every system generated the same tokens in every turn.",
         "3 turns failed: job completion times of the runs that lost turns are not comparable.",
     ]
 
@@ -94,7 +101,7 @@ def test_the_figure_is_a_png_of_readme_width(tmp_path):
     [
         (
             full(),
-            ["1.85×", "2.48×", "27.0 s", "max/avg", "1.04", "1P1D", "1P2D", "PE0", "DE2", "2.82", "dualpath's ideal"],
+            ["1.85×", "2.48×", "27.0 s", "max/avg", "1.04", "1P1D", "1P2D", "PE0", "DE1", "2.82", "dualpath's ideal"],
             ["1.00×"],
         ),
         (document(run("2P1D", "basic-layerwise", 5.0, {})), ["5.0 s", "2P1D", "basic-layerwise"], ["max/avg", "ideal"]),

@@ -1,8 +1,8 @@
 """A small OpenAI server for tests: generates tokens from a hash of the prompt, remembers prefixes, and can misbehave.
 
 `python fake_openai.py --port 0 --ready-file FILE …` stands in for `dualpath serve`: it takes the same options, paces
-the bytes of loaded tokens by `--snic-rate` on one emulated NIC per engine that the system reads with, and counts them in
-/metrics.
+the bytes of loaded tokens by `--snic-rate` on one emulated NIC per engine that the system reads with, and counts them
+in /metrics.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -159,7 +160,7 @@ async def serve(server, arguments):
     while not running.started:
         await asyncio.sleep(0.01)
     if arguments.deaf:
-        running.handle_exit = lambda *_: None
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     port = running.servers[0].sockets[0].getsockname()[1]
     draft = pathlib.Path(f"{arguments.ready_file}.tmp")
     draft.write_text(json.dumps({"url": f"http://127.0.0.1:{port}", "pid": os.getpid()}))

@@ -78,6 +78,12 @@ def test_scale_divides_tokens_and_never_loses_a_generation(file):
     )
 
 
+def test_rounding_does_not_add_up(file):
+    turns = [turn(1000 + 72 * i, 7) for i in range(50)]
+    spans = list(read_weka(session(file, *turns), WekaLimits(scale=16)).spans())
+    assert [span.prompt_tokens for span in spans] == [round((1000 + 72 * i) / 16) for i in range(50)]
+
+
 def test_caps_end_a_session_early(file):
     turns = [turn(640, 10), {"type": "subagent", "requests": [turn(900, 1)]}, turn(700, 20), turn(800, 20)]
     session(file, *turns)

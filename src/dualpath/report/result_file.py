@@ -37,7 +37,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     snic_max_over_avg: float | None
     """Of the bytes read, over the engines that the system may read with; None where nothing was read."""
     snic_bytes: dict[str, int]
-    """Bytes each engine's SNIC received from storage, by engine name (``PE0``, ``DE1``)."""
+    """Bytes each engine's SNIC received from storage, by engine name (``PE0``, ``DE1``; ranks within a role)."""
     turns: int
     """Turns answered."""
     retries: int = 0

@@ -14,7 +14,7 @@ BOUND_SHARE = 0.8
 
 
 def explain(result: ResultFile) -> list[str]:
-    """Sentences, in topology order; none for a topology that lacks basic."""
+    """Sentences in topology order, then what concerns all runs; none for a topology that lacks basic."""
     sentences: list[str] = []
     for topology in result.configuration.topologies:
         runs = {row.run.system: row.run for row in representatives(result) if row.run.topology == topology}
@@ -26,10 +26,23 @@ def explain(result: ResultFile) -> list[str]:
             sentences.append(_gain(topology, dualpath, runs.get("oracle")))
             if rate is not None:
                 sentences.append(_losses(topology, dualpath, rate))
+    sentences += _agreement(result)
     failed = sum(run.errors for run in result.runs)
     if failed:
         sentences.append(f"{failed} turns failed: job completion times of the runs that lost turns are not comparable.")
     return sentences
+
+
+def _agreement(result: ResultFile) -> list[str]:
+    """Whether the systems generated the same tokens: none may trade a right answer for a fast one."""
+    compared = [run for run in result.runs if run.same_tokens_as_basic is not None]
+    differing = [run for run in compared if run.same_tokens_as_basic != 1]
+    if compared and not differing:
+        return ["Every system generated the same tokens in every turn."]
+    return [
+        f"{run.topology}: {run.system} generated basic's tokens in {run.same_tokens_as_basic:.1%} of its turns."
+        for run in differing
+    ]
 
 
 def _busiest(run: Run) -> tuple[str, int]:

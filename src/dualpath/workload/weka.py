@@ -33,7 +33,7 @@ class WekaLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How much of a session to take."""
 
     scale: float = 1.0
-    """Token counts are divided by this and rounded, to no less than 1 where there was anything."""
+    """Prompt lengths and generations are divided by this and rounded, to no less than 1 where there was anything."""
     max_context_tokens: int | None = None
     """After scaling: a session ends before the first turn whose prompt and generation exceed it."""
     max_turns: int | None = None
@@ -124,20 +124,22 @@ class _SessionReader:
     def _turn(self, entry: _Entry, before: "_Turn | None", where: str) -> "_Turn":
         prompt, generated, hash_ids = self._checked(entry, where)
         kept = self._kept_tokens(prompt, hash_ids, before)
-        whole = before is not None and kept == before.recorded_context_tokens
         context_tokens = before.context_tokens if before is not None else 0
-        round_ = Round(
-            append_tokens=self._scaled(prompt - kept),
-            generate_tokens=max(1, self._scaled(generated)),
-            gap_s=max(0.0, entry.think_time or 0.0),
-            keep_tokens=None if whole or before is None else min(context_tokens, self._scaled(kept)),
-        )
-        kept_scaled = context_tokens if round_.keep_tokens is None else round_.keep_tokens
+        whole = before is None or kept == before.recorded_context_tokens
+        kept_scaled = context_tokens if whole else min(context_tokens, self._scaled(kept))
+        # Scaling where the prompt ends, not each append, keeps rounding errors from adding up over a long session.
+        append_scaled = max(1 if prompt > kept else 0, self._scaled(prompt) - kept_scaled)
+        generate_scaled = max(1, self._scaled(generated))
         return _Turn(
-            round=round_,
+            round=Round(
+                append_tokens=append_scaled,
+                generate_tokens=generate_scaled,
+                gap_s=max(0.0, entry.think_time or 0.0),
+                keep_tokens=None if whole else kept_scaled,
+            ),
             hash_ids=hash_ids,
             recorded_context_tokens=prompt + generated,
-            context_tokens=kept_scaled + round_.append_tokens + round_.generate_tokens,
+            context_tokens=kept_scaled + append_scaled + generate_scaled,
         )
 
     def _checked(self, entry: _Entry, where: str) -> tuple[int, int, list[int]]:

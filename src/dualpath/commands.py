@@ -1,0 +1,212 @@
+"""What the commands of `dualpath.cli` do: fill a configuration, call the package that does the work, print.
+
+A bad value becomes a `UsageError` (exit code 2), a failure a `CommandError` (exit code 1): one message, no traceback. A
+bug keeps its traceback.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dualpath.runtime.config import ClusterConfig
+
+MIN_CONSOLE_WIDTH = 110
+"""Of output that goes to no terminal: wide enough for the demo's table."""
+
+
+class UsageError(Exception):
+    """The command line asks for something that can't be."""
+
+
+class CommandError(Exception):
+    """The command was right and failed."""
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Run the demo; print its table and what it means. Exit code 1 if a turn failed."""
+    from dualpath.demo.cluster import ClusterError
+    from dualpath.demo.nic_bytes import MetricsError
+    from dualpath.demo.options import DemoOptions
+    from dualpath.demo.run import run_demo
+    from dualpath.demo.workload import build_trajectories
+    from dualpath.report.summary import explain
+    from dualpath.report.table import run_table
+    from dualpath.workload import ReplayError
+
+    given = {name: value for name, value in vars(arguments).items() if name in DemoOptions.__struct_fields__}
+    given |= {name: tuple(given[name]) for name in ("traces",) if name in given}
+    given |= {"command": shlex.join(arguments.command_line)}
+    with _usage_errors(ValueError):
+        options = DemoOptions(**given)
+        trajectories = build_trajectories(options)
+    console = _console(stderr=arguments.json)
+    with _command_errors(ClusterError, MetricsError, ReplayError, OSError):
+        result = run_demo(options, trajectories, console)
+    if arguments.json:
+        sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
+    else:
+        console.print()
+        console.print(run_table(result))
+        console.print(*explain(result), sep="\n", highlight=False, soft_wrap=True)
+        console.print(f"\nwritten: {options.out}/demo.json, {options.out}/demo.png", highlight=False)
+    for run in result.runs:
+        for message in run.error_messages:
+            print(f"failed on {run.topology} {run.system}: {message}", file=sys.stderr)
+    return 1 if any(run.errors for run in result.runs) else 0
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Run a cluster and its server until it is told to stop."""
+    config = _cluster_config(arguments)
+    from dualpath.runtime.serve import run
+
+    with _command_errors(OSError):
+        run(config)
+    return 0
+
+
+def engine(arguments: argparse.Namespace) -> int:
+    """Run one engine in this process until its coordinator lets it go."""
+    from dualpath.core.vocabulary import Role
+    from dualpath.runtime.engine_main import run_engine
+    from dualpath.runtime.messages import EngineConfig
+
+    role = Role(arguments.role)
+    run_engine(
+        EngineConfig(
+            role=role,
+            coordinator=arguments.coordinator,
+            cluster=_cluster_config(arguments),
+            name=f"{role.value}-{arguments.rank}",
+        )
+    )
+    return 0
+
+
+def checkpoint(arguments: argparse.Namespace) -> int:
+    """Make a tiny checkpoint."""
+    if arguments.path.exists():
+        raise UsageError(f"{arguments.path} exists; give a new directory")
+    from dualpath.engine.checkpoint import DEMO_MODEL, make_checkpoint
+
+    chosen = DEMO_MODEL if arguments.demo else {"architecture": arguments.architecture, "seed": arguments.seed}
+    with _command_errors(OSError):
+        make_checkpoint(arguments.path, **chosen)
+    print(arguments.path)
+    return 0
+
+
+def store_stat(arguments: argparse.Namespace) -> int:
+    """Print what is in a store."""
+    from dualpath.kv.inspect import stat
+    from dualpath.kv.store import StoreError
+    from dualpath.report.store import stat_table
+
+    _check_directory(arguments.directory)
+    with _command_errors(StoreError):
+        report = stat(arguments.directory)
+    _write_json(arguments.json, report)
+    _console().print(stat_table(msgspec.to_builtins(report)))
+    return 0
+
+
+def store_fsck(arguments: argparse.Namespace) -> int:
+    """Check a store. Exit code 1 if something is bad and was not repaired."""
+    from dualpath.kv.inspect import fsck
+    from dualpath.kv.store import StoreError
+    from dualpath.report.store import fsck_lines
+
+    _check_directory(arguments.directory)
+    console = _console()
+    with _command_errors(StoreError), _file_progress(console) as progress:
+        report = fsck(arguments.directory, repair=arguments.repair, progress=progress)
+    _write_json(arguments.json, report)
+    console.print(*fsck_lines(msgspec.to_builtins(report)), sep="\n", highlight=False, soft_wrap=True)
+    return 0 if report.is_clean or report.repaired else 1
+
+
+def _cluster_config(arguments: argparse.Namespace) -> "ClusterConfig":
+    from dualpath.runtime.config import ClusterConfig, Topology
+
+    given: dict[str, Any] = {
+        "model": arguments.model,
+        "store": arguments.store,
+        "system": arguments.system,
+        "snic_bytes_per_s": arguments.snic_rate,
+        "cnic_bytes_per_s": arguments.cnic_rate,
+        "buffer_bytes": arguments.buffer,
+        "hbm_bytes": arguments.hbm,
+        "store_quota_bytes": arguments.store_quota,
+        "transport": arguments.transport,
+        "threads": arguments.threads,
+        "quota_ns": round(arguments.quota_ms * 1_000_000),
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+    }
+    if arguments.command == "serve":
+        given |= {
+            "host": arguments.host,
+            "port": arguments.port,
+            "api_keys": tuple(arguments.api_key),
+            "served_model_name": arguments.name,
+            "max_waiting": arguments.max_waiting,
+            "journal": arguments.journal,
+            "ready_file": arguments.ready_file,
+        }
+        given |= {"control_address": arguments.join_address} if arguments.join_address else {}
+    if not (Path(arguments.model) / "config.json").is_file():
+        raise UsageError(f"--model: {arguments.model} has no config.json; give a Hugging Face checkpoint's directory")
+    with _usage_errors(ValueError):
+        return ClusterConfig(topology=Topology.parse(arguments.topology), **given)
+
+
+def _console(stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, MIN_CONSOLE_WIDTH))
+
+
+def _check_directory(path: Path) -> None:
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a directory; give a store's")
+
+
+def _write_json(path: Path | None, report: Any) -> None:
+    if path is not None:
+        with _command_errors(OSError):
+            path.write_bytes(msgspec.json.encode(report) + b"\n")
+
+
+@contextmanager
+def _file_progress(console: "Console") -> Iterator[Any]:
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("checking", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _usage_errors(*kinds: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        raise UsageError(str(error)) from error
+
+
+@contextmanager
+def _command_errors(*kinds: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        raise CommandError(str(error)) from error

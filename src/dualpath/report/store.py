@@ -1,0 +1,79 @@
+"""What `dualpath store stat` and `fsck` found, as text. Reads their reports as decoded from JSON."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from dualpath.spec.units import format_bytes
+
+MAX_LISTED = 20
+"""Files of one kind that are named; the rest is counted. ``--json`` has them all."""
+
+
+def stat_table(report: Mapping[str, Any]) -> Table:
+    """One row per namespace: a model's weights, layout and tenant."""
+    table = Table(title=f"store {report['directory']}", title_style="", title_justify="left", box=SIMPLE_HEAD)
+    for heading, right in (
+        ("namespace", False),
+        ("model", False),
+        ("layout", False),
+        ("blocks", True),
+        ("on disk", True),
+        ("deepest\nprefix", True),
+        ("newest", False),
+        ("bad", True),
+        ("set\naside", True),
+    ):
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for space in report["namespaces"]:
+        description = space["description"]
+        table.add_row(
+            space["namespace"][:8],
+            "?" if description is None else description["model_fingerprint"][:12],
+            "?" if description is None else _layout(description["layout"]),
+            f"{space['blocks']:,}",
+            format_bytes(space["physical_bytes"]),
+            f"{space['deepest_chain_blocks']:,}",
+            _when(space["newest_mtime_ns"]),
+            str(space["unreadable_files"]),
+            str(space["quarantined_files"]),
+        )
+    return table
+
+
+def fsck_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """What was checked, then what was found, then what came of it."""
+    yield (
+        f"{report['directory']}: {report['sound_blocks']:,} of {report['checked_blocks']:,} blocks are sound "
+        f"({format_bytes(report['checked_bytes'])} checked in {report['namespaces']} namespaces)"
+    )
+    bad = [f"{file['path']}: {file['cause']}: {file['detail']}" for file in report["bad_files"]]
+    found = False
+    for title, items in (
+        ("bad files", bad),
+        ("orphans: sound blocks that no prefix leads to", report["orphans"]),
+        ("leftovers of writers that are gone", report["leftovers"]),
+        ("namespaces without a sound namespace.json", report["undescribed"]),
+    ):
+        if items:
+            found = True
+            yield f"{len(items):,} {title}"
+            yield from (f"  {item}" for item in items[:MAX_LISTED])
+            if len(items) > MAX_LISTED:
+                yield f"  and {len(items) - MAX_LISTED:,} more; --json FILE lists them all"
+    if report["repaired"] and found:
+        yield "repaired: bad files are set aside, orphans and leftovers deleted"
+    elif found:
+        yield "nothing was changed; --repair sets bad files aside and deletes orphans and leftovers"
+
+
+def _layout(layout: Mapping[str, Any]) -> str:
+    parts = " ".join(f"{part['name']} {part['heads']}×{part['dim']}" for part in layout["parts"])
+    return f"{layout['layers']} layers, {parts}, {layout['dtype']}"
+
+
+def _when(mtime_ns: int | None) -> str:
+    return "–" if mtime_ns is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(mtime_ns / 1e9))
