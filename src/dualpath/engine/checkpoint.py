@@ -1,0 +1,175 @@
+"""Small seeded checkpoints in the ordinary Hugging Face format, made on the spot: nothing to download, nothing special.
+
+`make_checkpoint` writes what a published model has (config, safetensors weights, generation config, byte-level tokenizer
+with a ChatML template), so the engines load it as they load any other. The weights are random but not arbitrary:
+
+* activations keep a standard deviation near one through every layer, and queries and keys are scaled up, so what comes
+  out depends on the whole context and greedy output wanders instead of repeating one token;
+* logits have a standard deviation of a few units, so the gap between the two best tokens is far above float32 rounding;
+* bytes that do not print get flatter logits, so text is mostly printable.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v3"]
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+CHATML_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_TINY: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+_TINY_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "llama": {"head_dim": 16},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 12,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+    },
+}
+
+DEMO_MODEL: Mapping[str, Any] = {
+    "architecture": "qwen3",
+    "seed": 2026,
+    "num_hidden_layers": 8,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+}
+"""Arguments of `make_checkpoint` for the model of the demo: 16 KiB of float32 KV a token, like a large FP8 model's."""
+
+
+def make_checkpoint(path: str | Path, architecture: Architecture, seed: int = 0, **sizes: Any) -> Path:
+    """Write a checkpoint into the folder `path` (made if missing) and return it.
+
+    `sizes` override fields of the architecture's Transformers config. The same arguments give the same bytes of weights.
+    Raises ValueError for an architecture or a field that is not known.
+    """
+    if architecture not in _TINY_BY_ARCHITECTURE:
+        known = ", ".join(_TINY_BY_ARCHITECTURE)
+        raise ValueError(f"architecture {architecture!r} is not one that can be made here; choose one of {known}")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _byte_tokenizer()
+    end_of_text, end_of_turn = (tokenizer.convert_tokens_to_ids(name) for name in (SPECIAL_TOKENS[0], SPECIAL_TOKENS[2]))
+    config = AutoConfig.for_model(architecture)
+    fields = _TINY | _TINY_BY_ARCHITECTURE[architecture] | sizes
+    unknown = sorted(name for name in fields if not hasattr(config, name))
+    if unknown:
+        raise ValueError(f"{architecture} has no config field named {', '.join(unknown)}; see its Transformers config")
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=len(tokenizer),
+        bos_token_id=None,
+        eos_token_id=end_of_turn,
+        pad_token_id=end_of_text,
+        dtype="float32",
+        **fields,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    _draw_weights(model, seed, _printable_ids(tokenizer))
+    model.generation_config = GenerationConfig(
+        eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text, do_sample=False
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def model_fingerprint(path: str | Path) -> str:
+    """Hash of a checkpoint's config and weights, 32 hex digits: two engines share KV only where it is equal.
+
+    Reads every weight file once. Raises FileNotFoundError where the folder has no config or no safetensors file.
+    """
+    folder = Path(path)
+    weights = sorted(folder.glob("*.safetensors"))
+    config_file = folder / "config.json"
+    if not config_file.is_file() or not weights:
+        raise FileNotFoundError(f"{folder} is not a checkpoint: it needs config.json and at least one .safetensors file")
+    config = json.loads(config_file.read_text())
+    config.pop("transformers_version", None)
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
+    for file in weights:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, then the special tokens: any text round-trips."""
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=SPECIAL_TOKENS[2],
+        pad_token=SPECIAL_TOKENS[0],
+        additional_special_tokens=[SPECIAL_TOKENS[1]],
+        chat_template=CHATML_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _printable_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    text = "\n" + "".join(chr(code) for code in range(0x20, 0x7F))
+    return [int(index) for index in tokenizer.encode(text, add_special_tokens=False)]
+
+
+@torch.no_grad()
+def _draw_weights(model: torch.nn.Module, seed: int, printable: list[int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in sorted(model.named_parameters()):
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.dim() == 1:
+            is_gain = "norm" in name
+            weight.copy_(1.0 + 0.1 * noise if is_gain else 0.1 * noise)
+        elif "embed_tokens" in name:
+            weight.copy_(noise)
+        elif "lm_head" in name:
+            flatter = torch.full((weight.shape[0], 1), 0.5)
+            flatter[printable] = 1.0
+            end_of_turn = weight.shape[0] - 1
+            flatter[end_of_turn] = 1.0
+            weight.copy_(noise * flatter * (3.0 / math.sqrt(weight.shape[1])))
+        else:
+            sharpens_attention = any(part in name for part in ("q_proj", "k_proj", "q_b_proj"))
+            weight.copy_(noise * ((2.0 if sharpens_attention else 1.0) / math.sqrt(weight.shape[-1])))

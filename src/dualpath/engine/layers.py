@@ -1,0 +1,175 @@
+"""What a layerwise prefill stands on: a ring of per-layer KV buffers, and the order in which three threads may use it.
+
+Theory of operation. For every layer four things happen in order: its hit KV is *loaded* (loader thread), the new tokens'
+KV is *written* and the layer's attention is done, *attended* (compute thread), and its KV is *shipped* (shipper thread).
+Shipping needs only what is written, so it runs beside the layer's own attention. Layer `l` uses buffer ``l % slots``,
+and may start loading once layer ``l − slots`` is both attended and shipped: with three slots, layer l+1 loads while l
+computes and l−1 is shipped, and never more than three layers' KV of the batch are on the device.
+
+`LayerProgress` is that rule and nothing else: four counters under one condition variable, every wait with a deadline,
+and an abort that ends all waits. `DeviceLayers` is the memory: on a CPU the I/O callbacks get views of the buffers
+themselves; on an accelerator they get pinned staging memory, and the copies run on streams of their own.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualpath.kv.layout import KVLayout
+
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+class RunAbortedError(RuntimeError):
+    """A wait ended because another thread of the same run failed; the cause is that thread's error."""
+
+
+class LayerIOTimeoutError(TimeoutError):
+    """An I/O callback did not return in time. It may still write into the buffers, so they are not used again."""
+
+
+class LayerProgress:
+    """How far each stage of one run is, in layers, and who may go on.
+
+    The compute thread's waits have a deadline, counted anew from any stage's last step; the workers' end with the run,
+    which `abort` tells them.
+    """
+
+    def __init__(self, layers: int, slots: int, whole_context: bool, deadline_s: float) -> None:
+        """`whole_context`: compute starts when all layers are loaded, and shipping when all are computed."""
+        self.layers, self.slots, self.whole_context = layers, slots, whole_context
+        self.peak_resident_layers = 0
+        self.load_wait_ns = 0
+        self.ship_wait_ns = 0
+        self._deadline_s = deadline_s
+        self._condition = threading.Condition()
+        self._reached = dict.fromkeys(("loaded", "written", "attended", "shipped"), 0)
+        self._failure: BaseException | None = None
+
+    def wait_slot(self, layer: int) -> None:
+        """Loader: until the buffer that `layer` shares is free."""
+        self._wait(lambda: layer < self._freed() + self.slots, f"the buffer of layer {layer} to be free")
+        with self._condition:
+            self.peak_resident_layers = max(self.peak_resident_layers, layer + 1 - self._freed())
+
+    def wait_loaded(self, layer: int) -> None:
+        """Compute: until the hit KV of `layer` is on the device."""
+        needed = self.layers if self.whole_context else layer + 1
+        what = f"layer {needed - 1} to be loaded"
+        self.load_wait_ns += self._wait(lambda: self._reached["loaded"] >= needed, what, self._deadline_s)
+
+    def wait_written(self, layer: int) -> None:
+        """Shipper: until the KV of `layer` is complete."""
+        stage, needed = ("attended", self.layers) if self.whole_context else ("written", layer + 1)
+        self._wait(lambda: self._reached[stage] >= needed, f"layer {needed - 1} to be computed")
+
+    def wait_all_shipped(self) -> None:
+        """Compute: until nothing of the run is left to ship."""
+        done = self.layers
+        what = "the last layers to be shipped"
+        self.ship_wait_ns += self._wait(lambda: self._reached["shipped"] == done, what, self._deadline_s)
+
+    def advance(self, stage: str, layer: int) -> None:
+        """`layer` is through `stage`: loaded, written, attended or shipped. Layers pass every stage in order."""
+        with self._condition:
+            if self._reached[stage] != layer:
+                raise AssertionError(f"layer {layer} is {stage} out of order: {self._reached[stage]} comes next")
+            self._reached[stage] = layer + 1
+            self._condition.notify_all()
+
+    def abort(self, failure: BaseException) -> None:
+        """End every wait, now and later, with RunAbortedError. The first failure is the one that is kept."""
+        with self._condition:
+            self._failure = self._failure or failure
+            self._condition.notify_all()
+
+    def _freed(self) -> int:
+        return min(self._reached["attended"], self._reached["shipped"])
+
+    def _wait(self, ready: Callable[[], bool], what: str, deadline_s: float | None = None) -> int:
+        started_ns = time.perf_counter_ns()
+        with self._condition:
+            while self._failure is None and not ready():
+                if not self._condition.wait(deadline_s):
+                    raise LayerIOTimeoutError(f"nothing moved for {deadline_s:g} s while waiting for {what}")
+            if self._failure is not None:
+                raise RunAbortedError(f"stopped while waiting for {what}") from self._failure
+        return time.perf_counter_ns() - started_ns
+
+
+class DeviceLayers:
+    """`slots` device buffers ``[rows, token_elems]``, kept from run to run and grown when a larger batch comes."""
+
+    def __init__(self, layout: KVLayout, slots: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._layout, self._device, self._dtype = layout, device, dtype
+        self._slots: list[Tensor] = [torch.empty(0)] * slots
+        self._staging: dict[str, Tensor] = {}
+        self._streams: dict[str, torch.cuda.Stream] = {}
+        self._marks: dict[tuple[str, int], torch.cuda.Event] = {}
+        self._capacity_rows = 0
+        if device.type == "cuda":
+            self._streams = {"load": torch.cuda.Stream(device), "ship": torch.cuda.Stream(device)}
+
+    def reserve(self, rows: int, limit_rows: int) -> None:
+        """Make every buffer at least `rows` long; grows by doubling up to `limit_rows`, so that sizes settle soon."""
+        if rows <= self._capacity_rows:
+            return
+        self._capacity_rows = min(limit_rows, max(rows, 2 * self._capacity_rows))
+        shape = (self._capacity_rows, self._layout.token_bytes // self._dtype.itemsize)
+        self._slots = [torch.empty(0)] * len(self._slots)  # free the old ones before taking the new
+        self._slots = [torch.empty(shape, dtype=self._dtype, device=self._device) for _ in self._slots]
+        if self._streams:
+            self._staging = {way: torch.empty(shape, dtype=self._dtype, pin_memory=True) for way in self._streams}
+
+    def rows(self, layer: int) -> Tensor:
+        """The device buffer of `layer`."""
+        return self._slots[layer % len(self._slots)]
+
+    def destination(self, layer: int, first_row: int, rows: int) -> Bytes:
+        """Host memory, ``rows × token_bytes`` bytes, that a load of these rows fills."""
+        if self._streams:
+            self._wait_mark("attended", layer - len(self._slots))
+        return _as_bytes(self._staging.get("load", self.rows(layer))[first_row : first_row + rows])
+
+    def upload(self, layer: int, spans: list[tuple[int, int]]) -> None:
+        """Bring loaded `spans` ``(first_row, rows)`` to the device; returns when they are there."""
+        if not self._streams:
+            return
+        with torch.cuda.stream(self._streams["load"]):
+            for first, count in spans:
+                staged = self._staging["load"][first : first + count]
+                self.rows(layer)[first : first + count].copy_(staged, non_blocking=True)
+        self._streams["load"].synchronize()
+
+    def download(self, layer: int, spans: list[tuple[int, int]]) -> list[Bytes]:
+        """Host bytes of `spans` of `layer`; on an accelerator they live until the next download."""
+        if not self._streams:
+            return [_as_bytes(self.rows(layer)[first : first + count]) for first, count in spans]
+        staging = self._staging["ship"]
+        self._wait_mark("written", layer)
+        with torch.cuda.stream(self._streams["ship"]):
+            for first, count in spans:
+                staging[first : first + count].copy_(self.rows(layer)[first : first + count], non_blocking=True)
+        self._streams["ship"].synchronize()
+        return [_as_bytes(staging[first : first + count]) for first, count in spans]
+
+    def mark(self, stage: str, layer: int) -> None:
+        """Compute thread: remember this point of the compute stream as the end of `stage` of `layer`."""
+        if self._streams:
+            event = torch.cuda.Event()
+            event.record()
+            self._marks[stage, layer] = event
+
+    def _wait_mark(self, stage: str, layer: int) -> None:
+        event = self._marks.get((stage, layer))
+        if event is not None:
+            event.synchronize()
+
+
+def _as_bytes(rows: Tensor) -> Bytes:
+    flat: Bytes = rows.view(torch.uint8).numpy().reshape(-1)
+    return flat
