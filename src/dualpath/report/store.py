@@ -15,7 +15,9 @@ MAX_LISTED = 20
 
 def stat_table(report: Mapping[str, Any]) -> Table:
     """One row per namespace: a model's weights, layout and tenant."""
-    table = Table(title=f"store {report['directory']}", title_style="", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"store {report['directory']}", title_style="", title_justify="left", box=SIMPLE_HEAD, padding=0
+    )
     for heading, right in (
         ("namespace", False),
         ("model", False),

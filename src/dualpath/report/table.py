@@ -9,7 +9,7 @@ from dualpath.report.result_file import Representative, ResultFile, Run, represe
 def run_table(result: ResultFile) -> Table:
     """JCT, ratios, latencies (p50/p99) and storage traffic. With repeats, the median run and the range of JCTs."""
     table = Table(
-        title=_title(result), title_justify="left", title_style="", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0)
+        title=_title(result), title_justify="left", title_style="", header_style="bold", box=SIMPLE_HEAD, padding=0
     )
     table.add_column("nodes", no_wrap=True)
     table.add_column("system", no_wrap=True)

@@ -1,0 +1,215 @@
+import json
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from dualpath import cli
+from dualpath.kv.keys import block_keys, namespace
+from dualpath.kv.layout import KVLayout, KVPart
+from dualpath.kv.store import PosixStore
+
+
+def python(code, *arguments):
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def refused(capsys, *argv):
+    """The last line that the command line `argv`, which must end with exit code 2, printed."""
+    try:
+        code = cli.main(argv)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed.splitlines()[-1]
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [(), ("demo",), ("serve",), ("engine",), ("store",), ("store", "stat"), ("store", "fsck"), ("checkpoint",)],
+)
+def test_help_explains_every_command(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "usage: dualpath" in shown
+    assert command == ("store",) or "example" in shown
+    assert all(len(line) <= 120 for line in shown.splitlines())
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from dualpath.cli import build_parser; build_parser().format_help();"
+        "print([name for name in ('torch', 'numpy', 'rich', 'msgspec', 'httpx', 'matplotlib') if name in sys.modules])"
+    )
+    assert python(code).stdout == "[]\n"
+
+
+def test_the_demo_and_store_commands_import_no_torch():
+    code = (
+        "import sys; import dualpath.demo.run, dualpath.report.store, dualpath.report.table, dualpath.kv.inspect;"
+        "print('torch' in sys.modules)"
+    )
+    assert python(code).stdout == "False\n"
+
+
+def test_the_package_runs_as_a_module():
+    shown = subprocess.run([sys.executable, "-m", "dualpath", "--version"], capture_output=True, text=True, timeout=60)
+    assert (shown.returncode, shown.stdout) == (0, "dualpath 0.1.0\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["serve", "--store", "s"], "the following arguments are required: --model"),
+        (
+            ["serve", "--model", "m", "--store", "s", "--snic-rate", "fast"],
+            "argument --snic-rate: 'fast' is not a rate",
+        ),
+        (["serve", "--model", "m", "--store", "s", "--buffer", "1 gig"], "argument --buffer: '1 gig' is not a size"),
+        (["serve", "--model", "m", "--store", "s", "--port", "70000"], "argument --port: 70000 is not a port"),
+        (["serve", "--model", "m", "--store", "s", "--system", "best"], "argument --system: invalid choice: 'best'"),
+        (["serve", "--model", "/none", "--store", "s"], "--model: /none has no config.json"),
+        (["engine", "--role", "prefill"], "required: --coordinator"),
+        (["store", "stat", "/none"], "dualpath store: /none is not a directory"),
+        (["store", "fsck", "/none"], "dualpath store: /none is not a directory"),
+        (["checkpoint", "/tmp"], "/tmp exists"),
+        (["demo", "--systems", "basic,fast"], "unknown system 'fast'; choose from basic, "),
+        (["demo", "--topologies", "1P1D,big"], "dualpath demo: --topologies: 'big' is not like"),
+        (["demo", "--agents", "0"], "argument --agents: 0 is not a whole number from 1 up"),
+        (["demo", "--agents", "few"], "argument --agents: 'few' is not a whole number"),
+        (["demo", "--scale", "-1"], "argument --scale: '-1' is not a number above 0"),
+        (["demo", "--trace", "/none.json"], "dualpath demo: /none.json: can't be read: No such file"),
+        (["dance"], "invalid choice: 'dance'"),
+    ],
+)
+def test_a_bad_value_is_one_clear_line(capsys, argv, message):
+    assert message in refused(capsys, *argv)
+
+
+def test_a_topology_that_is_none_is_refused_by_the_configuration(capsys, model):
+    assert "'2D' is not a topology" in refused(capsys, "serve", "--model", model, "--store", "s", "--topology", "2D")
+
+
+def test_serve_fills_a_configuration_from_its_options(monkeypatch, model):
+    served = []
+    monkeypatch.setitem(sys.modules, "dualpath.runtime.serve", types.SimpleNamespace(run=served.append))
+    argv = ["serve", "--model", model, "--store", "kv", "--topology", "1P2D", "--system", "basic"]
+    argv += ["--snic-rate", "60MB/s", "--cnic-rate", "400Gb/s", "--buffer", "64MiB", "--hbm", "2GiB"]
+    argv += ["--store-quota", "1GB", "--port", "0", "--api-key", "a", "--api-key", "b", "--transport", "tcp"]
+    argv += ["--threads", "2", "--journal", "j", "--ready-file", "r", "--max-waiting", "9", "--quota-ms", "2.5"]
+    argv += ["--join-address", "tcp://0.0.0.0:5555"]
+    assert cli.main(argv) == 0
+    (config,) = served
+    assert (config.model, config.store, str(config.topology), config.system) == (model, "kv", "1P2D", "basic")
+    assert (config.snic_bytes_per_s, config.cnic_bytes_per_s) == (60_000_000, 50_000_000_000)
+    assert (config.buffer_bytes, config.hbm_bytes, config.store_quota_bytes) == (2**26, 2**31, 10**9)
+    assert (config.port, config.api_keys, config.transport, config.threads) == (0, ("a", "b"), "tcp", 2)
+    assert (config.journal, config.ready_file, config.max_waiting, config.quota_ns) == ("j", "r", 9, 2_500_000)
+    assert config.control_address == "tcp://0.0.0.0:5555"
+
+
+def test_what_serve_is_not_told_is_the_configurations_default(monkeypatch, model):
+    from dualpath.runtime.config import ClusterConfig
+
+    served = []
+    monkeypatch.setitem(sys.modules, "dualpath.runtime.serve", types.SimpleNamespace(run=served.append))
+    assert cli.main(["serve", "--model", model, "--store", "kv"]) == 0
+    assert served == [ClusterConfig(model=model, store="kv")]
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (OSError(98, "Address already in use"), 1, "dualpath serve: [Errno 98] Address already in use"),
+        (KeyboardInterrupt(), 130, "dualpath: interrupted"),
+    ],
+)
+def test_a_failure_is_one_line_and_an_exit_code(monkeypatch, capsys, model, raised, code, message):
+    def run(config):
+        raise raised
+
+    monkeypatch.setitem(sys.modules, "dualpath.runtime.serve", types.SimpleNamespace(run=run))
+    assert cli.main(["serve", "--model", model, "--store", "kv"]) == code
+    assert capsys.readouterr().err.splitlines() == [message]
+
+
+def test_demo_takes_only_what_is_given_and_keeps_the_command(monkeypatch, capsys, tmp_path):
+    from dualpath.demo import run as demo_run
+    from dualpath.demo.cluster import ClusterError
+
+    asked = []
+
+    def fail(options, trajectories, console):
+        asked.append(options)
+        raise ClusterError("no cluster here")
+
+    monkeypatch.setattr(demo_run, "run_demo", fail)
+    assert cli.main(["demo", "--agents", "2", "--snic-rate", "unlimited", "--repeat", "3", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "dualpath demo: no cluster here\n"
+    (options,) = asked
+    assert (options.agents, options.snic_bytes_per_s, options.repeats, options.out) == (2, None, 3, tmp_path)
+    assert (options.cnic_bytes_per_s, options.systems) == (480_000_000, ("basic", "dualpath", "oracle"))
+    assert options.command == f"dualpath demo --agents 2 --snic-rate unlimited --repeat 3 --out {tmp_path}"
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store of three blocks, one after another, and their keys."""
+    layout = KVLayout(layers=2, parts=(KVPart("k", 1, 4), KVPart("v", 1, 4)), dtype="float32")
+    space = namespace("fingerprint", "v1", layout)
+    opened = PosixStore(tmp_path / "kv", layout, space)
+    keys = block_keys(space.root, list(range(192)))
+    for key, parent in zip(keys, [space.root, *keys], strict=False):
+        opened.write(key, parent, np.zeros(layout.full_block_bytes, np.uint8))
+    return tmp_path / "kv", keys
+
+
+def test_store_stat_shows_what_is_there(store, capsys, tmp_path):
+    directory, _ = store
+    assert cli.main(["store", "stat", str(directory), "--json", str(tmp_path / "stat.json")]) == 0
+    assert "2 layers, k 1×4 v 1×4, float32" in capsys.readouterr().out
+    (space,) = json.loads((tmp_path / "stat.json").read_text())["namespaces"]
+    assert (space["blocks"], space["deepest_chain_blocks"]) == (3, 3)
+
+
+def test_store_fsck_fails_on_a_bad_block_until_it_is_repaired(store, capsys, tmp_path):
+    directory, keys = store
+    assert cli.main(["store", "fsck", str(directory)]) == 0
+    assert "3 of 3 blocks are sound" in capsys.readouterr().out
+    (path,) = directory.rglob(f"{keys[1].hex()}.kv")
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    assert cli.main(["store", "fsck", str(directory), "--json", str(tmp_path / "fsck.json")]) == 1
+    shown = capsys.readouterr().out
+    assert "1 bad files" in shown and "1 orphans" in shown and "nothing was changed; --repair" in shown
+    assert json.loads((tmp_path / "fsck.json").read_text())["sound_blocks"] == 2
+    assert cli.main(["store", "fsck", str(directory), "--repair"]) == 0
+    assert cli.main(["store", "fsck", str(directory)]) == 0
+    assert "1 of 1 blocks are sound" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_checkpoint_makes_a_model_that_transformers_opens(tmp_path):
+    made = python(
+        "import sys; from dualpath.cli import main; path = sys.argv[1];"
+        "code = main(['checkpoint', path, '--architecture', 'llama']); from transformers import AutoConfig;"
+        "print(AutoConfig.from_pretrained(path).model_type); sys.exit(code)",
+        str(tmp_path / "tiny"),
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.splitlines() == [str(tmp_path / "tiny"), "llama"]
