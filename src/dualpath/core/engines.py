@@ -7,6 +7,7 @@ everything else is O(1).
 """
 
 from bisect import bisect_left
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -159,14 +160,14 @@ class DecodeEngines:
         self.buffer_capacity = _column([facts.buffer_blocks for facts in self.facts])
         self.smallest_hbm_blocks = min((facts.hbm_blocks for facts in self.facts), default=0)
         self.smallest_buffer_blocks = min((facts.buffer_blocks for facts in self.facts), default=0)
-        self.group_ids = sorted({facts.group for facts in self.facts})
-        self._position = {group: position for position, group in enumerate(self.group_ids)}
         self.groups = {}
         start = 0
-        for group in self.group_ids:
-            stop = start + sum(facts.group == group for facts in self.facts)
+        for group, members in groupby(self.facts, key=lambda facts: facts.group):
+            stop = start + sum(1 for _ in members)
             self.groups[group] = DecodeGroup(self, group, start, stop)
             start = stop
+        self.group_ids = list(self.groups)
+        self._position = {group: position for position, group in enumerate(self.group_ids)}
         self._queued = {group: self._queued.get(group, 0) for group in self.group_ids}
         self.group_load = _column([self.groups[group].tok_total + self._queued[group] for group in self.group_ids])
 

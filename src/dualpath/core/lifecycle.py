@@ -158,7 +158,7 @@ class Lifecycle:
         request.unloaded = request.legs
         for leg in request.legs:
             self.fleet.start_read(prefill if leg.side is Side.PE else decode, leg)
-            self.count(f"{leg.side.value}_read_blocks", leg.blocks)
+            self.count("pe_read_blocks" if leg.side is Side.PE else "de_read_blocks", leg.blocks)
         self.count("placed")
         self.move(request, Event.PLACE)
         self.ledger.line_up(decode, request.key, prompt_blocks(request.facts))

@@ -40,6 +40,13 @@ def _argmin_where(mask: "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]", value
 
 def choose_prefill_engine(engines: PrefillEngines, constants: Constants, buffer_blocks: int) -> EngineId | None:
     """§6.1's PE choice; `buffer_blocks` is what the engine's buffer must be able to hold, at capacity."""
+    least = int(engines.tok.argmin())
+    if (
+        engines.tok[least] <= constants.beta_tokens
+        and engines.read_queue[least] <= constants.alpha_tokens
+        and engines.buffer_capacity[least] >= buffer_blocks
+    ):
+        return engines.facts[least].engine  # the least of all is preferred, hence the least of the preferred
     takes = engines.tok <= constants.beta_tokens
     if buffer_blocks > engines.smallest_buffer_blocks:
         takes &= engines.buffer_capacity >= buffer_blocks
@@ -89,6 +96,13 @@ def choose_decode_engine(
     group: DecodeGroup, facts: RequestFacts, z: float, buffer_blocks: int, hbm_blocks: int
 ) -> EngineId | None:
     """Phase 2's choice for the head of the group's queue."""
+    least = int(group.seq.argmin())
+    if (
+        group.hbm_free[least] >= hbm_blocks
+        and group.buffer_capacity[least] >= buffer_blocks
+        and group.tok[least] <= z - facts.prompt_tokens
+    ):
+        return group.facts[least].engine  # the least of all is not high, hence the least of the not-high
     fits = (group.hbm_free >= hbm_blocks) & (group.buffer_capacity >= buffer_blocks)
     not_high = fits & (group.tok <= z - facts.prompt_tokens)
     if not_high.any():

@@ -11,6 +11,9 @@ from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side
 MIN_SPLIT_BLOCKS = 4
 """`split` gives no side fewer blocks than this: a tiny leg costs a request and saves nothing."""
 
+_GOLDEN_RATIO_64 = 0x9E37_79B9_7F4A_7C15
+"""The golden ratio's fraction, times 2^64."""
+
 
 def choose_legs(
     read_path: ReadPath,
@@ -33,15 +36,23 @@ def choose_legs(
         case "shorter_queue":
             pe_blocks = hit_blocks if pe_queue_tokens <= de_queue_tokens else 0
         case "alternate":
-            # Thue-Morse order: one of each in every two turns, yet never in step with a round robin over engines,
-            # which would give some nodes all the reads and others none.
-            pe_blocks = 0 if turn.bit_count() % 2 else hit_blocks
+            pe_blocks = hit_blocks if _is_pe_turn(turn) else 0
         case "split":
             pe_blocks = _even_split(hit_blocks, pe_queue_tokens, de_queue_tokens, pe_buffer_blocks)
     if read_path != "pe_only" and pe_blocks > pe_buffer_blocks:
         pe_blocks = 0
     legs = (Leg(Side.PE, 0, pe_blocks), Leg(Side.DE, pe_blocks, hit_blocks - pe_blocks))
     return tuple(leg for leg in legs if leg.blocks)
+
+
+def _is_pe_turn(turn: int) -> bool:
+    """One of each side in every two turns, which one first by a golden-ratio sequence.
+
+    Plain alternation would fall in step with a round robin over engines, and give some nodes all the reads and others
+    none; an irrational rotation is in step with nothing.
+    """
+    pair, second = divmod(turn, 2)
+    return (pair * _GOLDEN_RATIO_64 >> 63) % 2 == second
 
 
 def _even_split(hit_blocks: int, pe_queue_tokens: int, de_queue_tokens: int, pe_buffer_blocks: int) -> int:

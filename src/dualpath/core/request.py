@@ -32,6 +32,9 @@ class State(Enum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
+    # Members are singletons; Enum's own hash is that of the name, computed in Python, and it showed in profiles.
+    __hash__ = object.__hash__
+
     @property
     def is_terminal(self) -> bool:
         return not TRANSITIONS[self]
@@ -49,6 +52,8 @@ class Event(Enum):
     RESUBMIT = "resubmit"
     FAIL = "fail"
     CANCEL = "cancel"
+
+    __hash__ = object.__hash__
 
 
 _ON_ENGINES = (State.ALLOCATING, State.LOADING, State.PREFILLING, State.DECODING)
