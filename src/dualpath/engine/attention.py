@@ -28,7 +28,7 @@ IMPLEMENTATION = "dualpath_packed"
 """Our name in Transformers' attention registry."""
 
 STREAM_BYTES = 2 << 20
-"""Decode reads a context in pieces of about this many bytes, so that a piece stays in the CPU's cache (see `_stream`)."""
+"""Decode reads a context in pieces of about this many bytes, which stays in the CPU's cache (see `_stream`)."""
 
 EXPAND_ROWS = 4096
 """Latents expanded at a time, which bounds the scratch memory of MLA prefill."""
@@ -89,7 +89,7 @@ class PackedPass:
         """Nothing of this pass reads the buffer of `layer` any more."""
 
     def update(self, first: Tensor, second: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What Transformers calls before a layer's attention: `[1, heads, tokens, dim]` each, k and v or latent and rope."""
+        """What Transformers calls before a layer's attention: `[1, heads, tokens, dim]`, k and v or latent and rope."""
         self._rows = self.layer_rows(layer_idx)
         passed_on = self.form.store(self._rows, self._new_rows, first, second)
         self.written(layer_idx)
@@ -113,7 +113,9 @@ def packed_attention(
     del key, value, attention_mask
     for name, meaning in _UNSUPPORTED.items():
         if given.get(name) is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} uses {meaning}, which packed attention does not compute")
+            raise UnsupportedModelError(
+                f"{type(module).__name__} uses {meaning}, which packed attention does not compute"
+            )
     packed = given.get("packed")
     if not isinstance(packed, PackedPass):
         raise UnsupportedModelError(
@@ -130,7 +132,7 @@ class GroupedForm:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
 
     def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        parts = rows.unflatten(1, (2, self.kv_heads, self.head_dim))
+        parts = rows.view(-1, 2, self.kv_heads, self.head_dim)
         parts[:, 0].index_copy_(0, new_rows, first[0].transpose(0, 1))
         parts[:, 1].index_copy_(0, new_rows, second[0].transpose(0, 1))
         return first, second
@@ -139,13 +141,13 @@ class GroupedForm:
         self, module: Any, query: Tensor, rows: Tensor, sequences: tuple[PackedSequence, ...], scale: float
     ) -> Tensor:
         del module
-        heads_first = rows.unflatten(1, (2, self.kv_heads, self.head_dim)).permute(1, 2, 0, 3)
+        heads_first = rows.view(-1, 2, self.kv_heads, self.head_dim).permute(1, 2, 0, 3)
 
         def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
             keys, values = heads_first[:, :, first : first + count]
             return keys, values
 
-        grouped = query.unflatten(0, (self.kv_heads, -1))
+        grouped = query.view(self.kv_heads, -1, query.shape[1], self.head_dim)
         out = query.new_empty((query.shape[1], self.heads, self.head_dim))
         for sequence in sequences:
             chunk = slice(sequence.first_query, sequence.first_query + sequence.new_tokens)
@@ -176,7 +178,7 @@ class LatentForm:
         return out
 
     def absorbs(self, new_tokens: int) -> bool:
-        """Whether attending in latent space costs fewer FLOPs a context row than expanding the row (source: counting)."""
+        """Whether attending in latent space costs fewer FLOPs a context row than expanding the row does."""
         widened = 2 * self.rank - self.nope_dim - self.value_dim
         return new_tokens * widened <= self.rank * (self.nope_dim + self.value_dim)
 
@@ -215,8 +217,7 @@ class LatentForm:
         """``kv_b_proj`` as per-head matrices: to keys ``[heads, nope, rank]``, to values ``[heads, value, rank]``."""
         weight: Tensor = module.kv_b_proj.weight
         by_head = weight.view(self.heads, self.nope_dim + self.value_dim, self.rank)
-        to_key, to_value = by_head.split([self.nope_dim, self.value_dim], dim=1)
-        return to_key, to_value
+        return by_head[:, : self.nope_dim], by_head[:, self.nope_dim :]
 
 
 def _attend_sequence(
@@ -245,8 +246,8 @@ def _attend_sequence(
         parts.append((out.view(kv_heads, group, new_tokens, dim), lse.view(kv_heads, group, new_tokens)))
     if causal is not None:
         keys, values = keys_values(*causal)
-        spread = (x[None].expand(group, -1, -1, -1) for x in (keys, values))
-        out, lse = _partial(query.transpose(0, 1), *spread, scale, causal=True)
+        keys, values = (x.expand(group, -1, -1, -1) for x in (keys, values))
+        out, lse = _partial(query.transpose(0, 1), keys, values, scale, causal=True)
         parts.append((out.transpose(0, 1), lse.transpose(0, 1)))
     return _merge(parts).permute(2, 0, 1, 3).reshape(new_tokens, kv_heads * group, dim)
 
@@ -259,7 +260,7 @@ def _spans(sequence: PackedSequence, span_rows: int | None) -> tuple[list[tuple[
     whole = list(sequence.extents)
     causal = None
     if sequence.new_tokens > 1:
-        ((first, count),) = sequence.extents
+        first, _ = sequence.extents[0]
         causal = (first + sequence.cached_tokens, sequence.new_tokens)
         whole = [(first, sequence.cached_tokens)] if sequence.cached_tokens else []
     if span_rows is not None:
@@ -301,8 +302,10 @@ def _partial(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: 
     return _partial_by_matmul(query, keys, values, scale, causal)
 
 
-def _partial_by_matmul(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """The same on any device, scores in float32 in full; spans are short enough (EXPAND_ROWS) for that to be bounded."""
+def _partial_by_matmul(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The same on any device, with all scores of the span in float32 (at most EXPAND_ROWS a query where unmasked)."""
     scores = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
     if causal:
         n, rows = scores.shape[-2:]

@@ -1,7 +1,7 @@
-"""Small seeded checkpoints in the ordinary Hugging Face format, made on the spot: nothing to download, nothing special.
+"""Small seeded checkpoints in the ordinary Hugging Face format, made on the spot: nothing to download.
 
-`make_checkpoint` writes what a published model has (config, safetensors weights, generation config, byte-level tokenizer
-with a ChatML template), so the engines load it as they load any other. The weights are random but not arbitrary:
+`make_checkpoint` writes what a published model has (config, safetensors weights, generation config, byte-level
+tokenizer with a ChatML template), so the engines load it as they load any other. Its weights are random, not arbitrary:
 
 * activations keep a standard deviation near one through every layer, and queries and keys are scaled up, so what comes
   out depends on the whole context and greedy output wanders instead of repeating one token;
@@ -79,7 +79,7 @@ DEMO_MODEL: Mapping[str, Any] = {
 def make_checkpoint(path: str | Path, architecture: Architecture, seed: int = 0, **sizes: Any) -> Path:
     """Write a checkpoint into the folder `path` (made if missing) and return it.
 
-    `sizes` override fields of the architecture's Transformers config. The same arguments give the same bytes of weights.
+    `sizes` override fields of the architecture's Transformers config. The same arguments give the same weights.
     Raises ValueError for an architecture or a field that is not known.
     """
     if architecture not in _TINY_BY_ARCHITECTURE:
@@ -88,7 +88,9 @@ def make_checkpoint(path: str | Path, architecture: Architecture, seed: int = 0,
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _byte_tokenizer()
-    end_of_text, end_of_turn = (tokenizer.convert_tokens_to_ids(name) for name in (SPECIAL_TOKENS[0], SPECIAL_TOKENS[2]))
+    end_of_text, end_of_turn = (
+        tokenizer.convert_tokens_to_ids(name) for name in (SPECIAL_TOKENS[0], SPECIAL_TOKENS[2])
+    )
     config = AutoConfig.for_model(architecture)
     fields = _TINY | _TINY_BY_ARCHITECTURE[architecture] | sizes
     unknown = sorted(name for name in fields if not hasattr(config, name))
@@ -122,7 +124,9 @@ def model_fingerprint(path: str | Path) -> str:
     weights = sorted(folder.glob("*.safetensors"))
     config_file = folder / "config.json"
     if not config_file.is_file() or not weights:
-        raise FileNotFoundError(f"{folder} is not a checkpoint: it needs config.json and at least one .safetensors file")
+        raise FileNotFoundError(
+            f"{folder} is not a checkpoint: it needs config.json and at least one .safetensors file"
+        )
     config = json.loads(config_file.read_text())
     config.pop("transformers_version", None)
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)

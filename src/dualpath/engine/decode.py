@@ -7,7 +7,8 @@ with a block's rows as in its Layer Block, so both copies are plain.
 
 Threads: one compute thread calls `step`; another may call everything else meanwhile. It touches only blocks that the
 step in progress does not write: of a sequence that has not joined, or finished ones. Bookkeeping is under one lock;
-`release` of a joined sequence waits for the step in progress, and refuses while a copy of the sequence is under way.
+`release` waits for the step in progress if the sequence takes part in it, and refuses while one of its blocks is being
+copied.
 """
 
 import threading
@@ -32,7 +33,8 @@ class StepOutput(msgspec.Struct, frozen=True):
     """One sequence's share of a step: a token, or the error that ended it."""
 
     sequence: int
-    token: TokenDraw | None
+    draw: TokenDraw | None
+    """None only where there is an `error`."""
     finish_reason: str | None
     """``"stop"``, ``"length"``, or None while more is to come. A finished or failed sequence has left the batch."""
     error: Exception | None = None
@@ -51,7 +53,8 @@ class DecodeEngine:
         self._pool = [torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(layout.layers)]
         self._sequences: dict[int, _Sequence] = {}
         self._lock = threading.Lock()
-        self._step_lock = threading.Lock()
+        self._stepped = threading.Condition(self._lock)
+        self._stepping: set[int] = set()
 
     @property
     def free_blocks(self) -> int:
@@ -80,12 +83,16 @@ class DecodeEngine:
         if prompt_tokens < 1 or generated_so_far < 0 or longest <= prompt_tokens:
             raise ValueError(f"sequence {sequence}: {prompt_tokens=}, {generated_so_far=}, {sampling.max_tokens=}")
         if longest > self.model.max_length_tokens + 1:
-            raise ValueError(f"sequence {sequence} may reach {longest} tokens; the model takes {self.model.max_length_tokens}")
+            raise ValueError(
+                f"sequence {sequence} may reach {longest} tokens; the model takes {self.model.max_length_tokens}"
+            )
         with self._lock:
             if sequence in self._sequences:
                 raise ValueError(f"sequence {sequence} is admitted already")
             extents = self._allocator.take(self.blocks_for(prompt_tokens, sampling, generated_so_far))
-            admitted = _Sequence(prompt_tokens, first_token, sampling, generated_so_far + 1, extents, self._block_tokens)
+            admitted = _Sequence(
+                prompt_tokens, first_token, sampling, generated_so_far + 1, extents, self._block_tokens
+            )
             self._sequences[sequence] = admitted
         return admitted.finished
 
@@ -105,32 +112,42 @@ class DecodeEngine:
             for layer, pool in enumerate(self._pool):
                 pool[row : row + tokens].copy_(source[layer, :tokens])
 
-    def join(self, sequence: int) -> None:
-        """Decode the sequence from the next step on; its prompt's blocks must be filled."""
+    def join(self, sequence: int) -> str | None:
+        """Decode the sequence from the next step on; its prompt's blocks must be filled.
+
+        Returns why its first token has ended it already, if so: it is not decoded then, only released.
+        """
         with self._lock:
             joining = self._find(sequence)
-            if joining.finished is not None:
-                raise ValueError(f"sequence {sequence} has finished ({joining.finished}); release it instead")
             joining.joined = True
+            return joining.finished
 
     def step(self) -> list[StepOutput]:
         """One token for every joined sequence, in the order they were admitted; an empty list where there is none."""
-        with self._step_lock:
+        with self._lock:
+            if self._stepping:
+                raise RuntimeError("a step is in progress; only one thread may step")
+            batch = {i: s for i, s in self._sequences.items() if s.joined and s.finished is None}
+            self._stepping = set(batch)
+        try:
+            return self._step(batch) if batch else []
+        finally:
             with self._lock:
-                batch = {i: s for i, s in self._sequences.items() if s.joined and s.finished is None}
-            if not batch:
-                return []
-            members = list(batch.values())
-            rows = [s.row(s.kv_tokens) for s in members]
-            packed = _DecodePass(self.model, self._pool, [s.packed(i) for i, s in enumerate(members)], rows)
-            ids, positions = [s.last_token for s in members], [s.kv_tokens for s in members]
-            logits = self.model.forward(packed, ids, positions, list(range(len(members))))
-            tokens = draw(logits, [s.sampling for s in members], [s.generated_tokens for s in members])
-            with self._lock:
-                return [_advance(i, s, token) for (i, s), token in zip(batch.items(), tokens, strict=True)]
+                self._stepping = set()
+                self._stepped.notify_all()
+
+    def _step(self, batch: dict[int, "_Sequence"]) -> list[StepOutput]:
+        members = list(batch.values())
+        rows = [s.row(s.kv_tokens) for s in members]
+        packed = _DecodePass(self.model, self._pool, [s.packed(i) for i, s in enumerate(members)], rows)
+        ids, positions = [s.last_token for s in members], [s.kv_tokens for s in members]
+        logits = self.model.forward(packed, ids, positions, list(range(len(members))))
+        tokens = draw(logits, [s.sampling for s in members], [s.generated_tokens for s in members])
+        with self._lock:
+            return [_advance(i, s, token) for (i, s), token in zip(batch.items(), tokens, strict=True)]
 
     def full_blocks(self, sequence: int) -> int:
-        """Full Blocks of the sequence whose KV is complete and will not change: prompt + generated − 1 tokens have KV."""
+        """Full Blocks of the sequence that will not change any more: prompt + generated − 1 tokens have KV."""
         with self._lock:
             return self._find(sequence).kv_tokens // self._block_tokens
 
@@ -146,10 +163,10 @@ class DecodeEngine:
                 target[layer].copy_(pool[row : row + self._block_tokens])
 
     def release(self, sequence: int) -> None:
-        """Give the sequence's blocks back, finished or not. Raises KeyError when unknown, RuntimeError while copying."""
+        """Give the sequence's blocks back, finished or not. Raises KeyError if unknown, RuntimeError while copying."""
         with self._lock:
             self._find(sequence).joined = False
-        with self._step_lock, self._lock:
+            self._stepped.wait_for(lambda: sequence not in self._stepping)
             leaving = self._find(sequence)
             if leaving.copies:
                 raise RuntimeError(f"sequence {sequence}: {leaving.copies} copies of its blocks are under way")
@@ -234,7 +251,9 @@ def _advance(index: int, sequence: _Sequence, token: TokenDraw | Exception) -> S
 class _DecodePass(PackedPass):
     """Every layer's rows are there already."""
 
-    def __init__(self, model: LoadedModel, pool: list[Tensor], sequences: list[PackedSequence], rows: list[int]) -> None:
+    def __init__(
+        self, model: LoadedModel, pool: list[Tensor], sequences: list[PackedSequence], rows: list[int]
+    ) -> None:
         super().__init__(model.form, tuple(sequences), torch.tensor(rows, device=model.device))
         self._pool = pool
 

@@ -1,7 +1,7 @@
-"""What a layerwise prefill stands on: a ring of per-layer KV buffers, and the order in which three threads may use it.
+"""A ring of per-layer KV buffers, and the order in which the three threads of a layerwise prefill may use it.
 
-Theory of operation. For every layer four things happen in order: its hit KV is *loaded* (loader thread), the new tokens'
-KV is *written* and the layer's attention is done, *attended* (compute thread), and its KV is *shipped* (shipper thread).
+Theory of operation. For every layer four things happen: its hit KV is *loaded* (loader thread), the new tokens' KV is
+*written* and then the layer's attention done, *attended* (compute thread), and its KV is *shipped* (shipper thread).
 Shipping needs only what is written, so it runs beside the layer's own attention. Layer `l` uses buffer ``l % slots``,
 and may start loading once layer ``l − slots`` is both attended and shipped: with three slots, layer l+1 loads while l
 computes and l−1 is shipped, and never more than three layers' KV of the batch are on the device.
@@ -112,7 +112,7 @@ class DeviceLayers:
         self._marks: dict[tuple[str, int], torch.cuda.Event] = {}
         self._capacity_rows = 0
         if device.type == "cuda":
-            self._streams = {"load": torch.cuda.Stream(device), "ship": torch.cuda.Stream(device)}
+            self._streams = {way: torch.cuda.Stream(device) for way in ("load", "ship")}  # type: ignore[no-untyped-call]
 
     def reserve(self, rows: int, limit_rows: int) -> None:
         """Make every buffer at least `rows` long; grows by doubling up to `limit_rows`, so that sizes settle soon."""
@@ -160,7 +160,7 @@ class DeviceLayers:
     def mark(self, stage: str, layer: int) -> None:
         """Compute thread: remember this point of the compute stream as the end of `stage` of `layer`."""
         if self._streams:
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._marks[stage, layer] = event
 

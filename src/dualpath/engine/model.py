@@ -43,7 +43,9 @@ class LoadedModel:
         self.dtype: torch.dtype = network.dtype
         self.device: torch.device = network.device
         self.form, parts = _form_of(config)
-        self.layout = KVLayout(layers=config.num_hidden_layers, parts=parts, dtype=str(self.dtype).removeprefix("torch."))
+        self.layout = KVLayout(
+            layers=config.num_hidden_layers, parts=parts, dtype=str(self.dtype).removeprefix("torch.")
+        )
         self.vocab_size: int = config.vocab_size
         self.max_length_tokens: int = config.max_position_embeddings
         self.eos_token_ids = eos_token_ids
@@ -100,11 +102,11 @@ class LoadedModel:
         """FLOPs of one attention layer for one new token, whatever its context: the projections."""
         attention = self.network.get_decoder().layers[0].self_attn
         weights = sum(p.numel() for name, p in attention.named_parameters() if p.dim() == 2 and name.endswith("weight"))
-        return 2 * weights
+        return int(2 * weights)
 
     @property
     def attention_flops_per_pair(self) -> int:
-        """FLOPs of one attention layer for one (new token, visible token) pair: scores and weighted values, all heads."""
+        """FLOPs of one attention layer for a new token and a token it sees: score and weighted value, all heads."""
         if isinstance(self.form, LatentForm):
             return 2 * self.form.heads * (self.form.nope_dim + self.form.rope_dim + self.form.value_dim)
         return 4 * self.form.heads * self.form.head_dim
@@ -121,7 +123,7 @@ class _Probe(PackedPass):
         self._updated: list[int] = []
         self._computed: list[int] = []
 
-    def layer_rows(self, layer: int) -> Tensor:
+    def layer_rows(self, layer: int) -> Tensor:  # noqa: ARG002  one buffer serves all layers
         return self._buffer
 
     def update(self, first: Tensor, second: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """Device memory of a decode engine: KV in blocks of 64 tokens, handed out in runs that are as long as possible.
 
-A sequence's blocks form a short list of *extents*, runs of consecutive blocks. Attention reads an extent as one view, so
-the fewer extents, the fewer and the larger its reads; but any free blocks will do, so fragmentation costs speed, never
-capacity.
+A sequence's blocks form a short list of *extents*, runs of consecutive blocks. Attention reads an extent as one view:
+the fewer extents, the fewer and larger its reads. But any free blocks will do: fragmentation costs speed, not capacity.
 """
 
 import bisect
@@ -60,7 +59,12 @@ class BlockAllocator:
         at = bisect.bisect_left(self._runs, [first, 0])
         before = self._runs[at - 1] if at else None
         after = self._runs[at] if at < len(self._runs) else None
-        if first < 0 or first + count > self.blocks or (before and sum(before) > first) or (after and first + count > after[0]):
+        if (
+            first < 0
+            or first + count > self.blocks
+            or (before and sum(before) > first)
+            or (after and first + count > after[0])
+        ):
             raise ValueError(f"blocks {first} … {first + count - 1} are not all taken: given back twice?")
         if after and first + count == after[0]:
             count += after[1]

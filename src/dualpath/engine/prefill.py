@@ -85,7 +85,7 @@ class LayerwisePrefill:
         max_batch_tokens: int = 65536,
         io_deadline_s: float = 120.0,
     ) -> None:
-        """`layerwise=False` holds all layers of the batch: loads all, computes all, ships all (the ablation's baseline).
+        """`layerwise=False` holds all layers of the batch: loads all, computes all, ships all (the ablation's base).
 
         `max_batch_tokens` bounds cached and new tokens of a batch together, and with that the device buffers.
         """
@@ -140,7 +140,9 @@ class LayerwisePrefill:
                 )
             length = item.cached_tokens + len(item.token_ids)
             if length > self.model.max_length_tokens:
-                raise ValueError(f"item {index} reaches {length} tokens; the model takes {self.model.max_length_tokens}")
+                raise ValueError(
+                    f"item {index} reaches {length} tokens; the model takes {self.model.max_length_tokens}"
+                )
             total += length
         if total > self.max_batch_tokens:
             raise ValueError(f"the batch has {total} tokens; max_batch_tokens is {self.max_batch_tokens}: split it")
@@ -246,7 +248,12 @@ class _Batch:
         with self._lock:
             return [i for i, error in enumerate(self.errors) if error is None]
 
-    def call(self, callback: Callable[[int, list[Bytes | None]], list[Exception | None]], layer: int, spans: list[Bytes | None]) -> None:
+    def call(
+        self,
+        callback: Callable[[int, list[Bytes | None]], list[Exception | None]],
+        layer: int,
+        spans: list[Bytes | None],
+    ) -> None:
         """Call back into the runtime and note each item's first error."""
         asked = [i for i, span in enumerate(spans) if span is not None]
         try:

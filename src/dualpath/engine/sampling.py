@@ -1,8 +1,8 @@
 """From logits to tokens, so that a retried attempt draws again what the lost one drew.
 
 Token *i* of a request is drawn with a counter-based generator keyed by ``(seed, i)``: no state survives a step, so it
-does not matter which engine draws, nor what it drew before. One uniform number picks from the cumulative distribution in
-token order, so rounding differences between engines almost never change the choice.
+does not matter which engine draws, nor what it drew before. One uniform number picks from the cumulative distribution
+in token order, so rounding differences between engines almost never change the choice.
 """
 
 import msgspec
@@ -13,7 +13,7 @@ from dualpath.spec.sampling import SamplingParams
 
 
 class TokenDraw(msgspec.Struct, frozen=True, gc=False):
-    """One drawn token. Log-probabilities are of the model's own distribution: no temperature, no mask, no truncation."""
+    """One drawn token. Log-probabilities are the model's own: no temperature, no mask, no truncation."""
 
     token_id: int
     logprob: float | None = None
@@ -22,7 +22,9 @@ class TokenDraw(msgspec.Struct, frozen=True, gc=False):
     """The most likely ``(token_id, logprob)``, best first, as many as asked for."""
 
 
-def draw(logits: torch.Tensor, params: list[SamplingParams], generated_tokens: list[int]) -> list[TokenDraw | Exception]:
+def draw(
+    logits: torch.Tensor, params: list[SamplingParams], generated_tokens: list[int]
+) -> list[TokenDraw | Exception]:
     """Draw one token for each row of `logits` ``[n, vocab]``; row i is token number ``generated_tokens[i]`` (from 0).
 
     A row whose logits are not numbers gets a FloatingPointError in its place; the others are unharmed.
