@@ -110,7 +110,7 @@ async def nothing_held(cluster: Cluster, hbm_blocks: int | None = None) -> None:
         held = {name: gauge(cluster, name) for name in HELD_GAUGES}
         free = gauge(cluster, "dualpath_hbm_free_blocks")
         if not any(held.values()) and hbm_blocks in (None, free):
-            assert cluster.coordinator.scheduler_holdings() == {}
+            assert cluster.coordinator.scheduler_holdings() == ()
             return
         await asyncio.sleep(0.1)
     raise AssertionError(f"still held: {held}, free hbm blocks {free}")

@@ -63,7 +63,7 @@ def test_the_journal_replays_to_the_same_commands(checkpoint: Callable[[str], Pa
         await asyncio.gather(*(ask(cluster, appended(0, 200 + agent, agent), 20) for agent in range(6)))
 
     in_cluster(config, work)
-    report = replay(journal.read_bytes().splitlines())
+    report = replay(journal.read_bytes().splitlines(keepends=True))
     assert report.difference is None
     assert report.entries > 12 * 6
     assert report.commands > 12 * 4

@@ -51,6 +51,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Compute quota of a prefill batch: predicted attention-layer time (paper §6.2)."""
     max_batch_tokens: int = 8192
     """New tokens in a prefill batch at most."""
+    max_batch_kv_tokens: int = 32_768
+    """Hit and new tokens in a prefill batch together, unless one prompt alone has more."""
     max_batch_requests: int = 16
     device_layers: int = 3
     """Layers whose KV a prefill device holds at once."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from dualpath.core.ledger import Holding
 from dualpath.core.replay import JournaledScheduler
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import (
@@ -64,6 +65,7 @@ class Coordinator:
         self.layout: KVLayout | None = None
         self._requests: dict[RequestId, LiveRequest] = {}
         self._next_request: RequestId = 0
+        self._driving = False
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -154,9 +156,9 @@ class Coordinator:
 
     # ── for those who look inside (tests, tools) ────────────────────────────────────────────────────────────────────
 
-    def scheduler_holdings(self) -> object:
+    def scheduler_holdings(self) -> tuple[Holding, ...]:
         """What core's ledger says is held; empty when the cluster is idle."""
-        return self._scheduler.held() if self._scheduler is not None else {}
+        return self._scheduler.held() if self._scheduler is not None else ()
 
     def block_key(self, prompt_token_ids: list[int], block: int, tenant: str = "") -> BlockKey:
         """Key of a prompt's full block `block`."""
@@ -213,10 +215,8 @@ class Coordinator:
         )
         constants = scheduler_constants(config, join.layout, prefill_tokens_per_s)
         limits = scheduler_limits(config)
-        if self._journal is None:
-            self._scheduler = Scheduler(config.policy, constants, limits)
-        else:
-            self._scheduler = JournaledScheduler(config.policy, constants, limits, self._journal.write)
+        scheduler = Scheduler(config.policy, constants, limits)
+        self._scheduler = scheduler if self._journal is None else JournaledScheduler(scheduler, self._journal.write)
 
     def engine_joined(self, facts: EngineFacts) -> None:
         self._input(lambda s, now: s.engine_joined(now, facts))
@@ -301,7 +301,13 @@ class Coordinator:
         """One scheduler input, then all the commands that follow from it, then the next timer."""
         assert self._scheduler is not None
         call(self._scheduler, time.monotonic_ns())
-        self._drive()
+        if self._driving:
+            return  # an input made while carrying out a command: its own commands follow those before it
+        self._driving = True
+        try:
+            self._drive()
+        finally:
+            self._driving = False
 
     def _drive(self) -> None:
         assert self._scheduler is not None
@@ -326,7 +332,8 @@ class Coordinator:
                 message = m.AbortAttempt(command.request, command.attempt, command.lost_peer)
                 self._links.send(command.engine, message)
             case _ if live is None:
-                raise RuntimeError(f"core commands {command} for a request that has ended")
+                if not isinstance(command, Cancelled):
+                    raise RuntimeError(f"core commands {command} for a request that has ended")
             case Finish():
                 self._end(live, live.reason or "stop")
             case Fail():

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from dualpath.core.vocabulary import BLOCK_TOKENS, Side
+from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, Side
 from dualpath.engine import DecodeEngine, LoadedModel, StepOutput
 from dualpath.kv.keys import BlockKey, Namespace, block_keys
 from dualpath.kv.store import StoreWriteError
@@ -78,7 +78,7 @@ class DecodeWorker:
             case m.AbortAttempt():
                 self._host.spawn(self._abort(message))
             case m.PeerLost():
-                self._host.server.disconnect(str(message.engine))
+                self._host.server.quiesce(str(message.engine), disconnect=True)
             case _:
                 raise TypeError(f"a decode engine was sent {type(message).__name__}")
 
@@ -133,6 +133,7 @@ class DecodeWorker:
                 self._work.set()
         await self._persist_prompt(attempt, computed)
         await self._persist_generated(attempt)
+        await loop.run_in_executor(self._copies, self._engine.release, attempt.sequence)
         self._finish(attempt)
 
     def _fill(self, attempt: DecodeAttempt) -> None:
@@ -153,8 +154,13 @@ class DecodeWorker:
             if not self._joined:
                 self._work.clear()
                 continue
-            outputs = await loop.run_in_executor(self._host.compute, self._engine.step)
-            self._on_step(outputs)
+            try:
+                outputs = await loop.run_in_executor(self._host.compute, self._engine.step)
+            except Exception as error:  # the batch's own failure: each of its requests learns of it
+                for sequence in sorted(self._joined):
+                    self._fail(self._by_sequence[sequence], error)
+            else:
+                self._on_step(outputs)
 
     def _on_step(self, outputs: list[StepOutput]) -> None:
         self._host.counters["decode_steps"] += 1
@@ -163,6 +169,9 @@ class DecodeWorker:
             attempt = self._by_sequence[output.sequence]
             if attempt.finish_reason is not None:
                 continue  # ended while the step ran
+            if output.draw is None:
+                self._fail(attempt, output.error)
+                continue
             step.append(m.StepTokens(*attempt.owner, draw_message(output.draw)))
             attempt.tail_token_ids.append(output.draw.token_id)
             self._queue_full_blocks(attempt)
@@ -171,6 +180,12 @@ class DecodeWorker:
         self._host.counters["decode_tokens"] += len(step)
         if step:
             self._host.send(m.Tokens(step))
+
+    def _fail(self, attempt: DecodeAttempt, error: Exception | None) -> None:
+        """The attempt generates nothing more; what it holds stays until it is aborted."""
+        self._joined.discard(attempt.sequence)
+        self._host.log(f"request {attempt.owner[0]} attempt {attempt.owner[1]} failed: {error!r}")
+        self._host.send(m.AttemptFailed(*attempt.owner, Cause.COMPUTE_FAILED, repr(error)))
 
     def _queue_full_blocks(self, attempt: DecodeAttempt) -> None:
         """Blocks that this step filled are persisted at once (paper §4.1). The newest token's KV does not exist yet."""
@@ -225,7 +240,6 @@ class DecodeWorker:
     # ── giving back ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _finish(self, attempt: DecodeAttempt) -> None:
-        self._engine.release(attempt.sequence)
         del self._by_sequence[attempt.sequence]
         del self._attempts[attempt.owner]
         if attempt.aborted:
@@ -246,8 +260,7 @@ class DecodeWorker:
             self._end(attempt, "abort")  # `_decode` goes on to persist what is complete and then releases
             return
         if message.lost_peer is not None:
-            self._host.server.disconnect(str(message.lost_peer))
-            await asyncio.wrap_future(self._host.server.quiesce(str(message.lost_peer)))
+            await asyncio.wrap_future(self._host.server.quiesce(str(message.lost_peer), disconnect=True))
         if not attempt.reading:
             self._release(attempt)
 

@@ -64,7 +64,7 @@ async def _serve(config: EngineConfig, model: LoadedModel) -> str:
         data_address=host.server.address,
         layout=model.layout,
         model_fingerprint=model_fingerprint(cluster.model),
-        max_model_len_tokens=model.max_model_len_tokens,
+        max_model_len_tokens=model.max_length_tokens,
         vocab_size=model.vocab_size,
         eos_token_ids=tuple(model.eos_token_ids),
         prefill_tokens_per_s=prefill_tokens_per_s,

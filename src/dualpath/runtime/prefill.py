@@ -7,16 +7,32 @@ what is reading or computing is let go as soon as it can be, then `Released`.
 """
 
 import asyncio
+import time
 
 from dualpath.core.batching import AttentionCost, Chunk, PrefillQueue
 from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import Cause, Leg, Side, TrafficClass
-from dualpath.engine import LayerwisePrefill, LoadedModel, PrefillItem, PrefillOutput
+from dualpath.engine import LayerIOTimeoutError, LayerwisePrefill, LoadedModel, PrefillItem, PrefillOutput
 from dualpath.runtime import messages as m
 from dualpath.runtime.draws import draw_message
 from dualpath.runtime.engine_host import EngineHost, Owner
-from dualpath.runtime.layer_transfers import BatchTransfers, ItemTransfers
-from dualpath.transfer import Channel, connect
+from dualpath.runtime.layer_transfers import BatchTransfers, ItemTransfers, Rows
+from dualpath.transfer import Channel, ChannelBusy, TransferError, connect
+
+
+PROBE_HIT_TOKENS = 2048
+PROBE_NEW_TOKENS = 64
+TRANSFER_ERRORS = (TransferError, ChannelBusy, ConnectionError)
+
+
+class NoTransfers:
+    """`LayerIO` that leaves hit rows as they are: for measuring compute alone."""
+
+    def load_layer(self, layer: int, destinations: list[Rows | None]) -> list[Exception | None]:
+        return [None] * len(destinations)
+
+    def ship_layer(self, layer: int, rows: list[Rows | None]) -> list[Exception | None]:
+        return [None] * len(rows)
 
 
 class PrefillAttempt:
@@ -41,16 +57,30 @@ class PrefillWorker:
         self._model = model
         self._prefill = LayerwisePrefill(
             model,
-            max_batch_tokens=cluster.max_batch_tokens,
             device_layers=cluster.device_layers,
             layerwise=cluster.policy.layerwise,
+            max_batch_tokens=max(model.max_length_tokens, cluster.max_batch_kv_tokens),
         )
-        self._queue = PrefillQueue(cost, cluster.quota_ns, cluster.max_batch_tokens, cluster.max_batch_requests)
+        self._queue = PrefillQueue(
+            cost, cluster.quota_ns, cluster.max_batch_tokens, cluster.max_batch_requests, cluster.max_batch_kv_tokens
+        )
+        self._peak_device_kv_bytes = 0
         self._attempts: dict[Owner, PrefillAttempt] = {}
         self._channels: dict[str, Channel] = {}
         self._work = asyncio.Event()
         host.gauge_sources.append(self._gauges)
         host.spawn(self._run_batches())
+
+    def measure_tokens_per_s(self) -> float:
+        """Prompt tokens a second, hit ones included, of an agent's typical turn; the second of two runs, warm."""
+        hit_tokens = min(PROBE_HIT_TOKENS, self._model.max_length_tokens - PROBE_NEW_TOKENS)
+        item = PrefillItem(token_ids=[0] * PROBE_NEW_TOKENS, cached_tokens=hit_tokens)
+        elapsed_ns = 0
+        for _ in range(2):
+            started_ns = time.monotonic_ns()
+            self._prefill.run([item], NoTransfers())
+            elapsed_ns = time.monotonic_ns() - started_ns
+        return (hit_tokens + PROBE_NEW_TOKENS) * 1e9 / elapsed_ns
 
     def handle(self, message: m.ToEngine) -> None:
         match message:
@@ -108,7 +138,16 @@ class PrefillWorker:
             attempts = [self._attempts[chunk.request, chunk.attempt] for chunk in chunks]
             for attempt in attempts:
                 attempt.busy = True
-            outputs = await loop.run_in_executor(self._host.compute, self._compute, chunks, attempts)
+            try:
+                outputs = await loop.run_in_executor(self._host.compute, self._compute, chunks, attempts)
+            except LayerIOTimeoutError as error:
+                self._host.leave(
+                    f"internal error: {error}"
+                )  # a thread hangs in a transfer: nothing can be proven quiet
+                return
+            except Exception as error:  # the batch's own failure: each of its requests learns of it
+                outputs = [PrefillOutput(error=error)] * len(chunks)
+            self._note_batch()
             for chunk, attempt, output in zip(chunks, attempts, outputs, strict=True):
                 self._on_chunk(chunk, attempt, output)
 
@@ -152,10 +191,16 @@ class PrefillWorker:
                     traffic_class=TrafficClass.LOW,
                     peer_tag=str(self._host.engine),
                 )
-            except OSError:
+            except TransferError:
                 return None
             self._channels[address] = channel
         return channel
+
+    def _note_batch(self) -> None:
+        self._host.counters["prefill_batches"] += 1
+        statistics = self._prefill.statistics
+        if statistics is not None:
+            self._peak_device_kv_bytes = max(self._peak_device_kv_bytes, statistics.peak_device_kv_bytes)
 
     def _on_chunk(self, chunk: Chunk, attempt: PrefillAttempt, output: PrefillOutput) -> None:
         attempt.busy = False
@@ -167,11 +212,13 @@ class PrefillWorker:
             self._release(attempt)
         elif output.error is not None:
             self._queue.remove(*attempt.owner)
-            self._host.send(m.AttemptFailed(*attempt.owner, Cause.TRANSFER_FAILED, repr(output.error)))
+            cause = Cause.TRANSFER_FAILED if isinstance(output.error, TRANSFER_ERRORS) else Cause.COMPUTE_FAILED
+            self._host.log(f"request {chunk.request} attempt {chunk.attempt} failed: {output.error!r}")
+            self._host.send(m.AttemptFailed(*attempt.owner, cause, repr(output.error)))
         elif chunk.last:
-            assert output.draw is not None
+            assert output.token is not None
             self._give_back(attempt)
-            self._host.send(m.PrefillDone(*attempt.owner, draw_message(output.draw)))
+            self._host.send(m.PrefillDone(*attempt.owner, draw_message(output.token)))
 
     # ── giving back ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -198,7 +245,7 @@ class PrefillWorker:
         return {
             "dualpath_engine_attempts": float(len(self._attempts)),
             "dualpath_prefill_waiting_tokens": float(self._queue.waiting_tokens),
-            "dualpath_prefill_peak_device_kv_bytes": float(self._prefill.peak_device_kv_bytes),
+            "dualpath_prefill_peak_device_kv_bytes": float(self._peak_device_kv_bytes),
         }
 
     def close(self) -> None:

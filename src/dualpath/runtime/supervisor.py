@@ -64,9 +64,9 @@ class Supervisor:
             loop.add_reader(process.sentinel, ended.put_nowait, pid)
         while True:
             pid = await ended.get()
-            process = self._processes.pop(pid, None)
-            if process is None:
+            if pid not in self._processes:
                 continue
+            process = self._processes.pop(pid)
             loop.remove_reader(process.sentinel)
             process.join(1.0)
             why = f"{self._names[pid]} (pid {pid}) ended with exit code {process.exitcode}"
