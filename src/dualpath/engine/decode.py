@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualpath.engine.attention import PackedPass, PackedSequence
+from dualpath.engine.attention import PackedPass
 from dualpath.engine.model import LoadedModel
 from dualpath.engine.paged import BlockAllocator, Extent
 from dualpath.engine.sampling import TokenDraw, draw, finish_reason
+from dualpath.engine.spans import PackedSequence
 from dualpath.spec.sampling import SamplingParams
 
 Page = np.ndarray[tuple[int], np.dtype[np.uint8]]

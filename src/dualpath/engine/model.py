@@ -20,10 +20,10 @@ from dualpath.engine.attention import (
     GroupedForm,
     LatentForm,
     PackedPass,
-    PackedSequence,
     UnsupportedModelError,
     packed_attention,
 )
+from dualpath.engine.spans import PackedSequence
 from dualpath.kv.layout import KVLayout, KVPart
 
 # No mask function is registered under this name: Transformers then builds no mask at all.

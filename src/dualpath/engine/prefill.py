@@ -5,7 +5,6 @@ batch is packed into one forward whatever its items' lengths are. An item whose 
 to the end, where its rows are harmless because attention is per sequence, but nothing more is loaded or shipped for it.
 """
 
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,33 +14,10 @@ import msgspec
 import torch
 from torch import Tensor
 
-from dualpath.engine.attention import PackedPass, PackedSequence
+from dualpath.engine.attention import PackedPass
+from dualpath.engine.batch import PrefillBatch, PrefillItem, PrefillOutput
 from dualpath.engine.layers import Bytes, DeviceLayers, LayerIOTimeoutError, LayerProgress, RunAbortedError
 from dualpath.engine.model import LoadedModel
-from dualpath.engine.sampling import TokenDraw, draw, finish_reason
-from dualpath.spec.sampling import SamplingParams
-
-
-class PrefillItem(msgspec.Struct, frozen=True):
-    """One chunk of one request: `token_ids` are computed at positions `cached_tokens` onwards."""
-
-    token_ids: list[int]
-    """The chunk's own tokens, at least one; not those whose KV is loaded."""
-    cached_tokens: int
-    """Tokens before the chunk, whose KV `load_layer` provides: hits and earlier chunks."""
-    sampling: SamplingParams | None = None
-    """Given for a prompt's last chunk: draw the next token."""
-    generated_so_far: int = 0
-    """Tokens of the request generated before this draw; not 0 for a retried attempt."""
-
-
-class PrefillOutput(msgspec.Struct, frozen=True):
-    """What became of one item: an error, or done, with a token if `sampling` was given."""
-
-    error: Exception | None = None
-    token: TokenDraw | None = None
-    finish_reason: str | None = None
-    """Why the token already ends the request, if it does."""
 
 
 class PrefillStatistics(msgspec.Struct, frozen=True):
@@ -110,7 +86,7 @@ class LayerwisePrefill:
         """
         if self._unusable:
             raise RuntimeError(f"this prefill can't run any more: {self._unusable}")
-        batch = _Batch(items, self._checked_tokens(items))
+        batch = PrefillBatch(items, self._checked_tokens(items))
         if not items:
             return []
         self._device.reserve(batch.rows, self.max_batch_tokens)
@@ -148,7 +124,7 @@ class LayerwisePrefill:
             raise ValueError(f"the batch has {total} tokens; max_batch_tokens is {self.max_batch_tokens}: split it")
         return total
 
-    def _compute(self, batch: "_Batch", progress: LayerProgress, workers: list[Future[None]]) -> Tensor | None:
+    def _compute(self, batch: PrefillBatch, progress: LayerProgress, workers: list[Future[None]]) -> Tensor | None:
         """Logits of the sampling items, or None when every item had failed before the end."""
         try:
             packed = _PrefillPass(self.model, batch, self._device, progress)
@@ -172,7 +148,7 @@ class LayerwisePrefill:
             self._unusable = "an I/O callback of an earlier run did not return in time"
             raise LayerIOTimeoutError(f"an I/O callback did not return within {self._io_deadline_s:g} s")
 
-    def _load_all(self, batch: "_Batch", io: LayerIO, progress: LayerProgress) -> None:
+    def _load_all(self, batch: PrefillBatch, io: LayerIO, progress: LayerProgress) -> None:
         for layer in range(progress.layers):
             progress.wait_slot(layer)
             wanted = [i for i in batch.alive() if batch.items[i].cached_tokens]
@@ -185,7 +161,7 @@ class LayerwisePrefill:
                 self._device.upload(layer, spans)
             progress.advance("loaded", layer)
 
-    def _ship_all(self, batch: "_Batch", io: LayerIO, progress: LayerProgress) -> None:
+    def _ship_all(self, batch: PrefillBatch, io: LayerIO, progress: LayerProgress) -> None:
         for layer in range(progress.layers):
             progress.wait_written(layer)
             wanted = batch.alive()
@@ -197,7 +173,7 @@ class LayerwisePrefill:
                 batch.call(io.ship_layer, layer, rows)
             progress.advance("shipped", layer)
 
-    def _note_statistics(self, batch: "_Batch", progress: LayerProgress, total_ns: int) -> None:
+    def _note_statistics(self, batch: PrefillBatch, progress: LayerProgress, total_ns: int) -> None:
         layer_bytes = batch.rows * self.model.layout.token_bytes
         self.statistics = PrefillStatistics(
             load_wait_ns=progress.load_wait_ns,
@@ -213,81 +189,10 @@ class _NothingLeftError(Exception):
     """Every item has failed; the rest of the forward would be for nothing."""
 
 
-class _Batch:
-    """Items packed one after another: item i has buffer rows ``first_rows[i] … + lengths[i]``, cached ones first."""
-
-    def __init__(self, items: list[PrefillItem], rows: int) -> None:
-        self.items, self.rows = items, rows
-        self.errors: list[Exception | None] = [None] * len(items)
-        self.lengths = [item.cached_tokens + len(item.token_ids) for item in items]
-        self.first_rows: list[int] = []
-        self.token_ids: list[int] = []
-        self.positions: list[int] = []
-        self.new_rows: list[int] = []
-        self.sampled: list[int] = []
-        self.sampled_rows: list[int] = []
-        self._lock = threading.Lock()
-        sequences: list[PackedSequence] = []
-        first_row = 0
-        for index, (item, length) in enumerate(zip(items, self.lengths, strict=True)):
-            extent = (first_row, length)
-            sequences.append(
-                PackedSequence(len(self.token_ids), len(item.token_ids), item.cached_tokens, extents=(extent,))
-            )
-            self.first_rows.append(first_row)
-            self.token_ids += item.token_ids
-            self.positions += range(item.cached_tokens, length)
-            self.new_rows += range(first_row + item.cached_tokens, first_row + length)
-            if item.sampling is not None:
-                self.sampled.append(index)
-                self.sampled_rows.append(len(self.token_ids) - 1)
-            first_row += length
-        self.sequences = tuple(sequences)
-
-    def alive(self) -> list[int]:
-        with self._lock:
-            return [i for i, error in enumerate(self.errors) if error is None]
-
-    def call(
-        self,
-        callback: Callable[[int, list[Bytes | None]], list[Exception | None]],
-        layer: int,
-        spans: list[Bytes | None],
-    ) -> None:
-        """Call back into the runtime and note each item's first error."""
-        asked = [i for i, span in enumerate(spans) if span is not None]
-        try:
-            errors = callback(layer, spans)
-            if len(errors) != len(spans):
-                raise ValueError(f"{callback} returned {len(errors)} results for {len(spans)} items")
-        except Exception as error:
-            errors = [error] * len(spans)
-        with self._lock:
-            for i in asked:
-                self.errors[i] = self.errors[i] or errors[i]
-
-    def outputs(self, logits: Tensor | None) -> list[PrefillOutput]:
-        drawn: dict[int, TokenDraw | Exception] = {}
-        if logits is not None and self.sampled:
-            params = [p for i in self.sampled if (p := self.items[i].sampling) is not None]
-            tokens = draw(logits, params, [self.items[i].generated_so_far for i in self.sampled])
-            drawn = dict(zip(self.sampled, tokens, strict=True))
-        return [self._output(i, drawn.get(i)) for i in range(len(self.items))]
-
-    def _output(self, index: int, drawn: TokenDraw | Exception | None) -> PrefillOutput:
-        error = self.errors[index] or (drawn if isinstance(drawn, Exception) else None)
-        if error is not None or not isinstance(drawn, TokenDraw):
-            return PrefillOutput(error=error)
-        item = self.items[index]
-        assert item.sampling is not None
-        reason = finish_reason(item.sampling, drawn.token_id, item.generated_so_far + 1)
-        return PrefillOutput(token=drawn, finish_reason=reason)
-
-
 class _PrefillPass(PackedPass):
     """Ties the forward's layers to the run's progress."""
 
-    def __init__(self, model: LoadedModel, batch: _Batch, device: DeviceLayers, progress: LayerProgress) -> None:
+    def __init__(self, model: LoadedModel, batch: PrefillBatch, device: DeviceLayers, progress: LayerProgress) -> None:
         super().__init__(model.form, batch.sequences, torch.tensor(batch.new_rows, device=model.device))
         self._batch, self._device, self._progress = batch, device, progress
 
