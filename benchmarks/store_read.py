@@ -61,7 +61,7 @@ def plain_reader(directory: Path, layout: KVLayout) -> Reader:
         fd = os.open(root / key.hex()[:2] / f"{key.hex()}.kv", os.O_RDONLY)
         try:
             for start in range(0, len(into), CHUNK_BYTES):
-                os.preadv(fd, [into[start : start + CHUNK_BYTES]], PAGE_BYTES + start)
+                os.preadv(fd, [into[start : start + CHUNK_BYTES].data], PAGE_BYTES + start)
         finally:
             os.close(fd)
 

@@ -21,8 +21,7 @@ def keys_of(path: Path) -> list[BlockKey]:
     return [key_of(prefix) for prefix in prefixes(path)]
 
 
-PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=5).map(lambda tail: (min(tail[0], 1), *tail[1:]))
-BLOCKS = PATHS.filter(lambda path: len(path) > 1)
+PICKS = st.integers(0, 10**6)
 
 
 class IndexAgainstModel(RuleBasedStateMachine):
@@ -50,8 +49,16 @@ class IndexAgainstModel(RuleBasedStateMachine):
         for pinned in self.pins.values():
             pinned[:] = [other for other in pinned if other != path]
 
-    @rule(path=BLOCKS, n_bytes=st.integers(0, 9))
-    def publish(self, path: Path, n_bytes: int) -> None:
+    def pick(self, number: int) -> Path:
+        """A published block, or a child that one of them or a root may have."""
+        published = sorted(self.size_bytes)
+        children = [(*path, branch) for path in [(0,), (1,), *published] for branch in (0, 1)]
+        candidates = published + children
+        return candidates[number % len(candidates)]
+
+    @rule(pick=PICKS, n_bytes=st.sampled_from([5, 1, 9, 0]), tail=st.sampled_from([(), (), (), (2,)]))
+    def publish(self, pick: int, n_bytes: int, tail: Path) -> None:
+        path = self.pick(pick) + tail
         expected = path not in self.size_bytes and (len(path) == 2 or path[:-1] in self.size_bytes)
         assert self.index.publish(key_of(path), key_of(path[:-1]), n_bytes) == expected
         if expected:
@@ -59,16 +66,18 @@ class IndexAgainstModel(RuleBasedStateMachine):
             self.size_bytes[path] = n_bytes
             self.touch(path)
 
-    @rule(path=BLOCKS)
-    def match(self, path: Path) -> None:
+    @rule(pick=PICKS)
+    def match(self, pick: int) -> None:
         self.now += 1
+        path = self.pick(pick)
         expected = sum(prefix in self.size_bytes for prefix in prefixes(path))
         assert self.index.match(keys_of(path)) == expected
         self.touch(path[: expected + 1])
 
-    @rule(path=BLOCKS, owner=st.integers(0, 3))
-    def pin(self, path: Path, owner: int) -> None:
-        if all(prefix in self.size_bytes for prefix in prefixes(path)):
+    @rule(pick=PICKS, owner=st.integers(0, 3))
+    def pin(self, pick: int, owner: int) -> None:
+        path = self.pick(pick)
+        if path in self.size_bytes:
             self.index.pin(owner, keys_of(path))
             self.pins.setdefault(owner, []).extend(prefixes(path))
         else:
@@ -80,8 +89,9 @@ class IndexAgainstModel(RuleBasedStateMachine):
         self.index.unpin(owner)
         self.pins.pop(owner, None)
 
-    @rule(path=BLOCKS)
-    def drop(self, path: Path) -> None:
+    @rule(pick=PICKS)
+    def drop(self, pick: int) -> None:
+        path = self.pick(pick)
         gone = self.below(path) if path in self.size_bytes else []
         dropped = self.index.drop(key_of(path))
         assert sorted(dropped) == sorted(key_of(other) for other in gone)
@@ -90,9 +100,10 @@ class IndexAgainstModel(RuleBasedStateMachine):
         for other in gone:
             self.forget(other)
 
-    @rule(quota_bytes=st.integers(0, 40))
-    def evict(self, quota_bytes: int) -> None:
+    @rule(quarters=st.sampled_from([2, 3, 1, 0, 4]))
+    def evict(self, quarters: int) -> None:
         expected = []
+        quota_bytes = self.index.stored_bytes * quarters // 4
         while sum(self.size_bytes.values()) > quota_bytes:
             pinned = {path for paths in self.pins.values() for path in paths}
             tips = [path for path in self.size_bytes if self.below(path) == [path] and path not in pinned]
@@ -114,7 +125,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
 
 
 TestIndexAgainstModel = IndexAgainstModel.TestCase
-TestIndexAgainstModel.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestIndexAgainstModel.settings = settings(max_examples=150, stateful_step_count=60, deadline=None, derandomize=True)
 
 
 def index_of(*paths: Path, n_bytes: int = 10) -> PrefixIndex:
@@ -138,7 +149,16 @@ def test_the_least_recently_used_tip_goes_first_and_the_trunk_last() -> None:
 
 def test_a_trunk_is_as_recent_as_the_child_that_left_it() -> None:
     index = index_of((0, 1), (1, 5), (0, 1, 2))
-    assert index.evict(quota_bytes=0) == [key_of((1, 5)), key_of((0, 1, 2)), key_of((0, 1))]
+    index.drop(key_of((0, 1, 2)))
+    assert index.evict(quota_bytes=0) == [key_of((1, 5)), key_of((0, 1))]
+
+
+def test_a_drop_takes_the_subtree_descendants_first() -> None:
+    index = index_of((0, 1, 2, 3), (0, 1, 4), (0, 5))
+    assert index.drop(key_of((0, 1))) == [key_of(path) for path in ((0, 1, 2, 3), (0, 1, 4), (0, 1, 2), (0, 1))]
+    assert index.drop(key_of((0, 1))) == []
+    assert index.match(keys_of((0, 1, 2, 3))) == 0 and index.match(keys_of((0, 5))) == 1
+    index.audit()
 
 
 def test_pinned_blocks_and_their_trunk_outlive_any_quota() -> None:

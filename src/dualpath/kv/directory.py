@@ -64,7 +64,7 @@ class NamespaceDirectory:
 
     def block_path(self, key: BlockKey) -> Path:
         name = key.hex()
-        return self.path / name[:2] / f"{name}{_BLOCK_SUFFIX}"
+        return Path(f"{self.path}/{name[:2]}/{name}{_BLOCK_SUFFIX}")
 
     def block_paths(self) -> Iterator[Path]:
         """All block files, in the order of their names. Files that vanish meanwhile may be among them."""
