@@ -1,6 +1,7 @@
 """Both kinds of channel, through the same suite: bytes arrive exactly, bounds hold, accounts balance."""
 
 import asyncio
+import itertools
 import socket
 import threading
 
@@ -43,7 +44,7 @@ def test_random_descriptor_lists_move_exactly_their_bytes(pair, operations):
         total_bytes = sum(span.n_bytes for span in descriptors)
         memory = random_bytes(total_bytes + 2, seed)
         edges = np.cumsum([1] + [span.n_bytes for span in descriptors])
-        local = [memory[start:stop] for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+        local = [memory[start:stop] for start, stop in itertools.pairwise(edges)]
         before = memory.copy()
         post = channel.write if is_write else channel.read
         assert post(descriptors, local, deadline_ns()).result(WAIT_S) == total_bytes
@@ -139,7 +140,7 @@ def test_bad_local_memory_is_refused_with_its_shape(pair):
     frozen = np.zeros(10, np.uint8)
     frozen.flags.writeable = False
     for local in ([], [frozen], [np.zeros(10, np.int8)], [np.zeros((2, 5), np.uint8)], [np.zeros(20, np.uint8)[::2]]):
-        with pytest.raises(TransferError, match="array 0|0 arrays") as failure:
+        with pytest.raises(TransferError, match=r"array 0|0 arrays") as failure:
             channel.read([Span(0, 0, 10)], local, deadline_ns()).result(WAIT_S)
         assert failure.value.cause is TransferCause.BAD_DESCRIPTOR
     assert channel.write([Span(0, 0, 10)], [frozen], deadline_ns()).result(WAIT_S) == 10

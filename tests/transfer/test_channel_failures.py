@@ -1,7 +1,6 @@
 """What channels do when something goes wrong: deadlines, deaths, nonsense, and the proof that a peer is quiet."""
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -436,7 +435,7 @@ def test_peer_killed_in_the_middle_fails_the_future_and_nothing_is_touched_after
             assert np.array_equal(memory, after)
             assert (memory == 0x11).sum() < memory.size
         finally:
-            os.unlink(path)
+            Path(path).unlink(missing_ok=True)
 
 
 def test_initiator_killed_in_the_middle_of_a_write_becomes_quiet(pair):
@@ -461,7 +460,7 @@ def test_server_socket_left_by_a_killed_server_is_replaced(tmp_path):
         path, _ = server.stdout.readline().split()
         server.send_signal(signal.SIGKILL)
         server.wait(WAIT_S)
-        os.unlink(path)
+        Path(path).unlink(missing_ok=True)
     pair = Pair("shm", tmp_path)
     try:
         pair.serve(address)

@@ -176,25 +176,25 @@ def test_memory_that_is_not_there_is_refused_at_creation():
     assert not Path(f"/dev/shm/dualpath-{os.getpid()}-{name}").exists()
 
 
-def test_sweep_removes_the_pool_of_a_killed_creator_only(pool):
+def test_sweep_removes_the_pool_of_a_killed_creator_only(tmp_path):
+    pool = BufferPool.create("living", 4096, 1, directory=tmp_path)
     script = (
-        "import sys\nfrom dualpath.transfer.pool import BufferPool\n"
-        f"pool = BufferPool.create({unique_name()!r}, 4096, 4)\nprint(pool.path, flush=True)\nsys.stdin.read()"
+        "import sys\nfrom pathlib import Path\nfrom dualpath.transfer.pool import BufferPool\n"
+        f"pool = BufferPool.create('orphan', 4096, 4, directory=Path({str(tmp_path)!r}))\nprint(pool.path, flush=True)\nsys.stdin.read()"
     )
     creator = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         orphan = Path(creator.stdout.readline().strip())
         assert orphan.exists()
-        assert orphan not in sweep_dead_pools()
+        assert sweep_dead_pools(tmp_path) == []
         attached = BufferPool.attach(orphan)
         creator.send_signal(signal.SIGKILL)
         creator.wait(timeout=30)
-        removed = sweep_dead_pools()
-        assert orphan in removed
-        assert pool.path not in removed
+        assert sweep_dead_pools(tmp_path) == [orphan]
         assert pool.path.exists()
         assert not orphan.exists()
         attached.view(0)[:] = 1
     finally:
         creator.kill()
         creator.communicate()
+        pool.close()

@@ -95,6 +95,18 @@ def test_deadline_gives_the_ticket_back_and_says_what_was_sent():
     assert time.now >= before
 
 
+@pytest.mark.parametrize("oversleep_ns", [0, 100 * MS])
+def test_a_free_lane_grants_nothing_after_the_deadline(oversleep_ns):
+    time = SleptTime(oversleep_ns)
+    lane = manager(time, cnic=MB).cnic.tx
+    with pytest.raises(DeadlineExceeded) as late:
+        lane.acquire(LOW, 10 * 65_536, deadline_ns=60 * MS)
+    assert late.value.granted_bytes == 65_536
+    with pytest.raises(DeadlineExceeded):
+        lane.acquire(LOW, 1, deadline_ns=time.now)
+    assert lane.statistics().low_bytes == 65_536
+
+
 def test_local_copy_charges_both_directions_at_once():
     time = SleptTime()
     traffic = manager(time, cnic=100 * MB)

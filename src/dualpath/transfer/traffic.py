@@ -118,13 +118,13 @@ class Lane:
         if self.rate_bytes_per_s is None:
             if n_bytes:
                 with self._lock:
-                    self._ask(traffic_class, n_bytes, _Waiter())
+                    self._ask(self._clock(), traffic_class, n_bytes, _Waiter())
             return
         granted_bytes = 0
         while granted_bytes < n_bytes:
             chunk_bytes = min(n_bytes - granted_bytes, self.chunk_bytes)
             try:
-                self._finish(*self._begin(traffic_class, chunk_bytes), deadline_ns)
+                self._finish(*self._begin(traffic_class, chunk_bytes, deadline_ns), deadline_ns)
             except DeadlineExceeded as late:
                 raise DeadlineExceeded(f"{late}, {granted_bytes} of {n_bytes} bytes sent", granted_bytes) from None
             granted_bytes += chunk_bytes
@@ -134,13 +134,16 @@ class Lane:
             high_bytes, low_bytes = self._arbiter.served_bytes
             return LaneStatistics(high_bytes, low_bytes, self._arbiter.busy_ns, len(self._waiting))
 
-    def _begin(self, traffic_class: TrafficClass, n_bytes: int) -> tuple[int, _Waiter]:
+    def _begin(self, traffic_class: TrafficClass, n_bytes: int, deadline_ns: int | None) -> tuple[int, _Waiter]:
+        """Ask for a chunk. A free lane would grant it whatever the time, hence the first look at the deadline here."""
         waiter = _Waiter()
         with self._lock:
-            return self._ask(traffic_class, n_bytes, waiter), waiter
+            now = self._clock()
+            if deadline_ns is not None and now >= deadline_ns:
+                raise self._late(now, deadline_ns)
+            return self._ask(now, traffic_class, n_bytes, waiter), waiter
 
-    def _ask(self, traffic_class: TrafficClass, n_bytes: int, waiter: _Waiter) -> int:
-        now = self._clock()
+    def _ask(self, now: int, traffic_class: TrafficClass, n_bytes: int, waiter: _Waiter) -> int:
         ticket = self._arbiter.request(now, traffic_class, n_bytes)
         self._waiting[ticket] = waiter
         self._grant(now)
@@ -158,13 +161,16 @@ class Lane:
                     break
                 if deadline_ns is not None and now >= deadline_ns:
                     self._give_back(ticket)
-                    raise DeadlineExceeded(f"{self.name}: the deadline passed {now - deadline_ns} ns ago")
+                    raise self._late(now, deadline_ns)
                 if self._leader is None:
                     self._leader = ticket
                 wake_ns = self._arbiter.next_wake() if self._leader == ticket else None
             self._wait(waiter, now, wake_ns, deadline_ns)
         if waiter.done_ns - now > EARLY_NS:
             self._sleep(waiter.done_ns - EARLY_NS - now)
+
+    def _late(self, now: int, deadline_ns: int) -> DeadlineExceeded:
+        return DeadlineExceeded(f"{self.name}: the deadline passed {now - deadline_ns} ns ago")
 
     def _wait(self, waiter: _Waiter, now: int, wake_ns: int | None, deadline_ns: int | None) -> None:
         """The leader sleeps until `wake_ns`; the others until they are granted or given the lead."""
@@ -245,7 +251,8 @@ class TrafficManager:
         rx, tx = self.cnic.rx, self.cnic.tx
         while n_bytes > 0:
             chunk_bytes = min(n_bytes, tx.chunk_bytes)
-            leaving, arriving = tx._begin(traffic_class, chunk_bytes), rx._begin(traffic_class, chunk_bytes)
+            leaving = tx._begin(traffic_class, chunk_bytes, deadline_ns)
+            arriving = rx._begin(traffic_class, chunk_bytes, None)
             try:
                 tx._finish(*leaving, deadline_ns)
             except DeadlineExceeded:
