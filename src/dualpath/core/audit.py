@@ -14,6 +14,7 @@ from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, Role, Side
 
 def audit(life: Lifecycle) -> None:
     """Raises AssertionError with the first invariant that is broken."""
+    _require(life.ledger.accounts.keys() == life.fleet.facts.keys(), "accounts and engines differ")
     _audit_requests(life)
     _audit_waiting(life)
     _audit_columns(life)
@@ -79,9 +80,9 @@ def _audit_columns(life: Lifecycle) -> None:
                 seq[engine] += 1
                 tok[engine] += request.facts.prompt_tokens
         for leg in request.unloaded:
-            engine = request.engine_of(leg.side)
-            if engine is not None:
-                read[life.fleet.facts[engine].node] += leg.blocks * BLOCK_TOKENS
+            reader = request.engine_of(leg.side)
+            assert reader is not None
+            read[life.fleet.facts[reader].node] += leg.blocks * BLOCK_TOKENS
     for engine, facts in life.fleet.facts.items():
         columns = life.fleet.prefill if facts.role is Role.PREFILL else life.fleet.decode
         slot = columns.slots[engine]
@@ -110,7 +111,6 @@ def _audit_groups(life: Lifecycle) -> None:
 
 def _audit_accounts(life: Lifecycle) -> None:
     """What an account lists is what live and draining attempts hold, within capacity, and nobody waits in vain."""
-    _require(life.ledger.accounts.keys() == life.fleet.facts.keys(), "accounts and engines differ")
     seen: dict[EngineId, list[Key]] = {engine: [] for engine in life.ledger.accounts}
     for request in life.requests.values():
         for engine in (request.prefill_engine, request.decode_engine):

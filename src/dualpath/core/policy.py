@@ -11,7 +11,7 @@ import msgspec
 SECOND_NS = 1_000_000_000
 
 Placement = Literal["paper", "round_robin"]
-ReadPath = Literal["pe_only", "shorter_queue", "alternate", "split"]
+ReadPath = Literal["pe_only", "de_only", "shorter_queue", "alternate", "split"]
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,11 +29,12 @@ SYSTEMS: dict[str, Policy] = {
     "basic": Policy(placement="round_robin", read_path="pe_only", layerwise=False),
     "basic-layerwise": Policy(placement="round_robin", read_path="pe_only"),
     "dualpath-rr": Policy(placement="round_robin", read_path="alternate"),
+    "de-only": Policy(read_path="de_only"),
     "dualpath": Policy(),
     "dualpath-split": Policy(read_path="split"),
     "oracle": Policy(free_io=True),
 }
-"""By name: the paper's Basic, its ablation steps, DualPath, DualPath with split reads (ours), and the Oracle."""
+"""By name: the paper's Basic, its ablation steps, DualPath and Oracle; `de-only` and `dualpath-split` are ours."""
 
 
 class Constants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,8 +1,9 @@
 """Path choice: which side's storage NIC reads a request's hit KV (paper §6.1), as legs of whole Full Blocks.
 
 The paper's rule is the shorter of the two nodes' read queues. `pe_only` is what other disaggregated systems do,
-`alternate` is two paths without a scheduler (an ablation step), and `split` is ours, named in the paper as future work:
-both sides read a part of one request, sized so that both queues run dry together.
+`de_only` its mirror image, to measure one path by itself; `alternate` is two paths without a scheduler (an ablation
+step); `split` is ours, named in the paper as future work: both sides read a part of one request, sized so that both
+queues run dry together.
 """
 
 from dualpath.core.policy import ReadPath
@@ -33,11 +34,14 @@ def choose_legs(
     match read_path:
         case "pe_only":
             pe_blocks = hit_blocks
+        case "de_only":
+            pe_blocks = 0
         case "shorter_queue":
             pe_blocks = hit_blocks if pe_queue_tokens <= de_queue_tokens else 0
         case "alternate":
             pe_blocks = hit_blocks if _is_pe_turn(turn) else 0
-        case "split":
+        case _:
+            assert read_path == "split", f"{read_path!r} is no read path"
             pe_blocks = _even_split(hit_blocks, pe_queue_tokens, de_queue_tokens, pe_buffer_blocks)
     if read_path != "pe_only" and pe_blocks > pe_buffer_blocks:
         pe_blocks = 0
