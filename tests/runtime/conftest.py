@@ -55,9 +55,13 @@ def reference(checkpoint: Callable[[str], Path]) -> Callable[[str, list[int], in
         if known is not None:
             return known
         if architecture not in models:
-            models[architecture] = AutoModelForCausalLM.from_pretrained(checkpoint(architecture), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(checkpoint(architecture), dtype=torch.float32)
+            model.generation_config.eos_token_id = None  # `ignore_eos`: generated like any token, not masked
+            models[architecture] = model
+        ids = torch.tensor([prompt])
+        # A mask of ones, or `generate` takes prompt tokens that equal the pad token for padding.
         output = models[architecture].generate(  # type: ignore[attr-defined]
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=n, min_new_tokens=n, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n
         )
         answers[architecture, tuple(prompt), n] = tokens = output[0, len(prompt) :].tolist()
         return tokens

@@ -14,7 +14,7 @@ from dualpath.runtime.cluster import Cluster
 from .conftest import ARCHITECTURES, ask, cluster_config, gauge, in_cluster
 
 Reference = Callable[[str, list[int], int], list[int]]
-TURNS = ((150, 20), (70, 33), (5, 40))
+TURNS = ((600, 20), (70, 33), (5, 40))
 """Appended and generated tokens of each turn: block boundaries fall inside prompts, appends and generations."""
 
 
