@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from dualpath.kv import BlockFault, BlockKey, PosixStore, StoreError, namespace
+from dualpath.kv import BlockFault, BlockKey, PosixStore, StoreError, namespace, stored_namespaces
 from dualpath.kv.block_file import PAGE_BYTES
 from dualpath.kv.inspect import fsck, stat
 
@@ -154,6 +154,19 @@ def test_a_block_that_vanishes_meanwhile_is_passed_over(
     last = max(write_chain(1, 1000 * n)[0] for n in range(20))
     report = fsck(tmp_path / "store", progress=lambda done, _total: store.delete(last) and None)
     assert report.is_clean and report.checked_blocks == 19
+
+
+def test_namespaces_are_found_again_after_a_restart(store: PosixStore, tmp_path: Path) -> None:
+    layout = store.namespace.layout
+    salted = namespace("tiny-model", "1", layout, "a tenant")
+    wider = msgspec.structs.replace(layout, dtype="float32")
+    PosixStore(tmp_path / "store", layout, salted)
+    PosixStore(tmp_path / "store", wider, namespace("tiny-model", "1", wider))
+    found = stored_namespaces(tmp_path / "store", layout)
+    assert sorted(found, key=lambda space: space.hex) == sorted([store.namespace, salted], key=lambda space: space.hex)
+    (tmp_path / "store" / salted.hex / "namespace.json").write_bytes(b"\xff")
+    assert stored_namespaces(tmp_path / "store", layout) == [store.namespace]
+    assert stored_namespaces(tmp_path / "nowhere", layout) == []
 
 
 def test_what_is_no_store_is_an_error(tmp_path: Path) -> None:

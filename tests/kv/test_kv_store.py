@@ -1,6 +1,7 @@
 import errno
 import os
 import resource
+import stat
 import struct
 import threading
 import time
@@ -193,6 +194,32 @@ def test_a_valid_block_is_left_alone_and_a_damaged_one_replaced(
     assert fault_of(store, key) is BlockFault.CHECKSUM
     store.write(key, store.namespace.root, payload_of(key))
     store.read(key, bytearray(768))
+
+
+def test_a_block_found_in_place_is_only_reported_once_its_name_is_durable(
+    store: PosixStore, write_chain: WriteChain, payload_of: PayloadOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever renamed it may not have flushed the directory yet."""
+    (key,) = write_chain(1)
+    flushed: list[bool] = []
+    genuine = os.fsync
+
+    def watched(fd: int) -> None:
+        flushed.append(stat.S_ISDIR(os.fstat(fd).st_mode))
+        genuine(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", watched)
+        store.write(key, store.namespace.root, payload_of(key))
+    assert flushed == [True]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing_fsync)
+        with pytest.raises(StoreWriteError, match="Input/output error"):
+            store.write(key, store.namespace.root, payload_of(key))
+
+
+def failing_fsync(_fd: int) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_pace_sees_every_payload_byte_in_small_chunks(tmp_path: Path) -> None:

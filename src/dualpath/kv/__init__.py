@@ -2,6 +2,7 @@
 
 from dualpath.kv.block_file import BlockError, BlockFault
 from dualpath.kv.catalog import RebuildReport, rebuild
+from dualpath.kv.directory import stored_namespaces
 from dualpath.kv.index import IndexStatistics, PrefixIndex
 from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
 from dualpath.kv.layout import KVLayout, KVPart
@@ -24,4 +25,5 @@ __all__ = [
     "block_keys",
     "namespace",
     "rebuild",
+    "stored_namespaces",
 ]

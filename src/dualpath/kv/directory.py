@@ -121,7 +121,7 @@ class NamespaceDirectory:
         """What ``namespace.json`` says; None if it is missing, damaged or another namespace's."""
         try:
             found = msgspec.json.decode((self.path / _DESCRIPTION).read_bytes(), type=NamespaceDescription)
-        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+        except (FileNotFoundError, msgspec.DecodeError):
             return None
         return found if found.namespace == self.path.name else None
 
@@ -133,6 +133,22 @@ def namespace_directories(store: Path) -> list[NamespaceDirectory]:
     """The namespaces of a store, in the order of their names. Raises OSError if `store` is no readable directory."""
     names = sorted(entry.name for entry in os.scandir(store) if entry.is_dir())
     return [NamespaceDirectory(store / name) for name in names if len(name) == 2 * KEY_BYTES and _is_hex(name)]
+
+
+def stored_namespaces(store: Path | str, layout: KVLayout) -> list[Namespace]:
+    """The described namespaces of a store that have this layout, in the order of their names; [] for no directory.
+
+    With them a restart can count all that a store holds, blocks of tenants who have not come back included.
+    Raises OSError if `store` cannot be listed.
+    """
+    if not Path(store).exists():
+        return []
+    found = [space.description() for space in namespace_directories(Path(store))]
+    return [
+        Namespace(bytes.fromhex(one.namespace), one.model_fingerprint, one.weights_version, one.layout, one.salted)
+        for one in found
+        if one is not None and one.layout == layout
+    ]
 
 
 def key_of(path: Path) -> BlockKey | None:

@@ -48,7 +48,10 @@ class StoreError(Exception):
 
 
 class StoreWriteError(StoreError):
-    """A block that was not written. Nothing is left of it; `__cause__` is the OSError or BlockError behind it."""
+    """A block that must not be published: it was not written, or is not known to be durable.
+
+    No part of it is left under a temporary name. `__cause__` is the OSError or BlockError behind it.
+    """
 
     def __init__(self, key: BlockKey, path: Path, cause: Exception) -> None:
         super().__init__(f"block {key.hex()} was not written to {path}: {cause}; check the store's free space and disk")
@@ -131,13 +134,15 @@ class PosixStore:
         """See `Store.write`. Only the payload's own way to the disk is paced, not checking what is there."""
         _check_keys(key, parent)
         view = self._bytes_of(payload)
+        path = self._directory.block_path(key)
         present = self._valid_block(key)
         if present is not None:
+            with _write_errors(key, path):
+                self._make_name_durable(path)
             return present
         layer_block_bytes = self._layout.layer_block_bytes
         checksums = payload_checksums(view, layer_block_bytes)
         header = BlockHeader(self._namespace.root, key, parent, self._layout.layers, layer_block_bytes, checksums)
-        path = self._directory.block_path(key)
         with _write_errors(key, path):
             self._make_shard(path.parent)
             draft = Draft(path)
@@ -222,6 +227,12 @@ class PosixStore:
         n_bytes = physical_bytes(os.fstat(fd))
         draft.commit(durable=self._durable)
         return n_bytes
+
+    def _make_name_durable(self, path: Path) -> None:
+        """For a block that another writer has renamed into place, perhaps without having flushed the name yet."""
+        self._make_shard(path.parent)
+        if self._durable:
+            fsync_directory(path.parent)
 
     def _make_shard(self, shard: Path) -> None:
         """Every thread flushes the shard's name itself, unless one has done: a block must not outlive its directory."""
