@@ -1,0 +1,42 @@
+"""Virtual time: a heap of ``(time_ns, number, action, argument)``.
+
+Theory of operation. An event is an action and its one argument, called when the clock gets there. Events of one time
+are called in the order in which they were posted, so a run is a function of its inputs. Nothing is ever taken out of
+the heap: whoever posts an event that may be overtaken checks on arrival whether it still counts. A machine that
+expects something *later* than what it has posted posts nothing (lazy re-arm); it looks again when the early one comes.
+"""
+
+from collections.abc import Callable
+from heapq import heappop, heappush
+from typing import Any
+
+Action = Callable[[Any], None]
+
+
+class Events:
+    """The heap and the clock. `now` is in integer nanoseconds and never goes back."""
+
+    __slots__ = ("_heap", "_number", "now")
+
+    def __init__(self) -> None:
+        self.now = 0
+        self._heap: list[tuple[int, int, Action, Any]] = []
+        self._number = 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    @property
+    def posted(self) -> int:
+        """Events posted since the start."""
+        return self._number
+
+    def at(self, time_ns: int, action: Action, argument: Any = None) -> None:
+        """Call `action` at `time_ns`, or now where that has passed."""
+        self._number += 1
+        heappush(self._heap, (time_ns if time_ns > self.now else self.now, self._number, action, argument))
+
+    def step(self) -> None:
+        """Go on to the next event and call it. Raises IndexError where there is none."""
+        self.now, _, action, argument = heappop(self._heap)
+        action(argument)

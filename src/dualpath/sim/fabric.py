@@ -1,0 +1,53 @@
+"""The compute network: what each CNIC reads from memory, and writes to it, in closed form.
+
+Every byte in or out of a GPU goes through its CNIC, host-device copies included (paper §5), so a copy from the PE buffer
+is read *and* written by the PE's own CNIC:
+
+| moves | read by | written by |
+|---|---|---|
+| PE buffer → PE HBM | PE | PE |
+| DE buffer → PE HBM | DE | PE |
+| PE HBM → DE buffer | PE | DE |
+| DE buffer → DE HBM | DE | DE |
+
+Within the bottleneck-free range (§4.2) these links carry a fraction of what they could. A prefill step therefore takes
+as long as its busiest direction *of the PE's own CNIC* would, and a DE's copies queue behind each other only; that a DE's
+CNIC also serves other engines' pulls is counted, and the exact mode shows what it costs. Model-execution messages have
+99 % by weight; they are `collective_share` of the time on the wire, and the rest is KV's.
+"""
+
+from array import array
+
+from dualpath.core.vocabulary import EngineId
+
+SECOND_NS = 1_000_000_000
+
+
+class Fabric:
+    """CNICs by engine id."""
+
+    def __init__(self, engines: int, bytes_per_s: float, collective_share: float) -> None:
+        self.ns_per_byte = SECOND_NS / (bytes_per_s * max(0.01, 1.0 - collective_share))
+        self.read_bytes = array("q", bytes(8 * engines))
+        self.write_bytes = array("q", bytes(8 * engines))
+        self._copy_free_ns = array("d", bytes(8 * engines))
+
+    def pull(self, prefill: EngineId, decode: EngineId, pe_bytes: int, de_bytes: int) -> None:
+        """Count a chunk's loads: `pe_bytes` from the PE buffer, `de_bytes` from the DE buffer."""
+        self.read_bytes[prefill] += pe_bytes
+        self.read_bytes[decode] += de_bytes
+        self.write_bytes[prefill] += pe_bytes + de_bytes
+
+    def ship(self, prefill: EngineId, decode: EngineId, n_bytes: int) -> None:
+        """Count what a chunk sends to the DE buffer."""
+        self.read_bytes[prefill] += n_bytes
+        self.write_bytes[decode] += n_bytes
+
+    def copy(self, decode: EngineId, n_bytes: int, now: int) -> int:
+        """Copy a prompt from the DE buffer to the device; when it is there. Copies of an engine queue."""
+        self.read_bytes[decode] += n_bytes
+        self.write_bytes[decode] += n_bytes
+        start_ns = max(float(now), self._copy_free_ns[decode])
+        done_ns = start_ns + n_bytes * self.ns_per_byte
+        self._copy_free_ns[decode] = done_ns
+        return int(done_ns)

@@ -1,0 +1,200 @@
+"""Prefill engines: batches from core's `PrefillQueue`, timed by the cost model, in groups that step together.
+
+Theory of operation. With expert parallelism the engines of a group meet in every layer, so a step lasts as long as its
+slowest engine's attention plus the group's share of the experts (`costs`); a request that becomes ready during a step
+waits for the next. Without it every engine is a group of its own. A step is two events however large its batches are:
+
+    layerwise      head + max(compute, I/O) ........ prompts end, next step begins;   + tail: prefill_done
+    whole prompts  load + compute + transfer, or what of the I/O is not overlapped    + the rest
+
+`head` is the first layer's load, `tail` the last layer's transfer. I/O is the busiest direction of the engine's own
+CNIC. First tokens leave when the step ends.
+"""
+
+from collections.abc import Callable
+
+from dualpath.core.batching import Chunk, PrefillQueue
+from dualpath.core.vocabulary import EngineId, RequestId
+from dualpath.sim.costs import StepCosts
+from dualpath.sim.events import Events
+from dualpath.sim.fabric import Fabric
+from dualpath.sim.turns import LiveTurn
+
+Batch = list[tuple["PrefillEngine", tuple[Chunk, ...]]]
+
+
+class PrefillEngine:
+    """One PE: its queue, and whether it is still there."""
+
+    __slots__ = ("engine", "group", "queue")
+
+    def __init__(self, engine: EngineId, group: "PrefillGroup", queue: PrefillQueue) -> None:
+        self.engine = engine
+        self.group = group
+        self.queue = queue
+
+
+class PrefillGroup:
+    """Engines that step together."""
+
+    __slots__ = ("busy", "engines")
+
+    def __init__(self) -> None:
+        self.engines: list[PrefillEngine] = []
+        self.busy = False
+
+
+class StepRecord:
+    """What a finished step leaves behind for statistics and the trace."""
+
+    __slots__ = ("attention_mean_ns", "attention_peak_ns", "end_ns", "group", "new_tokens", "start_ns")
+
+    def __init__(self, group: int, start_ns: int, end_ns: int, peak_ns: float, mean_ns: float, new_tokens: int) -> None:
+        self.group = group
+        self.start_ns = start_ns
+        self.end_ns = end_ns
+        self.attention_peak_ns = peak_ns
+        self.attention_mean_ns = mean_ns
+        self.new_tokens = new_tokens
+
+
+class Prefill:
+    """All prefill engines. Calls `on_first_token(turn)` at a prompt's end and `on_done(turns)` once its KV is shipped."""
+
+    def __init__(
+        self,
+        events: Events,
+        costs: StepCosts,
+        fabric: Fabric,
+        lives: dict[RequestId, LiveTurn],
+        on_first_token: Callable[[LiveTurn], None],
+        on_done: Callable[[list[tuple[LiveTurn, int]]], None],
+        *,
+        layerwise: bool,
+        free_io: bool,
+        unoverlapped: float,
+    ) -> None:
+        self._events = events
+        self._costs = costs
+        self._fabric = fabric
+        self._lives = lives
+        self._on_first_token = on_first_token
+        self._on_done = on_done
+        self._layerwise = layerwise
+        self._free_io = free_io
+        self._unoverlapped = unoverlapped
+        self.engines: dict[EngineId, PrefillEngine] = {}
+        self.groups: list[PrefillGroup] = []
+        self.steps: list[StepRecord] = []
+        self.busy_ns = 0
+        """Over groups."""
+
+    def add_group(self, queues: dict[EngineId, PrefillQueue]) -> None:
+        """Engines that step together, by id."""
+        group = PrefillGroup()
+        self.groups.append(group)
+        for engine, queue in queues.items():
+            self.engines[engine] = PrefillEngine(engine, group, queue)
+            group.engines.append(self.engines[engine])
+
+    def push(self, turn: LiveTurn) -> None:
+        """Everything of the turn is loaded."""
+        engine = self.engines[turn.prefill_engine]
+        engine.queue.push(turn.request, turn.attempt, turn.hit_tokens, turn.prompt_tokens - turn.hit_tokens)
+        group = engine.group
+        if not group.busy:
+            group.busy = True
+            self._events.at(self._events.now, self._begin, group)
+
+    def remove(self, turn: LiveTurn) -> None:
+        """The attempt is aborted; a chunk of it that is being computed is computed in vain."""
+        self.engines[turn.prefill_engine].queue.remove(turn.request, turn.attempt)
+
+    def lose(self, engine: EngineId) -> None:
+        """The engine is gone; its group goes on without it."""
+        lost = self.engines.pop(engine)
+        lost.group.engines.remove(lost)
+
+    def _begin(self, group: PrefillGroup) -> None:
+        batch = [
+            (engine, chunks)
+            for engine in group.engines
+            if engine.queue.waiting_requests and (chunks := engine.queue.next_batch())
+        ]
+        if not batch:
+            group.busy = False
+            return
+        chunk_ns = self._costs.attention.chunk_ns
+        peak_ns = total_ns = 0.0
+        new_tokens = 0
+        for _, chunks in batch:
+            attention_ns = 0.0
+            for chunk in chunks:
+                attention_ns += chunk_ns(chunk.cached_tokens, chunk.new_tokens)
+                new_tokens += chunk.new_tokens
+            total_ns += attention_ns
+            peak_ns = max(peak_ns, attention_ns)
+        engines = len(group.engines)
+        compute_ns = self._costs.prefill_ns(peak_ns, new_tokens / engines)
+        step_ns, tail_ns = self._with_io(batch, compute_ns)
+        now = self._events.now
+        self.busy_ns += int(step_ns)
+        record = StepRecord(self.groups.index(group), now, now + int(step_ns), peak_ns, total_ns / engines, new_tokens)
+        self._events.at(record.end_ns, self._end, (group, batch, int(tail_ns), record))
+
+    def _with_io(self, batch: Batch, compute_ns: float) -> tuple[float, float]:
+        """Length of the step, and how much later its prompts' KV is in the DE buffers."""
+        if self._free_io:
+            return compute_ns, 0.0
+        load = ship = both = 0
+        for engine, chunks in batch:
+            read, write, shipped = self._move(engine.engine, chunks)
+            load = max(load, write)
+            ship = max(ship, shipped)
+            both = max(both, read, write)
+        ns_per_byte = self._fabric.ns_per_byte
+        if self._layerwise:
+            head_ns, tail_ns = (moved * ns_per_byte / self._costs.layers for moved in (load, ship))
+            return head_ns + max(compute_ns, both * ns_per_byte), tail_ns
+        blocking_ns = self._unoverlapped * (load + ship) * ns_per_byte
+        return compute_ns + blocking_ns, (1.0 - self._unoverlapped) * ship * ns_per_byte
+
+    def _move(self, engine: EngineId, chunks: tuple[Chunk, ...]) -> tuple[int, int, int]:
+        """Count the chunks' traffic; what the PE's CNIC reads, writes, and sends to DEs.
+
+        The same bytes as `core.load_plan.chunk_plan` gives, without the ranges.
+        """
+        fabric, kv_bytes = self._fabric, self._costs.kv_bytes_per_token
+        read = write = ship = 0
+        for chunk in chunks:
+            turn = self._lives[chunk.request]
+            pe_bytes = turn.pe_tokens * kv_bytes
+            load_bytes = chunk.cached_tokens * kv_bytes
+            ship_bytes = chunk.new_tokens * kv_bytes
+            if chunk.cached_tokens == turn.hit_tokens:
+                ship_bytes += pe_bytes
+            fabric.pull(engine, turn.decode_engine, pe_bytes, load_bytes - pe_bytes)
+            fabric.ship(engine, turn.decode_engine, ship_bytes)
+            read += pe_bytes + ship_bytes
+            write += load_bytes
+            ship += ship_bytes
+        return read, write, ship
+
+    def _end(self, step: tuple[PrefillGroup, Batch, int, StepRecord]) -> None:
+        group, batch, tail_ns, record = step
+        self.steps.append(record)
+        done: list[tuple[LiveTurn, int]] = []
+        for engine, chunks in batch:
+            if engine.engine not in self.engines:
+                continue
+            for chunk in chunks:
+                if engine.queue.chunk_done(chunk.request, chunk.attempt) and chunk.last:
+                    turn = self._lives[chunk.request]
+                    done.append((turn, turn.attempt))
+                    self._on_first_token(turn)
+        if done and tail_ns:
+            self._events.at(record.end_ns + tail_ns, self._on_done, done)
+        elif done:
+            self._on_done(done)
+        # Posted, not called: what this step's end sets free may be ready for the next one.
+        self._events.at(record.end_ns, self._begin, group)

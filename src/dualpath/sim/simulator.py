@@ -1,0 +1,307 @@
+"""The simulator: core's scheduler under a virtual clock, and the agents that keep it busy.
+
+Theory of operation. This is the coordinator and all the engines of a cluster in one thread and no time of its own. An
+event (`events`) makes an input of the `Scheduler`; `_drain` then takes its commands and gives each to the part that
+carries it out, until there are none left; the scheduler's own wake time is an event like any other. There is no policy
+here.
+
+```
+ agent ── submit ─> Scheduler ─┬─ Prepare ─> prepared
+   ^                           ├─ Load ────> storage.Storage ....... loaded
+   |                           ├─ Prefill ─> prefill.Prefill ....... first token, prefill_done
+   |                           ├─ Decode ──> fabric (copy) ......... buffer_freed
+   +---- Finish <──────────────┴─            decode.Decode ......... finished
+```
+
+A turn costs some seven events, whatever its length.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from dualpath.core.batching import PrefillQueue
+from dualpath.core.policy import Constants, Limits, Policy
+from dualpath.core.replay import JournaledScheduler
+from dualpath.core.scheduler import Scheduler
+from dualpath.core.vocabulary import (
+    BLOCK_TOKENS,
+    Abort,
+    Command,
+    Decode as DecodeCommand,
+    Fail,
+    Finish,
+    Load,
+    Prefill as PrefillCommand,
+    Prepare,
+    RequestFacts,
+    RequestId,
+    Resubmit,
+    Role,
+    Side,
+)
+from dualpath.sim.decode import Decode
+from dualpath.sim.events import Events
+from dualpath.sim.fabric import Fabric
+from dualpath.sim.machine import Machine
+from dualpath.sim.measure import Measurements
+from dualpath.sim.prefill import Prefill
+from dualpath.sim.storage import Storage
+from dualpath.sim.turns import Agent, Arrival, LiveTurn, hit_tokens_of
+
+ABORT_NS = 1_000_000
+"""An engine's answer to an Abort: what it takes to see its channels quiet."""
+
+
+class Simulator:
+    """One run. Give it arrivals, then `run`; what happened is in `measured` and in the parts."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        policy: Policy,
+        constants: Constants,
+        limits: Limits,
+        *,
+        collective_share: float = 0.0,
+        balance_window_ns: int = 1_000_000_000,
+        journal: Callable[[bytes], object] | None = None,
+    ) -> None:
+        self.machine = machine
+        self.policy = policy
+        self.events = Events()
+        self.measured = Measurements()
+        scheduler = Scheduler(policy, constants, limits)
+        self.scheduler: Scheduler | JournaledScheduler = (
+            scheduler if journal is None else JournaledScheduler(scheduler, journal)
+        )
+        self.lives: dict[RequestId, LiveTurn] = {}
+        self._next_request = 0
+        self._next_agent = 0
+        self._open_agents = 0
+        self._wakes: list[int] = []
+        self._node_of = [facts.node for facts in machine.engines]
+        self._make_parts(collective_share, balance_window_ns)
+        self._handlers: dict[type[Any], Callable[[Any], None]] = {
+            Prepare: self._prepare,
+            Load: self._load,
+            PrefillCommand: self._prefill,
+            DecodeCommand: self._decode,
+            Finish: self._finish,
+            Abort: self._abort,
+            Resubmit: self._resubmit,
+            Fail: self._fail,
+        }
+        for facts in machine.engines:
+            self.scheduler.engine_joined(0, facts)
+
+    def _make_parts(self, collective_share: float, window_ns: int) -> None:
+        machine, events = self.machine, self.events
+        self.storage = Storage(
+            events, machine.nodes, machine.snic_bytes_per_s, machine.read_latency_ns, self._on_loaded, window_ns
+        )
+        self.fabric = Fabric(len(machine.engines), machine.cnic_bytes_per_s, collective_share)
+        self.prefill = Prefill(
+            events,
+            machine.costs,
+            self.fabric,
+            self.lives,
+            self._on_first_token,
+            self._on_prefilled,
+            layerwise=self.policy.layerwise,
+            free_io=self.policy.free_io,
+            unoverlapped=machine.unoverlapped,
+        )
+        self.decode = Decode(events, machine.costs, self._on_decoded)
+        kv_limit = None if self.policy.layerwise or self.policy.free_io else machine.prefill_kv_tokens
+        for role in Role:
+            for members in _step_groups(machine, role):
+                if role is Role.DECODE:
+                    self.decode.add_group(members)
+                else:
+                    self.prefill.add_group(
+                        {engine: PrefillQueue(machine.costs.attention, max_batch_kv_tokens=kv_limit) for engine in members}
+                    )
+
+    # ── agents ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def arrive(self, arrivals: Iterable[Arrival]) -> None:
+        """Agents that start at or after now."""
+        for arrival in arrivals:
+            self._open_agents += 1
+            agent = Agent(self._next_agent, arrival)
+            self._next_agent += 1
+            self.events.at(arrival.start_ns, self._start, agent)
+
+    def run(self, until_ns: int | None = None, on_progress: Callable[["Simulator"], None] | None = None) -> None:
+        """Until all agents are done, or the clock passes `until_ns`. `on_progress` is called now and then."""
+        events = self.events
+        heap_step, drain = events.step, self._drain
+        countdown = 0
+        while self._open_agents:
+            heap_step()
+            drain()
+            countdown -= 1
+            if countdown < 0:
+                countdown = 20_000
+                if on_progress is not None:
+                    on_progress(self)
+                if until_ns is not None and events.now >= until_ns:
+                    break
+
+    def _start(self, agent: Agent) -> None:
+        self.measured.agent_started()
+        self._submit(agent)
+
+    def _submit(self, agent: Agent) -> None:
+        arrival, round_ = agent.arrival, agent.round
+        if round_ < 0:
+            assert arrival.prelude is not None
+            append_tokens, generate_tokens = arrival.prelude
+        else:
+            append_tokens = arrival.script.append_tokens[round_]
+            generate_tokens = arrival.script.generate_tokens[round_]
+        now = self.events.now
+        turn = LiveTurn(self._next_request, agent, agent.context_tokens + append_tokens, generate_tokens, now)
+        self._next_request += 1
+        self.lives[turn.request] = turn
+        self.measured.turn_submitted(now)
+        self.scheduler.submit(
+            now, RequestFacts(turn.request, 0, turn.prompt_tokens, turn.hit_tokens, turn.generate_tokens)
+        )
+
+    # ── commands ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _drain(self) -> None:
+        """Carry out what the scheduler says until it has nothing more to say, then see when it wants to wake."""
+        scheduler, handlers = self.scheduler, self._handlers
+        while commands := scheduler.take_commands():
+            for command in commands:
+                handlers[type(command)](command)
+        wake_ns = scheduler.next_wake()
+        if wake_ns is not None and (not self._wakes or wake_ns < self._wakes[-1]):
+            self._wakes.append(wake_ns)
+            self.events.at(wake_ns, self._wake)
+
+    def _wake(self, _: None) -> None:
+        self._wakes.pop()
+        self.scheduler.wake(self.events.now)
+
+    def _prepare(self, command: Prepare) -> None:
+        self.lives[command.request].decode_engine = command.engine
+        self.scheduler.prepared(self.events.now, command.request, command.attempt)
+
+    def _load(self, command: Load) -> None:
+        turn = self.lives[command.request]
+        leg = command.leg
+        if leg.side is Side.PE:
+            turn.pe_tokens = leg.blocks * BLOCK_TOKENS
+        if self.policy.free_io:
+            self.scheduler.loaded(self.events.now, command.request, command.attempt, leg.side)
+            return
+        n_bytes = leg.blocks * BLOCK_TOKENS * self.machine.costs.kv_bytes_per_token
+        self.storage.read(self._node_of[command.engine], n_bytes, turn, leg.side)
+
+    def _prefill(self, command: PrefillCommand) -> None:
+        turn = self.lives[command.request]
+        turn.prefill_engine = command.engine
+        self.prefill.push(turn)
+
+    def _decode(self, command: DecodeCommand) -> None:
+        turn = self.lives[command.request]
+        if self.policy.free_io:
+            self._on_copied((turn, turn.attempt))
+            return
+        n_bytes = turn.prompt_tokens * self.machine.costs.kv_bytes_per_token
+        turn.copied_ns = self.fabric.copy(command.engine, n_bytes, self.events.now)
+        self.events.at(turn.copied_ns, self._on_copied, (turn, turn.attempt))
+
+    def _finish(self, command: Finish) -> None:
+        now = self.events.now
+        turn = self.lives.pop(command.request)
+        agent = turn.agent
+        self.measured.turn_finished(turn, now)
+        agent.context_tokens = turn.prompt_tokens + turn.generate_tokens
+        agent.round += 1
+        script = agent.arrival.script
+        if agent.round == len(script.append_tokens):
+            self.measured.agent_finished(agent, now)
+            self._open_agents -= 1
+            return
+        gap_ns = 0 if script.gap_ns is None else script.gap_ns[agent.round]
+        if gap_ns:
+            self.events.at(now + gap_ns, self._submit, agent)
+        else:
+            self._submit(agent)
+
+    def _abort(self, command: Abort) -> None:
+        """Stop, and answer when the channels are quiet; reads under way go on and end in vain."""
+        turn = self.lives[command.request]
+        if command.engine == turn.decode_engine:
+            generated = self.decode.remove(turn)
+            if turn.first_token_ns and turn.copied_ns:
+                self._keep_generated(turn, 1 + generated)
+        elif turn.prefill_engine == command.engine:
+            self.prefill.remove(turn)
+        self.events.at(self.events.now + ABORT_NS, self._released, command)
+
+    def _keep_generated(self, turn: LiveTurn, tokens: int) -> None:
+        """The next attempt goes on behind what the client has seen."""
+        tokens = min(tokens, turn.generate_tokens - 1)
+        turn.done_tokens += tokens
+        turn.prompt_tokens += tokens
+        turn.generate_tokens -= tokens
+        turn.hit_tokens = hit_tokens_of(turn.prompt_tokens)
+
+    def _released(self, command: Abort) -> None:
+        self.scheduler.released(self.events.now, command.request, command.attempt, command.engine)
+
+    def _resubmit(self, command: Resubmit) -> None:
+        turn = self.lives[command.request]
+        turn.attempt = command.attempt
+        turn.prefill_engine = turn.decode_engine = -1
+        turn.pe_tokens = turn.copied_ns = 0
+        turn.load_done_ns = [0, 0]
+        self.measured.retries += 1
+        facts = RequestFacts(turn.request, turn.attempt, turn.prompt_tokens, turn.hit_tokens, turn.generate_tokens)
+        self.scheduler.resubmit(self.events.now, facts)
+
+    def _fail(self, command: Fail) -> None:
+        turn = self.lives.pop(command.request)
+        self.measured.turn_failed(turn, self.events.now, command.cause)
+        self._open_agents -= 1
+
+    # ── what the parts report ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _on_loaded(self, leg: tuple[LiveTurn, Side, int]) -> None:
+        turn, side, attempt = leg
+        self.scheduler.loaded(self.events.now, turn.request, attempt, side)
+
+    def _on_first_token(self, turn: LiveTurn) -> None:
+        if not turn.first_token_ns:
+            turn.first_token_ns = self.events.now
+
+    def _on_prefilled(self, turns: list[tuple[LiveTurn, int]]) -> None:
+        for turn, attempt in turns:
+            self.scheduler.prefill_done(self.events.now, turn.request, attempt)
+
+    def _on_copied(self, copied: tuple[LiveTurn, int]) -> None:
+        turn, attempt = copied
+        if turn.attempt != attempt or turn.decode_engine < 0:
+            return  # aborted meanwhile
+        blocks = -(-turn.prompt_tokens // BLOCK_TOKENS)
+        self.scheduler.buffer_freed(self.events.now, turn.request, attempt, blocks)
+        self.decode.join(turn)
+
+    def _on_decoded(self, turn: LiveTurn) -> None:
+        whole = hit_tokens_of(turn.prompt_tokens + turn.generate_tokens) - turn.hit_tokens
+        n_bytes = whole * self.machine.costs.kv_bytes_per_token
+        if not self.policy.free_io:
+            self.storage.write(self._node_of[turn.decode_engine], n_bytes)
+        self.scheduler.finished(self.events.now, turn.request, turn.attempt)
+
+
+def _step_groups(machine: Machine, role: Role) -> list[list[int]]:
+    members: dict[int, list[int]] = {}
+    for facts in machine.of_role(role):
+        members.setdefault(facts.group if machine.synchronised else facts.engine, []).append(facts.engine)
+    return list(members.values())
