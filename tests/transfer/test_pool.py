@@ -180,7 +180,8 @@ def test_sweep_removes_the_pool_of_a_killed_creator_only(tmp_path):
     pool = BufferPool.create("living", 4096, 1, directory=tmp_path)
     script = (
         "import sys\nfrom pathlib import Path\nfrom dualpath.transfer.pool import BufferPool\n"
-        f"pool = BufferPool.create('orphan', 4096, 4, directory=Path({str(tmp_path)!r}))\nprint(pool.path, flush=True)\nsys.stdin.read()"
+        f"pool = BufferPool.create('orphan', 4096, 4, directory=Path({str(tmp_path)!r}))\n"
+        "print(pool.path, flush=True)\nsys.stdin.read()"
     )
     creator = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from dualpath.core.vocabulary import TrafficClass
-from dualpath.transfer.traffic import EARLY_NS, DeadlineExceeded, TrafficManager
+from dualpath.transfer.traffic import BURST_NS, DeadlineExceeded, TrafficManager
 
 HIGH, LOW = TrafficClass.HIGH, TrafficClass.LOW
 MB = 1_000_000
@@ -28,25 +28,37 @@ class SleptTime:
         self.now += n_ns + self.oversleep_ns
 
 
-def manager(time: SleptTime, snic: int | None = None, cnic: int | None = None) -> TrafficManager:
-    return TrafficManager(snic, cnic, clock=time.clock, sleep=time.sleep)
+def manager(time: SleptTime, snic: int | None = None, cnic: int | None = None, burst_ns: int = 0) -> TrafficManager:
+    return TrafficManager(snic, cnic, burst_ns=burst_ns, clock=time.clock, sleep=time.sleep)
 
 
-def test_one_chunk_takes_its_time_on_the_wire_less_the_early_return():
+def test_one_chunk_takes_its_time_on_the_wire():
     time = SleptTime()
     manager(time, cnic=100 * MB).cnic.tx.acquire(LOW, 65_536)
-    assert time.now == 65_536 * 10 - EARLY_NS
+    assert time.now == 65_536 * 10
 
 
-@pytest.mark.parametrize("oversleep_ns", [0, 80_000, 400_000])
+@pytest.mark.parametrize("oversleep_ns", [0, 80_000, 1_500_000])
 def test_a_lone_thread_keeps_the_rate_however_badly_it_sleeps(oversleep_ns):
     time = SleptTime(oversleep_ns)
-    lane = manager(time, cnic=100 * MB).cnic.tx
+    lane = manager(time, cnic=100 * MB, burst_ns=BURST_NS).cnic.tx
+    lane.acquire(LOW, 2 * 65_536)  # uses up some of what the lane saved while it was idle
+    begun = time.now
     for _ in range(100):
         lane.acquire(LOW, 65_536)
     exact_ns = 100 * 65_536 * 10
-    assert exact_ns - EARLY_NS <= time.now <= exact_ns + oversleep_ns
-    assert lane.statistics().busy_ns == exact_ns
+    assert exact_ns - BURST_NS <= time.now - begun <= exact_ns + oversleep_ns
+    assert lane.statistics().busy_ns == exact_ns + 2 * 65_536 * 10
+
+
+def test_an_idle_lane_saves_up_no_more_than_its_burst():
+    time = SleptTime()
+    lane = manager(time, cnic=100 * MB, burst_ns=BURST_NS).cnic.tx
+    for _ in range(3):
+        time.now += 1_000 * MS
+        begun = time.now
+        lane.acquire(LOW, 10 * 65_536)
+        assert time.now - begun == 10 * 65_536 * 10 - BURST_NS
 
 
 def test_more_than_a_chunk_is_asked_for_in_chunks():
@@ -54,7 +66,7 @@ def test_more_than_a_chunk_is_asked_for_in_chunks():
     lane = manager(time, snic=100 * MB).snic.rx
     lane.acquire(HIGH, 1_000_000)
     assert lane.statistics().high_bytes == 1_000_000
-    assert 1_000_000 * 10 - EARLY_NS <= time.now <= 1_000_000 * 10
+    assert time.now == 1_000_000 * 10
     assert max(time.sleeps) <= lane.chunk_bytes * 10
 
 
@@ -63,7 +75,7 @@ def test_directions_and_nics_do_not_share_a_rate():
     traffic = manager(time, snic=100 * MB, cnic=100 * MB)
     for lane in (traffic.snic.rx, traffic.snic.tx, traffic.cnic.rx, traffic.cnic.tx):
         lane.acquire(LOW, 65_536)
-    assert time.now <= 4 * (65_536 * 10 - EARLY_NS)
+    assert time.now == 4 * 65_536 * 10, "one after the other only because one thread asked"
     statistics = traffic.statistics()
     for lane_statistics in (statistics.snic.rx, statistics.snic.tx, statistics.cnic.rx, statistics.cnic.tx):
         assert (lane_statistics.high_bytes, lane_statistics.low_bytes, lane_statistics.waiting) == (0, 65_536, 0)
@@ -114,7 +126,7 @@ def test_local_copy_charges_both_directions_at_once():
     cnic = traffic.statistics().cnic
     assert cnic.rx.low_bytes == cnic.tx.low_bytes == 1_000_000
     assert cnic.rx.waiting == cnic.tx.waiting == 0
-    assert time.now <= 1_000_000 * 10, "both lanes at the same time, not one after the other"
+    assert time.now == 1_000_000 * 10, "both lanes at the same time, not one after the other"
 
 
 def test_local_copy_that_is_late_leaves_nobody_waiting():
@@ -137,7 +149,7 @@ def test_waiting_high_goes_before_waiting_low():
         assert queued.wait(30)
         time.sleep(n_ns)
 
-    traffic = TrafficManager(None, MB, clock=time.clock, sleep=sleep)
+    traffic = TrafficManager(None, MB, burst_ns=0, clock=time.clock, sleep=sleep)
     lane = traffic.cnic.tx
 
     def move(name: str, traffic_class: TrafficClass) -> None:
@@ -206,7 +218,7 @@ def test_a_follower_whose_deadline_passes_leaves_while_the_leader_stays():
         assert release.wait(30)
         time.sleep(n_ns)
 
-    lane = TrafficManager(None, MB, clock=time.clock, sleep=sleep).cnic.tx
+    lane = TrafficManager(None, MB, burst_ns=0, clock=time.clock, sleep=sleep).cnic.tx
     threads = [threading.Thread(target=lane.acquire, args=(LOW, 65_536)) for _ in range(2)]
     for index, thread in enumerate(threads):
         thread.start()

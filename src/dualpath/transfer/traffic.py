@@ -9,9 +9,10 @@ lets the chunk through. Who is next is decided by `core.arbiter.Arbiter`; this m
 Of the threads that wait on a lane one *leads*: it sleeps until the arbiter can next grant something, asks it, wakes
 whoever was granted, and passes the lead on when it was granted itself. So a grant wakes one thread, not all.
 
-A thread sleeps 50-100 µs too long, more when another holds the interpreter lock. `acquire` therefore returns up to
-`EARLY_NS` before the chunk's last byte would have left: the thread copies and asks for its next chunk while the lane is
-still busy with this one, on the arbiter's exact timeline. The rate over time is unaffected, being the arbiter's.
+A thread sleeps 50-100 µs too long, more when another holds the interpreter lock, and copies its chunk before it asks
+for the next one. Without credit the lane would idle meanwhile and lose that part of its rate. So a chunk counts as
+asked for `burst_ns` before it was: it starts when the lane became free, but at most so long ago. The price is that a
+lane that was idle lets through `burst_ns` worth of bytes at once.
 
 With a rate of None (real hardware, whose NICs pace themselves) nothing waits and everything is still counted.
 """
@@ -29,7 +30,7 @@ Clock = Callable[[], int]
 Sleep = Callable[[int], None]
 Weights = tuple[int, int]
 
-EARLY_NS = 500_000
+BURST_NS = 2_000_000
 MIN_CHUNK_BYTES = 64 * 1024
 MAX_CHUNK_BYTES = 256 * 1024
 UNPACED_CHUNK_BYTES = 1024 * 1024
@@ -92,13 +93,14 @@ class Lane:
     """One direction of one NIC."""
 
     def __init__(
-        self, name: str, rate_bytes_per_s: int | None, clock: Clock, sleep: Sleep, weights: Weights = (99, 1)
+        self, name: str, rate_bytes_per_s: int | None, clock: Clock, sleep: Sleep, weights: Weights, burst_ns: int
     ) -> None:
         self.name = name
         self.rate_bytes_per_s = rate_bytes_per_s
         self._clock = clock
         self._sleep = sleep
-        self._arbiter = Arbiter(rate_bytes_per_s, weights)
+        self._arbiter = Arbiter(rate_bytes_per_s, weights, burst_ns)
+        self._burst_ns = burst_ns
         self._lock = threading.Lock()
         self._waiting: dict[int, _Waiter] = {}
         self._leader: int | None = None
@@ -144,7 +146,7 @@ class Lane:
             return self._ask(now, traffic_class, n_bytes, waiter), waiter
 
     def _ask(self, now: int, traffic_class: TrafficClass, n_bytes: int, waiter: _Waiter) -> int:
-        ticket = self._arbiter.request(now, traffic_class, n_bytes)
+        ticket = self._arbiter.request(now - self._burst_ns, traffic_class, n_bytes)
         self._waiting[ticket] = waiter
         self._grant(now)
         return ticket
@@ -166,8 +168,8 @@ class Lane:
                     self._leader = ticket
                 wake_ns = self._arbiter.next_wake() if self._leader == ticket else None
             self._wait(waiter, now, wake_ns, deadline_ns)
-        if waiter.done_ns - now > EARLY_NS:
-            self._sleep(waiter.done_ns - EARLY_NS - now)
+        if waiter.done_ns > now:
+            self._sleep(waiter.done_ns - now)
 
     def _late(self, now: int, deadline_ns: int) -> DeadlineExceeded:
         return DeadlineExceeded(f"{self.name}: the deadline passed {now - deadline_ns} ns ago")
@@ -209,10 +211,10 @@ class Nic:
     """A full-duplex NIC of one engine."""
 
     def __init__(
-        self, name: str, rate_bytes_per_s: int | None, clock: Clock, sleep: Sleep, weights: Weights = (99, 1)
+        self, name: str, rate_bytes_per_s: int | None, clock: Clock, sleep: Sleep, weights: Weights, burst_ns: int
     ) -> None:
-        self.rx = Lane(f"{name} rx", rate_bytes_per_s, clock, sleep, weights)
-        self.tx = Lane(f"{name} tx", rate_bytes_per_s, clock, sleep, weights)
+        self.rx = Lane(f"{name} rx", rate_bytes_per_s, clock, sleep, weights, burst_ns)
+        self.tx = Lane(f"{name} tx", rate_bytes_per_s, clock, sleep, weights, burst_ns)
 
     def statistics(self) -> NicStatistics:
         return NicStatistics(self.rx.statistics(), self.tx.statistics())
@@ -225,7 +227,8 @@ def _sleep_ns(n_ns: int) -> None:
 class TrafficManager:
     """The NICs of one engine. Rates are of one direction; None leaves the pacing to the hardware.
 
-    `clock` gives nanoseconds; every deadline in this package is of that clock. `sleep` takes nanoseconds.
+    `weights` are those of HIGH and LOW. `clock` gives nanoseconds, and every deadline in this package is of that clock;
+    `sleep` takes nanoseconds.
     """
 
     def __init__(
@@ -234,12 +237,13 @@ class TrafficManager:
         cnic_bytes_per_s: int | None = None,
         *,
         weights: Weights = (99, 1),
+        burst_ns: int = BURST_NS,
         clock: Clock = time.monotonic_ns,
         sleep: Sleep = _sleep_ns,
     ) -> None:
         self.clock = clock
-        self.snic = Nic("snic", snic_bytes_per_s, clock, sleep, weights)
-        self.cnic = Nic("cnic", cnic_bytes_per_s, clock, sleep, weights)
+        self.snic = Nic("snic", snic_bytes_per_s, clock, sleep, weights, burst_ns)
+        self.cnic = Nic("cnic", cnic_bytes_per_s, clock, sleep, weights, burst_ns)
 
     def local_copy(
         self, n_bytes: int, deadline_ns: int | None = None, traffic_class: TrafficClass = TrafficClass.LOW
