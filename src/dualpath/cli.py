@@ -13,7 +13,7 @@ from dualpath import __version__
 from dualpath.spec.units import parse_bytes, parse_rate
 
 Value = TypeVar("Value")
-SYSTEMS = ("basic", "basic-layerwise", "dualpath-rr", "dualpath", "dualpath-split", "oracle")
+SYSTEMS = ("basic", "basic-layerwise", "dualpath-rr", "dualpath", "dualpath-split", "de-only", "oracle")
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3")
 
 OVERVIEW = """\
@@ -37,6 +37,7 @@ systems:
   dualpath-rr       both sides read, in turns
   dualpath          both sides read, the shorter queue first (the default)
   dualpath-split    one request may be read by both sides
+  de-only           only decode engines read
   oracle            storage and transfers cost nothing: an upper bound
 
 examples:

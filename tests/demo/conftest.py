@@ -3,9 +3,16 @@ import sys
 
 import pytest
 
+from dualpath.demo import nic_bytes
 from dualpath.demo.options import DemoOptions
 
 FAKE = pathlib.Path(__file__).parents[1] / "workload" / "fake_openai.py"
+
+
+@pytest.fixture(autouse=True)
+def short_settling(monkeypatch):
+    """The stand-in's counters are never behind."""
+    monkeypatch.setattr(nic_bytes, "SETTLE_S", 0.02)
 
 
 @pytest.fixture

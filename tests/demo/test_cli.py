@@ -122,6 +122,12 @@ def test_serve_fills_a_configuration_from_its_options(monkeypatch, model):
     assert config.control_address == "tcp://0.0.0.0:5555"
 
 
+def test_the_systems_of_the_command_line_are_those_of_the_scheduler():
+    from dualpath.core.policy import SYSTEMS
+
+    assert sorted(cli.SYSTEMS) == sorted(SYSTEMS)
+
+
 def test_what_serve_is_not_told_is_the_configurations_default(monkeypatch, model):
     from dualpath.runtime.config import ClusterConfig
 

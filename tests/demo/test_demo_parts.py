@@ -51,6 +51,7 @@ def test_metrics_of_something_else_are_refused():
         ("basic", {"PE0": 60, "PE1": 20, "DE0": 0}, 1.5),
         ("basic-layerwise", {"PE0": 60, "DE0": 0}, 1.0),
         ("dualpath", {"PE0": 60, "DE0": 20}, 1.5),
+        ("de-only", {"PE0": 0, "DE0": 30, "DE1": 10}, 1.5),
         ("oracle", {"PE0": 0, "DE0": 0}, None),
     ],
 )
@@ -109,6 +110,19 @@ def test_without_basic_there_are_no_ratios_and_failures_count_what_they_abandone
     (run,) = result.runs
     assert (run.ratio_to_basic, run.ideal_ratio, run.ratio_to_ideal, run.errors) == (None, None, None, 5)
     assert run.error_messages == ["t, turn 1: HTTP 503: no engine"]
+
+
+def test_a_run_that_lost_turns_is_compared_with_nothing(options):
+    lost = TurnFailure(trajectory="t", round_index=1, tries=3, message="HTTP 503: no engine", abandoned_rounds=4)
+    runs = [
+        measured("basic", 40.0),
+        measured("basic", 1.0, repeat=1, failures=(lost,)),
+        measured("dualpath", 20.0),
+        measured("oracle", 1.0, failures=(lost,)),
+    ]
+    basic, failed_basic, dualpath, oracle = assemble(runs, options, describe(options, [])).runs
+    assert (basic.ratio_to_basic, failed_basic.ratio_to_basic, oracle.ratio_to_basic) == (1.0, None, None)
+    assert (dualpath.ratio_to_basic, dualpath.ideal_ratio) == (2.0, 2.0)
 
 
 def test_a_linked_store_shares_blocks_and_nothing_else(tmp_path):

@@ -46,7 +46,7 @@ def test_systems_are_replayed_on_fresh_clusters_and_compared(options):
     assert dualpath.ratio_to_basic == basic.jct_s / dualpath.jct_s
     assert dualpath.ideal_ratio == min(3.0, basic.jct_s / oracle.jct_s)
     assert dualpath.same_tokens_as_basic == oracle.same_tokens_as_basic == 1.0
-    assert "1P2D dualpath" in shown and "6/6" in shown
+    assert "1P2D dualpath: starting, 6 turns" in shown and f"1P2D dualpath: JCT {dualpath.jct_s:.1f} s" in shown
     assert list(options.work.iterdir()) == []
 
 

@@ -10,7 +10,10 @@ from dualpath.workload import TurnFailure, TurnResult
 
 
 class DemoProgress:
-    """A context manager. One phase is under way at a time; a phase that has ended keeps its line."""
+    """A context manager. One phase is under way at a time; a phase that has ended keeps its line.
+
+    Where the output is no terminal, a phase is a line when it begins and a line with what it came to.
+    """
 
     def __init__(self, console: Console, total_turns: int) -> None:
         self._progress = Progress(
@@ -23,7 +26,9 @@ class DemoProgress:
             RemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
+            disable=not console.is_terminal,
         )
+        self._console = console
         self._overall = self._progress.add_task("[bold]all runs", total=total_turns, note="")
         self._phase: TaskID | None = None
         self._failed = 0
@@ -40,12 +45,19 @@ class DemoProgress:
     def begin(self, name: str, turns: int) -> None:
         """A phase of `turns` turns begins: its cluster is being started."""
         self._failed = 0
+        self._plain(f"{name}: starting, {turns} turns")
         self._phase = self._progress.add_task(name, total=turns, note="starting")
 
     def note(self, text: str) -> None:
         """What the phase is doing, or has come to."""
         if self._phase is not None:
-            self._progress.update(self._phase, note=text)
+            failed = f" [red]{self._failed} failed[/red]" if self._failed else ""
+            self._progress.update(self._phase, note=text + failed)
+            self._plain(f"{self._progress.tasks[self._phase].description}: {text}{failed}")
+
+    def _plain(self, text: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(text, highlight=False)
 
     def clock_starts(self) -> None:
         """The phase's cluster is up: time from here."""

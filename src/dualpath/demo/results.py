@@ -43,9 +43,9 @@ def assemble(measured: Sequence[Measured], options: DemoOptions, workload: Workl
 
 
 def snic_max_over_avg(system: str, snic_bytes: Mapping[str, int]) -> float | None:
-    """Over the engines that `system` may read with: prefill engines for basic ones, all of them for the others."""
-    only_prefill = system.startswith("basic")
-    read = [n for engine, n in snic_bytes.items() if engine.startswith("PE") or not only_prefill]
+    """Over the engines that `system` may read with: one side's for basic ones and de-only, else all of them."""
+    side = "PE" if system.startswith("basic") else "DE" if system == "de-only" else ""
+    read = [n_bytes for engine, n_bytes in snic_bytes.items() if engine.startswith(side)]
     return max(read) * len(read) / sum(read) if sum(read) else None
 
 
@@ -59,9 +59,10 @@ def ideal_ratio(topology: str, basic_s: float, oracle_s: float | None) -> float:
 def _run(one: Measured, measured: Sequence[Measured]) -> Run:
     basic_s, oracle_s = (_median_jct_s(measured, one.topology, system) for system in ("basic", "oracle"))
     jct_s, replay = one.replay.jct_s, one.replay
-    ratio = None if basic_s is None else basic_s / jct_s
+    # A run that lost turns did less work: its time is compared with nothing, and nothing with its time.
+    ratio = None if basic_s is None or replay.failures else basic_s / jct_s
     ideal = None if basic_s is None else ideal_ratio(one.topology, basic_s, oracle_s)
-    described = ratio is not None and ideal is not None and one.system not in ("basic", "oracle")
+    described = one.system not in ("basic", "oracle")
     return Run(
         topology=one.topology,
         system=one.system,
@@ -85,7 +86,9 @@ def _run(one: Measured, measured: Sequence[Measured]) -> Run:
 
 
 def _median_jct_s(measured: Sequence[Measured], topology: str, system: str) -> float | None:
-    times_s = [one.replay.jct_s for one in measured if (one.topology, one.system) == (topology, system)]
+    """Over the runs that answered every turn; None where there is none."""
+    runs = [one.replay for one in measured if (one.topology, one.system) == (topology, system)]
+    times_s = [replay.jct_s for replay in runs if not replay.failures]
     return statistics.median_low(times_s) if times_s else None
 
 

@@ -109,7 +109,7 @@ class _Demo:
             )
             progress.note("writing")
             await cluster.run(settled_nic_bytes(cluster.url))
-        progress.note("")
+        progress.note("stored")
         return contexts
 
     async def _measure(

@@ -22,6 +22,7 @@ COLOURS = {
     "dualpath-rr": "#E69F00",
     "dualpath": "#0072B2",
     "dualpath-split": "#56B4E9",
+    "de-only": "#F0E442",
     "oracle": "#009E73",
 }
 OTHER_COLOUR = "#D55E00"

@@ -21,7 +21,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     jct_s: float
     """Job completion time: all agents start, all have ended."""
     ratio_to_basic: float | None
-    """Basic's median JCT on this topology over this JCT; None where basic was not run."""
+    """Basic's median JCT on this topology over this JCT; None where either lost turns or basic was not run."""
     ideal_ratio: float | None
     """min((P + D) / P, basic's JCT over oracle's): what pooling every storage NIC could give at best."""
     ratio_to_ideal: float | None

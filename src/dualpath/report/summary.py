@@ -67,7 +67,7 @@ def _bottleneck(topology: str, basic: Run, rate: int) -> str:
 def _gain(topology: str, dualpath: Run, oracle: Run | None) -> str:
     gained = f"{topology}: dualpath is {dualpath.ratio_to_basic:.2f}× basic"
     if dualpath.ideal_ratio is None or dualpath.ratio_to_ideal is None:
-        return gained + "."
+        return f"{gained}."
     by_nics = _pooled(topology)
     reason = (
         "set by the number of storage NICs"
