@@ -67,7 +67,7 @@ def demo(arguments: argparse.Namespace) -> int:
 def serve(arguments: argparse.Namespace) -> int:
     """Run a cluster and its server until it is told to stop."""
     config = _cluster_config(arguments)
-    from dualpath.runtime.serve import run
+    from dualpath.serve import run
 
     with _command_errors(OSError):
         run(config)

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -41,7 +42,8 @@ async def _run(config: ClusterConfig, local_engines: bool) -> int:
         serving = asyncio.create_task(
             serve(app, config.host, config.port, on_bound=lambda port: _announce(config, cluster, port))
         )
-        await asyncio.wait([serving, stopping, cluster.coordinator.failure], return_when=asyncio.FIRST_COMPLETED)
+        watched: list[asyncio.Future[Any]] = [serving, stopping, cluster.coordinator.failure]
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
         for ended in (serving, cluster.coordinator.failure):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from dualpath.engine.checkpoint import make_checkpoint
 
+from dualpath.engine.checkpoint import make_checkpoint
 from dualpath.runtime.api import GenerateRequest
 from dualpath.runtime.cluster import Cluster
 from dualpath.runtime.config import ClusterConfig, Topology

@@ -78,10 +78,10 @@ def test_kill_9_under_load(checkpoint: Callable[[str], Path], reference: Referen
         os.kill(victim, signal.SIGKILL)
         answers = await asyncio.gather(*asked)
         for prompt, answer in zip(prompts, answers, strict=True):
-            assert answer.token_ids == reference("qwen3", prompt, 60)
+            assert answer.token_ids == await asyncio.to_thread(reference, "qwen3", prompt, 60)
         health = cluster.coordinator.health()
         assert health["status"] == "degraded"
-        assert gauge(cluster, "dualpath_scheduler_retried_attempts") > 0
+        assert gauge(cluster, "dualpath_scheduler_retried_engine_lost") > 0
 
     in_cluster(config, work)
 
@@ -124,7 +124,7 @@ def test_a_client_that_leaves_frees_everything(
     config = cluster_config(checkpoint("qwen3"), tmp_path, cnic_bytes_per_s=3_000_000)
 
     async def work(cluster: Cluster) -> None:
-        sampling = SamplingParams(max_tokens=5000, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=3000, temperature=0.0, ignore_eos=True)
         stream = cluster.coordinator.generate(GenerateRequest(prompt_token_ids=appended(0, 500), sampling=sampling))
         seen = asyncio.create_task(anext(stream))
         if after_tokens:
@@ -162,7 +162,7 @@ def test_what_can_never_fit_is_refused_at_once(checkpoint: Callable[[str], Path]
 
     async def work(cluster: Cluster) -> None:
         with pytest.raises(RequestError, match="fits no engine") as failure:
-            await ask(cluster, appended(0, 20_000), 4)
+            await ask(cluster, appended(0, 3_000), 4)
         assert failure.value.status == 400
 
     in_cluster(config, work)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dualpath.core.replay import replay
-
 from dualpath.runtime.cluster import Cluster
 
 from .conftest import ask, cluster_config, gauge, in_cluster

@@ -31,7 +31,8 @@ async def converse(
     for turn, (append, n) in enumerate(TURNS):
         context += appended(turn, append, agent)
         answer = await ask(cluster, context, n)
-        assert answer.token_ids == reference(architecture, context, n), f"turn {turn}"
+        expected_ids = await asyncio.to_thread(reference, architecture, context, n)
+        assert answer.token_ids == expected_ids, f"turn {turn}"
         assert answer.finish_reason == "length"
         expected = min(stored_tokens, len(context) - 1) // 64 * 64 if cached else 0
         assert answer.cached_tokens == expected

@@ -192,9 +192,9 @@ class Coordinator:
             figures |= self._prefixes.gauges()
         for link in self._links.by_engine.values():
             labels = f'engine="{link.engine}",role="{link.join.role.value}"'
-            for name, value in link.gauges.items():
+            for name, figure in link.gauges.items():
                 metric, _, more = name.partition("{")
-                figures[f"{metric}{{{labels}{',' + more[:-1] if more else ''}}}"] = value
+                figures[f"{metric}{{{labels}{',' + more[:-1] if more else ''}}}"] = figure
         return figures
 
     # ── membership ──────────────────────────────────────────────────────────────────────────────────────────────────

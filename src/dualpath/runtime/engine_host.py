@@ -36,7 +36,7 @@ Owner = tuple[int, int]
 
 
 class EngineHost:
-    """The process around an engine's work. Created once, used from the main asyncio thread unless a method says else."""
+    """The process around an engine's work. Used from the main asyncio thread unless a method says otherwise."""
 
     def __init__(self, config: m.EngineConfig, layout: KVLayout, buffer_blocks: int) -> None:
         cluster = config.cluster
@@ -66,10 +66,12 @@ class EngineHost:
 
     def send(self, message: m.FromEngine) -> None:
         """Queue a message to the coordinator; never blocks."""
-        try:
-            zmq.Socket.send(self._socket, m.encoder.encode(message), flags=zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            self.leave(f"the coordinator can't be reached: {error}")
+        sending = self._socket.send(m.encoder.encode(message), flags=zmq.NOBLOCK)
+        asyncio.ensure_future(sending).add_done_callback(self._on_sent)
+
+    def _on_sent(self, sent: "asyncio.Future[object]") -> None:
+        if not sent.cancelled() and sent.exception() is not None:
+            self.leave(f"the coordinator can't be reached: {sent.exception()}")
 
     async def run(self, join: m.Join, handle: Callable[[m.ToEngine], None]) -> str:
         """Join, then pass every message to `handle` until told or forced to leave; returns why."""

@@ -4,6 +4,7 @@ One ZeroMQ ROUTER socket. An engine's identity is drawn anew each time its proce
 new engine and whatever its former self still had to say is from a stranger, and dropped.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 
@@ -71,11 +72,15 @@ class EngineLinks:
     def link_of(self, identity: bytes) -> EngineLink | None:
         return self._by_identity.get(identity)
 
+    def extend_leases(self, by_ns: int) -> None:
+        for link in self.by_engine.values():
+            link.last_heard_ns += by_ns
+
     def expired(self, now_ns: int, lease_ns: int) -> list[EngineId]:
         return [link.engine for link in self.by_engine.values() if now_ns - link.last_heard_ns > lease_ns]
 
     async def messages(self) -> AsyncIterator[tuple[bytes, FromEngine]]:
-        """What engines say, heartbeats answered and accounted on the way. Malformed messages are counted and dropped."""
+        """What engines say; heartbeats are answered on the way, malformed messages counted and dropped."""
         while True:
             identity, payload = await self._socket.recv_multipart()
             try:
@@ -99,10 +104,11 @@ class EngineLinks:
             self.send_to(link.identity, message)
 
     def send_to(self, identity: bytes, message: ToEngine) -> None:
-        try:
-            # The asyncio socket queues; a full queue or a vanished peer raises at once with NOBLOCK.
-            zmq.Socket.send_multipart(self._socket, [identity, encoder.encode(message)], flags=zmq.NOBLOCK)
-        except zmq.ZMQError:
+        parts = [identity, encoder.encode(message)]
+        asyncio.ensure_future(self._socket.send_multipart(parts, flags=zmq.NOBLOCK)).add_done_callback(self._on_sent)
+
+    def _on_sent(self, sent: "asyncio.Future[object]") -> None:
+        if sent.cancelled() or sent.exception() is not None:
             self.unroutable_messages += 1
 
     def close(self) -> None:

@@ -137,8 +137,18 @@ class Membership:
             self._complete.set_exception(RuntimeError(f"{why} before it joined; its message is above"))
 
     async def watch_leases(self) -> None:
-        """Declare engines lost that have been silent for a lease; until cancelled."""
+        """Declare engines lost that have been silent for a lease; until cancelled.
+
+        Silence counts only while we listen: when this process itself was held up, engines get that time back.
+        """
+        checked_ns = time.monotonic_ns()
         while True:
             await asyncio.sleep(self._config.heartbeat_ns / 1e9)
+            now_ns = time.monotonic_ns()
+            held_up_ns = now_ns - checked_ns - 2 * self._config.heartbeat_ns
+            checked_ns = now_ns
+            if held_up_ns > 0:
+                self._links.extend_leases(held_up_ns)
+                continue
             for engine in self._links.expired(time.monotonic_ns(), self._config.lease_ns):
                 self.lost(engine, f"silent for {self._config.lease_ns / 1e9:.1f} s")

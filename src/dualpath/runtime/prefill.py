@@ -19,7 +19,6 @@ from dualpath.runtime.engine_host import EngineHost, Owner
 from dualpath.runtime.layer_transfers import BatchTransfers, ItemTransfers, Rows
 from dualpath.transfer import Channel, ChannelBusy, TransferError, connect
 
-
 PROBE_HIT_TOKENS = 2048
 PROBE_NEW_TOKENS = 64
 TRANSFER_ERRORS = (TransferError, ChannelBusy, ConnectionError)
@@ -28,10 +27,10 @@ TRANSFER_ERRORS = (TransferError, ChannelBusy, ConnectionError)
 class NoTransfers:
     """`LayerIO` that leaves hit rows as they are: for measuring compute alone."""
 
-    def load_layer(self, layer: int, destinations: list[Rows | None]) -> list[Exception | None]:
+    def load_layer(self, _layer: int, destinations: list[Rows | None]) -> list[Exception | None]:
         return [None] * len(destinations)
 
-    def ship_layer(self, layer: int, rows: list[Rows | None]) -> list[Exception | None]:
+    def ship_layer(self, _layer: int, rows: list[Rows | None]) -> list[Exception | None]:
         return [None] * len(rows)
 
 

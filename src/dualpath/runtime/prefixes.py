@@ -12,6 +12,7 @@ import msgspec
 
 from dualpath.kv.block_file import BlockFault
 from dualpath.kv.catalog import rebuild
+from dualpath.kv.directory import stored_namespaces
 from dualpath.kv.index import PrefixIndex
 from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
 from dualpath.kv.layout import KVLayout
@@ -34,21 +35,26 @@ class Prefixes:
         self._stores: dict[str, PosixStore] = {}
         self._namespaces: dict[str, Namespace] = {}
         self._files = ThreadPoolExecutor(1, thread_name_prefix="store-files")
+        for space in stored_namespaces(directory, layout):
+            self._open(space)  # of every tenant, back or not: the quota counts what the disk holds
         self.faults: Counter[str] = Counter()
         self.evicted_blocks = 0
 
     def namespace_of(self, tenant: str) -> Namespace:
-        """The tenant's namespace, its store opened and its blocks indexed on first use."""
+        """The tenant's namespace; opened on first use, unless the store had it at start."""
         known = self._namespaces.get(tenant)
-        if known is not None:
-            return known
-        space = namespace(self._fingerprint, self._weights_version, self._layout, tenant)
+        if known is None:
+            known = namespace(self._fingerprint, self._weights_version, self._layout, tenant)
+            self._namespaces[tenant] = known
+            if known.hex not in self._stores:
+                self._open(known)
+        return known
+
+    def _open(self, space: Namespace) -> None:
+        """Index what the store has of a namespace; blocks that nothing can match, or that are bad, are cleaned away."""
         store = PosixStore(self._directory, self._layout, space)
-        self._index.add_root(space.root)
         rebuild(self._index, store, clean=True)
-        self._namespaces[tenant] = space
         self._stores[space.hex] = store
-        return space
 
     def keys(self, space: Namespace, token_ids: list[int]) -> list[BlockKey]:
         return block_keys(space.root, token_ids, self._layout.block_tokens)
@@ -65,7 +71,10 @@ class Prefixes:
     def publish(self, blocks: list[StoredBlock]) -> None:
         """Blocks that an engine has written and verified become visible; then the quota is enforced."""
         for block in blocks:
-            self._index.publish(block.key, block.parent, block.physical_bytes)
+            published = self._index.publish(block.key, block.parent, block.physical_bytes)
+            if not published and block.key not in self._index:
+                # Its parent has been evicted meanwhile: nothing can ever match it, and nothing would count it.
+                self._files.submit(self._delete, block.key)
         if self._quota_bytes is None:
             return
         evicted = self._index.evict(self._quota_bytes)
