@@ -160,6 +160,17 @@ def test_posting_beyond_the_bound_raises_at_once_and_recovers(pair):
     assert channel.ping(b"again", deadline_ns()).result(WAIT_S) == b"again"
 
 
+def test_a_deadline_may_be_ages_away(pair):
+    pair.serve(cnic_bytes_per_s=10_000_000)
+    pair.traffic = TrafficManager(cnic_bytes_per_s=10_000_000)
+    channel = pair.connect()
+    memory = random_bytes(PAGE_BYTES)
+    for post in (channel.write, channel.read):
+        assert post([Span(0, 0, PAGE_BYTES)], [memory], 2**62).result(WAIT_S) == PAGE_BYTES
+    with pytest.raises(ValueError, match="must be 1 to 1024"):
+        pair.connect(max_ops_in_flight=0)
+
+
 def test_futures_serve_asyncio(pair):
     pair.serve()
     channel = pair.connect()

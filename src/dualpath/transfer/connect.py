@@ -11,6 +11,9 @@ from dualpath.transfer.tcp import TcpChannel
 from dualpath.transfer.traffic import TrafficManager
 from dualpath.transfer.wire import VERSION, Frame, FrameKind, Hello, ProtocolError, Welcome
 
+MAX_OPS_IN_FLIGHT = 1_024
+"""Bound of the bounds: a server keeps a record of each."""
+
 
 def connect(
     address: str,
@@ -24,10 +27,12 @@ def connect(
     """Connect to a `ChannelServer`; blocks for `timeout_s` at most.
 
     `peer_tag` is what the server is to call *us* (see `ChannelServer.quiesce`), for example our engine id. Raises
-    ValueError for an address that is none, TransferError(PEER_CLOSED) when nobody answers in time, or refuses,
-    TransferError(PROTOCOL) when it is no server of ours.
+    ValueError for an address that is none or a bad bound, TransferError(PEER_CLOSED) when nobody answers in time, or
+    refuses, and TransferError(PROTOCOL) when it is no server of ours.
     """
     parsed = Address.parse(address)
+    if not 1 <= max_ops_in_flight <= MAX_OPS_IN_FLIGHT:
+        raise ValueError(f"max_ops_in_flight is {max_ops_in_flight}; it must be 1 to {MAX_OPS_IN_FLIGHT}")
     deadline_ns = local_traffic.clock() + round(timeout_s * 1e9)
     try:
         connected = local.dial(parsed, timeout_s) if parsed.path else tcp.dial(parsed, traffic_class, timeout_s)

@@ -98,7 +98,7 @@ class OperationTable:
                     self._has_work.wait()
                     continue
                 op = self._queue.popleft()
-                if not op.ended:
+                if not op.decided:
                     return op
                 self._ops.pop(op.number, None)
             return None

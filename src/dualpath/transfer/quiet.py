@@ -9,6 +9,9 @@ Key = tuple[int, int]
 """(connection, operation); operation 0 is the connection itself."""
 
 
+MAX_PER_PEER = 4_096
+
+
 class InFlight:
     """Thread-safe. A barrier waits for what is in flight when it is asked for, not for what comes later."""
 
@@ -18,12 +21,13 @@ class InFlight:
         self._barriers: list[tuple[set[Key], Future[None]]] = []
 
     def begin(self, peer_tag: str, key: Key) -> bool:
-        """False if `key` is in flight already."""
+        """False if `key` is in flight already, or too much of the peer is."""
         with self._lock:
             keys = self._keys.setdefault(peer_tag, set())
-            fresh = key not in keys
+            if key in keys or len(keys) >= MAX_PER_PEER:
+                return False
             keys.add(key)
-            return fresh
+            return True
 
     def end(self, peer_tag: str, *ended: Key) -> None:
         """`ended` are over; those that never began are ignored."""

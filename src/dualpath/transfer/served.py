@@ -33,7 +33,6 @@ from dualpath.transfer.wire import (
 )
 
 MAX_QUEUED_REPLIES = 1024
-MAX_OPEN_WRITES = 1024
 HELLO_TIMEOUT_NS = 5_000_000_000
 
 
@@ -203,7 +202,7 @@ class ServedConnection:
         if frame.n_bytes != sum(span.n_bytes for span in spans) or not spans or frame.op == 0:
             raise ProtocolError(f"a total that is not the sum of the spans: {frame}")
         if not self._host.in_flight.begin(self.peer_tag, (self.number, frame.op)):
-            raise ProtocolError(f"operation {frame.op} is in flight already")
+            raise ProtocolError(f"operation {frame.op} is in flight already, or too many are")
         deadline_ns = self._host.traffic.clock() + frame.timeout_ns
         try:
             cursor: Cursor | None = self._cursor(spans)
@@ -211,8 +210,6 @@ class ServedConnection:
             cursor = None
             self._answer_error(frame.op, error)
         if frame.kind is FrameKind.WRITE:
-            if len(self._writes) >= MAX_OPEN_WRITES:
-                raise ProtocolError(f"more than {MAX_OPEN_WRITES} writes begun and not sent")
             self._writes[frame.op] = _Write(frame, cursor, deadline_ns)
         elif cursor is not None:
             self._replies.put(_Read(frame, cursor, deadline_ns))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dualpath.transfer.wire import HEADER_BYTES, Frame, unpack
 
 _IOV_MAX = 512
+_LONGEST_POLL_MS = 3_600_000
 _ZEROS = memoryview(bytes(65_536))
 
 Payload = Sequence[bytes | memoryview]
@@ -68,7 +69,7 @@ class Stream:
                         on_late()
 
     def receive(self, buffers: list[memoryview], deadline: Callable[[], int | None] | None = None) -> int:
-        """Bytes received into `buffers`: as many as are there, at least 1; 0 when the deadline came or on `wake`.
+        """Bytes received into `buffers`: as many as are there, at least 1; 0 for a look at the clock, or on `wake`.
 
         `deadline` is only asked when there is nothing to receive. Raises StreamClosed.
         """
@@ -154,7 +155,9 @@ class Stream:
         return bool(ready)
 
     def _timeout_ms(self, deadline_ns: int | None) -> int | None:
-        return None if deadline_ns is None else max(0, -(-(deadline_ns - self._clock()) // 1_000_000))
+        if deadline_ns is None:
+            return None
+        return min(max(0, -(-(deadline_ns - self._clock()) // 1_000_000)), _LONGEST_POLL_MS)
 
 
 def advance(buffers: list[memoryview], n_bytes: int) -> None:
