@@ -161,7 +161,7 @@ chunks = st.lists(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(chunks, st.integers(0, 2_000), st.integers(1, 3 * SECOND_NS))
 def test_every_chunk_has_the_link_once_in_order_and_alone(
     arrivals: list[tuple[int, TrafficClass, int, bool]], burst_ns: int, rate: int
@@ -193,7 +193,7 @@ def test_every_chunk_has_the_link_once_in_order_and_alone(
     assert sum(arbiter.served_bytes) == sum(n_bytes for _, _, n_bytes in asked.values())
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(chunks)
 def test_polling_late_gives_the_grants_of_polling_always(
     arrivals: list[tuple[int, TrafficClass, int, bool]],

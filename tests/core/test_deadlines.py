@@ -1,6 +1,6 @@
 """Deadlines against a dictionary that is searched."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpath.core.deadlines import Deadlines
@@ -43,6 +43,7 @@ operations = st.lists(
 )
 
 
+@settings(deadline=None, derandomize=True)
 @given(operations)
 def test_like_a_dictionary_that_is_searched(steps: list[tuple[str, int, int]]) -> None:
     deadlines: Deadlines[int] = Deadlines()

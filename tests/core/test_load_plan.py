@@ -1,7 +1,7 @@
 """Chunk plans: the paper's two paths, later chunks, and exact partitions for any legs."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpath.core.load_plan import ChunkPlan, Segment, TokenRange, chunk_plan
@@ -56,6 +56,7 @@ def test_plans_that_can_not_be(legs: tuple[Leg, ...], hit: int, cached: int, new
         chunk_plan(legs, hit, cached, new)
 
 
+@settings(deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(st.sampled_from(Side), st.integers(1, 5)), max_size=5),
     st.lists(st.integers(1, 200), min_size=1, max_size=5),

@@ -250,6 +250,20 @@ def test_prepare_waits_for_de_buffer_first_come_first_served() -> None:
     assert cluster.does("buffer_freed", 7, 0, 4) == [Prepare(8, 0, DE, 7, 8), Prepare(9, 0, DE, 1, 2)]
 
 
+def test_who_leaves_the_head_of_a_line_lets_the_next_one_through() -> None:
+    cluster = Cluster(buffer_blocks=10, hbm_blocks=1_000).decoding()
+    cluster.submit(8, prompt=7 * 64, hit=0)
+    cluster.submit(9, prompt=64, hit=0)
+    assert cluster.does("cancel", 8) == [Cancelled(8), Prepare(9, 0, DE, 1, 2)]
+
+
+def test_a_cancelled_attempt_counts_as_load_no_more() -> None:
+    cluster = Cluster(beta_tokens=299)
+    cluster.submit(1, hit=0)
+    assert cluster.submit(2, hit=0) == []
+    assert cluster.does("cancel", 1) == [Abort(1, 0, DE), Cancelled(1), Prepare(2, 0, DE, 5, 5)]
+
+
 def test_a_pe_leg_waits_for_pe_buffer_after_the_de_is_prepared() -> None:
     cluster = Cluster("basic", buffer_blocks=100, hbm_blocks=1_000)
     cluster.submit(1, prompt=70 * 64, hit=69 * 64)
