@@ -65,13 +65,11 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Run a cluster and its server until it is told to stop."""
+    """Run a cluster and its server until it is told to stop; with --join-address, engines come from elsewhere."""
     config = _cluster_config(arguments)
     from dualpath.serve import run
 
-    with _command_errors(OSError):
-        run(config)
-    return 0
+    return run(config, local_engines=arguments.join_address is None)
 
 
 def engine(arguments: argparse.Namespace) -> int:

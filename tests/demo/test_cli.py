@@ -104,16 +104,29 @@ def test_a_topology_that_is_none_is_refused_by_the_configuration(capsys, model):
     assert "'2D' is not a topology" in refused(capsys, "serve", "--model", model, "--store", "s", "--topology", "2D")
 
 
-def test_serve_fills_a_configuration_from_its_options(monkeypatch, model):
-    served = []
-    monkeypatch.setitem(sys.modules, "dualpath.runtime.serve", types.SimpleNamespace(run=served.append))
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """What `dualpath serve` asked to run: pairs of a configuration and whether it starts engines itself."""
+    asked = []
+
+    def run(config, local_engines=True):
+        asked.append((config, local_engines))
+        return 7
+
+    monkeypatch.setitem(sys.modules, "dualpath.serve", types.SimpleNamespace(run=run))
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def test_serve_fills_a_configuration_from_its_options(served, model):
     argv = ["serve", "--model", model, "--store", "kv", "--topology", "1P2D", "--system", "basic"]
     argv += ["--snic-rate", "60MB/s", "--cnic-rate", "400Gb/s", "--buffer", "64MiB", "--hbm", "2GiB"]
     argv += ["--store-quota", "1GB", "--port", "0", "--api-key", "a", "--api-key", "b", "--transport", "tcp"]
     argv += ["--threads", "2", "--journal", "j", "--ready-file", "r", "--max-waiting", "9", "--quota-ms", "2.5"]
     argv += ["--join-address", "tcp://0.0.0.0:5555"]
-    assert cli.main(argv) == 0
-    (config,) = served
+    assert cli.main(argv) == 7
+    ((config, local_engines),) = served
+    assert not local_engines
     assert (config.model, config.store, str(config.topology), config.system) == (model, "kv", "1P2D", "basic")
     assert (config.snic_bytes_per_s, config.cnic_bytes_per_s) == (60_000_000, 50_000_000_000)
     assert (config.buffer_bytes, config.hbm_bytes, config.store_quota_bytes) == (2**26, 2**31, 10**9)
@@ -128,29 +141,22 @@ def test_the_systems_of_the_command_line_are_those_of_the_scheduler():
     assert sorted(cli.SYSTEMS) == sorted(SYSTEMS)
 
 
-def test_what_serve_is_not_told_is_the_configurations_default(monkeypatch, model):
+def test_what_serve_is_not_told_is_the_configurations_default(served, model):
     from dualpath.runtime.config import ClusterConfig
 
-    served = []
-    monkeypatch.setitem(sys.modules, "dualpath.runtime.serve", types.SimpleNamespace(run=served.append))
-    assert cli.main(["serve", "--model", model, "--store", "kv"]) == 0
-    assert served == [ClusterConfig(model=model, store="kv")]
+    assert cli.main(["serve", "--model", model, "--store", "kv"]) == 7
+    assert served == [(ClusterConfig(model=model, store="kv"), True)]
 
 
-@pytest.mark.parametrize(
-    ("raised", "code", "message"),
-    [
-        (OSError(98, "Address already in use"), 1, "dualpath serve: [Errno 98] Address already in use"),
-        (KeyboardInterrupt(), 130, "dualpath: interrupted"),
-    ],
-)
-def test_a_failure_is_one_line_and_an_exit_code(monkeypatch, capsys, model, raised, code, message):
-    def run(config):
-        raise raised
+def test_an_interruption_is_one_line_and_an_exit_code(monkeypatch, capsys):
+    from dualpath.demo import run as demo_run
 
-    monkeypatch.setitem(sys.modules, "dualpath.runtime.serve", types.SimpleNamespace(run=run))
-    assert cli.main(["serve", "--model", model, "--store", "kv"]) == code
-    assert capsys.readouterr().err.splitlines() == [message]
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_run, "run_demo", interrupted)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "dualpath: interrupted\n"
 
 
 def test_demo_takes_only_what_is_given_and_keeps_the_command(monkeypatch, capsys, tmp_path):

@@ -77,16 +77,25 @@ def test_a_baseline_that_storage_does_not_bound_is_called_so():
     assert "10% of the job's 100.0 s; less than 80%, so storage reads alone do not bound the job." in sentence
 
 
-def test_failed_turns_are_said_and_no_rate_means_no_account_of_it():
+def test_no_rate_means_no_account_of_it():
     runs = [
-        run("1P1D", "basic", 50.0, {"PE0": 10, "DE1": 0}, 50.0, 2.0),
-        run("1P1D", "dualpath", 25.0, {"PE0": 5, "DE1": 5}, 50.0, None, errors=3),
+        run("1P1D", "basic", 50.0, {"PE0": 10, "DE0": 0}, 50.0, 2.0),
+        run("1P1D", "dualpath", 25.0, {"PE0": 5, "DE0": 5}, 50.0, None),
     ]
     assert explain(decode(document(*runs, snic_bytes_per_s=None))) == [
         "1P1D: dualpath is 2.00× basic.",
         "Every system generated the same tokens in every turn.",
-        "3 turns failed: job completion times of the runs that lost turns are not comparable.",
     ]
+
+
+def test_a_run_that_lost_turns_is_not_explained_but_named():
+    runs = [
+        run("1P1D", "basic", 50.0, {"PE0": 2_820_000_000, "DE0": 0}, 50.0, 2.0),
+        run("1P1D", "dualpath", 25.0, {"PE0": 5, "DE0": 5}, None, None, errors=3),
+    ]
+    bound, failed = explain(decode(document(*runs)))
+    assert bound.startswith("1P1D: under basic the SNIC of PE0")
+    assert failed == "3 turns failed: job completion times of the runs that lost turns are not comparable."
 
 
 def test_the_figure_is_a_png_of_readme_width(tmp_path):
@@ -105,6 +114,7 @@ def test_the_figure_is_a_png_of_readme_width(tmp_path):
             ["1.00×"],
         ),
         (document(run("2P1D", "basic-layerwise", 5.0, {})), ["5.0 s", "2P1D", "basic-layerwise"], ["max/avg", "ideal"]),
+        (document(run("1P1D", "oracle", 5.0, {"DE0": 9}, errors=55)), ["55 turns", "lost"], ["5.0 s"]),
         (
             document(*[run("1P1D", "unheard-of", jct_s, {"PE0": 0}) for jct_s in (3.0, 4.0, 5.0)]),
             ["4.0 s", "unheard-of"],

@@ -34,6 +34,14 @@ def test_the_run_with_the_median_time_stands_for_its_repeats():
     assert (row.run.jct_s, row.run.repeat, row.repeats, row.jct_min_s, row.jct_max_s) == (7.0, 2, 3, 5.0, 9.0)
 
 
+def test_a_repeat_that_lost_turns_stands_for_nothing_unless_all_did():
+    lost = [run("1P1D", "basic", jct_s, {"PE0": 10}, errors=1) for jct_s in (1.0, 2.0)]
+    (row,) = representatives(decode(document(*lost, run("1P1D", "basic", 9.0, {"PE0": 10}))))
+    assert (row.run.jct_s, row.repeats, row.jct_min_s) == (9.0, 1, 9.0)
+    (row,) = representatives(decode(document(*lost)))
+    assert (row.run.jct_s, row.repeats) == (1.0, 2)
+
+
 def test_rows_come_in_the_order_of_the_configuration():
     result = decode(full() | {"runs": full()["runs"][::-1]})
     assert [(row.run.topology, row.run.system) for row in representatives(result)] == [

@@ -73,12 +73,20 @@ def draw(result: ResultFile, path: Path) -> None:
 
 
 def _draw_times(axes: Any, rows: list[Representative]) -> None:
-    """A bar per run, with its ratio to basic and its seconds on top; dualpath's with a line at its ideal."""
+    """A bar per run, with its ratio to basic and its seconds on top; dualpath's with a line at its ideal.
+
+    A run that lost turns is hatched and has no figures: its time means nothing beside the others'.
+    """
     positions = _positions([(row.run.topology, 1) for row in rows])
     top_s = HEADROOM * max(row.jct_max_s for row in rows)
     for row, (x,) in zip(rows, positions, strict=True):
         run = row.run
-        axes.bar(x, run.jct_s, width=1, color=COLOURS.get(run.system, OTHER_COLOUR))
+        colour = COLOURS.get(run.system, OTHER_COLOUR)
+        if run.errors:
+            axes.bar(x, run.jct_s, width=1, color="white", edgecolor=colour, hatch="///")
+            _above(axes, x, row.jct_max_s, f"{run.errors} turns\nlost", size=9)
+            continue
+        axes.bar(x, run.jct_s, width=1, color=colour)
         if row.repeats > 1:
             below, above = run.jct_s - row.jct_min_s, row.jct_max_s - run.jct_s
             axes.errorbar(x, run.jct_s, [[below], [above]], color=INK, capsize=3, lw=1)

@@ -85,7 +85,10 @@ class ResultFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Representative(msgspec.Struct, frozen=True):
-    """The run with the median JCT among the repeats of one topology and system, and the range of their JCTs."""
+    """The run with the median JCT among the repeats of one topology and system, and the range of their JCTs.
+
+    Repeats that lost turns are left out unless all did.
+    """
 
     run: Run
     repeats: int
@@ -120,6 +123,7 @@ def representatives(result: ResultFile) -> list[Representative]:
             runs = [run for run in result.runs if (run.topology, run.system) == (topology, system)]
             if not runs:
                 continue
+            runs = [run for run in runs if not run.errors] or runs
             median_s = statistics.median_low(run.jct_s for run in runs)
             middle = next(run for run in runs if run.jct_s == median_s)
             times_s = [run.jct_s for run in runs]

@@ -18,12 +18,13 @@ def explain(result: ResultFile) -> list[str]:
     sentences: list[str] = []
     for topology in result.configuration.topologies:
         runs = {row.run.system: row.run for row in representatives(result) if row.run.topology == topology}
-        basic, dualpath = runs.get("basic"), runs.get("dualpath")
+        complete = {system: run for system, run in runs.items() if not run.errors}
+        basic, dualpath = complete.get("basic"), complete.get("dualpath")
         rate = result.configuration.snic_bytes_per_s
         if basic is not None and rate is not None:
             sentences.append(_bottleneck(topology, basic, rate))
         if dualpath is not None and dualpath.ratio_to_basic is not None:
-            sentences.append(_gain(topology, dualpath, runs.get("oracle")))
+            sentences.append(_gain(topology, dualpath, complete.get("oracle")))
             if rate is not None:
                 sentences.append(_losses(topology, dualpath, rate))
     sentences += _agreement(result)
