@@ -84,6 +84,7 @@ class FakeGenerator:
         self.script = script
         self.requests: list[GenerateRequest] = []
         self.open = 0
+        self._kept: list[AsyncIterator[GeneratedTokens]] = []  # or the garbage collector would close what nobody did
         self.all_closed = threading.Event()
         self.all_closed.set()
         self.status = "ok"
@@ -99,7 +100,12 @@ class FakeGenerator:
             eos_token_ids=(EOS,),
         )
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[GeneratedTokens]:
+    def generate(self, request: GenerateRequest) -> AsyncIterator[GeneratedTokens]:
+        steps = self._steps(request)
+        self._kept.append(steps)
+        return steps
+
+    async def _steps(self, request: GenerateRequest) -> AsyncIterator[GeneratedTokens]:
         self.requests.append(request)
         self.open += 1
         self.all_closed.clear()

@@ -129,6 +129,21 @@ def test_a_stop_string_that_never_completes_is_text_after_all() -> None:
     assert answer.choices[0].text == "ends in ST"
 
 
+def test_stop_strings_wait_for_min_tokens() -> None:
+    with running_server(FakeGenerator(says("a.b.c.d"))) as url:
+        answer = client(url).completions.create(model="tiny", prompt="hi", stop=".", extra_body={"min_tokens": 3})
+    assert answer.choices[0].text == "a.b"
+
+
+def test_a_stop_token_that_has_text_is_counted_but_not_shown() -> None:
+    cluster = FakeGenerator(lambda request: [GeneratedTokens(token_ids=ids("ab!"), finish_reason="stop")])
+    with running_server(cluster) as url:
+        answer = client(url).completions.create(model="tiny", prompt="hi", extra_body={"stop_token_ids": ids("!")})
+    assert answer.choices[0].text == "ab"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 3
+
+
 def test_logprobs_run_parallel_to_tokens() -> None:
     with running_server(FakeGenerator(says("ab"))) as url:
         answer = client(url).completions.create(model="tiny", prompt="hi", logprobs=2)

@@ -45,6 +45,9 @@ def assert_shape(response: httpx.Response, status: int, code: str, param: str | 
         (b'{"prompt": [1, 300]}', "invalid_value", "prompt", "token id 300 at position 1"),
         (b'{"prompt": [-1]}', "invalid_value", "prompt", "token id -1 at position 0"),
         (b'{"prompt": "a", "max_tokens": 0}', "invalid_value", "max_tokens", "at least 1"),
+        (b'{"prompt": "a", "max_tokens": 1%b}' % (b"0" * 5000), "invalid_value", "max_tokens", "out of range"),
+        (b'{"prompt": "a", "max_tokens": 1%b}' % (b"0" * 400), "context_length_exceeded", "prompt", "256 tokens"),
+        (b'{"prompt": "a", "temperature": 1%b}' % (b"0" * 400), "invalid_value", "temperature", "out of range"),
         (b'{"prompt": "a", "max_tokens": "9"}', "invalid_value", "max_tokens", "int"),
         (b'{"prompt": "a", "max_tokens": 256}', "context_length_exceeded", "prompt", "together 257.* 256 tokens"),
         (b'{"prompt": "a", "min_tokens": 17}', "invalid_value", "min_tokens", "between 0 and 16"),
@@ -176,7 +179,7 @@ def test_a_body_that_never_comes_is_given_up() -> None:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=30) as connection:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-            answer = connection.recv(65536)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"body_timeout" in answer
 

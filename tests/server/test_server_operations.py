@@ -1,21 +1,23 @@
 """What operators meet: health, metrics, models, tokenisation, clients that leave, start and shutdown."""
 
 import asyncio
+import logging
 import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fake_cluster import EOS, TOKENIZER, VOCABULARY_TOKENS, FakeGenerator, ids, running_server, says
-from openai import OpenAI
+from fake_cluster import EOS, TOKENIZER, VOCABULARY_TOKENS, FakeGenerator, byte_tokenizer, ids, running_server, says
+from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from dualpath import __version__
 from dualpath.runtime.api import GeneratedTokens, TokenLogprob
-from dualpath.server import ServerLimits, create_app, serve
+from dualpath.server import ServerLimits, create_app, load_tokenizer, serve
 from dualpath.server.codec import TextCodec
 from dualpath.server.metrics import format_gauges
 
@@ -102,7 +104,9 @@ def test_gauges_have_one_type_line_per_name_and_odd_values_are_legal() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("first_token", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_client_that_leaves_closes_its_generations(stream: bool, first_token: bool, n: int) -> None:
+def test_a_client_that_leaves_closes_its_generations(
+    stream: bool, first_token: bool, n: int, caplog: pytest.LogCaptureFixture
+) -> None:
     never = threading.Event()
     cluster = FakeGenerator(lambda request: [*([GeneratedTokens(token_ids=[65])] if first_token else []), never])
     with running_server(cluster) as url:
@@ -120,6 +124,7 @@ def test_a_client_that_leaves_closes_its_generations(stream: bool, first_token: 
         found = {labels: value for (name, labels), value in samples(url).items() if name == "dualpath_requests_total"}
     expected = (("endpoint", "/v1/completions"), ("error_code", "client_disconnected"), ("finish_reason", ""))
     assert found == {expected: 1.0}
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_a_client_that_stops_reading_loses_its_generation() -> None:
@@ -195,6 +200,43 @@ def test_a_slow_tokenizer_does_too() -> None:
     codec = TextCodec(Slow())
     assert asyncio.run(codec.encode("abc", add_special_tokens=True)) == [97, 98, 99]
     assert codec.decode([97, 98], skip_special_tokens=True) == "ab"
+
+
+def test_a_saved_tokenizer_loads_and_serves(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=100)
+    tokenizer.save_pretrained(tmp_path)
+    cluster = FakeGenerator(says("grüße"))
+    with running_server(cluster, load_tokenizer(str(tmp_path))) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "héllo"}])
+    assert answer.choices[0].message.content == "grüße"
+    assert TOKENIZER.decode(cluster.requests[0].prompt_token_ids).startswith(
+        "<|im_start|>user\nhéllo<|im_end|>"
+    )  # neither cut nor padded
+
+
+def test_many_streams_at_once_do_not_mix() -> None:
+    def script(request: Any) -> list[Any]:
+        return says(f"answer to {TOKENIZER.decode(request.prompt_token_ids)}")(request)
+
+    async def ask(client: AsyncOpenAI, question: str) -> str:
+        stream = await client.completions.create(model="tiny", prompt=question, stream=True, max_tokens=50)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def main(url: str) -> list[str]:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, f"question {i}") for i in range(32)))
+
+    with running_server(FakeGenerator(script)) as url:
+        assert asyncio.run(main(url)) == [f"answer to question {i}" for i in range(32)]
+
+
+@pytest.mark.parametrize("keys", ["a-string", ["good", ""]])
+def test_keys_that_would_let_anybody_in_are_refused(keys: Any) -> None:
+    with pytest.raises(ValueError, match="api_keys"):
+        create_app(FakeGenerator(says("ok")), TOKENIZER, api_keys=keys)
 
 
 def test_importing_the_server_loads_no_torch() -> None:

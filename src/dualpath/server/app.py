@@ -59,10 +59,15 @@ def create_app(
     api_keys: Collection[str] = (),
     limits: ServerLimits | None = None,
 ) -> FastAPI:
-    """The application. `tokenizer` is a Transformers tokenizer (`load_tokenizer`). Without `api_keys` all may enter."""
+    """The application. `tokenizer` is a Transformers tokenizer (`load_tokenizer`). Without `api_keys` all may enter.
+
+    Raises ValueError for an empty key, which would let in whoever sends none.
+    """
+    if isinstance(api_keys, str) or not all(api_keys):
+        raise ValueError("api_keys must be a collection of keys, none of them empty")
     limits = limits or ServerLimits()
     api = _Api(generator, TextCodec(tokenizer), limits)
-    app = FastAPI(title="dualpath", version=__version__)
+    app = FastAPI(title="dualpath", version=__version__, openapi_url=None)
     app.add_middleware(
         Gate,
         api_keys=frozenset(api_keys),

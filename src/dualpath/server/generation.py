@@ -36,7 +36,10 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChoiceText:
-    """Turns one choice's steps into pieces: characters completed, stop strings cut off, a stop token left out."""
+    """Turns one choice's steps into pieces: characters completed, stop strings cut off, a stop token left out.
+
+    Stop strings are looked for in the text after `min_tokens` tokens.
+    """
 
     def __init__(self, codec: TextCodec, choice: Choice, stop: Sequence[str], skip_special_tokens: bool) -> None:
         self._choice = choice.index
@@ -44,6 +47,7 @@ class ChoiceText:
             lambda ids: codec.decode(ids, skip_special_tokens=skip_special_tokens), choice.request.prompt_token_ids
         )
         self._matcher = StopMatcher(stop)
+        self._unstoppable_tokens = choice.request.sampling.min_tokens
 
     def take(self, step: GeneratedTokens) -> Piece:
         """The piece of `step`. One that ends at a stop string has the tokens up to the one that completed it."""
@@ -52,7 +56,12 @@ class ChoiceText:
         for i, token in enumerate(step.token_ids):
             if finish_reason == "stop" and i + 1 == len(step.token_ids):
                 break  # the stop token itself is not text
-            texts.append(self._matcher.push(self._detokenizer.push(token)))
+            text = self._detokenizer.push(token)
+            if self._unstoppable_tokens > 0:
+                self._unstoppable_tokens -= 1
+                texts.append(text)
+                continue
+            texts.append(self._matcher.push(text))
             if self._matcher.matched is not None:
                 used, finish_reason = i + 1, "stop"
                 break

@@ -3,7 +3,6 @@
 Everything a client can get wrong is refused here, before the cluster hears of the request.
 """
 
-import math
 import secrets
 from typing import Any
 
@@ -90,9 +89,8 @@ class Planner:
         options: dict[str, Any] = dict(asked.chat_template_kwargs or {})
         if forbidden := options.keys() & {"chat_template", "tokenize"}:
             raise bad_parameter("chat_template_kwargs", f"{', '.join(sorted(forbidden))} may not be set here")
-        options["add_generation_prompt"] = (
-            not going_on if asked.add_generation_prompt is None else (asked.add_generation_prompt)
-        )
+        opens_turn = asked.add_generation_prompt
+        options["add_generation_prompt"] = not going_on if opens_turn is None else opens_turn
         options["continue_final_message"] = going_on
         if going_on and options["add_generation_prompt"]:
             raise bad_parameter(
@@ -202,7 +200,7 @@ class Planner:
 def _check_range(param: str, value: float | None, least: float, most: float | None) -> None:
     if value is None:
         return
-    if not math.isfinite(value) or value < least or (most is not None and value > most):
+    if value < least or (most is not None and value > most):
         bounds = f"at least {least}" if most is None else f"between {least} and {most}"
         raise bad_parameter(param, f"{param} is {value}; it must be {bounds}")
 

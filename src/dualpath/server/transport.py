@@ -72,17 +72,13 @@ class Gate:
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     """The whole body. Raises ApiError 413 when it is too large and 408 when it does not come in time."""
-    too_large = ApiError(413, f"the request body is larger than {max_bytes} bytes", code="body_too_large")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(timeout_s):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > max_bytes:
-                    raise too_large
+                    raise ApiError(413, f"the request body is larger than {max_bytes} bytes", code="body_too_large")
     except TimeoutError:
         raise ApiError(408, f"the request body did not arrive within {timeout_s:g} s", code="body_timeout") from None
     return bytes(body)
