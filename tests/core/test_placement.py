@@ -1,6 +1,8 @@
 """PE and DE choice by example, class by class, and round robin."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dualpath.core.engines import DecodeEngines, Fleet, PrefillEngines
 from dualpath.core.placement import (
@@ -50,6 +52,15 @@ def decode_engines(*loads: tuple[int, int, int, int], buffer_blocks: int = 100) 
     ],
 )
 def test_pe_choice(loads: tuple[tuple[int, int], ...], chosen: int | None) -> None:
+    assert choose_prefill_engine(prefill_engines(*loads), CONSTANTS, 0) == chosen
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(4_998, 5_003), st.integers(998, 1_003)), min_size=1, max_size=6))
+def test_pe_choice_is_what_the_paper_says(loads: list[tuple[int, int]]) -> None:
+    takes = [(tok, engine, read) for engine, (tok, read) in enumerate(loads, start=1) if tok <= 5_000]
+    short = [candidate for candidate in takes if candidate[2] <= 1_000]
+    chosen = min(short or takes, default=(0, None, 0))[1]
     assert choose_prefill_engine(prefill_engines(*loads), CONSTANTS, 0) == chosen
 
 
@@ -116,11 +127,24 @@ def facts(prompt_tokens: int) -> RequestFacts:
         (((0, 1, 10, 4), (0, 9, 100, 50)), 1_000.0, 2),  # 1 lacks memory
         (((0, 1, 10, 4), (0, 9, 2_000, 50)), 1_000.0, 2),  # high, but the only one that fits
         (((0, 1, 10, 4), (0, 2, 10, 3)), 1_000.0, None),  # none fits
+        (((0, 1, 10, 4), (0, 2, 900, 50), (0, 9, 100, 50)), 1_000.0, 2),  # 900 + 100 is not above Z, here either
     ],
 )
 def test_de_choice_in_a_group(loads: tuple[tuple[int, int, int, int], ...], z: float, chosen: int | None) -> None:
     group = decode_engines(*loads).groups[0]
     assert choose_decode_engine(group, facts(100), z, 2, 5) == chosen
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.just(0), st.integers(1, 3), st.integers(98, 102), st.integers(3, 6)), min_size=1, max_size=6)
+)
+def test_de_choice_is_what_the_paper_says(loads: list[tuple[int, int, int, int]]) -> None:
+    fits = [(seq, tok, engine) for engine, (_, seq, tok, free) in enumerate(loads, start=1) if free >= 5]
+    not_high = [(seq, engine) for seq, tok, engine in fits if tok + 100 <= 200]
+    high = [(tok, engine) for _, tok, engine in fits]
+    chosen = min(not_high or high, default=(0, None))[1]
+    assert choose_decode_engine(decode_engines(*loads).groups[0], facts(100), 200.0, 2, 5) == chosen
 
 
 def test_de_choice_passes_over_buffers_that_could_never_hold_the_prompt() -> None:

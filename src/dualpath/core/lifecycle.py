@@ -10,7 +10,7 @@ from dualpath.core.deadlines import Deadlines
 from dualpath.core.engines import Fleet
 from dualpath.core.ledger import Ledger
 from dualpath.core.policy import Constants, Limits, Policy
-from dualpath.core.read_path import choose_legs
+from dualpath.core.read_path import choose_legs, least_pe_blocks
 from dualpath.core.request import ACCEPTS, Event, Request, State, hbm_blocks, hit_blocks, prompt_blocks
 from dualpath.core.vocabulary import (
     Abort,
@@ -95,7 +95,7 @@ class Lifecycle:
 
     def refusal(self, facts: RequestFacts) -> Cause | None:
         """Why no engine could ever take the request; None where some could."""
-        pe_blocks = hit_blocks(facts) if self.policy.read_path == "pe_only" else 0
+        pe_blocks = least_pe_blocks(self.policy.read_path, hit_blocks(facts))
         return self.fleet.refusal(pe_blocks, prompt_blocks(facts), hbm_blocks(facts))
 
     def enqueue(self, request: Request) -> None:

@@ -18,7 +18,8 @@ An engine is *high* for a request if ``tok_e + len > Z``. Among the engines with
 the smallest `seq_e`, else the high one with the smallest `tok_e`, else stop. Placing the head moves its length from the
 first sum to the second, so Z holds for a whole pass.
 
-All functions are pure: they read the columns and return an id, or None. Ties go to the smallest id.
+All functions are pure: they read the columns, which must not be empty, and return an engine, or None. Ties go to the
+smallest id.
 """
 
 from bisect import bisect_right

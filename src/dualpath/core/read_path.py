@@ -49,6 +49,11 @@ def choose_legs(
     return tuple(leg for leg in legs if leg.blocks)
 
 
+def least_pe_blocks(read_path: ReadPath, hit_blocks: int) -> int:
+    """What a request needs of its PE's buffer however long the queues are: all it hit, where only PEs read."""
+    return hit_blocks if read_path == "pe_only" else 0
+
+
 def _is_pe_turn(turn: int) -> bool:
     """One of each side in every two turns, which one first by a golden-ratio sequence.
 

@@ -23,6 +23,7 @@ from dualpath.core.placement import (
     z_tokens,
 )
 from dualpath.core.policy import Constants, Policy
+from dualpath.core.read_path import least_pe_blocks
 from dualpath.core.request import Request, hbm_blocks, hit_blocks, prompt_blocks
 from dualpath.core.vocabulary import EngineFacts, EngineId, GroupId, RequestId
 
@@ -79,21 +80,18 @@ class WaitingRoom:
             del self.requests[request.id]
         return placed
 
-    def pe_buffer_blocks(self, request: Request) -> int:
-        """What the request needs of a PE buffer whatever happens: its hit blocks where only PEs read."""
-        return hit_blocks(request.facts) if self._policy.read_path == "pe_only" else 0
-
     def _fetch_prefill(self, placed: list[Request]) -> None:
         engines = self._fleet.prefill
         while self.for_prefill:
             request = next(iter(self.for_prefill.values()))
-            blocks = self.pe_buffer_blocks(request)
+            blocks = least_pe_blocks(self._policy.read_path, hit_blocks(request.facts))
             if self._policy.placement == "paper":
                 engine = choose_prefill_engine(engines, self._constants, blocks)
             else:
-                engine = self._last_prefill = next_prefill_engine(engines, self._last_prefill, blocks)
+                engine = next_prefill_engine(engines, self._last_prefill, blocks)
             if engine is None:
                 return
+            self._last_prefill = engine
             del self.for_prefill[request.id]
             engines.start(engine, request.facts.prompt_tokens)
             request.prefill_engine = engine
