@@ -46,6 +46,8 @@ class ApiError(Exception):
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
+        if self.status in (408, 413):  # the rest of the body is not read, so the connection can't be used again
+            headers["connection"] = "close"
         return Response(self.body, self.status, headers, media_type="application/json")
 
 
