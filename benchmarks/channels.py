@@ -83,7 +83,7 @@ def keep_in_flight(post: Callable[[int], "Future[int]"], seconds: float) -> floa
 
 
 def channel_rate(channel: Channel, verb: str, block_bytes: int, seconds: float) -> float:
-    memory = np.zeros((PAGES, block_bytes), np.uint8)
+    memory = np.ones((PAGES, block_bytes), np.uint8)
     post_one = getattr(channel, verb)
 
     def post(index: int) -> "Future[int]":
@@ -95,7 +95,7 @@ def channel_rate(channel: Channel, verb: str, block_bytes: int, seconds: float) 
 
 def memcpy_rate(block_bytes: int, seconds: float) -> float:
     source = np.ones((PAGES, block_bytes), np.uint8)
-    destination = np.zeros((PAGES, block_bytes), np.uint8)
+    destination = np.full((PAGES, block_bytes), 2, np.uint8)
     begun = time.perf_counter()
     moved_bytes = 0
     while time.perf_counter() - begun < seconds:

@@ -125,6 +125,7 @@ class SilentServer:
 
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         self.address = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
         self.thread = threading.Thread(target=self._welcome)
         self.thread.start()
@@ -149,6 +150,7 @@ def silent():
 def test_memory_of_a_write_to_a_stalled_peer_is_the_callers_again_at_the_deadline(silent):
     channel = connect(silent.address, local_traffic=TrafficManager(), traffic_class=LOW, peer_tag="pe0")
     silent.thread.join()
+    channel._stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
     total_bytes = 8 << 20
     memory = np.full(total_bytes, 0x11, np.uint8)
     future = channel.write([Span(0, 0, total_bytes)], [memory], deadline_ns(0.3))
@@ -161,7 +163,8 @@ def test_memory_of_a_write_to_a_stalled_peer_is_the_callers_again_at_the_deadlin
         received.append(silent.stream.receive_bytes(frame.n_bytes, deadline_ns()))
     assert frame == Frame(FrameKind.ABORT, opening.op)
     content = b"".join(received)
-    assert 0 < len(content) < total_bytes
+    assert len(content) == 1 << 20, "the chunk that was on its way, to its end"
+    assert 0 < content.count(0x11) < len(content)
     assert b"\xee" not in content
     assert content.count(0x11) + content.count(0) == len(content)
     until(lambda: channel.ops_in_flight == 0, "the aborted write is forgotten")

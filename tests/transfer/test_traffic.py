@@ -192,6 +192,31 @@ def _record_grants(lane) -> list[TrafficClass]:
     return grants
 
 
+def test_the_lead_passes_over_a_chunk_that_nobody_waits_for():
+    """As `local_copy` leaves one on its second lane while it waits for the first."""
+    time = SleptTime()
+    release = threading.Event()
+
+    def sleep(n_ns: int) -> None:
+        assert release.wait(30)
+        time.sleep(n_ns)
+
+    lane = TrafficManager(None, MB, burst_ns=0, clock=time.clock, sleep=sleep).cnic.tx
+    threads = [threading.Thread(target=lane.acquire, args=(LOW, 65_536), daemon=True) for _ in range(3)]
+    for index, thread in enumerate(threads):
+        if index == 2:
+            lane._begin(LOW, 65_536, None)
+        waiting = {0: 0, 1: 1, 2: 3}[index]
+        thread.start()
+        while lane.statistics().low_bytes == 0 or lane.statistics().waiting < waiting:
+            threading.Event().wait(0.001)
+    release.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert lane.statistics().low_bytes == 4 * 65_536
+
+
 def test_many_threads_on_one_lane_all_get_through_and_conserve_bytes():
     traffic = TrafficManager(None, 800 * MB)
     lane = traffic.cnic.rx
