@@ -65,8 +65,8 @@ def _sample(logits: torch.Tensor, params: SamplingParams, index: int) -> int:
     vocabulary = probabilities.shape[0]
     top_k = params.top_k if 0 < params.top_k < vocabulary else vocabulary
     if top_k < vocabulary or params.top_p < 1.0:
-        ordered, order = probabilities.sort(descending=True, stable=True)
-        ordered, order = ordered[:top_k], order[:top_k]
+        order = scaled.sort(descending=True, stable=True).indices[:top_k]
+        ordered = probabilities[order]
         before = ordered.cumsum(0) - ordered
         dropped = before >= params.top_p * ordered.sum()
         dropped[0] = False
