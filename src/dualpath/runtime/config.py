@@ -44,6 +44,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """fsync every block before it is published."""
     transport: str = "shm"
     """Engine to engine: ``shm`` on one host, ``tcp`` anywhere."""
+    data_host: str = "127.0.0.1"
+    """Where an engine listens for other engines with the ``tcp`` transport: an address they can reach."""
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1

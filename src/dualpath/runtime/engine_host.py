@@ -6,6 +6,7 @@ read and write blocks, and the data channels' own. KV bytes never pass through t
 
 import asyncio
 import sys
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -23,6 +24,7 @@ from dualpath.kv.keys import BlockKey, Namespace
 from dualpath.kv.layout import KVLayout
 from dualpath.kv.store import PosixStore
 from dualpath.runtime import messages as m
+from dualpath.runtime.config import ClusterConfig
 from dualpath.runtime.links import CONTROL_QUEUE_MESSAGES
 from dualpath.transfer import BufferPool, ChannelServer, TrafficManager
 
@@ -45,7 +47,7 @@ class EngineHost:
         self.traffic = TrafficManager(snic_bytes_per_s=cluster.snic_rate, cnic_bytes_per_s=cluster.cnic_rate)
         name = uuid.uuid4().hex[:12]
         self.pool = BufferPool.create(name, layout.full_block_bytes, buffer_blocks)
-        self.server = ChannelServer(self.pool, self.traffic, _data_bind_address(cluster.transport, name))
+        self.server = ChannelServer(self.pool, self.traffic, _data_bind_address(cluster, name))
         self.block_reads = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="block-reads")
         self.block_writes = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="block-writes")
         self.compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
@@ -69,7 +71,7 @@ class EngineHost:
         sending = self._socket.send(m.encoder.encode(message), flags=zmq.NOBLOCK)
         asyncio.ensure_future(sending).add_done_callback(self._on_sent)
 
-    def _on_sent(self, sent: "asyncio.Future[object]") -> None:
+    def _on_sent(self, sent: "asyncio.Future[Any]") -> None:
         if not sent.cancelled() and sent.exception() is not None:
             self.leave(f"the coordinator can't be reached: {sent.exception()}")
 
@@ -208,5 +210,7 @@ class EngineHost:
         return figures
 
 
-def _data_bind_address(transport: str, name: str) -> str:
-    return f"shm:/tmp/dualpath-{name}.sock" if transport == "shm" else "tcp://127.0.0.1:0"
+def _data_bind_address(cluster: ClusterConfig, name: str) -> str:
+    if cluster.transport == "shm":
+        return f"shm:{tempfile.gettempdir()}/dualpath-{name}.sock"
+    return f"tcp://{cluster.data_host}:0"

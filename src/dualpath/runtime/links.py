@@ -7,6 +7,7 @@ new engine and whatever its former self still had to say is from a stranger, and
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import zmq
@@ -107,7 +108,7 @@ class EngineLinks:
         parts = [identity, encoder.encode(message)]
         asyncio.ensure_future(self._socket.send_multipart(parts, flags=zmq.NOBLOCK)).add_done_callback(self._on_sent)
 
-    def _on_sent(self, sent: "asyncio.Future[object]") -> None:
+    def _on_sent(self, sent: "asyncio.Future[Any]") -> None:
         if sent.cancelled() or sent.exception() is not None:
             self.unroutable_messages += 1
 

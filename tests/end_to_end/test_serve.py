@@ -1,0 +1,168 @@
+"""`dualpath serve` as people run it: a process of its own, the official `openai` client, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from dualpath.engine.checkpoint import make_checkpoint
+
+START_S = 60.0
+STOP_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "qwen3", seed=7)
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "dualpath", *map(str, arguments)]
+
+
+@contextmanager
+def serving(model: Path, where: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A running server: its URL and process. Always ended; leaves no buffer pool in shared memory."""
+    ready = where / "ready.json"
+    ready.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        command("serve", "--model", model, "--store", where / "store", "--port", "0", "--ready-file", ready,
+                "--buffer", "64MiB", "--hbm", "64MiB", *options)
+    )  # fmt: skip
+    try:
+        wait_for(lambda: ready.exists() or process.poll() is not None, START_S)
+        assert ready.exists(), f"serve ended with {process.poll()}"
+        yield json.loads(ready.read_bytes())["url"], process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(STOP_S) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def wait_for(condition: object, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def pools() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("dualpath-")}
+
+
+def test_the_official_client(model: Path, tmp_path: Path) -> None:
+    """Chat over turns, streaming with usage, token ids, an error, health and metrics; and a clean end."""
+    before = pools()
+    with serving(model, tmp_path, "--topology", "1P2D", "--api-key", "secret") as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
+        name = client.models.list().data[0].id
+        messages = [{"role": "user", "content": "Write down what a key-value cache is. " * 10}]
+        first = client.chat.completions.create(model=name, messages=messages, max_tokens=40, temperature=0)
+        assert first.usage.prompt_tokens_details.cached_tokens == 0
+        text = first.choices[0].message.content
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Go on."}]
+        stream = client.chat.completions.create(
+            model=name, messages=messages, max_tokens=12, temperature=0, stream=True,
+            stream_options={"include_usage": True},
+        )  # fmt: skip
+        chunks = list(stream)
+        usage = chunks[-1].usage
+        assert usage.prompt_tokens_details.cached_tokens >= 256
+        assert usage.completion_tokens <= 12
+
+        prompt = list(range(10, 140))
+        options = {"return_token_ids": True, "ignore_eos": True}
+        whole = client.completions.create(model=name, prompt=prompt, max_tokens=9, temperature=0, extra_body=options)
+        assert whole.choices[0].token_ids and len(whole.choices[0].token_ids) == 9
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="another", prompt="x", max_tokens=1)
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0).models.list()
+        assert httpx.get(f"{url}/health").json()["status"] == "ok"
+        metrics = httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer secret"}).text
+        assert 'dualpath_nic_bytes_total{engine="0"' in metrics
+        assert "vllm:time_to_first_token_seconds_count" in metrics
+    assert pools() <= before
+
+
+def test_killed_engine_under_the_server(model: Path, tmp_path: Path) -> None:
+    """The only decode engine dies in the middle of a stream: the client learns it at once, and so do later ones."""
+    with serving(model, tmp_path) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        health = httpx.get(f"{url}/health").json()
+        victim = next(engine["pid"] for engine in health["engines"] if engine["role"] == "decode")
+        options = {"ignore_eos": True}
+        stream = client.completions.create(
+            model=client.models.list().data[0].id, prompt="x" * 200, max_tokens=3000, stream=True, extra_body=options
+        )
+        with pytest.raises(openai.APIError, match="no prefill engine or no decode engine"):
+            for i, _ in enumerate(stream):
+                if i == 3:
+                    os.kill(victim, signal.SIGKILL)
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.completions.create(model=client.models.list().data[0].id, prompt="x", max_tokens=1)
+        assert refused.value.status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 503
+
+
+def test_engines_join_over_tcp(model: Path, tmp_path: Path) -> None:
+    """A coordinator alone, and engines started by hand that join it, as on several hosts."""
+    with socket_port() as port:
+        address = f"tcp://127.0.0.1:{port}"
+    shared = ("--model", model, "--store", tmp_path / "store", "--transport", "tcp", "--buffer", "64MiB", "--hbm", "64MiB")
+    engines = [
+        subprocess.Popen(command("engine", "--role", role, "--coordinator", address, *shared))
+        for role in ("prefill", "decode")
+    ]
+    try:
+        with serving(model, tmp_path, "--join-address", address, "--transport", "tcp") as (url, _):
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            name = client.models.list().data[0].id
+            for expected in (0, 192):
+                answer = client.completions.create(model=name, prompt=list(range(10, 220)), max_tokens=3)
+                assert answer.usage.prompt_tokens_details.cached_tokens == expected
+        assert [engine.wait(STOP_S) for engine in engines] == [0, 0]
+    finally:
+        for engine in engines:
+            engine.kill()
+            engine.wait()
+
+
+@contextmanager
+def socket_port() -> Iterator[int]:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--topology", "0P1D"), "not a topology"),
+        (("--snic-rate", "fast"), "not a rate"),
+        (("--buffer", "1KiB"), "does not hold one"),
+        (("--port", "99999999"), "port"),
+    ],
+)
+def test_bad_settings_are_named(model: Path, tmp_path: Path, arguments: tuple[str, str], complaint: str) -> None:
+    ended = subprocess.run(
+        command("serve", "--model", model, "--store", tmp_path, "--port", "0", *arguments),
+        capture_output=True, text=True, timeout=START_S,
+    )  # fmt: skip
+    assert ended.returncode in (1, 2)
+    assert complaint in ended.stderr
+    assert "Traceback" not in ended.stderr
