@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dualpath import __version__
-from dualpath.spec.units import parse_bytes, parse_rate
+from dualpath.spec.units import parse_bytes, parse_duration_ns, parse_rate
 
 Value = TypeVar("Value")
 SYSTEMS = ("basic", "basic-layerwise", "dualpath-rr", "dualpath", "dualpath-split", "de-only", "oracle")
@@ -26,6 +26,7 @@ examples:
   dualpath serve --model DIR --store DIR             an OpenAI server on http://127.0.0.1:8000/v1
   dualpath serve --topology 1P2D --model DIR --store DIR --snic-rate 100MB/s
   dualpath store stat DIR                            what is in a store
+  dualpath plan ds660b-2p4d                          what a cluster can do, and what limits it
   dualpath COMMAND --help                            a command's options, with examples
 """
 SERVE_EXAMPLES = """\
@@ -57,6 +58,16 @@ examples:
   dualpath demo --topologies 1P1D --systems basic,dualpath --agents 4 --turns 3
   dualpath demo --trace session.json --scale 16       replay recorded agents, token counts divided by 16
   dualpath demo --repeat 3 --json > runs.json         medians of three; the result file on standard output
+"""
+PLAN_EXAMPLES = """\
+CLUSTER is a preset (ds660b-2p4d, ds660b-44p88d, ds660b-48p96d, ds27b-1p1d, ds27b-2p1d, ds27b-1p2d, qwen32b-1p2d) or a
+TOML file. Rates are upper bounds, in closed form.
+
+examples:
+  dualpath plan ds660b-2p4d
+  dualpath plan ds27b-1p1d --trace 32K --ttft 2s --tpot 30ms
+  dualpath plan my-cluster.toml --trace session-1.json session-2.json --max-context 65536
+  dualpath plan my-cluster.toml --trace conversation_trace.jsonl --json plan.json
 """
 
 
@@ -92,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_engine(commands)
     _add_store(commands)
+    _add_plan(commands)
     _add_checkpoint(commands)
     return parser
 
@@ -161,6 +173,24 @@ def _add_store(commands: Any) -> None:
     for action in (stat, fsck):
         action.add_argument("directory", metavar="DIR", type=Path)
         action.add_argument("--json", metavar="FILE", type=Path, help="write the report here too")
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(commands, "plan", "what a cluster can do for agents, and what limits it", PLAN_EXAMPLES)
+    parser.add_argument("cluster", metavar="CLUSTER", help="a preset or a TOML file, see below")
+    parser.add_argument(
+        "--trace",
+        nargs="+",
+        default=["64K"],
+        metavar="TRACE",
+        help="32K, 48K or 64K (the paper's), a Mooncake .jsonl, or WEKA sessions (default: 64K)",
+    )
+    parser.add_argument("--model", metavar="MODEL", help="instead of the cluster's: a name, or a config.json")
+    parser.add_argument("--max-context", type=_positive, metavar="N", help="end recorded agents here")
+    parser.add_argument("--aps", type=_positive_number, metavar="RATE", help="agents per second, for the working set")
+    parser.add_argument("--ttft", type=_duration_ns, default="4s", metavar="TIME", help="SLO (default: %(default)s)")
+    parser.add_argument("--tpot", type=_duration_ns, default="50ms", metavar="TIME", help="SLO (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan here too")
 
 
 def _add_checkpoint(commands: Any) -> None:
@@ -284,6 +314,7 @@ def _parse_systems(text: str) -> tuple[str, ...]:
 
 _rate = _argument(parse_rate)
 _bytes = _argument(parse_bytes)
+_duration_ns = _argument(parse_duration_ns)
 _positive = _whole(1, None, "a whole number from 1 up")
 _not_negative = _whole(0, None, "a whole number from 0 up")
 _port = _whole(0, 65535, "a port, 0 to 65535")

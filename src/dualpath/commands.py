@@ -103,6 +103,28 @@ def checkpoint(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def plan(arguments: argparse.Namespace) -> int:
+    """Print what a cluster can do for a workload."""
+    from dualpath.plan import PlanError, Slo, plan_capacity
+    from dualpath.plan.traces import load_of
+    from dualpath.report.plan import plan_sentences, resource_table, split_table
+    from dualpath.spec.cluster import ClusterError, load_cluster
+    from dualpath.workload.weka import TraceError
+
+    slo = Slo(ttft_s=arguments.ttft / 1e9, tpot_s=arguments.tpot / 1e9)
+    with _usage_errors(ClusterError, TraceError, PlanError):
+        cluster = load_cluster(arguments.cluster)
+        if arguments.model is not None:
+            cluster = cluster.with_model(arguments.model)
+        answer = plan_capacity(cluster, load_of(arguments.trace, arguments.max_context), slo, arguments.aps)
+    _write_json(arguments.json, answer)
+    document = msgspec.to_builtins(answer)
+    console = _console()
+    console.print(resource_table(document), split_table(document))
+    console.print(*plan_sentences(document), sep="\n\n", highlight=False)
+    return 0
+
+
 def store_stat(arguments: argparse.Namespace) -> int:
     """Print what is in a store."""
     from dualpath.kv.inspect import stat

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from dualpath.spec.cluster import ClusterError, load_cluster, node_groups, preset_names
+from dualpath.spec.hardware import DRAM_BYTES_PER_S, NIC_400G_BYTES_PER_S
 
 TOML = """\
 model = "ds-27b"
@@ -37,7 +38,7 @@ def test_the_presets_are_the_papers_clusters():
 def test_every_preset_is_the_papers_node_and_holds_its_weights(name):
     cluster = load_cluster(name)
     assert (cluster.engines_per_node, cluster.snic_ratio) == (8, 1)
-    assert (cluster.cnic_bytes_per_s, cluster.dram_bytes_per_s) == (50e9, 500e9)
+    assert (cluster.cnic_bytes_per_s, cluster.dram_bytes_per_s) == (NIC_400G_BYTES_PER_S, DRAM_BYTES_PER_S)
     longest = cluster.model.kv_bytes(65_536, cluster.kv_dtype)
     assert cluster.decode_kv_bytes > longest
     assert cluster.prefill_kv_bytes > longest
@@ -87,6 +88,14 @@ def test_an_efficiency_is_a_share(tmp_path):
     path.write_text(TOML + "[efficiency]\nsnic = 1.5\n")
     with pytest.raises(ClusterError, match=r"efficiency\.snic: Expected `float` <= 1"):
         load_cluster(path)
+
+
+def test_the_same_nodes_with_another_model():
+    cluster = load_cluster("qwen32b-1p2d").with_model("gpt-oss-120b")
+    assert (cluster.kv_bytes_per_token, cluster.weight_bytes_per_parameter) == (18_432, 0.53125)
+    assert cluster.prefill_weight_bytes == pytest.approx(116.8e9 * 0.53125, rel=0.01)
+    with pytest.raises(ClusterError, match="no model 'gpt-9'"):
+        cluster.with_model("gpt-9")
 
 
 def test_an_unknown_preset_lists_the_known_ones():

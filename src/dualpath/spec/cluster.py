@@ -13,7 +13,7 @@ from typing import Annotated
 
 import msgspec
 
-from dualpath.spec.hardware import GPUS, GpuSpec
+from dualpath.spec.hardware import GPUS, NIC_400G_BYTES_PER_S, STORAGE_CLIENT_BYTES_PER_S, GpuSpec
 from dualpath.spec.model_spec import ModelSpec
 from dualpath.spec.models import ModelConfigError, find_model
 from dualpath.spec.units import parse_bytes, parse_rate
@@ -30,10 +30,10 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Usable shares of nominal rates. Priors from published measurements; a calibrated study replaces them."""
 
     compute: Share = 0.385
-    """Of the GPU's bf16 rate, in prefill. 0.38e15 FLOP/s is what the paper's compute-bound run implies for DS 660B (138
-    million tokens in 3,167 s on 16 GPUs); other published throughput of such models implies 0.37 to 0.66e15."""
-    snic: Share = 0.86
-    """3FS reports 43 GB/s on a 50 GB/s NIC."""
+    """Of the GPU's bf16 rate, in prefill: 0.38e15 FLOP/s on an H800, the low end of the 0.37 to 0.66e15 that published
+    throughput of DeepSeek-V3 on such GPUs implies."""
+    snic: Share = STORAGE_CLIENT_BYTES_PER_S / NIC_400G_BYTES_PER_S
+    """0.86, see there."""
     cnic: Share = 1.0
     dram: Share = 1.0
     """The paper's 500 GB/s is a usable rate already."""
@@ -111,24 +111,47 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.model.kv_bytes_per_token(self.kv_dtype)
 
     @property
-    def decode_kv_bytes(self) -> float:
-        """Device memory of one DE that KV may take: 0.9 of it less the weights. Negative: the weights don't fit."""
-        return self._kv_bytes(self.decode_nodes, self.decode_group_nodes)
+    def prefill_weight_bytes(self) -> float:
+        """Weights on one PE."""
+        return self._weight_bytes(self.prefill_nodes, self.prefill_group_nodes)
+
+    @property
+    def decode_weight_bytes(self) -> float:
+        """Weights on one DE."""
+        return self._weight_bytes(self.decode_nodes, self.decode_group_nodes)
 
     @property
     def prefill_kv_bytes(self) -> float:
-        """The same of one PE; whole-context KV of a batch must fit into it unless prefill is layerwise."""
-        return self._kv_bytes(self.prefill_nodes, self.prefill_group_nodes)
+        """Device memory of one PE that KV may take: 0.9 of it less the weights. Negative: the weights don't fit.
+
+        Whole-context KV of a batch must fit into it unless prefill is layerwise.
+        """
+        return 0.9 * self.gpu.hbm_bytes - self.prefill_weight_bytes
+
+    @property
+    def decode_kv_bytes(self) -> float:
+        """The same of one DE, whose batch must fit into it."""
+        return 0.9 * self.gpu.hbm_bytes - self.decode_weight_bytes
 
     def with_nodes(self, prefill_nodes: int, decode_nodes: int) -> ClusterSpec:
         """The same nodes in another split."""
         name = f"{self.name} as {prefill_nodes}P{decode_nodes}D"
         return msgspec.structs.replace(self, name=name, prefill_nodes=prefill_nodes, decode_nodes=decode_nodes)
 
-    def _kv_bytes(self, nodes: int, group_nodes: int) -> float:
+    def with_model(self, name: str) -> ClusterSpec:
+        """The same nodes with another model (see `find_model`), its usual KV dtype and weights. Raises ClusterError."""
+        try:
+            model = find_model(name)
+        except ModelConfigError as error:
+            raise ClusterError(str(error)) from error
+        weight_bytes = model.weight_bytes_per_parameter
+        return msgspec.structs.replace(
+            self, model=model, kv_dtype=model.kv_dtype, weight_bytes_per_parameter=weight_bytes
+        )
+
+    def _weight_bytes(self, nodes: int, group_nodes: int) -> float:
         smallest_group = nodes // max(1, nodes // group_nodes) * self.engines_per_node
-        spread = smallest_group if self.expert_parallel else 1
-        return 0.9 * self.gpu.hbm_bytes - self.model.weight_bytes(spread, self.weight_bytes_per_parameter)
+        return self.model.weight_bytes(smallest_group if self.expert_parallel else 1, self.weight_bytes_per_parameter)
 
 
 def node_groups(nodes: int, group_nodes: int) -> list[int]:
