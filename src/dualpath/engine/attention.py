@@ -116,11 +116,10 @@ class GroupedForm:
         self, module: Any, query: Tensor, rows: Tensor, sequences: tuple[PackedSequence, ...], scale: float
     ) -> Tensor:
         del module
-        heads_first = rows.view(-1, 2, self.kv_heads, self.head_dim).permute(1, 2, 0, 3)
+        keys, values = rows.view(-1, 2, self.kv_heads, self.head_dim).permute(1, 2, 0, 3).unbind()
 
         def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
-            keys, values = heads_first[:, :, first : first + count]
-            return keys, values
+            return keys[:, first : first + count], values[:, first : first + count]
 
         grouped = query.view(self.kv_heads, -1, query.shape[1], self.head_dim)
         out = query.new_empty((query.shape[1], self.heads, self.head_dim))

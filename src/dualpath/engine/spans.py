@@ -98,11 +98,9 @@ def _merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Join partial attentions ``[…, dim]`` by the log-sum-exp ``[…]`` of the scores each has seen."""
     if len(parts) == 1:
         return parts[0][0]
-    weights = torch.stack([lse for _, lse in parts]).softmax(0)
-    merged = parts[0][0] * weights[0, ..., None].to(parts[0][0].dtype)
-    for (out, _), weight in zip(parts[1:], weights[1:], strict=True):
-        merged = torch.addcmul(merged, out, weight[..., None].to(out.dtype))
-    return merged
+    outs, lses = (torch.stack(column) for column in zip(*parts, strict=True))
+    weights = lses.softmax(0).to(outs.dtype)
+    return (outs * weights[..., None]).sum(0)
 
 
 def _partial(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
