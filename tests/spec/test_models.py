@@ -141,6 +141,25 @@ def test_transformers_own_configs_are_described_alike(tmp_path):
         assert read.total_parameters == pytest.approx(MODELS[name].total_parameters, rel=1e-3)
 
 
+def test_a_mixture_of_experts_without_a_width_of_its_own():
+    """Mixtral-8x7B: 46.7e9 parameters, 12.9e9 of them active (mistral.ai)."""
+    mixtral = {
+        "model_type": "mixtral",
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+        "vocab_size": 32000,
+    }
+    spec = from_hf_config(mixtral)
+    assert spec.total_parameters == pytest.approx(46.7e9, rel=0.005)
+    assert spec.active_parameters == pytest.approx(12.9e9, rel=0.02)
+
+
 def test_the_text_model_of_a_multimodal_file():
     nested = {"model_type": "x_vl", "text_config": QWEN3, "vision_config": {"num_hidden_layers": 3}}
     assert from_hf_config(nested).layers == 28
@@ -186,6 +205,7 @@ def test_layers_of_experts_are_counted(change, moe_layers):
         ({"hidden_size": "big"}, "hidden_size is 'big'; it must be a whole number"),
         ({"head_dim": None, "num_attention_heads": 7}, "head_dim is missing and 1024 does not divide by 7"),
         ({"layer_types": ["linear_attention"] * 28}, "layer_types has 'linear_attention'"),
+        ({"mamba_d_state": 16}, "mamba_d_state says that not all layers are full, sliding or sparse attention"),
         ({"layer_types": ["full_attention"]}, "layer_types names 1 layers of 28"),
         ({"num_experts_per_tok": 2}, "n_routed_experts is missing"),
         ({"torch_dtype": "int4"}, "dtype is 'int4'"),

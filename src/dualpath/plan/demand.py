@@ -13,7 +13,8 @@ With H and M bytes of hit and miss KV, G of generated, and a share f of H read b
     PE DRAM         2f·H                         in and out
     DE DRAM         2(1−f)·H + f·H + M + H + M + G + M + G
 
-and it computes M's tokens on a prefill GPU and generates on a decode engine.
+and it computes M's tokens on a prefill GPU and generates on a decode engine. KV of sliding windows, which doesn't grow
+with the context, is left out.
 """
 
 from __future__ import annotations

@@ -24,6 +24,17 @@ _ALTERNATING = {"gpt_oss", "gemma2"}
 """Models whose even layers slide where the file has no `layer_types`."""
 _UNGATED = {"gpt_neox", "opt", "phi", "starcoder2", "nemotron"}
 """Models whose MLP has two matrices; everybody else's has three (gate, up, down)."""
+_FOREIGN_KEYS = (
+    "attention_chunk_size",
+    "attn_layer_period",
+    "compress_rates",
+    "compress_ratios",
+    "full_attention_interval",
+    "hybrid_override_pattern",
+    "linear_attn_config",
+    "mamba_d_state",
+)
+"""Of files that have no `layer_types` and yet layers that are no attention as described here."""
 _DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _WEIGHT_BYTES = {"fp8": 1.0, "mxfp4": 0.53125}
 """By quantization method; mxfp4 has an eight-bit scale for 32 four-bit values."""
@@ -65,6 +76,11 @@ class _Reader:
     def __init__(self, content: Mapping[str, Any], where: str) -> None:
         self._content = content
         self._where = where
+        for key in _FOREIGN_KEYS:
+            if content.get(key):
+                raise self._error(
+                    key, "says that not all layers are full, sliding or sparse attention; only these are known"
+                )
         self._layers = self._need("num_hidden_layers")
         self._hidden = self._need("hidden_size")
         self._heads = self._need("num_attention_heads")

@@ -27,6 +27,8 @@ from dualpath.workload.turn_table import Agents, Tokens, TurnTable
 PAPER_TRAJECTORIES = 500
 ROUND_SPREAD = 1.0
 """Standard deviation over mean of a round's lengths: not published; public coding sessions have at least this."""
+MAX_SPREAD = 2.5
+"""Of the logarithm of turns: longest over median is beyond a thousand there."""
 
 Reals = npt.NDArray[np.float64]
 
@@ -152,8 +154,14 @@ def _fitted_turns(rng: np.random.Generator, mean: float, a_turn: float, totals: 
         whole: Reals = np.rint(shape * (mean / shape.mean()))
         return np.clip(whole, 1.0, most)
 
-    spread = _bisect(lambda spread: float(np.mean(totals / turns_at(spread))) - a_turn, 0.0, 2.5)
-    return turns_at(spread)
+    turns = turns_at(_bisect(lambda spread: float(np.mean(totals / turns_at(spread))) - a_turn, 0.0, MAX_SPREAD))
+    found = float(np.mean(totals / turns))
+    if abs(found / a_turn - 1) > 0.05 or abs(float(turns.mean()) / mean - 1) > 0.05:
+        raise ValueError(
+            f"append_tokens + generate_tokens is {a_turn:g}; {len(totals)} trajectories of {mean:g} turns and "
+            f"{totals.mean():.0f} tokens in all can't reach it (nearest: {found:.0f})"
+        )
+    return turns
 
 
 def _fitted_growth(context: float, turns: Reals, totals: Reals, share: float) -> float:
