@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpath.workload.trajectory import Round, Trajectory
@@ -25,6 +25,7 @@ def trajectories_of(lengths):
     ]
 
 
+@settings(deadline=None, derandomize=True)
 @given(LENGTHS)
 def test_there_and_back_again(lengths):
     trajectories = trajectories_of(lengths)
@@ -35,6 +36,7 @@ def test_there_and_back_again(lengths):
     assert table.context_tokens.tolist() == [span.context_tokens for span in spans]
 
 
+@settings(deadline=None, derandomize=True)
 @given(LENGTHS, st.integers(1, 30), st.integers(60, 300))
 def test_a_prepended_round_lengthens_every_prompt_and_stops_in_time(lengths, count, limit):
     table = TurnTable.from_trajectories(trajectories_of(lengths))

@@ -132,7 +132,7 @@ def _check(statistics: TraceStatistics) -> None:
     if statistics.append_tokens + statistics.generate_tokens < 0.999 * pooled:
         raise ValueError(
             f"append_tokens + generate_tokens is {statistics.append_tokens + statistics.generate_tokens:g}, less than "
-            f"total_tokens over turns ({pooled:.0f}): the mean of means can't be below it"
+            f"total_tokens over turns ({pooled:.0f}): means of each trajectory's mean a turn can't be below that here"
         )
 
 
