@@ -16,7 +16,6 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 
 from dualpath.engine.attention import (
     IMPLEMENTATION,
-    AttentionForm,
     GroupedForm,
     LatentForm,
     PackedPass,
@@ -186,6 +185,3 @@ def _eos_token_ids(path: str | Path, config: Any) -> tuple[int, ...]:
     if (Path(path) / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id or eos
     return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-
-
-__all__ = ["AttentionForm", "LoadedModel", "UnsupportedModelError"]
