@@ -369,10 +369,12 @@ def about(request: int, commands: list[Command]) -> list[Command]:
 def test_cancelling_tells_the_engines_that_know_and_the_driver(stage: str) -> None:
     cluster, engines = at(stage), STAGES[stage][1]
     commands = about(7, cluster.does("cancel", 7))
-    assert commands == [*(Abort(7, 0, engine) for engine in engines), Cancelled(7)]
+    assert commands == [*(Abort(7, 0, engine) for engine in engines[:1]), Cancelled(7)]
     assert {holding.engine for holding in cluster.core.held() if holding.draining} == set(engines)
-    for engine in engines:
-        assert about(7, cluster.does("released", 7, 0, engine)) == []
+    for engine, behind in zip(engines, [*engines[1:], None], strict=False):
+        # The DE is told when the PE has said that it writes no more.
+        expected = [] if behind is None else [Abort(7, 0, behind)]
+        assert about(7, cluster.does("released", 7, 0, engine)) == expected
     assert [holding for holding in cluster.core.held() if holding.request == 7] == []
 
 
@@ -380,7 +382,7 @@ def test_cancelling_tells_the_engines_that_know_and_the_driver(stage: str) -> No
 def test_a_deadline_aborts_the_attempt_and_asks_for_another(stage: str) -> None:
     cluster, engines = at(stage), STAGES[stage][1]
     commands = about(7, cluster.does("wake", after_ns=100 * S))
-    assert commands == [*(Abort(7, 0, engine) for engine in engines), Resubmit(7, 1, Cause.TIMEOUT)]
+    assert commands == [*(Abort(7, 0, engine) for engine in engines[:1]), Resubmit(7, 1, Cause.TIMEOUT)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -402,14 +404,13 @@ def test_losing_an_engine_fails_the_attempts_that_need_it(stage: str, lost: int)
 def test_an_engine_that_gives_up_on_an_attempt(stage: str) -> None:
     cluster, engines = at(stage), STAGES[stage][1]
     commands = about(7, cluster.does("attempt_failed", 7, 0, DE, Cause.TRANSFER_FAILED))
-    assert commands == [*(Abort(7, 0, engine) for engine in engines), Resubmit(7, 1, Cause.TRANSFER_FAILED)]
+    assert commands == [*(Abort(7, 0, engine) for engine in engines[:1]), Resubmit(7, 1, Cause.TRANSFER_FAILED)]
 
 
 def test_a_failed_load_is_retried_with_what_is_left() -> None:
     cluster = Cluster().loading()
     assert cluster.does("load_failed", 7, 0, Side.PE) == [
         Abort(7, 0, PE),
-        Abort(7, 0, DE),
         Resubmit(7, 1, Cause.LOAD_FAILED),
     ]
     assert cluster.load(PE).read_queue_tokens == 0
@@ -418,6 +419,26 @@ def test_a_failed_load_is_retried_with_what_is_left() -> None:
         Prepare(7, 1, DE, 5, 5),
         Load(7, 1, PE, Leg(Side.PE, 0, 2)),
     ]
+
+
+def test_a_decode_engine_behind_a_lost_prefill_engine_is_told_of_the_loss() -> None:
+    cluster = Cluster().loading()
+    cluster.join(3, Role.PREFILL)
+    assert cluster.does("cancel", 7) == [Abort(7, 0, PE), Cancelled(7)]
+    assert cluster.does("released", 7, 0, DE) == []  # nobody asked it yet
+    assert cluster.core.statistics()["dropped_released"] == 1
+    assert cluster.does("engine_lost", PE) == [Abort(7, 0, DE, PE)]
+    assert cluster.does("released", 7, 0, DE) == []
+    assert cluster.core.held() == ()
+
+
+def test_a_decode_engine_lost_behind_its_prefill_engine_is_not_told() -> None:
+    cluster = Cluster().loading()
+    cluster.join(3, Role.DECODE)
+    assert cluster.does("cancel", 7) == [Abort(7, 0, PE), Cancelled(7)]
+    assert cluster.does("engine_lost", DE) == []
+    assert cluster.does("released", 7, 0, PE) == []
+    assert cluster.core.held() == ()
 
 
 def test_attempts_run_out_with_the_last_cause() -> None:
@@ -524,13 +545,12 @@ def test_aborted_blocks_stay_held_until_released_however_long_it_takes() -> None
     assert cluster.submit(8, prompt=300, hit=0) == []  # no buffer for it
     assert cluster.core.next_wake() == cluster.now - 10 * MS + 5 * S
     cluster.does("wake", after_ns=5 * S)
-    assert cluster.core.statistics()["overdue_releases"] == 2
+    assert cluster.core.statistics()["overdue_releases"] == 1
     assert cluster.core.statistics()["draining_buffer_blocks"] == 9
     assert cluster.core.statistics()["draining_hbm_blocks"] == 5
-    assert cluster.does("released", 7, 0, DE) == [Prepare(8, 0, DE, 5, 5)]
-    assert cluster.core.statistics()["overdue_releases"] == 1
-    assert cluster.does("released", 7, 0, PE) == []
+    assert cluster.does("released", 7, 0, PE) == [Abort(7, 0, DE)]
     assert cluster.core.statistics()["overdue_releases"] == 0
+    assert cluster.does("released", 7, 0, DE) == [Prepare(8, 0, DE, 5, 5)]
 
 
 @pytest.mark.parametrize("wait_ns", [MS, 6 * S])

@@ -161,8 +161,11 @@ def _audit_holding(life: Lifecycle, request: Request, engine: EngineId) -> None:
 
 
 def _audit_releases(life: Lifecycle) -> None:
-    """Every draining holding is an unanswered Abort, in time or overdue, and the other way round."""
+    """Every draining holding is an unanswered Abort, in time, overdue or behind the PE's, and the other way round."""
     draining = {(held.engine, held.request, held.attempt) for held in life.ledger.holdings() if held.draining}
     in_time = set(life.releases.keys())
     _require(in_time.isdisjoint(life.overdue), "releases both in time and overdue: {}", in_time & life.overdue.keys())
-    _require(draining == in_time | life.overdue.keys(), "draining {}, awaited {}", draining, in_time)
+    behind = {(decode, *key[1:]) for key, decode in life.behind.items()}
+    for key in life.behind:
+        _require(key in in_time or key in life.overdue, "the DE waits behind {}, which has no Abort", key)
+    _require(draining == in_time | life.overdue.keys() | behind, "draining {}, awaited {}", draining, in_time)

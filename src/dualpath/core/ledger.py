@@ -117,10 +117,6 @@ class Ledger:
         account.line.pop(key, None)
         account.held.setdefault(key, _Held()).draining = True
 
-    def is_draining(self, engine: EngineId, key: Key) -> bool:
-        account = self.accounts.get(engine)
-        return account is not None and key in account.held and account.held[key].draining
-
     def holdings(self) -> Iterator[Holding]:
         """Everything held anywhere, by engine in order of joining."""
         for engine, account in self.accounts.items():

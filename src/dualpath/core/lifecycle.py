@@ -46,6 +46,8 @@ class Lifecycle:
         """Unanswered Aborts in time, by (engine, request, attempt)."""
         self.overdue: dict[tuple[int, int, int], None] = {}
         """Unanswered Aborts out of time."""
+        self.behind: dict[tuple[int, int, int], EngineId] = {}
+        """DEs whose Abort waits for their PE's answer, by the PE's (engine, request, attempt)."""
         self.outbox: list[Command] = []
         self.counts: dict[str, int] = {}
         self.now = 0
@@ -215,6 +217,7 @@ class Lifecycle:
             self._abort(request, lost)
 
     def _abort(self, request: Request, lost: EngineId | None) -> None:
+        """The PE first: what it says, or its loss, is the DE's proof that nobody writes into its blocks any more."""
         prefill, decode = request.prefill_engine, request.decode_engine
         tokens = request.facts.prompt_tokens
         for leg in request.unloaded:
@@ -230,12 +233,32 @@ class Lifecycle:
                 continue
             if engine in request.commanded and engine != lost:
                 self.ledger.drain(engine, request.key)
-                self.releases.set((engine, *request.key), self.now + self.limits.release_ns)
-                self.outbox.append(Abort(*request.key, engine, lost))
+                if engine == decode and prefill in request.commanded and prefill != lost:
+                    assert prefill is not None
+                    self.behind[prefill, *request.key] = decode
+                else:
+                    self._send_abort(engine, request.key, lost)
             else:
                 self.ledger.give_back(engine, request.key)
             self.freed(engine)
         request.leave_engines()
+
+    def _send_abort(self, engine: EngineId, key: tuple[RequestId, int], lost: EngineId | None) -> None:
+        self.releases.set((engine, *key), self.now + self.limits.release_ns)
+        self.outbox.append(Abort(*key, engine, lost))
+
+    def awaits_release(self, engine: EngineId, key: tuple[RequestId, int]) -> bool:
+        return (engine, *key) in self.overdue or (engine, *key) in self.releases
+
+    def abort_answered(self, engine: EngineId, key: tuple[RequestId, int]) -> None:
+        """The engine has given everything back; the DE behind it is next."""
+        self.ledger.give_back(engine, key)
+        self.releases.drop((engine, *key))
+        self.overdue.pop((engine, *key), None)
+        decode = self.behind.pop((engine, *key), None)
+        if decode is not None:
+            self._send_abort(decode, key, None)
+        self.freed(engine)
 
     def expire(self, request: Request) -> None:
         """The deadline of the request's state has passed."""
@@ -257,6 +280,12 @@ class Lifecycle:
             if key[0] == engine:
                 self.releases.drop(key)
         self.overdue = {key: None for key in self.overdue if key[0] != engine}
+        behind, self.behind = self.behind, {}
+        for key, decode in behind.items():
+            if key[0] == engine:
+                self._send_abort(decode, key[1:], engine)
+            elif decode != engine:
+                self.behind[key] = decode
         for request in victims:
             self.retry(request, Cause.ENGINE_LOST)
         for request in list(self.waiting.requests.values()):

@@ -241,13 +241,10 @@ class Scheduler:
         """Answer to an Abort: nothing can touch the attempt's blocks any more, and the engine has them back."""
         life = self._life
         life.begin(now)
-        if not life.ledger.is_draining(engine, (request, attempt)):
+        if not life.awaits_release(engine, (request, attempt)):
             life.count("dropped_released")
             return
-        life.ledger.give_back(engine, (request, attempt))
-        life.releases.drop((engine, request, attempt))
-        life.overdue.pop((engine, request, attempt), None)
-        life.freed(engine)
+        life.abort_answered(engine, (request, attempt))
         life.settle()
 
     # ── time and commands ───────────────────────────────────────────────────────────────────────────────────────────

@@ -131,7 +131,7 @@ class Decode(msgspec.Struct, frozen=True, gc=False, tag=True):
 class Abort(msgspec.Struct, frozen=True, gc=False, tag=True):
     """`engine`: stop the attempt, wait until no transfer can touch its blocks, give them back, answer `released`.
 
-    `lost_peer` tells that the other engine is gone, so that its lease, not its word, proves the channel quiet.
+    A DE is told when its PE has answered, or is gone (`lost_peer`): nobody may write into its blocks any more.
     """
 
     request: RequestId
