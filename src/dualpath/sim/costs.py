@@ -38,8 +38,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Launches and collectives of one layer of a decode step, whatever the batch."""
     decode_request_ns_per_layer: float = 15_000.0
     """What each request of the batch adds to that, beyond reading its KV from HBM."""
-    unoverlapped: float = 1.0
-    """Share of a whole-prompt (not layerwise) load and transfer for which the PE does nothing else."""
+    copy_submission_ns: float = 6_000.0
+    """One host-device copy of a Layer Block through the copy engine, as a whole-prompt engine makes them: 5 to 7 us to
+    submit (paper §5). Layerwise engines go through the CNIC at a fraction of it, and it hides behind compute."""
     read_latency_ns: int = 1_000_000
     """From asking storage to the first byte."""
 
@@ -47,11 +48,11 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name in ("prefill_flop_per_s", "snic_efficiency"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"Calibration.{name} is {getattr(self, name)}; it must be above zero")
-        for name in ("prefill_fixed_ns_per_layer", "decode_fixed_ns_per_layer", "decode_request_ns_per_layer"):
+        for name in ("prefill_fixed_ns_per_layer", "decode_fixed_ns_per_layer", "copy_submission_ns"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Calibration.{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.snic_efficiency > 1 or not 0 <= self.unoverlapped <= 1:
-            raise ValueError("Calibration.snic_efficiency and .unoverlapped are shares: they can't be above 1")
+        if self.snic_efficiency > 1:
+            raise ValueError(f"Calibration.snic_efficiency is {self.snic_efficiency}; it is a share and can't exceed 1")
 
 
 class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +70,8 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
     """Weights and launches of a decode step."""
     decode_request_ns: float
     decode_context_token_ns: float
+    copy_ns_per_block: float
+    """Submitting the copies of one Full Block, layer by layer."""
 
     def prefill_ns(self, slowest_attention_ns: float, mean_tokens: float) -> float:
         """A group's compute time for a step, without I/O; `mean_tokens` are new tokens per engine of the group."""
@@ -106,11 +109,10 @@ def step_costs(cluster: ClusterSpec, calibration: Calibration) -> StepCosts:
         + model.layers * calibration.decode_fixed_ns_per_layer,
         decode_request_ns=read_per_request * hbm_ns_per_byte + model.layers * calibration.decode_request_ns_per_layer,
         decode_context_token_ns=read_per_token * hbm_ns_per_byte,
+        copy_ns_per_block=model.layers * calibration.copy_submission_ns,
     )
 
 
 def _weight_bytes(cluster: ClusterSpec, nodes: int, group_nodes: int) -> float:
     engines = nodes // max(1, nodes // group_nodes) * cluster.engines_per_node
-    return cluster.model.weight_bytes(
-        engines if cluster.expert_parallel else 1, cluster.weight_bytes_per_parameter
-    )
+    return cluster.model.weight_bytes(engines if cluster.expert_parallel else 1, cluster.weight_bytes_per_parameter)

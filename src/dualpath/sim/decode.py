@@ -138,7 +138,7 @@ class Decode:
     def _arm(self, group: DecodeGroup) -> None:
         """See to it that an event is posted at or before the time the next one leaves."""
         leavers = group.leavers
-        while leavers and leavers[0][3].joined_step < 0 or leavers and leavers[0][3].attempt != leavers[0][2]:
+        while (leavers and leavers[0][3].joined_step < 0) or (leavers and leavers[0][3].attempt != leavers[0][2]):
             heappop(leavers)
         if not leavers:
             return

@@ -19,6 +19,7 @@ CNIC also serves other engines' pulls is counted, and the exact mode shows what 
 from array import array
 
 from dualpath.core.vocabulary import EngineId
+from dualpath.sim.events import Action, Events
 
 SECOND_NS = 1_000_000_000
 
@@ -26,7 +27,8 @@ SECOND_NS = 1_000_000_000
 class Fabric:
     """CNICs by engine id."""
 
-    def __init__(self, engines: int, bytes_per_s: float, collective_share: float) -> None:
+    def __init__(self, events: Events, engines: int, bytes_per_s: float, collective_share: float) -> None:
+        self._events = events
         self.ns_per_byte = SECOND_NS / (bytes_per_s * max(0.01, 1.0 - collective_share))
         self.read_bytes = array("q", bytes(8 * engines))
         self.write_bytes = array("q", bytes(8 * engines))
@@ -43,11 +45,11 @@ class Fabric:
         self.read_bytes[prefill] += n_bytes
         self.write_bytes[decode] += n_bytes
 
-    def copy(self, decode: EngineId, n_bytes: int, now: int) -> int:
-        """Copy a prompt from the DE buffer to the device; when it is there. Copies of an engine queue."""
+    def copy(self, decode: EngineId, n_bytes: int, least_ns: float, on_done: Action, argument: object) -> None:
+        """Copy a prompt from the DE buffer to the device, in `least_ns` or more, behind the engine's earlier copies."""
         self.read_bytes[decode] += n_bytes
         self.write_bytes[decode] += n_bytes
-        start_ns = max(float(now), self._copy_free_ns[decode])
-        done_ns = start_ns + n_bytes * self.ns_per_byte
+        start_ns = max(float(self._events.now), self._copy_free_ns[decode])
+        done_ns = start_ns + max(least_ns, n_bytes * self.ns_per_byte)
         self._copy_free_ns[decode] = done_ns
-        return int(done_ns)
+        self._events.at(int(done_ns), on_done, argument)

@@ -29,7 +29,6 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     snic_bytes_per_s: float
     cnic_bytes_per_s: float
     read_latency_ns: int
-    unoverlapped: float
     prefill_kv_tokens: int
     """Whole-context KV that a PE's device memory holds."""
 
@@ -83,7 +82,6 @@ def build_machine(cluster: ClusterSpec, calibration: Calibration) -> Machine:
         snic_bytes_per_s=cluster.snic_bytes_per_s * calibration.snic_efficiency,
         cnic_bytes_per_s=cluster.usable_cnic_bytes_per_s,
         read_latency_ns=calibration.read_latency_ns,
-        unoverlapped=calibration.unoverlapped,
         prefill_kv_tokens=prefill_kv_tokens,
     )
 

@@ -44,7 +44,7 @@ class Measurements:
 
     def agent_finished(self, agent: Agent, now: int) -> None:
         self.agents_finished += 1
-        self.agent_jct_s.append((now - agent.arrival.start_ns) / 1e9)
+        self.agent_jct_s.append((now - agent.start_ns) / 1e9)
 
     def turn_submitted(self, now: int) -> None:
         self._integrate(now)

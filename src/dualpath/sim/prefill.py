@@ -5,16 +5,18 @@ slowest engine's attention plus the group's share of the experts (`costs`); a re
 waits for the next. Without it every engine is a group of its own. A step is two events however large its batches are:
 
     layerwise      head + max(compute, I/O) ........ prompts end, next step begins;   + tail: prefill_done
-    whole prompts  load + compute + transfer, or what of the I/O is not overlapped    + the rest
+    whole prompts  load + compute + transfer .......... the same, without a tail
 
 `head` is the first layer's load, `tail` the last layer's transfer. I/O is the busiest direction of the engine's own
-CNIC. First tokens leave when the step ends.
+CNIC. A whole-prompt load takes as long as its bytes or as submitting its copies, whichever is longer. First tokens leave
+when the step ends.
 """
 
 from collections.abc import Callable
 
 from dualpath.core.batching import Chunk, PrefillQueue
-from dualpath.core.vocabulary import EngineId, RequestId
+from dualpath.core.policy import Policy
+from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, RequestId
 from dualpath.sim.costs import StepCosts
 from dualpath.sim.events import Events
 from dualpath.sim.fabric import Fabric
@@ -37,9 +39,10 @@ class PrefillEngine:
 class PrefillGroup:
     """Engines that step together."""
 
-    __slots__ = ("busy", "engines")
+    __slots__ = ("busy", "engines", "number")
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.engines: list[PrefillEngine] = []
         self.busy = False
 
@@ -69,10 +72,7 @@ class Prefill:
         lives: dict[RequestId, LiveTurn],
         on_first_token: Callable[[LiveTurn], None],
         on_done: Callable[[list[tuple[LiveTurn, int]]], None],
-        *,
-        layerwise: bool,
-        free_io: bool,
-        unoverlapped: float,
+        policy: Policy,
     ) -> None:
         self._events = events
         self._costs = costs
@@ -80,9 +80,8 @@ class Prefill:
         self._lives = lives
         self._on_first_token = on_first_token
         self._on_done = on_done
-        self._layerwise = layerwise
-        self._free_io = free_io
-        self._unoverlapped = unoverlapped
+        self._layerwise = policy.layerwise
+        self._free_io = policy.free_io
         self.engines: dict[EngineId, PrefillEngine] = {}
         self.groups: list[PrefillGroup] = []
         self.steps: list[StepRecord] = []
@@ -91,7 +90,7 @@ class Prefill:
 
     def add_group(self, queues: dict[EngineId, PrefillQueue]) -> None:
         """Engines that step together, by id."""
-        group = PrefillGroup()
+        group = PrefillGroup(len(self.groups))
         self.groups.append(group)
         for engine, queue in queues.items():
             self.engines[engine] = PrefillEngine(engine, group, queue)
@@ -136,10 +135,15 @@ class Prefill:
             peak_ns = max(peak_ns, attention_ns)
         engines = len(group.engines)
         compute_ns = self._costs.prefill_ns(peak_ns, new_tokens / engines)
-        step_ns, tail_ns = self._with_io(batch, compute_ns)
         now = self._events.now
+        record = StepRecord(group.number, now, now, peak_ns, total_ns / engines, new_tokens)
+        self._run(group, batch, compute_ns, record)
+
+    def _run(self, group: PrefillGroup, batch: Batch, compute_ns: float, record: StepRecord) -> None:
+        """Take the step, in one go; calls `_end`."""
+        step_ns, tail_ns = self._with_io(batch, compute_ns)
         self.busy_ns += int(step_ns)
-        record = StepRecord(self.groups.index(group), now, now + int(step_ns), peak_ns, total_ns / engines, new_tokens)
+        record.end_ns += int(step_ns)
         self._events.at(record.end_ns, self._end, (group, batch, int(tail_ns), record))
 
     def _with_io(self, batch: Batch, compute_ns: float) -> tuple[float, float]:
@@ -147,17 +151,22 @@ class Prefill:
         if self._free_io:
             return compute_ns, 0.0
         load = ship = both = 0
+        copies_ns = 0.0
         for engine, chunks in batch:
             read, write, shipped = self._move(engine.engine, chunks)
             load = max(load, write)
             ship = max(ship, shipped)
             both = max(both, read, write)
+            if not self._layerwise:
+                copies_ns = max(copies_ns, self._submissions_ns(chunks))
         ns_per_byte = self._fabric.ns_per_byte
         if self._layerwise:
             head_ns, tail_ns = (moved * ns_per_byte / self._costs.layers for moved in (load, ship))
             return head_ns + max(compute_ns, both * ns_per_byte), tail_ns
-        blocking_ns = self._unoverlapped * (load + ship) * ns_per_byte
-        return compute_ns + blocking_ns, (1.0 - self._unoverlapped) * ship * ns_per_byte
+        return max(load * ns_per_byte, copies_ns) + compute_ns + ship * ns_per_byte, 0.0
+
+    def _submissions_ns(self, chunks: tuple[Chunk, ...]) -> float:
+        return sum(-(-chunk.cached_tokens // BLOCK_TOKENS) for chunk in chunks) * self._costs.copy_ns_per_block
 
     def _move(self, engine: EngineId, chunks: tuple[Chunk, ...]) -> tuple[int, int, int]:
         """Count the chunks' traffic; what the PE's CNIC reads, writes, and sends to DEs.
@@ -182,6 +191,16 @@ class Prefill:
 
     def _end(self, step: tuple[PrefillGroup, Batch, int, StepRecord]) -> None:
         group, batch, tail_ns, record = step
+        done = self._close(batch, record)
+        if done and tail_ns:
+            self._events.at(record.end_ns + tail_ns, self._on_done, done)
+        elif done:
+            self._on_done(done)
+        # Posted, not called: what this step's end sets free may be ready for the next one.
+        self._events.at(record.end_ns, self._begin, group)
+
+    def _close(self, batch: Batch, record: StepRecord) -> list[tuple[LiveTurn, int]]:
+        """The step is computed; the turns whose prompts ended with it, and their attempts."""
         self.steps.append(record)
         done: list[tuple[LiveTurn, int]] = []
         for engine, chunks in batch:
@@ -192,9 +211,4 @@ class Prefill:
                     turn = self._lives[chunk.request]
                     done.append((turn, turn.attempt))
                     self._on_first_token(turn)
-        if done and tail_ns:
-            self._events.at(record.end_ns + tail_ns, self._on_done, done)
-        elif done:
-            self._on_done(done)
-        # Posted, not called: what this step's end sets free may be ready for the next one.
-        self._events.at(record.end_ns, self._begin, group)
+        return done

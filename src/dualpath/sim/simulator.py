@@ -16,7 +16,7 @@ here.
 A turn costs some seven events, whatever its length.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dualpath.core.batching import PrefillQueue
@@ -26,12 +26,9 @@ from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import (
     BLOCK_TOKENS,
     Abort,
-    Command,
-    Decode as DecodeCommand,
     Fail,
     Finish,
     Load,
-    Prefill as PrefillCommand,
     Prepare,
     RequestFacts,
     RequestId,
@@ -39,14 +36,22 @@ from dualpath.core.vocabulary import (
     Role,
     Side,
 )
+from dualpath.core.vocabulary import (
+    Decode as DecodeCommand,
+)
+from dualpath.core.vocabulary import (
+    Prefill as PrefillCommand,
+)
 from dualpath.sim.decode import Decode
 from dualpath.sim.events import Events
+from dualpath.sim.exact import ExactDecode, ExactFabric, ExactPrefill, ExactStorage
 from dualpath.sim.fabric import Fabric
 from dualpath.sim.machine import Machine
 from dualpath.sim.measure import Measurements
 from dualpath.sim.prefill import Prefill
 from dualpath.sim.storage import Storage
-from dualpath.sim.turns import Agent, Arrival, LiveTurn, hit_tokens_of
+from dualpath.sim.turns import Agent, LiveTurn, whole_blocks
+from dualpath.workload.turn_table import Agents
 
 ABORT_NS = 1_000_000
 """An engine's answer to an Abort: what it takes to see its channels quiet."""
@@ -62,6 +67,7 @@ class Simulator:
         constants: Constants,
         limits: Limits,
         *,
+        exact: bool = False,
         collective_share: float = 0.0,
         balance_window_ns: int = 1_000_000_000,
         journal: Callable[[bytes], object] | None = None,
@@ -76,11 +82,11 @@ class Simulator:
         )
         self.lives: dict[RequestId, LiveTurn] = {}
         self._next_request = 0
-        self._next_agent = 0
+        self._agents: Agents | None = None
         self._open_agents = 0
         self._wakes: list[int] = []
         self._node_of = [facts.node for facts in machine.engines]
-        self._make_parts(collective_share, balance_window_ns)
+        self._make_parts(exact, collective_share, balance_window_ns)
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             Prepare: self._prepare,
             Load: self._load,
@@ -94,24 +100,26 @@ class Simulator:
         for facts in machine.engines:
             self.scheduler.engine_joined(0, facts)
 
-    def _make_parts(self, collective_share: float, window_ns: int) -> None:
+    def _make_parts(self, exact: bool, collective_share: float, window_ns: int) -> None:
         machine, events = self.machine, self.events
-        self.storage = Storage(
-            events, machine.nodes, machine.snic_bytes_per_s, machine.read_latency_ns, self._on_loaded, window_ns
-        )
-        self.fabric = Fabric(len(machine.engines), machine.cnic_bytes_per_s, collective_share)
-        self.prefill = Prefill(
-            events,
-            machine.costs,
-            self.fabric,
-            self.lives,
-            self._on_first_token,
-            self._on_prefilled,
-            layerwise=self.policy.layerwise,
-            free_io=self.policy.free_io,
-            unoverlapped=machine.unoverlapped,
-        )
-        self.decode = Decode(events, machine.costs, self._on_decoded)
+        rates = (machine.snic_bytes_per_s, machine.read_latency_ns, self._on_loaded, window_ns)
+        ends = (self.lives, self._on_first_token, self._on_prefilled, self.policy)
+        self.storage: Storage
+        self.fabric: Fabric
+        self.prefill: Prefill
+        self.decode: Decode | ExactDecode
+        if exact:
+            block_bytes = machine.costs.kv_bytes_per_token * BLOCK_TOKENS
+            self.storage = ExactStorage(events, machine.nodes, *rates, block_bytes=block_bytes)
+            fabric = ExactFabric(events, len(machine.engines), machine.cnic_bytes_per_s, collective_share)
+            self.fabric = fabric
+            self.prefill = ExactPrefill(events, machine.costs, fabric, *ends)
+            self.decode = ExactDecode(events, machine.costs, self._on_decoded)
+        else:
+            self.storage = Storage(events, machine.nodes, *rates)
+            self.fabric = Fabric(events, len(machine.engines), machine.cnic_bytes_per_s, collective_share)
+            self.prefill = Prefill(events, machine.costs, self.fabric, *ends)
+            self.decode = Decode(events, machine.costs, self._on_decoded)
         kv_limit = None if self.policy.layerwise or self.policy.free_io else machine.prefill_kv_tokens
         for role in Role:
             for members in _step_groups(machine, role):
@@ -119,18 +127,21 @@ class Simulator:
                     self.decode.add_group(members)
                 else:
                     self.prefill.add_group(
-                        {engine: PrefillQueue(machine.costs.attention, max_batch_kv_tokens=kv_limit) for engine in members}
+                        {
+                            engine: PrefillQueue(machine.costs.attention, max_batch_kv_tokens=kv_limit)
+                            for engine in members
+                        }
                     )
 
     # ── agents ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def arrive(self, arrivals: Iterable[Arrival]) -> None:
-        """Agents that start at or after now."""
-        for arrival in arrivals:
+    def arrive(self, agents: Agents, start_ns: Sequence[int] | None = None) -> None:
+        """These agents start at the given times, or all of them now. Once a run."""
+        self._agents = agents
+        starts = [self.events.now] * len(agents) if start_ns is None else start_ns
+        for number, (turns, start) in enumerate(zip(agents.turns.tolist(), starts, strict=True)):
             self._open_agents += 1
-            agent = Agent(self._next_agent, arrival)
-            self._next_agent += 1
-            self.events.at(arrival.start_ns, self._start, agent)
+            self.events.at(int(start), self._start, Agent(number, int(start), turns))
 
     def run(self, until_ns: int | None = None, on_progress: Callable[["Simulator"], None] | None = None) -> None:
         """Until all agents are done, or the clock passes `until_ns`. `on_progress` is called now and then."""
@@ -153,15 +164,9 @@ class Simulator:
         self._submit(agent)
 
     def _submit(self, agent: Agent) -> None:
-        arrival, round_ = agent.arrival, agent.round
-        if round_ < 0:
-            assert arrival.prelude is not None
-            append_tokens, generate_tokens = arrival.prelude
-        else:
-            append_tokens = arrival.script.append_tokens[round_]
-            generate_tokens = arrival.script.generate_tokens[round_]
         now = self.events.now
-        turn = LiveTurn(self._next_request, agent, agent.context_tokens + append_tokens, generate_tokens, now)
+        assert self._agents is not None
+        turn = LiveTurn(self._next_request, agent, self._agents.turn(agent.number, agent.taken), now)
         self._next_request += 1
         self.lives[turn.request] = turn
         self.measured.turn_submitted(now)
@@ -212,8 +217,10 @@ class Simulator:
             self._on_copied((turn, turn.attempt))
             return
         n_bytes = turn.prompt_tokens * self.machine.costs.kv_bytes_per_token
-        turn.copied_ns = self.fabric.copy(command.engine, n_bytes, self.events.now)
-        self.events.at(turn.copied_ns, self._on_copied, (turn, turn.attempt))
+        least_ns = 0.0
+        if not self.policy.layerwise:
+            least_ns = -(-turn.prompt_tokens // BLOCK_TOKENS) * self.machine.costs.copy_ns_per_block
+        self.fabric.copy(command.engine, n_bytes, least_ns, self._on_copied, (turn, turn.attempt))
 
     def _finish(self, command: Finish) -> None:
         now = self.events.now
@@ -221,13 +228,13 @@ class Simulator:
         agent = turn.agent
         self.measured.turn_finished(turn, now)
         agent.context_tokens = turn.prompt_tokens + turn.generate_tokens
-        agent.round += 1
-        script = agent.arrival.script
-        if agent.round == len(script.append_tokens):
+        agent.taken += 1
+        if agent.taken == agent.turns:
             self.measured.agent_finished(agent, now)
             self._open_agents -= 1
             return
-        gap_ns = 0 if script.gap_ns is None else script.gap_ns[agent.round]
+        assert self._agents is not None
+        gap_ns = self._agents.turn(agent.number, agent.taken).gap_ns
         if gap_ns:
             self.events.at(now + gap_ns, self._submit, agent)
         else:
@@ -250,7 +257,7 @@ class Simulator:
         turn.done_tokens += tokens
         turn.prompt_tokens += tokens
         turn.generate_tokens -= tokens
-        turn.hit_tokens = hit_tokens_of(turn.prompt_tokens)
+        turn.hit_tokens = whole_blocks(turn.prompt_tokens - 1)
 
     def _released(self, command: Abort) -> None:
         self.scheduler.released(self.events.now, command.request, command.attempt, command.engine)
@@ -290,10 +297,11 @@ class Simulator:
             return  # aborted meanwhile
         blocks = -(-turn.prompt_tokens // BLOCK_TOKENS)
         self.scheduler.buffer_freed(self.events.now, turn.request, attempt, blocks)
+        turn.copied_ns = self.events.now
         self.decode.join(turn)
 
     def _on_decoded(self, turn: LiveTurn) -> None:
-        whole = hit_tokens_of(turn.prompt_tokens + turn.generate_tokens) - turn.hit_tokens
+        whole = whole_blocks(turn.prompt_tokens + turn.generate_tokens - 1) - turn.hit_tokens
         n_bytes = whole * self.machine.costs.kv_bytes_per_token
         if not self.policy.free_io:
             self.storage.write(self._node_of[turn.decode_engine], n_bytes)
