@@ -29,6 +29,8 @@ async def _run(config: ClusterConfig, local_engines: bool) -> int:
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stop.set)
     cluster = Cluster(config, local_engines)
+    # Beside the engines' own start: importing Transformers takes seconds.
+    tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, config.model))
     entering = asyncio.create_task(cluster.__aenter__())
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([entering, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -38,7 +40,7 @@ async def _run(config: ClusterConfig, local_engines: bool) -> int:
         return 0
     await entering
     try:
-        app = create_app(cluster.coordinator, load_tokenizer(cluster.coordinator.model.path), api_keys=config.api_keys)
+        app = create_app(cluster.coordinator, await tokenizer, api_keys=config.api_keys)
         serving = asyncio.create_task(
             serve(app, config.host, config.port, on_bound=lambda port: _announce(config, cluster, port))
         )
