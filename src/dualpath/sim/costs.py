@@ -1,4 +1,4 @@
-"""The cost model: nanoseconds of a prefill step and of a decode step, from a cluster's facts and a few fitted constants.
+"""The cost model: nanoseconds of a prefill and of a decode step, from a cluster's facts and a few fitted constants.
 
 Prefill of one step of a group (engines with expert parallelism share a step, else each has its own):
 
@@ -8,7 +8,7 @@ Prefill of one step of a group (engines with expert parallelism share a step, el
 
 Decode of one step of a group:
 
-    engine_e    = requests_e * per_request + context_e * per_context_token        KV read from HBM, and what comes with it
+    engine_e    = requests_e * per_request + context_e * per_context_token    reading KV, and what comes with it
     step        = weights / HBM + fixed + max_e engine_e
 
 Everything is roofline arithmetic from `spec`, except the constants of `Calibration`, which are fitted to the paper's

@@ -1,11 +1,11 @@
 """Decode engines: a counter of steps a group, not an event a token.
 
 Theory of operation. The engines of a group step together (one engine is a group where there is no expert parallelism);
-a step lasts as long as the costs say for its most loaded engine. `steps` counts them as a real number that advances with
-time at the rate of the present batch, so a request that joins at the next whole step and wants g tokens leaves when the
-counter has grown by g: one heap entry of the group, one armed event. A join changes the rate; the armed event then comes
-too early, looks, and is posted again. Contexts grow by a token a step, which needs no update: an engine's context is
-``base + requests * steps``.
+a step lasts as long as the costs say for its most loaded engine. `steps` counts them as a real number that advances
+with time at the rate of the present batch, so a request that joins at the next whole step and wants g tokens leaves
+when the counter has grown by g: one heap entry of the group, one armed event. A join changes the rate; the armed event
+then comes too early, looks, and is posted again. Contexts grow by a token a step, which needs no update: an engine's
+context is ``base + requests * steps``.
 
 The most loaded engine is remembered, and looked for anew only when it loses a request: between two looks another may
 overtake it by the growth of its context alone, a part in thousands of a step.

@@ -1,8 +1,9 @@
 """The slow parts: every block read, every layer, every decode step is an event, and compute NICs share max-min fairly.
 
-They take the place of `storage.Storage`, `fabric.Fabric`, `prefill.Prefill` and `decode.Decode` in a `Simulator` that is
-made with ``exact=True``, and exist to hold those against (within 2 % on small cases, tests/sim/test_exact.py): they share
-their interface and the cost model's totals, not their shortcuts. Traffic comes from `core.load_plan`, as in the runtime.
+They take the place of `storage.Storage`, `fabric.Fabric`, `prefill.Prefill` and `decode.Decode` in a `Simulator` that
+is made with ``exact=True``, and exist to hold those against (within 2 % on small cases, tests/sim/test_exact.py): they
+share their interface and the cost model's totals, not their shortcuts. Traffic comes from `core.load_plan`, as in the
+runtime.
 """
 
 from collections import deque
@@ -60,6 +61,8 @@ class ExactFabric(Fabric):
     def __init__(self, events: Events, engines: int, bytes_per_s: float, collective_share: float) -> None:
         super().__init__(events, engines, bytes_per_s, collective_share)
         self.links = SharedLinks(events, [1e9 / self.ns_per_byte] * (2 * engines))
+        self._copies: list[deque[tuple[int, float, Action, object]]] = [deque() for _ in range(engines)]
+        """An engine's copies to its device, one under way at a time."""
 
     def move(self, source: EngineId, target: EngineId, n_bytes: int, on_done: Action, argument: object) -> None:
         """From memory that `source`'s CNIC reads to memory that `target`'s writes."""
@@ -68,8 +71,21 @@ class ExactFabric(Fabric):
         self.links.start((2 * source, 2 * target + 1), n_bytes, on_done, argument)
 
     def copy(self, decode: EngineId, n_bytes: int, least_ns: float, on_done: Action, argument: object) -> None:
+        line = self._copies[decode]
+        line.append((n_bytes, least_ns, on_done, argument))
+        if len(line) == 1:
+            self._next_copy(decode)
+
+    def _next_copy(self, decode: EngineId) -> None:
+        n_bytes, least_ns, _, _ = self._copies[decode][0]
         least_at_ns = self._events.now + int(least_ns)
-        self.move(decode, decode, n_bytes, lambda _: self._events.at(least_at_ns, on_done, argument), None)
+        self.move(decode, decode, n_bytes, lambda _: self._events.at(least_at_ns, self._copied, decode), None)
+
+    def _copied(self, decode: EngineId) -> None:
+        _, _, on_done, argument = self._copies[decode].popleft()
+        if self._copies[decode]:
+            self._next_copy(decode)
+        on_done(argument)
 
 
 class _Step:

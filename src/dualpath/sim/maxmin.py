@@ -2,12 +2,12 @@
 
 Theory of operation. A flow crosses some links and has a number of bytes left. At every change (a flow starts or ends, a
 link changes its rate) all rates are computed anew by progressive filling: everybody's rate grows together until a link
-is full, its flows stop there, the others go on. Between changes rates are constant, so the next flow to end is known and
-is the one event armed; an event that was overtaken by a change finds another number and does nothing.
+is full, its flows stop there, the others go on. Between changes rates are constant, so the next flow to end is known
+and is the one event armed; an event that was overtaken by a change finds another number and does nothing.
 
-HIGH flows (model execution) are filled first, into 99 % of every link that LOW flows use too; LOW flows then get all that
-is left of every link; and what they could not use goes back to HIGH. So neither class starves and no link idles that a
-flow could use.
+HIGH flows (model execution) are filled first, into 99 % of every link that LOW flows use too; LOW flows then get all
+that is left of every link; and what they could not use goes back to HIGH. So neither class starves and no link idles
+that a flow could use.
 """
 
 from collections.abc import Sequence

@@ -66,7 +66,7 @@ class Measurements:
         self.tpot_s.append((now - second_ns) / 1e9 / (generated - 2) if generated > 2 else 0.0)
         self.latency_s.append((now - turn.submitted_ns) / 1e9)
 
-    def turn_failed(self, turn: LiveTurn, now: int, cause: Cause) -> None:
+    def turn_failed(self, now: int, cause: Cause) -> None:
         self._integrate(now)
         self._in_system -= 1
         self.failed[cause] = self.failed.get(cause, 0) + 1

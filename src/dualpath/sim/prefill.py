@@ -8,8 +8,8 @@ waits for the next. Without it every engine is a group of its own. A step is two
     whole prompts  load + compute + transfer .......... the same, without a tail
 
 `head` is the first layer's load, `tail` the last layer's transfer. I/O is the busiest direction of the engine's own
-CNIC. A whole-prompt load takes as long as its bytes or as submitting its copies, whichever is longer. First tokens leave
-when the step ends.
+CNIC. A whole-prompt load takes as long as its bytes or as submitting its copies, whichever is longer. First tokens
+leave when the step ends.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ class PrefillGroup:
 class StepRecord:
     """What a finished step leaves behind for statistics and the trace."""
 
-    __slots__ = ("attention_mean_ns", "attention_peak_ns", "end_ns", "group", "new_tokens", "start_ns")
+    __slots__ = ("attention_mean_ns", "attention_peak_ns", "end_ns", "group", "new_tokens", "paced", "start_ns")
 
     def __init__(self, group: int, start_ns: int, end_ns: int, peak_ns: float, mean_ns: float, new_tokens: int) -> None:
         self.group = group
@@ -59,10 +59,12 @@ class StepRecord:
         self.attention_peak_ns = peak_ns
         self.attention_mean_ns = mean_ns
         self.new_tokens = new_tokens
+        self.paced: list[tuple[EngineId, float]] = []
+        """What it pulls from DEs while it lasts."""
 
 
 class Prefill:
-    """All prefill engines. Calls `on_first_token(turn)` at a prompt's end and `on_done(turns)` once its KV is shipped."""
+    """All prefill engines. Calls `on_first_token(turn)` at a prompt's end, `on_done(turns)` once its KV is shipped."""
 
     def __init__(
         self,
@@ -85,6 +87,8 @@ class Prefill:
         self.engines: dict[EngineId, PrefillEngine] = {}
         self.groups: list[PrefillGroup] = []
         self.steps: list[StepRecord] = []
+        self.chunks = 0
+        """Computed or being computed."""
         self.busy_ns = 0
         """Over groups."""
 
@@ -127,6 +131,7 @@ class Prefill:
         peak_ns = total_ns = 0.0
         new_tokens = 0
         for _, chunks in batch:
+            self.chunks += len(chunks)
             attention_ns = 0.0
             for chunk in chunks:
                 attention_ns += chunk_ns(chunk.cached_tokens, chunk.new_tokens)
@@ -141,19 +146,21 @@ class Prefill:
 
     def _run(self, group: PrefillGroup, batch: Batch, compute_ns: float, record: StepRecord) -> None:
         """Take the step, in one go; calls `_end`."""
-        step_ns, tail_ns = self._with_io(batch, compute_ns)
+        pulls: list[tuple[EngineId, int]] = []
+        step_ns, tail_ns = self._with_io(batch, compute_ns, pulls)
+        record.paced = self._fabric.pace(pulls, step_ns)
         self.busy_ns += int(step_ns)
         record.end_ns += int(step_ns)
         self._events.at(record.end_ns, self._end, (group, batch, int(tail_ns), record))
 
-    def _with_io(self, batch: Batch, compute_ns: float) -> tuple[float, float]:
-        """Length of the step, and how much later its prompts' KV is in the DE buffers."""
+    def _with_io(self, batch: Batch, compute_ns: float, pulls: list[tuple[EngineId, int]]) -> tuple[float, float]:
+        """Length of the step, and how much later its KV is in the DE buffers; adds what DEs send to `pulls`."""
         if self._free_io:
             return compute_ns, 0.0
         load = ship = both = 0
         copies_ns = 0.0
         for engine, chunks in batch:
-            read, write, shipped = self._move(engine.engine, chunks)
+            read, write, shipped = self._move(engine.engine, chunks, pulls)
             load = max(load, write)
             ship = max(ship, shipped)
             both = max(both, read, write)
@@ -168,7 +175,9 @@ class Prefill:
     def _submissions_ns(self, chunks: tuple[Chunk, ...]) -> float:
         return sum(-(-chunk.cached_tokens // BLOCK_TOKENS) for chunk in chunks) * self._costs.copy_ns_per_block
 
-    def _move(self, engine: EngineId, chunks: tuple[Chunk, ...]) -> tuple[int, int, int]:
+    def _move(
+        self, engine: EngineId, chunks: tuple[Chunk, ...], pulls: list[tuple[EngineId, int]]
+    ) -> tuple[int, int, int]:
         """Count the chunks' traffic; what the PE's CNIC reads, writes, and sends to DEs.
 
         The same bytes as `core.load_plan.chunk_plan` gives, without the ranges.
@@ -183,6 +192,8 @@ class Prefill:
             if chunk.cached_tokens == turn.hit_tokens:
                 ship_bytes += pe_bytes
             fabric.pull(engine, turn.decode_engine, pe_bytes, load_bytes - pe_bytes)
+            if load_bytes > pe_bytes:
+                pulls.append((turn.decode_engine, load_bytes - pe_bytes))
             fabric.ship(engine, turn.decode_engine, ship_bytes)
             read += pe_bytes + ship_bytes
             write += load_bytes
@@ -191,6 +202,8 @@ class Prefill:
 
     def _end(self, step: tuple[PrefillGroup, Batch, int, StepRecord]) -> None:
         group, batch, tail_ns, record = step
+        self._fabric.unpace(record.paced)
+        record.paced = []
         done = self._close(batch, record)
         if done and tail_ns:
             self._events.at(record.end_ns + tail_ns, self._on_done, done)

@@ -200,6 +200,7 @@ class Simulator:
         leg = command.leg
         if leg.side is Side.PE:
             turn.pe_tokens = leg.blocks * BLOCK_TOKENS
+            turn.load_engine = command.engine
         if self.policy.free_io:
             self.scheduler.loaded(self.events.now, command.request, command.attempt, leg.side)
             return
@@ -244,12 +245,17 @@ class Simulator:
         """Stop, and answer when the channels are quiet; reads under way go on and end in vain."""
         turn = self.lives[command.request]
         if command.engine == turn.decode_engine:
-            generated = self.decode.remove(turn)
-            if turn.first_token_ns and turn.copied_ns:
-                self._keep_generated(turn, 1 + generated)
+            self.stop_decoding(turn)
         elif turn.prefill_engine == command.engine:
             self.prefill.remove(turn)
         self.events.at(self.events.now + ABORT_NS, self._released, command)
+
+    def stop_decoding(self, turn: LiveTurn) -> None:
+        """Take the turn off its decode engine; what the client has seen is kept for the next attempt."""
+        generated = self.decode.remove(turn)
+        if turn.copied_ns:
+            self._keep_generated(turn, 1 + generated)
+            turn.copied_ns = 0
 
     def _keep_generated(self, turn: LiveTurn, tokens: int) -> None:
         """The next attempt goes on behind what the client has seen."""
@@ -265,7 +271,7 @@ class Simulator:
     def _resubmit(self, command: Resubmit) -> None:
         turn = self.lives[command.request]
         turn.attempt = command.attempt
-        turn.prefill_engine = turn.decode_engine = -1
+        turn.prefill_engine = turn.decode_engine = turn.load_engine = -1
         turn.pe_tokens = turn.copied_ns = 0
         turn.load_done_ns = [0, 0]
         self.measured.retries += 1
@@ -274,7 +280,8 @@ class Simulator:
 
     def _fail(self, command: Fail) -> None:
         turn = self.lives.pop(command.request)
-        self.measured.turn_failed(turn, self.events.now, command.cause)
+        turn.attempt = -1  # whatever is still under way for it is stale
+        self.measured.turn_failed(self.events.now, command.cause)
         self._open_agents -= 1
 
     # ── what the parts report ───────────────────────────────────────────────────────────────────────────────────────

@@ -36,6 +36,7 @@ class LiveTurn:
         "hit_tokens",
         "joined_step",
         "load_done_ns",
+        "load_engine",
         "pe_tokens",
         "prefill_engine",
         "prompt_tokens",
@@ -64,6 +65,8 @@ class LiveTurn:
         self.decode_engine = -1
         self.pe_tokens = 0
         """Hit tokens that the PE side reads."""
+        self.load_engine = -1
+        """The PE that reads for it."""
         self.load_done_ns = [0, 0]
         """When the legs of the PE and the DE side will be there."""
         self.joined_step = -1
@@ -71,6 +74,5 @@ class LiveTurn:
 
 
 def whole_blocks(tokens: int) -> int:
-    """Tokens of the whole blocks among `tokens`, 0 where there are none. A context that was computed lacks the KV of its
-    newest token, so of it one token less counts."""
+    """Tokens of the whole blocks among `tokens`. (A computed context lacks the KV of its newest token: pass one less.)"""
     return max(0, tokens) // BLOCK_TOKENS * BLOCK_TOKENS
