@@ -76,6 +76,8 @@ class Simulator:
         self.policy = policy
         self.events = Events()
         self.measured = Measurements()
+        self.on_turn: Callable[[LiveTurn], None] | None = None
+        """Called with every finished turn."""
         scheduler = Scheduler(policy, constants, limits)
         self.scheduler: Scheduler | JournaledScheduler = (
             scheduler if journal is None else JournaledScheduler(scheduler, journal)
@@ -228,6 +230,8 @@ class Simulator:
         turn = self.lives.pop(command.request)
         agent = turn.agent
         self.measured.turn_finished(turn, now)
+        if self.on_turn is not None:
+            self.on_turn(turn)
         agent.context_tokens = turn.prompt_tokens + turn.generate_tokens
         agent.taken += 1
         if agent.taken == agent.turns:

@@ -74,5 +74,5 @@ class LiveTurn:
 
 
 def whole_blocks(tokens: int) -> int:
-    """Tokens of the whole blocks among `tokens`. (A computed context lacks the KV of its newest token: pass one less.)"""
+    """Tokens of the whole blocks among `tokens`. (A computed context lacks its newest token's KV: pass one less.)"""
     return max(0, tokens) // BLOCK_TOKENS * BLOCK_TOKENS
