@@ -27,6 +27,8 @@ examples:
   dualpath serve --topology 1P2D --model DIR --store DIR --snic-rate 100MB/s
   dualpath store stat DIR                            what is in a store
   dualpath plan ds660b-2p4d                          what a cluster can do, and what limits it
+  dualpath simulate ds660b-2p4d --agents 500         the same scheduler under a virtual clock, any cluster size
+  dualpath paper                                     the paper's evaluation, theirs beside ours
   dualpath COMMAND --help                            a command's options, with examples
 """
 SERVE_EXAMPLES = """\
@@ -70,6 +72,18 @@ examples:
   dualpath plan my-cluster.toml --trace conversation_trace.jsonl --json plan.json
 """
 
+SIMULATE_EXAMPLES = """\
+CLUSTER is a preset (ds660b-2p4d, ds660b-44p88d, ds660b-48p96d, ds27b-1p1d, ds27b-2p1d, ds27b-1p2d, qwen32b-1p2d) or a
+TOML file. Agents all start at once, unless --aps says how many arrive a second.
+
+examples:
+  dualpath simulate ds660b-2p4d --agents 500
+  dualpath simulate ds660b-2p4d --system basic --aps 0.2 --duration 30min
+  dualpath simulate ds27b-1p1d --trace 32K --agents 200 --json result.json --trace-out timeline.json
+  dualpath simulate my-cluster.toml --trace session-1.json session-2.json --agents 100
+  dualpath simulate ds660b-2p4d --agents 300 --fault engine_lost:5@60s --fault snic:0@30s*0.1
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit code: 0, 1 (it failed), 2 (it was wrong), 130 (interrupted)."""
@@ -104,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_engine(commands)
     _add_store(commands)
     _add_plan(commands)
+    _add_simulate(commands)
     _add_checkpoint(commands)
     return parser
 
@@ -191,6 +206,33 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("--ttft", type=_duration_ns, default="4s", metavar="TIME", help="SLO (default: %(default)s)")
     parser.add_argument("--tpot", type=_duration_ns, default="50ms", metavar="TIME", help="SLO (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan here too")
+
+
+def _add_simulate(commands: Any) -> None:
+    parser = _command(commands, "simulate", "the scheduler under a virtual clock, on any cluster", SIMULATE_EXAMPLES)
+    parser.add_argument("cluster", metavar="CLUSTER", help="a preset or a TOML file, see below")
+    parser.add_argument("--system", choices=SYSTEMS, default="dualpath", help="(default: %(default)s)")
+    parser.add_argument(
+        "--trace",
+        nargs="+",
+        default=["64K"],
+        metavar="TRACE",
+        help="32K, 48K or 64K (the paper's), a Mooncake .jsonl, or WEKA sessions (default: 64K)",
+    )
+    parser.add_argument("--model", metavar="MODEL", help="instead of the cluster's: a name, or a config.json")
+    parser.add_argument("--max-context", type=_positive, metavar="N", help="end recorded agents here")
+    parser.add_argument("--agents", type=_positive, metavar="N", help="(default: 500, or one per recorded agent)")
+    parser.add_argument("--aps", type=_positive_number, metavar="RATE", help="agents per second, Poisson")
+    parser.add_argument(
+        "--duration", type=_duration_ns, metavar="TIME", help="stop after so long (default: at the end)"
+    )
+    parser.add_argument("--append-scale", type=_positive_number, default=1.0, metavar="X", help="times every append")
+    parser.add_argument("--generate-scale", type=_positive_number, default=1.0, metavar="X", help="times every answer")
+    parser.add_argument("--seed", type=_not_negative, default=0, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--fault", action="append", default=[], metavar="FAULT", help="KIND:NUMBER@TIME[*FACTOR]")
+    parser.add_argument("--exact", action="store_true", help="every block, layer and step an event; small cases only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+    parser.add_argument("--trace-out", type=Path, metavar="FILE", help="a timeline for chrome://tracing or Perfetto")
 
 
 def _add_checkpoint(commands: Any) -> None:

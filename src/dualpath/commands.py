@@ -125,6 +125,19 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def simulate(arguments: argparse.Namespace) -> int:
+    """Simulate a cluster; print what came out. Exit code 1 if a turn failed."""
+    from dualpath.sim.command import SimulationError, run_command
+    from dualpath.sim.table import result_table
+
+    console = _console()
+    with _usage_errors(SimulationError), _command_errors(OSError):
+        result = run_command(arguments, console)
+    _write_json(arguments.json, result)
+    console.print(result_table(result))
+    return 1 if result.failed else 0
+
+
 def store_stat(arguments: argparse.Namespace) -> int:
     """Print what is in a store."""
     from dualpath.kv.inspect import stat

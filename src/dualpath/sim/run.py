@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import msgspec
 import numpy as np
 
-from dualpath.core.policy import SYSTEMS, Constants
+from dualpath.core.policy import SYSTEMS
 from dualpath.core.vocabulary import Role
 from dualpath.sim.costs import Calibration
 from dualpath.sim.faults import Fault, plan_faults
@@ -58,11 +58,16 @@ Progress = Callable[[Simulator], None]
 def run_scenario(scenario: Scenario, on_progress: Progress | None = None) -> tuple[SimulationResult, Simulator]:
     """Simulate. Raises `machine.MachineError` for a cluster whose memory holds nothing."""
     simulator = prepare(scenario)
+    return finish_scenario(scenario, simulator, on_progress), simulator
+
+
+def finish_scenario(scenario: Scenario, simulator: Simulator, on_progress: Progress | None = None) -> SimulationResult:
+    """Run what `prepare` made."""
     started_s = time.process_time()
     until_ns = None if scenario.duration_s is None else round(scenario.duration_s * 1e9)
     with _without_garbage_collection():
         simulator.run(until_ns, on_progress)
-    return summarize(scenario, simulator, time.process_time() - started_s), simulator
+    return summarize(scenario, simulator, time.process_time() - started_s)
 
 
 def prepare(scenario: Scenario, journal: Callable[[bytes], object] | None = None) -> Simulator:
@@ -74,7 +79,7 @@ def prepare(scenario: Scenario, journal: Callable[[bytes], object] | None = None
     simulator = Simulator(
         machine,
         SYSTEMS[scenario.system],
-        Constants(**msgspec.structs.asdict(constants)),
+        constants,
         limits_for(len(scenario.agents)),
         exact=scenario.exact,
         balance_window_ns=round(scenario.balance_window_s * 1e9),

@@ -146,20 +146,22 @@ class Simulator:
             self.events.at(int(start), self._start, Agent(number, int(start), turns))
 
     def run(self, until_ns: int | None = None, on_progress: Callable[["Simulator"], None] | None = None) -> None:
-        """Until all agents are done, or the clock passes `until_ns`. `on_progress` is called now and then."""
-        events = self.events
-        heap_step, drain = events.step, self._drain
+        """Until all agents are done, or until `until_ns`. `on_progress` is called now and then."""
+        step, drain = self.events.step, self._drain
+        if until_ns is not None:
+            self.events.at(until_ns, self._stop)
         countdown = 0
         while self._open_agents:
-            heap_step()
+            step()
             drain()
             countdown -= 1
             if countdown < 0:
                 countdown = 20_000
                 if on_progress is not None:
                     on_progress(self)
-                if until_ns is not None and events.now >= until_ns:
-                    break
+
+    def _stop(self, _: None) -> None:
+        self._open_agents = 0
 
     def _start(self, agent: Agent) -> None:
         self.measured.agent_started()
