@@ -84,6 +84,16 @@ examples:
   dualpath simulate ds660b-2p4d --agents 300 --fault engine_lost:5@60s --fault snic:0@30s*0.1
 """
 
+PAPER_EXAMPLES = """\
+Items: cache-compute, pd-range, offline, append-scaling, ablation, balance, pd-sweep, online, working-set, scale-online,
+scale-offline, scheduler-cpu. All of them where none is named: about an hour on one core, half of it for the last three.
+
+examples:
+  dualpath paper
+  dualpath paper cache-compute pd-range ablation --json rows.json
+  dualpath paper offline pd-sweep --scale 0.25         a quarter of the agents: quicker, and another question
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit code: 0, 1 (it failed), 2 (it was wrong), 130 (interrupted)."""
@@ -119,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_store(commands)
     _add_plan(commands)
     _add_simulate(commands)
+    _add_paper(commands)
     _add_checkpoint(commands)
     return parser
 
@@ -233,6 +244,16 @@ def _add_simulate(commands: Any) -> None:
     parser.add_argument("--exact", action="store_true", help="every block, layer and step an event; small cases only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
     parser.add_argument("--trace-out", type=Path, metavar="FILE", help="a timeline for chrome://tracing or Perfetto")
+
+
+def _add_paper(commands: Any) -> None:
+    parser = _command(commands, "paper", "the paper's evaluation: theirs beside ours", PAPER_EXAMPLES)
+    parser.add_argument("items", nargs="*", metavar="ITEM", help="(default: all)")
+    parser.add_argument("--scale", type=_positive_number, default=1.0, metavar="X", help="times the agents at once")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/results"), metavar="DIR", help="for paper.md, paper.png (%(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows, constants and every simulation's result")
 
 
 def _add_checkpoint(commands: Any) -> None:

@@ -138,6 +138,24 @@ def simulate(arguments: argparse.Namespace) -> int:
     return 1 if result.failed else 0
 
 
+def paper(arguments: argparse.Namespace) -> int:
+    """Simulate the paper's evaluation; print and write theirs beside ours."""
+    from dualpath.paper.document import document_of, table_of, write_results
+    from dualpath.paper.items import rows_of
+    from dualpath.paper.runner import Runner
+
+    console = _console()
+    with _usage_errors(ValueError):
+        runner = Runner(arguments.scale, announce=lambda name: console.print(f"simulating {name}", highlight=False))
+        rows = rows_of(arguments.items, runner)
+    with _command_errors(OSError):
+        write_results(rows, arguments.items, arguments.out)
+    _write_json(arguments.json, document_of(rows, runner))
+    console.print(table_of(rows))
+    console.print(f"written: {arguments.out}/paper.md, {arguments.out}/paper.png", highlight=False)
+    return 0
+
+
 def store_stat(arguments: argparse.Namespace) -> int:
     """Print what is in a store."""
     from dualpath.kv.inspect import stat

@@ -36,6 +36,9 @@ class Measurements:
         self.generated_tokens = 0
         self.turn_ns = 0
         """Turns in the system, integrated over time (Little's law: this is also the sum of their latencies)."""
+        self.context_token_ns = 0
+        """Tokens of context that unfinished agents have built up, integrated over time: the working set."""
+        self._context_tokens = 0
         self._in_system = 0
         self._since_ns = 0
 
@@ -44,6 +47,7 @@ class Measurements:
 
     def agent_finished(self, agent: Agent, now: int) -> None:
         self.agents_finished += 1
+        self._context_tokens -= agent.context_tokens
         self.agent_jct_s.append((now - agent.start_ns) / 1e9)
 
     def turn_submitted(self, now: int) -> None:
@@ -53,6 +57,7 @@ class Measurements:
 
     def turn_finished(self, turn: LiveTurn, now: int) -> None:
         self._integrate(now)
+        self._context_tokens += turn.prompt_tokens + turn.generate_tokens - turn.agent.context_tokens
         self._in_system -= 1
         self.finished += 1
         generated = turn.generate_tokens + turn.done_tokens
@@ -72,5 +77,7 @@ class Measurements:
         self.failed[cause] = self.failed.get(cause, 0) + 1
 
     def _integrate(self, now: int) -> None:
-        self.turn_ns += (now - self._since_ns) * self._in_system
+        spent_ns = now - self._since_ns
+        self.turn_ns += spent_ns * self._in_system
+        self.context_token_ns += spent_ns * self._context_tokens
         self._since_ns = now

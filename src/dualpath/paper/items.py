@@ -1,0 +1,31 @@
+"""The paper's evaluation by item: what `dualpath paper` can be asked for."""
+
+from collections.abc import Callable, Sequence
+
+from dualpath.paper import facts, offline, online
+from dualpath.paper.rows import Row
+from dualpath.paper.runner import Runner
+
+ITEMS: dict[str, Callable[[Runner], list[Row]]] = {
+    "cache-compute": facts.cache_compute,
+    "pd-range": facts.pd_range,
+    "offline": offline.offline,
+    "append-scaling": offline.append_scaling,
+    "ablation": offline.ablation,
+    "balance": offline.balance,
+    "pd-sweep": offline.pd_sweep,
+    "online": online.online,
+    "working-set": online.working_set,
+    "scale-online": online.scale_online,
+    "scale-offline": offline.scale_offline,
+    "scheduler-cpu": offline.scheduler_cpu,
+}
+"""By name, in the order of a full run: the largest simulations come last."""
+
+
+def rows_of(names: Sequence[str], runner: Runner) -> list[Row]:
+    """Rows of the named items, all of them where none is named. Raises ValueError for an unknown name."""
+    unknown = [name for name in names if name not in ITEMS]
+    if unknown:
+        raise ValueError(f"no item {unknown[0]!r}; choose from {', '.join(ITEMS)}")
+    return [row for name in (names or ITEMS) for row in ITEMS[name](runner)]

@@ -1,0 +1,76 @@
+"""Items with agents that arrive one by one: how many a second a system can take within its SLO, and at what latency."""
+
+from dualpath.paper.rows import Row, row
+from dualpath.paper.runner import Run, Runner
+from dualpath.sim.result import SimulationResult
+
+DS660B, DS27B = "ds660b-2p4d", "ds27b-1p1d"
+SLO_TTFT_S, SLO_TPOT_S = 4.0, 0.05
+CAPACITY_STEP = 0.04
+"""Relative width to which a capacity is narrowed down."""
+AT_660B = 0.4
+
+
+def within_slo(result: SimulationResult) -> bool:
+    """Means over turns, as the paper's figures are."""
+    return result.ttft_s.mean <= SLO_TTFT_S and result.tpot_s.mean <= SLO_TPOT_S
+
+
+def capacity(runner: Runner, preset: str, system: str, guess: float) -> float:
+    """Agents per second up to which the SLO holds: by doubling or halving from `guess`, then bisection."""
+    good = bad = guess
+    while within_slo(runner.online(preset, system, good)):
+        bad, good = good * 1.6, good
+        if not within_slo(runner.online(preset, system, bad)):
+            break
+        good = bad
+    else:
+        while not within_slo(runner.online(preset, system, good)):
+            bad, good = good, good / 1.6
+    while bad / good > 1 + CAPACITY_STEP:
+        middle = round((bad * good) ** 0.5, 4)
+        good, bad = (middle, bad) if within_slo(runner.online(preset, system, middle)) else (good, middle)
+    return good
+
+
+def online(runner: Runner) -> list[Row]:
+    """APS capacity within TTFT 4 s and TPOT 50 ms, Ours over Basic."""
+    rows = []
+    for name, preset, theirs, guess in (("DS 660B", DS660B, 2.25, 0.5), ("DS 27B", DS27B, 1.67, 0.4)):
+        basic, ours = (capacity(runner, preset, system, guess) for system in ("basic", "dualpath"))
+        note = f"{ours:.2f} and {basic:.2f} agents a second"
+        rows.append(row("online", f"{name}: APS of Ours over Basic", theirs, ours / basic, note=note))
+    return rows
+
+
+def scale_online(runner: Runner) -> list[Row]:
+    """Latencies at 0.4 agents a second on 2P4D, and at 22 times both."""
+    small = runner.online(DS660B, "dualpath", AT_660B)
+    large = runner.online("ds660b-44p88d", "dualpath", AT_660B * 22)
+    small_tpot = "fits the fixed part of a decode step"
+    return [
+        row("scale-online", "2P4D, 0.4 APS: TTFT, s", 1.739, small.ttft_s.mean),
+        row("scale-online", "2P4D, 0.4 APS: TTST, s", 0.228, small.ttst_s.mean),
+        row("scale-online", "2P4D, 0.4 APS: TPOT, s", 0.039, small.tpot_s.mean, "fitted", small_tpot),
+        row("scale-online", "44P88D, 8.8 APS: TTFT, s", 1.847, large.ttft_s.mean),
+        row("scale-online", "44P88D, 8.8 APS: TTST, s", 0.194, large.ttst_s.mean),
+        row("scale-online", "44P88D, 8.8 APS: TPOT, s", 0.036, large.tpot_s.mean),
+        row("scale-online", "TTFT, 44P88D over 2P4D", 1.847 / 1.739, large.ttft_s.mean / small.ttft_s.mean),
+    ]
+
+
+def working_set(runner: Runner) -> list[Row]:
+    """KV of the agents in the system, DS 660B."""
+    rows = []
+    for agents_per_s, theirs in ((0.1, 69.0), (0.45, 681.0)):
+        runner.online(DS660B, "dualpath", agents_per_s)
+        ours = next(
+            n_bytes
+            for run, n_bytes in runner.working_sets.items()
+            if (run.preset, run.system, run.agents_per_s) == (DS660B, "dualpath", agents_per_s)
+        )
+        rows.append(row("working-set", f"{agents_per_s:g} APS, GB", theirs, ours / 1e9))
+    return rows
+
+
+__all__ = ["Run", "capacity", "online", "scale_online", "within_slo", "working_set"]

@@ -1,0 +1,95 @@
+"""The simulations behind the rows: each is run once, however many rows it appears in."""
+
+from collections.abc import Callable
+
+import msgspec
+
+from dualpath.sim.calibration import FITTED
+from dualpath.sim.costs import Calibration
+from dualpath.sim.result import SimulationResult
+from dualpath.sim.run import Scenario, finish_scenario, prepare
+from dualpath.sim.workloads import agents_of
+from dualpath.spec.cluster import load_cluster
+
+ONLINE_S = 3600.0
+"""Length of an open-ended run; its second half is measured. The paper runs until a 150 s window is steady."""
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """What distinguishes one simulation from another."""
+
+    preset: str
+    system: str
+    agents: int
+    trace: str = "64K"
+    agents_per_s: float | None = None
+    append_scale: float = 1.0
+
+
+class Runner:
+    """Runs and remembers. `scale` shrinks the number of agents of offline runs, `announce` hears of every new run."""
+
+    def __init__(
+        self,
+        scale: float = 1.0,
+        announce: Callable[[str], object] = lambda _: None,
+        calibration: Calibration = FITTED,
+    ) -> None:
+        if not 0 < scale <= 1:
+            raise ValueError(f"scale is {scale}; it must be above 0 and at most 1")
+        self.scale = scale
+        self.calibration = calibration
+        self._announce = announce
+        self._results: dict[Run, SimulationResult] = {}
+        self.working_sets: dict[Run, float] = {}
+        """Bytes of KV of the agents in the system, in the mean over an online run's second half."""
+
+    def offline(
+        self, preset: str, system: str, agents: int, trace: str = "64K", append_scale: float = 1.0
+    ) -> SimulationResult:
+        """All agents at once; `simulated_s` is the JCT."""
+        scaled = max(8, round(agents * self.scale))
+        return self.run(Run(preset=preset, system=system, agents=scaled, trace=trace, append_scale=append_scale))
+
+    def online(self, preset: str, system: str, agents_per_s: float, trace: str = "64K") -> SimulationResult:
+        """Poisson arrivals."""
+        agents = round(agents_per_s * ONLINE_S * 1.2) + 20
+        return self.run(Run(preset=preset, system=system, agents=agents, trace=trace, agents_per_s=agents_per_s))
+
+    def run(self, run: Run) -> SimulationResult:
+        """The result, simulated now or before."""
+        if run not in self._results:
+            self._announce(_name(run))
+            self._results[run] = self._simulate(run)
+        return self._results[run]
+
+    def runs(self) -> list[SimulationResult]:
+        """Every result so far, in the order in which they were made."""
+        return list(self._results.values())
+
+    def _simulate(self, run: Run) -> SimulationResult:
+        scenario = Scenario(
+            cluster=load_cluster(run.preset),
+            agents=agents_of([run.trace], run.agents, append_scale=run.append_scale),
+            trace=run.trace,
+            system=run.system,
+            calibration=self.calibration,
+            agents_per_s=run.agents_per_s,
+            duration_s=None if run.agents_per_s is None else ONLINE_S,
+        )
+        simulator = prepare(scenario)
+        halfway: list[int] = []
+        if run.agents_per_s is not None:
+            half_ns = round(ONLINE_S / 2 * 1e9)
+            simulator.events.at(half_ns, lambda _: halfway.append(simulator.measured.context_token_ns))
+        result = finish_scenario(scenario, simulator)
+        if halfway:
+            token_s = (simulator.measured.context_token_ns - halfway[0]) / 1e9
+            self.working_sets[run] = token_s / (ONLINE_S / 2) * simulator.machine.costs.kv_bytes_per_token
+        return result
+
+
+def _name(run: Run) -> str:
+    how = f"{run.agents:,} agents at once" if run.agents_per_s is None else f"{run.agents_per_s:g} agents a second"
+    scaled = "" if run.append_scale == 1 else f", appends times {run.append_scale:g}"
+    return f"{run.preset}, {run.system}, {run.trace}, {how}{scaled}"
