@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from dualpath.kv.store import StoreError
 from dualpath.runtime.cluster import Cluster
 from dualpath.runtime.config import ClusterConfig
 from dualpath.server import create_app, load_tokenizer, serve
@@ -18,7 +19,7 @@ def run(config: ClusterConfig, local_engines: bool = True) -> int:
     """Serve until SIGINT or SIGTERM; returns the process's exit code."""
     try:
         return asyncio.run(_run(config, local_engines))
-    except (OSError, RuntimeError, TimeoutError, ValueError) as error:
+    except (OSError, RuntimeError, StoreError, TimeoutError, ValueError) as error:
         print(f"dualpath serve: {error}", file=sys.stderr, flush=True)
         return 1
 

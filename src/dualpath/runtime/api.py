@@ -1,6 +1,6 @@
 """The runtime's public face: what a server, or a test, asks of a cluster and what it gets back."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 import msgspec
@@ -66,8 +66,8 @@ class Generator(Protocol):
     @property
     def model(self) -> ModelFacts: ...
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[GeneratedTokens]:
-        """Stream tokens as engines produce them. Closing the iterator cancels the request and frees all it holds.
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[GeneratedTokens, None]:
+        """Stream tokens as engines produce them. Closing it (`aclose`) cancels the request and frees all it holds.
 
         Raises RequestError: 429 when admission is full, 503 when no engine is left, 400 when it can never fit, 504 on a
         deadline.

@@ -21,27 +21,35 @@ class Cluster:
         self._local_engines = local_engines
         self.coordinator: Coordinator
         self.supervisor: Supervisor
-        self._watch: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Cluster":
+        """Raises TimeoutError, RuntimeError, OSError, StoreError saying why there is no cluster."""
         self.coordinator = Coordinator(self.config, kill_engine=self._kill)
         self.supervisor = Supervisor(self.config, self.coordinator.control_address)
-        await self.coordinator.start()
         try:
+            self.coordinator.start()
             if self._local_engines:
                 self.supervisor.start()
-                self._watch = asyncio.create_task(self.supervisor.watch(self._on_exit))
-            await self.coordinator.membership.complete(JOIN_TIMEOUT_S)
+                self.coordinator.watch(asyncio.create_task(self.supervisor.watch(self._on_exit)))
+            await self._complete()
         except BaseException:
             await self.__aexit__()
             raise
         return self
 
+    async def _complete(self) -> None:
+        """Every engine has joined; or the coordinator broke before."""
+        joining = asyncio.create_task(self.coordinator.membership.complete(JOIN_TIMEOUT_S))
+        try:
+            await asyncio.wait([joining, self.coordinator.failure], return_when=asyncio.FIRST_COMPLETED)
+            if self.coordinator.failure.done():
+                self.coordinator.failure.result()
+            await joining
+        finally:
+            joining.cancel()
+
     async def __aexit__(self, *_: object) -> None:
         await self.coordinator.stop()
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
         await asyncio.to_thread(self.supervisor.stop)
 
     def _kill(self, pid: int) -> None:

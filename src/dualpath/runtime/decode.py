@@ -7,48 +7,23 @@ are written to storage from the buffer, generated ones from the device as each f
 `Finished`.
 
 `AbortAttempt` stops generation but lets complete blocks reach storage, so that an agent which stopped reading early
-still finds its prefix next turn.
+still finds its prefix next turn. Pages are given back by one task only: `_decode` once there is one, `_abort` before.
 """
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
-from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, Side
+from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, EngineId, Side
 from dualpath.engine import DecodeEngine, LoadedModel, StepOutput
-from dualpath.kv.keys import BlockKey, Namespace, block_keys
-from dualpath.kv.store import StoreWriteError
+from dualpath.kv.store import StoreError
 from dualpath.runtime import messages as m
+from dualpath.runtime.decode_attempt import DecodeAttempt
 from dualpath.runtime.draws import draw_message
 from dualpath.runtime.engine_host import EngineHost, Owner
+from dualpath.runtime.persisting import Persister
 
-
-class DecodeAttempt:
-    """What the DE holds of one attempt."""
-
-    def __init__(self, owner: Owner, sequence: int, message: m.PrepareDecode, pages: list[int]) -> None:
-        self.owner = owner
-        self.sequence = sequence
-        self.prompt_tokens = message.prompt_tokens
-        self.hit_blocks = message.hit_tokens // BLOCK_TOKENS
-        self.space: Namespace = message.namespace
-        self.keys: list[BlockKey] = list(message.keys)
-        """Of every full block so far; grows as generated blocks fill."""
-        self.tail_token_ids: list[int] = []
-        """Tokens after the last full block, KV known or about to be."""
-        self.pages: dict[int, int] = dict(enumerate(pages))
-        """Block → page of the DE buffer, while held."""
-        self.reading = False
-        self.entered: asyncio.Task[None] | None = None
-        self.admitted = False
-        self.finish_reason: str | None = None
-        self.aborted = False
-        self.to_persist: asyncio.Queue[int | None] = asyncio.Queue()
-        """Generated blocks that are full, then None. Bounded by the attempt's device blocks."""
-        self.queued_blocks = 0
-        self.storing = True
-        """False once a write has failed: later blocks could not be reached anyway."""
+QUIET_TIMEOUT_S = 5.0
+"""How long a lost peer may take to be proven quiet before the pages it could touch are quarantined."""
 
 
 class DecodeWorker:
@@ -58,25 +33,31 @@ class DecodeWorker:
         self._host = host
         self._engine = DecodeEngine(model, hbm_blocks)
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="copies")
+        self._persister = Persister(host, self._engine, self._copies)
         self._attempts: dict[Owner, DecodeAttempt] = {}
         self._by_sequence: dict[int, DecodeAttempt] = {}
         self._next_sequence = 0
         self._joined: set[int] = set()
+        """Sequences that still generate."""
         self._work = asyncio.Event()
         host.gauge_sources.append(self._gauges)
         host.spawn(self._run_steps())
 
     def handle(self, message: m.ToEngine) -> None:
+        """Carry out one message. One about an attempt that is not here (any more) is dropped and counted."""
         match message:
             case m.PrepareDecode():
                 self._prepare(message)
-            case m.LoadLeg():
-                self._host.spawn(self._load(message))
-            case m.StartDecode():
-                attempt = self._attempts[message.request, message.attempt]
-                attempt.entered = self._host.spawn(self._decode(attempt, message))
+            case m.LoadLeg() | m.StartDecode():
+                attempt = self._attempts.get((message.request, message.attempt))
+                if attempt is None or attempt.aborted or attempt.entered is not None:
+                    self._host.counters["stale_messages"] += 1
+                elif isinstance(message, m.LoadLeg):
+                    attempt.loading = self._host.spawn(self._load(attempt, message))
+                else:
+                    attempt.entered = self._host.spawn(self._decode(attempt, message))
             case m.AbortAttempt():
-                self._host.spawn(self._abort(message))
+                self._abort(message)
             case m.PeerLost():
                 self._host.server.quiesce(str(message.engine), disconnect=True)
             case _:
@@ -92,16 +73,18 @@ class DecodeWorker:
         self._attempts[owner] = attempt
         self._host.send(m.Prepared(*owner, pages))
 
-    async def _load(self, message: m.LoadLeg) -> None:
-        attempt = self._attempts[message.request, message.attempt]
+    async def _load(self, attempt: DecodeAttempt, message: m.LoadLeg) -> None:
         leg = message.leg
         pages = [attempt.pages[block] for block in range(leg.first_block, leg.first_block + leg.blocks)]
-        attempt.reading = True
-        faults = await self._host.read_leg(message.namespace, message.keys, pages, lambda: attempt.aborted)
-        attempt.reading = False
+        try:
+            faults = await self._host.blocks.read_leg(message.namespace, message.keys, pages, lambda: attempt.aborted)
+        except StoreError as error:
+            self._host.log(f"request {message.request} can't be loaded: {error}")
+            self._host.send(m.LoadFailed(*attempt.owner, Side.DE, []))
+            return
         if attempt.aborted:
-            self._release(attempt)
-        elif faults:
+            return
+        if faults:
             self._host.send(m.LoadFailed(*attempt.owner, Side.DE, faults))
         else:
             self._host.send(m.Loaded(*attempt.owner, Side.DE))
@@ -112,7 +95,6 @@ class DecodeWorker:
         """From a complete DE buffer to nothing held: device copy, generation and persisting, then `Finished`."""
         loop = asyncio.get_running_loop()
         attempt.tail_token_ids = [*message.tail_token_ids, message.draw.token_id]
-        self._by_sequence[attempt.sequence] = attempt
         self._engine.admit(
             attempt.sequence,
             prompt_tokens=attempt.prompt_tokens,
@@ -120,19 +102,16 @@ class DecodeWorker:
             sampling=message.sampling,
             generated_so_far=message.generated_tokens,
         )
-        attempt.admitted = True
+        self._by_sequence[attempt.sequence] = attempt
         await loop.run_in_executor(self._copies, self._fill, attempt)
         computed = range(attempt.hit_blocks, len(attempt.keys))
         self._free_pages(attempt, [block for block in attempt.pages if block not in computed])
         if not attempt.aborted:
-            reason = self._engine.join(attempt.sequence)
-            if reason is not None:
-                self._end(attempt, reason)
-            else:
-                self._joined.add(attempt.sequence)
-                self._work.set()
-        await self._persist_prompt(attempt, computed)
-        await self._persist_generated(attempt)
+            self._join(attempt)
+        for block in computed:
+            await self._persister.block_in_buffer(attempt, block)
+            self._free_pages(attempt, [block])
+        await self._persister.generated_blocks(attempt)
         await loop.run_in_executor(self._copies, self._engine.release, attempt.sequence)
         self._finish(attempt)
 
@@ -140,12 +119,20 @@ class DecodeWorker:
         """On the copying thread: DE buffer → device, one Full Block after the other, through the CNIC."""
         layout = self._host.layout
         for block, page in attempt.pages.items():
+            if attempt.aborted:
+                return
             tokens = min(BLOCK_TOKENS, attempt.prompt_tokens - block * BLOCK_TOKENS)
             self._host.traffic.local_copy(layout.layers * tokens * layout.token_bytes)
-            self._engine.fill_block(attempt.sequence, block, self._page(page), tokens)
+            view = self._host.pool.view(page)[: layout.full_block_bytes]
+            self._engine.fill_block(attempt.sequence, block, view, tokens)
 
-    def _page(self, page: int) -> np.ndarray:
-        return self._host.pool.view(page)[: self._host.layout.full_block_bytes]
+    def _join(self, attempt: DecodeAttempt) -> None:
+        reason = self._engine.join(attempt.sequence)
+        if reason is not None:
+            attempt.end(reason)  # the first token was the last
+        else:
+            self._joined.add(attempt.sequence)
+            self._work.set()
 
     async def _run_steps(self) -> None:
         loop = asyncio.get_running_loop()
@@ -166,17 +153,17 @@ class DecodeWorker:
         self._host.counters["decode_steps"] += 1
         step = []
         for output in outputs:
+            if output.sequence not in self._joined:
+                continue  # it ended, failed or was released while the step ran
             attempt = self._by_sequence[output.sequence]
-            if attempt.finish_reason is not None:
-                continue  # ended while the step ran
             if output.draw is None:
                 self._fail(attempt, output.error)
                 continue
             step.append(m.StepTokens(*attempt.owner, draw_message(output.draw)))
-            attempt.tail_token_ids.append(output.draw.token_id)
-            self._queue_full_blocks(attempt)
+            attempt.add_token(output.draw.token_id)
             if output.finish_reason is not None:
-                self._end(attempt, output.finish_reason)
+                self._joined.discard(output.sequence)
+                attempt.end(output.finish_reason)
         self._host.counters["decode_tokens"] += len(step)
         if step:
             self._host.send(m.Tokens(step))
@@ -184,58 +171,9 @@ class DecodeWorker:
     def _fail(self, attempt: DecodeAttempt, error: Exception | None) -> None:
         """The attempt generates nothing more; what it holds stays until it is aborted."""
         self._joined.discard(attempt.sequence)
+        attempt.storing = False  # KV that fails a step may be damaged: a checksum would only seal the damage
         self._host.log(f"request {attempt.owner[0]} attempt {attempt.owner[1]} failed: {error!r}")
         self._host.send(m.AttemptFailed(*attempt.owner, Cause.COMPUTE_FAILED, repr(error)))
-
-    def _queue_full_blocks(self, attempt: DecodeAttempt) -> None:
-        """Blocks that this step filled are persisted at once (paper §4.1). The newest token's KV does not exist yet."""
-        while len(attempt.tail_token_ids) > BLOCK_TOKENS:
-            parent = attempt.keys[-1] if attempt.keys else attempt.space.root
-            attempt.keys += block_keys(parent, attempt.tail_token_ids[:BLOCK_TOKENS])
-            del attempt.tail_token_ids[:BLOCK_TOKENS]
-            attempt.to_persist.put_nowait(len(attempt.keys) - 1)
-
-    def _end(self, attempt: DecodeAttempt, reason: str) -> None:
-        if attempt.finish_reason is None:
-            attempt.finish_reason = reason
-            self._joined.discard(attempt.sequence)
-            attempt.to_persist.put_nowait(None)
-
-    # ── persisting ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def _persist_prompt(self, attempt: DecodeAttempt, computed: range) -> None:
-        """Prompt blocks computed by the prefill engine: from the DE buffer, in order, each page freed when written."""
-        for block in computed:
-            await self._write(attempt, block, self._page(attempt.pages[block]))
-            self._free_pages(attempt, [block])
-
-    async def _persist_generated(self, attempt: DecodeAttempt) -> None:
-        staging = np.empty(self._host.layout.full_block_bytes, dtype=np.uint8)
-        loop = asyncio.get_running_loop()
-        while (block := await attempt.to_persist.get()) is not None:
-            await loop.run_in_executor(self._copies, self._engine.copy_block, attempt.sequence, block, staging)
-            self._host.traffic.local_copy(staging.nbytes)
-            await self._write(attempt, block, staging)
-
-    async def _write(self, attempt: DecodeAttempt, block: int, payload: np.ndarray) -> None:
-        """Buffer → storage over this engine's SNIC; reported as stored only when durable and verified."""
-        if not attempt.storing:
-            return
-        key = attempt.keys[block]
-        parent = attempt.keys[block - 1] if block else attempt.space.root
-        store = self._host.store(attempt.space)
-        loop = asyncio.get_running_loop()
-        try:
-            physical_bytes = await loop.run_in_executor(
-                self._host.block_writes, store.write, key, parent, payload, self._host.pace_write
-            )
-        except StoreWriteError as error:
-            # Serving goes on without this prefix in storage; the counter and the log say so.
-            attempt.storing = False
-            self._host.counters["store_write_errors"] += 1
-            self._host.log(f"block {key.hex()} could not be stored: {error}")
-            return
-        self._host.send(m.Stored([m.StoredBlock(key, parent, physical_bytes)]))
 
     # ── giving back ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -248,26 +186,45 @@ class DecodeWorker:
             assert attempt.finish_reason is not None
             self._host.send(m.Finished(*attempt.owner, attempt.finish_reason))
 
-    async def _abort(self, message: m.AbortAttempt) -> None:
+    def _abort(self, message: m.AbortAttempt) -> None:
         """The prefill engine has stopped (its word, or its death) before this message is sent."""
         owner = (message.request, message.attempt)
         attempt = self._attempts.get(owner)
         if attempt is None:
             self._host.send(m.Released(*owner))
-            return
-        attempt.aborted = True
-        if attempt.entered is not None:
-            self._end(attempt, "abort")  # `_decode` goes on to persist what is complete and then releases
-            return
-        if message.lost_peer is not None:
-            await asyncio.wrap_future(self._host.server.quiesce(str(message.lost_peer), disconnect=True))
-        if not attempt.reading:
-            self._release(attempt)
+        elif attempt.aborted:
+            self._host.counters["stale_messages"] += 1
+        elif attempt.entered is not None:
+            attempt.aborted = True
+            self._joined.discard(attempt.sequence)
+            attempt.end("abort")  # `_decode` goes on to persist what is complete and then releases
+        else:
+            attempt.aborted = True
+            self._host.spawn(self._withdraw(attempt, message.lost_peer))
 
-    def _release(self, attempt: DecodeAttempt) -> None:
+    async def _withdraw(self, attempt: DecodeAttempt, lost_peer: EngineId | None) -> None:
+        """Give the pages back once nobody writes into them: neither our own reads nor a lost peer."""
+        if attempt.loading is not None:
+            await asyncio.wait([attempt.loading])
+        if lost_peer is not None:
+            await self._prove_quiet(attempt, lost_peer)
+        self._host.pool.release_quarantine(attempt.owner)
         self._host.pool.free(attempt.owner, list(attempt.pages.values()))
         del self._attempts[attempt.owner]
         self._host.send(m.Released(*attempt.owner))
+
+    async def _prove_quiet(self, attempt: DecodeAttempt, peer: EngineId) -> None:
+        """Disconnect the peer and wait for the proof that it touches our pages no more.
+
+        A peer that hangs with our memory mapped proves nothing until it dies; the pages spend the time until then in
+        quarantine. `Released` waits as well, so core goes on to count the blocks as held.
+        """
+        quiet = asyncio.wrap_future(self._host.server.quiesce(str(peer), disconnect=True))
+        if not (await asyncio.wait([quiet], timeout=QUIET_TIMEOUT_S))[0]:
+            self._host.pool.quarantine(attempt.owner, list(attempt.pages.values()))
+            self._host.log(f"{len(attempt.pages)} pages are quarantined: engine {peer} is not known to be quiet")
+            attempt.pages.clear()
+        await quiet
 
     def _free_pages(self, attempt: DecodeAttempt, blocks: list[int]) -> None:
         if not blocks:

@@ -1,4 +1,4 @@
-"""What a prefill and a decode engine have in common: control socket, buffer, NICs, data server, block reading.
+"""What a prefill and a decode engine have in common: control socket, buffer, NICs, data server, block I/O.
 
 Threads of an engine process: the asyncio main thread (control only), one compute thread (torch), a few I/O threads that
 read and write blocks, and the data channels' own. KV bytes never pass through the main thread.
@@ -6,7 +6,6 @@ read and write blocks, and the data channels' own. KV bytes never pass through t
 
 import asyncio
 import sys
-import tempfile
 import time
 import uuid
 from collections import Counter
@@ -14,24 +13,19 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import zmq
 import zmq.asyncio
 
-from dualpath.core.vocabulary import EngineId, TrafficClass
-from dualpath.kv.block_file import BlockError
-from dualpath.kv.keys import BlockKey, Namespace
+from dualpath.core.vocabulary import EngineId
 from dualpath.kv.layout import KVLayout
-from dualpath.kv.store import PosixStore
 from dualpath.runtime import messages as m
-from dualpath.runtime.config import ClusterConfig
+from dualpath.runtime.block_io import BlockIO
+from dualpath.runtime.data_address import data_bind_address
 from dualpath.runtime.links import CONTROL_QUEUE_MESSAGES
 from dualpath.transfer import BufferPool, ChannelServer, TrafficManager
 
-IO_THREADS = 2
-"""Threads that read blocks, and as many that write them: enough to keep a NIC busy while one of them verifies a
-checksum.
-"""
+JOIN_TIMEOUT_S = 600.0
+"""How long an engine waits to be welcomed: for the coordinator to start, or for the first prefill engine to join."""
 
 Owner = tuple[int, int]
 """Who holds buffer pages: (request, attempt)."""
@@ -47,20 +41,20 @@ class EngineHost:
         self.traffic = TrafficManager(snic_bytes_per_s=cluster.snic_rate, cnic_bytes_per_s=cluster.cnic_rate)
         name = uuid.uuid4().hex[:12]
         self.pool = BufferPool.create(name, layout.full_block_bytes, buffer_blocks)
-        self.server = ChannelServer(self.pool, self.traffic, _data_bind_address(cluster, name))
-        self.block_reads = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="block-reads")
-        self.block_writes = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="block-writes")
+        self.server = ChannelServer(self.pool, self.traffic, data_bind_address(cluster, name))
+        self.blocks = BlockIO(cluster, layout, self.pool, self.traffic)
         self.compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self.engine: EngineId | None = None
         self.counters: Counter[str] = Counter()
         self.gauge_sources: list[Callable[[], dict[str, float]]] = [self._own_gauges]
-        self._stores: dict[str, PosixStore] = {}
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.set_hwm(CONTROL_QUEUE_MESSAGES)
-        self._last_ack_ns = time.monotonic_ns()
+        self._heard_ns = 0
+        self._dismissed = False
+        self._reason = "closed"
         self._tasks: set[asyncio.Task[Any]] = set()
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -76,44 +70,62 @@ class EngineHost:
             self.leave(f"the coordinator can't be reached: {sent.exception()}")
 
     async def run(self, join: m.Join, handle: Callable[[m.ToEngine], None]) -> str:
-        """Join, then pass every message to `handle` until told or forced to leave; returns why."""
-        self._socket.connect(self.config.coordinator)
+        """Join, then pass every message to `handle` until told or forced to leave; returns why.
+
+        Raises ValueError for a coordinator's address that is none, ConnectionRefusedError where it refuses this engine.
+        """
+        try:
+            self._socket.connect(self.config.coordinator)
+        except zmq.ZMQError as error:
+            raise ValueError(
+                f"{self.config.coordinator!r} is no address such as tcp://10.0.0.1:5555: {error}"
+            ) from error
+        self._heard_ns = time.monotonic_ns()
         self.send(join)
         self.spawn(self._listen(handle))
         self.spawn(self._beat())
-        reason = await self.ended
+        try:
+            self._reason = await self.ended
+        finally:
+            await self.end_tasks()
+        return self._reason
+
+    async def end_tasks(self) -> None:
+        """Cancel every task and wait until it is over."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        return reason
 
     async def _listen(self, handle: Callable[[m.ToEngine], None]) -> None:
         while True:
             message = m.to_engine_decoder.decode(await self._socket.recv())
-            self._last_ack_ns = time.monotonic_ns()
+            self._heard_ns = time.monotonic_ns()
             match message:
                 case m.HeartbeatAck():
                     pass
                 case m.Welcome():
                     self.engine = message.engine
                 case m.Shutdown():
+                    self._dismissed = True
                     self.leave(message.reason)
-                case m.PeerLost():
-                    # What is in flight with a dead peer ends with its connection; nothing to decide here.
-                    handle(message)
+                case m.Refusal():
+                    self._dismissed = True
+                    if not self.ended.done():
+                        self.ended.set_exception(ConnectionRefusedError(message.reason))
                 case _:
                     handle(message)
 
     async def _beat(self) -> None:
-        lease_ns = self.config.cluster.lease_ns
         while True:
             gauges: dict[str, float] = {}
             for source in self.gauge_sources:
                 gauges |= source()
             self.send(m.Heartbeat(gauges))
             await asyncio.sleep(self.config.cluster.heartbeat_ns / 1e9)
-            if time.monotonic_ns() - self._last_ack_ns > 2 * lease_ns:
-                self.leave(f"the coordinator has been silent for {2 * lease_ns / 1e9:.0f} s")
+            # An engine that holds nothing yet is in nobody's way, and may well be started before its coordinator.
+            patience_s = JOIN_TIMEOUT_S if self.engine is None else 2 * self.config.cluster.lease_ns / 1e9
+            if (time.monotonic_ns() - self._heard_ns) / 1e9 > patience_s:
+                self.leave(f"the coordinator has been silent for {patience_s:.0f} s")
 
     def leave(self, reason: str) -> None:
         if not self.ended.done():
@@ -138,56 +150,15 @@ class EngineHost:
         print(f"[{self.config.role.value} engine {self.engine}] {line}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Give everything back. Last of all the coordinator is told: from then on nothing here touches any memory."""
         self.server.close()
-        self.block_reads.shutdown(wait=True, cancel_futures=True)
-        self.block_writes.shutdown(wait=True, cancel_futures=True)
+        self.blocks.close()
         self.compute.shutdown(wait=True, cancel_futures=True)
         self.pool.close()
+        if not self._dismissed and self.engine is not None:
+            self.send(m.Leave(self._reason))
         self._socket.close()
         self._context.term()
-
-    # ── storage ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def store(self, space: Namespace) -> PosixStore:
-        """The namespace's store, opened once."""
-        store = self._stores.get(space.hex)
-        if store is None:
-            cluster = self.config.cluster
-            store = PosixStore(cluster.store, self.layout, space, durable=cluster.durable)
-            self._stores[space.hex] = store
-        return store
-
-    async def read_leg(
-        self, space: Namespace, keys: list[BlockKey], pages: list[int], cancelled: Callable[[], bool]
-    ) -> list[m.BlockFaultReport]:
-        """Storage → buffer over this engine's SNIC, block by block in order; returns the blocks that can't be read.
-
-        Reads of earlier requests come first: the I/O threads take blocks in the order legs were asked for.
-        """
-        store = self.store(space)
-        loop = asyncio.get_running_loop()
-        reads = [
-            loop.run_in_executor(self.block_reads, self._read_block, store, key, self.pool.view(page), cancelled)
-            for key, page in zip(keys, pages, strict=True)
-        ]
-        return [fault for fault in await asyncio.gather(*reads) if fault is not None]
-
-    def _read_block(
-        self, store: PosixStore, key: BlockKey, into: np.ndarray, cancelled: Callable[[], bool]
-    ) -> m.BlockFaultReport | None:
-        if cancelled():
-            return None
-        try:
-            store.read(key, into[: self.layout.full_block_bytes], self._pace_read)
-        except BlockError as error:
-            return m.BlockFaultReport(key, error.cause.value)
-        return None
-
-    def _pace_read(self, n_bytes: int) -> None:
-        self.traffic.snic.rx.acquire(TrafficClass.LOW, n_bytes)
-
-    def pace_write(self, n_bytes: int) -> None:
-        self.traffic.snic.tx.acquire(TrafficClass.LOW, n_bytes)
 
     # ── gauges ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -208,9 +179,3 @@ class EngineHost:
         for name, value in self.counters.items():
             figures[f"dualpath_{name}_total"] = float(value)
         return figures
-
-
-def _data_bind_address(cluster: ClusterConfig, name: str) -> str:
-    if cluster.transport == "shm":
-        return f"shm:{tempfile.gettempdir()}/dualpath-{name}.sock"
-    return f"tcp://{cluster.data_host}:0"

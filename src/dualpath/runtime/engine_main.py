@@ -33,7 +33,6 @@ def run_engine(config: EngineConfig) -> None:
         print(f"[{config.role.value} engine, pid {os.getpid()}] can't run: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     if reason.startswith("internal error"):
-        print(f"[{config.role.value} engine, pid {os.getpid()}] {reason}", file=sys.stderr, flush=True)
         raise SystemExit(1)
 
 
@@ -48,33 +47,42 @@ async def _serve(config: EngineConfig, model: LoadedModel) -> str:
             f"{cluster.hbm_bytes} does not hold one"
         )
     host = EngineHost(config, model.layout, buffer_blocks)
-    worker: PrefillWorker | DecodeWorker
-    prefill_tokens_per_s = None
-    if config.role is Role.PREFILL:
-        worker = PrefillWorker(host, model, _attention_cost(model))
-        prefill_tokens_per_s = worker.measure_tokens_per_s()
-    else:
-        worker = DecodeWorker(host, model, hbm_blocks)
-    join = Join(
+    worker: PrefillWorker | DecodeWorker | None = None
+    try:
+        prefill_tokens_per_s = None
+        if config.role is Role.PREFILL:
+            worker = PrefillWorker(host, model, _attention_cost(model))
+            prefill_tokens_per_s = worker.measure_tokens_per_s()
+        else:
+            worker = DecodeWorker(host, model, hbm_blocks)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, host.leave, "terminated")
+        join = _join_message(config, model, host, hbm_blocks, prefill_tokens_per_s)
+        reason = await host.run(join, worker.handle)
+        host.log(f"leaves: {reason}")
+        return reason
+    finally:
+        if worker is not None:
+            worker.close()
+        host.close()
+
+
+def _join_message(
+    config: EngineConfig, model: LoadedModel, host: EngineHost, hbm_blocks: int, prefill_tokens_per_s: float | None
+) -> Join:
+    return Join(
         role=config.role,
         pid=os.getpid(),
         host=socket.gethostname(),
-        buffer_blocks=buffer_blocks,
+        buffer_blocks=host.pool.pages,
         hbm_blocks=hbm_blocks,
         data_address=host.server.address,
         layout=model.layout,
-        model_fingerprint=model_fingerprint(cluster.model),
+        model_fingerprint=model_fingerprint(config.cluster.model),
         max_model_len_tokens=model.max_length_tokens,
         vocab_size=model.vocab_size,
         eos_token_ids=tuple(model.eos_token_ids),
         prefill_tokens_per_s=prefill_tokens_per_s,
     )
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, host.leave, "terminated")
-    try:
-        return await host.run(join, worker.handle)
-    finally:
-        worker.close()
-        host.close()
 
 
 def _attention_cost(model: LoadedModel) -> AttentionCost:

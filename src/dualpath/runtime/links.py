@@ -29,17 +29,17 @@ CONTROL_QUEUE_MESSAGES = 100_000
 
 
 class EngineLink(msgspec.Struct):
-    """One joined engine."""
+    """One engine: joined, or still to be admitted (`engine` is None)."""
 
-    engine: EngineId
     identity: bytes
     join: Join
     last_heard_ns: int
+    engine: EngineId | None = None
     gauges: dict[str, float] = {}
 
 
 class EngineLinks:
-    """Joined engines by id and by ZeroMQ identity. Used from one asyncio thread."""
+    """Engines by id and by ZeroMQ identity. Used from one asyncio thread."""
 
     def __init__(self) -> None:
         self._context = zmq.asyncio.Context()
@@ -54,31 +54,46 @@ class EngineLinks:
         self.unroutable_messages = 0
 
     def bind(self, address: str) -> str:
-        """Listen; returns the address with its real port."""
-        self._socket.bind(address)
+        """Listen; returns the address with its real port. Raises OSError naming the address."""
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            raise OSError(
+                error.errno, f"engines can't join at {address!r} ({error}); give an address such as tcp://0.0.0.0:5555"
+            ) from error
         return str(self._socket.getsockopt(zmq.LAST_ENDPOINT), "utf-8")  # type: ignore[arg-type]
 
-    def admit(self, identity: bytes, join: Join) -> EngineLink:
-        link = EngineLink(self._next_engine, identity, join, time.monotonic_ns())
-        self._next_engine += 1
-        self._by_identity[identity] = self.by_engine[link.engine] = link
+    def expect(self, identity: bytes, join: Join) -> EngineLink:
+        """An engine that waits to be admitted: its heartbeats are answered, it is sent nothing else."""
+        link = self._by_identity[identity] = EngineLink(identity, join, time.monotonic_ns())
         return link
 
-    def forget(self, engine: EngineId) -> EngineLink | None:
-        link = self.by_engine.pop(engine, None)
-        if link is not None:
-            del self._by_identity[link.identity]
-        return link
+    def admit(self, link: EngineLink) -> EngineId:
+        """Give the engine its id; from now on it can be sent to."""
+        link.engine = self._next_engine
+        self._next_engine += 1
+        self.by_engine[link.engine] = link
+        return link.engine
+
+    def forget(self, link: EngineLink) -> None:
+        self._by_identity.pop(link.identity, None)
+        if link.engine is not None:
+            self.by_engine.pop(link.engine, None)
 
     def link_of(self, identity: bytes) -> EngineLink | None:
         return self._by_identity.get(identity)
 
-    def extend_leases(self, by_ns: int) -> None:
-        for link in self.by_engine.values():
-            link.last_heard_ns += by_ns
+    def all(self) -> list[EngineLink]:
+        return list(self._by_identity.values())
 
-    def expired(self, now_ns: int, lease_ns: int) -> list[EngineId]:
-        return [link.engine for link in self.by_engine.values() if now_ns - link.last_heard_ns > lease_ns]
+    def extend_leases(self, by_ns: int) -> None:
+        """Nobody is silent while we don't listen."""
+        now_ns = time.monotonic_ns()
+        for link in self._by_identity.values():
+            link.last_heard_ns = min(now_ns, link.last_heard_ns + by_ns)
+
+    def expired(self, now_ns: int, lease_ns: int) -> list[EngineLink]:
+        return [link for link in self._by_identity.values() if now_ns - link.last_heard_ns > lease_ns]
 
     async def messages(self) -> AsyncIterator[tuple[bytes, FromEngine]]:
         """What engines say; heartbeats are answered on the way, malformed messages counted and dropped."""
@@ -86,7 +101,7 @@ class EngineLinks:
             identity, payload = await self._socket.recv_multipart()
             try:
                 message = from_engine_decoder.decode(payload)
-            except msgspec.DecodeError:
+            except msgspec.MsgspecError:
                 self.malformed_messages += 1
                 continue
             link = self._by_identity.get(identity)
@@ -94,7 +109,7 @@ class EngineLinks:
                 link.last_heard_ns = time.monotonic_ns()
                 if isinstance(message, Heartbeat):
                     link.gauges = message.gauges
-                    self.send(link.engine, HeartbeatAck())
+                    self.send_to(identity, HeartbeatAck())
                     continue
             yield identity, message
 

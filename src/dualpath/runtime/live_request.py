@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 
-from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, Leg, RequestFacts, RequestId
+from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, RequestFacts, RequestId
 from dualpath.kv.keys import BlockKey, Namespace
 from dualpath.runtime.api import GeneratedTokens, GenerateRequest, RequestError, TokenLogprob
 from dualpath.runtime.messages import Draw
@@ -18,8 +18,6 @@ class Attempt(msgspec.Struct):
     prompt_token_ids: list[int]
     keys: list[BlockKey]
     hit_tokens: int
-    prefill_engine: EngineId | None = None
-    decode_engine: EngineId | None = None
     legs: list[Leg] = []
     decode_pages: list[int] | None = None
     first_draw: Draw | None = None
@@ -37,11 +35,11 @@ class LiveRequest:
         # Bounded by max_tokens + 1 entries: the producer can never be made to wait by a slow client.
         self.events: asyncio.Queue[GeneratedTokens | RequestError] = asyncio.Queue()
         self.current: Attempt | None = None
+        self.recompute = False
+        """An engine could not reach the store: later attempts do without."""
 
     def begin(self, attempt: int, prompt_token_ids: list[int], keys: list[BlockKey], hit_blocks: int) -> RequestFacts:
-        """Start an attempt; returns what core must know of it."""
-        # At least one prompt token is computed: the first new token comes out of its logits.
-        hit_blocks = min(hit_blocks, (len(prompt_token_ids) - 1) // BLOCK_TOKENS)
+        """Start an attempt, `hit_blocks` of whose prompt are in storage; returns what core must know of it."""
         self.current = Attempt(attempt, prompt_token_ids, keys, hit_blocks * BLOCK_TOKENS)
         return RequestFacts(
             request=self.request,

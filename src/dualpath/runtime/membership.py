@@ -1,11 +1,12 @@
 """Who belongs to the cluster: engines that join, engines that are refused, engines that are lost.
 
 The first prefill engine *founds* the cluster: it tells which model is served and how fast a PE is, which the
-scheduler's constants need. Decode engines that come earlier wait for it. Later engines must have the same model and
-layout.
+scheduler's constants need, and the prefix index is then read from storage. Engines that come before that is done wait,
+alive by their heartbeats like the others. Later engines must have the same model and layout.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -19,11 +20,15 @@ from dualpath.runtime.links import EngineLink, EngineLinks
 class Members(Protocol):
     """What the coordinator does when membership changes."""
 
-    def founded(self, join: m.Join, prefill_tokens_per_s: float) -> None: ...
+    def watch(self, task: "asyncio.Task[None]") -> None:
+        """Own a task: its failure is the cluster's."""
+        ...
+
+    async def found(self, join: m.Join, prefill_tokens_per_s: float) -> None: ...
 
     def engine_joined(self, facts: EngineFacts) -> None: ...
 
-    def engine_lost(self, link: EngineLink) -> None: ...
+    def engine_lost(self, engine: EngineId) -> None: ...
 
 
 class Membership:
@@ -41,8 +46,8 @@ class Membership:
         self._members = members
         self._kill_engine = kill_engine
         self._first: m.Join | None = None
+        self._founding: asyncio.Task[None] | None = None
         self._founded = False
-        self._early: list[tuple[bytes, m.Join]] = []
         self._complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def complete(self, timeout_s: float) -> None:
@@ -77,20 +82,28 @@ class Membership:
         """An engine offers itself."""
         refusal = self._refusal(join)
         if refusal is not None:
-            self._links.send_to(identity, m.Shutdown(refusal))
+            self._links.send_to(identity, m.Refusal(refusal))
             return
         self._first = self._first or join
-        if not self._founded:
-            if join.prefill_tokens_per_s is None:
-                self._early.append((identity, join))
-                return
-            self._founded = True
-            self._members.founded(join, join.prefill_tokens_per_s)
-        self._admit(identity, join)
-        while self._early:
-            self._admit(*self._early.pop(0))
+        link = self._links.expect(identity, join)
+        if self._founded:
+            self._admit(link)
+        elif self._founding is None and join.prefill_tokens_per_s is not None:
+            self._founding = asyncio.create_task(self._found(join, join.prefill_tokens_per_s))
+            self._members.watch(self._founding)
+
+    async def _found(self, join: m.Join, prefill_tokens_per_s: float) -> None:
+        await self._members.found(join, prefill_tokens_per_s)
+        self._founded = True
+        for link in self._links.all():
+            self._admit(link)
 
     def _refusal(self, join: m.Join) -> str | None:
+        """Why an engine can't belong to this cluster."""
+        if join.buffer_blocks < 1 or (join.role is Role.DECODE and join.hbm_blocks < 1):
+            return f"its buffer ({join.buffer_blocks} blocks) and device memory ({join.hbm_blocks}) hold no Full Block"
+        if join.role is Role.PREFILL and not 0 < (join.prefill_tokens_per_s or 0) < math.inf:
+            return f"a prefill engine must tell its speed; it said {join.prefill_tokens_per_s} tokens per second"
         first = self._first
         if first is None or (join.layout, join.model_fingerprint) == (first.layout, first.model_fingerprint):
             return None
@@ -99,14 +112,15 @@ class Membership:
             f"({first.model_fingerprint}, {first.layout}); start it with the same checkpoint and dtype"
         )
 
-    def _admit(self, identity: bytes, join: m.Join) -> None:
-        link = self._links.admit(identity, join)
-        self._links.send(link.engine, m.Welcome(link.engine))
+    def _admit(self, link: EngineLink) -> None:
+        join = link.join
+        engine = self._links.admit(link)
+        self._links.send(engine, m.Welcome(engine))
         self._members.engine_joined(
             EngineFacts(
-                engine=link.engine,
+                engine=engine,
                 role=join.role,
-                node=link.engine,  # one engine a node here: each has a SNIC and a CNIC of its own
+                node=engine,  # one engine a node here: each has a SNIC and a CNIC of its own
                 group=0 if join.role is Role.PREFILL else 1,
                 buffer_blocks=join.buffer_blocks,
                 hbm_blocks=join.hbm_blocks,
@@ -115,26 +129,29 @@ class Membership:
         if self.status == "ok" and not self._complete.done():
             self._complete.set_result(None)
 
-    def lost(self, engine: EngineId, why: str) -> None:
+    def lost(self, link: EngineLink, why: str) -> None:
         """The engine no longer counts. Its process is dead before anybody acts on that, if it is one of ours."""
-        link = self._links.forget(engine)
-        if link is None:
-            return
         self._links.send_to(link.identity, m.Shutdown(f"no longer counted in: {why}"))
         if self._kill_engine is not None:
             self._kill_engine(link.join.pid)
+        self.gone(link)
+
+    def gone(self, link: EngineLink) -> None:
+        """The engine is known to touch no memory any more: it said so last of all, or its process is dead."""
+        self._links.forget(link)
+        if link.engine is None:
+            return
         for other in self._links.by_engine:
-            self._links.send(other, m.PeerLost(engine, link.join.data_address))
-        self._members.engine_lost(link)
+            self._links.send(other, m.PeerLost(link.engine, link.join.data_address))
+        self._members.engine_lost(link.engine)
 
     def process_died(self, pid: int, why: str) -> None:
         """A local engine process has ended, before or after it joined."""
-        for link in list(self._links.by_engine.values()):
+        for link in self._links.all():
             if link.join.pid == pid:
-                self.lost(link.engine, why)
-                return
+                self.gone(link)
         if not self._complete.done():
-            self._complete.set_exception(RuntimeError(f"{why} before it joined; its message is above"))
+            self._complete.set_exception(RuntimeError(f"{why} before the cluster was complete; see its message above"))
 
     async def watch_leases(self) -> None:
         """Declare engines lost that have been silent for a lease; until cancelled.
@@ -142,6 +159,7 @@ class Membership:
         Silence counts only while we listen: when this process itself was held up, engines get that time back.
         """
         checked_ns = time.monotonic_ns()
+        forgiving = False
         while True:
             await asyncio.sleep(self._config.heartbeat_ns / 1e9)
             now_ns = time.monotonic_ns()
@@ -149,6 +167,10 @@ class Membership:
             checked_ns = now_ns
             if held_up_ns > 0:
                 self._links.extend_leases(held_up_ns)
-                continue
-            for engine in self._links.expired(time.monotonic_ns(), self._config.lease_ns):
-                self.lost(engine, f"silent for {self._config.lease_ns / 1e9:.1f} s")
+                # What engines said meanwhile is still to be read; but a process that is always late must judge too.
+                forgiving = not forgiving
+                if forgiving:
+                    continue
+            forgiving = False
+            for link in self._links.expired(now_ns, self._config.lease_ns):
+                self.lost(link, f"silent for {self._config.lease_ns / 1e9:.1f} s")

@@ -71,7 +71,10 @@ class BlockFaultReport(msgspec.Struct, frozen=True):
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
-    """At least one block of the leg is unreadable: those blocks must never be served again."""
+    """At least one block of the leg is unreadable: those in `faults` must never be served again.
+
+    Without any fault it is the store that this engine can't reach, and no block is to blame.
+    """
 
     request: RequestId
     attempt: int
@@ -141,10 +144,15 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):
-    """Answer to `AbortAttempt`: no transfer can touch the attempt's blocks any more and all are given back."""
+    """Answer to `AbortAttempt`: no transfer can touch the attempt's blocks any more and all are given back.
+
+    `quiet` False, of a PE: a transfer of the attempt failed half-way, and bytes of it may still be on their way to the
+    DE, which must disconnect this engine before it frees the attempt's pages.
+    """
 
     request: RequestId
     attempt: int
+    quiet: bool = True
 
 
 class Leave(msgspec.Struct, frozen=True, tag=True):
@@ -229,7 +237,10 @@ class StartDecode(msgspec.Struct, frozen=True, tag=True):
 
 
 class AbortAttempt(msgspec.Struct, frozen=True, tag=True):
-    """Stop, make sure that nothing moves, give everything back, answer `Released`."""
+    """Stop, make sure that nothing moves, give everything back, answer `Released`.
+
+    `lost_peer`: a PE that is gone, or whose transfers failed half-way; to be disconnected before pages are freed.
+    """
 
     request: RequestId
     attempt: int
@@ -253,8 +264,23 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class Refusal(msgspec.Struct, frozen=True, tag=True):
+    """Answer to a `Join` that can't be accepted, and why."""
+
+    reason: str
+
+
 ToEngine = (
-    Welcome | PrepareDecode | LoadLeg | StartPrefill | StartDecode | AbortAttempt | PeerLost | HeartbeatAck | Shutdown
+    Welcome
+    | Refusal
+    | PrepareDecode
+    | LoadLeg
+    | StartPrefill
+    | StartDecode
+    | AbortAttempt
+    | PeerLost
+    | HeartbeatAck
+    | Shutdown
 )
 
 

@@ -11,13 +11,15 @@ import time
 
 from dualpath.core.batching import AttentionCost, Chunk, PrefillQueue
 from dualpath.core.load_plan import chunk_plan
-from dualpath.core.vocabulary import Cause, Leg, Side, TrafficClass
+from dualpath.core.vocabulary import Cause, Leg, Side
 from dualpath.engine import LayerIOTimeoutError, LayerwisePrefill, LoadedModel, PrefillItem, PrefillOutput
+from dualpath.kv.store import StoreError
 from dualpath.runtime import messages as m
+from dualpath.runtime.data_channels import DataChannels
 from dualpath.runtime.draws import draw_message
 from dualpath.runtime.engine_host import EngineHost, Owner
 from dualpath.runtime.layer_transfers import BatchTransfers, ItemTransfers, Rows
-from dualpath.transfer import Channel, ChannelBusy, TransferError, connect
+from dualpath.transfer import ChannelBusy, TransferError
 
 PROBE_HIT_TOKENS = 2048
 PROBE_NEW_TOKENS = 64
@@ -43,8 +45,10 @@ class PrefillAttempt:
         self.pages: list[int] = []
         self.start: m.StartPrefill | None = None
         self.busy = False
-        """Reading or in a batch: its pages can't be given back yet."""
+        """Reading, connecting or in a batch: it can't be given back yet."""
         self.aborted = False
+        self.quiet = True
+        """False once a transfer failed half-way: its last bytes may still be on their way."""
 
 
 class PrefillWorker:
@@ -65,21 +69,22 @@ class PrefillWorker:
         )
         self._peak_device_kv_bytes = 0
         self._attempts: dict[Owner, PrefillAttempt] = {}
-        self._channels: dict[str, Channel] = {}
+        self._channels = DataChannels(host)
         self._work = asyncio.Event()
         host.gauge_sources.append(self._gauges)
         host.spawn(self._run_batches())
 
     def measure_tokens_per_s(self) -> float:
         """Prompt tokens a second, hit ones included, of an agent's typical turn; the second of two runs, warm."""
-        hit_tokens = min(PROBE_HIT_TOKENS, self._model.max_length_tokens - PROBE_NEW_TOKENS)
-        item = PrefillItem(token_ids=[0] * PROBE_NEW_TOKENS, cached_tokens=hit_tokens)
+        new_tokens = min(PROBE_NEW_TOKENS, self._model.max_length_tokens)
+        hit_tokens = min(PROBE_HIT_TOKENS, self._model.max_length_tokens - new_tokens)
+        item = PrefillItem(token_ids=[0] * new_tokens, cached_tokens=hit_tokens)
         elapsed_ns = 0
         for _ in range(2):
             started_ns = time.monotonic_ns()
             self._prefill.run([item], NoTransfers())
             elapsed_ns = time.monotonic_ns() - started_ns
-        return (hit_tokens + PROBE_NEW_TOKENS) * 1e9 / elapsed_ns
+        return (hit_tokens + new_tokens) * 1e9 / elapsed_ns
 
     def handle(self, message: m.ToEngine) -> None:
         match message:
@@ -91,9 +96,7 @@ class PrefillWorker:
             case m.AbortAttempt():
                 self._abort((message.request, message.attempt))
             case m.PeerLost():
-                channel = self._channels.pop(message.data_address, None)
-                if channel is not None:
-                    channel.close()
+                self._host.spawn(self._channels.drop(message.data_address))
             case _:
                 raise TypeError(f"a prefill engine was sent {type(message).__name__}")
 
@@ -108,12 +111,18 @@ class PrefillWorker:
         return attempt
 
     async def _load(self, attempt: PrefillAttempt, message: m.LoadLeg) -> None:
-        faults = await self._host.read_leg(message.namespace, message.keys, attempt.pages, lambda: attempt.aborted)
+        faults: list[m.BlockFaultReport] | None = None
+        try:
+            faults = await self._host.blocks.read_leg(
+                message.namespace, message.keys, attempt.pages, lambda: attempt.aborted
+            )
+        except StoreError as error:
+            self._host.log(f"request {message.request} can't be loaded: {error}")
         attempt.busy = False
         if attempt.aborted:
             self._release(attempt)
-        elif faults:
-            self._host.send(m.LoadFailed(*attempt.owner, Side.PE, faults))
+        elif faults is None or faults:
+            self._host.send(m.LoadFailed(*attempt.owner, Side.PE, faults or []))
         else:
             self._host.send(m.Loaded(*attempt.owner, Side.PE))
 
@@ -121,10 +130,28 @@ class PrefillWorker:
 
     def _start(self, message: m.StartPrefill) -> None:
         owner = (message.request, message.attempt)
-        attempt = self._attempts.setdefault(owner, PrefillAttempt(owner))
+        attempt = self._attempts.get(owner)
+        loads_here = any(leg.side is Side.PE for leg in message.legs)
+        if loads_here != (attempt is not None) or (attempt is not None and (attempt.aborted or attempt.start)):
+            self._host.counters["stale_messages"] += 1
+            return
+        if attempt is None:
+            attempt = self._attempts[owner] = PrefillAttempt(owner)
         attempt.start = message
-        self._queue.push(*owner, message.hit_tokens, len(message.miss_token_ids))
-        self._work.set()
+        attempt.busy = True
+        self._host.spawn(self._enqueue(attempt, message))
+
+    async def _enqueue(self, attempt: PrefillAttempt, message: m.StartPrefill) -> None:
+        """Connect to the decode engine before the prompt may join a batch: one that hangs must not hold up others."""
+        error = await self._channels.open(message.decode_address)
+        attempt.busy = False
+        if attempt.aborted:
+            self._release(attempt)
+        elif error is not None:
+            self._fail(attempt, error)
+        else:
+            self._queue.push(*attempt.owner, message.hit_tokens, len(message.miss_token_ids))
+            self._work.set()
 
     async def _run_batches(self) -> None:
         loop = asyncio.get_running_loop()
@@ -140,9 +167,8 @@ class PrefillWorker:
             try:
                 outputs = await loop.run_in_executor(self._host.compute, self._compute, chunks, attempts)
             except LayerIOTimeoutError as error:
-                self._host.leave(
-                    f"internal error: {error}"
-                )  # a thread hangs in a transfer: nothing can be proven quiet
+                # A thread hangs in a transfer: nothing can be proven quiet but by the end of this process.
+                self._host.leave(f"internal error: {error}")
                 return
             except Exception as error:  # the batch's own failure: each of its requests learns of it
                 outputs = [PrefillOutput(error=error)] * len(chunks)
@@ -172,28 +198,12 @@ class PrefillWorker:
                     attempt.pages,
                     attempt.leg.first_block if attempt.leg is not None else 0,
                     start.decode_pages,
-                    self._channel(start.decode_address),
+                    self._channels.get(start.decode_address),
                     lambda attempt=attempt: attempt.aborted,  # type: ignore[misc]
                 )
             )
         io = BatchTransfers(self._host.layout, self._host.pool, self._host.traffic, transfers)
         return self._prefill.run(items, io)
-
-    def _channel(self, address: str) -> Channel | None:
-        """The channel to a decode engine's buffer, opened on first use; None where it can't be."""
-        channel = self._channels.get(address)
-        if channel is None or not channel.is_open:
-            try:
-                channel = connect(
-                    address,
-                    local_traffic=self._host.traffic,
-                    traffic_class=TrafficClass.LOW,
-                    peer_tag=str(self._host.engine),
-                )
-            except TransferError:
-                return None
-            self._channels[address] = channel
-        return channel
 
     def _note_batch(self) -> None:
         self._host.counters["prefill_batches"] += 1
@@ -206,18 +216,23 @@ class PrefillWorker:
         self._queue.chunk_done(*attempt.owner)
         self._host.counters["prefill_chunks"] += 1
         self._host.counters["prefill_tokens"] += chunk.new_tokens
+        attempt.quiet &= not isinstance(output.error, TransferError)
         if attempt.aborted:
             self._queue.remove(*attempt.owner)
             self._release(attempt)
         elif output.error is not None:
             self._queue.remove(*attempt.owner)
-            cause = Cause.TRANSFER_FAILED if isinstance(output.error, TRANSFER_ERRORS) else Cause.COMPUTE_FAILED
-            self._host.log(f"request {chunk.request} attempt {chunk.attempt} failed: {output.error!r}")
-            self._host.send(m.AttemptFailed(*attempt.owner, cause, repr(output.error)))
+            self._fail(attempt, output.error)
         elif chunk.last:
             assert output.token is not None
             self._give_back(attempt)
             self._host.send(m.PrefillDone(*attempt.owner, draw_message(output.token)))
+
+    def _fail(self, attempt: PrefillAttempt, error: Exception) -> None:
+        """The attempt goes no further; what it holds stays until it is aborted."""
+        cause = Cause.TRANSFER_FAILED if isinstance(error, TRANSFER_ERRORS) else Cause.COMPUTE_FAILED
+        self._host.log(f"request {attempt.owner[0]} attempt {attempt.owner[1]} failed: {error!r}")
+        self._host.send(m.AttemptFailed(*attempt.owner, cause, repr(error)))
 
     # ── giving back ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -233,7 +248,7 @@ class PrefillWorker:
 
     def _release(self, attempt: PrefillAttempt) -> None:
         self._give_back(attempt)
-        self._host.send(m.Released(*attempt.owner))
+        self._host.send(m.Released(*attempt.owner, attempt.quiet))
 
     def _give_back(self, attempt: PrefillAttempt) -> None:
         if attempt.pages:
@@ -248,6 +263,5 @@ class PrefillWorker:
         }
 
     def close(self) -> None:
-        for channel in self._channels.values():
-            channel.close()
+        self._channels.close()
         self._prefill.close()

@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 
 from dualpath.core.vocabulary import Role
 from dualpath.runtime.config import ClusterConfig
+from dualpath.runtime.data_address import sweep_dead_sockets
 from dualpath.runtime.engine_entry import engine_entry
 from dualpath.runtime.messages import EngineConfig
 from dualpath.transfer import sweep_dead_pools
@@ -35,7 +36,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Start every engine of the topology."""
-        sweep_dead_pools()
+        _sweep()
         topology = self._config.topology
         for role, count in ((Role.PREFILL, topology.prefill_engines), (Role.DECODE, topology.decode_engines)):
             for rank in range(count):
@@ -60,19 +61,26 @@ class Supervisor:
         """Tell about every engine process that ends, until cancelled: ``on_exit(pid, why)``."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Queue[int] = asyncio.Queue()
-        for pid, process in self._processes.items():
-            loop.add_reader(process.sentinel, ended.put_nowait, pid)
-        while True:
-            pid = await ended.get()
-            if pid not in self._processes:
-                continue
-            process = self._processes.pop(pid)
-            loop.remove_reader(process.sentinel)
-            process.join(1.0)
-            why = f"{self._names[pid]} (pid {pid}) ended with exit code {process.exitcode}"
-            print(f"[supervisor] {why}", file=sys.stderr, flush=True)
-            sweep_dead_pools()
-            on_exit(pid, why)
+        watched = dict(self._processes)
+
+        def tell(pid: int) -> None:
+            loop.remove_reader(watched[pid].sentinel)  # it would be readable for ever
+            ended.put_nowait(pid)
+
+        for pid, process in watched.items():
+            loop.add_reader(process.sentinel, tell, pid)
+        try:
+            while True:
+                pid = await ended.get()
+                process = self._processes.pop(pid)
+                process.join(1.0)
+                why = f"{self._names[pid]} (pid {pid}) ended with exit code {process.exitcode}"
+                print(f"[supervisor] {why}", file=sys.stderr, flush=True)
+                _sweep()
+                on_exit(pid, why)
+        finally:
+            for process in watched.values():
+                loop.remove_reader(process.sentinel)
 
     def kill(self, pid: int) -> None:
         """End the process now and return when it is dead; a pid that is not ours is left alone."""
@@ -89,4 +97,10 @@ class Supervisor:
         for pid in list(self._processes):
             self.kill(pid)
         self._processes.clear()
-        sweep_dead_pools()
+        _sweep()
+
+
+def _sweep() -> None:
+    """Remove what killed engines, of whatever cluster, have left behind."""
+    sweep_dead_pools()
+    sweep_dead_sockets()
