@@ -59,7 +59,7 @@ def wait_for(condition: object, seconds: float) -> None:
 
 
 def pools() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("dualpath-")}
+    return {path.name for path in Path("/dev/shm").glob("dualpath-*")}
 
 
 def test_the_official_client(model: Path, tmp_path: Path) -> None:
@@ -121,7 +121,8 @@ def test_engines_join_over_tcp(model: Path, tmp_path: Path) -> None:
     """A coordinator alone, and engines started by hand that join it, as on several hosts."""
     with socket_port() as port:
         address = f"tcp://127.0.0.1:{port}"
-    shared = ("--model", model, "--store", tmp_path / "store", "--transport", "tcp", "--buffer", "64MiB", "--hbm", "64MiB")
+    shared = ("--model", model, "--store", tmp_path / "store", "--transport", "tcp")
+    shared += ("--buffer", "64MiB", "--hbm", "64MiB")
     engines = [
         subprocess.Popen(command("engine", "--role", role, "--coordinator", address, *shared))
         for role in ("prefill", "decode")
