@@ -29,7 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def finish_reason(sampling: SamplingParams, last_token_id: int, generated_tokens: int) -> str | None:
-    """``"stop"`` after a stop token, ``"length"`` at `max_tokens`, else None; `generated_tokens` counts the last one."""
+    """``"stop"`` after a stop token, ``"length"`` at `max_tokens`, else None. The last token is counted."""
     if last_token_id in sampling.stop_token_ids and generated_tokens > sampling.min_tokens:
         return "stop"
     return "length" if generated_tokens >= sampling.max_tokens else None
