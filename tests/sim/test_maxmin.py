@@ -56,7 +56,7 @@ def test_what_low_can_not_use_goes_back_to_high() -> None:
     )
 )
 def test_every_flow_has_a_bottleneck(network: "tuple[list[float], list[tuple[tuple[int, ...], TrafficClass]]]") -> None:
-    """Feasible; work conserving; and max-min: a flow's rate is the largest of its class on some full link it crosses."""
+    """Feasible, work conserving and max-min: a flow's rate is the largest of its class on some full link it uses."""
     capacities, flows = network
     _, rates = started(capacities, flows)
     used = [0.0] * len(capacities)

@@ -1,4 +1,4 @@
-"""``dualpath simulate`` from the command line: results, timelines, faults, and what it says when it is asked wrongly."""
+"""``dualpath simulate`` from the command line: results, timelines, faults, and what it says to a wrong question."""
 
 import json
 from pathlib import Path
