@@ -50,7 +50,8 @@ examples:
 """
 ENGINE_EXAMPLES = """\
 example, on a node that shares the store and the model directory with the coordinator's:
-  dualpath engine --role decode --coordinator tcp://10.0.0.1:5555 --model DIR --store DIR --transport tcp
+  dualpath engine --role decode --coordinator tcp://10.0.0.1:5555 --model DIR --store DIR --transport tcp \
+      --data-host 10.0.0.2
 """
 DEMO_EXAMPLES = """\
 Each cluster is real: its own processes, real tokens, real bytes in a real store, its NICs held to the given rates.
@@ -86,7 +87,7 @@ examples:
 
 PAPER_EXAMPLES = """\
 Items: cache-compute, pd-range, offline, append-scaling, ablation, balance, pd-sweep, online, working-set, scale-online,
-scale-offline, scheduler-cpu. All of them where none is named: about an hour on one core, half of it for the last three.
+scale-offline, scheduler-cpu, sensitivity. All of them where none is named, which takes one core an hour or so.
 
 examples:
   dualpath paper
@@ -176,6 +177,12 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hbm", type=_bytes, default="1GiB", metavar="SIZE", help="KV memory of a DE (%(default)s)")
     group.add_argument("--store-quota", type=_bytes, metavar="SIZE", help="evict beyond this (default: no quota)")
     group.add_argument("--transport", choices=("shm", "tcp"), default="shm", help="engine to engine (%(default)s)")
+    group.add_argument(
+        "--data-host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="address at which other engines reach this host's with --transport tcp (default: %(default)s)",
+    )
     group.add_argument("--threads", type=_positive, default=1, metavar="N", help="torch's, per engine (%(default)s)")
     group.add_argument(
         "--quota-ms", type=_positive_number, default=300, metavar="MS", help="compute quota (%(default)s)"

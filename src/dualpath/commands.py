@@ -141,16 +141,19 @@ def simulate(arguments: argparse.Namespace) -> int:
 def paper(arguments: argparse.Namespace) -> int:
     """Simulate the paper's evaluation; print and write theirs beside ours."""
     from dualpath.paper.document import document_of, table_of, write_results
-    from dualpath.paper.items import rows_of
+    from dualpath.paper.items import ITEMS, SENSITIVITY, rows_of
     from dualpath.paper.runner import Runner
+    from dualpath.paper.sensitivity import sensitivity
 
     console = _console()
     with _usage_errors(ValueError):
         runner = Runner(arguments.scale, announce=lambda name: console.print(f"simulating {name}", highlight=False))
-        rows = rows_of(arguments.items, runner)
+        names = arguments.items or [*ITEMS, SENSITIVITY]
+        rows = rows_of([name for name in names if name != SENSITIVITY], runner)
+        what_if = sensitivity(runner) if SENSITIVITY in names else []
     with _command_errors(OSError):
-        write_results(rows, arguments.items, arguments.out)
-    _write_json(arguments.json, document_of(rows, runner))
+        write_results(rows, what_if, arguments.items, arguments.out)
+    _write_json(arguments.json, document_of(rows, runner, what_if))
     console.print(table_of(rows))
     console.print(f"written: {arguments.out}/paper.md, {arguments.out}/paper.png", highlight=False)
     return 0
@@ -198,6 +201,7 @@ def _cluster_config(arguments: argparse.Namespace) -> "ClusterConfig":
         "hbm_bytes": arguments.hbm,
         "store_quota_bytes": arguments.store_quota,
         "transport": arguments.transport,
+        "data_host": arguments.data_host,
         "threads": arguments.threads,
         "quota_ns": round(arguments.quota_ms * 1_000_000),
         "dtype": arguments.dtype,

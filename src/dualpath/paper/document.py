@@ -14,6 +14,7 @@ from rich.table import Table
 
 from dualpath.paper.rows import Row
 from dualpath.paper.runner import Runner
+from dualpath.paper.sensitivity import Sensitivity, sensitivity_page
 
 CLOSE = 0.10
 """An error up to here counts as reproduced."""
@@ -45,24 +46,27 @@ def table_of(rows: Sequence[Row]) -> Table:
     return table
 
 
-def document_of(rows: Sequence[Row], runner: Runner) -> dict[str, Any]:
+def document_of(rows: Sequence[Row], runner: Runner, what_if: Sequence[Sensitivity]) -> dict[str, Any]:
     """What ``--json`` writes: the rows, the constants, and every simulation's own result."""
     return {
         "rows": msgspec.to_builtins(list(rows)),
         "calibration": msgspec.to_builtins(runner.calibration),
         "scale": runner.scale,
+        "sensitivity": msgspec.to_builtins(list(what_if)),
         "simulations": msgspec.to_builtins(runner.runs()),
     }
 
 
-def write_results(rows: Sequence[Row], names: Sequence[str], directory: Path) -> None:
+def write_results(rows: Sequence[Row], what_if: Sequence[Sensitivity], names: Sequence[str], directory: Path) -> None:
     """``paper.md`` and ``paper.png``. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     predicted = [row for row in rows if row.kind == "predicted"]
     close = sum(abs(row.error) <= CLOSE for row in predicted)
     asked = "".join(f" {name}" for name in names)
     page = PAGE.format(asked=asked, predicted=len(predicted), close=close)
-    (directory / "paper.md").write_text(page + _markdown(rows), encoding="utf-8")
+    (directory / "paper.md").write_text(
+        page + _markdown(rows) + (sensitivity_page(what_if) if what_if else ""), encoding="utf-8"
+    )
     draw(rows, directory / "paper.png")
 
 

@@ -22,10 +22,13 @@ ITEMS: dict[str, Callable[[Runner], list[Row]]] = {
 }
 """By name, in the order of a full run: the largest simulations come last."""
 
+SENSITIVITY = "sensitivity"
+"""The one item that has no rows: `paper.sensitivity`."""
+
 
 def rows_of(names: Sequence[str], runner: Runner) -> list[Row]:
-    """Rows of the named items, all of them where none is named. Raises ValueError for an unknown name."""
+    """Rows of the named items. Raises ValueError for an unknown name, before anything is simulated."""
     unknown = [name for name in names if name not in ITEMS]
     if unknown:
-        raise ValueError(f"no item {unknown[0]!r}; choose from {', '.join(ITEMS)}")
-    return [row for name in (names or ITEMS) for row in ITEMS[name](runner)]
+        raise ValueError(f"no item {unknown[0]!r}; choose from {', '.join([*ITEMS, SENSITIVITY])}")
+    return [row for name in names for row in ITEMS[name](runner)]

@@ -56,6 +56,10 @@ class Runner:
         agents = round(agents_per_s * ONLINE_S * 1.2) + 20
         return self.run(Run(preset=preset, system=system, agents=agents, trace=trace, agents_per_s=agents_per_s))
 
+    def with_calibration(self, calibration: Calibration) -> "Runner":
+        """Another one, with nothing simulated yet."""
+        return Runner(self.scale, self._announce, calibration)
+
     def run(self, run: Run) -> SimulationResult:
         """The result, simulated now or before."""
         if run not in self._results:

@@ -12,7 +12,7 @@ Decode of one step of a group:
     step        = weights / HBM + fixed + max_e engine_e
 
 Everything is roofline arithmetic from `spec`, except the constants of `Calibration`, which are fitted to the paper's
-figures or taken from published measurements, each as its docstring says (docs/design/simulator.md, "Calibration").
+figures or taken from published measurements, each as its docstring says (docs/design/simulator.md has what follows).
 """
 
 import msgspec
@@ -26,23 +26,27 @@ SECOND_NS = 1e9
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every number of the simulator that is neither a fact of `spec` nor a constant of the paper."""
 
-    prefill_flop_per_s: float = 0.42e15
-    """Effective rate of one GPU in prefill."""
-    prefill_fixed_ns_per_layer: float = 100_000.0
-    """Launches and collectives of one layer of a prefill step."""
-    snic_efficiency: float = 0.86
-    """Usable share of a storage NIC."""
-    index_keys: bool = True
-    """Whether sparse attention's keys are stored with the KV."""
-    decode_fixed_ns_per_layer: float = 100_000.0
-    """Launches and collectives of one layer of a decode step, whatever the batch."""
-    decode_request_ns_per_layer: float = 15_000.0
-    """What each request of the batch adds to that, beyond reading its KV from HBM."""
-    copy_submission_ns: float = 6_000.0
-    """One host-device copy of a Layer Block through the copy engine, as a whole-prompt engine makes them: 5 to 7 us to
-    submit (paper §5). Layerwise engines go through the CNIC at a fraction of it, and it hides behind compute."""
+    prefill_flop_per_s: float = 0.46e15
+    """Effective rate of one GPU in prefill. Fitted to the JCT of DS 660B at 2P4D; published throughput of such models
+    implies 0.37 to 0.66e15."""
+    prefill_fixed_ns_per_layer: float = 1_000_000.0
+    """Launches and all-to-all exchanges of one layer of a prefill step, whatever its batch. A prior: dispatch and
+    combine of a thousand tokens a GPU take about that."""
+    snic_efficiency: float = 0.95
+    """Usable share of a storage NIC. Fitted to the ablation's last step; 3FS publishes 0.86 of 400 Gb/s."""
+    index_keys: bool = False
+    """Whether sparse attention's keys are stored with the KV. The paper's own table counts KV without them."""
+    copy_submission_ns: float = 1_350.0
+    """Submitting the host-device copy of one Layer Block, where whole prompts are copied at once. Fitted to the
+    ablation's first step; the paper gives 5 to 7 us for one call, so some four blocks would share one. Layerwise
+    engines go through the CNIC, and it hides behind compute."""
+    decode_fixed_ns_per_layer: float = 330_000.0
+    """Launches and exchanges of one layer of a decode step, whatever the batch. Fitted to a TPOT."""
+    decode_request_ns_per_layer: float = 8_400.0
+    """What each request of the batch adds to that, beyond reading its KV from HBM. From published decode latencies of
+    DeepSeek-V3.2 on H100 (29, 39, 59, 102 ms at 16, 32, 64, 128 requests of 32K)."""
     read_latency_ns: int = 1_000_000
-    """From asking storage to the first byte."""
+    """From asking storage to the first byte. A prior."""
 
     def __post_init__(self) -> None:
         for name in ("prefill_flop_per_s", "snic_efficiency"):

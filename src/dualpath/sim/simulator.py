@@ -165,12 +165,14 @@ class Simulator:
 
     def _start(self, agent: Agent) -> None:
         self.measured.agent_started()
+        assert self._agents is not None
+        agent.next_turn = self._agents.turn(agent.number, 0)
         self._submit(agent)
 
     def _submit(self, agent: Agent) -> None:
         now = self.events.now
-        assert self._agents is not None
-        turn = LiveTurn(self._next_request, agent, self._agents.turn(agent.number, agent.taken), now)
+        assert agent.next_turn is not None
+        turn = LiveTurn(self._next_request, agent, agent.next_turn, now)
         self._next_request += 1
         self.lives[turn.request] = turn
         self.measured.turn_submitted(now)
@@ -241,7 +243,8 @@ class Simulator:
             self._open_agents -= 1
             return
         assert self._agents is not None
-        gap_ns = self._agents.turn(agent.number, agent.taken).gap_ns
+        agent.next_turn = self._agents.turn(agent.number, agent.taken)
+        gap_ns = agent.next_turn.gap_ns
         if gap_ns:
             self.events.at(now + gap_ns, self._submit, agent)
         else:

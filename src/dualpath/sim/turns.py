@@ -11,7 +11,7 @@ from dualpath.workload.turn_table import Turn
 class Agent:
     """An agent: the turn it takes, and its context so far."""
 
-    __slots__ = ("context_tokens", "number", "start_ns", "taken", "turns")
+    __slots__ = ("context_tokens", "next_turn", "number", "start_ns", "taken", "turns")
 
     def __init__(self, number: int, start_ns: int, turns: int) -> None:
         self.number = number
@@ -20,6 +20,8 @@ class Agent:
         self.taken = 0
         """Turns finished."""
         self.context_tokens = 0
+        self.next_turn: Turn | None = None
+        """The turn it takes when its pause is over."""
 
 
 class LiveTurn:
