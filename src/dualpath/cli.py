@@ -50,7 +50,7 @@ examples:
 """
 ENGINE_EXAMPLES = """\
 example, on a node that shares the store and the model directory with the coordinator's:
-  dualpath engine --role decode --coordinator tcp://10.0.0.1:5555 --model DIR --store DIR --transport tcp \
+  dualpath engine --role decode --coordinator tcp://10.0.0.1:5555 --model DIR --store DIR --transport tcp \\
       --data-host 10.0.0.2
 """
 DEMO_EXAMPLES = """\

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpath.engine.sampling import TokenDraw, draw, finish_reason
-from dualpath.spec.sampling import SamplingParams
+from dualpath.engine.sampling import TokenDraw, draw
+from dualpath.spec.sampling import SamplingParams, finish_reason
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.5])
 

@@ -7,9 +7,9 @@ import msgspec
 from torch import Tensor
 
 from dualpath.engine.layers import Bytes
-from dualpath.engine.sampling import TokenDraw, draw, finish_reason
+from dualpath.engine.sampling import TokenDraw, draw
 from dualpath.engine.spans import PackedSequence
-from dualpath.spec.sampling import SamplingParams
+from dualpath.spec.sampling import SamplingParams, finish_reason
 
 
 class PrefillItem(msgspec.Struct, frozen=True):

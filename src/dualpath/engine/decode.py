@@ -23,9 +23,9 @@ from torch import Tensor
 from dualpath.engine.attention import PackedPass
 from dualpath.engine.model import LoadedModel
 from dualpath.engine.paged import BlockAllocator, Extent
-from dualpath.engine.sampling import TokenDraw, draw, finish_reason
+from dualpath.engine.sampling import TokenDraw, draw
 from dualpath.engine.spans import PackedSequence
-from dualpath.spec.sampling import SamplingParams
+from dualpath.spec.sampling import SamplingParams, finish_reason
 
 Page = np.ndarray[tuple[int], np.dtype[np.uint8]]
 

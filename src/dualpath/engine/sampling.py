@@ -35,13 +35,6 @@ def draw(
     return [_draw_row(row, param, index) for row, param, index in zip(rows, params, generated_tokens, strict=True)]
 
 
-def finish_reason(params: SamplingParams, token_id: int, generated_tokens: int) -> str | None:
-    """Why generation ends with `token_id`, the last of `generated_tokens` tokens: ``"stop"``, ``"length"`` or None."""
-    if token_id in params.stop_token_ids and generated_tokens > params.min_tokens:
-        return "stop"
-    return "length" if generated_tokens >= params.max_tokens else None
-
-
 def _draw_row(logits: torch.Tensor, params: SamplingParams, index: int) -> TokenDraw | Exception:
     if torch.isnan(logits).any():
         return FloatingPointError("the model's logits are not numbers; its KV or its weights are damaged")
