@@ -83,9 +83,9 @@ def ablation(runner: Runner) -> list[Row]:
 
 def balance(runner: Runner) -> list[Row]:
     """Storage NICs' traffic, and attention time within a group of prefill engines."""
-    agents = AGENTS_660B[0]
+    agents = max(AGENTS_660B)
     turns, ours = (runner.offline(DS660B, system, agents) for system in ("dualpath-rr", "dualpath"))
-    window = f"windows of {ours.balance_window_s:g} s"
+    window = f"{agents:,} agents, windows of {ours.balance_window_s:g} s"
     return [
         row("balance", "SNIC traffic, max over mean, round robin", 1.53, turns.snic_max_over_mean, note=window),
         row("balance", "SNIC traffic, max over mean, scheduled", 1.18, ours.snic_max_over_mean, note=window),

@@ -11,8 +11,10 @@ from dualpath.sim.run import Scenario, finish_scenario, prepare
 from dualpath.sim.workloads import agents_of
 from dualpath.spec.cluster import load_cluster
 
-ONLINE_S = 3600.0
+ONLINE_S = 1800.0
 """Length of an open-ended run; its second half is measured. The paper runs until a 150 s window is steady."""
+BALANCE_WINDOW_S = 10.0
+"""Over which the traffic of storage NICs is compared. The paper does not say."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +25,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     agents: int
     trace: str = "64K"
     agents_per_s: float | None = None
+    duration_s: float | None = None
     append_scale: float = 1.0
 
 
@@ -51,10 +54,12 @@ class Runner:
         scaled = max(8, round(agents * self.scale))
         return self.run(Run(preset=preset, system=system, agents=scaled, trace=trace, append_scale=append_scale))
 
-    def online(self, preset: str, system: str, agents_per_s: float, trace: str = "64K") -> SimulationResult:
-        """Poisson arrivals."""
-        agents = round(agents_per_s * ONLINE_S * 1.2) + 20
-        return self.run(Run(preset=preset, system=system, agents=agents, trace=trace, agents_per_s=agents_per_s))
+    def online(self, preset: str, system: str, agents_per_s: float, duration_s: float = ONLINE_S) -> SimulationResult:
+        """Poisson arrivals of 64K agents."""
+        agents = round(agents_per_s * duration_s * 1.2) + 20
+        return self.run(
+            Run(preset=preset, system=system, agents=agents, agents_per_s=agents_per_s, duration_s=duration_s)
+        )
 
     def with_calibration(self, calibration: Calibration) -> "Runner":
         """Another one, with nothing simulated yet."""
@@ -79,17 +84,19 @@ class Runner:
             system=run.system,
             calibration=self.calibration,
             agents_per_s=run.agents_per_s,
-            duration_s=None if run.agents_per_s is None else ONLINE_S,
+            duration_s=run.duration_s,
+            balance_window_s=BALANCE_WINDOW_S,
         )
         simulator = prepare(scenario)
         halfway: list[int] = []
-        if run.agents_per_s is not None:
-            half_ns = round(ONLINE_S / 2 * 1e9)
+        half_s = 0.0 if run.duration_s is None else run.duration_s / 2
+        if half_s:
+            half_ns = round(half_s * 1e9)
             simulator.events.at(half_ns, lambda _: halfway.append(simulator.measured.context_token_ns))
         result = finish_scenario(scenario, simulator)
         if halfway:
             token_s = (simulator.measured.context_token_ns - halfway[0]) / 1e9
-            self.working_sets[run] = token_s / (ONLINE_S / 2) * simulator.machine.costs.kv_bytes_per_token
+            self.working_sets[run] = token_s / half_s * simulator.machine.costs.kv_bytes_per_token
         return result
 
 
