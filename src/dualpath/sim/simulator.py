@@ -13,13 +13,12 @@ here.
    +---- Finish <──────────────┴─            decode.Decode ......... finished
 ```
 
-A turn costs some seven events, whatever its length.
+A turn costs about three events, whatever its length.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dualpath.core.batching import PrefillQueue
 from dualpath.core.policy import Constants, Limits, Policy
 from dualpath.core.replay import JournaledScheduler
 from dualpath.core.scheduler import Scheduler
@@ -33,7 +32,6 @@ from dualpath.core.vocabulary import (
     RequestFacts,
     RequestId,
     Resubmit,
-    Role,
     Side,
 )
 from dualpath.core.vocabulary import (
@@ -42,14 +40,10 @@ from dualpath.core.vocabulary import (
 from dualpath.core.vocabulary import (
     Prefill as PrefillCommand,
 )
-from dualpath.sim.decode import Decode
 from dualpath.sim.events import Events
-from dualpath.sim.exact import ExactDecode, ExactFabric, ExactPrefill, ExactStorage
-from dualpath.sim.fabric import Fabric
 from dualpath.sim.machine import Machine
 from dualpath.sim.measure import Measurements
-from dualpath.sim.prefill import Prefill
-from dualpath.sim.storage import Storage
+from dualpath.sim.parts import Hooks, make_parts
 from dualpath.sim.turns import Agent, LiveTurn, whole_blocks
 from dualpath.workload.turn_table import Agents
 
@@ -88,7 +82,17 @@ class Simulator:
         self._open_agents = 0
         self._wakes: list[int] = []
         self._node_of = [facts.node for facts in machine.engines]
-        self._make_parts(exact, collective_share, balance_window_ns)
+        hooks = Hooks(self.lives, self._on_loaded, self._on_first_token, self._on_prefilled, self._on_decoded)
+        parts = make_parts(
+            machine,
+            policy,
+            self.events,
+            hooks,
+            exact=exact,
+            collective_share=collective_share,
+            window_ns=balance_window_ns,
+        )
+        self.storage, self.fabric, self.prefill, self.decode = parts.storage, parts.fabric, parts.prefill, parts.decode
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             Prepare: self._prepare,
             Load: self._load,
@@ -101,39 +105,6 @@ class Simulator:
         }
         for facts in machine.engines:
             self.scheduler.engine_joined(0, facts)
-
-    def _make_parts(self, exact: bool, collective_share: float, window_ns: int) -> None:
-        machine, events = self.machine, self.events
-        rates = (machine.snic_bytes_per_s, machine.read_latency_ns, self._on_loaded, window_ns)
-        ends = (self.lives, self._on_first_token, self._on_prefilled, self.policy)
-        self.storage: Storage
-        self.fabric: Fabric
-        self.prefill: Prefill
-        self.decode: Decode | ExactDecode
-        if exact:
-            block_bytes = machine.costs.kv_bytes_per_token * BLOCK_TOKENS
-            self.storage = ExactStorage(events, machine.nodes, *rates, block_bytes=block_bytes)
-            fabric = ExactFabric(events, len(machine.engines), machine.cnic_bytes_per_s, collective_share)
-            self.fabric = fabric
-            self.prefill = ExactPrefill(events, machine.costs, fabric, *ends)
-            self.decode = ExactDecode(events, machine.costs, self._on_decoded)
-        else:
-            self.storage = Storage(events, machine.nodes, *rates)
-            self.fabric = Fabric(events, len(machine.engines), machine.cnic_bytes_per_s, collective_share)
-            self.prefill = Prefill(events, machine.costs, self.fabric, *ends)
-            self.decode = Decode(events, machine.costs, self._on_decoded)
-        kv_limit = None if self.policy.layerwise or self.policy.free_io else machine.prefill_kv_tokens
-        for role in Role:
-            for members in _step_groups(machine, role):
-                if role is Role.DECODE:
-                    self.decode.add_group(members)
-                else:
-                    self.prefill.add_group(
-                        {
-                            engine: PrefillQueue(machine.costs.attention, max_batch_kv_tokens=kv_limit)
-                            for engine in members
-                        }
-                    )
 
     # ── agents ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -322,10 +293,3 @@ class Simulator:
         if not self.policy.free_io:
             self.storage.write(self._node_of[turn.decode_engine], n_bytes)
         self.scheduler.finished(self.events.now, turn.request, turn.attempt)
-
-
-def _step_groups(machine: Machine, role: Role) -> list[list[int]]:
-    members: dict[int, list[int]] = {}
-    for facts in machine.of_role(role):
-        members.setdefault(facts.group if machine.synchronised else facts.engine, []).append(facts.engine)
-    return list(members.values())
