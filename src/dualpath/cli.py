@@ -60,7 +60,7 @@ examples:
   dualpath demo
   dualpath demo --topologies 1P1D --systems basic,dualpath --agents 4 --turns 3
   dualpath demo --trace session.json --scale 16       replay recorded agents, token counts divided by 16
-  dualpath demo --repeat 3 --json > runs.json         medians of three; the result file on standard output
+  dualpath demo --repeat 3 --json runs.json           medians of three
 """
 PLAN_EXAMPLES = """\
 CLUSTER is a preset (ds660b-2p4d, ds660b-44p88d, ds660b-48p96d, ds27b-1p1d, ds27b-2p1d, ds27b-1p2d, qwen32b-1p2d) or a
@@ -322,7 +322,7 @@ def _add_demo(commands: Any) -> None:
     group = parser.add_argument_group("results")
     group.add_argument("--out", type=Path, metavar="DIR", help="demo.json, demo.png and logs (default: results)")
     group.add_argument("--work", type=Path, metavar="DIR", help="for the stores, removed again (default: .store)")
-    group.add_argument("--json", action="store_true", default=False, help="print the result file instead of the table")
+    group.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the result here too")
 
 
 def _command(commands: Any, name: str, summary: str, epilog: str, handler: str | None = None) -> Any:

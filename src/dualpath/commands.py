@@ -48,16 +48,14 @@ def demo(arguments: argparse.Namespace) -> int:
     with _usage_errors(ValueError):
         options = DemoOptions(**given)
         trajectories = build_trajectories(options)
-    console = _console(stderr=arguments.json)
+    console = _console()
     with _command_errors(ClusterError, MetricsError, ReplayError, OSError):
         result = run_demo(options, trajectories, console)
-    if arguments.json:
-        sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
-    else:
-        console.print()
-        console.print(run_table(result))
-        console.print(*explain(result), sep="\n", highlight=False, soft_wrap=True)
-        console.print(f"\nwritten: {options.out}/demo.json, {options.out}/demo.png", highlight=False)
+    _write_json(arguments.json, result)
+    console.print()
+    console.print(run_table(result))
+    console.print(*explain(result), sep="\n", highlight=False, soft_wrap=True)
+    console.print(f"\nwritten: {options.out}/demo.json, {options.out}/demo.png", highlight=False)
     for run in result.runs:
         for message in run.error_messages:
             print(f"failed on {run.topology} {run.system}: {message}", file=sys.stderr)
@@ -224,11 +222,11 @@ def _cluster_config(arguments: argparse.Namespace) -> "ClusterConfig":
         return ClusterConfig(topology=Topology.parse(arguments.topology), **given)
 
 
-def _console(stderr: bool = False) -> "Console":
+def _console() -> "Console":
     from rich.console import Console
 
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, MIN_CONSOLE_WIDTH))
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, MIN_CONSOLE_WIDTH))
 
 
 def _check_directory(path: Path) -> None:
