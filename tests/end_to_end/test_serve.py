@@ -58,14 +58,20 @@ def wait_for(condition: object, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def pools() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("dualpath-*")}
+def pools_of(pids: list[int]) -> list[Path]:
+    """Buffer pools of these processes in shared memory; others on this host may have theirs."""
+    return [path for pid in pids for path in Path("/dev/shm").glob(f"dualpath-{pid}-*")]
+
+
+def engine_pids(url: str) -> list[int]:
+    return [engine["pid"] for engine in httpx.get(f"{url}/health").json()["engines"]]
 
 
 def test_the_official_client(model: Path, tmp_path: Path) -> None:
     """Chat over turns, streaming with usage, token ids, an error, health and metrics; and a clean end."""
-    before = pools()
     with serving(model, tmp_path, "--topology", "1P2D", "--api-key", "secret") as (url, _):
+        pids = engine_pids(url)
+        assert len(pools_of(pids)) == 3
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
         name = client.models.list().data[0].id
         messages = [{"role": "user", "content": "Write down what a key-value cache is. " * 10}]
@@ -94,7 +100,7 @@ def test_the_official_client(model: Path, tmp_path: Path) -> None:
         metrics = httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer secret"}).text
         assert 'dualpath_nic_bytes_total{engine="0"' in metrics
         assert "vllm:time_to_first_token_seconds_count" in metrics
-    assert pools() <= before
+    assert pools_of(pids) == []
 
 
 def test_killed_engine_under_the_server(model: Path, tmp_path: Path) -> None:
@@ -141,6 +147,55 @@ def test_engines_join_over_tcp(model: Path, tmp_path: Path) -> None:
             engine.wait()
 
 
+def test_an_engine_that_does_not_fit_is_told_so(model: Path, tmp_path: Path) -> None:
+    """Another model's engine, and one whose coordinator's address is none: a line on stderr, exit code 1."""
+    with socket_port() as port:
+        address = f"tcp://127.0.0.1:{port}"
+    other = make_checkpoint(tmp_path / "other", "llama", seed=1)
+    shared = ("--store", tmp_path / "store", "--transport", "tcp", "--buffer", "64MiB", "--hbm", "64MiB")
+    engines = [
+        subprocess.Popen(command("engine", "--role", role, "--coordinator", address, "--model", model, *shared))
+        for role in ("prefill", "decode")
+    ]
+    try:
+        with serving(model, tmp_path, "--join-address", address, "--transport", "tcp"):
+            for checkpoint, coordinator, complaint in (
+                (other, address, "is not the cluster's"),
+                (model, "nonsense", "'nonsense' is no address"),
+            ):
+                refused = subprocess.run(
+                    command("engine", "--role", "decode", "--coordinator", coordinator, "--model", checkpoint, *shared),
+                    capture_output=True, text=True, timeout=START_S,
+                )  # fmt: skip
+                assert refused.returncode == 1
+                assert complaint in refused.stderr
+                assert "Traceback" not in refused.stderr
+        assert [engine.wait(STOP_S) for engine in engines] == [0, 0]
+    finally:
+        for engine in engines:
+            engine.kill()
+            engine.wait()
+
+
+@pytest.mark.slow
+def test_nothing_survives_a_killed_coordinator(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 of the serving process at work: its engines leave by themselves, with their memory and socket files."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pytest.raises(AssertionError), serving(model, tmp_path) as (url, process):
+        pids = engine_pids(url)
+        name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+        body = {"model": name, "prompt": "x" * 300, "max_tokens": 3000, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+            process.kill()
+        assert len(pools_of(pids)) == 2
+        assert list(tmp_path.glob("dualpath-*.sock"))
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30.0)
+        assert pools_of(pids) == []
+        assert not list(tmp_path.glob("dualpath-*.sock"))
+        process.wait()  # leaving now raises: its exit code is not 0
+
+
 @contextmanager
 def socket_port() -> Iterator[int]:
     import socket
@@ -157,11 +212,14 @@ def socket_port() -> Iterator[int]:
         (("--snic-rate", "fast"), "not a rate"),
         (("--buffer", "1KiB"), "does not hold one"),
         (("--port", "99999999"), "port"),
+        (("--join-address", "nonsense"), "engines can't join at 'nonsense'"),
+        (("--journal", "/no/such/directory/journal"), "/no/such/directory/journal"),
+        (("--store", "/dev/null"), "cannot be opened"),
     ],
 )
 def test_bad_settings_are_named(model: Path, tmp_path: Path, arguments: tuple[str, str], complaint: str) -> None:
     ended = subprocess.run(
-        command("serve", "--model", model, "--store", tmp_path, "--port", "0", *arguments),
+        command("serve", "--model", model, "--store", tmp_path / "store", "--port", "0", *arguments),
         capture_output=True, text=True, timeout=START_S,
     )  # fmt: skip
     assert ended.returncode in (1, 2)

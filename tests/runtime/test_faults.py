@@ -3,11 +3,13 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dualpath.core.replay import replay
 from dualpath.runtime.api import GenerateRequest, RequestError
 from dualpath.runtime.cluster import Cluster
 from dualpath.spec.sampling import SamplingParams
@@ -86,6 +88,54 @@ def test_kill_9_under_load(checkpoint: Callable[[str], Path], reference: Referen
     in_cluster(config, work)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_an_engine_that_hangs_under_load(
+    checkpoint: Callable[[str], Path], reference: Reference, tmp_path: Path, role: str, transport: str
+) -> None:
+    """Stopped, not dead: its lease runs out, it is killed, and every client gets exactly the right tokens."""
+    journal = tmp_path / "journal.jsonl"
+    config = cluster_config(
+        checkpoint("qwen3"),
+        tmp_path / "store",
+        "2P2D",
+        cnic_bytes_per_s=4_000_000,
+        lease_ns=1_500_000_000,
+        transport=transport,
+        journal=str(journal),
+    )
+    prompts = [appended(0, 300 + 10 * agent, agent) for agent in range(6)]
+
+    async def work(cluster: Cluster) -> None:
+        asked = [asyncio.create_task(ask(cluster, prompt, 40)) for prompt in prompts]
+        busy = "dualpath_engine_attempts" if role == "prefill" else "dualpath_decode_running_requests"
+        victim = await busy_engine(cluster, role, busy)
+        os.kill(victim, signal.SIGSTOP)
+        answers = await asyncio.gather(*asked)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert answer.token_ids == await asyncio.to_thread(reference, "qwen3", prompt, 40)
+        assert victim not in cluster.supervisor.pids
+        assert gauge(cluster, "dualpath_scheduler_retried_engine_lost") > 0
+
+    in_cluster(config, work)
+    assert replay(journal.read_bytes().splitlines(keepends=True)).difference is None
+
+
+def test_a_coordinator_that_was_held_up_loses_nobody(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its event loop stands still for longer than a lease: engines are not to blame."""
+    config = cluster_config(checkpoint("qwen3"), tmp_path, lease_ns=1_000_000_000)
+
+    async def work(cluster: Cluster) -> None:
+        asked = asyncio.create_task(ask(cluster, appended(0, 300), 200))
+        await asyncio.sleep(0.1)
+        time.sleep(1.5)
+        assert len((await asked).token_ids) == 200
+        assert cluster.coordinator.health()["status"] == "ok"
+
+    in_cluster(config, work)
+
+
 async def busy_engine(cluster: Cluster, role: str, busy: str) -> int:
     """The pid of an engine of that role that has work right now."""
     for _ in range(200):
@@ -135,7 +185,7 @@ def test_a_client_that_leaves_frees_everything(
             await busy_engine(cluster, "prefill", "dualpath_engine_attempts")
             seen.cancel()
             await asyncio.gather(seen, return_exceptions=True)
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
 
     in_cluster(config, work)
 
