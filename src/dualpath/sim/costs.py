@@ -45,6 +45,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     decode_request_ns_per_layer: float = 8_400.0
     """What each request of the batch adds to that, beyond reading its KV from HBM. From published decode latencies of
     DeepSeek-V3.2 on H100 (29, 39, 59, 102 ms at 16, 32, 64, 128 requests of 32K)."""
+    collective_share: float = 0.0
+    """Of a CNIC's time that model execution takes and KV can't have, at most 0.99. The paper calls these links idle
+    most of the time; a what-if."""
     read_latency_ns: int = 1_000_000
     """From asking storage to the first byte. A prior."""
 
@@ -55,6 +58,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name in ("prefill_fixed_ns_per_layer", "decode_fixed_ns_per_layer", "copy_submission_ns"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Calibration.{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.collective_share <= 0.99:
+            raise ValueError(f"Calibration.collective_share is {self.collective_share}; it must be from 0 to 0.99")
         if self.snic_efficiency > 1:
             raise ValueError(f"Calibration.snic_efficiency is {self.snic_efficiency}; it is a share and can't exceed 1")
 

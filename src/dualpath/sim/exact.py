@@ -9,7 +9,6 @@ runtime.
 from collections import deque
 from collections.abc import Callable
 
-from dualpath.core.batching import Chunk
 from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, Leg, NodeId, Side
 from dualpath.sim.costs import StepCosts
@@ -58,8 +57,8 @@ class ExactStorage(Storage):
 class ExactFabric(Fabric):
     """CNICs whose two directions are links, shared by every copy, pull and transfer under way."""
 
-    def __init__(self, events: Events, engines: int, bytes_per_s: float, collective_share: float) -> None:
-        super().__init__(events, engines, bytes_per_s, collective_share)
+    def __init__(self, events: Events, engines: int, bytes_per_s: float) -> None:
+        super().__init__(events, engines, bytes_per_s)
         self.links = SharedLinks(events, [1e9 / self.ns_per_byte] * (2 * engines))
         self._copies: list[deque[tuple[int, float, Action, object]]] = [deque() for _ in range(engines)]
         """An engine's copies to its device, one under way at a time."""
@@ -112,11 +111,10 @@ class ExactPrefill(Prefill):
     _fabric: ExactFabric
 
     def _run(self, group: PrefillGroup, batch: Batch, compute_ns: float, record: StepRecord) -> None:
-        layers = self._costs.layers if self._layerwise else 1
-        step = _Step(group, batch, compute_ns / layers, record)
-        self._load_layer(step)
+        self._load_layer(_Step(group, batch, compute_ns / self._layers(), record))
 
     def _layers(self) -> int:
+        """Pieces that a step is loaded, computed and shipped in."""
         return self._costs.layers if self._layerwise else 1
 
     def _moves(self, step: _Step, kind: str) -> list[tuple[EngineId, EngineId, int]]:
@@ -271,6 +269,3 @@ class ExactDecode:
         self._events.at(self._events.now, self._step, group)
         for turn in ended:
             self._on_end(turn)
-
-
-__all__ = ["Chunk", "ExactDecode", "ExactFabric", "ExactPrefill", "ExactStorage"]

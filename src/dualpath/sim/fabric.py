@@ -12,8 +12,8 @@ buffer is read *and* written by the PE's own CNIC:
 
 Within the bottleneck-free range (§4.2) these links carry a fraction of what they could. A prefill step therefore takes
 as long as its busiest direction *of the PE's own CNIC* would. A DE's copies queue behind each other and get what steps
-that pull from the same DE leave over, at least half. Model-execution messages have 99 % by weight; they take
-`collective_share` of the time on the wire, and the rest is KV's.
+that pull from the same DE leave over, at least half. Model-execution messages come first (99 : 1 by weight): the rate
+is what they leave over (`Calibration.collective_share`).
 """
 
 from array import array
@@ -27,9 +27,9 @@ SECOND_NS = 1_000_000_000
 class Fabric:
     """CNICs by engine id."""
 
-    def __init__(self, events: Events, engines: int, bytes_per_s: float, collective_share: float) -> None:
+    def __init__(self, events: Events, engines: int, bytes_per_s: float) -> None:
         self._events = events
-        self.ns_per_byte = SECOND_NS / (bytes_per_s * max(0.01, 1.0 - collective_share))
+        self.ns_per_byte = SECOND_NS / bytes_per_s
         self.read_bytes = array("q", bytes(8 * engines))
         self.write_bytes = array("q", bytes(8 * engines))
         self._pulled = array("d", bytes(8 * engines))

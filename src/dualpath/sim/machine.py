@@ -80,7 +80,7 @@ def build_machine(cluster: ClusterSpec, calibration: Calibration) -> Machine:
         costs=costs,
         synchronised=cluster.expert_parallel,
         snic_bytes_per_s=cluster.snic_bytes_per_s * calibration.snic_efficiency,
-        cnic_bytes_per_s=cluster.usable_cnic_bytes_per_s,
+        cnic_bytes_per_s=cluster.usable_cnic_bytes_per_s * (1 - calibration.collective_share),
         read_latency_ns=calibration.read_latency_ns,
         prefill_kv_tokens=prefill_kv_tokens,
     )

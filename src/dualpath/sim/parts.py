@@ -44,12 +44,11 @@ def make_parts(
     hooks: Hooks,
     *,
     exact: bool,
-    collective_share: float,
     window_ns: int,
 ) -> Parts:
     """With their groups of engines."""
     snics = (machine.nodes, machine.snic_bytes_per_s, machine.read_latency_ns, hooks.on_loaded, window_ns)
-    cnics = (len(machine.engines), machine.cnic_bytes_per_s, collective_share)
+    cnics = (len(machine.engines), machine.cnic_bytes_per_s)
     ends = (hooks.lives, hooks.on_first_token, hooks.on_prefilled, policy)
     parts: Parts
     if exact:

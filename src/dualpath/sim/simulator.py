@@ -62,7 +62,6 @@ class Simulator:
         limits: Limits,
         *,
         exact: bool = False,
-        collective_share: float = 0.0,
         balance_window_ns: int = 1_000_000_000,
         journal: Callable[[bytes], object] | None = None,
     ) -> None:
@@ -89,7 +88,6 @@ class Simulator:
             self.events,
             hooks,
             exact=exact,
-            collective_share=collective_share,
             window_ns=balance_window_ns,
         )
         self.storage, self.fabric, self.prefill, self.decode = parts.storage, parts.fabric, parts.prefill, parts.decode
