@@ -214,6 +214,33 @@ def test_a_transfer_that_fails_half_way_is_told(
     on_bench(checkpoint, tmp_path, work)
 
 
+def test_a_transfer_that_ended_with_its_connection_is_quiet(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Disconnecting once more would only harm what has been begun since."""
+
+    async def work(engine: Bench) -> None:
+        async with decode_buffer(engine, tmp_path / "de") as server:
+            start_prefill(engine, 0, server.address)
+            await engine.hears(m.PrefillDone)
+            channel = engine.worker._channels.get(server.address)  # type: ignore[union-attr]
+            real = engine.worker._compute  # type: ignore[union-attr]
+
+            def compute(*arguments: object) -> object:
+                channel.close()  # between joining the batch and moving its bytes
+                monkeypatch.setattr(engine.worker._channels, "get", lambda _: channel)  # type: ignore[union-attr]
+                return real(*arguments)  # type: ignore[arg-type]
+
+            with monkeypatch.context() as patch:
+                patch.setattr(engine.worker, "_compute", compute)
+                start_prefill(engine, 1, server.address)
+                assert (await engine.hears(m.AttemptFailed)).cause is Cause.TRANSFER_FAILED
+            engine.worker.handle(m.AbortAttempt(1, 0))
+            assert (await engine.hears(m.Released)).quiet is True
+
+    on_bench(checkpoint, tmp_path, work)
+
+
 def test_a_batch_that_cannot_be_computed_fails_each_of_its_requests(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from dualpath.runtime.data_channels import DataChannels
 from dualpath.runtime.draws import draw_message
 from dualpath.runtime.engine_host import EngineHost, Owner
 from dualpath.runtime.layer_transfers import BatchTransfers, ItemTransfers, Rows
-from dualpath.transfer import ChannelBusy, TransferError
+from dualpath.transfer import ChannelBusy, TransferCause, TransferError
 
 PROBE_HIT_TOKENS = 2048
 PROBE_NEW_TOKENS = 64
@@ -216,7 +216,9 @@ class PrefillWorker:
         self._queue.chunk_done(*attempt.owner)
         self._host.counters["prefill_chunks"] += 1
         self._host.counters["prefill_tokens"] += chunk.new_tokens
-        attempt.quiet &= not isinstance(output.error, TransferError)
+        # A connection that has ended brings nothing more; over one that has not, the rest may still be on its way.
+        error = output.error
+        attempt.quiet &= not isinstance(error, TransferError) or error.cause is TransferCause.PEER_CLOSED
         if attempt.aborted:
             self._queue.remove(*attempt.owner)
             self._release(attempt)
