@@ -87,7 +87,8 @@ examples:
 
 PAPER_EXAMPLES = """\
 Items: cache-compute, pd-range, offline, append-scaling, ablation, balance, pd-sweep, online, working-set, scale-online,
-scale-offline, scheduler-cpu, sensitivity. All of them where none is named, which takes one core an hour or so.
+scale-offline, scheduler-cpu, sensitivity. All of them where none is named, which takes one core an hour or so. In the
+results directory, items that are run take the place of what is there of them; the others stay.
 
 examples:
   dualpath paper
@@ -258,7 +259,7 @@ def _add_paper(commands: Any) -> None:
     parser.add_argument("items", nargs="*", metavar="ITEM", help="(default: all)")
     parser.add_argument("--scale", type=_positive_number, default=1.0, metavar="X", help="times the agents at once")
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/results"), metavar="DIR", help="for paper.md, paper.png (%(default)s)"
+        "--out", type=Path, default=Path("docs/results"), metavar="DIR", help="of the results (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows, constants and every simulation's result")
 

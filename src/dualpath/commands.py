@@ -138,22 +138,24 @@ def simulate(arguments: argparse.Namespace) -> int:
 
 def paper(arguments: argparse.Namespace) -> int:
     """Simulate the paper's evaluation; print and write theirs beside ours."""
+    from dualpath.paper.archive import ArchiveError, merged
     from dualpath.paper.document import document_of, table_of, write_results
     from dualpath.paper.items import ITEMS, SENSITIVITY, rows_of
     from dualpath.paper.runner import Runner
     from dualpath.paper.sensitivity import sensitivity
 
     console = _console()
+    names = arguments.items or [*ITEMS, SENSITIVITY]
     with _usage_errors(ValueError):
         runner = Runner(arguments.scale, announce=lambda name: console.print(f"simulating {name}", highlight=False))
-        names = arguments.items or [*ITEMS, SENSITIVITY]
         rows = rows_of([name for name in names if name != SENSITIVITY], runner)
-        what_if = sensitivity(runner) if SENSITIVITY in names else []
-    with _command_errors(OSError):
-        write_results(rows, what_if, arguments.items, arguments.out)
-    _write_json(arguments.json, document_of(rows, runner, what_if))
+    what_if = sensitivity(runner) if SENSITIVITY in names else []
+    with _command_errors(ArchiveError, OSError):
+        archive = merged(arguments.out, rows, what_if, runner)
+        write_results(archive, arguments.out)
+    _write_json(arguments.json, document_of(archive, runner))
     console.print(table_of(rows))
-    console.print(f"written: {arguments.out}/paper.md, {arguments.out}/paper.png", highlight=False)
+    console.print(f"written: {arguments.out}/paper.md, paper.png and paper.json", highlight=False)
     return 0
 
 

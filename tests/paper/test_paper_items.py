@@ -1,17 +1,21 @@
 """``dualpath paper``: the items that need no simulation, one that does, capacities, and what is written."""
 
 import json
+from array import array
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from dualpath import cli
+from dualpath.paper.archive import ArchiveError, merged
+from dualpath.paper.document import write_results
 from dualpath.paper.items import ITEMS, rows_of
-from dualpath.paper.online import CAPACITY_STEP, capacity, within_slo
-from dualpath.paper.rows import row
+from dualpath.paper.online import CAPACITY_STEP, capacity
+from dualpath.paper.rows import Row, row
 from dualpath.paper.runner import Runner
-from dualpath.sim.result import Distribution
+from dualpath.paper.steady import sustains
 
 
 def test_the_table_and_the_range_are_reproduced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,22 +68,57 @@ def test_the_command_line_names_every_item(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("limit", [0.07, 0.3, 0.5, 1.9])
 def test_capacity_is_narrowed_down_from_either_side(limit: float) -> None:
-    def online(preset: str, system: str, agents_per_s: float) -> SimpleNamespace:
-        ttft_s = 1.0 if agents_per_s <= limit else 9.0
-        spread = [Distribution(mean, mean, mean, mean, mean) for mean in (ttft_s, 0.04)]
-        return SimpleNamespace(ttft_s=spread[0], tpot_s=spread[1])
-
-    found = capacity(SimpleNamespace(online=online), "any", "any", 0.5)  # type: ignore[arg-type]
+    runner = SimpleNamespace(sustains=lambda preset, system, agents_per_s: agents_per_s <= limit)
+    found = capacity(runner, "any", "any", 0.5)  # type: ignore[arg-type]
     assert limit / (1 + CAPACITY_STEP) / 1.0001 <= found <= limit
 
 
-def test_the_slo_is_both_of_them() -> None:
-    def latencies(ttft_s: float, tpot_s: float) -> SimpleNamespace:
-        return SimpleNamespace(ttft_s=SimpleNamespace(mean=ttft_s), tpot_s=SimpleNamespace(mean=tpot_s))
+class Latencies:
+    """Stands for a simulator: ten turns a second whose latencies are functions of time."""
 
-    assert within_slo(latencies(4.0, 0.05))  # type: ignore[arg-type]
-    assert not within_slo(latencies(4.1, 0.01))  # type: ignore[arg-type]
-    assert not within_slo(latencies(1.0, 0.051))  # type: ignore[arg-type]
+    def __init__(self, ttft_s: "Callable[[float], float]", tpot_s: float = 0.03) -> None:
+        self.measured = SimpleNamespace(ttft_s=array("f"), tpot_s=array("f"), finished=0)
+        self.now_s = 0
+        self._ttft_s = ttft_s
+        self._tpot_s = tpot_s
+
+    def run(self, until_ns: int) -> None:
+        while self.now_s < until_ns // 10**9:
+            self.now_s += 1
+            for _ in range(10):
+                self.measured.ttft_s.append(self._ttft_s(self.now_s))
+                self.measured.tpot_s.append(self._tpot_s)
+                self.measured.finished += 1
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "tpot_s", "sustained", "ends_s"),
+    [
+        (lambda now_s: 1.0, 0.03, True, 1950),
+        (lambda now_s: 1.0, 0.051, False, 150),
+        (lambda now_s: 5.0, 0.03, False, 150),
+        (lambda now_s: 0.5 + now_s / 1000, 0.03, False, 3600),  # slower and slower, and at last too slow
+        (lambda now_s: 3.0 - 2.0 * 0.5 ** (now_s / 900), 0.03, True, 5250),  # levels out
+    ],
+)
+def test_steady_or_too_slow(ttft_s: "Callable[[float], float]", tpot_s: float, sustained: bool, ends_s: int) -> None:
+    latencies = Latencies(ttft_s, tpot_s)
+    assert sustains(latencies) is sustained  # type: ignore[arg-type]
+    assert latencies.now_s == pytest.approx(ends_s, abs=300)
+
+
+def test_items_replace_what_the_directory_has_of_them(tmp_path: Path) -> None:
+    def known(*rows: Row, scale: float = 1.0) -> "list[float]":
+        archive = merged(tmp_path, rows, [], Runner(scale))
+        write_results(archive, tmp_path)
+        return [entry.ours for entry in archive.rows]
+
+    assert known(row("pd-range", "x", 1.0, 1.0), row("cache-compute", "y", 1.0, 2.0)) == [2.0, 1.0]
+    assert known(row("pd-range", "x", 1.0, 3.0)) == [2.0, 3.0]
+    assert known(row("pd-range", "x", 1.0, 4.0), scale=0.5) == [4.0]  # another question: the rest goes
+    (tmp_path / "paper.json").write_text("{")
+    with pytest.raises(ArchiveError, match=r"paper\.json"):
+        merged(tmp_path, [], [], Runner())
 
 
 def test_errors_are_relative() -> None:

@@ -12,9 +12,10 @@ import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from dualpath.paper.archive import FILE_NAME, Archive
 from dualpath.paper.rows import Row
 from dualpath.paper.runner import Runner
-from dualpath.paper.sensitivity import Sensitivity, sensitivity_page
+from dualpath.paper.sensitivity import sensitivity_page
 
 CLOSE = 0.10
 """An error up to here counts as reproduced."""
@@ -22,7 +23,7 @@ CLOSE_COLOUR, FITTED_COLOUR, FAR_COLOUR = "#0072B2", "#8C8C8C", "#D55E00"
 PAGE = """\
 # The paper's evaluation, simulated
 
-Written by `dualpath paper`{asked}; do not edit. Theirs are the figures of DualPath (arXiv 2602.21548), ours come from
+Written by `dualpath paper`; do not edit. Theirs are the figures of DualPath (arXiv 2602.21548), ours come from
 the simulator (how it works, which constants were fitted to which figures, and where and why it does not match:
 [docs/design/simulator.md](../design/simulator.md)). *Fitted* figures were used to choose a constant; all others are
 predictions. Of {predicted} predicted rows, {close} are within 10 %.
@@ -46,28 +47,22 @@ def table_of(rows: Sequence[Row]) -> Table:
     return table
 
 
-def document_of(rows: Sequence[Row], runner: Runner, what_if: Sequence[Sensitivity]) -> dict[str, Any]:
+def document_of(archive: Archive, runner: Runner) -> dict[str, Any]:
     """What ``--json`` writes: the rows, the constants, and every simulation's own result."""
-    return {
-        "rows": msgspec.to_builtins(list(rows)),
-        "calibration": msgspec.to_builtins(runner.calibration),
-        "scale": runner.scale,
-        "sensitivity": msgspec.to_builtins(list(what_if)),
-        "simulations": msgspec.to_builtins(runner.runs()),
-    }
+    return {**msgspec.to_builtins(archive), "simulations": msgspec.to_builtins(runner.runs())}
 
 
-def write_results(rows: Sequence[Row], what_if: Sequence[Sensitivity], names: Sequence[str], directory: Path) -> None:
-    """``paper.md`` and ``paper.png``. Raises OSError."""
+def write_results(archive: Archive, directory: Path) -> None:
+    """``paper.json``, ``paper.md`` and ``paper.png``. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
-    predicted = [row for row in rows if row.kind == "predicted"]
+    (directory / FILE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(archive), indent=1) + b"\n")
+    predicted = [row for row in archive.rows if row.kind == "predicted"]
     close = sum(abs(row.error) <= CLOSE for row in predicted)
-    asked = "".join(f" {name}" for name in names)
-    page = PAGE.format(asked=asked, predicted=len(predicted), close=close)
-    (directory / "paper.md").write_text(
-        page + _markdown(rows) + (sensitivity_page(what_if) if what_if else ""), encoding="utf-8"
-    )
-    draw(rows, directory / "paper.png")
+    page = PAGE.format(predicted=len(predicted), close=close) + _markdown(archive.rows)
+    if archive.sensitivity:
+        page += sensitivity_page(archive.sensitivity)
+    (directory / "paper.md").write_text(page, encoding="utf-8")
+    draw(archive.rows, directory / "paper.png")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

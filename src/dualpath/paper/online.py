@@ -1,45 +1,39 @@
 """Items with agents that arrive one by one: how many a second a system can take within its SLO, and at what latency."""
 
 from dualpath.paper.rows import Row, row
-from dualpath.paper.runner import Run, Runner
-from dualpath.sim.result import SimulationResult
+from dualpath.paper.runner import Runner
 
 DS660B, DS27B = "ds660b-2p4d", "ds27b-1p1d"
-SLO_TTFT_S, SLO_TPOT_S = 4.0, 0.05
-CAPACITY_STEP = 0.04
+CAPACITY_STEP = 0.06
 """Relative width to which a capacity is narrowed down."""
 AT_660B = 0.4
 WORKING_SET_S = 5400.0
 """Agents of many turns take an hour and more; until then the working set grows."""
 
 
-def within_slo(result: SimulationResult) -> bool:
-    """Means over turns, as the paper's figures are."""
-    return result.ttft_s.mean <= SLO_TTFT_S and result.tpot_s.mean <= SLO_TPOT_S
-
-
 def capacity(runner: Runner, preset: str, system: str, guess: float) -> float:
-    """Agents per second up to which the SLO holds: by doubling or halving from `guess`, then bisection."""
+    """Agents per second up to which the SLO holds: by steps from `guess` to either side of it, then bisection."""
     good = bad = guess
-    while within_slo(runner.online(preset, system, good)):
-        bad, good = good * 1.6, good
-        if not within_slo(runner.online(preset, system, bad)):
-            break
-        good = bad
+    if runner.sustains(preset, system, guess):
+        while runner.sustains(preset, system, bad := good * 1.3):
+            good = bad
     else:
-        while not within_slo(runner.online(preset, system, good)):
-            bad, good = good, good / 1.6
+        while not runner.sustains(preset, system, good := bad / 1.3):
+            bad = good
     while bad / good > 1 + CAPACITY_STEP:
-        middle = round((bad * good) ** 0.5, 4)
-        good, bad = (middle, bad) if within_slo(runner.online(preset, system, middle)) else (good, middle)
+        middle = (bad * good) ** 0.5
+        good, bad = (middle, bad) if runner.sustains(preset, system, middle) else (good, middle)
     return good
 
 
 def online(runner: Runner) -> list[Row]:
     """APS capacity within TTFT 4 s and TPOT 50 ms, Ours over Basic."""
     rows = []
-    for name, preset, theirs, guess in (("DS 660B", DS660B, 2.25, 0.5), ("DS 27B", DS27B, 1.67, 0.4)):
-        basic, ours = (capacity(runner, preset, system, guess) for system in ("basic", "dualpath"))
+    for name, preset, theirs, guesses in (("DS 660B", DS660B, 2.25, (0.4, 0.7)), ("DS 27B", DS27B, 1.67, (0.5, 0.9))):
+        basic, ours = (
+            capacity(runner, preset, system, guess)
+            for system, guess in zip(("basic", "dualpath"), guesses, strict=True)
+        )
         note = f"{ours:.2f} and {basic:.2f} agents a second"
         rows.append(row("online", f"{name}: APS of Ours over Basic", theirs, ours / basic, note=note))
     return rows
@@ -73,6 +67,3 @@ def working_set(runner: Runner) -> list[Row]:
         )
         rows.append(row("working-set", f"{agents_per_s:g} APS, GB", theirs, ours / 1e9))
     return rows
-
-
-__all__ = ["Run", "capacity", "online", "scale_online", "within_slo", "working_set"]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from dualpath.paper.steady import LONGEST_S, sustains
 from dualpath.sim.calibration import FITTED
 from dualpath.sim.costs import Calibration
 from dualpath.sim.result import SimulationResult
@@ -12,7 +13,7 @@ from dualpath.sim.workloads import agents_of
 from dualpath.spec.cluster import load_cluster
 
 ONLINE_S = 1800.0
-"""Length of an open-ended run; its second half is measured. The paper runs until a 150 s window is steady."""
+"""Length of an open-ended run at a given rate; its second half is measured."""
 BALANCE_WINDOW_S = 10.0
 """Over which the traffic of storage NICs is compared. The paper does not say."""
 
@@ -60,6 +61,19 @@ class Runner:
         return self.run(
             Run(preset=preset, system=system, agents=agents, agents_per_s=agents_per_s, duration_s=duration_s)
         )
+
+    def sustains(self, preset: str, system: str, agents_per_s: float) -> bool:
+        """Whether the SLO holds at such a rate of 64K agents, by the paper's protocol (`paper.steady`)."""
+        self._announce(f"{preset}, {system}, 64K, {agents_per_s:.3g} agents a second until steady")
+        scenario = Scenario(
+            cluster=load_cluster(preset),
+            agents=agents_of(["64K"], round(agents_per_s * LONGEST_S * 1.2) + 20),
+            trace="64K",
+            system=system,
+            calibration=self.calibration,
+            agents_per_s=agents_per_s,
+        )
+        return sustains(prepare(scenario))
 
     def with_calibration(self, calibration: Calibration) -> "Runner":
         """Another one, with nothing simulated yet."""

@@ -65,7 +65,7 @@ def finish_scenario(scenario: Scenario, simulator: Simulator, on_progress: Progr
     """Run what `prepare` made."""
     started_s = time.process_time()
     until_ns = None if scenario.duration_s is None else round(scenario.duration_s * 1e9)
-    with _without_garbage_collection():
+    with without_garbage_collection():
         simulator.run(until_ns, on_progress)
     return summarize(scenario, simulator, time.process_time() - started_s)
 
@@ -146,7 +146,7 @@ def _peak_rss_bytes() -> int:
 
 
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """A run makes millions of short-lived records and no cycles; the collector would look at them again and again."""
     was_enabled = gc.isenabled()
     gc.disable()

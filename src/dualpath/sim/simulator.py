@@ -79,6 +79,7 @@ class Simulator:
         self._next_request = 0
         self._agents: Agents | None = None
         self._open_agents = 0
+        self._paused = False
         self._wakes: list[int] = []
         self._node_of = [facts.node for facts in machine.engines]
         hooks = Hooks(self.lives, self._on_loaded, self._on_first_token, self._on_prefilled, self._on_decoded)
@@ -115,12 +116,13 @@ class Simulator:
             self.events.at(int(start), self._start, Agent(number, int(start), turns))
 
     def run(self, until_ns: int | None = None, on_progress: Callable[["Simulator"], None] | None = None) -> None:
-        """Until all agents are done, or until `until_ns`. `on_progress` is called now and then."""
+        """Until all agents are done, or until `until_ns`, to go on from there. Calls `on_progress` now and then."""
         step, drain = self.events.step, self._drain
         if until_ns is not None:
-            self.events.at(until_ns, self._stop)
+            self.events.at(until_ns, self._pause)
         countdown = 0
-        while self._open_agents:
+        self._paused = False
+        while self._open_agents and not self._paused:
             step()
             drain()
             countdown -= 1
@@ -129,8 +131,8 @@ class Simulator:
                 if on_progress is not None:
                     on_progress(self)
 
-    def _stop(self, _: None) -> None:
-        self._open_agents = 0
+    def _pause(self, _: None) -> None:
+        self._paused = True
 
     def _start(self, agent: Agent) -> None:
         self.measured.agent_started()
