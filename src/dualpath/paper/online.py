@@ -4,7 +4,7 @@ from dualpath.paper.rows import Row, row
 from dualpath.paper.runner import Runner
 
 DS660B, DS27B = "ds660b-2p4d", "ds27b-1p1d"
-CAPACITY_STEP = 0.06
+CAPACITY_STEP = 0.1
 """Relative width to which a capacity is narrowed down."""
 AT_660B = 0.4
 WORKING_SET_S = 5400.0

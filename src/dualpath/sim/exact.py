@@ -239,10 +239,12 @@ class ExactDecode:
             self._events.at(self._events.now, self._step, group)
 
     def remove(self, turn: LiveTurn) -> int:
-        raise NotImplementedError("the exact mode has no faults; use the fast one")
+        """Never called: without faults nothing is aborted (`faults.plan_faults` refuses them)."""
+        raise AssertionError(f"turn {turn.request} is aborted in the exact mode, which knows no faults")
 
     def lose(self, engine: EngineId) -> None:
-        raise NotImplementedError("the exact mode has no faults; use the fast one")
+        """Never called, see `remove`."""
+        raise AssertionError(f"engine {engine} is lost in the exact mode, which knows no faults")
 
     def _step(self, group: DecodeGroup) -> None:
         batch = [(engine.engine, list(self._running[engine.engine])) for engine in group.engines]

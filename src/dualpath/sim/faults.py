@@ -29,7 +29,9 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def plan_faults(simulator: Simulator, faults: Sequence[Fault]) -> None:
-    """Have them happen. Raises ValueError for an engine or node that the machine does not have."""
+    """Have them happen. Raises ValueError for an engine or node that the machine does not have, and in exact mode."""
+    if faults and simulator.exact:
+        raise ValueError("the exact mode knows no faults; leave out one of the two")
     for fault in faults:
         count = len(simulator.machine.engines) if fault.kind == "engine_lost" else simulator.machine.nodes
         if not 0 <= fault.target < count:

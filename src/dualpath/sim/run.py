@@ -48,8 +48,6 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.system not in SYSTEMS:
             raise ValueError(f"no system {self.system!r}; known are {', '.join(SYSTEMS)}")
-        if self.exact and self.faults:
-            raise ValueError("the exact mode knows no faults; leave out one of the two")
 
 
 Progress = Callable[[Simulator], None]

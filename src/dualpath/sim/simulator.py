@@ -67,6 +67,7 @@ class Simulator:
     ) -> None:
         self.machine = machine
         self.policy = policy
+        self.exact = exact
         self.events = Events()
         self.measured = Measurements()
         self.on_turn: Callable[[LiveTurn], None] | None = None
