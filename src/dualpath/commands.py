@@ -140,19 +140,23 @@ def paper(arguments: argparse.Namespace) -> int:
     """Simulate the paper's evaluation; print and write theirs beside ours."""
     from dualpath.paper.archive import ArchiveError, merged
     from dualpath.paper.document import document_of, table_of, write_results
-    from dualpath.paper.items import ITEMS, SENSITIVITY, rows_of
+    from dualpath.paper.items import ITEMS, SENSITIVITY, check_names
     from dualpath.paper.runner import Runner
     from dualpath.paper.sensitivity import sensitivity
 
     console = _console()
     names = arguments.items or [*ITEMS, SENSITIVITY]
     with _usage_errors(ValueError):
+        check_names(names)
         runner = Runner(arguments.scale, announce=lambda name: console.print(f"simulating {name}", highlight=False))
-        rows = rows_of([name for name in names if name != SENSITIVITY], runner)
-    what_if = sensitivity(runner) if SENSITIVITY in names else []
+    rows = []
     with _command_errors(ArchiveError, OSError):
-        archive = merged(arguments.out, rows, what_if, runner)
-        write_results(archive, arguments.out)
+        archive = merged(arguments.out, [], [], runner)
+        for name in names:  # written after each: what an interrupted run has found is kept
+            fresh = [] if name == SENSITIVITY else ITEMS[name](runner)
+            archive = merged(arguments.out, fresh, sensitivity(runner) if name == SENSITIVITY else [], runner)
+            write_results(archive, arguments.out)
+            rows += fresh
     _write_json(arguments.json, document_of(archive, runner))
     console.print(table_of(rows))
     console.print(f"written: {arguments.out}/paper.md, paper.png and paper.json", highlight=False)

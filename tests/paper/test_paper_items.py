@@ -11,7 +11,7 @@ import pytest
 from dualpath import cli
 from dualpath.paper.archive import ArchiveError, merged
 from dualpath.paper.document import write_results
-from dualpath.paper.items import ITEMS, rows_of
+from dualpath.paper.items import ITEMS
 from dualpath.paper.online import CAPACITY_STEP, capacity
 from dualpath.paper.rows import Row, row
 from dualpath.paper.runner import Runner
@@ -39,7 +39,7 @@ def test_an_ablation_at_a_small_scale() -> None:
     """Directions hold at any scale; each simulation is run once however often it is asked for."""
     ran: list[str] = []
     runner = Runner(scale=0.06, announce=ran.append)
-    rows = rows_of(["ablation", "ablation"], runner)
+    rows = [*ITEMS["ablation"](runner), *ITEMS["ablation"](runner)]
     less_jct = [entry.ours for entry in rows[:3]]
     assert 0 < less_jct[0] < less_jct[1] <= less_jct[2] + 5
     assert len(ran) == len(set(ran)) == 8
@@ -50,7 +50,7 @@ def test_an_ablation_at_a_small_scale() -> None:
 @pytest.mark.slow
 def test_scheduling_evens_out_what_round_robin_does_not() -> None:
     """Under load: with empty queues every read is the PE side's."""
-    round_robin, scheduled, attention = rows_of(["balance"], Runner(scale=0.3))
+    round_robin, scheduled, attention = ITEMS["balance"](Runner(scale=0.3))
     assert round_robin.ours > scheduled.ours >= 1
     assert attention.ours >= 1
 

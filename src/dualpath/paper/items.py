@@ -26,9 +26,9 @@ SENSITIVITY = "sensitivity"
 """The one item that has no rows: `paper.sensitivity`."""
 
 
-def rows_of(names: Sequence[str], runner: Runner) -> list[Row]:
-    """Rows of the named items. Raises ValueError for an unknown name, before anything is simulated."""
-    unknown = [name for name in names if name not in ITEMS]
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for an unknown one."""
+    known = [*ITEMS, SENSITIVITY]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"no item {unknown[0]!r}; choose from {', '.join([*ITEMS, SENSITIVITY])}")
-    return [row for name in names for row in ITEMS[name](runner)]
+        raise ValueError(f"no item {unknown[0]!r}; choose from {', '.join(known)}")
