@@ -285,14 +285,14 @@ def _add_demo(commands: Any) -> None:
     group.add_argument("--topologies", type=_names, metavar="LIST", help="(default: 1P1D,1P2D)")
     group.add_argument("--systems", type=_systems, metavar="LIST", help="(default: basic,dualpath,oracle)")
     group.add_argument(
-        "--snic-rate", type=_rate, metavar="RATE", dest="snic_bytes_per_s", help="of each storage NIC (default: 60MB/s)"
+        "--snic-rate", type=_rate, metavar="RATE", dest="snic_bytes_per_s", help="of each storage NIC (default: 40MB/s)"
     )
     group.add_argument(
         "--cnic-rate",
         type=_rate,
         metavar="RATE",
         dest="cnic_bytes_per_s",
-        help="of each compute NIC (default: 480MB/s)",
+        help="of each compute NIC (default: 320MB/s)",
     )
     group.add_argument("--repeat", type=_positive, metavar="N", dest="repeats", help="medians of N (default: 1)")
     group.add_argument("--model", type=Path, metavar="DIR", help="(default: .models/demo, made if absent)")
@@ -300,7 +300,7 @@ def _add_demo(commands: Any) -> None:
     group.add_argument(
         "--agents", type=_positive, metavar="N", help="all start at once (default: 12, or one per trace)"
     )
-    group.add_argument("--turns", type=_positive, metavar="N", help="measured turns of an agent (default: 5)")
+    group.add_argument("--turns", type=_positive, metavar="N", help="measured turns of an agent (default: 4)")
     group.add_argument(
         "--context",
         type=_positive,

@@ -174,7 +174,7 @@ def test_demo_takes_only_what_is_given_and_keeps_the_command(monkeypatch, capsys
     assert capsys.readouterr().err == "dualpath demo: no cluster here\n"
     (options,) = asked
     assert (options.agents, options.snic_bytes_per_s, options.repeats, options.out) == (2, None, 3, tmp_path)
-    assert (options.cnic_bytes_per_s, options.systems) == (480_000_000, ("basic", "dualpath", "oracle"))
+    assert (options.cnic_bytes_per_s, options.systems) == (320_000_000, ("basic", "dualpath", "oracle"))
     assert options.command == f"dualpath demo --agents 2 --snic-rate unlimited --repeat 3 --out {tmp_path}"
 
 

@@ -16,7 +16,7 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     systems: tuple[str, ...] = ("basic", "dualpath", "oracle")
     agents: int | None = None
     """None: 12 generated ones, or one per trace."""
-    turns: int = 5
+    turns: int = 4
     """Measured turns of an agent at most, after the warm-up turn that brings its first context into storage."""
     first_context_tokens: float = 2800
     append_tokens: float = 64
@@ -27,8 +27,8 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Token counts of traces are divided by this."""
     max_context_tokens: int = 6144
     """A trace ends before its context grows beyond this."""
-    snic_bytes_per_s: int | None = 60_000_000
-    cnic_bytes_per_s: int | None = 480_000_000
+    snic_bytes_per_s: int | None = 40_000_000
+    cnic_bytes_per_s: int | None = 320_000_000
     repeats: int = 1
     seed: int = 0
     model: Path = Path(".models/demo")

@@ -51,7 +51,8 @@ class DecodeEngine:
         self._block_tokens = layout.block_tokens
         self._allocator = BlockAllocator(blocks)
         shape = (blocks * self._block_tokens, model.token_elems)
-        self._pool = [torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(layout.layers)]
+        # Zeroed, so that the host's pages exist: faults would otherwise slow the first requests down.
+        self._pool = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(layout.layers)]
         self._sequences: dict[int, _Sequence] = {}
         self._lock = threading.Lock()
         self._stepped = threading.Condition(self._lock)

@@ -69,7 +69,8 @@ class MappedPages:
         total_bytes = os.fstat(descriptor).st_size
         if total_bytes < PAGE_ALIGNMENT_BYTES:
             raise ValueError(f"{path} is not a buffer pool: {total_bytes} bytes are too few for a header")
-        region = mmap.mmap(descriptor, total_bytes)
+        # Populated now: a page fault for every 4 KiB of the first transfers would cost more than copying them.
+        region = mmap.mmap(descriptor, total_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         magic, self.page_bytes, self.stride_bytes, self.pages = _HEADER.unpack_from(region)
         if magic != _MAGIC or PAGE_ALIGNMENT_BYTES + self.pages * self.stride_bytes != total_bytes:
             raise ValueError(f"{path} is not a buffer pool of this version: its header is {magic!r}")
