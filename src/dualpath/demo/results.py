@@ -4,6 +4,7 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -92,7 +93,7 @@ def _median_jct_s(measured: Sequence[Measured], topology: str, system: str) -> f
     return statistics.median_low(times_s) if times_s else None
 
 
-def _p50_p99(name: str, latency: Percentiles | None) -> dict[str, float | None]:
+def _p50_p99(name: str, latency: Percentiles | None) -> dict[str, Any]:
     p50_s, p99_s = (None, None) if latency is None else (latency.p50_s, latency.p99_s)
     return {f"{name}_p50_s": p50_s, f"{name}_p99_s": p99_s}
 

@@ -1,18 +1,64 @@
-"""The demo's result file: what it holds, and reading it back. Times in seconds, rates in bytes per second."""
+"""The result file of a demo, an experiment, a replay or a prediction: what it holds, and reading it back.
+
+Times in seconds, rates in bytes per second. A prediction (`dualpath simulate --like`) is a result file too, with the
+runs of the measurement it predicts, in their order.
+"""
 
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+
+from dualpath.workload import Trajectory, TurnFailure, TurnResult
 
 
 class ResultFileError(ValueError):
     """A result file that can't be read. The message names the file and the field."""
 
 
+class ClusterSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """The cluster of one run, complete enough to simulate it."""
+
+    layers: int
+    kv_bytes_per_token: int
+    """Over all layers."""
+    snic_bytes_per_s: int | None
+    """Each storage NIC's rate; None: not limited."""
+    cnic_bytes_per_s: int | None
+    compute_quota_s: float
+    threads: int
+    """Compute threads of an engine."""
+    cores: int
+    """Cores that all engines shared."""
+    dtype: str
+    transport: str
+    links: Literal["emulated", "kernel"] = "emulated"
+    """Rates kept by the traffic manager, or by the kernel between network namespaces (`dualpath testbed`)."""
+
+
+class SnicSample(msgspec.Struct, frozen=True):
+    """Bytes each engine's SNIC had received from storage `at_s` after the run's start."""
+
+    at_s: float
+    received_bytes: dict[str, int]
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One replay of the workload on one cluster."""
+
+    parameters: dict[str, float | str] = {}
+    """What this run varies beyond topology and system, such as ``{"agents": 16, "append_scale": 2}``."""
+    trajectories: str = ""
+    """Key of its agents in `ResultFile.trajectories`; empty where the file does not keep them."""
+    first_round: int = 0
+    """Round of every trajectory at which the measured part begins: 1 after a warm-up."""
+    agents_per_s: float | None = None
+    """Poisson arrivals; None: all agents at once."""
+    cluster: ClusterSetup | None = None
+    turn_results: list[TurnResult] = []
+    failures: list[TurnFailure] = []
+    snic_samples: list[SnicSample] = []
 
     topology: str
     """``1P2D``: prefill and decode nodes."""
@@ -78,6 +124,9 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 class ResultFile(msgspec.Struct, frozen=True, kw_only=True):
     """All runs of one invocation, in the order they were made."""
 
+    kind: Literal["demo", "experiment", "replay", "prediction"] = "demo"
+    name: str = "demo"
+    trajectories: dict[str, list[Trajectory]] = {}
     runs: list[Run]
     configuration: Configuration
     command: str

@@ -6,6 +6,31 @@ import msgspec
 import numpy as np
 
 
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the server spent a turn, as it says itself (``"return_timings": true``). Stages of the last attempt; what
+    earlier attempts took is in `scheduling_s`. The first four add up to the server's time to first token.
+    """
+
+    scheduling_s: float
+    """From the request's arrival until it had a PE and a DE: prefix lookup, waiting, the scheduler's cadence."""
+    allocation_s: float
+    """Until its PE and DE buffer blocks were allocated."""
+    read_s: float
+    """Until every leg of its hit tokens had arrived from storage; 0 where there were none."""
+    prefill_s: float
+    """Until its first token: waiting for its batch, layerwise prefill, the transfer to the DE that overlaps it."""
+    decode_s: float
+    """From the first token to the last."""
+    prefill_engine: str
+    """``PE0``."""
+    decode_engine: str
+    """``DE1``."""
+    pe_read_tokens: int
+    """Hit tokens that the PE read from storage."""
+    de_read_tokens: int
+    attempts: int
+
+
 class TurnResult(msgspec.Struct, frozen=True, kw_only=True):
     """A turn that was answered. Times count from the first try, as the agent sees them."""
 
@@ -27,6 +52,8 @@ class TurnResult(msgspec.Struct, frozen=True, kw_only=True):
     generated_tokens: int
     output_digest: str
     """Of the generated token ids: two systems that agree computed the same."""
+    timings: Timings | None = None
+    """None from a server that does not tell."""
 
 
 class TurnFailure(msgspec.Struct, frozen=True, kw_only=True):
