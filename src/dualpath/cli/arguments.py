@@ -1,0 +1,88 @@
+"""Types of arguments, and how a command is added. A bad value ends with one line and exit code 2.
+
+Nothing heavy is imported here: ``--help`` must be quick.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from dualpath.spec.units import parse_bytes, parse_duration_ns, parse_rate
+
+Value = TypeVar("Value")
+SYSTEMS = ("basic", "basic-layerwise", "dualpath-rr", "dualpath", "dualpath-split", "de-only", "oracle")
+CLUSTER_HELP = """\
+CLUSTER is a preset (ds660b-2p4d, ds660b-44p88d, ds660b-48p96d, ds27b-1p1d, ds27b-2p1d, ds27b-1p2d, qwen32b-1p2d) or a
+TOML file."""
+
+
+def command(
+    commands: Any, name: str, summary: str, epilog: str, run: Callable[[argparse.Namespace], int] | None = None
+) -> Any:
+    """Add `name` to a parser's `commands`; `run` does it and returns the exit code."""
+    parser = parser_of(commands.add_parser, name, help=summary, description=summary.capitalize() + ".", epilog=epilog)
+    if run is not None:
+        parser.set_defaults(run=run)
+    return parser
+
+
+def parser_of(make: Callable[..., Any], *names: str, **texts: Any) -> Any:
+    return make(*names, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
+
+
+def _argument(parse: Callable[[str], Value]) -> Callable[[str], Value]:
+    """`parse` with the message of its ValueError shown to the user as it is."""
+
+    def checked(text: str) -> Value:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
+def _whole(least: int, most: int | None, what: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not {what}") from None
+        if value < least or (most is not None and value > most):
+            raise ValueError(f"{text} is not {what}")
+        return value
+
+    return _argument(parse)
+
+
+def _parse_positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _parse_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _parse_systems(text: str) -> tuple[str, ...]:
+    names = _parse_names(text)
+    unknown = [name for name in names if name not in SYSTEMS]
+    if unknown:
+        raise ValueError(f"unknown system {unknown[0]!r}; choose from {', '.join(SYSTEMS)}")
+    return names
+
+
+rate = _argument(parse_rate)
+byte_count = _argument(parse_bytes)
+duration_ns = _argument(parse_duration_ns)
+positive = _whole(1, None, "a whole number from 1 up")
+not_negative = _whole(0, None, "a whole number from 0 up")
+port = _whole(0, 65535, "a port, 0 to 65535")
+positive_number = _argument(_parse_positive_number)
+names = _argument(_parse_names)
+systems = _argument(_parse_systems)

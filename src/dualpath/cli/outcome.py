@@ -1,0 +1,68 @@
+"""How a command ends: with what it printed and wrote, or with one line that says what was wrong.
+
+A bad value becomes a `UsageError` (exit code 2), a failure a `CommandError` (exit code 1). A bug keeps its traceback.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MIN_CONSOLE_WIDTH = 110
+"""Of output that goes to no terminal: wide enough for the demo's table."""
+
+
+class UsageError(Exception):
+    """The command line asks for something that can't be."""
+
+
+class CommandError(Exception):
+    """The command was right and failed."""
+
+
+def new_console() -> "Console":
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, MIN_CONSOLE_WIDTH))
+
+
+def write_json(path: Path | None, report: Any) -> None:
+    import msgspec
+
+    if path is not None:
+        with command_errors(OSError):
+            path.write_bytes(msgspec.json.encode(report) + b"\n")
+
+
+def check_directory(path: Path) -> None:
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a directory; give a store's")
+
+
+@contextmanager
+def file_progress(console: "Console") -> Iterator[Any]:
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("checking", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def usage_errors(*kinds: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        raise UsageError(str(error)) from error
+
+
+@contextmanager
+def command_errors(*kinds: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        raise CommandError(str(error)) from error

@@ -1,0 +1,60 @@
+"""``dualpath plan``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dualpath.cli.arguments import CLUSTER_HELP, command, duration_ns, positive, positive_number
+from dualpath.cli.outcome import new_console, usage_errors, write_json
+
+EXAMPLES = f"""\
+{CLUSTER_HELP} Rates are upper bounds, in closed form.
+
+examples:
+  dualpath plan ds660b-2p4d
+  dualpath plan ds27b-1p1d --trace 32K --ttft 2s --tpot 30ms
+  dualpath plan my-cluster.toml --trace session-1.json session-2.json --max-context 65536
+  dualpath plan my-cluster.toml --trace conversation_trace.jsonl --json plan.json
+"""
+
+
+def add(commands: Any) -> None:
+    parser = command(commands, "plan", "what a cluster can do for agents, and what limits it", EXAMPLES, run)
+    parser.add_argument("cluster", metavar="CLUSTER", help="a preset or a TOML file, see below")
+    parser.add_argument(
+        "--trace",
+        nargs="+",
+        default=["64K"],
+        metavar="TRACE",
+        help="32K, 48K or 64K (the paper's), a Mooncake .jsonl, or WEKA sessions (default: 64K)",
+    )
+    parser.add_argument("--model", metavar="MODEL", help="instead of the cluster's: a name, or a config.json")
+    parser.add_argument("--max-context", type=positive, metavar="N", help="end recorded agents here")
+    parser.add_argument("--aps", type=positive_number, metavar="RATE", help="agents per second, for the working set")
+    parser.add_argument("--ttft", type=duration_ns, default="4s", metavar="TIME", help="SLO (default: %(default)s)")
+    parser.add_argument("--tpot", type=duration_ns, default="50ms", metavar="TIME", help="SLO (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan here too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what a cluster can do for a workload."""
+    import msgspec
+
+    from dualpath.plan import PlanError, Slo, plan_capacity
+    from dualpath.plan.traces import load_of
+    from dualpath.report.plan import plan_sentences, resource_table, split_table
+    from dualpath.spec.cluster import ClusterError, load_cluster
+    from dualpath.workload.weka import TraceError
+
+    slo = Slo(ttft_s=arguments.ttft / 1e9, tpot_s=arguments.tpot / 1e9)
+    with usage_errors(ClusterError, TraceError, PlanError):
+        cluster = load_cluster(arguments.cluster)
+        if arguments.model is not None:
+            cluster = cluster.with_model(arguments.model)
+        answer = plan_capacity(cluster, load_of(arguments.trace, arguments.max_context), slo, arguments.aps)
+    write_json(arguments.json, answer)
+    document = msgspec.to_builtins(answer)
+    console = new_console()
+    console.print(resource_table(document), split_table(document))
+    console.print(*plan_sentences(document), sep="\n\n", highlight=False)
+    return 0

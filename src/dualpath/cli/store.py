@@ -1,0 +1,58 @@
+"""``dualpath store stat|fsck``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dualpath.cli.arguments import command
+from dualpath.cli.outcome import check_directory, command_errors, file_progress, new_console, write_json
+
+
+def add(commands: Any) -> None:
+    parser = command(commands, "store", "look into a KV store, or check it", "")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    stat = command(actions, "stat", "what is in a store", "example:\n  dualpath store stat .store/a\n", _stat)
+    fsck = command(
+        actions,
+        "fsck",
+        "check every block of a store; exit code 1 if anything is bad",
+        "example:\n  dualpath store fsck .store/a --repair    move bad blocks aside, remove orphans and leftovers\n",
+        _fsck,
+    )
+    fsck.add_argument("--repair", action="store_true", help="repair what is found")
+    for action in (stat, fsck):
+        action.add_argument("directory", metavar="DIR", type=Path)
+        action.add_argument("--json", metavar="FILE", type=Path, help="write the report here too")
+
+
+def _stat(arguments: argparse.Namespace) -> int:
+    """Print what is in a store."""
+    import msgspec
+
+    from dualpath.kv.inspect import stat
+    from dualpath.kv.store import StoreError
+    from dualpath.report.store import stat_table
+
+    check_directory(arguments.directory)
+    with command_errors(StoreError):
+        report = stat(arguments.directory)
+    write_json(arguments.json, report)
+    new_console().print(stat_table(msgspec.to_builtins(report)))
+    return 0
+
+
+def _fsck(arguments: argparse.Namespace) -> int:
+    """Check a store. Exit code 1 if something is bad and was not repaired."""
+    import msgspec
+
+    from dualpath.kv.inspect import fsck
+    from dualpath.kv.store import StoreError
+    from dualpath.report.store import fsck_lines
+
+    check_directory(arguments.directory)
+    console = new_console()
+    with command_errors(StoreError), file_progress(console) as progress:
+        report = fsck(arguments.directory, repair=arguments.repair, progress=progress)
+    write_json(arguments.json, report)
+    console.print(*fsck_lines(msgspec.to_builtins(report)), sep="\n", highlight=False, soft_wrap=True)
+    return 0 if report.is_clean or report.repaired else 1
