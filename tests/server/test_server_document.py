@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from fake_cluster import EOS, FakeGenerator, ids, running_server, says
 
+from dualpath.runtime.api import Timings
 from dualpath.server.protocol import _NEUTRAL, ChatRequest, CompletionRequest
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/how-to/openai-api.md").read_text()
@@ -21,8 +22,14 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert token_ids == str([*ids("none do"), EOS])
 
 
+def test_every_timing_is_documented_and_nothing_else() -> None:
+    table = DOCUMENT.split("## Timings")[1].split("## Errors")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.M)
+    assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == list(Timings.__struct_fields__)
+
+
 def test_every_parameter_is_documented_and_nothing_else() -> None:
-    parameters = DOCUMENT.split("## Parameters")[1].split("## Errors")[0]
+    parameters = DOCUMENT.split("## Parameters")[1].split("## Timings")[0]
     table, refused = parameters.split("Refused with")
     rows = re.findall(r"^\| (`.*?) \|", table, re.M)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)} | {"top_logprobs"}

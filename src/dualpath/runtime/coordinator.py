@@ -137,7 +137,13 @@ class Coordinator:
     def health(self) -> dict[str, object]:
         """See `runtime.api.Generator.health`."""
         engines = [
-            {"engine": link.engine, "role": link.join.role.value, "pid": link.join.pid, "host": link.join.host}
+            {
+                "engine": link.engine,
+                "name": link.name,
+                "role": link.join.role.value,
+                "pid": link.join.pid,
+                "host": link.join.host,
+            }
             for link in self._links.by_engine.values()
         ]
         return {"status": self.membership.status, "engines": engines}

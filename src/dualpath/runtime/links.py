@@ -13,7 +13,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from dualpath.core.vocabulary import EngineId
+from dualpath.core.vocabulary import EngineId, Role
 from dualpath.runtime.messages import (
     FromEngine,
     Heartbeat,
@@ -27,6 +27,8 @@ from dualpath.runtime.messages import (
 CONTROL_QUEUE_MESSAGES = 100_000
 """Bound of each control queue. A cluster that has this many messages under way to one engine has lost it already."""
 
+_PREFIX = {Role.PREFILL: "PE", Role.DECODE: "DE"}
+
 
 class EngineLink(msgspec.Struct):
     """One engine: joined, or still to be admitted (`engine` is None)."""
@@ -35,6 +37,8 @@ class EngineLink(msgspec.Struct):
     join: Join
     last_heard_ns: int
     engine: EngineId | None = None
+    name: str = ""
+    """``PE0``, ``DE1``: engines of a role are numbered as they are admitted; no number is used twice."""
     gauges: dict[str, float] = {}
 
 
@@ -50,6 +54,7 @@ class EngineLinks:
         self._by_identity: dict[bytes, EngineLink] = {}
         self.by_engine: dict[EngineId, EngineLink] = {}
         self._next_engine: EngineId = 0
+        self._admitted = dict.fromkeys(Role, 0)
         self.malformed_messages = 0
         self.unroutable_messages = 0
 
@@ -72,6 +77,9 @@ class EngineLinks:
         """Give the engine its id; from now on it can be sent to."""
         link.engine = self._next_engine
         self._next_engine += 1
+        role = link.join.role
+        link.name = f"{_PREFIX[role]}{self._admitted[role]}"
+        self._admitted[role] += 1
         self.by_engine[link.engine] = link
         return link.engine
 

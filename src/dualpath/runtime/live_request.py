@@ -1,13 +1,15 @@
 """A request as the coordinator holds it: what the client asked, what it got so far, and the attempt under way."""
 
 import asyncio
+import time
 
 import msgspec
 
 from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, RequestFacts, RequestId
 from dualpath.kv.keys import BlockKey, Namespace
-from dualpath.runtime.api import GeneratedTokens, GenerateRequest, RequestError, TokenLogprob
+from dualpath.runtime.api import GeneratedTokens, GenerateRequest, RequestError, Timings, TokenLogprob
 from dualpath.runtime.messages import Draw
+from dualpath.runtime.stages import Stages
 from dualpath.spec.sampling import finish_reason
 
 
@@ -21,14 +23,18 @@ class Attempt(msgspec.Struct):
     legs: list[Leg] = []
     decode_pages: list[int] | None = None
     first_draw: Draw | None = None
+    stages: Stages = msgspec.field(default_factory=Stages)
 
 
 class LiveRequest:
     """Owned by the coordinator from `submit` until its last event is in `events`."""
 
-    def __init__(self, request: RequestId, asked: GenerateRequest, namespace: Namespace) -> None:
+    def __init__(self, request: RequestId, asked: GenerateRequest, namespace: Namespace, arrived_ns: int) -> None:
         self.request = request
         self.asked = asked
+        self._arrived_ns = arrived_ns
+        self._first_token_ns = 0
+        self._timings: Timings | None = None
         self.namespace = namespace
         self.generated: list[int] = []
         self.cached_tokens: int | None = None
@@ -71,16 +77,36 @@ class LiveRequest:
         logprobs = None
         if draw.logprobs is not None:
             logprobs = [[TokenLogprob(token_id, logprob) for token_id, logprob in draw.logprobs]]
-        self.events.put_nowait(
-            GeneratedTokens(token_ids=[draw.token_id], logprobs=logprobs, cached_tokens=self.cached_tokens or 0)
-        )
+        if self.asked.return_timings:
+            self._stamp()
+        self.events.put_nowait(self._step([draw.token_id], logprobs))
 
     def end(self, outcome: str | RequestError) -> None:
         """The last event: a finish reason, or the error the client gets."""
         if isinstance(outcome, str):
-            self.events.put_nowait(
-                GeneratedTokens(token_ids=[], finish_reason=outcome, cached_tokens=self.cached_tokens or 0)
-            )
+            self.events.put_nowait(self._step([], finish_reason=outcome))
         else:
             self.events.put_nowait(outcome)
         self.current = None
+
+    def _step(
+        self, token_ids: list[int], logprobs: list[list[TokenLogprob]] | None = None, finish_reason: str | None = None
+    ) -> GeneratedTokens:
+        return GeneratedTokens(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            cached_tokens=self.cached_tokens or 0,
+            timings=self._timings,
+        )
+
+    def _stamp(self) -> None:
+        """A token is out: its stages if it is the first, else how long decoding has taken so far."""
+        assert self.current is not None
+        attempts = self.current.attempt + 1
+        if self._timings is None:
+            self._first_token_ns = time.monotonic_ns()
+            self._timings = self.current.stages.timings(self._arrived_ns, self.current.legs, attempts)
+        else:
+            decode_s = (time.monotonic_ns() - self._first_token_ns) / 1e9
+            self._timings = msgspec.structs.replace(self._timings, decode_s=decode_s, attempts=attempts)

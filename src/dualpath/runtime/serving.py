@@ -7,6 +7,8 @@ An answer's last event waits for `Finished`, that is, until its blocks are durab
 them.
 """
 
+import time
+
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import (
     BLOCK_TOKENS,
@@ -62,11 +64,12 @@ class Serving:
     # ── what clients ask ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def submit(self, asked: GenerateRequest) -> LiveRequest:
+        arrived_ns = time.monotonic_ns()
         self._check(asked)
         space = await self.prefixes.open(asked.tenant)
         if self._ended is not None:
             raise self._ended
-        live = LiveRequest(self._next_request, asked, space)
+        live = LiveRequest(self._next_request, asked, space, arrived_ns)
         self._next_request += 1
         facts = self._begin(live, 0)
         self._requests[live.request] = live
@@ -156,8 +159,10 @@ class Serving:
         match message:
             case m.Prepared():
                 attempt.decode_pages = message.pages
+                attempt.stages.allocated()
                 self._driver.input(lambda s, now: s.prepared(now, *ids))
             case m.Loaded():
+                attempt.stages.loaded()
                 self._driver.input(lambda s, now: s.loaded(now, *ids, message.side))
             case m.LoadFailed():
                 self.prefixes.report_faults(live.namespace, message.faults)
@@ -198,11 +203,19 @@ class Serving:
                 self._instruct(live, command)
 
     def _instruct(self, live: LiveRequest, command: Prepare | Load | Prefill | Decode) -> None:
-        decode_address = ""
-        if isinstance(command, Prefill):
-            # Every hit block is in a buffer now: what happens to its file no longer matters to this attempt.
-            self.prefixes.unpin(live.request)
-            decode_address = self._links.by_engine[command.decode_engine].join.data_address
+        assert live.current is not None
+        stages, decode_address = live.current.stages, ""
+        match command:
+            case Prepare():
+                stages.told()
+            case Load():
+                stages.allocated()
+            case Prefill():
+                # Every hit block is in a buffer now: what happens to its file no longer matters to this attempt.
+                self.prefixes.unpin(live.request)
+                decode = self._links.by_engine[command.decode_engine]
+                decode_address = decode.join.data_address
+                stages.decode_engine, stages.prefill_engine = decode.name, self._links.by_engine[command.engine].name
         self._links.send(command.engine, order(live, command, decode_address))
 
     def _resubmit(self, live: LiveRequest, attempt: int) -> None:

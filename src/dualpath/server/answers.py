@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from dualpath.runtime.api import TokenLogprob
+from dualpath.runtime.api import Timings, TokenLogprob
 from dualpath.server.codec import TextCodec
 from dualpath.server.generation import Piece, Usage
 from dualpath.server.planning import Plan
@@ -58,6 +58,7 @@ class AnswerBody(msgspec.Struct, kw_only=True, gc=False):
     model: str
     choices: list[ChoiceBody]
     usage: UsageBody | UnsetType | None = UNSET
+    timings: Timings | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -91,7 +92,14 @@ class _Answer:
         self._begun = [False] * len(plan.choices)
 
     def usage_event(self, usage: Usage) -> bytes:
-        return b"data: %b\n\n" % _encode(self._body(self.chunk_object, [], _usage_body(usage)))
+        return b"data: %b\n\n" % _encode(self._last(self.chunk_object, [], usage))
+
+    def _last(self, kind: str, choices: list[ChoiceBody], usage: Usage) -> AnswerBody:
+        """What carries usage: the last event, or the whole answer."""
+        body = self._body(kind, choices, _usage_body(usage))
+        if usage.timings is not None:
+            body.timings = usage.timings
+        return body
 
     def _body(self, kind: str, choices: list[ChoiceBody], usage: UsageBody | UnsetType | None) -> AnswerBody:
         return AnswerBody(
@@ -140,7 +148,7 @@ class CompletionWriter(_Answer):
 
     def whole(self, pieces: list[Piece], usage: Usage) -> bytes:
         choices = [self._choice(piece) for piece in self._folded(pieces)]
-        return _encode(self._body(self.object, choices, _usage_body(usage)))
+        return _encode(self._last(self.object, choices, usage))
 
     def _choice(self, piece: Piece) -> ChoiceBody:
         choice = super()._choice(piece)
@@ -189,7 +197,7 @@ class ChatWriter(_Answer):
             choice = self._choice(piece)
             choice.message = {"role": "assistant", "content": piece.text, "refusal": None}
             choices.append(choice)
-        body = self._body(self.object, choices, _usage_body(usage))
+        body = self._last(self.object, choices, usage)
         if self._plan.return_token_ids:
             body.prompt_token_ids = self._plan.prompts[0]
         return _encode(body)

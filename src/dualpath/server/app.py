@@ -194,7 +194,7 @@ class _Api:
                 usage.add(piece)
                 yield writer.event(piece)
         self._count(usage)
-        yield writer.usage_event(usage) + DONE if plan.include_usage else DONE
+        yield writer.usage_event(usage) + DONE if plan.include_usage or plan.return_timings else DONE
 
     def _count(self, usage: Usage) -> None:
         self._metrics.answered(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)

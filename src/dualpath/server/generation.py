@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 import msgspec
 
-from dualpath.runtime.api import GeneratedTokens, Generator, TokenLogprob
+from dualpath.runtime.api import GeneratedTokens, Generator, Timings, TokenLogprob
 from dualpath.server.codec import TextCodec
 from dualpath.server.detokenize import IncrementalDetokenizer, StopMatcher
 from dualpath.server.errors import INTERNAL, ApiError
@@ -33,6 +33,7 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[list[TokenLogprob]] | None
     finish_reason: str | None
     cached_tokens: int
+    timings: Timings | None = None
 
 
 class ChoiceText:
@@ -76,6 +77,7 @@ class ChoiceText:
             logprobs=None if step.logprobs is None else step.logprobs[:used],
             finish_reason=finish_reason,
             cached_tokens=step.cached_tokens,
+            timings=step.timings,
         )
 
 
@@ -147,13 +149,14 @@ async def _close(steps: AsyncIterator[GeneratedTokens]) -> None:
 
 
 class Usage:
-    """Tokens of a request: each prompt counts once, however many choices answer it."""
+    """Tokens of a request: each prompt counts once, however many choices answer it; and its timings."""
 
     def __init__(self, plan: Plan) -> None:
         self._prompt_of = [choice.prompt_index for choice in plan.choices]
         self._cached_tokens = [0] * len(plan.prompts)
         self.prompt_tokens = sum(map(len, plan.prompts))
         self.completion_tokens = 0
+        self.timings: Timings | None = None
 
     @property
     def cached_tokens(self) -> int:
@@ -163,3 +166,4 @@ class Usage:
         prompt = self._prompt_of[piece.choice]
         self._cached_tokens[prompt] = max(self._cached_tokens[prompt], piece.cached_tokens)
         self.completion_tokens += len(piece.token_ids)
+        self.timings = piece.timings

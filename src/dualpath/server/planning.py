@@ -47,6 +47,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool
     include_usage: bool
     return_token_ids: bool
+    return_timings: bool
     logprobs: int | None
 
 
@@ -118,6 +119,12 @@ class Planner:
 
     def _check_fan_out(self, asked: GenerationRequest, prompts: int) -> None:
         _check_range("n", asked.n, 1, self._max_choices)
+        if asked.return_timings and (asked.n or 1) * prompts > 1:
+            raise bad_parameter(
+                "return_timings",
+                f"return_timings is for a single answer, not for {prompts} prompts with n={asked.n or 1}; send several "
+                "requests",
+            )
         if (asked.n or 1) * prompts > self._max_choices:
             raise bad_parameter(
                 "n",
@@ -147,6 +154,7 @@ class Planner:
                     prompt_token_ids=prompt,
                     sampling=msgspec.structs.replace(sampling, seed=(base + i) % _SEEDS),
                     tenant=_tenant(asked.cache_salt),
+                    return_timings=bool(asked.return_timings),
                 )
                 choices.append(Choice(len(choices), prompt_index, request))
         return Plan(
@@ -157,6 +165,7 @@ class Planner:
             stream=bool(asked.stream),
             include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
             return_token_ids=bool(asked.return_token_ids),
+            return_timings=bool(asked.return_timings),
             logprobs=logprobs,
         )
 

@@ -65,6 +65,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    return_timings: bool | None = None
     cache_salt: str | None = None
 
 
