@@ -162,7 +162,7 @@ def test_an_interruption_is_one_line_and_an_exit_code(monkeypatch, capsys):
 
 def test_demo_takes_only_what_is_given_and_keeps_the_command(monkeypatch, capsys, tmp_path):
     from dualpath.demo import run as demo_run
-    from dualpath.demo.cluster import ClusterError
+    from dualpath.experiment.cluster_process import ClusterError
 
     asked = []
 

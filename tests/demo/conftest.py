@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from dualpath.demo import nic_bytes
 from dualpath.demo.options import DemoOptions
+from dualpath.experiment import nic_bytes
 
 FAKE = pathlib.Path(__file__).parents[1] / "workload" / "fake_openai.py"
 

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dualpath.demo.nic_bytes import NicBytes, read_nic_bytes
+from dualpath.experiment.nic_bytes import NicBytes, read_nic_bytes
 from dualpath.runtime.api import GeneratedTokens, ModelFacts, RequestError
 from dualpath.server import create_app, serve
 from dualpath.workload import ReplayOptions, Round, Trajectory, replay

@@ -4,11 +4,11 @@ import json
 import msgspec
 import pytest
 
-from dualpath.demo.nic_bytes import MetricsError, NicBytes, read_nic_bytes
 from dualpath.demo.options import DemoOptions
 from dualpath.demo.results import Measured, assemble, ideal_ratio, snic_max_over_avg
-from dualpath.demo.stores import linked_copy
 from dualpath.demo.workload import build_trajectories, describe, measured_turns
+from dualpath.experiment.nic_bytes import MetricsError, NicBytes, read_nic_bytes
+from dualpath.experiment.stores import linked_copy
 from dualpath.workload import ReplayResult, TraceError, TurnFailure, TurnResult
 
 

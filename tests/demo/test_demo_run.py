@@ -11,9 +11,9 @@ import psutil
 import pytest
 from rich.console import Console
 
-from dualpath.demo.cluster import ClusterError
 from dualpath.demo.run import plan, run_demo
 from dualpath.demo.workload import build_trajectories
+from dualpath.experiment.cluster_process import ClusterError
 from dualpath.report.result_file import load
 
 

@@ -69,11 +69,11 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; print its table and what it means. Exit code 1 if a turn failed."""
-    from dualpath.demo.cluster import ClusterError
-    from dualpath.demo.nic_bytes import MetricsError
     from dualpath.demo.options import DemoOptions
     from dualpath.demo.run import run_demo
     from dualpath.demo.workload import build_trajectories
+    from dualpath.experiment.cluster_process import ClusterError
+    from dualpath.experiment.nic_bytes import MetricsError
     from dualpath.report.summary import explain
     from dualpath.report.table import run_table
     from dualpath.workload import ReplayError

@@ -14,20 +14,19 @@ import asyncio
 import shutil
 import signal
 from collections.abc import Coroutine, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from rich.console import Console
 
-from dualpath.demo.checkpoint import ensure_checkpoint
-from dualpath.demo.cluster import ClusterProcess
-from dualpath.demo.nic_bytes import settled_nic_bytes
 from dualpath.demo.options import DemoOptions
-from dualpath.demo.progress import DemoProgress
 from dualpath.demo.results import Measured, assemble
-from dualpath.demo.stores import fresh_directory, linked_copy
 from dualpath.demo.workload import describe, measured_turns
+from dualpath.experiment.checkpoint import ensure_checkpoint
+from dualpath.experiment.launcher import LocalLauncher
+from dualpath.experiment.nic_bytes import settled_nic_bytes
+from dualpath.experiment.progress import DemoProgress
+from dualpath.experiment.stores import fresh_directory, linked_copy
 from dualpath.report.figure import draw
 from dualpath.report.result_file import ResultFile
 from dualpath.workload import ReplayOptions, Trajectory, replay, warm_up
@@ -83,6 +82,15 @@ class _Demo:
         )
         self._work = options.work / "demo"
         self._logs = options.out / "logs"
+        self._launcher = LocalLauncher(
+            model=options.model,
+            snic_bytes_per_s=options.snic_bytes_per_s,
+            cnic_bytes_per_s=options.cnic_bytes_per_s,
+            logs=self._logs,
+            ready_file=self._work / "ready.json",
+            serve_command=options.serve_command,
+            start_timeout_s=options.start_timeout_s,
+        )
 
     async def run(self) -> ResultFile:
         options = self._options
@@ -102,7 +110,9 @@ class _Demo:
     async def _warm_up(self, progress: DemoProgress) -> dict[str, list[int]]:
         store = fresh_directory(self._work / "warm")
         progress.begin("warm-up", len(self._trajectories))
-        async with self._cluster("warm-up", self._options.topologies[0], WARM_SYSTEM, store, limited=False) as cluster:
+        async with self._launcher.cluster(
+            "warm-up", self._options.topologies[0], WARM_SYSTEM, store, limited=False
+        ) as cluster:
             progress.clock_starts()
             contexts = await cluster.run(
                 warm_up(cluster.url, self._trajectories, self._replay_options, on_turn=progress.turn)
@@ -118,7 +128,9 @@ class _Demo:
         store = linked_copy(self._work / "warm", self._work / "run")
         progress.begin(experiment.name, measured_turns(self._trajectories))
         limited = experiment.system != "oracle"
-        async with self._cluster(experiment.name, experiment.topology, experiment.system, store, limited) as cluster:
+        async with self._launcher.cluster(
+            experiment.name, experiment.topology, experiment.system, store, limited
+        ) as cluster:
             before = await cluster.run(settled_nic_bytes(cluster.url))
             progress.clock_starts()
             result = await cluster.run(
@@ -139,25 +151,6 @@ class _Demo:
             replay=result,
             snic_bytes=after.snic_received_since(before),
         )
-
-    def _cluster(self, name: str, topology: str, system: str, store: Path, limited: bool) -> ClusterProcess:
-        options = self._options
-        command = [
-            *options.serve_command,
-            *("--topology", topology),
-            *("--model", str(options.model)),
-            *("--store", str(store)),
-            *("--system", system),
-            *("--snic-rate", _rate(options.snic_bytes_per_s if limited else None)),
-            *("--cnic-rate", _rate(options.cnic_bytes_per_s if limited else None)),
-            *("--port", "0"),
-        ]
-        log = self._logs / f"{name.replace(' ', '-').replace('#', '')}.log"
-        return ClusterProcess(name, command, self._work / "ready.json", log, options.start_timeout_s)
-
-
-def _rate(bytes_per_s: int | None) -> str:
-    return "unlimited" if bytes_per_s is None else f"{bytes_per_s}B/s"
 
 
 async def _until_terminated(work: Coroutine[Any, Any, ResultFile]) -> ResultFile:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dualpath.demo.cluster import ClusterError, log_tail
+from dualpath.experiment.cluster_process import ClusterError, log_tail
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 

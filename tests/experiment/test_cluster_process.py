@@ -7,8 +7,8 @@ import time
 import psutil
 import pytest
 
-from dualpath.demo import cluster as cluster_module
-from dualpath.demo.cluster import ClusterError, ClusterProcess
+from dualpath.experiment import cluster_process as cluster_module
+from dualpath.experiment.cluster_process import ClusterError, ClusterProcess
 
 
 def python(code):
