@@ -1,0 +1,160 @@
+"""What one machine takes for everything the runtime does on it: measured beforehand, by `dualpath calibrate`.
+
+A `MachineRates` is for one model, dtype and number of compute threads an engine. Times are nanoseconds on idle cores;
+what sharing the cores does to them is the simulation's (`cpu`). docs/design/prediction.md says how each is measured.
+"""
+
+from pathlib import Path
+
+import msgspec
+
+from dualpath.core.batching import AttentionCost, Chunk
+
+
+class MachineError(ValueError):
+    """A file that is no machine's, or a machine that does not fit what is to be predicted. The message says what."""
+
+
+class PrefillCost(msgspec.Struct, frozen=True, kw_only=True):
+    """A prefill batch, per layer: ``fixed + items · item + new tokens · token + visible pairs · pair``."""
+
+    fixed_ns: float
+    item_ns: float
+    token_ns: float
+    pair_ns: float
+    """For each pair of a new token and a token it sees, cached or new."""
+
+    def layer_ns(self, chunks: tuple[Chunk, ...]) -> float:
+        """One layer of a batch."""
+        new_tokens = sum(chunk.new_tokens for chunk in chunks)
+        pairs = sum(visible_pairs(chunk.cached_tokens, chunk.new_tokens) for chunk in chunks)
+        return self.fixed_ns + len(chunks) * self.item_ns + new_tokens * self.token_ns + pairs * self.pair_ns
+
+
+class DecodeCost(msgspec.Struct, frozen=True, kw_only=True):
+    """A decode step, all layers: ``fixed + requests · request + context tokens · context_token``."""
+
+    fixed_ns: float
+    request_ns: float
+    context_token_ns: float
+
+    def step_ns(self, requests: int, context_tokens: int) -> float:
+        return self.fixed_ns + requests * self.request_ns + context_tokens * self.context_token_ns
+
+
+class MoveCost(msgspec.Struct, frozen=True, kw_only=True):
+    """Moving bytes through NICs: ``bytes · byte + chunks · chunk`` from start to end where no rate holds them up."""
+
+    byte_ns: float
+    chunk_ns: float
+    threads: float = 1.0
+    """Cores busy meanwhile: two ends copy side by side, and neither all the time."""
+
+
+class TransportCost(msgspec.Struct, frozen=True, kw_only=True):
+    """Between a PE and a DE's buffer."""
+
+    pull: MoveCost
+    put: MoveCost
+
+
+class StorageCost(msgspec.Struct, frozen=True, kw_only=True):
+    """One Full Block, in one thread: cores' time, and time the thread sleeps for the disk."""
+
+    read_ns: float
+    """Blocks are read from the page cache: what a disk would take is not part of it."""
+    write_ns: float
+    write_wait_ns: float
+    """Flushing it and reading it back."""
+    read_threads: int
+    write_threads: int
+
+
+class ControlCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What it takes to ask, to answer and to tell each other: the client's and the coordinator's cores' time."""
+
+    client_request_ns: float
+    client_prompt_token_ns: float
+    client_token_ns: float
+    request_ns: float
+    """Coordinator and HTTP server: a request, but for its tokens and messages."""
+    prompt_token_ns: float
+    token_ns: float
+    message_ns: float
+    """Coordinator: one message of an engine."""
+    prefill_request_ns: float
+    """PE: a request, but for what it reads, moves and computes."""
+    decode_request_ns: float
+    decode_step_ns: float
+    """DE: a step, but for the model's own time."""
+    hop_ns: float
+    """From one process to another: until the receiver runs. Fitted to lone requests' time to first token."""
+
+
+class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """The runtime's defaults that shape batches and memory; a result file does not repeat them."""
+
+    max_batch_tokens: int
+    max_batch_kv_tokens: int
+    max_batch_requests: int
+    device_layers: int
+    buffer_bytes: int
+    hbm_bytes: int
+
+
+class Fit(msgspec.Struct, frozen=True, kw_only=True):
+    """How well a coefficient set says what was measured: relative errors over its samples."""
+
+    samples: int
+    mean_error: float
+    max_error: float
+
+
+class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
+    """One machine, running one model."""
+
+    description: str
+    model: str
+    layers: int
+    kv_bytes_per_token: int
+    dtype: str
+    threads: int
+    cores: int
+    slowdown: list[float]
+    """By how much a step takes longer with 1, 2, … engines computing at once, up to the number of cores."""
+    oversubscribed_error: float
+    """With one engine more than there are cores: measured over predicted by processor sharing, less one."""
+    attention: AttentionCost
+    """What a PE's own profile of its attention comes to: its batches are cut by it."""
+    prefill_tokens_per_s: float
+    """What a PE tells the coordinator at start: β is made of it."""
+    prefill: PrefillCost
+    decode: DecodeCost
+    local_copy: MoveCost
+    """PE buffer to PE device, and the way of all local copies through the CNIC."""
+    fill: MoveCost
+    """DE buffer to DE device."""
+    copy_out: MoveCost
+    """DE device to a Full Block on its way to storage."""
+    transports: dict[str, TransportCost]
+    storage: StorageCost
+    control: ControlCost
+    limits: EngineLimits
+    fits: dict[str, Fit]
+    measured_s: float
+    """How long the calibration took."""
+
+
+def visible_pairs(cached_tokens: int, new_tokens: int) -> int:
+    """Pairs of a new token and a token it sees, itself included."""
+    return new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2
+
+
+def load_machine(path: Path) -> MachineRates:
+    """Read what `dualpath calibrate` wrote. Raises MachineError naming the file and the field."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=MachineRates)
+    except OSError as error:
+        raise MachineError(f"{path} can't be read: {error.strerror}; make one with dualpath calibrate") from error
+    except msgspec.MsgspecError as error:
+        raise MachineError(f"{path} is not what dualpath calibrate writes: {error}") from error

@@ -1,0 +1,158 @@
+"""From a measured result file to a predicted one: every run simulated from its setup and its agents, and nothing else.
+
+A prediction has the runs of the measurement in their order and with their parameters. What it says of a run comes from
+`setup_of` and the machine alone; the measured times are not looked at (a test scrambles them).
+"""
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from dualpath.core.vocabulary import BLOCK_TOKENS, Side
+from dualpath.prediction.agents import Replay
+from dualpath.prediction.cluster import Cluster, PredictionError
+from dualpath.prediction.machine import MachineRates
+from dualpath.prediction.setup import RunSetup, setup_of
+from dualpath.prediction.turns import Turn
+from dualpath.report.result_file import ResultFile, Run
+from dualpath.workload.result import Percentiles, Timings, TurnResult, percentiles
+
+
+def predict(
+    measured: ResultFile, rates: MachineRates, on_turn: Callable[[int], None] | None = None, command: str = ""
+) -> ResultFile:
+    """The same runs on the machine `rates`. `on_turn` is called with the run's number at each simulated turn.
+
+    Raises MachineError where a run does not say enough or the machine is another, PredictionError where a run would
+    fail.
+    """
+    setups = [setup_of(measured, number, rates) for number in range(len(measured.runs))]
+    predicted: list[Run] = []
+    for number, (run, setup) in enumerate(zip(measured.runs, setups, strict=True)):
+        predicted.append(_predict_run(run, setup, (lambda n=number: on_turn(n)) if on_turn else None))  # type: ignore[misc]
+    configuration = msgspec.structs.replace(measured.configuration, machine=rates.description)
+    return ResultFile(
+        kind="prediction",
+        name=measured.name,
+        trajectories=measured.trajectories,
+        runs=[_with_ratios(run, predicted) for run in predicted],
+        configuration=configuration,
+        command=command,
+        workload=measured.workload,
+    )
+
+
+def simulate(setup: RunSetup, on_turn: Callable[[Turn], None] | None = None) -> tuple[Cluster, list[Turn], int]:
+    """Run all agents of `setup` to their ends: the cluster, the turns as they ended, and the time of the last end."""
+    cluster = Cluster(setup)
+    replay = Replay(cluster, setup, on_turn)
+    ended = replay.start()
+    while not ended.is_set:
+        if not len(cluster.events):
+            raise PredictionError(f"after {len(replay.turns)} turns nothing moves any more; core waits for something")
+        cluster.events.step()
+    return cluster, replay.turns, cluster.events.now
+
+
+def _predict_run(run: Run, setup: RunSetup, on_turn: Callable[[], None] | None) -> Run:
+    cluster, turns, jct_ns = simulate(setup, None if on_turn is None else lambda _: on_turn())
+    names = [f"PE{rank}" for rank in range(setup.prefill_engines)]
+    names += [f"DE{rank}" for rank in range(setup.decode_engines)]
+    results = [_turn_result(turn, names) for turn in turns]
+    snic_bytes = {name: nic.rx.moved_bytes for name, nic in zip(names, cluster.snics, strict=True)}
+    prompt_tokens = sum(turn.prompt_tokens for turn in turns)
+    return Run(
+        parameters=run.parameters,
+        trajectories=run.trajectories,
+        first_round=run.first_round,
+        agents_per_s=run.agents_per_s,
+        cluster=run.cluster,
+        turn_results=results,
+        topology=run.topology,
+        system=run.system,
+        repeat=run.repeat,
+        jct_s=jct_ns / 1e9,
+        ratio_to_basic=None,
+        ideal_ratio=None,
+        ratio_to_ideal=None,
+        **_p50_p99("ttft", (turn.ttft_s for turn in results)),
+        **_p50_p99("ttst", (turn.ttst_s for turn in results if turn.ttst_s is not None)),
+        **_p50_p99("tpot", (turn.tpot_s for turn in results if turn.tpot_s is not None)),
+        hit_rate=sum(turn.hit_tokens for turn in turns) / prompt_tokens if prompt_tokens else 0.0,
+        snic_max_over_avg=_max_over_avg(setup.system, snic_bytes),
+        snic_bytes=snic_bytes,
+        turns=len(turns),
+        errors=0,
+    )
+
+
+def _turn_result(turn: Turn, names: list[str]) -> TurnResult:
+    later_tokens = turn.generate_tokens - 1
+    return TurnResult(
+        trajectory=turn.trajectory,
+        round_index=turn.round_index,
+        tries=1,
+        start_s=turn.sent_ns / 1e9,
+        ttft_s=(turn.first_token_ns - turn.sent_ns) / 1e9,
+        ttst_s=(turn.second_token_ns - turn.first_token_ns) / 1e9 if later_tokens else None,
+        tpot_s=(turn.last_token_ns - turn.first_token_ns) / 1e9 / later_tokens if later_tokens else None,
+        latency_s=(turn.last_token_ns - turn.sent_ns) / 1e9,
+        prompt_tokens=turn.prompt_tokens,
+        loaded_tokens=turn.hit_tokens,
+        generated_tokens=turn.generate_tokens,
+        output_digest="",
+        timings=_timings(turn, names),
+    )
+
+
+def _timings(turn: Turn, names: list[str]) -> Timings:
+    read = dict.fromkeys(Side, 0)
+    for leg in turn.legs:
+        read[leg.side] += leg.blocks * BLOCK_TOKENS
+    return Timings(
+        scheduling_s=(turn.placed_ns - turn.arrived_ns) / 1e9,
+        allocation_s=(turn.allocated_ns - turn.placed_ns) / 1e9,
+        read_s=(turn.read_ns - turn.allocated_ns) / 1e9,
+        prefill_s=(turn.first_out_ns - turn.read_ns) / 1e9,
+        decode_s=(turn.last_out_ns - turn.first_out_ns) / 1e9,
+        prefill_engine=names[turn.prefill_engine],
+        decode_engine=names[turn.decode_engine],
+        pe_read_tokens=read[Side.PE],
+        de_read_tokens=read[Side.DE],
+        attempts=1,
+    )
+
+
+def _p50_p99(name: str, values_s: Iterable[float]) -> dict[str, Any]:
+    found: Percentiles | None = percentiles(values_s)
+    return {f"{name}_p50_s": found and found.p50_s, f"{name}_p99_s": found and found.p99_s}
+
+
+def _max_over_avg(system: str, snic_bytes: dict[str, int]) -> float | None:
+    """Over the engines the system may read with, as in a measured run."""
+    sides = {"basic": ("PE",), "basic-layerwise": ("PE",), "de-only": ("DE",)}.get(system, ("PE", "DE"))
+    read = [n_bytes for engine, n_bytes in snic_bytes.items() if engine.startswith(sides)]
+    return max(read) * len(read) / sum(read) if sum(read) else None
+
+
+def _with_ratios(run: Run, runs: list[Run]) -> Run:
+    """Beside basic and oracle of the same topology and parameters, as in a measured file."""
+
+    def median_s(system: str) -> float | None:
+        place = (run.topology, run.parameters, system)
+        times_s = [other.jct_s for other in runs if (other.topology, other.parameters, other.system) == place]
+        return statistics.median_low(times_s) if times_s else None
+
+    basic_s, oracle_s = median_s("basic"), median_s("oracle")
+    if basic_s is None:
+        return run
+    prefill, decode = (int(count) for count in run.topology.removesuffix("D").split("P"))
+    pooled = (prefill + decode) / prefill
+    ideal = pooled if oracle_s is None else min(pooled, basic_s / oracle_s)
+    ratio = basic_s / run.jct_s
+    described = run.system not in ("basic", "oracle")
+    return msgspec.structs.replace(
+        run, ratio_to_basic=ratio, ideal_ratio=ideal, ratio_to_ideal=ratio / ideal if described else None
+    )
