@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dualpath.experiment.nic_bytes import NicBytes, read_nic_bytes
+from dualpath.experiment.nic_bytes import NicBytes, nic_meter
 from dualpath.runtime.api import GeneratedTokens, ModelFacts, RequestError
 from dualpath.server import create_app, serve
 from dualpath.workload import ReplayOptions, Round, Trajectory, replay
@@ -98,8 +98,8 @@ def test_a_cluster_that_is_full_for_a_moment_is_tried_again(cluster):
 
 def test_nic_bytes_are_read_from_our_metrics(cluster):
     async def main():
-        async with serving(cluster) as url:
-            return await read_nic_bytes(url)
+        async with serving(cluster) as url, nic_meter(url) as meter:
+            return await meter.read()
 
     nothing = NicBytes('dualpath_nic_bytes_total{engine="3",role="decode",nic="snic",direction="rx"} 0\n')
     assert asyncio.run(main()).snic_received_since(nothing) == {"DE0": 123456789}

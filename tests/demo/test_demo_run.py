@@ -84,7 +84,7 @@ def test_a_model_that_is_half_there_is_not_overwritten(options):
 
 def test_repeats_go_round_with_systems_alternating(options):
     options = msgspec.structs.replace(options, topologies=("1P1D", "1P2D"), repeats=2)
-    names = [experiment.name for experiment in plan(options)]
+    names = [run.name for run in plan(options, build_trajectories(options)).runs]
     assert names == [
         *("1P1D basic", "1P1D dualpath", "1P2D basic", "1P2D dualpath"),
         *("1P1D basic #2", "1P1D dualpath #2", "1P2D basic #2", "1P2D dualpath #2"),

@@ -1,4 +1,4 @@
-"""The demo's model: made once, by a process of its own so that this one never imports torch."""
+"""The demo model: made once, by a process of its own so that this one never imports torch."""
 
 import asyncio
 import os

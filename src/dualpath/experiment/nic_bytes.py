@@ -1,15 +1,22 @@
-"""Bytes that each engine's storage NIC received, from a cluster's /metrics."""
+"""Bytes that each engine's storage NIC received, from a cluster's /metrics: now, once they stand still, over time."""
 
 import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from dualpath.report.result_file import SnicSample
+
 SERIES = "dualpath_nic_bytes_total"
 PREFIX = {"prefill": "PE", "decode": "DE"}
+SAMPLE_S = 0.25
 SETTLE_S = 0.6
 """Longer than the engines' reporting interval: two equal readings this far apart mean that nothing moves any more."""
 MAX_SETTLE_S = 20.0
+TIMEOUT_S = 10.0
 
 
 class MetricsError(Exception):
@@ -22,10 +29,11 @@ class NicBytes:
     def __init__(self, text: str) -> None:
         self._bytes: dict[tuple[int, str, str], int] = {}
         self._roles: dict[int, str] = {}
-        for family in text_string_to_metric_families(text):
+        # The parser is slow, and this runs four times a second beside what it measures: nothing else is parsed.
+        lines = [line for line in text.splitlines(keepends=True) if line.startswith(SERIES)]
+        for family in text_string_to_metric_families("".join(lines)):
             for sample in family.samples:
-                if sample.name == SERIES:
-                    self._add(sample.labels, sample.value)
+                self._add(sample.labels, sample.value)
         if not self._bytes:
             raise MetricsError(f"/metrics has no {SERIES}; is this a dualpath cluster?")
 
@@ -49,25 +57,61 @@ class NicBytes:
         return received
 
 
-async def read_nic_bytes(url: str) -> NicBytes:
-    """As they are now. Raises MetricsError."""
-    root = url.rstrip("/").removesuffix("/v1")
-    try:
-        async with httpx.AsyncClient(trust_env=False, timeout=10.0) as client:
-            response = await client.get(f"{root}/metrics")
+class NicMeter:
+    """Reads one cluster's /metrics."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+        self._client = client
+        self._metrics = f"{url.rstrip('/').removesuffix('/v1')}/metrics"
+
+    async def read(self) -> NicBytes:
+        """As they are now. Raises MetricsError."""
+        try:
+            response = await self._client.get(self._metrics)
             response.raise_for_status()
-    except httpx.HTTPError as error:
-        raise MetricsError(f"{root}/metrics can't be read: {error or type(error).__name__}") from error
-    return NicBytes(response.text)
+        except httpx.HTTPError as error:
+            raise MetricsError(f"{self._metrics} can't be read: {error or type(error).__name__}") from error
+        return NicBytes(response.text)
+
+    async def settled(self) -> NicBytes:
+        """Once they stand still: what was under way, such as persisting blocks, is done. After MAX_SETTLE_S anyway."""
+        before = await self.read()
+        for _ in range(round(MAX_SETTLE_S / SETTLE_S)):
+            await asyncio.sleep(SETTLE_S)
+            now = await self.read()
+            if now == before:
+                break
+            before = now
+        return before
+
+    @asynccontextmanager
+    async def sampling(self, before: NicBytes) -> AsyncIterator[list[SnicSample]]:
+        """A list that grows by what was received since `before`, every SAMPLE_S until this is left.
+
+        A reading that fails is left out; a cluster that has died is somebody else's to find.
+        """
+        samples: list[SnicSample] = []
+        sampler = asyncio.create_task(self._sample(before, samples))
+        try:
+            yield samples
+        finally:
+            sampler.cancel()
+            await asyncio.gather(sampler, return_exceptions=True)
+
+    async def _sample(self, before: NicBytes, samples: list[SnicSample]) -> None:
+        started_s = due_s = time.monotonic()
+        while True:
+            due_s = max(due_s + SAMPLE_S, time.monotonic())
+            await asyncio.sleep(due_s - time.monotonic())
+            try:
+                now = await self.read()
+            except MetricsError:
+                continue
+            samples.append(SnicSample(time.monotonic() - started_s, now.snic_received_since(before)))
 
 
-async def settled_nic_bytes(url: str) -> NicBytes:
-    """Once they stand still: what was under way, such as persisting blocks, is done. After MAX_SETTLE_S in any case."""
-    before = await read_nic_bytes(url)
-    for _ in range(round(MAX_SETTLE_S / SETTLE_S)):
-        await asyncio.sleep(SETTLE_S)
-        now = await read_nic_bytes(url)
-        if now == before:
-            break
-        before = now
-    return before
+@asynccontextmanager
+async def nic_meter(url: str) -> AsyncIterator[NicMeter]:
+    """Of the cluster whose server is at `url` (``/v1`` optional)."""
+    async with httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as client:
+        yield NicMeter(client, url)

@@ -1,4 +1,4 @@
-"""Progress of a demo on the terminal: a line for each cluster, with its turns and the time that is left."""
+"""Progress of a plan on the terminal: a line for each cluster, with its turns and the time that is left."""
 
 from types import TracebackType
 
@@ -9,7 +9,7 @@ from rich.progress import TimeRemainingColumn as RemainingColumn
 from dualpath.workload import TurnFailure, TurnResult
 
 
-class DemoProgress:
+class RunProgress:
     """A context manager. One phase is under way at a time; a phase that has ended keeps its line.
 
     Where the output is no terminal, a phase is a line when it begins and a line with what it came to.
@@ -33,7 +33,7 @@ class DemoProgress:
         self._phase: TaskID | None = None
         self._failed = 0
 
-    def __enter__(self) -> "DemoProgress":
+    def __enter__(self) -> "RunProgress":
         self._progress.start()
         return self
 

@@ -1,4 +1,4 @@
-"""Store directories of a demo: one warmed up once, and a fresh copy of it for every run.
+"""Store directories of an experiment: one warmed up once, and a fresh copy of it for every run.
 
 Copying links the block files instead of their bytes: a block file never changes after it is published, so a run that
 adds, moves aside or deletes blocks does so in its own directory only.
