@@ -1,7 +1,6 @@
 """Result file → one PNG for a README: job completion times beside the traffic of every storage NIC.
 
-Colours are from the Okabe–Ito palette, which stays distinct under the common kinds of colour blindness; a system has
-the same colour in both panels, and every bar carries its value, so nothing depends on colour alone.
+A system has the same colour in both panels, and every bar carries its value, so nothing depends on colour alone.
 """
 
 from pathlib import Path
@@ -14,18 +13,9 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from dualpath.report.palette import COLOURS, OTHER_COLOUR
 from dualpath.report.result_file import Representative, ResultFile, representatives
 
-COLOURS = {
-    "basic": "#8C8C8C",
-    "basic-layerwise": "#CC79A7",
-    "dualpath-rr": "#E69F00",
-    "dualpath": "#0072B2",
-    "dualpath-split": "#56B4E9",
-    "de-only": "#F0E442",
-    "oracle": "#009E73",
-}
-OTHER_COLOUR = "#D55E00"
 INK = "#222222"
 STYLE = {
     "font.family": "DejaVu Sans",

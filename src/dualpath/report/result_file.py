@@ -172,9 +172,13 @@ def representatives(result: ResultFile) -> list[Representative]:
             runs = [run for run in result.runs if (run.topology, run.system) == (topology, system)]
             if not runs:
                 continue
-            runs = [run for run in runs if not run.errors] or runs
-            median_s = statistics.median_low(run.jct_s for run in runs)
-            middle = next(run for run in runs if run.jct_s == median_s)
-            times_s = [run.jct_s for run in runs]
-            found.append(Representative(middle, len(runs), min(times_s), max(times_s)))
+            found.append(representative(runs))
     return found
+
+
+def representative(runs: list[Run]) -> Representative:
+    """Of repeats, at least one."""
+    runs = [run for run in runs if not run.errors] or runs
+    times_s = [run.jct_s for run in runs]
+    middle = next(run for run in runs if run.jct_s == statistics.median_low(times_s))
+    return Representative(middle, len(runs), min(times_s), max(times_s))
