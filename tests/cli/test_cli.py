@@ -10,7 +10,7 @@ from dualpath import cli
 from dualpath.cli.arguments import SYSTEMS as NAMED_SYSTEMS
 from dualpath.kv.keys import block_keys, namespace
 from dualpath.kv.layout import KVLayout, KVPart
-from dualpath.kv.store import PosixStore
+from dualpath.kv.posix_store import PosixStore
 
 
 def python(code, *arguments):

@@ -10,7 +10,8 @@ import pytest
 from dualpath.core.vocabulary import Leg, Role, Side
 from dualpath.engine import StepOutput
 from dualpath.engine.sampling import TokenDraw
-from dualpath.kv.store import PosixStore, StoreWriteError
+from dualpath.kv.posix_store import PosixStore
+from dualpath.kv.store import StoreWriteError
 from dualpath.runtime import messages as m
 
 from .engine_bench import Bench, bench

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dualpath.core.vocabulary import Cause, Leg, Role, Side
-from dualpath.kv.store import PosixStore
+from dualpath.kv.posix_store import PosixStore
 from dualpath.runtime import messages as m
 from dualpath.spec.sampling import SamplingParams
 from dualpath.transfer import BufferPool, ChannelServer, TrafficManager, TransferCause, TransferError

@@ -9,7 +9,8 @@ import pytest
 
 from dualpath.kv.keys import BlockKey, block_keys
 from dualpath.kv.layout import KVLayout, KVPart
-from dualpath.kv.store import PosixStore, StoreError
+from dualpath.kv.posix_store import PosixStore
+from dualpath.kv.store import StoreError
 from dualpath.runtime.messages import BlockFaultReport, StoredBlock
 from dualpath.runtime.prefixes import Prefixes
 

@@ -10,7 +10,7 @@ import pytest
 from dualpath.core.replay import replay
 from dualpath.core.vocabulary import Cause, Role, Side
 from dualpath.kv.keys import block_keys, namespace
-from dualpath.kv.store import PosixStore
+from dualpath.kv.posix_store import PosixStore
 from dualpath.runtime import messages as m
 from dualpath.runtime.api import GeneratedTokens, GenerateRequest, RequestError
 from dualpath.runtime.config import Topology

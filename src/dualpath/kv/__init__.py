@@ -6,7 +6,9 @@ from dualpath.kv.directory import stored_namespaces
 from dualpath.kv.index import IndexStatistics, PrefixIndex
 from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
 from dualpath.kv.layout import KVLayout, KVPart
-from dualpath.kv.store import PosixStore, Store, StoreError, StoreWriteError
+from dualpath.kv.posix_store import PosixStore
+from dualpath.kv.storage import Storage
+from dualpath.kv.store import Store, StoreError, StoreWriteError
 
 __all__ = [
     "BlockError",
@@ -19,6 +21,7 @@ __all__ = [
     "PosixStore",
     "PrefixIndex",
     "RebuildReport",
+    "Storage",
     "Store",
     "StoreError",
     "StoreWriteError",

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from dualpath.kv.keys import BlockKey
+from dualpath.kv.keys import BlockKey, Namespace
 
 PAGE_BYTES = 4096
 CHUNK_BYTES = 1 << 20
@@ -126,13 +126,23 @@ def open_block(path: Path, key: BlockKey) -> Iterator[int]:
 
 
 def read_header(fd: int, key: BlockKey) -> BlockHeader:
-    """Header of an open file that should hold `key`, checked against itself, against `key` and against the file's size.
-
-    Raises BlockError: TRUNCATED, HEADER, IO.
-    """
+    """`decode_header` of an open file that should hold `key`. Raises BlockError: TRUNCATED, HEADER, IO."""
     with io_faults(key):
         n_bytes = os.fstat(fd).st_size
-        header = _decode(fd, key)
+
+    def head(wanted_bytes: int) -> bytes:
+        with io_faults(key):
+            return os.pread(fd, wanted_bytes, 0)
+
+    return decode_header(key, n_bytes, head)
+
+
+def decode_header(key: BlockKey, n_bytes: int, head: Callable[[int], bytes]) -> BlockHeader:
+    """Header of a file or object of `n_bytes` that should hold `key`, checked against itself, `key` and that size.
+
+    `head` gives as many of its first bytes as asked for, or all there are. Raises BlockError: TRUNCATED, HEADER.
+    """
+    header = _decode(key, head)
     if header.key != key:
         raise BlockError(key, BlockFault.HEADER, f"the file holds block {header.key.hex()}")
     expected_bytes = header.header_bytes + header.payload_bytes
@@ -143,11 +153,26 @@ def read_header(fd: int, key: BlockKey) -> BlockHeader:
     return header
 
 
-def _decode(fd: int, key: BlockKey) -> BlockHeader:
+def check_namespace(header: BlockHeader, space: Namespace) -> BlockHeader:
+    """`header`, if it is that of a block of `space`. Raises BlockError: HEADER."""
+    if header.namespace != space.root:
+        raise BlockError(header.key, BlockFault.HEADER, f"the file is of namespace {header.namespace.hex()}")
+    layout = space.layout
+    if (header.layers, header.layer_block_bytes) != (layout.layers, layout.layer_block_bytes):
+        raise BlockError(
+            header.key,
+            BlockFault.HEADER,
+            f"{header.layers} layers of {header.layer_block_bytes} bytes instead of {layout.layers} of "
+            f"{layout.layer_block_bytes}",
+        )
+    return header
+
+
+def _decode(key: BlockKey, head: Callable[[int], bytes]) -> BlockHeader:
     def wrong(detail: str) -> BlockError:
         return BlockError(key, BlockFault.HEADER, detail)
 
-    raw = _pread(fd, key, PAGE_BYTES)
+    raw = _whole(key, head, PAGE_BYTES)
     magic, version, header_bytes, layers, _, layer_block_bytes, space, own_key, parent = _FIXED.unpack_from(raw)
     if magic != _MAGIC:
         raise wrong(f"starts with {magic!r} instead of {_MAGIC!r}")
@@ -159,7 +184,7 @@ def _decode(fd: int, key: BlockKey) -> BlockHeader:
     if header_bytes != header.header_bytes:
         raise wrong(f"a header of {header_bytes} bytes does not fit {layers} layers")
     if header_bytes > PAGE_BYTES:
-        raw = _pread(fd, key, header_bytes)
+        raw = _whole(key, head, header_bytes)
     body, (checksum,) = raw[: header_bytes - _CHECKSUM.size], _CHECKSUM.unpack(raw[-_CHECKSUM.size :])
     if xxhash.xxh3_64_intdigest(body) != checksum:
         raise wrong("the header's checksum does not match")
@@ -167,8 +192,8 @@ def _decode(fd: int, key: BlockKey) -> BlockHeader:
     return msgspec.structs.replace(header, checksums=tuple(checksums.tolist()))
 
 
-def _pread(fd: int, key: BlockKey, header_bytes: int) -> bytes:
-    raw = os.pread(fd, header_bytes, 0)
+def _whole(key: BlockKey, head: Callable[[int], bytes], header_bytes: int) -> bytes:
+    raw = head(header_bytes)
     if len(raw) < header_bytes:
         raise BlockError(key, BlockFault.TRUNCATED, f"{len(raw)} bytes, the header alone has {header_bytes}")
     return raw
@@ -179,7 +204,7 @@ def read_payload(fd: int, header: BlockHeader, into: memoryview, pace: Pace, *, 
 
     Raises BlockError: TRUNCATED, CHECKSUM, IO. After an error `into` holds rubbish.
     """
-    filled, layer = 0, 0
+    filled, layers = 0, LayerChecks(header, into)
     while filled < len(into):
         stop = min(filled + CHUNK_BYTES, len(into))
         pace(stop - filled)
@@ -189,15 +214,26 @@ def read_payload(fd: int, header: BlockHeader, into: memoryview, pace: Pace, *, 
             if got == 0:
                 raise BlockError(header.key, BlockFault.TRUNCATED, f"the file ended after {filled} payload bytes")
             filled += got
-        while verify and (layer + 1) * header.layer_block_bytes <= filled:
-            _check_layer(header, layer, into)
-            layer += 1
+        if verify:
+            layers.check(filled)
 
 
-def _check_layer(header: BlockHeader, layer: int, payload: memoryview) -> None:
-    start = layer * header.layer_block_bytes
-    if xxhash.xxh3_64_intdigest(payload[start : start + header.layer_block_bytes]) != header.checksums[layer]:
-        raise BlockError(header.key, BlockFault.CHECKSUM, f"layer {layer} does not match its checksum")
+class LayerChecks:
+    """Holds each layer of a payload against its checksum, as soon as it is there."""
+
+    def __init__(self, header: BlockHeader, payload: memoryview) -> None:
+        self._header = header
+        self._payload = payload
+        self._checked_layers = 0
+
+    def check(self, filled_bytes: int) -> None:
+        """Check the layers that lie in the first `filled_bytes` and were not checked yet. Raises BlockError."""
+        n_bytes = self._header.layer_block_bytes
+        while (self._checked_layers + 1) * n_bytes <= filled_bytes:
+            layer, start = self._checked_layers, self._checked_layers * n_bytes
+            if xxhash.xxh3_64_intdigest(self._payload[start : start + n_bytes]) != self._header.checksums[layer]:
+                raise BlockError(self._header.key, BlockFault.CHECKSUM, f"layer {layer} does not match its checksum")
+            self._checked_layers += 1
 
 
 def physical_bytes(status: os.stat_result) -> int:

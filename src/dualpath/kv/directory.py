@@ -9,7 +9,7 @@
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from dualpath.kv.layout import KVLayout
 
 MAX_QUARANTINED_FILES = 64
 """A namespace keeps this many bad files for inspection; quarantining one more deletes the oldest."""
-_DESCRIPTION = "namespace.json"
-_BLOCK_SUFFIX = ".kv"
+DESCRIPTION = "namespace.json"
+BLOCK_SUFFIX = ".kv"
+BAD = "bad"
 
 
 class BlockRecord(msgspec.Struct, frozen=True, gc=False):
@@ -60,16 +61,15 @@ class NamespaceDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._bad = path / "bad"
+        self._bad = path / BAD
 
     def block_path(self, key: BlockKey) -> Path:
-        name = key.hex()
-        return Path(f"{self.path}/{name[:2]}/{name}{_BLOCK_SUFFIX}")
+        return Path(f"{self.path}/{block_name(key)}")
 
     def block_paths(self) -> Iterator[Path]:
         """All block files, in the order of their names. Files that vanish meanwhile may be among them."""
         for shard in self._shards():
-            yield from (shard / name for name in _names(shard) if name.endswith(_BLOCK_SUFFIX) and not is_draft(name))
+            yield from (shard / name for name in _names(shard) if name.endswith(BLOCK_SUFFIX) and not is_draft(name))
 
     def drafts(self) -> Iterator[Path]:
         """All temporary files, in use or left over."""
@@ -96,7 +96,7 @@ class NamespaceDirectory:
         """Move a bad file into quarantine; False if it is gone already."""
         self._bad.mkdir(exist_ok=True)
         try:
-            path.replace(self._bad / f"{path.name.removesuffix(_BLOCK_SUFFIX)}.{cause.value}")
+            path.replace(self._bad / f"{path.name.removesuffix(BLOCK_SUFFIX)}.{cause.value}")
         except FileNotFoundError:
             return False
         for surplus in self.quarantined()[:-MAX_QUARANTINED_FILES]:
@@ -105,34 +105,32 @@ class NamespaceDirectory:
 
     def describe(self, namespace: Namespace) -> None:
         """Make ``namespace.json`` say what `namespace` is."""
-        description = NamespaceDescription(
-            namespace.hex,
-            namespace.model_fingerprint,
-            namespace.weights_version,
-            namespace.layout,
-            namespace.salted,
-        )
-        text = msgspec.json.format(msgspec.json.encode(description)) + b"\n"
-        path = self.path / _DESCRIPTION
+        text = describe(namespace)
+        path = self.path / DESCRIPTION
         if not path.exists() or path.read_bytes() != text:
             write_file(path, text)
 
     def description(self) -> NamespaceDescription | None:
         """What ``namespace.json`` says; None if it is missing, damaged or another namespace's."""
         try:
-            found = msgspec.json.decode((self.path / _DESCRIPTION).read_bytes(), type=NamespaceDescription)
-        except (FileNotFoundError, msgspec.DecodeError):
+            text = (self.path / DESCRIPTION).read_bytes()
+        except FileNotFoundError:
             return None
-        return found if found.namespace == self.path.name else None
+        return described(text, self.path.name)
 
     def _shards(self) -> list[Path]:
-        return [self.path / name for name in _names(self.path) if len(name) == 2 and _is_hex(name)]
+        return [self.path / name for name in _names(self.path) if is_shard_name(name)]
 
 
 def namespace_directories(store: Path) -> list[NamespaceDirectory]:
     """The namespaces of a store, in the order of their names. Raises OSError if `store` is no readable directory."""
     names = sorted(entry.name for entry in os.scandir(store) if entry.is_dir())
-    return [NamespaceDirectory(store / name) for name in names if len(name) == 2 * KEY_BYTES and _is_hex(name)]
+    return [NamespaceDirectory(store / name) for name in names if is_namespace_name(name)]
+
+
+def is_namespace_name(name: str) -> bool:
+    """Whether a directory, or what stands for one in a bucket, may be a namespace."""
+    return len(name) == 2 * KEY_BYTES and _is_hex(name)
 
 
 def stored_namespaces(store: Path | str, layout: KVLayout) -> list[Namespace]:
@@ -143,7 +141,28 @@ def stored_namespaces(store: Path | str, layout: KVLayout) -> list[Namespace]:
     """
     if not Path(store).exists():
         return []
-    found = [space.description() for space in namespace_directories(Path(store))]
+    return namespaces_of((space.description() for space in namespace_directories(Path(store))), layout)
+
+
+def describe(space: Namespace) -> bytes:
+    """What ``namespace.json`` says of a namespace."""
+    description = NamespaceDescription(
+        space.hex, space.model_fingerprint, space.weights_version, space.layout, space.salted
+    )
+    return msgspec.json.format(msgspec.json.encode(description)) + b"\n"
+
+
+def described(text: bytes, name: str) -> NamespaceDescription | None:
+    """What `describe` said of the namespace called `name`; None if `text` is damaged or another's."""
+    try:
+        found = msgspec.json.decode(text, type=NamespaceDescription)
+    except msgspec.DecodeError:
+        return None
+    return found if found.namespace == name else None
+
+
+def namespaces_of(found: Iterable[NamespaceDescription | None], layout: KVLayout) -> list[Namespace]:
+    """The described namespaces that have this layout."""
     return [
         Namespace(bytes.fromhex(one.namespace), one.model_fingerprint, one.weights_version, one.layout, one.salted)
         for one in found
@@ -151,10 +170,16 @@ def stored_namespaces(store: Path | str, layout: KVLayout) -> list[Namespace]:
     ]
 
 
+def block_name(key: BlockKey) -> str:
+    """Where a block lies in its namespace, with ``/`` between the parts."""
+    name = key.hex()
+    return f"{name[:2]}/{name}{BLOCK_SUFFIX}"
+
+
 def key_of(path: Path) -> BlockKey | None:
     """The key a block file's name stands for; None if the name is no key or the file lies in the wrong shard."""
-    name = path.name.removesuffix(_BLOCK_SUFFIX)
-    if len(name) != 2 * KEY_BYTES or not _is_hex(name) or path.parent.name != name[:2]:
+    name = path.name.removesuffix(BLOCK_SUFFIX)
+    if not is_namespace_name(name) or path.parent.name != name[:2]:
         return None
     return bytes.fromhex(name)
 
@@ -172,6 +197,11 @@ def scan_file(path: Path, header_of: Callable[[int, BlockKey], BlockHeader]) -> 
     except BlockError as error:
         return None if error.cause is BlockFault.MISSING else BadFile(str(path), key, error.cause, error.detail)
     return BlockRecord(key, header.parent, header.payload_bytes, physical_bytes(status), status.st_mtime_ns)
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether block files may lie there: two hexadecimal digits."""
+    return len(name) == 2 and _is_hex(name)
 
 
 def _is_hex(text: str) -> bool:

@@ -1,41 +1,24 @@
-"""External storage for Full Blocks: `Store`, what the runtime asks for, and `PosixStore`, on any mounted file system.
+"""External storage for Full Blocks: `Store`, what the runtime asks for, whatever keeps the bytes.
 
-Theory of operation. One file per Full Block (see `block_file`), in a directory per namespace (see `directory`).
+`PosixStore` keeps them in files of any mounted file system, `ObjectStore` as objects behind S3 or HTTP; `Storage` opens
+one or the other. Both keep the same promises:
 
-* **Nothing is visible before it is whole, checked and durable.** A block is written under a temporary name, flushed,
-  read back against its checksums, and renamed into place. A crash leaves a temporary file, which the next open removes.
+* **Nothing is visible before it is whole, checked and durable.**
 * **Nothing bad is served.** `read` checks the header and every layer. It raises `BlockError` and moves nothing itself:
   whoever owns the index drops the block there, then calls `quarantine`.
-* A block's key names its content, so concurrent writers of one key are harmless: each renames a valid file.
+* A block's key names its content, so concurrent writers of one key are harmless.
 
-The store keeps no quota and no list of blocks. It reports what a block takes on the disk; `PrefixIndex` counts and
-evicts. A store may be used from many threads and processes at once; reading and hashing run without the GIL.
+A store keeps no quota and no list of blocks. It reports what a block takes there; `PrefixIndex` counts and evicts.
 """
 
-import os
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from numpy.typing import NDArray
 
-from dualpath.kv.block_file import (
-    CHUNK_BYTES,
-    BlockError,
-    BlockFault,
-    BlockHeader,
-    Pace,
-    open_block,
-    payload_checksums,
-    physical_bytes,
-    read_header,
-    read_payload,
-    unpaced,
-)
-from dualpath.kv.directory import BadFile, BlockRecord, NamespaceDirectory, scan_file
-from dualpath.kv.draft import Draft, fsync_directory
+from dualpath.kv.block_file import BlockFault, Pace, unpaced
+from dualpath.kv.directory import BadFile, BlockRecord
 from dualpath.kv.keys import KEY_BYTES, BlockKey, Namespace
 from dualpath.kv.layout import KVLayout
 
@@ -44,17 +27,19 @@ BlockBuffer = memoryview | bytes | bytearray | NDArray[Any]
 
 
 class StoreError(Exception):
-    """A store that cannot be opened or searched: where, what the system said and what to do."""
+    """A store that cannot be opened, reached or searched: where, what the system said and what to do."""
 
 
 class StoreWriteError(StoreError):
     """A block that must not be published: it was not written, or is not known to be durable.
 
-    No part of it is left under a temporary name. `__cause__` is the OSError or BlockError behind it.
+    No part of it is left under a temporary name. `__cause__` is the error behind it.
     """
 
-    def __init__(self, key: BlockKey, path: Path, cause: Exception) -> None:
-        super().__init__(f"block {key.hex()} was not written to {path}: {cause}; check the store's free space and disk")
+    def __init__(self, key: BlockKey, where: Path | str, cause: Exception) -> None:
+        super().__init__(
+            f"block {key.hex()} was not written to {where}: {cause}; check the store's free space and disk"
+        )
         self.key = key
 
 
@@ -73,7 +58,10 @@ class Store(Protocol):
         ...
 
     def read(self, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
-        """Fill `into` with a block. Raises BlockError, leaving rubbish in `into`; ValueError for a wrong size."""
+        """Fill `into` with a block. Raises BlockError, leaving rubbish in `into`; ValueError for a wrong size.
+
+        Raises StoreError where no block is to blame, since the store itself does not answer.
+        """
         ...
 
     def quarantine(self, key: BlockKey, cause: BlockFault) -> bool:
@@ -89,192 +77,35 @@ class Store(Protocol):
         ...
 
 
-class PosixStore:
-    """A namespace in a directory of any mounted file system; the module's docstring tells how it works.
-
-    `durable` flushes to the disk, `verify_writes` reads back what was written, `verify_reads` checks every layer that
-    is read (headers always are). Turn them off only to measure what they cost. Opening makes the directory, describes
-    the namespace in it and removes leftovers of killed processes. Raises StoreError; ValueError if `namespace` was made
-    for another layout than `layout`.
-    """
-
-    def __init__(
-        self,
-        directory: Path | str,
-        layout: KVLayout,
-        namespace: Namespace,
-        *,
-        durable: bool = True,
-        verify_writes: bool = True,
-        verify_reads: bool = True,
-    ) -> None:
-        if namespace.layout != layout:
-            raise ValueError(
-                f"namespace {namespace.hex} was made for {namespace.layout}, not for {layout}; make it from the layout "
-                "that the store is opened with"
-            )
-        self._namespace = namespace
-        self._layout = layout
-        self._durable = durable
-        self._verify_writes = verify_writes
-        self._verify_reads = verify_reads
-        self._directory = NamespaceDirectory(Path(directory) / namespace.hex)
-        self._durable_shards: set[str] = set()
-        self._thread = threading.local()
-        with _store_errors(f"the store at {directory} cannot be opened"):
-            self._directory.path.mkdir(parents=True, exist_ok=True)
-            self._directory.describe(namespace)
-            self._directory.remove_leftovers()
-
-    @property
-    def namespace(self) -> Namespace:
-        return self._namespace
-
-    def write(self, key: BlockKey, parent: BlockKey, payload: BlockBuffer, pace: Pace = unpaced) -> int:
-        """See `Store.write`. Only the payload's own way to the disk is paced, not checking what is there."""
-        _check_keys(key, parent)
-        view = self._bytes_of(payload)
-        path = self._directory.block_path(key)
-        present = self._valid_block(key)
-        if present is not None:
-            with _write_errors(key, path):
-                self._make_name_durable(path)
-            return present
-        layer_block_bytes = self._layout.layer_block_bytes
-        checksums = payload_checksums(view, layer_block_bytes)
-        header = BlockHeader(self._namespace.root, key, parent, self._layout.layers, layer_block_bytes, checksums)
-        with _write_errors(key, path):
-            self._make_shard(path.parent)
-            draft = Draft(path)
-        try:
-            with _write_errors(key, path):
-                draft.append(header.encode())
-            for start in range(0, len(view), CHUNK_BYTES):
-                chunk = view[start : start + CHUNK_BYTES]
-                pace(len(chunk))
-                with _write_errors(key, path):
-                    draft.append(chunk)
-            with _write_errors(key, path):
-                return self._commit(draft, header)
-        finally:
-            draft.discard()
-
-    def read(self, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
-        """See `Store.read`. `pace` counts payload bytes; the header comes on top."""
-        view = self._bytes_of(into)
-        if view.readonly:
-            raise ValueError("a block can only be read into writable memory")
-        with open_block(self._directory.block_path(key), key) as fd:
-            read_payload(fd, self._header(fd, key), view, pace, verify=self._verify_reads)
-
-    def quarantine(self, key: BlockKey, cause: BlockFault) -> bool:
-        """See `Store.quarantine`. A namespace keeps the newest `MAX_QUARANTINED_FILES` in its ``bad`` directory."""
-        with _store_errors(f"block {key.hex()} cannot be quarantined"):
-            return self._directory.set_aside(self._directory.block_path(key), cause)
-
-    def delete(self, key: BlockKey) -> bool:
-        """See `Store.delete`."""
-        with _store_errors(f"block {key.hex()} cannot be deleted"):
-            try:
-                self._directory.block_path(key).unlink()
-            except FileNotFoundError:
-                return False
-            return True
-
-    def scan(self, on_bad: Callable[[BadFile], None] | None = None) -> Iterator[BlockRecord]:
-        """See `Store.scan`. Reads one page a block. Blocks written or deleted meanwhile may or may not be seen."""
-        with _store_errors(f"the store at {self._directory.path} cannot be searched"):
-            paths = self._directory.block_paths()
-            for path in paths:
-                found = scan_file(path, self._header)
-                if isinstance(found, BlockRecord):
-                    yield found
-                elif found is not None and on_bad is not None:
-                    on_bad(found)
-
-    def _header(self, fd: int, key: BlockKey) -> BlockHeader:
-        header = read_header(fd, key)
-        if header.namespace != self._namespace.root:
-            raise BlockError(key, BlockFault.HEADER, f"the file is of namespace {header.namespace.hex()}")
-        if (header.layers, header.layer_block_bytes) != (self._layout.layers, self._layout.layer_block_bytes):
-            raise BlockError(
-                key,
-                BlockFault.HEADER,
-                f"{header.layers} layers of {header.layer_block_bytes} bytes instead of {self._layout.layers} of "
-                f"{self._layout.layer_block_bytes}",
-            )
-        return header
-
-    def _valid_block(self, key: BlockKey) -> int | None:
-        try:
-            with open_block(self._directory.block_path(key), key) as fd:
-                read_payload(fd, self._header(fd, key), self._scratch(), unpaced)
-                return physical_bytes(os.fstat(fd))
-        except BlockError:
-            return None
-
-    def _commit(self, draft: Draft, header: BlockHeader) -> int:
-        """Flush, read back, rename. The pages are dropped in between, so that what is checked comes from the disk."""
-        fd = draft.fd
-        if self._durable:
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        if self._verify_writes:
-            found = self._header(fd, header.key)
-            if found != header:
-                raise BlockError(header.key, BlockFault.HEADER, "the header that was read back is another")
-            read_payload(fd, found, self._scratch(), unpaced)
-        n_bytes = physical_bytes(os.fstat(fd))
-        draft.commit(durable=self._durable)
-        return n_bytes
-
-    def _make_name_durable(self, path: Path) -> None:
-        """For a block that another writer has renamed into place, perhaps without having flushed the name yet."""
-        self._make_shard(path.parent)
-        if self._durable:
-            fsync_directory(path.parent)
-
-    def _make_shard(self, shard: Path) -> None:
-        """Every thread flushes the shard's name itself, unless one has done: a block must not outlive its directory."""
-        if shard.name not in self._durable_shards:
-            shard.mkdir(exist_ok=True)
-            if self._durable:
-                fsync_directory(self._directory.path)
-            self._durable_shards.add(shard.name)
-
-    def _scratch(self) -> memoryview:
-        """Room for one Full Block, kept by each thread that writes."""
-        if not hasattr(self._thread, "scratch"):
-            self._thread.scratch = memoryview(bytearray(self._layout.full_block_bytes))
-        scratch: memoryview = self._thread.scratch
-        return scratch
-
-    def _bytes_of(self, buffer: BlockBuffer) -> memoryview:
-        view = memoryview(cast(Any, buffer))
-        if not view.c_contiguous or view.nbytes != self._layout.full_block_bytes:
-            raise ValueError(
-                f"a Full Block of this store is {self._layout.full_block_bytes} contiguous bytes; got {view.nbytes}"
-                f"{'' if view.c_contiguous else ' that are not contiguous'}"
-            )
-        return view.cast("B")
+def bytes_of_block(buffer: BlockBuffer, layout: KVLayout) -> memoryview:
+    """`buffer` as plain bytes. Raises ValueError where it is not exactly one Full Block."""
+    view = memoryview(cast(Any, buffer))
+    if not view.c_contiguous or view.nbytes != layout.full_block_bytes:
+        raise ValueError(
+            f"a Full Block of this store is {layout.full_block_bytes} contiguous bytes; got {view.nbytes}"
+            f"{'' if view.c_contiguous else ' that are not contiguous'}"
+        )
+    return view.cast("B")
 
 
-def _check_keys(key: BlockKey, parent: BlockKey) -> None:
+def room_for_block(buffer: BlockBuffer, layout: KVLayout) -> memoryview:
+    """`bytes_of_block` of memory to read into. Raises ValueError."""
+    view = bytes_of_block(buffer, layout)
+    if view.readonly:
+        raise ValueError("a block can only be read into writable memory")
+    return view
+
+
+def check_keys(key: BlockKey, parent: BlockKey) -> None:
+    """Raises ValueError for what is no key."""
     if len(key) != KEY_BYTES or len(parent) != KEY_BYTES:
         raise ValueError(f"keys have {KEY_BYTES} bytes; got key {key!r} and parent {parent!r}")
 
 
-@contextmanager
-def _store_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"{what}: {error}; check that the path exists and may be written") from error
-
-
-@contextmanager
-def _write_errors(key: BlockKey, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, BlockError) as error:
-        raise StoreWriteError(key, path, error) from error
+def check_layout(space: Namespace, layout: KVLayout) -> None:
+    """Raises ValueError if `space` was made for another layout than `layout`."""
+    if space.layout != layout:
+        raise ValueError(
+            f"namespace {space.hex} was made for {space.layout}, not for {layout}; make it from the layout "
+            "that the store is opened with"
+        )

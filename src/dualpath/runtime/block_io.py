@@ -15,7 +15,8 @@ from dualpath.core.vocabulary import TrafficClass
 from dualpath.kv.block_file import BlockError
 from dualpath.kv.keys import BlockKey, Namespace
 from dualpath.kv.layout import KVLayout
-from dualpath.kv.store import PosixStore
+from dualpath.kv.storage import Storage
+from dualpath.kv.store import Store
 from dualpath.runtime.config import ClusterConfig
 from dualpath.runtime.messages import BlockFaultReport
 from dualpath.transfer import BufferPool, TrafficManager
@@ -30,13 +31,13 @@ class BlockIO:
     """Used from the main thread; what waits for work is bounded by the buffer, whose pages it is about."""
 
     def __init__(self, cluster: ClusterConfig, layout: KVLayout, pool: BufferPool, traffic: TrafficManager) -> None:
-        self._cluster = cluster
         self._layout = layout
         self._pool = pool
         self._traffic = traffic
         self._reads = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="block-reads")
         self._writes = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="block-writes")
-        self._stores: dict[str, PosixStore] = {}
+        self._storage = Storage(cluster.store, layout, durable=cluster.durable)
+        self._stores: dict[str, Store] = {}
         self._opening = threading.Lock()
 
     async def read_leg(
@@ -45,7 +46,7 @@ class BlockIO:
         """Storage → buffer, block by block in order; returns the blocks that can't be read.
 
         Reads of earlier requests come first: the I/O threads take blocks in the order legs were asked for. Once
-        `cancelled` says so, no further block is begun. Raises StoreError where the store itself can't be opened.
+        `cancelled` says so, no further block is begun. Raises StoreError where the store itself does not answer.
         """
         loop = asyncio.get_running_loop()
         reads = [
@@ -83,12 +84,12 @@ class BlockIO:
     def _write(self, space: Namespace, key: BlockKey, parent: BlockKey, payload: np.ndarray) -> int:
         return self._store(space).write(key, parent, payload, self._pace_write)
 
-    def _store(self, space: Namespace) -> PosixStore:
+    def _store(self, space: Namespace) -> Store:
         """The namespace's store, opened once; a failure to open is not remembered."""
         with self._opening:
             store = self._stores.get(space.hex)
             if store is None:
-                store = PosixStore(self._cluster.store, self._layout, space, durable=self._cluster.durable)
+                store = self._storage.open(space)
                 self._stores[space.hex] = store
             return store
 

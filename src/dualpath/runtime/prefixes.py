@@ -16,11 +16,11 @@ import msgspec
 
 from dualpath.kv.block_file import BlockFault
 from dualpath.kv.catalog import rebuild
-from dualpath.kv.directory import stored_namespaces
 from dualpath.kv.index import PrefixIndex
 from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
 from dualpath.kv.layout import KVLayout
-from dualpath.kv.store import PosixStore, StoreError
+from dualpath.kv.storage import Storage
+from dualpath.kv.store import Store, StoreError
 from dualpath.runtime.messages import BlockFaultReport, StoredBlock
 
 
@@ -28,17 +28,17 @@ class Prefixes:
     """Prefix matching for one model. Used from one asyncio thread, `load` first of all."""
 
     def __init__(
-        self, directory: str, layout: KVLayout, fingerprint: str, weights_version: str, quota_bytes: int | None
+        self, location: str, layout: KVLayout, fingerprint: str, weights_version: str, quota_bytes: int | None
     ) -> None:
-        self._directory = directory
+        self._storage = Storage(location, layout)
         self._layout = layout
         self._fingerprint = fingerprint
         self._weights_version = weights_version
         self._quota_bytes = quota_bytes
         self._index = PrefixIndex()
-        self._stores: dict[str, PosixStore] = {}
+        self._stores: dict[str, Store] = {}
         self._namespaces: dict[str, Namespace] = {}
-        self._opening: dict[str, asyncio.Future[PosixStore]] = {}
+        self._opening: dict[str, asyncio.Future[Store]] = {}
         self._files = ThreadPoolExecutor(1, thread_name_prefix="store-files")
         self._file_jobs = 0
         self.faults: Counter[str] = Counter()
@@ -55,9 +55,9 @@ class Prefixes:
 
     def _load(self) -> None:
         """On the background thread; nobody else has the index yet."""
-        PosixStore(self._directory, self._layout, self.namespace_of(""))  # fails now rather than at the first block
-        for space in stored_namespaces(self._directory, self._layout):
-            store = PosixStore(self._directory, self._layout, space)
+        self._storage.open(self.namespace_of(""))  # fails now rather than at the first block
+        for space in self._storage.namespaces():
+            store = self._storage.open(space)
             rebuild(self._index, store, clean=True)
             self._stores[space.hex] = store
 
@@ -75,13 +75,13 @@ class Prefixes:
             opening = self._opening.get(space.hex)
             if opening is None:
                 loop = asyncio.get_running_loop()
-                opening = loop.run_in_executor(self._files, PosixStore, self._directory, self._layout, space)
+                opening = loop.run_in_executor(self._files, self._storage.open, space)
                 self._opening[space.hex] = opening
                 opening.add_done_callback(lambda opened: self._opened(space, opened))
             await asyncio.wait([opening])
         return space
 
-    def _opened(self, space: Namespace, opened: "asyncio.Future[PosixStore]") -> None:
+    def _opened(self, space: Namespace, opened: "asyncio.Future[Store]") -> None:
         """Before anybody who waits goes on."""
         del self._opening[space.hex]
         self._index.add_root(space.root)

@@ -1,0 +1,229 @@
+"""What only stores of objects can get wrong: servers that go away or keep something else, URLs, the way back."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from obstore.store import LocalStore, MemoryStore
+
+from dualpath.kv import (
+    BlockError,
+    BlockFault,
+    BlockKey,
+    KVLayout,
+    Namespace,
+    PrefixIndex,
+    Storage,
+    StoreError,
+    StoreWriteError,
+    block_keys,
+    namespace,
+    rebuild,
+)
+from dualpath.kv.block_file import PAGE_BYTES
+from dualpath.kv.bucket import Body, Bucket
+from dualpath.kv.inspect import fsck
+from dualpath.kv.object_store import ObjectStore
+from dualpath.testbed.object_server import ObjectServer, free_port, missing_parts
+
+PayloadOf = Callable[[BlockKey], np.ndarray]
+
+
+@pytest.fixture
+def bucket() -> Bucket:
+    return Bucket(MemoryStore(), "memory://")
+
+
+@pytest.fixture
+def store(bucket: Bucket, layout: KVLayout, space: Namespace) -> ObjectStore:
+    return ObjectStore(bucket, layout, space)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ObjectServer]:
+    missing = missing_parts()
+    if missing is not None:
+        pytest.skip(missing)
+    with ObjectServer(tmp_path / "objects", tmp_path / "nginx", port=free_port()) as running:
+        yield running
+
+
+def name_of(store: ObjectStore, key: BlockKey) -> str:
+    return f"{store.namespace.hex}/{key.hex()[:2]}/{key.hex()}.kv"
+
+
+class Forgetful(Bucket):
+    """Keeps something else than what it was given."""
+
+    def put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
+        raw = bytearray(b"".join(parts))
+        if name.endswith(".kv"):
+            raw[self.wrong_byte] ^= 1
+        super().put(name, [bytes(raw)])
+
+    wrong_byte = PAGE_BYTES + 300
+
+
+@pytest.mark.parametrize(
+    ("wrong_byte", "cause"),
+    [(PAGE_BYTES + 300, BlockFault.CHECKSUM), (90, BlockFault.HEADER), (-1, BlockFault.CHECKSUM)],
+)
+def test_a_server_that_keeps_something_else_is_found_out(
+    layout: KVLayout, space: Namespace, payload_of: PayloadOf, wrong_byte: int, cause: BlockFault
+) -> None:
+    bucket = Forgetful(MemoryStore(), "memory://")
+    bucket.wrong_byte = wrong_byte
+    store = ObjectStore(bucket, layout, space)
+    (key,) = block_keys(space.root, range(16), 16)
+    with pytest.raises(StoreWriteError, match=key.hex()) as caught:
+        store.write(key, space.root, payload_of(key))
+    assert isinstance(caught.value.__cause__, BlockError) and caught.value.__cause__.cause is cause
+    assert bucket.record(name_of(store, key)) is None, "what is not known to be sound is not left behind"
+    trusting = ObjectStore(bucket, layout, space, verify_writes=False)
+    trusting.write(key, space.root, payload_of(key))
+    with pytest.raises(BlockError, match=cause.value):
+        trusting.read(key, bytearray(768))
+
+
+class Chatty(Bucket):
+    """Says one length and sends another."""
+
+    def get(self, name: str) -> Body | None:
+        body = super().get(name)
+        assert body is not None
+        pieces = [bytes(piece) for piece in body.pieces]
+        changed = [b"".join(pieces) + b"more"] if self.more else [b"".join(pieces)[:-5]]
+        return Body(body.n_bytes, (memoryview(piece) for piece in changed))
+
+    more = True
+
+
+@pytest.mark.parametrize(("more", "message"), [(True, "header: more bytes came"), (False, "truncated: .* 763 payload")])
+def test_an_answer_of_another_length_than_announced(
+    layout: KVLayout, space: Namespace, payload_of: PayloadOf, more: bool, message: str
+) -> None:
+    objects = MemoryStore()
+    (key,) = block_keys(space.root, range(16), 16)
+    ObjectStore(Bucket(objects, "memory://"), layout, space).write(key, space.root, payload_of(key))
+    bucket = Chatty(objects, "memory://")
+    bucket.more = more
+    with pytest.raises(BlockError, match=message):
+        ObjectStore(bucket, layout, space).read(key, bytearray(768))
+
+
+def test_a_server_that_goes_away_is_no_fault_of_the_blocks(
+    tmp_path: Path, layout: KVLayout, space: Namespace, payload_of: PayloadOf
+) -> None:
+    missing = missing_parts()
+    if missing is not None:
+        pytest.skip(missing)
+    with ObjectServer(tmp_path / "objects", tmp_path / "nginx", port=free_port()) as server:
+        store = Storage(server.url, layout).open(space)
+        first, second = block_keys(space.root, range(32), 16)
+        store.write(first, space.root, payload_of(first))
+    for refused in (
+        lambda: store.read(first, bytearray(768)),
+        lambda: list(store.scan()),
+        lambda: store.delete(first),
+        lambda: store.quarantine(first, BlockFault.CHECKSUM),
+        lambda: store.write(second, first, payload_of(second)),
+    ):
+        with pytest.raises(StoreError, match=r"http://127.0.0.1:\d+") as caught:
+            refused()
+        assert "\n" not in str(caught.value), "one line, not pages of debugging"
+
+
+def test_a_restart_finds_every_namespace_and_block_again(
+    server: ObjectServer, layout: KVLayout, space: Namespace, payload_of: PayloadOf
+) -> None:
+    other = namespace("tiny-model", "1", layout, tenant_salt="somebody")
+    before = Storage(f"{server.url}/kv/blocks", layout)
+    keys = {}
+    for owner in (space, other):
+        store = before.open(owner)
+        keys[owner.hex] = block_keys(owner.root, range(16 * 40), 16)
+        for key, parent in zip(keys[owner.hex], [owner.root, *keys[owner.hex]], strict=False):
+            store.write(key, parent, payload_of(key))
+    after = Storage(f"{server.url}/kv/blocks/", layout)
+    assert sorted(found.hex for found in after.namespaces()) == sorted([space.hex, other.hex])
+    index = PrefixIndex()
+    for found in after.namespaces():
+        report = rebuild(index, after.open(found), clean=True)
+        assert (report.published_blocks, report.orphans, report.bad) == (40, (), ())
+        assert index.match(keys[found.hex]) == 40
+    report = fsck(server.directory / "kv" / "blocks")
+    assert report.is_clean and report.sound_blocks == 80, "the files behind the server are a store themselves"
+
+
+def test_rebuilding_cleans_what_is_bad_or_out_of_reach(
+    store: ObjectStore, bucket: Bucket, payload_of: PayloadOf
+) -> None:
+    keys = block_keys(store.namespace.root, range(16 * 5), 16)
+    for key, parent in zip(keys, [store.namespace.root, *keys], strict=False):
+        store.write(key, parent, payload_of(key))
+    bucket.put(name_of(store, keys[2]), [b"no block"])
+    report = rebuild(PrefixIndex(), store, clean=True)
+    assert report.published_blocks == 2 and report.orphans == (keys[3], keys[4])
+    assert [(file.key, file.cause) for file in report.bad] == [(keys[2], BlockFault.TRUNCATED)]
+    assert sorted(record.key for record in store.scan()) == sorted(keys[:2])
+    assert bucket.record(f"{store.namespace.hex}/bad/{keys[2].hex()}.truncated") is not None
+
+
+def test_a_directory_is_opened_as_before(tmp_path: Path, layout: KVLayout, space: Namespace) -> None:
+    storage = Storage(tmp_path / "kv", layout, durable=False)
+    assert storage.namespaces() == []
+    storage.open(space)
+    assert storage.namespaces() == [space]
+    assert ObjectStore(Bucket(LocalStore(tmp_path / "kv"), "files"), layout, space).namespace == space
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ftp://host/kv", "no object store; write a directory, or s3, gs, az, http, https"),
+        ("s3://bucket/kv?secret_access_key=x", "secret_access_key in a URL shows in process lists"),
+        ("s3://bucket/kv?colour=blue", "cannot be opened"),
+        ("s3://", "cannot be opened"),
+    ],
+)
+def test_urls_that_make_no_store(layout: KVLayout, url: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message):
+        Storage(url, layout)
+
+
+def test_blocks_in_s3(
+    layout: KVLayout, space: Namespace, payload_of: PayloadOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against moto's S3 where it is installed: a prefix, an endpoint of one's own, everything a store does."""
+    moto = pytest.importorskip("moto.server", reason="pip install 'moto[server]' to test against an S3 server")
+    boto3 = pytest.importorskip("boto3")
+    for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "y"), ("AWS_REGION", "us-east-1")):
+        monkeypatch.setenv(name, value)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="blocks")
+        storage = Storage(f"s3://blocks/some/prefix?endpoint={endpoint}", layout)
+        store = storage.open(space)
+        keys = block_keys(space.root, range(16 * 3), 16)
+        for key, parent in zip(keys, [space.root, *keys], strict=False):
+            assert store.write(key, parent, payload_of(key)) == PAGE_BYTES + 768
+        into = bytearray(768)
+        store.read(keys[1], into)
+        assert into == payload_of(keys[1]).tobytes()
+        assert store.delete(keys[2]) and not store.delete(keys[2])
+        assert store.quarantine(keys[1], BlockFault.CHECKSUM)
+        assert storage.namespaces() == [space]
+        assert [record.key for record in store.scan()] == [keys[0]]
+    finally:
+        server.stop()
+
+
+def test_importing_the_stores_starts_no_object_library() -> None:
+    """The supervisor's fork server imports the runtime; obstore has threads, which do not survive a fork."""
+    code = "import sys, dualpath.kv, dualpath.runtime.block_io; sys.exit('obstore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
