@@ -1,0 +1,1 @@
+"""Figures of experiments: each takes a result file and writes one PNG."""
