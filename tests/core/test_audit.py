@@ -8,7 +8,7 @@ from dualpath.core.audit import audit
 from dualpath.core.ledger import _Held
 from dualpath.core.lifecycle import Lifecycle
 from dualpath.core.policy import Constants, Policy
-from dualpath.core.request import Request, State
+from dualpath.core.request import NEVER_NS, Request, State
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import Cause, EngineFacts, RequestFacts, Role, Side
 
@@ -59,7 +59,7 @@ def test_the_busy_cluster_is_as_busy_as_it_should_be() -> None:
     assert [key[0] for key in life.ledger.accounts[PE].line] == [IN_PE_LINE]
     assert [key[0] for key in life.ledger.accounts[DE].line] == [IN_DE_LINE]
     assert list(life.waiting.private) == [1]
-    assert life.releases.keys() == [(DE, RETRYING, 0)]
+    assert list(life.aborts.in_time) == [(DE, RETRYING, 0)]
 
 
 def change(request: int, **fields: object) -> Callable[[Lifecycle], None]:
@@ -72,13 +72,10 @@ def change(request: int, **fields: object) -> Callable[[Lifecycle], None]:
 
 def misfile(life: Lifecycle) -> None:
     life.requests[99] = life.requests.pop(DECODING)
-    life.deadlines.drop(DECODING)
-    life.deadlines.set(99, 1)
 
 
-def swap_deadline(life: Lifecycle) -> None:
-    life.deadlines.drop(DECODING)
-    life.deadlines.set(99, 1)
+def move_a_deadline_forward_by_hand(life: Lifecycle) -> None:
+    life.requests[DECODING].deadline_ns = 1
 
 
 def forget_to_wait(life: Lifecycle) -> None:
@@ -106,11 +103,11 @@ def miscount_tok(life: Lifecycle) -> None:
 
 
 def miscount_reads(life: Lifecycle) -> None:
-    life.fleet._read_queue[1] += 64
+    life.fleet.read_queues.tokens[0] += 64
 
 
-def miscount_the_read_column(life: Lifecycle) -> None:
-    life.fleet.prefill.read_queue[0] = 0
+def read_from_another_node(life: Lifecycle) -> None:
+    life.fleet.prefill._places[0] = 1
 
 
 def miscount_the_hbm_column(life: Lifecycle) -> None:
@@ -178,17 +175,25 @@ def leave_the_buffer_line(life: Lifecycle) -> None:
 
 
 def forget_an_abort(life: Lifecycle) -> None:
-    life.releases.drop((DE, RETRYING, 0))
+    del life.aborts.in_time[DE, RETRYING, 0]
 
 
 def count_an_abort_twice(life: Lifecycle) -> None:
-    life.overdue[DE, RETRYING, 0] = None
+    life.aborts.overdue[DE, RETRYING, 0] = None
+
+
+def send_an_abort_out_of_turn(life: Lifecycle) -> None:
+    life.aborts.in_time[DE, 98, 0] = 1
+
+
+def wait_behind_nobody(life: Lifecycle) -> None:
+    life.aborts.behind[PE, RETRYING, 0] = DE
 
 
 CORRUPTIONS: list[tuple[Callable[[Lifecycle], None], str]] = [
-    (lambda life: life.deadlines.drop(DECODING), "6 deadlines"),
     (misfile, "is filed as 99"),
-    (swap_deadline, "request 10 has no deadline"),
+    (change(DECODING, deadline_ns=NEVER_NS), "request 10 has no deadline"),
+    (move_a_deadline_forward_by_hand, "nobody watches the deadline of request 10"),
     (change(DECODING, state=State.FINISHED), "is over and still known"),
     (forget_to_wait, "waits: False"),
     (change(DECODING, decode_engine=77), "on engine 77, gone"),
@@ -203,7 +208,7 @@ CORRUPTIONS: list[tuple[Callable[[Lifecycle], None], str]] = [
     (miscount_seq, "engine 1: seq, tok, read_q"),
     (miscount_tok, "engine 2: seq, tok, read_q"),
     (miscount_reads, "engine 1: seq, tok, read_q"),
-    (miscount_the_read_column, "read_q column"),
+    (read_from_another_node, "read_q column"),
     (miscount_the_hbm_column, "free HBM blocks, column"),
     (miscount_the_group, "group 1: tok, free HBM"),
     (miscount_the_groups_load, "group 1: tok, free HBM"),
@@ -220,6 +225,8 @@ CORRUPTIONS: list[tuple[Callable[[Lifecycle], None], str]] = [
     (leave_the_buffer_line, "in line for None"),
     (forget_an_abort, "draining"),
     (count_an_abort_twice, "both in time and overdue"),
+    (send_an_abort_out_of_turn, "not in order"),
+    (wait_behind_nobody, "which has no Abort"),
 ]
 
 

@@ -1,7 +1,7 @@
 """Packing under the compute quota: exact examples, then what holds for any queue."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dualpath.core.batching import QUOTA_NS, AttentionCost, Chunk, PrefillQueue
@@ -15,6 +15,24 @@ def test_cost_is_the_closed_form_of_the_sum() -> None:
         for new in (0, 1, 2, 9):
             pairs = sum(cached + i + 1 for i in range(new))
             assert BY_PAIR.chunk_ns(cached, new) == 2.0 * (3 * new + 5 * pairs)
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.integers(0, 200_000),
+    st.integers(0, 300),
+    st.floats(-10, 1e9),
+    st.floats(1e-6, 1e3),
+    st.sampled_from([(0.0, 1.0), (1.0, 0.0), (7e9, 3e5), (0.3, 0.7), (0.0, 0.0)]),
+)
+@example(0, 299, 350.35999999999996, 0.1, (0.1, 0.3))  # the root is rounded up
+@example(1_000, 299, 7206.429999999999, 0.7, (0.1, 0.1))  # and down
+def test_the_largest_chunk_that_fits_is_found_without_a_search(
+    cached: int, most: int, budget: float, ns_per_flop: float, flops: tuple[float, float]
+) -> None:
+    cost = AttentionCost(fixed_ns=0, ns_per_flop=ns_per_flop, flops_per_token=flops[0], flops_per_pair=flops[1])
+    fitting = [tokens for tokens in range(most + 1) if cost.chunk_ns(cached, tokens) <= budget]
+    assert cost.fitting_tokens(cached, most, budget) == max(fitting, default=0)
 
 
 def test_the_papers_quota() -> None:

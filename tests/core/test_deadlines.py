@@ -4,33 +4,66 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpath.core.deadlines import Deadlines
+from dualpath.core.request import NEVER_NS, Request
+from dualpath.core.vocabulary import RequestFacts
+
+
+class Live:
+    """Live requests and their deadlines."""
+
+    def __init__(self) -> None:
+        self.requests: dict[int, Request] = {}
+        self.deadlines = Deadlines(self.requests)
+
+    def set(self, key: int, at_ns: int) -> None:
+        if key not in self.requests:
+            self.requests[key] = Request(RequestFacts(key, 0, 1, 0, 1))
+        self.deadlines.set(self.requests[key], at_ns)
+
+    def pop_due(self, now: int) -> list[int]:
+        return [request.id for request in self.deadlines.pop_due(now)]
 
 
 def test_moving_a_deadline_back_and_forth() -> None:
-    deadlines: Deadlines[int] = Deadlines()
-    deadlines.set(1, 100)
-    deadlines.set(1, 200)
-    assert deadlines.earliest() == 200
-    deadlines.set(1, 50)
-    assert deadlines.pop_due(50) == [1]
-    assert deadlines.earliest() is None
-    assert deadlines.pop_due(1_000) == []
+    live = Live()
+    live.set(1, 100)
+    live.set(1, 200)
+    assert live.deadlines.earliest() == 200
+    live.set(1, 50)
+    assert live.pop_due(50) == [1]
+    assert live.requests[1].deadline_ns == NEVER_NS
+    assert live.deadlines.earliest() is None
+    assert live.pop_due(1_000) == []
+    live.set(1, 60)
+    assert live.pop_due(1_000) == [1]
 
 
-def test_equal_deadlines_fall_due_in_key_order() -> None:
-    deadlines: Deadlines[tuple[int, int, int]] = Deadlines()
-    for key in ((2, 0, 0), (1, 9, 0), (1, 3, 5)):
-        deadlines.set(key, 10)
-    assert deadlines.pop_due(10) == [(1, 3, 5), (1, 9, 0), (2, 0, 0)]
+def test_equal_deadlines_fall_due_in_order_of_id() -> None:
+    live = Live()
+    for key in (3, 1, 2):
+        live.set(key, 10)
+    assert live.pop_due(10) == [1, 2, 3]
 
 
 def test_the_heap_does_not_outgrow_what_is_live() -> None:
-    deadlines: Deadlines[int] = Deadlines()
+    live = Live()
     for key in range(10_000):
-        deadlines.set(key, 10**9 + key)
-        deadlines.drop(key)
-    assert len(deadlines) == 0
-    assert len(deadlines._heap) <= 65
+        live.set(key, 10**9 + key)
+        del live.requests[key]
+    assert live.deadlines.earliest() is None
+    for key in range(10_000):
+        live.set(-1, 10**9 - key)
+    assert len(live.deadlines._heap) <= 67
+    assert live.deadlines.posted()[-1] == 10**9 - 9_999
+
+
+def test_a_rebuilt_heap_leaves_out_who_has_no_deadline() -> None:
+    live = Live()
+    live.set(1, 5)
+    assert live.pop_due(5) == [1]
+    for key in range(100):
+        live.set(2, 1_000 - key)
+    assert live.deadlines.posted() == {2: 901}
 
 
 operations = st.lists(
@@ -46,21 +79,20 @@ operations = st.lists(
 @settings(deadline=None, derandomize=True)
 @given(operations)
 def test_like_a_dictionary_that_is_searched(steps: list[tuple[str, int, int]]) -> None:
-    deadlines: Deadlines[int] = Deadlines()
+    live = Live()
     model: dict[int, int] = {}
     for what, key, at_ns in steps:
         if what == "set":
-            deadlines.set(key, at_ns)
+            live.set(key, at_ns)
             model[key] = at_ns
         elif what == "drop":
-            deadlines.drop(key)
+            live.requests.pop(key, None)
             model.pop(key, None)
         else:
             due = sorted((at, key) for key, at in model.items() if at <= at_ns)
-            assert deadlines.pop_due(at_ns) == [key for _, key in due]
+            assert live.pop_due(at_ns) == [key for _, key in due]
             for _, gone in due:
                 del model[gone]
-        assert deadlines.earliest() == min(model.values(), default=None)
-        assert sorted(deadlines.keys()) == sorted(model)
-        assert len(deadlines) == len(model)
-        assert (key in deadlines) == (key in model)
+        assert live.deadlines.earliest() == min(model.values(), default=None)
+        posted = live.deadlines.posted()
+        assert all(posted[key] <= at for key, at in model.items())

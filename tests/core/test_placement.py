@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpath.core.engines import DecodeEngines, Fleet, PrefillEngines
+from dualpath.core.engines import DecodeEngines, Fleet, PrefillEngines, ReadQueues
 from dualpath.core.placement import (
     choose_decode_engine,
     choose_group,
@@ -14,17 +14,20 @@ from dualpath.core.placement import (
     z_tokens,
 )
 from dualpath.core.policy import Constants
-from dualpath.core.vocabulary import Cause, EngineFacts, Leg, RequestFacts, Role, Side
+from dualpath.core.request import Request
+from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, EngineFacts, Leg, RequestFacts, Role, Side
 
 CONSTANTS = Constants(alpha_tokens=1_000, beta_tokens=5_000)
 
 
 def prefill_engines(*loads: tuple[int, int], buffer_blocks: int = 100) -> PrefillEngines:
     """PEs 1, 2, … with (tok, read queue), each on a node of its own."""
-    engines = PrefillEngines()
+    queues = ReadQueues()
+    engines = PrefillEngines(queues)
     for engine, (tok, read_queue) in enumerate(loads, start=1):
-        engines.add(EngineFacts(engine, Role.PREFILL, engine, 0, buffer_blocks), read_queue)
+        engines.add(EngineFacts(engine, Role.PREFILL, engine, 0, buffer_blocks))
         engines.start(engine, tok)
+        queues.tokens_at[queues.place(engine)] = read_queue
     return engines
 
 
@@ -66,7 +69,7 @@ def test_pe_choice_is_what_the_paper_says(loads: list[tuple[int, int]]) -> None:
 
 def test_pe_choice_passes_over_buffers_that_could_never_hold_the_hit() -> None:
     engines = prefill_engines((100, 0), (200, 0), buffer_blocks=10)
-    engines.add(EngineFacts(9, Role.PREFILL, 9, 0, 50), 0)
+    engines.add(EngineFacts(9, Role.PREFILL, 9, 0, 50))
     engines.start(9, 4_000)
     assert choose_prefill_engine(engines, CONSTANTS, 10) == 1
     assert choose_prefill_engine(engines, CONSTANTS, 11) == 9
@@ -106,14 +109,17 @@ def test_a_group_without_an_engine_large_enough_is_passed_over() -> None:
 
 def test_z_counts_the_head_of_the_queue_that_fits_the_groups_free_memory() -> None:
     group = decode_engines((0, 1, 1_000, 10), (0, 1, 3_000, 20)).groups[0]
-    queue = [(600, 10), (400, 20), (9_000, 1)]  # (tokens, blocks): the third does not fit after the first two
+    queue = [waiting(600, 10), waiting(400, 20), waiting(9, 1)]  # the third does not fit after the first two
     assert z_tokens(group, queue, 1.05) == 1.05 * (600 + 400 + 4_000) / 2
-    assert z_tokens(group, [(600, 31), (1, 1)], 1.05) == 1.05 * 4_000 / 2
+    assert z_tokens(group, [waiting(600, 31), waiting(1, 1)], 1.05) == 1.05 * 4_000 / 2
     assert z_tokens(group, [], 1.0) == 2_000
 
 
-def facts(prompt_tokens: int) -> RequestFacts:
-    return RequestFacts(1, 0, prompt_tokens, 0, 1)
+def waiting(prompt_tokens: int, hbm_blocks: int) -> Request:
+    """A request that may generate as much as fills its blocks."""
+    request = Request(RequestFacts(1, 0, prompt_tokens, 0, hbm_blocks * BLOCK_TOKENS - prompt_tokens))
+    assert request.hbm_blocks == hbm_blocks
+    return request
 
 
 @pytest.mark.parametrize(
@@ -132,7 +138,7 @@ def facts(prompt_tokens: int) -> RequestFacts:
 )
 def test_de_choice_in_a_group(loads: tuple[tuple[int, int, int, int], ...], z: float, chosen: int | None) -> None:
     group = decode_engines(*loads).groups[0]
-    assert choose_decode_engine(group, facts(100), z, 2, 5) == chosen
+    assert choose_decode_engine(group, 100, z, 2, 5) == chosen
 
 
 @settings(deadline=None, derandomize=True)
@@ -144,7 +150,7 @@ def test_de_choice_is_what_the_paper_says(loads: list[tuple[int, int, int, int]]
     not_high = [(seq, engine) for seq, tok, engine in fits if tok + 100 <= 200]
     high = [(tok, engine) for _, tok, engine in fits]
     chosen = min(not_high or high, default=(0, None))[1]
-    assert choose_decode_engine(decode_engines(*loads).groups[0], facts(100), 200.0, 2, 5) == chosen
+    assert choose_decode_engine(decode_engines(*loads).groups[0], 100, 200.0, 2, 5) == chosen
 
 
 def test_de_choice_passes_over_buffers_that_could_never_hold_the_prompt() -> None:
@@ -152,8 +158,8 @@ def test_de_choice_passes_over_buffers_that_could_never_hold_the_prompt() -> Non
     engines.add(EngineFacts(9, Role.DECODE, 9, 0, 50, 1_000))
     for _ in range(4):
         engines.start(9, 10)
-    assert choose_decode_engine(engines.groups[0], facts(100), 1_000.0, 5, 5) == 1
-    assert choose_decode_engine(engines.groups[0], facts(100), 1_000.0, 6, 5) == 9
+    assert choose_decode_engine(engines.groups[0], 100, 1_000.0, 5, 5) == 1
+    assert choose_decode_engine(engines.groups[0], 100, 1_000.0, 6, 5) == 9
 
 
 def test_round_robin_over_des_skips_who_has_no_room_and_wraps() -> None:
@@ -213,6 +219,18 @@ def test_engines_of_a_node_share_its_read_queue() -> None:
     assert fleet.read_queue_tokens(2) == 192
     fleet.end_read(3, Leg(Side.PE, 0, 3))
     assert fleet.prefill.read_queue.tolist() == [0, 0]
+
+
+def test_a_node_that_comes_back_has_nothing_in_its_read_queue_and_the_others_keep_theirs() -> None:
+    fleet = Fleet()
+    for engine in (1, 2):
+        fleet.add(EngineFacts(engine, Role.PREFILL, 70 + engine, 0, 10))
+    fleet.start_read(2, Leg(Side.PE, 0, 3))
+    fleet.remove(1)
+    assert fleet.prefill.read_queue.tolist() == [192]
+    fleet.add(EngineFacts(3, Role.PREFILL, 71, 0, 10))
+    assert fleet.prefill.read_queue.tolist() == [192, 0]
+    assert [fleet.prefill.read_queue_at(slot) for slot in (0, 1)] == [192, 0]
 
 
 def test_what_no_engine_could_ever_take() -> None:

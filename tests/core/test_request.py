@@ -49,6 +49,22 @@ def test_inputs_are_news_only_in_live_states() -> None:
 
 def test_blocks_of_a_request() -> None:
     assert (hit_blocks(FACTS), prompt_blocks(FACTS), hbm_blocks(FACTS)) == (2, 3, 3)
+    request = Request(FACTS)
+    assert (request.hit_blocks, request.prompt_blocks, request.hbm_blocks) == (2, 3, 3)
+
+
+def test_the_next_attempt_starts_from_its_own_facts_and_keeps_the_request() -> None:
+    request = Request(FACTS)
+    request.deadline_ns, request.prefill_engine, request.prepared = 5, 3, True
+    request.prepare_attempt(RequestFacts(request=7, attempt=3, prompt_tokens=200, hit_tokens=64, max_new_tokens=1))
+    assert (request.key, request.attempt, request.deadline_ns) == ((7, 3), 3, 5)
+    assert (request.hit_blocks, request.prompt_blocks, request.hbm_blocks) == (1, 4, 4)
+    assert request.prefill_engine is None and not request.prepared
+
+
+def test_a_request_says_all_about_itself() -> None:
+    text = repr(Request(FACTS))
+    assert "id=7" in text and "deadline_ns=" in text and all(f" {name}=" in f" {text}" for name in ("prompt_blocks",))
 
 
 def test_the_diagram_has_every_transition_once() -> None:

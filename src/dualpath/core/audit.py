@@ -8,7 +8,7 @@ from collections import Counter
 
 from dualpath.core.ledger import Account, Key
 from dualpath.core.lifecycle import Lifecycle
-from dualpath.core.request import Request, State, hbm_blocks, hit_blocks, prompt_blocks
+from dualpath.core.request import NEVER_NS, Request, State, hbm_blocks, hit_blocks, prompt_blocks
 from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, Role, Side
 
 
@@ -30,11 +30,13 @@ def _require(holds: bool, message: str, *details: object) -> None:
 
 def _audit_requests(life: Lifecycle) -> None:
     """Each live request has one owner and a deadline, and engines exactly when its state says so."""
-    _require(len(life.deadlines) == len(life.requests), "{} deadlines", len(life.deadlines))
+    posted = life.deadlines.posted()
     for request_id, request in life.requests.items():
         _require(request_id == request.id, "request {} is filed as {}", request.id, request_id)
         _require(not request.state.is_terminal, "request {} is over and still known", request_id)
-        _require(request_id in life.deadlines, "request {} has no deadline", request_id)
+        _require(request.deadline_ns != NEVER_NS, "request {} has no deadline", request_id)
+        watched = posted.get(request_id, NEVER_NS) <= request.deadline_ns
+        _require(watched, "nobody watches the deadline of request {}", request_id)
         queued = request_id in life.waiting.requests
         _require(queued == (request.state is State.QUEUED), "{} waits: {}", request, queued)
         for engine in (request.prefill_engine, request.decode_engine):
@@ -83,6 +85,7 @@ def _audit_columns(life: Lifecycle) -> None:
             reader = request.engine_of(leg.side)
             assert reader is not None
             read[life.fleet.facts[reader].node] += leg.blocks * BLOCK_TOKENS
+    pe_queues = life.fleet.prefill.read_queue
     for engine, facts in life.fleet.facts.items():
         columns = life.fleet.prefill if facts.role is Role.PREFILL else life.fleet.decode
         slot = columns.slots[engine]
@@ -90,8 +93,7 @@ def _audit_columns(life: Lifecycle) -> None:
         implied = seq[engine], tok[engine], read[facts.node]
         _require(seen == implied, "engine {}: seq, tok, read_q are {}, requests imply {}", engine, seen, implied)
         if facts.role is Role.PREFILL:
-            column = int(life.fleet.prefill.read_queue[slot])
-            _require(column == read[facts.node], "engine {}: read_q column is {}", engine, column)
+            _require(pe_queues[slot] == read[facts.node], "engine {}: read_q column is {}", engine, pe_queues[slot])
         else:
             free, column = life.ledger.accounts[engine].hbm_free_blocks, int(life.fleet.decode.hbm_free[slot])
             _require(free == column, "engine {}: {} free HBM blocks, column says {}", engine, free, column)
@@ -163,9 +165,13 @@ def _audit_holding(life: Lifecycle, request: Request, engine: EngineId) -> None:
 def _audit_releases(life: Lifecycle) -> None:
     """Every draining holding is an unanswered Abort, in time, overdue or behind the PE's, and the other way round."""
     draining = {(held.engine, held.request, held.attempt) for held in life.ledger.holdings() if held.draining}
-    in_time = set(life.releases.keys())
-    _require(in_time.isdisjoint(life.overdue), "releases both in time and overdue: {}", in_time & life.overdue.keys())
-    behind = {(decode, *key[1:]) for key, decode in life.behind.items()}
-    for key in life.behind:
-        _require(key in in_time or key in life.overdue, "the DE waits behind {}, which has no Abort", key)
-    _require(draining == in_time | life.overdue.keys() | behind, "draining {}, awaited {}", draining, in_time)
+    in_time, overdue, held_back = life.aborts.in_time, life.aborts.overdue, life.aborts.behind
+    both = in_time.keys() & overdue.keys()
+    _require(not both, "releases both in time and overdue: {}", both)
+    times = list(in_time.values())
+    _require(times == sorted(times), "releases are not in order of their deadlines: {}", times)
+    behind = {(decode, *at[1:]) for at, decode in held_back.items()}
+    for at in held_back:
+        _require(life.aborts.awaited(at), "the DE waits behind {}, which has no Abort", at)
+    awaited = in_time.keys() | overdue.keys()
+    _require(draining == awaited | behind, "draining {}, awaited {}", draining, awaited)

@@ -10,6 +10,7 @@ its next chunk needs the KV of this one.
 """
 
 from collections import OrderedDict
+from math import sqrt
 
 import msgspec
 
@@ -34,6 +35,25 @@ class AttentionCost(msgspec.Struct, frozen=True):
         pairs = new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2
         return (new_tokens * self.flops_per_token + pairs * self.flops_per_pair) * self.ns_per_flop
 
+    def fitting_tokens(self, cached_tokens: int, most_tokens: int, budget_ns: float) -> int:
+        """The largest chunk of at most `most_tokens` whose `chunk_ns` is within the budget; 0 where none is.
+
+        Solves the quadratic in `chunk_ns`, then looks at the neighbours of the root, which is rounded.
+        """
+        if self.chunk_ns(cached_tokens, most_tokens) <= budget_ns:
+            return most_tokens
+        if budget_ns <= 0:
+            return 0
+        linear = self.flops_per_token + self.flops_per_pair * (cached_tokens + 0.5)
+        flops = budget_ns / self.ns_per_flop
+        root = 2 * flops / (linear + sqrt(linear * linear + 2 * self.flops_per_pair * flops))
+        tokens = min(int(root), most_tokens)
+        while self.chunk_ns(cached_tokens, tokens) > budget_ns:
+            tokens -= 1
+        while tokens < most_tokens and self.chunk_ns(cached_tokens, tokens + 1) <= budget_ns:
+            tokens += 1
+        return tokens
+
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):
     """Compute tokens ``[cached_tokens, cached_tokens + new_tokens)`` of a request; `last` ends its prompt."""
@@ -45,14 +65,17 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     last: bool
 
 
-class _Line(msgspec.Struct):
+class _Line:
     """A request in the queue: what is computed, what is not, and whether a chunk of it is out."""
 
-    request: RequestId
-    attempt: int
-    cached_tokens: int
-    new_tokens: int
-    in_flight: bool = False
+    __slots__ = ("attempt", "cached_tokens", "in_flight", "new_tokens", "request")
+
+    def __init__(self, request: RequestId, attempt: int, cached_tokens: int, new_tokens: int) -> None:
+        self.request = request
+        self.attempt = attempt
+        self.cached_tokens = cached_tokens
+        self.new_tokens = new_tokens
+        self.in_flight = False
 
 
 class PrefillQueue:
@@ -128,18 +151,21 @@ class PrefillQueue:
                 continue
             if len(batch) == self._max_batch_requests or (batch and self._over_kv(kv_tokens, line)):
                 break
-            new_tokens = self._fitting_tokens(line, left_ns, left_tokens)
-            if not new_tokens and batch:
-                break
-            chunk = _take(line, max(1, new_tokens))
+            most_tokens = line.new_tokens if line.new_tokens < left_tokens else left_tokens
+            new_tokens = self._cost.fitting_tokens(line.cached_tokens, most_tokens, left_ns)
+            if not new_tokens:
+                if batch:
+                    break
+                new_tokens = 1
+            left_ns -= self._cost.chunk_ns(line.cached_tokens, new_tokens)
+            left_tokens -= new_tokens
+            chunk = _take(line, new_tokens)
             batch.append(chunk)
-            self._waiting_tokens -= chunk.new_tokens
-            self._waiting_requests -= chunk.last
-            left_ns -= self._cost.chunk_ns(chunk.cached_tokens, chunk.new_tokens)
-            left_tokens -= chunk.new_tokens
-            kv_tokens += line.cached_tokens
+            self._waiting_tokens -= new_tokens
             if not chunk.last:
                 break
+            self._waiting_requests -= 1
+            kv_tokens += line.cached_tokens
         return tuple(batch)
 
     @property
@@ -155,19 +181,6 @@ class PrefillQueue:
     def _over_kv(self, kv_tokens: int, line: _Line) -> bool:
         limit = self._max_batch_kv_tokens
         return limit is not None and kv_tokens + line.cached_tokens + line.new_tokens > limit
-
-    def _fitting_tokens(self, line: _Line, left_ns: float, left_tokens: int) -> int:
-        """The largest number of the line's new tokens that fits both budgets, by binary search; 0 where none does."""
-        low, high = 0, min(line.new_tokens, left_tokens)
-        if self._cost.chunk_ns(line.cached_tokens, high) <= left_ns:
-            return high
-        while high - low > 1:  # `low` fits (or is 0), `high` does not
-            middle = (low + high) // 2
-            if self._cost.chunk_ns(line.cached_tokens, middle) <= left_ns:
-                low = middle
-            else:
-                high = middle
-        return low
 
 
 def _take(line: _Line, new_tokens: int) -> Chunk:

@@ -1,67 +1,64 @@
-"""When what is due: a heap of deadlines whose entries can be moved and dropped.
+"""When what is due: a heap of the deadlines of live requests, which can be moved and dropped without touching it.
 
-Every key has a heap entry at or before its deadline; moving a deadline back, by far the most frequent call, touches no
-heap. An entry that surfaces too early is put back where it belongs, one whose key is gone is skipped, and the heap is
-rebuilt once more than half of it is stale, so it never outgrows what is live.
+Theory of operation. A request holds its own deadline. The heap has an entry for it at or before that time, so moving a
+deadline back, by far the most frequent change, is an assignment, and dropping one is nothing at all: a request that is
+no longer live has none. An entry that surfaces too early is put back where it belongs, one of a request that is gone is
+skipped, and the heap is rebuilt once more than half of it is stale, so it never outgrows what is live.
 """
 
+from collections.abc import Mapping
 from heapq import heapify, heappop, heappush, heapreplace
-from typing import Generic, TypeVar
 
-KeyT = TypeVar("KeyT", int, tuple[int, int, int])
+from dualpath.core.request import NEVER_NS, Request
+from dualpath.core.vocabulary import RequestId
 
 
-class Deadlines(Generic[KeyT]):
-    """At most one deadline a key. Amortised O(log n); equal deadlines fall due in key order."""
+class Deadlines:
+    """The deadlines of the requests in `live`, a view. Amortised O(log n); equal ones fall due in order of id."""
 
-    def __init__(self) -> None:
-        self._at_ns: dict[KeyT, int] = {}
-        self._heap: list[tuple[int, KeyT]] = []
+    def __init__(self, live: Mapping[RequestId, Request]) -> None:
+        self._live = live
+        self._heap: list[tuple[int, RequestId]] = []
 
-    def __contains__(self, key: KeyT) -> bool:
-        return key in self._at_ns
-
-    def __len__(self) -> int:
-        return len(self._at_ns)
-
-    def keys(self) -> list[KeyT]:
-        """Every key with a deadline."""
-        return list(self._at_ns)
-
-    def set(self, key: KeyT, at_ns: int) -> None:
-        """Give `key` a deadline, in place of any it has."""
-        known_ns = self._at_ns.get(key)
-        self._at_ns[key] = at_ns
-        if known_ns is not None and known_ns <= at_ns:
+    def set(self, request: Request, at_ns: int) -> None:
+        """Give a live request a deadline, in place of any it has."""
+        known_ns = request.deadline_ns
+        request.deadline_ns = at_ns
+        if at_ns >= known_ns:
             return
-        heappush(self._heap, (at_ns, key))
-        if len(self._heap) > 2 * len(self._at_ns) + 64:
-            self._heap = [(at_ns, key) for key, at_ns in self._at_ns.items()]
+        heappush(self._heap, (at_ns, request.id))
+        if len(self._heap) > 2 * len(self._live) + 64:
+            self._heap = [(live.deadline_ns, live.id) for live in self._live.values() if live.deadline_ns != NEVER_NS]
             heapify(self._heap)
-
-    def drop(self, key: KeyT) -> None:
-        """Forget the deadline of `key`, if it has one."""
-        self._at_ns.pop(key, None)
 
     def earliest(self) -> int | None:
         """The next deadline, None where there is none."""
-        heap = self._heap
+        heap, live = self._heap, self._live
         while heap:
             posted_ns, key = heap[0]
-            at_ns = self._at_ns.get(key)
+            request = live.get(key)
+            if request is None:
+                heappop(heap)
+                continue
+            at_ns = request.deadline_ns
             if at_ns == posted_ns:
                 return at_ns
-            if at_ns is None or at_ns < posted_ns:  # gone, or moved forward by an entry of its own
+            if at_ns < posted_ns or at_ns == NEVER_NS:  # moved forward by an entry of its own, or popped
                 heappop(heap)
             else:
                 heapreplace(heap, (at_ns, key))
         return None
 
-    def pop_due(self, now: int) -> list[KeyT]:
-        """Drop and return the keys whose deadline is at or before `now`, earliest first."""
-        due: list[KeyT] = []
+    def pop_due(self, now: int) -> list[Request]:
+        """The requests whose deadline is at or before `now`, earliest first. They have none afterwards."""
+        due: list[Request] = []
         while (at_ns := self.earliest()) is not None and at_ns <= now:
             _, key = heappop(self._heap)
-            del self._at_ns[key]
-            due.append(key)
+            request = self._live[key]
+            request.deadline_ns = NEVER_NS
+            due.append(request)
         return due
+
+    def posted(self) -> dict[RequestId, int]:
+        """The earliest entry of every request that has one, live or not: for the audit."""
+        return {key: at_ns for at_ns, key in sorted(self._heap, reverse=True)}

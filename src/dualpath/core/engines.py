@@ -4,6 +4,9 @@ The paper's reported quantities (§8, §6.1): `seq_e`, unfinished requests; `tok
 node's storage-read queue in tokens. Slots are sorted by id (a DE's by group, then id), so that the first of equals is
 the one with the smallest id and a group is a slice. Joining and leaving rebuild the columns and may cost O(engines);
 everything else is O(1).
+
+Searches go over the arrays; single entries are read and written through memoryviews of them (`…_at`), which give plain
+ints at a third of the price.
 """
 
 from bisect import bisect_left
@@ -21,28 +24,54 @@ def _column(values: list[int]) -> Column:
     return np.array(values, dtype=np.int64)
 
 
+class ReadQueues:
+    """Storage-read queues of all nodes, in tokens. A node whose engines are gone keeps its place, empty."""
+
+    def __init__(self) -> None:
+        self.tokens = _column([])
+        self.tokens_at = self.tokens.data
+        self._places: dict[NodeId, int] = {}
+
+    def place(self, node: NodeId) -> int:
+        """Of the node in `tokens`; a new node gets one."""
+        known = self._places.get(node)
+        if known is not None:
+            return known
+        place = self._places[node] = len(self.tokens)
+        self.tokens = np.append(self.tokens, 0)
+        self.tokens_at = self.tokens.data
+        return place
+
+
 class PrefillEngines:
     """PEs by slot, in order of id."""
 
-    def __init__(self) -> None:
+    def __init__(self, queues: ReadQueues) -> None:
+        self._queues = queues
         self.facts: list[EngineFacts] = []
         self.slots: dict[EngineId, int] = {}
         self.seq = _column([])
         self.tok = _column([])
-        self.read_queue = _column([])
-        """Of the engine's node, in tokens: equal for the engines of a node."""
         self.buffer_capacity = _column([])
-        self.smallest_buffer_blocks = 0
+        self._index()
 
     def __len__(self) -> int:
         return len(self.facts)
 
-    def add(self, facts: EngineFacts, read_queue_tokens: int) -> None:
+    @property
+    def read_queue(self) -> Column:
+        """Of the engines' nodes, in tokens: equal for the engines of a node. A copy."""
+        return self._queues.tokens[self._places]
+
+    def read_queue_at(self, slot: int) -> int:
+        """One entry of `read_queue`."""
+        return self._queues.tokens_at[self._place_of[slot]]
+
+    def add(self, facts: EngineFacts) -> None:
         slot = bisect_left(self.facts, facts.engine, key=lambda known: known.engine)
         self.facts.insert(slot, facts)
         self.seq = np.insert(self.seq, slot, 0)
         self.tok = np.insert(self.tok, slot, 0)
-        self.read_queue = np.insert(self.read_queue, slot, read_queue_tokens)
         self._index()
 
     def remove(self, engine: EngineId) -> None:
@@ -50,43 +79,43 @@ class PrefillEngines:
         del self.facts[slot]
         self.seq = np.delete(self.seq, slot)
         self.tok = np.delete(self.tok, slot)
-        self.read_queue = np.delete(self.read_queue, slot)
         self._index()
 
     def start(self, engine: EngineId, tokens: int) -> None:
         """The engine has one unfinished request more."""
         slot = self.slots[engine]
-        self.seq[slot] += 1
-        self.tok[slot] += tokens
+        self.seq_at[slot] += 1
+        self.tok_at[slot] += tokens
 
     def end(self, engine: EngineId, tokens: int) -> None:
         slot = self.slots[engine]
-        self.seq[slot] -= 1
-        self.tok[slot] -= tokens
-
-    def add_to_read_queue(self, node: NodeId, tokens: int) -> None:
-        self.read_queue[self._slots_of_node[node]] += tokens
+        self.seq_at[slot] -= 1
+        self.tok_at[slot] -= tokens
 
     def _index(self) -> None:
         self.slots = {facts.engine: slot for slot, facts in enumerate(self.facts)}
-        by_node: dict[NodeId, list[int]] = {}
-        for slot, facts in enumerate(self.facts):
-            by_node.setdefault(facts.node, []).append(slot)
-        self._slots_of_node = {node: np.array(slots, dtype=np.intp) for node, slots in by_node.items()}
+        self.seq_at, self.tok_at = self.seq.data, self.tok.data
+        self._place_of = [self._queues.place(facts.node) for facts in self.facts]
+        self._places = np.array(self._place_of, dtype=np.intp)
         self.buffer_capacity = _column([facts.buffer_blocks for facts in self.facts])
-        self.smallest_buffer_blocks = min((facts.buffer_blocks for facts in self.facts), default=0)
+        self.smallest_buffer_blocks = min((facts.buffer_blocks for facts in self.facts), default=-1)
+        """Of any PE; -1 where there is none, so that nothing fits."""
 
 
 class DecodeGroup:
     """A group of DEs: views of its slice of the columns, and its totals."""
 
-    def __init__(self, engines: "DecodeEngines", group: GroupId, start: int, stop: int) -> None:
+    def __init__(self, engines: "DecodeEngines", group: GroupId, position: int, start: int, stop: int) -> None:
         self.group = group
+        self.position = position
+        """In `DecodeEngines.group_ids`."""
         self.facts = engines.facts[start:stop]
         self.seq = engines.seq[start:stop]
         self.tok = engines.tok[start:stop]
         self.hbm_free = engines.hbm_free[start:stop]
         self.buffer_capacity = engines.buffer_capacity[start:stop]
+        self.tok_at, self.hbm_free_at = self.tok.data, self.hbm_free.data
+        self.smallest_buffer_blocks = int(self.buffer_capacity.min())
         self.tok_total = int(self.tok.sum())
         self.hbm_free_total = int(self.hbm_free.sum())
 
@@ -106,8 +135,8 @@ class DecodeEngines:
         self.hbm_free = _column([])
         self.hbm_capacity = _column([])
         self.buffer_capacity = _column([])
-        self.smallest_hbm_blocks = self.smallest_buffer_blocks = 0
         self._queued: dict[GroupId, int] = {}
+        self._index()
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -138,21 +167,21 @@ class DecodeEngines:
     def promise_hbm(self, engine: EngineId, blocks: int) -> None:
         """Take (or with a negative number give back) device blocks."""
         slot = self.slots[engine]
-        self.hbm_free[slot] -= blocks
-        self.groups[self.facts[slot].group].hbm_free_total -= blocks
+        self._hbm_free_at[slot] -= blocks
+        self._group_of[slot].hbm_free_total -= blocks
 
     def queue(self, group: GroupId, tokens: int) -> None:
         """Tokens enter (or, negative, leave) the group's private queue, which counts as load of the group."""
-        self._queued[group] = self._queued.get(group, 0) + tokens
-        self.group_load[self._position[group]] += tokens
+        self._queued[group] += tokens
+        self._group_load_at[self.groups[group].position] += tokens
 
     def _change(self, engine: EngineId, seq: int, tokens: int) -> None:
         slot = self.slots[engine]
-        group = self.facts[slot].group
-        self.seq[slot] += seq
-        self.tok[slot] += tokens
-        self.groups[group].tok_total += tokens
-        self.group_load[self._position[group]] += tokens
+        group = self._group_of[slot]
+        self._seq_at[slot] += seq
+        self._tok_at[slot] += tokens
+        group.tok_total += tokens
+        self._group_load_at[group.position] += tokens
 
     def _index(self) -> None:
         self.slots = {facts.engine: slot for slot, facts in enumerate(self.facts)}
@@ -160,16 +189,18 @@ class DecodeEngines:
         self.buffer_capacity = _column([facts.buffer_blocks for facts in self.facts])
         self.smallest_hbm_blocks = min((facts.hbm_blocks for facts in self.facts), default=0)
         self.smallest_buffer_blocks = min((facts.buffer_blocks for facts in self.facts), default=0)
+        """Of any DE; 0 where there is none, so that nothing fits."""
         self.groups = {}
-        start = 0
+        self._group_of: list[DecodeGroup] = []
         for group, members in groupby(self.facts, key=lambda facts: facts.group):
-            stop = start + sum(1 for _ in members)
-            self.groups[group] = DecodeGroup(self, group, start, stop)
-            start = stop
+            start, stop = len(self._group_of), len(self._group_of) + sum(1 for _ in members)
+            self.groups[group] = DecodeGroup(self, group, len(self.groups), start, stop)
+            self._group_of += [self.groups[group]] * (stop - start)
         self.group_ids = list(self.groups)
-        self._position = {group: position for position, group in enumerate(self.group_ids)}
         self._queued = {group: self._queued.get(group, 0) for group in self.group_ids}
         self.group_load = _column([self.groups[group].tok_total + self._queued[group] for group in self.group_ids])
+        self._seq_at, self._tok_at, self._hbm_free_at = self.seq.data, self.tok.data, self.hbm_free.data
+        self._group_load_at = self.group_load.data
 
 
 class Fleet:
@@ -177,10 +208,12 @@ class Fleet:
 
     def __init__(self) -> None:
         self.facts: dict[EngineId, EngineFacts] = {}
-        self.prefill = PrefillEngines()
+        self.read_queues = ReadQueues()
+        self.prefill = PrefillEngines(self.read_queues)
         self.decode = DecodeEngines()
-        self._read_queue: dict[NodeId, int] = {}
         self._engines_of_node: dict[NodeId, list[EngineId]] = {}
+        self._place_of: dict[EngineId, int] = {}
+        """Of the engine's node in `read_queues`."""
 
     def add(self, facts: EngineFacts) -> None:
         """Raises ValueError on a known id, a capacity that holds nothing, or a node of two roles or groups."""
@@ -195,44 +228,43 @@ class Fleet:
                 raise ValueError(f"{facts} shares its node with {known}: a node has one role and one group")
         neighbours.append(facts.engine)
         self.facts[facts.engine] = facts
-        read_queue_tokens = self._read_queue.setdefault(facts.node, 0)
+        self._place_of[facts.engine] = self.read_queues.place(facts.node)
         if facts.role is Role.PREFILL:
-            self.prefill.add(facts, read_queue_tokens)
+            self.prefill.add(facts)
         else:
             self.decode.add(facts)
 
     def remove(self, engine: EngineId) -> None:
+        """The engine's reads have been ended before."""
         facts = self.facts.pop(engine)
+        del self._place_of[engine]
         (self.prefill if facts.role is Role.PREFILL else self.decode).remove(engine)
         self._engines_of_node[facts.node].remove(engine)
         if not self._engines_of_node[facts.node]:
-            del self._engines_of_node[facts.node], self._read_queue[facts.node]
+            del self._engines_of_node[facts.node]
 
     def read_queue_tokens(self, engine: EngineId) -> int:
         """Of the engine's node."""
-        return self._read_queue[self.facts[engine].node]
+        return self.read_queues.tokens_at[self._place_of[engine]]
 
     def start_read(self, engine: EngineId, leg: Leg) -> None:
-        self._add_read(engine, leg.blocks * BLOCK_TOKENS)
+        self.read_queues.tokens_at[self._place_of[engine]] += leg.blocks * BLOCK_TOKENS
 
     def end_read(self, engine: EngineId, leg: Leg) -> None:
-        self._add_read(engine, -leg.blocks * BLOCK_TOKENS)
-
-    def _add_read(self, engine: EngineId, tokens: int) -> None:
-        facts = self.facts[engine]
-        self._read_queue[facts.node] += tokens
-        if facts.role is Role.PREFILL:
-            self.prefill.add_to_read_queue(facts.node, tokens)
+        self.read_queues.tokens_at[self._place_of[engine]] -= leg.blocks * BLOCK_TOKENS
 
     def refusal(self, pe_blocks: int, de_blocks: int, hbm_blocks: int) -> Cause | None:
         """Why no engine could ever take such a request, however idle; None where some PE and some DE could."""
         prefill, decode = self.prefill, self.decode
+        if (
+            pe_blocks <= prefill.smallest_buffer_blocks
+            and de_blocks <= decode.smallest_buffer_blocks
+            and hbm_blocks <= decode.smallest_hbm_blocks
+        ):
+            return None
         if not prefill or not decode:
             return Cause.NO_ENGINE
-        if pe_blocks > prefill.smallest_buffer_blocks and pe_blocks > prefill.buffer_capacity.max():
+        fits = (decode.buffer_capacity >= de_blocks) & (decode.hbm_capacity >= hbm_blocks)
+        if pe_blocks > prefill.buffer_capacity.max() or not fits.any():
             return Cause.TOO_LARGE
-        if de_blocks > decode.smallest_buffer_blocks or hbm_blocks > decode.smallest_hbm_blocks:
-            fits = (decode.buffer_capacity >= de_blocks) & (decode.hbm_capacity >= hbm_blocks)
-            if not fits.any():
-                return Cause.TOO_LARGE
         return None

@@ -49,5 +49,5 @@ def statistics(life: Lifecycle) -> dict[str, int]:
     draining = [holding for holding in life.ledger.holdings() if holding.draining]
     gauges["draining_buffer_blocks"] = sum(holding.buffer_blocks for holding in draining)
     gauges["draining_hbm_blocks"] = sum(holding.hbm_blocks for holding in draining)
-    gauges["overdue_releases"] = len(life.overdue)
-    return life.counts | gauges
+    gauges["overdue_releases"] = len(life.aborts.overdue)
+    return dict(life.counts) | gauges

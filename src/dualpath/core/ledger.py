@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import msgspec
 
 from dualpath.core.engines import DecodeEngines
-from dualpath.core.vocabulary import EngineFacts, EngineId, RequestId, Role
+from dualpath.core.vocabulary import EngineFacts, EngineId, RequestId
 
 Key = tuple[RequestId, int]
 """``(request, attempt)``."""
@@ -35,14 +35,19 @@ class Holding(msgspec.Struct, frozen=True, gc=False):
     draining: bool
 
 
-class _Held(msgspec.Struct):
-    buffer_blocks: int = 0
-    hbm_blocks: int = 0
-    draining: bool = False
+class _Held:
+    __slots__ = ("buffer_blocks", "draining", "hbm_blocks")
+
+    def __init__(self, buffer_blocks: int = 0, hbm_blocks: int = 0, draining: bool = False) -> None:
+        self.buffer_blocks = buffer_blocks
+        self.hbm_blocks = hbm_blocks
+        self.draining = draining
 
 
 class Account:
     """One engine's blocks: free ones, held ones by attempt, and who waits for buffer."""
+
+    __slots__ = ("buffer_free_blocks", "facts", "hbm_free_blocks", "held", "line")
 
     def __init__(self, facts: EngineFacts) -> None:
         self.facts = facts
@@ -50,6 +55,15 @@ class Account:
         self.hbm_free_blocks = facts.hbm_blocks
         self.held: dict[Key, _Held] = {}
         self.line: OrderedDict[Key, int] = OrderedDict()
+
+    def grant(self, key: Key, blocks: int) -> None:
+        """Give the attempt so much of the buffer."""
+        self.buffer_free_blocks -= blocks
+        held = self.held.get(key)
+        if held is None:
+            self.held[key] = _Held(blocks)
+        else:
+            held.buffer_blocks += blocks
 
 
 class Ledger:
@@ -72,9 +86,18 @@ class Ledger:
         account.hbm_free_blocks -= blocks
         self._decode.promise_hbm(engine, blocks)
 
-    def line_up(self, engine: EngineId, key: Key, blocks: int) -> None:
-        """Wait for `blocks` of the engine's buffer."""
-        self.accounts[engine].line[key] = blocks
+    def line_up(self, engine: EngineId, key: Key, blocks: int) -> bool:
+        """Ask for `blocks` of the engine's buffer; True if they are given at once, else the attempt is in line."""
+        account = self.accounts[engine]
+        if account.line or blocks > account.buffer_free_blocks:
+            account.line[key] = blocks
+            return False
+        account.grant(key, blocks)
+        return True
+
+    def has_line(self, engine: EngineId) -> bool:
+        """Somebody waits for the engine's buffer."""
+        return bool(self.accounts[engine].line)
 
     def grant_next(self, engine: EngineId) -> Key | None:
         """Give the head of the line its blocks, if there are enough; who it was, else None."""
@@ -85,8 +108,7 @@ class Ledger:
         if blocks > account.buffer_free_blocks:
             return None
         del account.line[key]
-        account.buffer_free_blocks -= blocks
-        account.held.setdefault(key, _Held()).buffer_blocks += blocks
+        account.grant(key, blocks)
         return key
 
     def free_buffer(self, engine: EngineId, key: Key, blocks: int) -> bool:
@@ -102,12 +124,13 @@ class Ledger:
     def give_back(self, engine: EngineId, key: Key) -> None:
         """Everything the attempt has at the engine, a place in its line included, is free again."""
         account = self.accounts[engine]
-        account.line.pop(key, None)
+        if account.line:
+            account.line.pop(key, None)
         held = account.held.pop(key, None)
         if held is None:
             return
         account.buffer_free_blocks += held.buffer_blocks
-        if account.facts.role is Role.DECODE:
+        if held.hbm_blocks:
             account.hbm_free_blocks += held.hbm_blocks
             self._decode.promise_hbm(engine, -held.hbm_blocks)
 

@@ -29,33 +29,34 @@ import numpy as np
 
 from dualpath.core.engines import Column, DecodeEngines, DecodeGroup, PrefillEngines
 from dualpath.core.policy import Constants
-from dualpath.core.vocabulary import EngineFacts, EngineId, GroupId, RequestFacts
+from dualpath.core.request import Request
+from dualpath.core.vocabulary import EngineFacts, EngineId, GroupId
 
 _NEVER = np.iinfo(np.int64).max
 
 
-def _argmin_where(mask: "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]", values: Column) -> int:
-    """Slot of the smallest value among the masked ones, the first of equals; the mask must not be empty."""
-    return int(np.where(mask, values, _NEVER).argmin())
+def _argmin_where(mask: "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]", values: Column) -> int | None:
+    """Slot of the smallest value among the masked ones, the first of equals; None where none is masked."""
+    masked = np.where(mask, values, _NEVER)
+    slot = int(masked.argmin())
+    return slot if mask[slot] else None
 
 
 def choose_prefill_engine(engines: PrefillEngines, constants: Constants, buffer_blocks: int) -> EngineId | None:
     """§6.1's PE choice; `buffer_blocks` is what the engine's buffer must be able to hold, at capacity."""
     least = int(engines.tok.argmin())
-    if (
-        engines.tok[least] <= constants.beta_tokens
-        and engines.read_queue[least] <= constants.alpha_tokens
-        and engines.buffer_capacity[least] >= buffer_blocks
-    ):
-        return engines.facts[least].engine  # the least of all is preferred, hence the least of the preferred
+    if engines.tok_at[least] > constants.beta_tokens:
+        return None  # the least of all takes nothing, hence none does
+    facts = engines.facts[least]
+    if engines.read_queue_at(least) <= constants.alpha_tokens and facts.buffer_blocks >= buffer_blocks:
+        return facts.engine  # the least of all is preferred, hence the least of the preferred
     takes = engines.tok <= constants.beta_tokens
     if buffer_blocks > engines.smallest_buffer_blocks:
         takes &= engines.buffer_capacity >= buffer_blocks
-    short_queue = takes & (engines.read_queue <= constants.alpha_tokens)
-    for mask in (short_queue, takes):
-        if mask.any():
-            return engines.facts[_argmin_where(mask, engines.tok)].engine
-    return None
+    slot = _argmin_where(takes & (engines.read_queue <= constants.alpha_tokens), engines.tok)
+    if slot is None:
+        slot = _argmin_where(takes, engines.tok)
+    return None if slot is None else engines.facts[slot].engine
 
 
 def next_prefill_engine(engines: PrefillEngines, last: EngineId | None, buffer_blocks: int) -> EngineId | None:
@@ -81,36 +82,37 @@ def choose_group(engines: DecodeEngines, buffer_blocks: int, hbm_blocks: int) ->
     return engines.group_ids[int(load.argmin())]
 
 
-def z_tokens(group: DecodeGroup, queue: Iterable[tuple[int, int]], z_factor: float) -> float:
-    """Phase 2's Z; `queue` gives each waiting request's prompt tokens and HBM blocks, from the head."""
+def z_tokens(group: DecodeGroup, queue: Iterable[Request], z_factor: float) -> float:
+    """Phase 2's Z; `queue` are the requests that wait for the group, from the head."""
     free_blocks = group.hbm_free_total
     fitting_tokens = 0
-    for prompt_tokens, hbm_blocks in queue:
-        if hbm_blocks > free_blocks:
+    for request in queue:
+        free_blocks -= request.hbm_blocks
+        if free_blocks < 0:
             break
-        free_blocks -= hbm_blocks
-        fitting_tokens += prompt_tokens
+        fitting_tokens += request.facts.prompt_tokens
     return z_factor * (fitting_tokens + group.tok_total) / len(group.facts)
 
 
 def choose_decode_engine(
-    group: DecodeGroup, facts: RequestFacts, z: float, buffer_blocks: int, hbm_blocks: int
+    group: DecodeGroup, prompt_tokens: int, z: float, buffer_blocks: int, hbm_blocks: int
 ) -> EngineId | None:
-    """Phase 2's choice for the head of the group's queue."""
+    """Phase 2's choice for the head of the group's queue, of so many tokens."""
+    low_tokens = z - prompt_tokens
     least = int(group.seq.argmin())
     if (
-        group.hbm_free[least] >= hbm_blocks
-        and group.buffer_capacity[least] >= buffer_blocks
-        and group.tok[least] <= z - facts.prompt_tokens
+        group.hbm_free_at[least] >= hbm_blocks
+        and buffer_blocks <= group.facts[least].buffer_blocks
+        and group.tok_at[least] <= low_tokens
     ):
         return group.facts[least].engine  # the least of all is not high, hence the least of the not-high
-    fits = (group.hbm_free >= hbm_blocks) & (group.buffer_capacity >= buffer_blocks)
-    not_high = fits & (group.tok <= z - facts.prompt_tokens)
-    if not_high.any():
-        return group.facts[_argmin_where(not_high, group.seq)].engine
-    if fits.any():
-        return group.facts[_argmin_where(fits, group.tok)].engine
-    return None
+    fits = group.hbm_free >= hbm_blocks
+    if buffer_blocks > group.smallest_buffer_blocks:
+        fits &= group.buffer_capacity >= buffer_blocks
+    slot = _argmin_where(fits & (group.tok <= low_tokens), group.seq)
+    if slot is None:
+        slot = _argmin_where(fits, group.tok)
+    return None if slot is None else group.facts[slot].engine
 
 
 def next_decode_engine(

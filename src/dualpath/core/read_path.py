@@ -45,8 +45,13 @@ def choose_legs(
             pe_blocks = _even_split(hit_blocks, pe_queue_tokens, de_queue_tokens, pe_buffer_blocks)
     if read_path != "pe_only" and pe_blocks > pe_buffer_blocks:
         pe_blocks = 0
-    legs = (Leg(Side.PE, 0, pe_blocks), Leg(Side.DE, pe_blocks, hit_blocks - pe_blocks))
-    return tuple(leg for leg in legs if leg.blocks)
+    if not hit_blocks:
+        return ()
+    if pe_blocks == 0:
+        return (Leg(Side.DE, 0, hit_blocks),)
+    if pe_blocks == hit_blocks:
+        return (Leg(Side.PE, 0, hit_blocks),)
+    return (Leg(Side.PE, 0, pe_blocks), Leg(Side.DE, pe_blocks, hit_blocks - pe_blocks))
 
 
 def least_pe_blocks(read_path: ReadPath, hit_blocks: int) -> int:

@@ -10,8 +10,6 @@ the states in which an input means something, and elsewhere it is stale, dropped
 
 from enum import Enum
 
-import msgspec
-
 from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, GroupId, Leg, RequestFacts, RequestId, Side
 
 
@@ -88,33 +86,72 @@ class IllegalTransition(Exception):  # noqa: N818 (named as a thing that happene
     """Core tried to move a request in a way that `TRANSITIONS` does not list: a bug in core."""
 
 
-class Request(msgspec.Struct):
-    """One live request: its current attempt, and what that attempt has where."""
+NEVER_NS = (1 << 63) - 1
+"""No deadline."""
 
-    facts: RequestFacts
-    state: State = State.QUEUED
-    group: GroupId | None = None
-    """The DE group in whose private queue it waits or waited."""
-    prefill_engine: EngineId | None = None
-    """From PE choice until `prefill_done`."""
-    decode_engine: EngineId | None = None
-    """From DE choice until the attempt ends."""
-    commanded: tuple[EngineId, ...] = ()
-    """Engines that were told of the attempt, and so must be told to abort it."""
-    legs: tuple[Leg, ...] = ()
-    """The read path: who reads which hit blocks."""
-    unloaded: tuple[Leg, ...] = ()
-    """Legs not yet in their buffer; they count in the nodes' read queues."""
-    prepared: bool = False
 
-    @property
-    def id(self) -> RequestId:
-        return self.facts.request
+class Request:
+    """One live request: its current attempt, and what that attempt has where.
 
-    @property
-    def key(self) -> tuple[RequestId, int]:
-        """``(request, attempt)``: what engines and the ledger know it by."""
-        return self.facts.request, self.facts.attempt
+    A plain class with slots: its fields are written some twenty times in a life, and a Struct checks each write.
+    """
+
+    __slots__ = (
+        "attempt",
+        "commanded",
+        "deadline_ns",
+        "decode_engine",
+        "facts",
+        "group",
+        "hbm_blocks",
+        "hit_blocks",
+        "id",
+        "key",
+        "legs",
+        "prefill_engine",
+        "prepared",
+        "prompt_blocks",
+        "state",
+        "unloaded",
+    )
+
+    def __init__(self, facts: RequestFacts) -> None:
+        self.id: RequestId = facts.request
+        self.state = State.QUEUED
+        self.deadline_ns = NEVER_NS
+        """Of the state it is in; written by `Deadlines` alone."""
+        self.prepare_attempt(facts)
+
+    def prepare_attempt(self, facts: RequestFacts) -> None:
+        """Begin the attempt that `facts` describe, on no engine yet."""
+        self.facts = facts
+        self.attempt = facts.attempt
+        self.key = (facts.request, facts.attempt)
+        """What engines and the ledger know it by."""
+        self.hit_blocks = hit_blocks(facts)
+        self.prompt_blocks = prompt_blocks(facts)
+        self.hbm_blocks = hbm_blocks(facts)
+        self.leave_engines()
+
+    def leave_engines(self) -> None:
+        """Forget the attempt's engines, legs and progress."""
+        self.group: GroupId | None = None
+        """The DE group in whose private queue it waits or waited."""
+        self.prefill_engine: EngineId | None = None
+        """From PE choice until `prefill_done`."""
+        self.decode_engine: EngineId | None = None
+        """From DE choice until the attempt ends."""
+        self.commanded: tuple[EngineId, ...] = ()
+        """Engines that were told of the attempt, and so must be told to abort it."""
+        self.legs: tuple[Leg, ...] = ()
+        """The read path: who reads which hit blocks."""
+        self.unloaded: tuple[Leg, ...] = ()
+        """Legs not yet in their buffer; they count in the nodes' read queues."""
+        self.prepared = False
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return f"Request({fields})"
 
     def engine_of(self, side: Side) -> EngineId | None:
         return self.prefill_engine if side is Side.PE else self.decode_engine
@@ -123,15 +160,8 @@ class Request(msgspec.Struct):
         """Take the transition. Raises IllegalTransition where the table has none."""
         target = TRANSITIONS[self.state].get(event)
         if target is None:
-            raise IllegalTransition(f"request {self.id} attempt {self.facts.attempt}: {event.value} in {self.state}")
+            raise IllegalTransition(f"request {self.id} attempt {self.attempt}: {event.value} in {self.state}")
         self.state = target
-
-    def leave_engines(self) -> None:
-        """Forget the attempt's engines, legs and progress: it is being withdrawn."""
-        self.group = self.prefill_engine = self.decode_engine = None
-        self.commanded = ()
-        self.legs = self.unloaded = ()
-        self.prepared = False
 
 
 def hit_blocks(facts: RequestFacts) -> int:

@@ -20,9 +20,10 @@ of it get an Abort, and their blocks stay held until they answer; the driver get
 
 Fetches, which place requests, run at most every `fetch_interval_ns` and only after something has changed.
 
-This file is the face: it decides which inputs are news. The steps that follow are in `lifecycle`.
+This file is the face: it decides which inputs are news. The steps that follow are in `lifecycle` and `withdrawal`.
 """
 
+from dualpath.core import withdrawal
 from dualpath.core.audit import audit
 from dualpath.core.gauges import EngineLoad, load_of, statistics
 from dualpath.core.ledger import Holding
@@ -82,9 +83,9 @@ class Scheduler:
         life = self._life
         life.begin(now)
         if engine not in life.fleet.facts:
-            life.count("dropped_engine_lost")
+            life.counts["dropped_engine_lost"] += 1
             return
-        life.lose(engine)
+        withdrawal.lose(life, engine)
         life.settle()
 
     # ── the driver's requests ───────────────────────────────────────────────────────────────────────────────────────
@@ -96,13 +97,13 @@ class Scheduler:
         check_facts(facts)
         if facts.attempt != 0 or facts.request in life.requests:
             raise ValueError(f"{facts}: a new request has attempt 0 and an id never used before")
-        life.count("submitted")
+        life.counts["submitted"] += 1
         request = life.requests[facts.request] = Request(facts)
-        refusal = life.refusal(facts)
-        if refusal is None and len(life.waiting) >= life.limits.max_waiting:
+        refusal = life.refusal(request)
+        if refusal is None and len(life.waiting.requests) >= life.limits.max_waiting:
             refusal = Cause.OVERLOADED
         if refusal is not None:
-            life.fail(request, refusal)
+            withdrawal.fail(life, request, refusal)
             return
         life.enqueue(request)
         life.settle()
@@ -113,15 +114,15 @@ class Scheduler:
         life.begin(now)
         check_facts(facts)
         request = life.requests.get(facts.request)
-        if request is None or request.state is not State.RETRYING or facts.attempt != request.facts.attempt + 1:
-            life.count("dropped_resubmit")
+        if request is None or request.state is not State.RETRYING or facts.attempt != request.attempt + 1:
+            life.counts["dropped_resubmit"] += 1
             return
-        request.facts = facts
-        refusal = life.refusal(facts)
+        request.prepare_attempt(facts)
+        refusal = life.refusal(request)
         if refusal is not None:
-            life.fail(request, refusal)
+            withdrawal.fail(life, request, refusal)
             return
-        life.move(request, Event.RESUBMIT)
+        request.move(Event.RESUBMIT)
         life.enqueue(request)
         life.settle()
 
@@ -131,10 +132,10 @@ class Scheduler:
         life.begin(now)
         live = life.requests.get(request)
         if live is None:
-            life.count("dropped_cancel")
+            life.counts["dropped_cancel"] += 1
             return
-        life.withdraw(live)
-        life.count("cancelled")
+        withdrawal.withdraw(life, live)
+        life.counts["cancelled"] += 1
         life.end(live, Event.CANCEL)
         life.outbox.append(Cancelled(request))
         life.settle()
@@ -144,12 +145,11 @@ class Scheduler:
     def prepared(self, now: int, request: RequestId, attempt: int) -> None:
         """DE: the attempt's buffer blocks are set aside."""
         life = self._life
-        life.begin(now)
-        live = life.accept("prepared", request, attempt)
+        live = life.accept(now, "prepared", request, attempt)
         if live is None:
             return
         if live.prepared or live.decode_engine not in live.commanded:
-            life.count("dropped_prepared")
+            life.counts["dropped_prepared"] += 1
             return
         live.prepared = True
         life.prefill_if_ready(live)
@@ -158,8 +158,7 @@ class Scheduler:
     def loaded(self, now: int, request: RequestId, attempt: int, side: Side) -> None:
         """The leg of `side` is in that side's buffer, verified."""
         life = self._life
-        life.begin(now)
-        found = life.accept_leg("loaded", request, attempt, side)
+        found = life.accept_leg(now, "loaded", request, attempt, side)
         if found is not None:
             life.leg_loaded(*found)
             life.settle()
@@ -167,17 +166,15 @@ class Scheduler:
     def load_failed(self, now: int, request: RequestId, attempt: int, side: Side) -> None:
         """A block of the leg is gone or fails its checksum; the driver will not offer it again."""
         life = self._life
-        life.begin(now)
-        found = life.accept_leg("load_failed", request, attempt, side)
+        found = life.accept_leg(now, "load_failed", request, attempt, side)
         if found is not None:
-            life.fail_attempt(found[0], Cause.LOAD_FAILED)
+            withdrawal.fail_attempt(life, found[0], Cause.LOAD_FAILED)
             life.settle()
 
     def prefill_done(self, now: int, request: RequestId, attempt: int) -> None:
         """PE: the prompt's KV is in the DE buffer, the first token is out, the PE holds nothing any more."""
         life = self._life
-        life.begin(now)
-        live = life.accept("prefill_done", request, attempt)
+        live = life.accept(now, "prefill_done", request, attempt)
         if live is None:
             return
         prefill, decode = live.prefill_engine, live.decode_engine
@@ -197,13 +194,12 @@ class Scheduler:
         Pieces look alike, so a repeated one is only caught when the attempt holds no more: the channel must not repeat.
         """
         life = self._life
-        life.begin(now)
-        live = life.accept("buffer_freed", request, attempt)
+        live = life.accept(now, "buffer_freed", request, attempt)
         if live is None:
             return
         assert live.decode_engine is not None
         if not life.ledger.free_buffer(live.decode_engine, live.key, blocks):
-            life.count("dropped_buffer_freed")
+            life.counts["dropped_buffer_freed"] += 1
             return
         life.freed(live.decode_engine)
         life.settle()
@@ -211,15 +207,14 @@ class Scheduler:
     def finished(self, now: int, request: RequestId, attempt: int) -> None:
         """DE: all tokens are out, all full blocks persisted, nothing is held any more."""
         life = self._life
-        life.begin(now)
-        live = life.accept("finished", request, attempt)
+        live = life.accept(now, "finished", request, attempt)
         if live is None:
             return
         assert live.decode_engine is not None
         life.fleet.decode.end(live.decode_engine, live.facts.prompt_tokens)
         life.ledger.give_back(live.decode_engine, live.key)
         life.freed(live.decode_engine)
-        life.count("finished")
+        life.counts["finished"] += 1
         life.end(live, Event.FINISH)
         life.outbox.append(Finish(request))
         life.settle()
@@ -227,24 +222,24 @@ class Scheduler:
     def attempt_failed(self, now: int, request: RequestId, attempt: int, engine: EngineId, cause: Cause) -> None:
         """`engine` can't go on with the attempt; it keeps what it holds until its Abort."""
         life = self._life
-        life.begin(now)
-        live = life.accept("attempt_failed", request, attempt)
+        live = life.accept(now, "attempt_failed", request, attempt)
         if live is None:
             return
         if engine not in live.commanded:
-            life.count("dropped_attempt_failed")
+            life.counts["dropped_attempt_failed"] += 1
             return
-        life.fail_attempt(live, cause)
+        withdrawal.fail_attempt(life, live, cause)
         life.settle()
 
     def released(self, now: int, request: RequestId, attempt: int, engine: EngineId) -> None:
         """Answer to an Abort: nothing can touch the attempt's blocks any more, and the engine has them back."""
         life = self._life
         life.begin(now)
-        if not life.awaits_release(engine, (request, attempt)):
-            life.count("dropped_released")
+        at = (engine, request, attempt)
+        if not life.aborts.awaited(at):
+            life.counts["dropped_released"] += 1
             return
-        life.abort_answered(engine, (request, attempt))
+        withdrawal.abort_answered(life, at)
         life.settle()
 
     # ── time and commands ───────────────────────────────────────────────────────────────────────────────────────────
@@ -254,21 +249,27 @@ class Scheduler:
         life = self._life
         life.begin(now)
         for request in life.deadlines.pop_due(now):
-            life.expire(life.requests[request])
-        life.overdue |= dict.fromkeys(life.releases.pop_due(now))
+            withdrawal.expire(life, request)
+        life.aborts.expire(now)
         life.settle()
 
     def next_wake(self) -> int | None:
         """When `wake` must be called at the latest; None while there is nothing to wait for."""
         life = self._life
-        times = [life.deadlines.earliest(), life.releases.earliest()]
-        if life.changed and life.waiting:
-            times.append(life.next_fetch_ns)
-        return min((at_ns for at_ns in times if at_ns is not None), default=None)
+        at_ns = life.deadlines.earliest()
+        release_ns = life.aborts.earliest()
+        if release_ns is not None and (at_ns is None or release_ns < at_ns):
+            at_ns = release_ns
+        if life.changed and life.waiting.requests and (at_ns is None or life.next_fetch_ns < at_ns):
+            return life.next_fetch_ns
+        return at_ns
 
     def take_commands(self) -> list[Command]:
         """The commands since the last call, in the order in which they must be carried out."""
-        commands, self._life.outbox = self._life.outbox, []
+        life = self._life
+        if not life.outbox:
+            return []
+        commands, life.outbox = life.outbox, []
         return commands
 
     # ── what to look at ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -24,7 +24,7 @@ from dualpath.core.placement import (
 )
 from dualpath.core.policy import Constants, Policy
 from dualpath.core.read_path import least_pe_blocks
-from dualpath.core.request import Request, hbm_blocks, hit_blocks, prompt_blocks
+from dualpath.core.request import Request
 from dualpath.core.vocabulary import EngineFacts, EngineId, GroupId, RequestId
 
 Line = OrderedDict[RequestId, Request]
@@ -38,16 +38,13 @@ class WaitingRoom:
         self._constants = constants
         self._fleet = fleet
         self._ledger = ledger
-        self.requests: Line = OrderedDict()
+        self.requests: dict[RequestId, Request] = {}
         self.for_prefill: Line = OrderedDict()
         self.for_decode: Line = OrderedDict()
         self.private: dict[GroupId, Line] = {}
         """Private queues that are not empty."""
         self._last_prefill: EngineId | None = None
         self._last_decode: EngineFacts | None = None
-
-    def __len__(self) -> int:
-        return len(self.requests)
 
     def join(self, request: Request) -> None:
         self.requests[request.id] = request
@@ -63,8 +60,8 @@ class WaitingRoom:
         """Undo every half-made choice: all stand in both lines again, in order of arrival."""
         for request in self.requests.values():
             self._take_back(request)
-        self.for_prefill = self.requests.copy()
-        self.for_decode = self.requests.copy()
+        self.for_prefill = OrderedDict(self.requests)
+        self.for_decode = OrderedDict(self.requests)
 
     def fetch(self) -> list[Request]:
         """Place what can be placed; who now has both a PE and a DE, in the order in which that came about."""
@@ -81,63 +78,74 @@ class WaitingRoom:
         return placed
 
     def _fetch_prefill(self, placed: list[Request]) -> None:
-        engines = self._fleet.prefill
-        while self.for_prefill:
-            request = next(iter(self.for_prefill.values()))
-            blocks = least_pe_blocks(self._policy.read_path, hit_blocks(request.facts))
-            if self._policy.placement == "paper":
+        engines, read_path = self._fleet.prefill, self._policy.read_path
+        by_load = self._policy.placement == "paper"
+        served = 0
+        for request in self.for_prefill.values():
+            blocks = least_pe_blocks(read_path, request.hit_blocks)
+            if by_load:
                 engine = choose_prefill_engine(engines, self._constants, blocks)
             else:
                 engine = next_prefill_engine(engines, self._last_prefill, blocks)
             if engine is None:
-                return
+                break
             self._last_prefill = engine
-            del self.for_prefill[request.id]
+            served += 1
             engines.start(engine, request.facts.prompt_tokens)
             request.prefill_engine = engine
             if request.decode_engine is not None:
                 placed.append(request)
+        _drop_first(self.for_prefill, served)
 
     def _share_out(self) -> None:
         """DE choice, phase 1: each request of the global queue to a group."""
-        while self.for_decode:
-            _, request = self.for_decode.popitem(last=False)
-            group = choose_group(self._fleet.decode, prompt_blocks(request.facts), hbm_blocks(request.facts))
+        decode, private = self._fleet.decode, self.private
+        for request in self.for_decode.values():
+            group = choose_group(decode, request.prompt_blocks, request.hbm_blocks)
             request.group = group
-            self._fleet.decode.queue(group, request.facts.prompt_tokens)
-            self.private.setdefault(group, OrderedDict())[request.id] = request
+            decode.queue(group, request.facts.prompt_tokens)
+            line = private.get(group)
+            if line is None:
+                line = private[group] = OrderedDict()
+            line[request.id] = request
+        self.for_decode.clear()
 
     def _fetch_group(self, group_id: GroupId, placed: list[Request]) -> None:
         """DE choice, phase 2: the group's private queue from its head."""
-        group, line = self._fleet.decode.groups[group_id], self.private[group_id]
-        lengths = ((request.facts.prompt_tokens, hbm_blocks(request.facts)) for request in line.values())
-        z = z_tokens(group, lengths, self._constants.z_factor)
-        while line:
-            request = next(iter(line.values()))
-            facts = request.facts
-            engine = choose_decode_engine(group, facts, z, prompt_blocks(facts), hbm_blocks(facts))
+        decode, line = self._fleet.decode, self.private[group_id]
+        group = decode.groups[group_id]
+        z = z_tokens(group, line.values(), self._constants.z_factor)
+        served = 0
+        for request in line.values():
+            tokens = request.facts.prompt_tokens
+            engine = choose_decode_engine(group, tokens, z, request.prompt_blocks, request.hbm_blocks)
             if engine is None:
-                return
-            del line[request.id]
-            self._fleet.decode.queue(group_id, -facts.prompt_tokens)
+                break
+            served += 1
+            decode.queue(group_id, -tokens)
             self._give_decode(request, engine, placed)
-        del self.private[group_id]
+        if served == len(line):
+            del self.private[group_id]
+        else:
+            _drop_first(line, served)
 
     def _fetch_decode_in_turn(self, placed: list[Request]) -> None:
-        while self.for_decode:
-            request = next(iter(self.for_decode.values()))
-            blocks = prompt_blocks(request.facts), hbm_blocks(request.facts)
-            engine = next_decode_engine(self._fleet.decode, self._last_decode, *blocks)
+        served = 0
+        for request in self.for_decode.values():
+            engine = next_decode_engine(
+                self._fleet.decode, self._last_decode, request.prompt_blocks, request.hbm_blocks
+            )
             if engine is None:
-                return
-            del self.for_decode[request.id]
+                break
+            served += 1
             self._last_decode = engine
             self._give_decode(request, engine.engine, placed)
+        _drop_first(self.for_decode, served)
 
     def _give_decode(self, request: Request, engine: EngineId, placed: list[Request]) -> None:
         request.decode_engine = engine
         self._fleet.decode.start(engine, request.facts.prompt_tokens)
-        self._ledger.promise_hbm(engine, request.key, hbm_blocks(request.facts))
+        self._ledger.promise_hbm(engine, request.key, request.hbm_blocks)
         if request.prefill_engine is not None:
             placed.append(request)
 
@@ -157,3 +165,8 @@ class WaitingRoom:
             self._fleet.decode.end(request.decode_engine, tokens)
             self._ledger.give_back(request.decode_engine, request.key)
         request.leave_engines()
+
+
+def _drop_first(line: Line, requests: int) -> None:
+    for _ in range(requests):
+        line.popitem(last=False)

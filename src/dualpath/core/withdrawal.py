@@ -1,0 +1,116 @@
+"""How a request leaves before its end: attempts that fail, engines that are lost, deadlines that pass.
+
+Theory of operation. `withdraw` takes a request off every line and engine. An engine that was told of the attempt gets
+an Abort and keeps its blocks until it answers (`aborts`); what nobody was told of is free at once. Then the request is
+tried again (`retry`), fails, or is cancelled.
+"""
+
+from dualpath.core.aborts import AttemptAt
+from dualpath.core.lifecycle import Lifecycle
+from dualpath.core.request import Event, Request, State
+from dualpath.core.vocabulary import Cause, EngineId, Fail, Resubmit
+
+
+def withdraw(life: Lifecycle, request: Request, lost: EngineId | None = None) -> None:
+    """Off every engine and line; `lost` is an engine that is gone and can't be told."""
+    if request.state is State.QUEUED:
+        life.waiting.leave(request)
+        life.changed = True
+    elif request.state is not State.RETRYING:
+        _abort(life, request, lost)
+
+
+def fail_attempt(life: Lifecycle, request: Request, cause: Cause) -> None:
+    """Take the attempt off its engines, and try again if that is still allowed."""
+    withdraw(life, request)
+    retry(life, request, cause)
+
+
+def retry(life: Lifecycle, request: Request, cause: Cause) -> None:
+    """After `withdraw`: ask for the next attempt, or give up."""
+    if not life.fleet.prefill or not life.fleet.decode:
+        fail(life, request, Cause.NO_ENGINE)
+    elif request.attempt + 1 >= life.limits.max_attempts:
+        fail(life, request, cause)
+    else:
+        life.counts[f"retried_{cause.value}"] += 1
+        life.move(request, Event.RETRY)
+        life.outbox.append(Resubmit(request.id, request.attempt + 1, cause))
+
+
+def fail(life: Lifecycle, request: Request, cause: Cause) -> None:
+    """The request is on no engine and in no line; it will not be tried again."""
+    life.counts[f"failed_{cause.value}"] += 1
+    life.end(request, Event.FAIL)
+    life.outbox.append(Fail(request.id, cause))
+
+
+def expire(life: Lifecycle, request: Request) -> None:
+    """The deadline of the request's state has passed."""
+    if request.state in (State.QUEUED, State.RETRYING):
+        withdraw(life, request)
+        fail(life, request, Cause.TIMEOUT)
+    else:
+        fail_attempt(life, request, Cause.TIMEOUT)
+
+
+def abort_answered(life: Lifecycle, at: AttemptAt) -> None:
+    """The engine has given everything back; the DE behind it is next."""
+    engine, request, attempt = at
+    life.ledger.give_back(engine, (request, attempt))
+    decode = life.aborts.answered(at)
+    if decode is not None:
+        _send_abort(life, (decode, request, attempt), None)
+    life.freed(engine)
+
+
+def lose(life: Lifecycle, engine: EngineId) -> None:
+    """Take an engine out, and see what becomes of every request."""
+    life.waiting.start_over()
+    victims = [live for live in life.requests.values() if engine in (live.prefill_engine, live.decode_engine)]
+    for request in victims:
+        withdraw(life, request, lost=engine)
+    life.fleet.remove(engine)
+    life.ledger.close(engine)
+    for at in life.aborts.lose(engine):
+        _send_abort(life, at, engine)
+    for request in victims:
+        retry(life, request, Cause.ENGINE_LOST)
+    for request in list(life.waiting.requests.values()):
+        refusal = life.refusal(request)
+        if refusal is not None:
+            withdraw(life, request)
+            fail(life, request, refusal)
+    life.changed = True
+
+
+def _abort(life: Lifecycle, request: Request, lost: EngineId | None) -> None:
+    """The PE first: what it says, or its loss, is the DE's proof that nobody writes into its blocks any more."""
+    prefill, decode = request.prefill_engine, request.decode_engine
+    tokens = request.facts.prompt_tokens
+    for leg in request.unloaded:
+        engine = request.engine_of(leg.side)
+        assert engine is not None
+        life.fleet.end_read(engine, leg)
+    if prefill is not None:
+        life.fleet.prefill.end(prefill, tokens)
+    assert decode is not None
+    life.fleet.decode.end(decode, tokens)
+    for engine in (prefill, decode):
+        if engine is None:
+            continue
+        if engine in request.commanded and engine != lost:
+            life.ledger.drain(engine, request.key)
+            if engine == decode and prefill in request.commanded and prefill != lost:
+                assert prefill is not None
+                life.aborts.behind[prefill, *request.key] = decode
+            else:
+                _send_abort(life, (engine, *request.key), lost)
+        else:
+            life.ledger.give_back(engine, request.key)
+        life.freed(engine)
+    request.leave_engines()
+
+
+def _send_abort(life: Lifecycle, at: AttemptAt, lost: EngineId | None) -> None:
+    life.outbox.append(life.aborts.send(life.now, at, lost))
