@@ -1,0 +1,80 @@
+// Unpacks the document and plotly.js, then puts the page together. Asks no host for anything.
+"use strict";
+
+async function unpacked(id) {
+  const holder = document.getElementById(id);
+  const bytes = Uint8Array.from(atob(holder.textContent), (character) => character.charCodeAt(0));
+  holder.remove();
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
+function turnsTable(root, { columns, runs }, labels) {
+  const ends = [];
+  let count = 0;
+  for (const run of runs) ends.push((count += run.columns.agent.length));
+  const value = (row, key) => {
+    const at = ends.findIndex((end) => row < end);
+    const run = runs[at];
+    return turnValue(run, row - (at ? ends[at - 1] : 0), key, labels);
+  };
+  const present = columns.filter(({ key }) => ["run"].includes(key) || runs.some((run) => run.columns[key]));
+  return new DataTable(root, "turns", present, count, value);
+}
+
+// A fact of a turn as the table shows it: names instead of places, the start in seconds.
+function turnValue(run, row, key, labels) {
+  if (key === "run") return labels[run.run];
+  const value = run.columns[key]?.[row] ?? null;
+  if (value === null) return null;
+  if (key === "agent") return run.agents[value];
+  if (key === "pe" || key === "de") return run.engines[value];
+  return key === "start" ? value / 1e3 : value;
+}
+
+function isDark() {
+  const chosen = document.documentElement.dataset.theme;
+  return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+}
+
+function watchTheme(redraw) {
+  document.getElementById("theme").addEventListener("click", () => {
+    document.documentElement.dataset.theme = isDark() ? "light" : "dark";
+    redraw();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
+  let before;
+  addEventListener("beforeprint", () => {
+    before = document.documentElement.dataset.theme;
+    document.documentElement.dataset.theme = "light";
+    redraw(true);
+  });
+  addEventListener("afterprint", () => {
+    if (before) document.documentElement.dataset.theme = before;
+    else delete document.documentElement.dataset.theme;
+    redraw();
+  });
+}
+
+async function start() {
+  const [text, plotly] = await Promise.all([unpacked("packed-document"), unpacked("packed-plotly")]);
+  const { sections, runs, turns, stages } = JSON.parse(text);
+  const place = Object.fromEntries(runs.columns.map(({ key }, at) => [key, at]));
+  new DataTable(document.querySelector("#runs .table"), "runs", runs.columns, runs.rows.length, (row, key) => runs.rows[row][place[key]]);
+  const timeline = turns.runs.length ? new Timeline(document.getElementById("timeline"), turns.runs, runs.labels, stages) : null;
+  if (timeline) turnsTable(document.querySelector("#turns .table"), turns, runs.labels);
+  const script = document.createElement("script");
+  script.textContent = plotly;
+  document.head.append(script);
+  const charts = new Charts(sections);
+  watchTheme((every) => {
+    charts.redraw(every);
+    timeline?.draw();
+  });
+  document.getElementById("loading").remove();
+  document.documentElement.dataset.ready = "true";
+}
+
+start().catch((error) => {
+  document.getElementById("loading").textContent = `The charts can't be shown (${error.message}); a browser of 2024 or later is needed.`;
+  throw error;
+});
