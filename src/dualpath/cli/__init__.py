@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from dualpath import __version__
-from dualpath.cli import checkpoint, demo, engine, paper, plan, serve, simulate, store
+from dualpath.cli import checkpoint, demo, engine, experiment, paper, plan, serve, simulate, store
 from dualpath.cli.arguments import parser_of
 from dualpath.cli.outcome import CommandError, UsageError
 
-COMMANDS = (demo, serve, engine, store, plan, simulate, paper, checkpoint)
+COMMANDS = (demo, experiment, serve, engine, store, plan, simulate, paper, checkpoint)
 """In the order of ``dualpath --help``; each has ``add(commands)``."""
 
 OVERVIEW = """\
@@ -22,6 +22,7 @@ earlier turns reaches the prefill engine straight from storage or through a deco
 EXAMPLES = """\
 examples:
   dualpath demo                                      basic, dualpath and oracle side by side, in minutes
+  dualpath experiment ablation                       one of the paper's experiments on real clusters
   dualpath serve --model DIR --store DIR             an OpenAI server on http://127.0.0.1:8000/v1
   dualpath serve --topology 1P2D --model DIR --store DIR --snic-rate 100MB/s
   dualpath store stat DIR                            what is in a store
