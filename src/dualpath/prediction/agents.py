@@ -1,7 +1,5 @@
 """Agents that take their turns one after another, as the replay client lets them."""
 
-from collections.abc import Callable
-
 from dualpath.prediction.cluster import Cluster
 from dualpath.prediction.processes import Signal, Steps, all_of
 from dualpath.prediction.setup import RunSetup
@@ -13,10 +11,9 @@ from dualpath.workload.trajectory import Trajectory
 class Replay:
     """All agents of a run. `turns` are those that have ended, in that order."""
 
-    def __init__(self, cluster: Cluster, setup: RunSetup, on_turn: Callable[[Turn], None] | None = None) -> None:
+    def __init__(self, cluster: Cluster, setup: RunSetup) -> None:
         self._cluster = cluster
         self._setup = setup
-        self._on_turn = on_turn
         self._requests = 0
         self.turns: list[Turn] = []
 
@@ -52,12 +49,7 @@ class Replay:
                 )
                 self._requests += 1
                 yield self._cluster.ask(turn)
-                self._ended(turn)
+                self.turns.append(turn)
             if index >= first_round - 1:
                 yield all_of([processes.start(self._agent(one, 0, 0)) for one in round_.subagents])
             context_tokens = span.context_tokens
-
-    def _ended(self, turn: Turn) -> None:
-        self.turns.append(turn)
-        if self._on_turn is not None:
-            self._on_turn(turn)

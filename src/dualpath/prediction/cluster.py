@@ -215,6 +215,7 @@ class Cluster:
     def _load(self, command: Load) -> None:
         turn = self._turns[command.request]
         turn.legs.append(command.leg)
+        turn.allocated_ns = turn.read_ns = self.events.now
         engine = self._prefill[command.engine] if command.leg.side is Side.PE else self._decode[command.engine]
         self._order(engine.load(turn, command.leg))
 

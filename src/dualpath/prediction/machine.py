@@ -43,12 +43,19 @@ class DecodeCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MoveCost(msgspec.Struct, frozen=True, kw_only=True):
-    """Moving bytes through NICs: ``bytes · byte + chunks · chunk`` from start to end where no rate holds them up."""
+    """Moving bytes through NICs, from start to end where no rate holds them up: ``operation + bytes · byte``.
+
+    Where one does, each of its chunks costs `chunk_ns` more.
+    """
 
     byte_ns: float
     chunk_ns: float
+    operation_ns: float = 0.0
     threads: float = 1.0
     """Cores busy meanwhile: two ends copy side by side, and neither all the time."""
+
+    def copying_ns(self, n_bytes: int, paced_chunks: int) -> float:
+        return self.operation_ns + n_bytes * self.byte_ns + paced_chunks * self.chunk_ns
 
 
 class TransportCost(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ BURST_NS = 2_000_000
 PIECE_BYTES = 512 * 1024
 """Bytes that a simulated move asks for at a time: a few of the runtime's chunks, so that moves take fair turns."""
 CHUNK_NS = 500_000
-MIN_CHUNK_BYTES, MAX_CHUNK_BYTES, WHOLE_CHUNK_BYTES = 64 * 1024, 256 * 1024, 1024 * 1024
+MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 64 * 1024, 256 * 1024
 
 
 class Lane:
@@ -35,12 +35,12 @@ class Lane:
         self._free_ns = max(self._free_ns, now - BURST_NS) + n_bytes * 1e9 / self.bytes_per_s
         return self._free_ns
 
-    @property
-    def chunk_bytes(self) -> int:
-        """In what pieces the runtime moves bytes through it."""
+    def paced_chunks(self, n_bytes: int) -> int:
+        """Into how many chunks the runtime cuts so many bytes to keep the lane's rate; 0 where there is none."""
         if self.bytes_per_s is None:
-            return WHOLE_CHUNK_BYTES
-        return min(max(self.bytes_per_s * CHUNK_NS // 1_000_000_000, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+            return 0
+        chunk_bytes = min(max(self.bytes_per_s * CHUNK_NS // 1_000_000_000, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+        return -(-n_bytes // chunk_bytes)
 
 
 class Nic:
@@ -60,8 +60,7 @@ class Mover:
 
     def move(self, lanes: Sequence[Lane], n_bytes: int, cost: MoveCost) -> Steps:
         """A process: `n_bytes` through all `lanes`, at the price of `cost` on the cores."""
-        chunks = -(-n_bytes // lanes[0].chunk_bytes)
-        copying = self._cpu.run(n_bytes * cost.byte_ns + chunks * cost.chunk_ns, cost.threads)
+        copying = self._cpu.run(cost.copying_ns(n_bytes, lanes[0].paced_chunks(n_bytes)), cost.threads)
         events = self._processes.events
         left_bytes = n_bytes
         while left_bytes > 0:

@@ -5,7 +5,7 @@ A prediction has the runs of the measurement in their order and with their param
 """
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -20,34 +20,29 @@ from dualpath.report.result_file import ResultFile, Run
 from dualpath.workload.result import Percentiles, Timings, TurnResult, percentiles
 
 
-def predict(
-    measured: ResultFile, rates: MachineRates, on_turn: Callable[[int], None] | None = None, command: str = ""
-) -> ResultFile:
-    """The same runs on the machine `rates`. `on_turn` is called with the run's number at each simulated turn.
+def predict(measured: ResultFile, rates: MachineRates, command: str = "") -> ResultFile:
+    """The same runs on the machine `rates`.
 
     Raises MachineError where a run does not say enough or the machine is another, PredictionError where a run would
     fail.
     """
     setups = [setup_of(measured, number, rates) for number in range(len(measured.runs))]
-    predicted: list[Run] = []
-    for number, (run, setup) in enumerate(zip(measured.runs, setups, strict=True)):
-        predicted.append(_predict_run(run, setup, (lambda n=number: on_turn(n)) if on_turn else None))  # type: ignore[misc]
-    configuration = msgspec.structs.replace(measured.configuration, machine=rates.description)
+    predicted = [_predict_run(run, setup) for run, setup in zip(measured.runs, setups, strict=True)]
     return ResultFile(
         kind="prediction",
         name=measured.name,
         trajectories=measured.trajectories,
         runs=[_with_ratios(run, predicted) for run in predicted],
-        configuration=configuration,
+        configuration=msgspec.structs.replace(measured.configuration, machine=rates.description),
         command=command,
         workload=measured.workload,
     )
 
 
-def simulate(setup: RunSetup, on_turn: Callable[[Turn], None] | None = None) -> tuple[Cluster, list[Turn], int]:
+def simulate(setup: RunSetup) -> tuple[Cluster, list[Turn], int]:
     """Run all agents of `setup` to their ends: the cluster, the turns as they ended, and the time of the last end."""
     cluster = Cluster(setup)
-    replay = Replay(cluster, setup, on_turn)
+    replay = Replay(cluster, setup)
     ended = replay.start()
     while not ended.is_set:
         if not len(cluster.events):
@@ -56,8 +51,8 @@ def simulate(setup: RunSetup, on_turn: Callable[[Turn], None] | None = None) -> 
     return cluster, replay.turns, cluster.events.now
 
 
-def _predict_run(run: Run, setup: RunSetup, on_turn: Callable[[], None] | None) -> Run:
-    cluster, turns, jct_ns = simulate(setup, None if on_turn is None else lambda _: on_turn())
+def _predict_run(run: Run, setup: RunSetup) -> Run:
+    cluster, turns, jct_ns = simulate(setup)
     names = [f"PE{rank}" for rank in range(setup.prefill_engines)]
     names += [f"DE{rank}" for rank in range(setup.decode_engines)]
     results = [_turn_result(turn, names) for turn in turns]

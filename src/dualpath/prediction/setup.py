@@ -55,7 +55,7 @@ def setup_of(result: ResultFile, number: int, rates: MachineRates) -> RunSetup:
         transport=run.cluster.transport,
         trajectories=tuple(result.trajectories[run.trajectories]),
         first_round=run.first_round,
-        agents_per_s=run.agents_per_s,
+        agents_per_s=run.agents_per_s if result.kind == "replay" else None,  # an experiment's agents pause first
         gap_scale=_gap_scale(run),
         seed=result.configuration.seed,
     )
@@ -80,7 +80,7 @@ def _check(name: str, cluster: ClusterSetup, rates: MachineRates) -> None:
 
 
 def _gap_scale(run: Run) -> float:
-    scale = run.parameters.get("gap_scale", 0.0)
+    scale = run.parameters.get("gap_scale", 1.0)
     if isinstance(scale, str) or scale < 0:
         raise MachineError(f"a run's gap_scale is {scale!r}; it must be a number from 0 up")
     return scale
