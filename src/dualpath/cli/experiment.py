@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualpath.cli.arguments import command, names, not_negative, positive, positive_number, rate, systems
-from dualpath.cli.outcome import CommandError, UsageError, command_errors, new_console, usage_errors, write_json
+from dualpath.cli.outcome import UsageError, command_errors, new_console, usage_errors, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from dualpath.experiment.catalog import Definition
+    from dualpath.experiment.plan import Plan
     from dualpath.experiment.run import MakeLauncher
     from dualpath.experiment.settings import Settings
     from dualpath.report.result_file import ResultFile
@@ -133,8 +134,12 @@ def _result(chosen: "Definition", arguments: argparse.Namespace, console: "Conso
         **shared,
     )
     plan = make_plan(chosen.name, wanted, settings.seed, arguments.repeat)
-    with command_errors(ClusterError, MetricsError, ReplayError, OSError), _telling_what_is_kept(chosen, settings):
-        return run_plan(plan, settings, console, _launcher(arguments.testbed)), settings
+    with (
+        command_errors(ClusterError, MetricsError, ReplayError, OSError),
+        _telling_what_is_kept(chosen, settings),
+        _launcher(arguments.testbed, plan, settings) as make_launcher,
+    ):
+        return run_plan(plan, settings, console, make_launcher), settings
 
 
 @contextmanager
@@ -150,12 +155,21 @@ def _telling_what_is_kept(chosen: "Definition", settings: "Settings") -> Iterato
         raise
 
 
-def _launcher(testbed: bool) -> "MakeLauncher":
-    from dualpath.experiment.run import local_launcher
-
+@contextmanager
+def _launcher(testbed: bool, plan: "Plan", settings: "Settings") -> Iterator["MakeLauncher"]:
+    """Who starts the clusters: this host, or a testbed that lasts as long as the context."""
     if not testbed:
-        return local_launcher
-    raise CommandError("--testbed: this version has none")
+        from dualpath.experiment.run import local_launcher
+
+        yield local_launcher
+        return
+    from dualpath.testbed.failure import TestbedError
+    from dualpath.testbed.launcher import temporary_testbed
+    from dualpath.testbed.plan import Rates
+
+    rates = Rates(settings.snic_bytes_per_s, settings.cnic_bytes_per_s)
+    with command_errors(TestbedError), temporary_testbed(plan.topologies, rates) as make:
+        yield make
 
 
 def _show(chosen: "Definition", result: "ResultFile", settings: "Settings", console: "Console") -> None:

@@ -10,6 +10,7 @@ from dualpath.report.result_file import ResultFile
 
 PAIR_COLOUR = "#4477AA"
 PAPER_COLOUR = "#D55E00"
+OFFSET: Any = {"textcoords": "offset points", "size": 9}
 
 
 def draw_topologies(result: ResultFile, path: Path) -> None:
@@ -26,7 +27,8 @@ def draw_ablation(result: ResultFile, path: Path) -> None:
     with canvas(path, 1, 2, 4.0, width_ratios=(3, 2)) as (figure, (times, changes)):
         _draw_times(times, result)
         _draw_changes(changes, result)
-        system_legend(figure, systems_of(measured_points(result)), lines=False)
+        more = [dashed("dualpath's ideal")]
+        system_legend(figure, systems_of(measured_points(result)), more, lines=False)
 
 
 def _draw_times(axes: Any, result: ResultFile) -> None:
@@ -73,8 +75,7 @@ def _draw_pairs(axes: Any, result: ResultFile) -> None:
     for y, pair in enumerate(reversed(pairs)):
         axes.plot(pair.jct_ratio, y, marker="o", ms=9, color=PAIR_COLOUR)
         axes.annotate(f"{pair.jct_ratio:.2f}", (pair.jct_ratio, y), (0, 8), textcoords="offset points", ha="center")
-    names = [f"{pair.first.replace(' ', chr(10))}" for pair in reversed(pairs)]
-    axes.set_yticks(range(len(pairs)), [pair.label for pair in reversed(pairs)] if names else [])
+    axes.set_yticks(range(len(pairs)), [pair.label for pair in reversed(pairs)])
     axes.set_ylim(-0.6, len(pairs) - 0.2)
     furthest = max((abs(pair.jct_ratio - 1) for pair in pairs), default=0.0)
     axes.set_xlim(1 - max(0.35, furthest * 1.2), 1 + max(0.35, furthest * 1.2))
@@ -84,16 +85,19 @@ def _draw_pairs(axes: Any, result: ResultFile) -> None:
 
 def _draw_changes(axes: Any, result: ResultFile) -> None:
     changes = [(system, spread) for system, spread in _changes(result) if system not in ("basic", "oracle")]
+    least = min([spread.least for _, spread in changes] + list(PAPER_ABLATION_PERCENT.values()), default=-50.0)
+    most = max([spread.most for _, spread in changes] + [0.0])
     for y, (system, spread) in enumerate(reversed(changes)):
         axes.barh(y, spread.median, height=0.62, color=colour(system))
+        if spread.most > spread.least:
+            axes.hlines(y, spread.least, spread.most, color=INK, lw=1.2)
         paper = PAPER_ABLATION_PERCENT.get(system)
         if paper is not None:
             axes.plot([paper, paper], [y - 0.42, y + 0.42], color=PAPER_COLOUR, lw=2.2)
-        text = f"{spread.median:+.1f} %" + ("" if paper is None else f"  (paper {paper:+.1f} %)")
-        axes.annotate(text, (0, y), (4, 0), textcoords="offset points", va="center", size=9)
-    least = min([spread.median for _, spread in changes] + list(PAPER_ABLATION_PERCENT.values()), default=-50)
+        text = f"{spread.median:+.0f} %" + ("" if paper is None else f" (paper {paper:+.0f} %)")
+        axes.annotate(text.replace("-", "−"), (max(0.0, spread.most), y), (5, 0), va="center", **OFFSET)
     axes.set_yticks(range(len(changes)), [system for system, _ in reversed(changes)])
-    axes.set_xlim(min(least, -50) * 1.05, -0.55 * min(least, -50))
+    axes.set_xlim(least * 1.05, most + 0.6 * (most - least))
     axes.set_ylim(-0.7, len(changes) - 0.3)
     axes.axvline(0, color=INK, lw=1)
     axes.tick_params(length=0)
