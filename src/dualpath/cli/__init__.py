@@ -8,11 +8,24 @@ import sys
 from collections.abc import Sequence
 
 from dualpath import __version__
-from dualpath.cli import checkpoint, demo, engine, experiment, paper, plan, serve, simulate, store
+from dualpath.cli import (
+    calibrate,
+    checkpoint,
+    demo,
+    engine,
+    experiment,
+    paper,
+    plan,
+    report,
+    serve,
+    simulate,
+    store,
+    testbed,
+)
 from dualpath.cli.arguments import parser_of
 from dualpath.cli.outcome import CommandError, UsageError
 
-COMMANDS = (demo, experiment, serve, engine, store, plan, simulate, paper, checkpoint)
+COMMANDS = (demo, experiment, report, serve, engine, store, plan, simulate, calibrate, paper, testbed, checkpoint)
 """In the order of ``dualpath --help``; each has ``add(commands)``."""
 
 OVERVIEW = """\
@@ -23,12 +36,14 @@ EXAMPLES = """\
 examples:
   dualpath demo                                      basic, dualpath and oracle side by side, in minutes
   dualpath experiment ablation                       one of the paper's experiments on real clusters
+  dualpath report results/demo.json                  one HTML page of it: charts, every turn, a timeline
   dualpath serve --model DIR --store DIR             an OpenAI server on http://127.0.0.1:8000/v1
   dualpath serve --topology 1P2D --model DIR --store DIR --snic-rate 100MB/s
   dualpath store stat DIR                            what is in a store
   dualpath plan ds660b-2p4d                          what a cluster can do, and what limits it
   dualpath simulate ds660b-2p4d --agents 500         the same scheduler under a virtual clock, any cluster size
   dualpath paper                                     the paper's evaluation, theirs beside ours
+  sudo dualpath testbed up 1P2D                      network namespaces, kernel rates, a real object server
   dualpath COMMAND --help                            a command's options, with examples
 """
 

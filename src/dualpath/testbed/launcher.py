@@ -29,6 +29,8 @@ from dualpath.testbed.network import Testbed
 from dualpath.testbed.object_server import PORT, ObjectServer
 from dualpath.testbed.plan import Node, Rates, make_plan
 
+SUBNET = "10.89"
+"""Of testbeds that come and go with an experiment."""
 CONTROL_PORT = 5555
 HTTP_PORT = 8000
 ENGINE_GRACE_S = 5.0
@@ -37,7 +39,7 @@ Result = TypeVar("Result")
 
 
 class TestbedLauncher:
-    """A `ClusterLauncher` whose NICs are the testbed's. `options` are more options of `dualpath serve` and the engines."""
+    """A `ClusterLauncher` whose NICs are the testbed's. `options` are added to those of all processes."""
 
     __test__ = False
     links: Literal["emulated", "kernel"] = "kernel"
@@ -226,7 +228,7 @@ def temporary_testbed(
     Raises TestbedError; ValueError for what is no topology.
     """
     sizes = [_size(topology) for topology in topologies]
-    plan = make_plan(name, max(prefill for prefill, _ in sizes), max(decode for _, decode in sizes))
+    plan = make_plan(name, max(prefill for prefill, _ in sizes), max(decode for _, decode in sizes), SUBNET)
     testbed = network.up(plan, rates)
     try:
         yield lambda settings, logs, work: TestbedLauncher(

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from contextlib import suppress
+from ipaddress import ip_network
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from dualpath.testbed import iproute
 from dualpath.testbed.failure import TestbedError
 from dualpath.testbed.plan import NETWORKS, Node, Plan, Rates, host_link, namespace_prefix, rate_of
 from dualpath.testbed.shaping import HIGH_CLASS, LOW_CLASS, Discipline, shaping
+from dualpath.transfer import sweep_dead_pools
 
 STATE_DIRECTORY = Path("/run/dualpath-testbed")
 KILL_S = 5.0
@@ -65,8 +67,9 @@ def up(plan: Plan, rates: Rates, *, replace: bool = False) -> Testbed:
     elif leftovers(plan.name):
         raise TestbedError(
             f"testbed {plan.name!r} is up, or was left over ({', '.join(leftovers(plan.name))}); end it with "
-            f"dualpath testbed down, or give --replace"
+            f"dualpath testbed down --name {plan.name}"
         )
+    _check_subnet(plan)
     try:
         _build(plan)
         testbed = set_rates(Testbed(plan, rates), rates)
@@ -90,6 +93,7 @@ def down(name: str) -> list[str]:
         iproute.run("ip", "link", "delete", host_link(name))
     for namespace in spaces:
         iproute.run("ip", "netns", "delete", namespace)
+    sweep_dead_pools()
     with suppress(FileNotFoundError):
         _state_file(name).unlink()
     return found
@@ -106,13 +110,13 @@ def load(name: str) -> Testbed:
     try:
         testbed = msgspec.json.decode(_state_file(name).read_bytes(), type=Testbed)
     except FileNotFoundError:
-        raise TestbedError(f"there is no testbed {name!r}: dualpath testbed up") from None
+        raise TestbedError(f"there is no testbed {name!r}: dualpath testbed up --name {name}") from None
     except msgspec.MsgspecError as error:
-        raise TestbedError(f"{_state_file(name)} is damaged ({error}): dualpath testbed down") from error
+        raise TestbedError(f"{_state_file(name)} is damaged ({error}): dualpath testbed down --name {name}") from error
     there = set(iproute.namespaces(testbed.plan.prefix))
     missing = [node.namespace for node in testbed.plan.nodes if node.namespace not in there]
     if missing:
-        raise TestbedError(f"testbed {name!r} lacks {', '.join(missing)}: dualpath testbed up --replace")
+        raise TestbedError(f"testbed {name!r} lacks {', '.join(missing)}: dualpath testbed up --replace --name {name}")
     return testbed
 
 
@@ -137,6 +141,18 @@ def set_rates(testbed: Testbed, rates: Rates, *, compute: Discipline = "classes"
 def status(testbed: Testbed) -> list[NodeStatus]:
     """Every node as it is now. Raises TestbedError."""
     return [_node_status(node, testbed.rates) for node in testbed.plan.nodes]
+
+
+def _check_subnet(plan: Plan) -> None:
+    """The host would not know which of two networks with the same addresses is meant."""
+    wanted = ip_network(f"{plan.host_address}/24", strict=False)
+    for link in iproute.read_json("ip", "-4", "address", "show"):
+        for address in link["addr_info"]:
+            if wanted.overlaps(ip_network(f"{address['local']}/{address['prefixlen']}", strict=False)):
+                raise TestbedError(
+                    f"the host's {link['ifname']} has {address['local']}/{address['prefixlen']}, which overlaps "
+                    f"{wanted}; give another --subnet"
+                )
 
 
 def _build(plan: Plan) -> None:

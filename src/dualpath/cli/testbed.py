@@ -1,0 +1,162 @@
+"""``dualpath testbed up|status|down|run|qos``."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dualpath.cli.arguments import SYSTEMS, command, positive, positive_number, rate
+from dualpath.cli.outcome import UsageError, command_errors, new_console, usage_errors, write_json
+
+if TYPE_CHECKING:
+    from dualpath.testbed.plan import Plan
+
+EXAMPLES = """\
+As root: a network namespace per node, a storage and a compute NIC each, rates and two DSCP classes kept by the kernel,
+and a real object server on a storage node. `dualpath experiment NAME --testbed` brings its own.
+
+examples:
+  dualpath testbed up 1P2D --snic-rate 30MB/s --cnic-rate 240MB/s
+  dualpath testbed run --model .models/demo --store .store/bed                          serve until Ctrl-C
+  dualpath testbed run --model .models/demo --store .store/bed -- sh -c 'curl $DUALPATH_URL/metrics'
+  dualpath testbed status                                                               what is up, bytes by class
+  dualpath testbed down                                                                 also after a crash
+  dualpath testbed qos                                                                  does KV delay messages?
+"""
+
+
+def add(commands: Any) -> None:
+    parser = command(commands, "testbed", "a cluster's networks on this host, kept by the kernel (root)", EXAMPLES)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_up(command(actions, "up", "build it", "example:\n  dualpath testbed up 1P2D --snic-rate 30MB/s\n", _up))
+    status = command(actions, "status", "what is up", "", _status)
+    command(actions, "down", "remove all of it, processes included", "", _down)
+    _add_run(command(actions, "run", "a cluster in the testbed that is up", "", _run))
+    qos = command(actions, "qos", "measure whether KV delays messages of the high class", "", _qos)
+    qos.add_argument("--cnic-rate", type=rate, default="125MB/s", metavar="RATE", help="(default: %(default)s)")
+    qos.add_argument("--seconds", type=positive_number, default=2.0, metavar="S", help="of a phase (%(default)s)")
+    qos.add_argument("--rounds", type=positive, default=5, metavar="N", help="medians of N (default: %(default)s)")
+    for action in actions.choices.values():
+        default = "qos" if action is qos else "bed"
+        action.add_argument("--name", default=default, metavar="NAME", help="of the testbed (default: %(default)s)")
+    for action in (status, qos):
+        action.add_argument("--json", metavar="FILE", type=Path, help="write the report here too")
+
+
+def _add_up(parser: Any) -> None:
+    parser.add_argument("topology", nargs="?", default="1P2D", help="prefill and decode nodes (default: %(default)s)")
+    parser.add_argument("--snic-rate", type=rate, metavar="RATE", help="of each storage NIC (default: unlimited)")
+    parser.add_argument("--cnic-rate", type=rate, metavar="RATE", help="of each compute NIC (default: unlimited)")
+    parser.add_argument("--storage-rate", type=rate, metavar="RATE", help="of the storage node (default: unlimited)")
+    parser.add_argument("--subnet", default="10.87", metavar="A.B", help="first half of all addresses (%(default)s)")
+    parser.add_argument("--replace", action="store_true", help="remove one of that name first")
+
+
+def _add_run(parser: Any) -> None:
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint")
+    parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="what the object server serves")
+    parser.add_argument("--topology", metavar="T", help="a part of the testbed (default: all of it)")
+    parser.add_argument("--system", choices=SYSTEMS, default="dualpath", help="(default: %(default)s)")
+    parser.add_argument("--logs", type=Path, default=Path("results/logs/testbed"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument("then", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="run it, with DUALPATH_URL set")
+
+
+def _plan(arguments: argparse.Namespace, topology: str) -> "Plan":
+    from dualpath.runtime.config import Topology
+    from dualpath.testbed.plan import make_plan
+
+    with usage_errors(ValueError):
+        size = Topology.parse(topology)
+        return make_plan(arguments.name, size.prefill_engines, size.decode_engines, arguments.subnet)
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    """Build a testbed and leave it up."""
+    from dualpath.testbed.failure import TestbedError
+    from dualpath.testbed.network import status, up
+    from dualpath.testbed.plan import Rates
+    from dualpath.testbed.tables import status_table
+
+    plan = _plan(arguments, arguments.topology)
+    rates = Rates(arguments.snic_rate, arguments.cnic_rate, arguments.storage_rate)
+    with command_errors(TestbedError):
+        testbed = up(plan, rates, replace=arguments.replace)
+        new_console().print(status_table(testbed, status(testbed)))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    """Show the testbed that is up."""
+    from dualpath.testbed.failure import TestbedError
+    from dualpath.testbed.iproute import check_tools
+    from dualpath.testbed.network import load, status
+    from dualpath.testbed.tables import status_table
+
+    with command_errors(TestbedError):
+        check_tools()
+        testbed = load(arguments.name)
+        nodes = status(testbed)
+    write_json(arguments.json, {"testbed": testbed, "nodes": nodes})
+    new_console().print(status_table(testbed, nodes))
+    return 0
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    """Remove a testbed, whatever is left of it."""
+    from dualpath.testbed.failure import TestbedError
+    from dualpath.testbed.network import down
+    from dualpath.testbed.plan import check_name
+
+    with usage_errors(ValueError):
+        check_name(arguments.name)
+    with command_errors(TestbedError):
+        removed = down(arguments.name)
+    print(f"removed: {', '.join(removed)}" if removed else f"there is nothing of testbed {arguments.name!r}")
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """A cluster in the testbed, until Ctrl-C or until a command has ended."""
+    if not (arguments.model / "config.json").is_file():
+        raise UsageError(f"--model: {arguments.model} has no config.json; give a Hugging Face checkpoint's directory")
+    from dualpath.experiment.cluster_process import ClusterError
+    from dualpath.testbed.failure import TestbedError
+    from dualpath.testbed.iproute import check_tools
+    from dualpath.testbed.network import load
+    from dualpath.testbed.serving import serve_inside
+
+    then = arguments.then[1:] if arguments.then[:1] == ["--"] else arguments.then
+    with command_errors(TestbedError, ClusterError, OSError):
+        check_tools()
+        testbed = load(arguments.name)
+        plan = testbed.plan
+        topology = arguments.topology or f"{plan.prefill_engines}P{plan.decode_engines}D"
+        with usage_errors(ValueError):
+            return serve_inside(
+                testbed, arguments.model, arguments.store, topology, arguments.system, arguments.logs, then
+            )
+
+
+def _qos(arguments: argparse.Namespace) -> int:
+    """Measure; exit code 1 where it is not as wanted."""
+    from dualpath.testbed.failure import TestbedError
+    from dualpath.testbed.plan import check_name
+    from dualpath.testbed.qos import measure
+    from dualpath.testbed.tables import qos_lines, qos_table
+
+    if arguments.cnic_rate is None:
+        raise UsageError("--cnic-rate: without a rate there is nothing to share")
+    with usage_errors(ValueError):
+        check_name(arguments.name)
+    console = new_console()
+    with command_errors(TestbedError), console.status("") as shown:
+        report = measure(
+            arguments.cnic_rate,
+            arguments.seconds,
+            arguments.rounds,
+            lambda phase: shown.update(f"measuring: {phase}"),
+            arguments.name,
+        )
+    write_json(arguments.json, report)
+    console.print(qos_table(report))
+    console.print(*qos_lines(report), sep="\n", highlight=False, soft_wrap=True)
+    return 0 if report.is_as_wanted else 1
