@@ -98,12 +98,13 @@ def test_an_interrupted_demo_leaves_nothing_behind(options, tmp_path, number):
     driver.write_text(
         textwrap.dedent(
             """\
-            import pathlib, sys
+            import pathlib, signal, sys
             import msgspec
             from rich.console import Console
             from dualpath.demo.options import DemoOptions
             from dualpath.demo.run import run_demo
             from dualpath.demo.workload import build_trajectories
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
             given = pathlib.Path(sys.argv[1]).read_bytes()
             options = msgspec.json.decode(given, type=DemoOptions, dec_hook=lambda kind, text: kind(text))
             try:
