@@ -49,6 +49,7 @@ class FakeServer:
         self.step_s = 0.0
         self.in_flight = 0
         self.peak_in_flight = 0
+        self.owned_by = "dualpath"
 
     def _blocks(self, tokens):
         for end in range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS):
@@ -106,7 +107,7 @@ class FakeServer:
 
         @app.get("/v1/models")
         async def models():
-            return {"object": "list", "data": [{"id": "fake", "object": "model"}]}
+            return {"object": "list", "data": [{"id": "fake", "object": "model", "owned_by": self.owned_by}]}
 
         @app.post("/v1/completions")
         async def completions(request: Request):

@@ -10,52 +10,31 @@ again in the next prompt, so its prefix is in storage if the server put it there
        └──────────────────────── next round's context ──────────────────────┘
 
 A first round has nothing in storage. `warm_up` runs the first rounds before the clock starts and returns the contexts
-from which `replay` goes on.
+from which `replay` goes on. With a journal, a replay that was interrupted goes on from its last answered turns.
 """
 
 import asyncio
-import hashlib
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
-import httpx
-import msgspec
-import numpy as np
+from dualpath.workload.completion import open_client
+from dualpath.workload.http_client import HttpClient
+from dualpath.workload.journal import Journal, JournalError
+from dualpath.workload.open_files import OpenFilesError, allow_open_files
+from dualpath.workload.prompt import Prompt
+from dualpath.workload.result import ReplayResult
+from dualpath.workload.rollout import OnTurn, ReplayOptions, Rollout
+from dualpath.workload.server import Server, ServerError, find_server
+from dualpath.workload.token_ids import append_tokens
+from dualpath.workload.trajectory import Trajectory
 
-from dualpath.workload.completion import Completion, CompletionError, complete, open_client, served_model
-from dualpath.workload.result import ReplayResult, TurnFailure, TurnResult
-from dualpath.workload.trajectory import Round, Trajectory
-
-OnTurn = Callable[[TurnResult | TurnFailure], None]
-MAX_RETRY_DELAY_S = 30.0
+__all__ = ["OnTurn", "ReplayError", "ReplayOptions", "append_tokens", "connected", "replay", "warm_up"]
 
 
 class ReplayError(Exception):
-    """A replay that could not begin."""
-
-
-class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How to replay."""
-
-    seed: int = 0
-    token_ids_below: int = 256
-    """Appended token ids are uniform in ``[0, this)``; keep it below the vocabulary and out of the special tokens."""
-    retries: int = 2
-    """Further tries of a turn after an error that may pass: no connection, a broken stream, 408, 429 or 5xx."""
-    retry_delay_s: float = 0.5
-    """Before the second try; doubled before each further one. A server's Retry-After wins."""
-    turn_timeout_s: float = 300.0
-    """Deadline of one try."""
-    gap_scale: float = 0.0
-    """Factor on the trajectories' pauses; 0 replays without tool time (paper §9)."""
-    api_key: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.token_ids_below < 2 or self.retries < 0 or self.turn_timeout_s <= 0 or self.gap_scale < 0:
-            raise ValueError(
-                "token_ids_below must be at least 2, retries and gap_scale at least 0 and turn_timeout_s above 0, not "
-                f"{self.token_ids_below}, {self.retries}, {self.gap_scale:g} and {self.turn_timeout_s:g}"
-            )
+    """A replay that could not begin, or could not write its journal."""
 
 
 async def warm_up(
@@ -65,13 +44,15 @@ async def warm_up(
 
     Raises ReplayError if a single one fails: what follows would not be the same for everyone.
     """
-    async with open_client(url, options.api_key) as client:
-        run = _Run(client, await _model(client), options, on_turn)
-        contexts = await asyncio.gather(*(run.turn(one, 0, []) for one in _checked(trajectories)))
+    async with connected(url, _agents(trajectories), options) as (client, server):
+        run = Rollout(client, server, options, on_turn)
+        contexts = {one.id: Prompt() for one in trajectories}
+        now_s = time.perf_counter()
+        await asyncio.gather(*(run.turn(one, 0, contexts[one.id], now_s) for one in trajectories))
     if run.failures:
         first = run.failures[0]
         raise ReplayError(f"warm-up: {len(run.failures)} turns failed; {first.trajectory}: {first.message}")
-    return {one.id: context for one, context in zip(trajectories, contexts, strict=True) if context is not None}
+    return {name: context.token_ids() for name, context in contexts.items()}
 
 
 async def replay(
@@ -81,128 +62,82 @@ async def replay(
     *,
     contexts: Mapping[str, Sequence[int]] | None = None,
     on_turn: OnTurn | None = None,
+    journal: Journal | None = None,
 ) -> ReplayResult:
     """Run all `trajectories` at once to their ends; with `contexts` (from `warm_up`), from their second rounds.
 
-    `on_turn` sees every turn as it ends. A turn that fails ends its trajectory and is in `ReplayResult.failures`.
-    Raises ReplayError where there is no server, an id is not unique or has no context.
+    `on_turn` sees every turn as it ends, those that `journal` remembers included. A turn that fails ends its trajectory
+    and is in `ReplayResult.failures`. Raises ReplayError where there is no server, an id is not unique or has no
+    context, or the journal can't be written.
     """
-    missing = [one.id for one in _checked(trajectories) if contexts is not None and one.id not in contexts]
+    agents = _agents(trajectories)
+    missing = [one.id for one in trajectories if contexts is not None and one.id not in contexts]
     if missing:
         raise ReplayError(f"no context for {missing[0]!r}; warm up the same trajectories that are replayed")
-    async with open_client(url, options.api_key) as client:
-        run = _Run(client, await _model(client), options, on_turn)
-        async with asyncio.TaskGroup() as agents:
-            for one in trajectories:
-                agents.create_task(run.agent(one, None if contexts is None else list(contexts[one.id])))
-        jct_s = time.perf_counter() - run.started_at_s
-    return ReplayResult(jct_s=jct_s, turns=tuple(run.turns), failures=tuple(run.failures))
-
-
-def append_tokens(seed: int, trajectory: str, round_index: int, count: int, below: int) -> list[int]:
-    """The `count` token ids that round `round_index` appends: a function of its arguments alone."""
-    digest = hashlib.blake2b(f"{seed}/{trajectory}/{round_index}".encode(), digest_size=16).digest()
-    rng = np.random.default_rng(int.from_bytes(digest, "little"))
-    tokens: list[int] = rng.integers(0, below, size=count).tolist()
-    return tokens
-
-
-class _Run:
-    """One replay under way: the clock, the client and what has been measured."""
-
-    def __init__(self, client: httpx.AsyncClient, model: str, options: ReplayOptions, on_turn: OnTurn | None) -> None:
-        self._client = client
-        self._model = model
-        self._options = options
-        self._on_turn = on_turn
-        self.turns: list[TurnResult] = []
-        self.failures: list[TurnFailure] = []
-        self.started_at_s = time.perf_counter()
-
-    async def agent(self, trajectory: Trajectory, context: list[int] | None) -> None:
-        """All rounds of `trajectory`; from the second where `context` is what the first left."""
-        if context is not None:
-            await self._subagents(trajectory.rounds[0])
-        for index in range(0 if context is None else 1, len(trajectory.rounds)):
-            round_ = trajectory.rounds[index]
-            await asyncio.sleep(round_.gap_s * self._options.gap_scale)
-            context = await self.turn(trajectory, index, context or [])
-            if context is None:
-                return
-            await self._subagents(round_)
-
-    async def turn(self, trajectory: Trajectory, index: int, context: list[int]) -> list[int] | None:
-        """One round: the context after it, or None when it failed (which is recorded)."""
-        round_, options = trajectory.rounds[index], self._options
-        append = append_tokens(options.seed, trajectory.id, index, round_.append_tokens, options.token_ids_below)
-        prompt = context[: round_.keep_tokens] + append
-        sent_at_s = time.perf_counter()
-        for tried in range(1, options.retries + 2):
-            try:
-                done = await complete(self._client, self._model, prompt, round_.generate_tokens, options.turn_timeout_s)
-            except CompletionError as error:
-                if tried <= options.retries and error.retryable:
-                    await asyncio.sleep(self._retry_delay_s(tried, error))
-                    continue
-                left = len(trajectory.rounds) - index - 1
-                self._failed(
-                    TurnFailure(
-                        trajectory=trajectory.id,
-                        round_index=index,
-                        tries=tried,
-                        message=str(error),
-                        abandoned_rounds=left,
-                    )
-                )
-                return None
-            self._answered(trajectory.id, index, tried, sent_at_s, done)
-            return prompt + done.token_ids
-        raise AssertionError("unreachable: the last try returns")
-
-    async def _subagents(self, round_: Round) -> None:
+    async with connected(url, agents, options) as (client, server), recorded(journal, server):
+        run = Rollout(client, server, options, on_turn, journal)
         async with asyncio.TaskGroup() as group:
-            for subagent in round_.subagents:
-                group.create_task(self.agent(subagent, None))
-
-    def _retry_delay_s(self, tried: int, error: CompletionError) -> float:
-        delay_s = self._options.retry_delay_s * 2 ** (tried - 1) if error.retry_after_s is None else error.retry_after_s
-        return min(max(0.0, delay_s), MAX_RETRY_DELAY_S)
-
-    def _answered(self, trajectory: str, index: int, tries: int, sent_at_s: float, done: Completion) -> None:
-        first_s, later_tokens = done.first_token_at_s, len(done.token_ids) - 1
-        turn = TurnResult(
-            trajectory=trajectory,
-            round_index=index,
-            tries=tries,
-            start_s=sent_at_s - self.started_at_s,
-            ttft_s=first_s - sent_at_s,
-            ttst_s=None if done.second_token_at_s is None else done.second_token_at_s - first_s,
-            tpot_s=(done.last_token_at_s - first_s) / later_tokens if later_tokens else None,
-            latency_s=done.last_token_at_s - sent_at_s,
-            prompt_tokens=done.prompt_tokens,
-            loaded_tokens=done.loaded_tokens,
-            generated_tokens=len(done.token_ids),
-            output_digest=hashlib.blake2b(np.array(done.token_ids, "<u4").tobytes(), digest_size=8).hexdigest(),
-        )
-        self.turns.append(turn)
-        if self._on_turn is not None:
-            self._on_turn(turn)
-
-    def _failed(self, failure: TurnFailure) -> None:
-        self.failures.append(failure)
-        if self._on_turn is not None:
-            self._on_turn(failure)
+            for one in trajectories:
+                context = None if contexts is None else contexts[one.id]
+                group.create_task(run.agent(one, run.started_at_s, context))
+        return run.result()
 
 
-async def _model(client: httpx.AsyncClient) -> str:
+@contextlib.asynccontextmanager
+async def connected(url: str, agents: int, options: ReplayOptions) -> AsyncIterator[tuple[HttpClient, Server]]:
+    """A client for `agents` connections, and the server it found. Raises ReplayError."""
     try:
-        return await served_model(client)
-    except CompletionError as error:
+        allow_open_files(agents)
+        opened = open_client(url, options.api_key)
+    except (OpenFilesError, ValueError) as error:
         raise ReplayError(str(error)) from error
+    async with opened as client:
+        try:
+            server = await find_server(client, url, options.server)
+        except ServerError as error:
+            raise ReplayError(str(error)) from error
+        with rare_garbage_collection():
+            yield client, server
 
 
-def _checked(trajectories: Sequence[Trajectory]) -> Sequence[Trajectory]:
-    """`trajectories`, whose ids, subagents' included, are unique; raises ReplayError."""
+@contextlib.asynccontextmanager
+async def recorded(journal: Journal | None, server: Server) -> AsyncIterator[None]:
+    """A part of `journal`, where there is one. Raises ReplayError for what goes wrong in writing it."""
+    failed: JournalError | None = None
+    if journal is None:
+        yield
+        return
+    try:
+        async with journal.syncing():
+            journal.begin(server.context)
+            yield
+    except* JournalError as errors:
+        failed = _first(errors)
+    if failed is not None:
+        raise ReplayError(str(failed)) from failed
+
+
+@contextlib.contextmanager
+def rare_garbage_collection() -> Iterator[None]:
+    """Collections of thousands of agents' objects stop the loop for tenths of a second; in here they are rare."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+def _first(errors: BaseExceptionGroup[JournalError]) -> JournalError:
+    inner = errors.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+def _agents(trajectories: Sequence[Trajectory]) -> int:
+    """How many may be under way at once, after a check that ids, subagents' included, are unique (ReplayError)."""
     seen: set[str] = set()
     for one in (inner for outer in trajectories for inner in outer.walk()):
         if one.id in seen:
@@ -210,4 +145,4 @@ def _checked(trajectories: Sequence[Trajectory]) -> Sequence[Trajectory]:
         seen.add(one.id)
     if not seen:
         raise ReplayError("nothing to replay: no trajectories")
-    return trajectories
+    return len(seen)

@@ -1,6 +1,7 @@
 """What a replay measured: a record per turn, and the figures over all of them. Times in seconds, lengths in tokens."""
 
 from collections.abc import Iterable
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -54,6 +55,8 @@ class TurnResult(msgspec.Struct, frozen=True, kw_only=True):
     """Of the generated token ids: two systems that agree computed the same."""
     timings: Timings | None = None
     """None from a server that does not tell."""
+    pacing_error_s: float | None = None
+    """How much later than due it was first sent: what the load generator itself added."""
 
 
 class TurnFailure(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,13 +88,30 @@ def percentiles(values_s: Iterable[float]) -> Percentiles | None:
     return Percentiles(float(samples.mean()), p50_s, p90_s, p99_s)
 
 
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """A replay that was interrupted and resumed has several; the others have one."""
+
+    started_at: str
+    """UTC, ISO 8601."""
+    wall_s: float
+    turns: int
+    """Answered in it."""
+
+
 class ReplayResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A replay: offline rollout, so the job completion time is its main figure."""
+    """A replay. For an offline rollout, the job completion time is its main figure."""
 
     jct_s: float
-    """From the start of all agents to the last answer."""
+    """From the start of all agents to the last answer; of a resumed replay, the sum over its parts: not comparable."""
     turns: tuple[TurnResult, ...]
     failures: tuple[TurnFailure, ...]
+    context: Literal["own", "filled"] = "own"
+    """What stood for generated tokens in later prompts: themselves, or ids chosen by the replay (`workload.server`)."""
+    server: str = ""
+    """Its kind; ``dualpath``, ``vllm``, ``sglang`` or ``other``."""
+    reports_loaded: bool = True
+    """Whether the server said how many prompt tokens it loaded; `loaded_tokens` is 0 where it did not."""
+    parts: tuple[Part, ...] = ()
 
     @property
     def retries(self) -> int:
@@ -118,3 +138,26 @@ class ReplayResult(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def latency(self) -> Percentiles | None:
         return percentiles(turn.latency_s for turn in self.turns)
+
+    @property
+    def start_pacing(self) -> Percentiles | None:
+        """Pacing errors of first turns: agents that start at once still go out one after another."""
+        return percentiles(t.pacing_error_s for t in self.turns if t.pacing_error_s is not None and not t.round_index)
+
+    @property
+    def pacing(self) -> Percentiles | None:
+        """Pacing errors of all later turns."""
+        return percentiles(t.pacing_error_s for t in self.turns if t.pacing_error_s is not None and t.round_index)
+
+    def figures(self) -> dict[str, Any]:
+        """The flat figures of a result file's run: latencies, hit rate, turns, retries and errors."""
+        latencies = {"ttft": self.ttft, "ttst": self.ttst, "tpot": self.tpot}
+        return {
+            **{f"{name}_p50_s": None if found is None else found.p50_s for name, found in latencies.items()},
+            **{f"{name}_p99_s": None if found is None else found.p99_s for name, found in latencies.items()},
+            "hit_rate": self.hit_rate,
+            "turns": len(self.turns),
+            "retries": self.retries,
+            "errors": sum(1 + failure.abandoned_rounds for failure in self.failures),
+            "error_messages": [f"{f.trajectory}, turn {f.round_index}: {f.message}" for f in self.failures[:10]],
+        }

@@ -10,44 +10,19 @@ prefix of their ``hash_ids``:
 
 An entry of type ``subagent`` is a nested session in ``requests`` of its own, with a fresh context; its parent waits for
 it. Subagents that follow one another ran together.
-
-Sessions are long (contexts beyond 100K tokens), so `WekaLimits.scale` divides every token count and the caps cut a
-session short; ratios between append, generation and context survive.
 """
 
 from pathlib import Path
 
 import msgspec
 
+from dualpath.workload.limits import NO_LIMITS, TraceError, TraceLimits, limited
 from dualpath.workload.trajectory import Round, Trajectory
 
+__all__ = ["TraceError", "WekaLimits", "read_weka"]
+WekaLimits = TraceLimits
 _SLACK_BLOCKS = 1
 """A prompt's last block may hash differently once the generation follows it; more than this is a compaction."""
-
-
-class TraceError(ValueError):
-    """A trace that can't be read. The message names the file, the field and what was wrong."""
-
-
-class WekaLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """How much of a session to take."""
-
-    scale: float = 1.0
-    """Prompt lengths and generations are divided by this and rounded, to no less than 1 where there was anything."""
-    max_context_tokens: int | None = None
-    """After scaling: a session ends before the first turn whose prompt and generation exceed it."""
-    max_turns: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"scale must be a number above 0, not {self.scale}")
-        for name in ("max_context_tokens", "max_turns"):
-            cap = getattr(self, name)
-            if cap is not None and cap < 1:
-                raise ValueError(f"{name} must be at least 1, not {cap}")
-
-
-NO_LIMITS = WekaLimits()
 
 
 class _Entry(msgspec.Struct):
@@ -65,8 +40,8 @@ class _Session(msgspec.Struct):
     block_size: int = 64
 
 
-def read_weka(path: Path, limits: WekaLimits = NO_LIMITS) -> Trajectory:
-    """The session in `path` as a trajectory; its id is the session's. Raises TraceError."""
+def read_weka(path: Path, limits: TraceLimits = NO_LIMITS) -> Trajectory:
+    """What `limits` leave of the session in `path`; its id is the session's. Raises TraceError."""
     try:
         session = msgspec.json.decode(path.read_bytes(), type=_Session)
     except OSError as error:
@@ -75,8 +50,8 @@ def read_weka(path: Path, limits: WekaLimits = NO_LIMITS) -> Trajectory:
         raise TraceError(f"{path}: not a WEKA session: {error}") from error
     if session.block_size < 1:
         raise TraceError(f"{path}: block_size is {session.block_size}; it must be at least 1")
-    reader = _SessionReader(path, session.block_size, limits)
-    trajectory = reader.trajectory(session.id, session.requests, "requests")
+    whole = _SessionReader(path, session.block_size).trajectory(session.id, session.requests, "requests")
+    trajectory = limited(whole, limits)
     if trajectory is None:
         raise TraceError(
             f"{path}: requests: no turn fits max_context_tokens={limits.max_context_tokens} at scale {limits.scale:g}; "
@@ -88,13 +63,11 @@ def read_weka(path: Path, limits: WekaLimits = NO_LIMITS) -> Trajectory:
 class _SessionReader:
     """Turns entries into rounds; `where` is the path of a field inside the file, for errors."""
 
-    def __init__(self, path: Path, block_tokens: int, limits: WekaLimits) -> None:
+    def __init__(self, path: Path, block_tokens: int) -> None:
         self._path = path
         self._block_tokens = block_tokens
-        self._limits = limits
 
-    def trajectory(self, identity: str, entries: list[_Entry], where: str) -> Trajectory | None:
-        """None where the caps leave no turn."""
+    def trajectory(self, identity: str, entries: list[_Entry], where: str) -> Trajectory:
         if not entries:
             raise TraceError(f"{self._path}: {where} is empty; a session has at least one turn")
         rounds: list[Round] = []
@@ -105,41 +78,27 @@ class _SessionReader:
             if entry.type == "subagent":
                 if before is None:
                     raise TraceError(f"{self._path}: {here}.type is subagent before any turn of its parent")
-                nested = self.trajectory(f"{identity}/{index}", entry.requests or [], f"{here}.requests")
-                subagents[-1] += [nested] if nested is not None else []
+                subagents[-1].append(self.trajectory(f"{identity}/{index}", entry.requests or [], f"{here}.requests"))
                 continue
-            if len(rounds) == self._limits.max_turns:
-                break
-            turn = self._turn(entry, before, here)
-            if self._limits.max_context_tokens is not None and turn.context_tokens > self._limits.max_context_tokens:
-                break
-            rounds.append(turn.round)
+            before = self._turn(entry, before, here)
+            rounds.append(before.round)
             subagents.append([])
-            before = turn
-        if not rounds:
-            return None
         joined = (msgspec.structs.replace(r, subagents=tuple(s)) for r, s in zip(rounds, subagents, strict=True))
         return Trajectory(id=identity, rounds=tuple(joined))
 
     def _turn(self, entry: _Entry, before: "_Turn | None", where: str) -> "_Turn":
         prompt, generated, hash_ids = self._checked(entry, where)
-        kept = self._kept_tokens(prompt, hash_ids, before)
-        context_tokens = before.context_tokens if before is not None else 0
-        whole = before is None or kept == before.recorded_context_tokens
-        kept_scaled = context_tokens if whole else min(context_tokens, self._scaled(kept))
-        # Scaling where the prompt ends, not each append, keeps rounding errors from adding up over a long session.
-        append_scaled = max(1 if prompt > kept else 0, self._scaled(prompt) - kept_scaled)
-        generate_scaled = max(1, self._scaled(generated))
+        kept_tokens = self._kept_tokens(prompt, hash_ids, before)
+        whole = before is None or kept_tokens == before.context_tokens
         return _Turn(
             round=Round(
-                append_tokens=append_scaled,
-                generate_tokens=generate_scaled,
+                append_tokens=prompt - kept_tokens,
+                generate_tokens=max(1, generated),
                 gap_s=max(0.0, entry.think_time or 0.0),
-                keep_tokens=None if whole else kept_scaled,
+                keep_tokens=None if whole else kept_tokens,
             ),
             hash_ids=hash_ids,
-            recorded_context_tokens=prompt + generated,
-            context_tokens=kept_scaled + append_scaled + generate_scaled,
+            context_tokens=prompt + max(1, generated),
         )
 
     def _checked(self, entry: _Entry, where: str) -> tuple[int, int, list[int]]:
@@ -173,16 +132,12 @@ class _SessionReader:
             shared += 1
         if shared < len(before.hash_ids) - _SLACK_BLOCKS:
             return min(prompt, shared * self._block_tokens)
-        return min(prompt, before.recorded_context_tokens)
-
-    def _scaled(self, tokens: int) -> int:
-        return max(1, round(tokens / self._limits.scale)) if tokens else 0
+        return min(prompt, before.context_tokens)
 
 
 class _Turn(msgspec.Struct, frozen=True, kw_only=True):
-    """A turn as recorded (for the next one's prefix) and as scaled (the round, and the context after it)."""
+    """A turn, and what the next one's prefix is told from."""
 
     round: Round
     hash_ids: list[int]
-    recorded_context_tokens: int
     context_tokens: int

@@ -1,0 +1,78 @@
+"""Which server answers, and what may be asked of it.
+
+The engines that agents are replayed against all take ``ignore_eos`` and ``min_tokens``; they differ in what they add:
+
+========  ==================  ================  ==========================================================
+kind      return_token_ids    return_timings    the generated part of the next prompt
+========  ==================  ================  ==========================================================
+dualpath  yes                 yes               what was generated (context ``own``)
+vllm      yes                 no                what was generated
+sglang    no                  no                ids chosen by the replay (context ``filled``)
+other     no                  no                ids chosen by the replay
+========  ==================  ================  ==========================================================
+
+A filled context has the right length and is the same in every replay, but the server finds the KV of *generated* tokens
+in no cache: each turn recomputes what the turn before generated.
+"""
+
+import asyncio
+from typing import Literal
+
+import msgspec
+
+from dualpath.workload.http_client import HttpClient, HttpError
+
+ServerKind = Literal["dualpath", "vllm", "sglang", "other"]
+ContextKind = Literal["own", "filled"]
+_KINDS: tuple[ServerKind, ...] = ("dualpath", "vllm", "sglang")
+MODELS_DEADLINE_S = 10.0
+
+
+class ServerError(Exception):
+    """No OpenAI server answers."""
+
+
+class Server(msgspec.Struct, frozen=True):
+    """A server and the model it serves."""
+
+    model: str
+    kind: ServerKind
+
+    @property
+    def returns_token_ids(self) -> bool:
+        return self.kind in ("dualpath", "vllm")
+
+    @property
+    def returns_timings(self) -> bool:
+        return self.kind == "dualpath"
+
+    @property
+    def context(self) -> ContextKind:
+        return "own" if self.returns_token_ids else "filled"
+
+
+class _Model(msgspec.Struct):
+    id: str
+    owned_by: str = ""
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+async def find_server(client: HttpClient, url: str, kind: ServerKind | None = None) -> Server:
+    """The first model listed, and the kind of its server: `kind`, or what `owned_by` says. Raises ServerError."""
+    try:
+        async with asyncio.timeout(MODELS_DEADLINE_S):
+            response = await client.request("GET", "/v1/models")
+        if response.status != 200:
+            raise HttpError(f"HTTP {response.status}: {response.body[:300].decode(errors='replace')}")
+        models = msgspec.json.decode(response.body, type=_Models).data
+    except (HttpError, TimeoutError, msgspec.MsgspecError) as error:
+        said = str(error) or f"nothing within {MODELS_DEADLINE_S:g} s"
+        raise ServerError(f"{url}: /v1/models does not answer as an OpenAI server's: {said}") from error
+    if not models:
+        raise ServerError(f"{url}: /v1/models lists no model")
+    owner = models[0].owned_by.lower()
+    found: ServerKind = next((known for known in _KINDS if known == owner), "other")
+    return Server(models[0].id, kind or found)
