@@ -10,6 +10,7 @@ import msgspec
 
 from dualpath.experiment.plan import Plan, PlannedRun
 from dualpath.experiment.settings import Settings
+from dualpath.report.balance import readers
 from dualpath.report.result_file import ClusterSetup, Configuration, ResultFile, Run, SnicSample, Workload
 from dualpath.workload import Percentiles, ReplayResult, Trajectory, totals
 
@@ -70,9 +71,8 @@ def measured_turns(trajectories: Sequence[Trajectory]) -> int:
 
 
 def snic_max_over_avg(system: str, snic_bytes: Mapping[str, int]) -> float | None:
-    """Over the engines that `system` may read with: one side's for basic ones and de-only, else all of them."""
-    side = "PE" if system.startswith("basic") else "DE" if system == "de-only" else ""
-    read = [n_bytes for engine, n_bytes in snic_bytes.items() if engine.startswith(side)]
+    """Over the engines that `system` may read with."""
+    read = [snic_bytes[engine] for engine in readers(system, list(snic_bytes))]
     return max(read) * len(read) / sum(read) if sum(read) else None
 
 

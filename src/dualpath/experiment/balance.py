@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dualpath.report.balance import readers
 from dualpath.report.result_file import Run
 
 WINDOW_S = 2.0
@@ -30,8 +31,7 @@ class Balance(msgspec.Struct, frozen=True):
 
 def snic_balance(run: Run, window_s: float = WINDOW_S) -> Balance | None:
     """Of bytes received from storage, over the engines that the system may read with; None without samples."""
-    side = "PE" if run.system.startswith("basic") else "DE" if run.system == "de-only" else ""
-    engines = [engine for engine in run.snic_bytes if engine.startswith(side)]
+    engines = readers(run.system, list(run.snic_bytes))
     if len(run.snic_samples) < 2 or not engines:
         return None
     edges = np.arange(0.0, run.snic_samples[-1].at_s, window_s)
