@@ -56,7 +56,7 @@ def test_the_experiments_own_rate_is_the_default(planned):
         ([], "which experiment? name one, or see --list"),
         (["nothing"], "no experiment is called 'nothing'; choose from agents-context"),
         (["traces"], "traces replays recorded sessions: give them with --trace"),
-        (["traces", "--trace", "absent.json"], "absent.json: can't be read"),
+        (["traces", "--trace", "absent.json"], "no trace 'absent.json': give"),
         (["ablation", "--values", "speed=1"], "--values: 'speed' can't be varied; choose from agents"),
     ],
 )

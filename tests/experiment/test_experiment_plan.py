@@ -71,7 +71,7 @@ def test_a_warm_up_leaves_subagents_for_the_replay(session):
     nested = {"type": "subagent", "requests": [{"type": "s", "in": 640, "out": 16, "hash_ids": list(range(10))}]}
     document["requests"].insert(1, nested)
     session.write_text(json.dumps(document))
-    agents = agents_of(Load(traces=(session,), agents=1), seed=0)
+    agents = agents_of(Load(traces=(str(session),), agents=1), seed=0)
     (warm,) = warm_ups({"a": agents})
     assert agents[0].rounds[0].subagents and not warm.trajectories[0].rounds[0].subagents
 
@@ -87,17 +87,17 @@ def test_arrivals_put_off_the_first_measured_turn_alone():
 
 
 def test_recorded_agents_do_not_pause(session):
-    plan = make_plan("traces", Load(traces=(session,), agents=2, turns=3), seed=0, repeats=1)
+    plan = make_plan("traces", Load(traces=(str(session),), agents=2, turns=3), seed=0, repeats=1)
     (agents,) = plan.trajectories.values()
     assert [len(agent.rounds) for agent in agents] == [4, 4]
     assert all(round_.gap_s == 0 for agent in agents for round_ in agent.rounds)
-    assert plan.source == "1 recorded session, token counts divided by 16"
+    assert plan.source == "recorded agents of 1 source, token counts divided by 16"
 
 
 @pytest.mark.parametrize("one", EXPERIMENTS, ids=lambda one: one.name)
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_experiment_can_be_planned(one, quick, session):
-    given = {"traces": (session,)} if one.needs_traces else {}
+    given = {"traces": (str(session),)} if one.needs_traces else {}
     load = one.scaled(quick, given)
     plan = make_plan(one.name, load, seed=0, repeats=1)
     assert set(plan.systems) <= set(SYSTEMS)
@@ -141,7 +141,7 @@ def test_an_unknown_name_and_missing_traces_are_refused(session):
     with pytest.raises(ValueError, match=r"traces replays recorded sessions: give them with --trace"):
         definition("traces").scaled(False, {})
     with pytest.raises(ValueError, match="nothing to measure"):
-        make_plan("traces", Load(traces=(session,), max_context_tokens=90), 0, 1)
+        make_plan("traces", Load(traces=(str(session),), max_context_tokens=90), 0, 1)
 
 
 def test_a_load_is_not_changed_by_its_points():

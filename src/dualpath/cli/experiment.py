@@ -67,7 +67,7 @@ def _add_load(group: Any) -> None:
     option("--snic-rate", "snic_bytes_per_s", rate, "RATE", "of each storage NIC")
     group.add_argument("--cnic-rate", type=rate, default="320MB/s", metavar="RATE", help="of each compute NIC")
     option("--values", "axes", _axis, "AXIS=LIST", "what to vary, such as agents=4,8,16; repeatable", action="append")
-    option("--trace", "traces", Path, "FILE", "recorded WEKA sessions instead of generated agents", nargs="+")
+    option("--trace", "traces", str, "SOURCE", "recorded agents: files or directories of sessions", nargs="+")
     option("--scale", "scale", positive_number, "N", "divide the traces' token counts by this (default: 16)")
     option("--max-context", "max_context_tokens", positive, "N", "cut traces here (default: 6144)")
 

@@ -3,7 +3,7 @@
 from dualpath.demo.options import DemoOptions
 from dualpath.experiment.agents import recorded_agents
 from dualpath.experiment.assemble import measured_turns
-from dualpath.workload import AgentMix, Trajectory, WekaLimits, generate_trajectories
+from dualpath.workload import AgentMix, TraceLimits, Trajectory, generate_trajectories
 
 DEFAULT_AGENTS = 12
 
@@ -32,5 +32,7 @@ def _trajectories(options: DemoOptions) -> list[Trajectory]:
             generate_tokens=options.generate_tokens,
         )
         return generate_trajectories(mix, options.agents or DEFAULT_AGENTS, options.seed)
-    limits = WekaLimits(scale=options.scale, max_context_tokens=options.max_context_tokens, max_turns=1 + options.turns)
+    limits = TraceLimits(
+        scale=options.scale, max_context_tokens=options.max_context_tokens, max_turns=1 + options.turns
+    )
     return recorded_agents(options.traces, limits, options.agents)

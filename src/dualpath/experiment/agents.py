@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from dualpath.workload import AgentMix, Trajectory, WekaLimits, generate_trajectories, read_weka
+from dualpath.workload import AgentMix, TraceLimits, Trajectory, generate_trajectories, load_source
 from dualpath.workload.arrivals import poisson_arrivals_ns
 
 FIRST_ANSWER_TOKENS = 16
@@ -26,10 +26,10 @@ def generated_agents(mix: AgentMix, count: int, seed: int) -> list[Trajectory]:
     ]
 
 
-def recorded_agents(traces: Sequence[Path], limits: WekaLimits, count: int | None) -> list[Trajectory]:
-    """`count` agents, sessions dealt out in turn; None: one each. Raises TraceError."""
-    sessions = [read_weka(path, limits) for path in traces]
-    return [_renamed(sessions[index % len(sessions)], f"agent-{index:04d}") for index in range(count or len(sessions))]
+def recorded_agents(traces: Sequence[str | Path], limits: TraceLimits, count: int | None) -> list[Trajectory]:
+    """`count` agents of what `workload.load_source` takes, dealt out in turn; None: one each. Raises TraceError."""
+    source = load_source([str(trace) for trace in traces], limits, agents=count)
+    return [_without_pauses(agent) for agent in source.agents(count)]
 
 
 def arriving(agents: Sequence[Trajectory], agents_per_s: float, seed: int) -> list[Trajectory]:
@@ -48,16 +48,9 @@ def arriving(agents: Sequence[Trajectory], agents_per_s: float, seed: int) -> li
     ]
 
 
-def _renamed(session: Trajectory, identity: str) -> Trajectory:
-    """The session under a name of its own, so that two agents with one session have tokens of their own."""
+def _without_pauses(agent: Trajectory) -> Trajectory:
     rounds = tuple(
-        msgspec.structs.replace(
-            round_,
-            gap_s=0.0,
-            subagents=tuple(
-                _renamed(subagent, f"{identity}/{index}.{number}") for number, subagent in enumerate(round_.subagents)
-            ),
-        )
-        for index, round_ in enumerate(session.rounds)
+        msgspec.structs.replace(round_, gap_s=0.0, subagents=tuple(map(_without_pauses, round_.subagents)))
+        for round_ in agent.rounds
     )
-    return Trajectory(id=identity, rounds=rounds)
+    return Trajectory(id=agent.id, rounds=rounds)

@@ -4,7 +4,6 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import msgspec
 
@@ -12,7 +11,7 @@ from dualpath.experiment.plan import Plan, PlannedRun
 from dualpath.experiment.settings import Settings
 from dualpath.report.balance import readers
 from dualpath.report.result_file import ClusterSetup, Configuration, ResultFile, Run, SnicSample, Workload
-from dualpath.workload import Percentiles, ReplayResult, Trajectory, totals
+from dualpath.workload import ReplayResult, Trajectory, totals
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,17 +106,10 @@ def _run(one: Measured, measured: Sequence[Measured], keep_trajectories: bool) -
         ratio_to_basic=ratio,
         ideal_ratio=ideal,
         ratio_to_ideal=ratio / ideal if described and ratio is not None and ideal is not None else None,
-        **_p50_p99("ttft", replay.ttft),
-        **_p50_p99("ttst", replay.ttst),
-        **_p50_p99("tpot", replay.tpot),
-        hit_rate=replay.hit_rate,
         snic_max_over_avg=snic_max_over_avg(planned.system, one.snic_bytes),
         snic_bytes=one.snic_bytes,
-        turns=len(replay.turns),
-        retries=replay.retries,
-        errors=sum(1 + failure.abandoned_rounds for failure in replay.failures),
-        error_messages=[f"{f.trajectory}, turn {f.round_index}: {f.message}" for f in replay.failures[:10]],
         same_tokens_as_basic=_same_tokens(one, peers),
+        **replay.figures(),
     )
 
 
@@ -125,11 +117,6 @@ def _median_jct_s(peers: Sequence[Measured], system: str) -> float | None:
     """Over the runs that answered every turn; None where there is none."""
     times_s = [one.replay.jct_s for one in peers if one.planned.system == system and not one.replay.failures]
     return statistics.median_low(times_s) if times_s else None
-
-
-def _p50_p99(name: str, latency: Percentiles | None) -> dict[str, Any]:
-    p50_s, p99_s = (None, None) if latency is None else (latency.p50_s, latency.p99_s)
-    return {f"{name}_p50_s": p50_s, f"{name}_p99_s": p99_s}
 
 
 def _same_tokens(one: Measured, peers: Sequence[Measured]) -> float | None:

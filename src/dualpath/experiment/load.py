@@ -6,14 +6,13 @@ combination of them, on every topology, is a point of the plan.
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 
 from dualpath.experiment.agents import arriving, generated_agents, recorded_agents
 from dualpath.experiment.assemble import measured_turns
 from dualpath.experiment.plan import Parameters, Plan, Point, runs_of
-from dualpath.workload import AgentMix, Trajectory, WekaLimits
+from dualpath.workload import AgentMix, TraceLimits, Trajectory
 
 AXES = ("agents", "turns", "context_tokens", "append_tokens", "generate_tokens", "spread", "agents_per_s")
 
@@ -38,8 +37,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """Poisson arrivals; None: all at once."""
     axes: dict[str, tuple[float, ...]] = {}
     snic_bytes_per_s: int | None = 40_000_000
-    traces: tuple[Path, ...] = ()
-    """Recorded WEKA sessions instead of generated agents."""
+    traces: tuple[str, ...] = ()
+    """Recorded agents instead of generated ones: what `workload.load_source` takes."""
     scale: float = 16
     """Token counts of recorded sessions are divided by this."""
     max_context_tokens: int = 6144
@@ -66,8 +65,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     def source(self) -> str:
         """Where the agents come from, in words."""
         if self.traces:
-            sessions = "session" if len(self.traces) == 1 else "sessions"
-            return f"{len(self.traces)} recorded {sessions}, token counts divided by {self.scale:g}"
+            sources = "source" if len(self.traces) == 1 else "sources"
+            return f"recorded agents of {len(self.traces)} {sources}, token counts divided by {self.scale:g}"
         return (
             f"generated: contexts of {self.context_tokens:g} tokens at first, {self.append_tokens:g} appended and "
             f"{self.generate_tokens:g} generated a turn, where not varied"
@@ -104,7 +103,7 @@ def make_plan(name: str, load: Load, seed: int, repeats: int) -> Plan:
 def agents_of(load: Load, seed: int) -> list[Trajectory]:
     """The agents of one point. Raises TraceError, ValueError."""
     if load.traces:
-        limits = WekaLimits(scale=load.scale, max_context_tokens=load.max_context_tokens, max_turns=1 + load.turns)
+        limits = TraceLimits(scale=load.scale, max_context_tokens=load.max_context_tokens, max_turns=1 + load.turns)
         agents = [agent for agent in recorded_agents(load.traces, limits, load.agents) if len(agent.rounds) > 1]
     else:
         mix = AgentMix(
