@@ -3,6 +3,9 @@
 import heapq
 import itertools
 import random
+import statistics
+
+import numpy as np
 
 from dualpath.report.result_file import ClusterSetup, Configuration, ResultFile, Run, SnicSample, Workload
 from dualpath.workload import TurnFailure, TurnResult
@@ -28,13 +31,18 @@ def synthetic(
 ):
     """A result file; `points` are what the runs vary (``agents`` among it changes their number)."""
     runs = []
-    for topology, point, repeat in itertools.product(topologies, points, range(repeats)):
+    for topology, point in itertools.product(topologies, points):
         measured = {}
-        for system in systems:
-            count = int(point.get("agents", agents))
-            measured[system] = _Cluster(topology, system, count, rounds, f"{seed}/{repeat}", timings).run()
-        basic_s, oracle_s = (measured[one][0] if one in measured else None for one in ("basic", "oracle"))
-        for system, (jct_s, turns, samples) in measured.items():
+        for repeat, system in itertools.product(range(repeats), systems):
+            cluster = _Cluster(topology, system, int(point.get("agents", agents)), rounds, f"{seed}/{repeat}", timings)
+            measured[repeat, system] = cluster.run()
+        basic_s, oracle_s = (
+            statistics.median_low(jct_s for (_, other), (jct_s, _, _) in measured.items() if other == system)
+            if system in systems
+            else None
+            for system in ("basic", "oracle")
+        )
+        for (repeat, system), (jct_s, turns, samples) in measured.items():
             lost = failures if system == systems[-1] else 0
             runs.append(_run(topology, system, repeat, point, jct_s, turns, samples, basic_s, oracle_s, lost))
     return ResultFile(
@@ -189,11 +197,12 @@ class _Cluster:
         return min((name for name in self.snic if name.startswith(side)), key=self.snic.__getitem__)
 
     def _samples(self, jct_s):
-        samples = []
-        for step in range(min(2000, int(jct_s / SAMPLE_S)) + 2):
-            now_s = step * max(SAMPLE_S, jct_s / 2000)
-            received = dict.fromkeys(self.snic, 0)
-            for start_s, end_s, reader, n_bytes in self.reads:
-                received[reader] += int(n_bytes * min(1.0, max(0.0, (now_s - start_s) / (end_s - start_s))))
-            samples.append(SnicSample(now_s, received))
-        return samples
+        times_s = np.arange(min(2000, int(jct_s / SAMPLE_S)) + 2) * max(SAMPLE_S, jct_s / 2000)
+        received = {name: np.zeros(len(times_s)) for name in self.snic}
+        for start_s, end_s, reader, n_bytes in self.reads:
+            received[reader] += n_bytes * np.clip((times_s - start_s) / (end_s - start_s), 0, 1)
+        counts = {name: values.astype(int).tolist() for name, values in received.items()}
+        return [
+            SnicSample(at_s, {name: values[at] for name, values in counts.items()})
+            for at, at_s in enumerate(times_s.tolist())
+        ]

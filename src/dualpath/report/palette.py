@@ -16,12 +16,12 @@ COLOURS = {
 OTHER_COLOUR = "#D55E00"
 
 STAGE_COLOURS = {
-    "outside": "#B3B3B3",
-    "scheduling": "#DDCC77",
-    "allocation": "#882255",
-    "read": "#CC6677",
-    "prefill": "#44AA99",
-    "decode": "#88CCEE",
+    "outside": "#BBBBBB",
+    "scheduling": "#EEDD88",
+    "allocation": "#FFAABB",
+    "read": "#EE8866",
+    "prefill": "#44BB99",
+    "decode": "#99DDFF",
 }
 """Where a turn's time went, in the order that it passes them; `outside` is what the server did not see."""
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from dualpath.workload import Trajectory, TurnFailure, TurnResult
+from dualpath.workload import Capacity, Part, Percentiles, Slo, Trajectory, TurnFailure, TurnResult, Window
 
 
 class ResultFileError(ValueError):
@@ -59,9 +59,21 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     turn_results: list[TurnResult] = []
     failures: list[TurnFailure] = []
     snic_samples: list[SnicSample] = []
+    context: Literal["own", "filled"] = "own"
+    """What stood for generated tokens in later prompts: themselves, or ids chosen by the replay."""
+    parts: list[Part] = []
+    """Of a replay; with more than one it was resumed, and `jct_s` is not comparable."""
+    windows: list[Window] = []
+    """Of a replay with arrivals."""
+    verdict: str = ""
+    """Of a replay with arrivals: ``steady`` or ``duration`` (the SLO held), ``ttft``, ``tpot`` or ``errors``."""
+    start_pacing: Percentiles | None = None
+    """How much later than due the client sent first turns."""
+    pacing: Percentiles | None = None
+    """The same of later turns."""
 
     topology: str
-    """``1P2D``: prefill and decode nodes."""
+    """``1P2D``: prefill and decode nodes; of a replay against a URL, ``served``."""
     system: str
     repeat: int = 0
     jct_s: float
@@ -131,6 +143,10 @@ class ResultFile(msgspec.Struct, frozen=True, kw_only=True):
     configuration: Configuration
     command: str
     workload: Workload
+    slo: Slo | None = None
+    """Of a replay with arrivals."""
+    capacity: Capacity | None = None
+    """Of a search for the most agents a second."""
 
 
 class Representative(msgspec.Struct, frozen=True):

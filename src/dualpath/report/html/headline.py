@@ -1,11 +1,11 @@
 """The top of the page: a card for each topology, what the figures mean and what to distrust about them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
 from dualpath.report.html.chart import colour_of
-from dualpath.report.html.settings import Cell, settings_of
+from dualpath.report.html.settings import Cell, settings_of, source_name
 from dualpath.report.result_file import ResultFile, Run
 from dualpath.report.summary import explain
 
@@ -14,6 +14,8 @@ ORDER = ("dualpath", "dualpath-split", "dualpath-rr", "de-only", "basic-layerwis
 ENOUGH_REPEATS = 3
 COMPUTE_BOUND = 1.15
 """Where free I/O would not even gain this, storage is not what the job waits for."""
+MAX_NAMED = 4
+"""Of runs in a sentence."""
 BEYOND_IDEAL = 1.05
 """Of the ideal: more than chance."""
 
@@ -101,15 +103,31 @@ def _span(values: Iterable[float | None], form: str, unit: str = "") -> str:
 
 
 def meanings(results: Sequence[ResultFile], cells: Sequence[Cell]) -> list[str]:
-    """What the figures mean. Sweeps are explained by their charts: sentences about every setting would be too many."""
+    """What the figures mean; of a sweep, where each topology gained least and most."""
     sentences: list[str] = []
-    for result in results:
-        own = [cell for cell in cells if any(run in result.runs for run in cell.runs[:1])]
-        topologies = {cell.setting.topology for cell in own}
-        if len(settings_of(own)) == len(topologies):
-            prefix = f"{result.name} — " if len(results) > 1 else ""
-            sentences += [f"{prefix}{sentence}" for sentence in explain(result)]
+    for at, result in enumerate(results):
+        name = source_name(results, at)
+        own = [cell for cell in cells if cell.setting.source == name]
+        if len(settings_of(own)) == len({cell.setting.topology for cell in own}):
+            sentences += [f"{name}: {sentence}" if name else sentence for sentence in explain(result)]
+        else:
+            sentences += _extremes(own)
     return sentences
+
+
+def _extremes(cells: list[Cell]) -> Iterator[str]:
+    for topology in dict.fromkeys(cell.setting.topology for cell in cells):
+        known = [
+            (cell.median.run.ratio_to_basic, cell)
+            for cell in cells
+            if cell.system == "dualpath" and cell.setting.topology == topology and cell.median.run.ratio_to_basic
+        ]
+        if known:
+            least, most = min(known, key=lambda one: one[0] or 0), max(known, key=lambda one: one[0] or 0)
+            yield (
+                f"dualpath gains most over basic at {most[1].setting.label} ({most[0]:.2f}×), least at "
+                f"{least[1].setting.label} ({least[0]:.2f}×)."
+            )
 
 
 def cautions(results: Sequence[ResultFile], cells: Sequence[Cell]) -> list[str]:
@@ -128,11 +146,11 @@ def cautions(results: Sequence[ResultFile], cells: Sequence[Cell]) -> list[str]:
 def _failed(cells: Sequence[Cell]) -> list[str]:
     lost = [(cell, sum(run.errors for run in cell.runs)) for cell in cells]
     texts = [f"{cell.setting.label} {cell.system} ({count})" for cell, count in lost if count]
-    return (
-        [f"Turns failed: {', '.join(texts)}. Runs that lost turns did less work; their times compare with nothing."]
-        if texts
-        else []
-    )
+    if not texts:
+        return []
+    more = f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else ""
+    named = "; ".join(texts[:MAX_NAMED]) + more
+    return [f"Turns failed in {named}. Runs that lost turns did less work; their times compare with nothing."]
 
 
 def _few_repeats(cells: Sequence[Cell]) -> list[str]:
@@ -165,8 +183,8 @@ def _compute_bound(cells: Sequence[Cell]) -> list[str]:
         gain = cell.median.run.jct_s / oracle.median.run.jct_s
         if gain < COMPUTE_BOUND:
             found.append(
-                f"{cell.setting.label}: oracle, whose I/O is free, is only {gain:.2f}× basic; the job waits for compute, "
-                "not for storage, and there is little for dual-path to gain."
+                f"{cell.setting.label}: oracle, whose I/O is free, is only {gain:.2f}× basic; the job waits for "
+                "compute, not for storage, and there is little for dual-path to gain."
             )
     return found
 

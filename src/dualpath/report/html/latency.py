@@ -80,16 +80,14 @@ def breakdown_section(cells: Sequence[Cell]) -> Section:
     note = "Means over the turns of all repeats. " + "; ".join(
         f"{name}: {meaning}" for name, meaning in STAGES.items() if name in TTFT_STAGES
     )
-    chart = Chart(
-        "breakdown", "Where the time to the first token goes", note + ".", [*map(_breakdown, groups.values())]
-    )
-    return Section("breakdown", "Time to first token in stages", "", "topology", list(groups), [chart])
+    chart = Chart("breakdown", "Where it goes", note + ".", [*map(_breakdown, groups.values())])
+    return Section("breakdown", "Time to first token", "", "topology", list(groups), [chart])
 
 
 def _breakdown(cells: list[Cell]) -> Variant:
     labels = [f"{cell.setting.label} {cell.system}" for cell in cells]
     turns = [[turn for run in cell.runs for turn in run.turn_results if turn.timings is not None] for cell in cells]
-    means = {stage: [_mean_s(group, stage) for group in turns] for stage in TTFT_STAGES}
+    means = _means_s(turns)
     traces = [
         {
             "type": "bar",
@@ -120,5 +118,9 @@ def _breakdown(cells: list[Cell]) -> Variant:
     return Variant(traces, layout, ["", "turns", *(f"{stage} s" for stage in TTFT_STAGES), "sum s"], rows)
 
 
-def _mean_s(turns: list[TurnResult], stage: str) -> float:
-    return round(float(np.mean([stages_of(turn)[stage] for turn in turns])), 4)
+def _means_s(groups: list[list[TurnResult]]) -> dict[str, list[float]]:
+    """By stage, the mean of each group."""
+    stages = [[stages_of(turn) for turn in group] for group in groups]
+    return {
+        stage: [round(float(np.mean([one[stage] for one in group])), 4) for group in stages] for stage in TTFT_STAGES
+    }

@@ -147,4 +147,4 @@ def _plotly() -> str:
 
 def _packed(content: bytes) -> str:
     """gzip (without a time stamp: the same results give the same page), then base64."""
-    return base64.b64encode(gzip.compress(content, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(content, compresslevel=6, mtime=0)).decode()

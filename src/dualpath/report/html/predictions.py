@@ -60,7 +60,9 @@ def prediction_sentence(pairs: Sequence[Pair]) -> str | None:
         return None
     text = f"Predicted job completion times are off by {_off([pair.jct_error for pair in pairs])}"
     ttft = [pair.ttft_error for pair in pairs if pair.ttft_error is not None]
-    return f"{text}{f', mean times to first token by {_off(ttft)}' if ttft else ''} (over {len(pairs)} settings)."
+    if ttft:
+        text += f", mean times to first token by {_off(ttft)}"
+    return f"{text} ({len(pairs)} pairs of setting and system)."
 
 
 def _off(errors: Sequence[float]) -> str:
@@ -80,7 +82,7 @@ def prediction_section(pairs: Sequence[Pair]) -> Section:
     text = (
         "Filled: measured. Outlined: simulated, with its error. Settings that lost turns on either side are left out."
     )
-    return Section("prediction", "Prediction beside measurement", text, "", ["all"], charts)
+    return Section("prediction", "Prediction", text, "", ["all"], charts)
 
 
 def _side_by_side(rows: Sequence[tuple[Pair, float, float]]) -> Variant | None:

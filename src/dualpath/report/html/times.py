@@ -9,6 +9,8 @@ from dualpath.report.html.chart import Chart, Section, Value, Variant, axis, col
 from dualpath.report.html.settings import Cell, Parameters, Setting, name_of, settings_of
 from dualpath.report.result_file import Run
 
+ROOMY = 4
+"""Settings in a chart whose bars have room for seconds too."""
 MAX_TOGETHER = 8
 """Settings in one chart; with more, a chart for each topology."""
 
@@ -21,17 +23,19 @@ def times_section(cells: Sequence[Cell]) -> Section:
         for cell in cells:
             groups.setdefault(f"{cell.setting.source} {cell.setting.topology}".strip(), []).append(cell)
     note = (
-        "Lower is better. Bars are medians, whiskers the range of the repeats, × the ratio to basic. The black line is "
+        "Lower is better. Bars are medians, whiskers the range of the repeats, × the ratio to basic. The short line is "
         "dualpath's ideal: what pooling every storage NIC could give at best. A hatched run lost turns; its time "
         "compares with nothing."
     )
-    chart = Chart("jct", "Job completion time", note, [_bars(group) for group in groups.values()])
+    chart = Chart(
+        "jct", "From the first agent's start to the last one's end", note, [_bars(group) for group in groups.values()]
+    )
     return Section("times", "Job completion time", "", "topology", list(groups), [chart])
 
 
 def _bars(cells: list[Cell]) -> Variant:
     systems = list(dict.fromkeys(cell.system for cell in cells))
-    traces = [_bar([cell for cell in cells if cell.system == system]) for system in systems]
+    traces = [make([c for c in cells if c.system == system]) for system in systems for make in (_bar, _figures_on_bar)]
     ideal = [(cell, *_ideal_of(cell.median.run)) for cell in cells if cell.system == "dualpath"]
     known = [(cell, jct_s, ratio) for cell, jct_s, ratio in ideal if jct_s is not None]
     if known:
@@ -57,11 +61,8 @@ def _bar(cells: list[Cell]) -> dict[str, Any]:
         "type": "bar",
         "name": cells[0].system,
         "offsetgroup": cells[0].system,
-        "x": [cell.setting.label for cell in cells],
+        "x": [_tick(cell) for cell in cells],
         "y": [rounded(row.run.jct_s) for row in rows],
-        "text": [_on_bar(row.run) for row in rows],
-        "textposition": "outside",
-        "cliponaxis": False,
         "error_y": {
             "type": "data",
             "symmetric": False,
@@ -77,11 +78,31 @@ def _bar(cells: list[Cell]) -> dict[str, Any]:
     }
 
 
-def _on_bar(run: Run) -> str:
+def _tick(cell: Cell) -> str:
+    return cell.setting.label.replace(", ", "<br>")
+
+
+def _figures_on_bar(cells: list[Cell]) -> dict[str, Any]:
+    """Over the whiskers, where plotly's own labels would be under them."""
+    return {
+        "type": "scatter",
+        "mode": "text",
+        "showlegend": False,
+        "hoverinfo": "skip",
+        "offsetgroup": cells[0].system,
+        "x": [_tick(cell) for cell in cells],
+        "y": [rounded(cell.median.jct_max_s) for cell in cells],
+        "text": [_on_bar(cell.median.run, brief=len(cells) > ROOMY) for cell in cells],
+        "textposition": "top center",
+        "cliponaxis": False,
+    }
+
+
+def _on_bar(run: Run, brief: bool) -> str:
     if run.errors:
         return f"{run.errors} lost"
-    ratio = "" if run.ratio_to_basic is None or run.system == "basic" else f"<b>{run.ratio_to_basic:.2f}×</b><br>"
-    return f"{ratio}{run.jct_s:.1f} s"
+    ratio = "" if run.ratio_to_basic is None or run.system == "basic" else f"<b>{run.ratio_to_basic:.2f}×</b>"
+    return ratio if brief else "<br>".join(filter(None, [ratio, f"{run.jct_s:.1f} s"]))
 
 
 def _ideal_of(run: Run) -> tuple[float | None, float | None]:
@@ -97,7 +118,7 @@ def _ideal_trace(known: list[tuple[Cell, float, float | None]]) -> dict[str, Any
         "mode": "markers",
         "name": "dualpath's ideal",
         "offsetgroup": "dualpath",
-        "x": [cell.setting.label for cell, _, _ in known],
+        "x": [_tick(cell) for cell, _, _ in known],
         "y": [rounded(jct_s) for _, jct_s, _ in known],
         "customdata": [rounded(ratio, 3) for _, _, ratio in known],
         "marker": {"symbol": "line-ew", "size": 26, "line": {"width": 3}},
@@ -125,7 +146,7 @@ def sweep_section(cells: Sequence[Cell]) -> Section:
         for index, (title, (unit, figure)) in enumerate(SWEPT.items())
     ]
     text = "Medians along a parameter that the runs vary; everything else in the choice's name is held fixed."
-    return Section("sweeps", "Along a parameter", text, "sweep", [label for _, label in sweeps], charts)
+    return Section("sweeps", "Sweeps", text, "sweep", [label for _, label in sweeps], charts)
 
 
 def _sweeps(cells: list[Cell]) -> dict[tuple[str, str], list[Cell]]:

@@ -95,7 +95,7 @@ def rates_section(entries: Sequence[Entry], results: Sequence[ResultFile]) -> Se
     sampled = [entry for entry in entries if len(entry.run.snic_samples) > 1]
     note = "What each engine's storage NIC received, averaged over short windows. Dashed: the rate it was held to."
     charts = [Chart("snic-rate", "Rate of each storage NIC", note, [_rates(entry, results) for entry in sampled])]
-    return Section("rates", "Storage NICs over time", "", "run", [entry.label for entry in sampled], charts)
+    return Section("rates", "NIC rates", "", "run", [entry.label for entry in sampled], charts)
 
 
 def _rates(entry: Entry, results: Sequence[ResultFile]) -> Variant | None:

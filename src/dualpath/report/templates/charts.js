@@ -4,7 +4,7 @@
 const PLOT_CONFIG = {
   displaylogo: false,
   responsive: true,
-  modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"],
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
   toImageButtonOptions: { format: "svg" },
 };
 
@@ -25,7 +25,8 @@ function themedLayout(layout, colours) {
     font: { family: colours.font, color: colours.ink, size: 12 },
     margin: { l: 10, r: 10, t: 28, b: 10 },
     height: 330,
-    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, traceorder: "normal" },
+    modebar: { orientation: "v", bgcolor: "rgba(0,0,0,0)", color: colours.line, activecolor: colours.ink },
     hoverlabel: { bgcolor: colours.paper, bordercolor: colours.line, font: { color: colours.ink, family: colours.font } },
     bargap: 0.25,
     showlegend: true,

@@ -18,7 +18,7 @@ function turnsTable(root, { columns, runs }, labels) {
     return turnValue(run, row - (at ? ends[at - 1] : 0), key, labels);
   };
   const present = columns.filter(({ key }) => ["run"].includes(key) || runs.some((run) => run.columns[key]));
-  return new DataTable(root, "turns", present, count, value);
+  return new DataTable(root, "turns", "dualpath ttft>500 round=1", present, count, value);
 }
 
 // A fact of a turn as the table shows it: names instead of places, the start in seconds.
@@ -59,7 +59,7 @@ async function start() {
   const [text, plotly] = await Promise.all([unpacked("packed-document"), unpacked("packed-plotly")]);
   const { sections, runs, turns, stages } = JSON.parse(text);
   const place = Object.fromEntries(runs.columns.map(({ key }, at) => [key, at]));
-  new DataTable(document.querySelector("#runs .table"), "runs", runs.columns, runs.rows.length, (row, key) => runs.rows[row][place[key]]);
+  new DataTable(document.querySelector("#runs .table"), "runs", "dualpath jct<30", runs.columns, runs.rows.length, (row, key) => runs.rows[row][place[key]]);
   const timeline = turns.runs.length ? new Timeline(document.getElementById("timeline"), turns.runs, runs.labels, stages) : null;
   if (timeline) turnsTable(document.querySelector("#turns .table"), turns, runs.labels);
   const script = document.createElement("script");

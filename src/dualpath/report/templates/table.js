@@ -42,9 +42,9 @@ function plainTable(columns, rows) {
 }
 
 class DataTable {
-  // `value(row, key)` gives a cell's value; rows are numbered from 0 to `count`.
-  constructor(root, name, columns, count, value) {
-    Object.assign(this, { name, columns, count, value, page: 0, sorted: null, descending: false });
+  // `example` is of a filter; `value(row, key)` gives a cell's value; rows are numbered from 0 to `count`.
+  constructor(root, name, example, columns, count, value) {
+    Object.assign(this, { name, example, columns, count, value, page: 0, sorted: null, descending: false });
     this.rows = Array.from({ length: count }, (_, row) => row);
     this.build(root);
     this.show();
@@ -54,9 +54,7 @@ class DataTable {
     const tools = element("div", "tools");
     this.input = element("input");
     this.input.type = "search";
-    const number = this.columns.find((column) => column.digits !== null && column.key.includes("ttft"));
-    this.input.placeholder = `words, ${number?.key ?? "turns"}>500, system=dualpath`.replace(
-      "system", this.columns.some((column) => column.key === "system") ? "system" : "run");
+    this.input.placeholder = `such as: ${this.example}`;
     this.input.setAttribute("aria-label", `Filter the ${this.name}`);
     this.input.title = `Columns to compare: ${this.columns.map((column) => column.key).join(", ")}`;
     this.input.addEventListener("input", () => this.filter());
