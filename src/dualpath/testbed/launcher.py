@@ -221,14 +221,14 @@ class TestbedCluster:
 
 @contextmanager
 def temporary_testbed(
-    topologies: Sequence[str], rates: Rates, name: str = "run"
+    topologies: Sequence[str], rates: Rates, name: str = "run", subnet: str = SUBNET
 ) -> Iterator[Callable[[Settings, Path, Path], ClusterLauncher]]:
     """A testbed for as long as the context lasts, large enough for all `topologies`: what `run_plan` takes.
 
     Raises TestbedError; ValueError for what is no topology.
     """
     sizes = [_size(topology) for topology in topologies]
-    plan = make_plan(name, max(prefill for prefill, _ in sizes), max(decode for _, decode in sizes), SUBNET)
+    plan = make_plan(name, max(prefill for prefill, _ in sizes), max(decode for _, decode in sizes), subnet)
     testbed = network.up(plan, rates)
     try:
         yield lambda settings, logs, work: TestbedLauncher(

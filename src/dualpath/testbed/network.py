@@ -200,7 +200,7 @@ def _node_status(node: Node, rates: Rates) -> NodeStatus:
     devices = []
     for device in node.devices:
         rate = rate_of(node, device, rates)
-        sent = _sent_bytes(node.namespace, device.name) if rate is not None else {}
+        sent = sent_bytes_by_class(node.namespace, device.name) if rate is not None else {}
         devices.append(
             DeviceStatus(
                 device.name, device.address, rate, sent.get(HIGH_CLASS, 0) if sent else None, sent.get(LOW_CLASS)
@@ -209,7 +209,7 @@ def _node_status(node: Node, rates: Rates) -> NodeStatus:
     return NodeStatus(node.name, node.namespace, tuple(iproute.pids(node.namespace)), tuple(devices))
 
 
-def _sent_bytes(namespace: str, device: str) -> dict[str, int]:
+def sent_bytes_by_class(namespace: str, device: str) -> dict[str, int]:
     """Bytes sent by class. iproute2 6.1 has no JSON for HTB classes, so this reads what it prints for people."""
     sent: dict[str, int] = {}
     current = ""
