@@ -87,7 +87,7 @@ class FakeServer:
                     error = {"message": "engine lost", "type": "server_error", "code": "engine_lost"}
                     yield b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
                     return
-                choice = {"index": 0, "text": "", "token_ids": [token], "finish_reason": None}
+                choice = {"index": 0, "text": "a", "token_ids": [token], "finish_reason": None}
                 yield b"data: " + json.dumps({"id": "c", "choices": [choice]}).encode() + b"\n\n"
             self.stored |= set(self._blocks((prompt + tokens)[:-1]))
             usage = {

@@ -16,6 +16,7 @@ from dualpath.cli import (
     experiment,
     paper,
     plan,
+    replay,
     report,
     serve,
     simulate,
@@ -25,7 +26,21 @@ from dualpath.cli import (
 from dualpath.cli.arguments import parser_of
 from dualpath.cli.outcome import CommandError, UsageError
 
-COMMANDS = (demo, experiment, report, serve, engine, store, plan, simulate, calibrate, paper, testbed, checkpoint)
+COMMANDS = (
+    demo,
+    experiment,
+    replay,
+    report,
+    serve,
+    engine,
+    store,
+    plan,
+    simulate,
+    calibrate,
+    paper,
+    testbed,
+    checkpoint,
+)
 """In the order of ``dualpath --help``; each has ``add(commands)``."""
 
 OVERVIEW = """\

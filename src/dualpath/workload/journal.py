@@ -73,7 +73,8 @@ class Journal:
         self._context = next((line.context for line in earlier if isinstance(line, PartLine)), None)
         self._file = file
         self._dirty = False
-        self._turns = 0
+        self.turns = 0
+        """Answered in this part."""
         self._started_at = ""
         self._started_s = 0.0
 
@@ -109,7 +110,7 @@ class Journal:
         self._append(PartLine(len(self.parts), self._identity, context, self._started_at))
 
     def turn(self, turn: TurnResult, token_ids: list[int] | None) -> None:
-        self._turns += 1
+        self.turns += 1
         self._append(TurnLine(turn, token_ids))
 
     def failure(self, failure: TurnFailure) -> None:
@@ -118,7 +119,7 @@ class Journal:
     def all_parts(self) -> tuple[Part, ...]:
         """Earlier ones and this one, up to now."""
         wall_s = time.perf_counter() - self._started_s
-        return (*self.parts, Part(started_at=self._started_at, wall_s=wall_s, turns=self._turns))
+        return (*self.parts, Part(started_at=self._started_at, wall_s=wall_s, turns=self.turns))
 
     @contextlib.asynccontextmanager
     async def syncing(self) -> AsyncIterator[None]:

@@ -130,8 +130,8 @@ async def replay_online(
         agents = asyncio.create_task(_arrive(run, agent, times_s))
         watching = asyncio.create_task(_watch(run, arrivals, slo, probe))
         try:
-            # Agents may all have ended long before the watch does, but a bug in one must not go unseen till then.
-            await asyncio.wait({agents, watching}, return_when=asyncio.FIRST_EXCEPTION)
+            # Agents may all have ended before the watch does, but what breaks one must not go unseen till then.
+            await asyncio.wait({agents, watching}, return_when=asyncio.FIRST_COMPLETED)
             if agents.done():
                 agents.result()
             windows, verdict = await watching

@@ -109,6 +109,7 @@ class ReplayResult(msgspec.Struct, frozen=True, kw_only=True):
     """What stood for generated tokens in later prompts: themselves, or ids chosen by the replay (`workload.server`)."""
     server: str = ""
     """Its kind; ``dualpath``, ``vllm``, ``sglang`` or ``other``."""
+    model: str = ""
     reports_loaded: bool = True
     """Whether the server said how many prompt tokens it loaded; `loaded_tokens` is 0 where it did not."""
     parts: tuple[Part, ...] = ()

@@ -92,6 +92,7 @@ class Rollout:
             failures=tuple(self.failures),
             context=self._server.context,
             server=self._server.kind,
+            model=self._server.model,
             reports_loaded=self._reports_loaded or not self.turns,
             parts=parts or (Part(started_at="", wall_s=wall_s, turns=len(self.turns)),),
         )
@@ -178,7 +179,9 @@ class Rollout:
     def _answered(
         self, trajectory: str, index: int, tries: int, due_s: float, sent_at_s: float, done: Completion, prompt: Prompt
     ) -> None:
-        first_s, later_tokens = done.first_token_at_s, done.generated_tokens - 1
+        first_s = done.first_token_at_s
+        # Without a second event there is no telling what the tokens after the first took.
+        later_tokens = 0 if done.second_token_at_s is None else done.generated_tokens - 1
         turn = TurnResult(
             trajectory=trajectory,
             round_index=index,

@@ -1,0 +1,124 @@
+"""``dualpath replay``."""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from dualpath.cli.arguments import command, duration_ns, not_negative, positive, positive_number
+from dualpath.cli.outcome import command_errors, new_console, usage_errors, write_json
+
+EXAMPLES = """\
+URL is an OpenAI server's: dualpath's, vLLM's, SGLang's. Prompts go out as token ids, answers have the exact length the
+trace says. All agents start at once, unless --aps says how many arrive a second.
+
+examples:
+  dualpath replay http://127.0.0.1:8000                                 12 generated agents, 4 turns each
+  dualpath replay http://127.0.0.1:8000 --agents 64 --turns 10 --context 8000 --append 400 --generate 100
+  dualpath replay URL --trace sessions/*.json --scale 16 --max-context 8192     recorded agents, counts over 16
+  dualpath replay URL --trace conversation_trace.jsonl --agents 200             a Mooncake trace
+  dualpath replay URL --trace mini-swe/ --tokenizer MODEL/tokenizer.json        sessions with their text
+  dualpath replay URL --trace 32K --aps 0.5 --duration 10min --ttft 4s --tpot 50ms
+  dualpath replay URL --trace 32K --find-aps 0.1:3 --duration 10min             the most agents a second
+  dualpath replay URL --trace 64K --agents 500 --resume                         go on after Ctrl-C
+"""
+
+
+def add(commands: Any) -> None:
+    parser = command(commands, "replay", "send agents to an OpenAI server and measure it", EXAMPLES, run)
+    parser.argument_default = argparse.SUPPRESS  # ReplaySettings has the defaults
+    parser.add_argument("url", metavar="URL", help="of the server, /v1 optional")
+    group = parser.add_argument_group("agents")
+    group.add_argument(
+        "--trace", nargs="+", dest="traces", metavar="TRACE", help="32K, 48K, 64K (the paper's), files or directories"
+    )
+    group.add_argument("--agents", type=positive, metavar="N", help="(default: 12 generated, or one per recording)")
+    group.add_argument("--turns", type=positive, metavar="N", help="of an agent; at most, of a trace (default: 4)")
+    _lengths(group)
+    group.add_argument("--gap", type=duration_ns, metavar="TIME", help="mean pause of generated agents (default: 0)")
+    group.add_argument("--scale", type=positive_number, metavar="X", help="divide a trace's token counts by this")
+    group.add_argument("--max-context", type=positive, dest="max_context_tokens", metavar="N", help="cut a trace here")
+    group.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json to count a trace's texts with")
+    group.add_argument("--seed", type=not_negative, metavar="N", help="(default: 0)")
+    group.add_argument(
+        "--token-ids-below", type=positive, metavar="N", help="ids sent; keep it within the vocabulary (default: 256)"
+    )
+    group.add_argument(
+        "--gap-scale", type=_not_negative_number, metavar="X", help="times every pause (default: 0; arriving: 1)"
+    )
+    _arrivals(parser.add_argument_group("arrivals"))
+    _client(parser.add_argument_group("client and results"))
+
+
+def _lengths(group: Any) -> None:
+    for name, to, what in (
+        ("--context", "first_context_tokens", "tokens at first (default: 2800)"),
+        ("--append", "append_tokens", "tokens a turn adds (default: 64)"),
+        ("--generate", "generate_tokens", "tokens generated (default: 16)"),
+    ):
+        group.add_argument(name, type=positive, dest=to, metavar="N", help=f"mean of generated agents: {what}")
+
+
+def _arrivals(group: Any) -> None:
+    group.add_argument("--aps", type=positive_number, dest="agents_per_s", metavar="RATE", help="agents a second")
+    group.add_argument(
+        "--find-aps", type=_range, dest="find_agents_per_s", metavar="LOW:HIGH", help="find the highest that holds"
+    )
+    group.add_argument("--duration", type=duration_ns, metavar="TIME", help="of it, or of a probe (default: 2min)")
+    group.add_argument("--window", type=duration_ns, metavar="TIME", help="(default: a twelfth of the duration)")
+    group.add_argument("--ttft", type=duration_ns, metavar="TIME", help="SLO, mean over a window (default: 4s)")
+    group.add_argument("--tpot", type=duration_ns, metavar="TIME", help="SLO, mean over a window (default: 50ms)")
+
+
+def _client(group: Any) -> None:
+    group.add_argument(
+        "--server", choices=("dualpath", "vllm", "sglang", "other"), help="(default: what it says it is)"
+    )
+    group.add_argument("--api-key", metavar="KEY")
+    group.add_argument("--retries", type=not_negative, metavar="N", help="of a turn (default: 2)")
+    group.add_argument("--turn-timeout", type=duration_ns, metavar="TIME", help="of one try (default: 5min)")
+    group.add_argument("--out", type=Path, metavar="DIR", help="for replay.json and turns.jsonl (default: results)")
+    group.add_argument("--resume", action="store_true", help="go on with the turns.jsonl that is there")
+    group.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the result here too")
+
+
+def _not_negative_number(text: str) -> float:
+    return 0.0 if text.strip() in ("0", "0.0") else positive_number(text)
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, colon, high = text.partition(":")
+    if not colon or positive_number(low) >= positive_number(high):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range of rates; write the lower one first, such as 0.1:2")
+    return positive_number(low), positive_number(high)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Replay; print what came of it. Exit code 1 if a turn failed, or if no rate of a search held."""
+    from dualpath.replay.agents import source_of
+    from dualpath.replay.run import run_replay
+    from dualpath.replay.settings import ReplaySettings
+    from dualpath.replay.table import replay_sentences, replay_table
+    from dualpath.workload import JournalError, ReplayError, Slo
+
+    given = vars(arguments)
+    fields = {name: value for name, value in given.items() if name in ReplaySettings.__struct_fields__}
+    fields |= {
+        f"{name}_s": given[name] / 1e9 for name in ("gap", "duration", "window", "turn_timeout") if name in given
+    }
+    fields |= {"traces": tuple(given.get("traces", ())), "command": shlex.join(arguments.command_line)}
+    fields["slo"] = Slo(**{f"{name}_s": given[name] / 1e9 for name in ("ttft", "tpot") if name in given})
+    console = new_console()
+    with usage_errors(ValueError):
+        settings = ReplaySettings(**fields)
+        settings.options()
+        source = source_of(settings)
+    with command_errors(ReplayError, JournalError, OSError):
+        result = run_replay(settings, source, console)
+    write_json(arguments.json, result)
+    console.print(replay_table(result))
+    console.print(*replay_sentences(result), sep="\n", highlight=False, soft_wrap=True)
+    console.print(f"\nwritten: {settings.out}/replay.json", highlight=False)
+    if result.capacity is not None:
+        return int(result.capacity.holds_agents_per_s is None)
+    return int(any(one.errors for one in result.runs))
