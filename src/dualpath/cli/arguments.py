@@ -20,7 +20,9 @@ def command(
     commands: Any, name: str, summary: str, epilog: str, run: Callable[[argparse.Namespace], int] | None = None
 ) -> Any:
     """Add `name` to a parser's `commands`; `run` does it and returns the exit code."""
-    parser = parser_of(commands.add_parser, name, help=summary, description=summary.capitalize() + ".", epilog=epilog)
+    parser = parser_of(
+        commands.add_parser, name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=epilog
+    )
     if run is not None:
         parser.set_defaults(run=run)
     return parser
