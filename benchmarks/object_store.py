@@ -1,0 +1,106 @@
+"""Full Blocks through the two stores: files, and objects behind nginx on the same host, or behind any URL.
+
+    python benchmarks/object_store.py
+    python benchmarks/object_store.py --url 's3://bucket/prefix?endpoint=http://127.0.0.1:9000&region=us-east-1'
+
+Rows: blocks written (and read back) a second, MB/s read with as many threads as an engine has and with four, headers a
+second when the index is rebuilt. The directory is the same kind of place for both; nothing is flushed.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from dualpath.kv import BlockKey, KVLayout, KVPart, PosixStore, Store, block_keys, namespace
+from dualpath.kv.bucket import Bucket
+from dualpath.kv.object_store import ObjectStore
+from dualpath.testbed.object_server import ObjectServer, free_port
+
+LAYOUT = KVLayout(8, (KVPart("k", 4, 64), KVPart("v", 4, 64)), "float32")
+"""1 MiB a block."""
+THREADS = (2, 4)
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One store."""
+
+    store: str
+    written_blocks_per_s: float
+    read_mb_per_s: dict[int, float]
+    """By threads."""
+    scanned_blocks_per_s: float
+
+
+def measure(name: str, store: Store, blocks: int, rounds: int) -> Row:
+    """Best of `rounds`."""
+    root = store.namespace.root
+    keys = block_keys(root, range(blocks * LAYOUT.block_tokens), LAYOUT.block_tokens)
+    payload = np.random.default_rng(0).integers(0, 256, LAYOUT.full_block_bytes, dtype=np.uint8)
+    began = time.perf_counter()
+    for key, parent in zip(keys, [root, *keys], strict=False):
+        store.write(key, parent, payload)
+    written = blocks / (time.perf_counter() - began)
+    read = {threads: max(read_rate(store, keys, threads) for _ in range(rounds)) for threads in THREADS}
+    scanned = max(rate(lambda: list(store.scan())) * blocks for _ in range(rounds))
+    return Row(name, written, read, scanned)
+
+
+def read_rate(store: Store, keys: list[BlockKey], threads: int) -> float:
+    """MB/s, the keys dealt out."""
+    buffers = [np.zeros(LAYOUT.full_block_bytes, dtype=np.uint8) for _ in range(threads)]
+
+    def work(thread: int) -> None:
+        for key in keys[thread::threads]:
+            store.read(key, buffers[thread])
+
+    with ThreadPoolExecutor(threads) as pool:
+        return rate(lambda: list(pool.map(work, range(threads)))) * len(keys) * LAYOUT.full_block_bytes / 1e6
+
+
+def rate(do: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    do()
+    return 1 / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--url", help="measure this bucket too")
+    parser.add_argument("--blocks", type=int, default=200, help="of 1 MiB (default: 200)")
+    parser.add_argument("--rounds", type=int, default=5, help="the best of N (default: 5)")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to FILE as well")
+    arguments = parser.parse_args()
+    space = namespace("benchmark", "1", LAYOUT)
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = stack.enter_context(ObjectServer(home / "objects", home / "nginx", port=free_port()))
+        stores: dict[str, Store] = {
+            "files": PosixStore(home / "files", LAYOUT, space, durable=False),
+            "nginx": ObjectStore(Bucket.open(server.url), LAYOUT, space),
+        }
+        if arguments.url:
+            stores["url"] = ObjectStore(Bucket.open(arguments.url), LAYOUT, space)
+        rows = [measure(name, store, arguments.blocks, arguments.rounds) for name, store in stores.items()]
+    print(
+        f"{'store':<8}{'written/s':>11}"
+        + "".join(f"{f'MB/s, {n} threads':>17}" for n in THREADS)
+        + f"{'scanned/s':>11}"
+    )
+    for row in rows:
+        reads = "".join(f"{row.read_mb_per_s[n]:>17.0f}" for n in THREADS)
+        print(f"{row.store:<8}{row.written_blocks_per_s:>11.0f}{reads}{row.scanned_blocks_per_s:>11.0f}")
+    if arguments.json:
+        result = {"benchmark": "object_store", "blocks": arguments.blocks, "rounds": arguments.rounds}
+        Path(arguments.json).write_text(json.dumps(result | {"rows": msgspec.to_builtins(rows)}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
