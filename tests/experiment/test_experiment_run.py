@@ -2,9 +2,15 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import textwrap
+import time
 
 import msgspec
+import psutil
 import pytest
 from rich.console import Console
 
@@ -58,7 +64,7 @@ def test_a_result_file_has_every_turn_and_the_agents(settings, monkeypatch):
     last = result.runs[-2]
     assert last.snic_samples and last.snic_samples[-1].received_bytes["PE0"] <= last.snic_bytes["PE0"]
     times_s = [sample.at_s for sample in last.snic_samples]
-    assert times_s == sorted(times_s) and times_s[-1] < last.jct_s + 1
+    assert times_s == sorted(times_s) and times_s[0] >= 0 and times_s[-1] <= last.jct_s + 1
     assert result.runs[3].ratio_to_basic == result.runs[2].jct_s / result.runs[3].jct_s
     assert list(settings.work.iterdir()) == []
 
@@ -122,3 +128,51 @@ def test_the_cluster_of_a_run_is_told_with_its_rates(settings):
         *("emulated", "shm"),
     )
     assert (oracle.snic_bytes_per_s, oracle.cnic_bytes_per_s) == (None, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_experiment_keeps_what_it_has(settings, tmp_path, number):
+    """Oracle's NICs have no limit; basic's are so slow that it can only be interrupted."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        textwrap.dedent(
+            """\
+            import pathlib, signal, sys
+            import msgspec
+            from rich.console import Console
+            from dualpath.experiment.load import Load, make_plan
+            from dualpath.experiment.run import run_plan
+            from dualpath.experiment.settings import Settings
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            given = pathlib.Path(sys.argv[1]).read_bytes()
+            settings = msgspec.json.decode(given, type=Settings, dec_hook=lambda kind, text: kind(text))
+            load = Load(systems=("oracle", "basic"), agents=2, turns=1, context_tokens=200, generate_tokens=4)
+            try:
+                run_plan(make_plan("small", load, 0, 1), settings, Console(stderr=True))
+            except KeyboardInterrupt:
+                sys.exit(130)
+            """
+        )
+    )
+    given = tmp_path / "settings.json"
+    slow = msgspec.structs.replace(settings, snic_bytes_per_s=10_000)
+    given.write_bytes(msgspec.json.encode(slow, enc_hook=str))
+    process = subprocess.Popen([sys.executable, str(driver), str(given)], start_new_session=True)
+    try:
+        basic = settings.out / "logs" / "small" / "1P1D-basic.log"
+        wait_until(lambda: basic.exists() and (settings.work / "small" / "ready.json").exists())
+        clusters = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, number)
+        assert process.wait(30) == 130
+        assert not psutil.wait_procs(clusters, timeout=5)[1]
+    finally:
+        process.kill()
+    assert [one.system for one in load(result_path("small", settings)).runs] == ["oracle"]
+    assert list(settings.work.iterdir()) == []
+
+
+def wait_until(condition, timeout_s=30):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)

@@ -85,21 +85,21 @@ class NicMeter:
         return before
 
     @asynccontextmanager
-    async def sampling(self, before: NicBytes) -> AsyncIterator[list[SnicSample]]:
-        """A list that grows by what was received since `before`, every SAMPLE_S until this is left.
+    async def sampling(self) -> AsyncIterator["Readings"]:
+        """Readings every SAMPLE_S until this is left.
 
-        A reading that fails is left out; a cluster that has died is somebody else's to find.
+        One that fails is left out; a cluster that has died is somebody else's to find.
         """
-        samples: list[SnicSample] = []
-        sampler = asyncio.create_task(self._sample(before, samples))
+        readings: Readings = []
+        sampler = asyncio.create_task(self._sample(readings))
         try:
-            yield samples
+            yield readings
         finally:
             sampler.cancel()
             await asyncio.gather(sampler, return_exceptions=True)
 
-    async def _sample(self, before: NicBytes, samples: list[SnicSample]) -> None:
-        started_s = due_s = time.monotonic()
+    async def _sample(self, readings: "Readings") -> None:
+        due_s = time.monotonic()
         while True:
             due_s = max(due_s + SAMPLE_S, time.monotonic())
             await asyncio.sleep(due_s - time.monotonic())
@@ -107,7 +107,18 @@ class NicMeter:
                 now = await self.read()
             except MetricsError:
                 continue
-            samples.append(SnicSample(time.monotonic() - started_s, now.snic_received_since(before)))
+            readings.append((time.monotonic(), now))
+
+
+Readings = list[tuple[float, NicBytes]]
+"""With the monotonic clock's seconds."""
+
+
+def snic_samples(readings: Readings, before: NicBytes, started_s: float) -> list[SnicSample]:
+    """Bytes since `before`, times from `started_s` on the monotonic clock; readings before it are left out."""
+    return [
+        SnicSample(at_s - started_s, now.snic_received_since(before)) for at_s, now in readings if at_s >= started_s
+    ]
 
 
 @asynccontextmanager

@@ -14,6 +14,7 @@ is written anew after every run, so an experiment that is interrupted keeps what
 import asyncio
 import shutil
 import signal
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from dualpath.experiment.assemble import Measured, assemble, measured_turns
 from dualpath.experiment.checkpoint import ensure_checkpoint
 from dualpath.experiment.cluster_setup import cluster_setup
 from dualpath.experiment.launcher import ClusterLauncher, LocalLauncher
-from dualpath.experiment.nic_bytes import nic_meter
+from dualpath.experiment.nic_bytes import nic_meter, snic_samples
 from dualpath.experiment.plan import Plan, PlannedRun, WarmUp, warm_ups
 from dualpath.experiment.progress import RunProgress
 from dualpath.experiment.settings import Settings
@@ -90,7 +91,8 @@ class _Invocation:
         self._work = settings.work / plan.name
         self._logs = settings.out / "logs" / plan.name if plan.kind == "experiment" else settings.out / "logs"
         self._launcher = make_launcher(settings, self._logs, self._work)
-        self._warm_ups = warm_ups({key: plan.trajectories[key] for key in {run.point.agents for run in plan.runs}})
+        used = dict.fromkeys(run.point.agents for run in plan.runs)
+        self._warm_ups = warm_ups({key: plan.trajectories[key] for key in used})
         self._warm: dict[int, _Warm] = {}
         self._measured: list[Measured] = []
 
@@ -161,16 +163,18 @@ class _Invocation:
         ):
             before = await cluster.run(meter.settled())
             progress.clock_starts()
-            async with meter.sampling(before) as samples:
+            async with meter.sampling() as readings:
                 work = replay(cluster.url, agents, self._replay_options, contexts=warm.contexts, on_turn=progress.turn)
                 result = await cluster.run(work)
+                # Its clock starts once it has found the server, which takes a moment, and stops when it returns.
+                started_s = time.monotonic() - result.jct_s
             progress.note(f"JCT {result.jct_s:.1f} s")
             after = await cluster.run(meter.settled())
         return Measured(
             planned=run,
             replay=result,
             snic_bytes=after.snic_received_since(before),
-            snic_samples=samples,
+            snic_samples=snic_samples(readings, before, started_s),
             cluster=cluster_setup(self._settings, self._launcher, limited),
         )
 
