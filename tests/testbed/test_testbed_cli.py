@@ -28,6 +28,26 @@ def test_a_wrong_value_ends_with_one_line(line: str, message: str, capsys: pytes
     assert message in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("action", ["", "up", "status", "down", "run", "qos"])
+def test_help_has_an_example(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["testbed", *action.split(), "--help"])
+    assert ended.value.code == 0
+    assert f"dualpath testbed {action}".strip() in capsys.readouterr().out.partition("example")[2]
+
+
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [("ftp://host/kv", "is no object store"), ("s3://kv?token=1", "shows in process lists"), ("s3://", "opened")],
+)
+def test_a_store_that_can_not_be_is_told_before_anything_starts(
+    store: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").touch()
+    assert main(["serve", "--model", str(tmp_path), "--store", store]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("action", ["up 1P1D", "down", "status", "qos"])
 def test_it_says_that_it_needs_root(
     action: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

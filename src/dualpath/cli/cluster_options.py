@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cluster")
     group.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face checkpoint")
-    group.add_argument("--store", required=True, metavar="DIR", help="where KV blocks are kept; made if absent")
+    group.add_argument("--store", required=True, metavar="PLACE", help="of KV blocks: a directory, or a URL")
     group.add_argument(
         "--topology", default="1P1D", help="prefill and decode nodes, such as 1P2D (default: %(default)s)"
     )
@@ -73,5 +73,16 @@ def cluster_config(arguments: argparse.Namespace) -> "ClusterConfig":
         given |= {"control_address": arguments.join_address} if arguments.join_address else {}
     if not (Path(arguments.model) / "config.json").is_file():
         raise UsageError(f"--model: {arguments.model} has no config.json; give a Hugging Face checkpoint's directory")
+    _check_store(arguments.store)
     with usage_errors(ValueError):
         return ClusterConfig(topology=Topology.parse(arguments.topology), **given)
+
+
+def _check_store(location: str) -> None:
+    """A URL that makes no store is better told now than by every engine."""
+    if "://" in location:
+        from dualpath.kv.bucket import Bucket
+        from dualpath.kv.store import StoreError
+
+        with usage_errors(StoreError):
+            Bucket.open(location)

@@ -27,11 +27,14 @@ examples:
 def add(commands: Any) -> None:
     parser = command(commands, "testbed", "a cluster's networks on this host, kept by the kernel (root)", EXAMPLES)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    _add_up(command(actions, "up", "build it", "example:\n  dualpath testbed up 1P2D --snic-rate 30MB/s\n", _up))
-    status = command(actions, "status", "what is up", "", _status)
-    command(actions, "down", "remove all of it, processes included", "", _down)
-    _add_run(command(actions, "run", "a cluster in the testbed that is up", "", _run))
-    qos = command(actions, "qos", "measure whether KV delays messages of the high class", "", _qos)
+    example = "example:\n  dualpath testbed "
+    _add_up(command(actions, "up", "build it", f"{example}up 1P2D --snic-rate 30MB/s --cnic-rate 240MB/s\n", _up))
+    status = command(actions, "status", "what is up", f"{example}status --json status.json\n", _status)
+    command(actions, "down", "remove all of it, processes included", f"{example}down\n", _down)
+    run = f"{example}run --model .models/demo --store .store/bed -- sh -c 'curl $DUALPATH_URL/health'\n"
+    _add_run(command(actions, "run", "run a cluster in the testbed that is up", run, _run))
+    delay = "measure whether KV delays messages of the high class"
+    qos = command(actions, "qos", delay, f"{example}qos --cnic-rate 125MB/s --rounds 5 --json qos.json\n", _qos)
     qos.add_argument("--cnic-rate", type=rate, default="125MB/s", metavar="RATE", help="(default: %(default)s)")
     qos.add_argument("--seconds", type=positive_number, default=2.0, metavar="S", help="of a phase (%(default)s)")
     qos.add_argument("--rounds", type=positive, default=5, metavar="N", help="medians of N (default: %(default)s)")

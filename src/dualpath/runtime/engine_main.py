@@ -15,6 +15,7 @@ import torch
 from dualpath.core.batching import AttentionCost
 from dualpath.core.vocabulary import Role
 from dualpath.engine import LoadedModel, model_fingerprint, profile_attention
+from dualpath.kv.store import StoreError
 from dualpath.runtime.decode import DecodeWorker
 from dualpath.runtime.engine_host import EngineHost
 from dualpath.runtime.messages import EngineConfig, Join
@@ -29,7 +30,7 @@ def run_engine(config: EngineConfig) -> None:
     try:
         model = LoadedModel.load(cluster.model, device=cluster.device, dtype=cluster.dtype, threads=cluster.threads)
         reason = asyncio.run(_serve(config, model))
-    except (OSError, ValueError) as error:
+    except (OSError, StoreError, ValueError) as error:
         print(f"[{config.role.value} engine, pid {os.getpid()}] can't run: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     if reason.startswith("internal error"):
