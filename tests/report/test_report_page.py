@@ -2,6 +2,7 @@ import base64
 import gzip
 import json
 import re
+import statistics
 import zipfile
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def test_a_card_for_each_topology_has_the_median_ratio_and_the_spread_of_the_rep
 def test_without_basic_a_card_shows_the_time():
     alone = decode(document(run("1P1D", "oracle", 12.34, {"PE0": 5, "DE0": 5})))
     assert cards(render([alone])) == [("1P1D: JCT of oracle", "12.3 s", "a single run")]
+
+
+def test_agents_that_arrive_at_a_rate_are_judged_by_their_first_tokens():
+    open_loop = synthetic(topologies=("1P1D",), agents=4)
+    runs = [msgspec.structs.replace(run, agents_per_s=0.5) for run in open_loop.runs]
+    page = render([msgspec.structs.replace(open_loop, runs=runs)])
+    basic_s, dualpath_s = (statistics.mean(turn.ttft_s for turn in run.turn_results) for run in runs[:2])
+    ((title, figure, _),) = cards(page)
+    assert title.replace("&#39;", "'") == "1P1D: basic's mean TTFT over dualpath's"
+    assert figure == f"{basic_s / dualpath_s:.2f}×"
+    assert "Agents arrive at a given rate: compare latencies" in page
 
 
 def test_a_sweep_is_summed_up_by_its_range(result):
@@ -208,6 +220,7 @@ def test_stages_and_sweeps_are_charted():
     read = next(trace for trace in breakdown["traces"] if trace["name"] == "read")
     assert read["x"][0] == pytest.approx(mean_s, abs=1e-4)
     untold = synthetic(topologies=("1P1D",), agents=2, timings=False)
+    assert "Some turns come without stages" in render([untold])
     assert "breakdown" not in {one["id"] for one in json.loads(packed(render([untold])))["sections"]}
 
 

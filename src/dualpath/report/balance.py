@@ -56,18 +56,6 @@ def max_over_avg(windows: Windows, system: str) -> list[float | None]:
     return [float(rates[:, at].max() * len(rates) / totals[at]) if busy[at] else None for at in range(rates.shape[1])]
 
 
-def binned(windows: Windows, width_s: float) -> Windows:
-    """The same in windows of `width_s` or the next multiple of theirs; a rest that fills none is left out."""
-    together = max(1, round(width_s / windows.width_s))
-    count = len(windows.starts_s) // together
-    if count == 0:
-        return windows
-    kept = windows.bytes_per_s[:, : count * together].reshape(len(windows.engines), count, together)
-    return Windows(
-        windows.width_s * together, windows.starts_s[: count * together : together], windows.engines, kept.mean(axis=2)
-    )
-
-
 def prefill_first(engine: str) -> tuple[bool, int, str]:
     """Sorts engines: PE0, PE1, …, DE0, …"""
     digits = engine.lstrip("PDE")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from dualpath.report.html.chart import colour_of
+from dualpath.report.html.predictions import mean_ttft_s
 from dualpath.report.html.settings import Cell, settings_of, source_name
 from dualpath.report.result_file import ResultFile, Run
 from dualpath.report.summary import explain
@@ -49,8 +50,23 @@ def _card(title: str, cells: list[Cell]) -> Card:
     facts.insert(0, ("ideal", _ideal(runs)))
     facts.append(("hit rate", _span([run.hit_rate for run in runs], "{:.1%}")))
     facts.append(("JCT", _span([run.jct_s for run in runs], "{:.1f}", " s")))
+    if all(run.agents_per_s is not None for run in runs):
+        gains = [_ttft_gain(cells, cell) for cell in chosen]
+        figure, what = _span(gains, "{:.2f}", "×"), f"basic's mean TTFT over {system}'s"
+        return Card(
+            f"{title}: {what}", figure, f"agents arriving, over {len(chosen)} settings", colour_of(system), facts[1:]
+        )
     figure = _span([run.ratio_to_basic for run in runs], "{:.2f}", "×")
     return Card(f"{title}: {system} over basic", figure, _repeats(chosen), colour_of(system), facts)
+
+
+def _ttft_gain(cells: Sequence[Cell], cell: Cell) -> float | None:
+    """What agents that arrive at a rate see; how long they take in all is up to the rate."""
+    basic = _peer(cells, cell, "basic")
+    if basic is None:
+        return None
+    slow_s, fast_s = mean_ttft_s(basic.median.run), mean_ttft_s(cell.median.run)
+    return slow_s / fast_s if slow_s and fast_s else None
 
 
 def _time_card(title: str, cells: list[Cell]) -> Card:
@@ -120,7 +136,10 @@ def _extremes(cells: list[Cell]) -> Iterator[str]:
         known = [
             (cell.median.run.ratio_to_basic, cell)
             for cell in cells
-            if cell.system == "dualpath" and cell.setting.topology == topology and cell.median.run.ratio_to_basic
+            if cell.system == "dualpath"
+            and cell.setting.topology == topology
+            and cell.median.run.ratio_to_basic
+            and cell.median.run.agents_per_s is None
         ]
         if known:
             least, most = min(known, key=lambda one: one[0] or 0), max(known, key=lambda one: one[0] or 0)
@@ -133,12 +152,18 @@ def _extremes(cells: list[Cell]) -> Iterator[str]:
 def cautions(results: Sequence[ResultFile], cells: Sequence[Cell]) -> list[str]:
     """What to distrust."""
     found = [*_failed(cells), *_few_repeats(cells), *_overlaps(cells), *_compute_bound(cells), *_beyond_ideal(cells)]
-    links = {run.cluster.links for result in results for run in result.runs if run.cluster is not None}
-    if "emulated" in links:
+    runs = [run for result in results for run in result.runs]
+    if any(run.cluster is not None and run.cluster.links == "emulated" for run in runs):
         found.append("Links are emulated: real bytes, held to the given rates by the traffic manager on one machine.")
+    if any(run.agents_per_s is not None for run in runs):
+        found.append(
+            "Agents arrive at a given rate: compare latencies, not job completion times, which the arrivals set."
+        )
+    if any(turn.timings is None for run in runs for turn in run.turn_results):
+        found.append("Some turns come without stages: all of their time to the first token is shown as prefill.")
     if any(result.kind == "prediction" for result in results):
         found.append("These runs were simulated, not measured.")
-    if not any(run.turn_results for result in results for run in result.runs):
+    if not any(run.turn_results for run in runs):
         found.append("The file keeps no turns: there are no distributions and no timeline.")
     return found
 

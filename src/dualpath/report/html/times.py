@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from dualpath.report.html.chart import Chart, Section, Value, Variant, axis, colour_of, rounded
+from dualpath.report.html.predictions import mean_ttft_s
 from dualpath.report.html.settings import Cell, Parameters, Setting, name_of, settings_of
 from dualpath.report.result_file import Run
 
@@ -16,7 +15,9 @@ MAX_TOGETHER = 8
 
 
 def times_section(cells: Sequence[Cell]) -> Section:
-    """Bars by setting and system, with the range of the repeats."""
+    """Bars by setting and system, with the range of the repeats; nothing for one bar, which a card tells as well."""
+    if len(cells) < 2:
+        return Section("times", "Job completion time", "", "", [], [])
     groups: dict[str, list[Cell]] = {"all": list(cells)}
     if len(settings_of(cells)) > MAX_TOGETHER:
         groups = {}
@@ -126,15 +127,10 @@ def _ideal_trace(known: list[tuple[Cell, float, float | None]]) -> dict[str, Any
     }
 
 
-def _mean_ttft_s(cell: Cell) -> float | None:
-    turns = cell.median.run.turn_results
-    return float(np.mean([turn.ttft_s for turn in turns])) if turns else None
-
-
 SWEPT: dict[str, tuple[str, Callable[[Cell], float | None]]] = {
     "Job completion time": ("seconds", lambda cell: cell.median.run.jct_s),
     "Over basic": ("×", lambda cell: cell.median.run.ratio_to_basic),
-    "Mean time to first token": ("seconds", _mean_ttft_s),
+    "Mean time to first token": ("seconds", lambda cell: mean_ttft_s(cell.median.run)),
 }
 
 

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dualpath.report.balance import Windows, binned, max_over_avg, prefill_first, readers, windows_of
+from dualpath.report.balance import Windows, max_over_avg, prefill_first, readers, windows_of
 from dualpath.report.html.chart import Chart, Section, Value, Variant, axis, colour_of, rounded
 from dualpath.report.html.settings import Cell, Entry, settings_of
 from dualpath.report.palette import ENGINE_COLOURS
-from dualpath.report.result_file import ResultFile
+from dualpath.report.result_file import ResultFile, Run
 
 MAX_POINTS = 240
 """Windows in a chart of rates: as many as a screen can show apart."""
-BALANCE_WINDOW_S = 1.0
-"""Of max/avg, as the paper's figure has it; longer runs have wider ones so that there are at most `MAX_POINTS`."""
+WINDOW_S = 1.0
+"""As the paper's figures have it. Engines count a read when it is done, so shorter windows show their pace of counting;
+longer runs have wider windows, so that there are at most `MAX_POINTS`."""
 
 
 def traffic_section(cells: Sequence[Cell]) -> Section:
@@ -24,7 +25,7 @@ def traffic_section(cells: Sequence[Cell]) -> Section:
         "that the system may read with; 1.00 is a perfect balance."
     )
     balance_note = (
-        f"The busiest NIC's bytes over the average, in windows of {BALANCE_WINDOW_S:g} s or more; gaps are windows in "
+        f"The busiest NIC's bytes over the average, in windows of {WINDOW_S:g} s or more; gaps are windows in "
         "which next to nothing was read."
     )
     charts = [
@@ -72,10 +73,9 @@ def _balance(cells: list[Cell]) -> Variant | None:
         run = cell.median.run
         if len(readers(cell.system, list(run.snic_bytes))) < 2:
             continue
-        windows = windows_of(run.snic_samples, at_most=max(MAX_POINTS, len(run.snic_samples)))
+        windows = _windows(run)
         if windows is None:
             continue
-        windows = binned(windows, max(BALANCE_WINDOW_S, run.jct_s / MAX_POINTS))
         ratios = max_over_avg(windows, cell.system)
         known = sorted(ratio for ratio in ratios if ratio is not None)
         if not known:
@@ -93,13 +93,13 @@ def _balance(cells: list[Cell]) -> Variant | None:
 def rates_section(entries: Sequence[Entry], results: Sequence[ResultFile]) -> Section:
     """By run with samples: each SNIC's rate over time, beside the rate that it is held to."""
     sampled = [entry for entry in entries if len(entry.run.snic_samples) > 1]
-    note = "What each engine's storage NIC received, averaged over short windows. Dashed: the rate it was held to."
+    note = f"Received from storage, in windows of {WINDOW_S:g} s or more. Dashed: the rate that each NIC was held to."
     charts = [Chart("snic-rate", "Rate of each storage NIC", note, [_rates(entry, results) for entry in sampled])]
     return Section("rates", "NIC rates", "", "run", [entry.label for entry in sampled], charts)
 
 
 def _rates(entry: Entry, results: Sequence[ResultFile]) -> Variant | None:
-    windows = windows_of(entry.run.snic_samples, MAX_POINTS)
+    windows = _windows(entry.run)
     if windows is None:
         return None
     traces: list[dict[str, Any]] = []
@@ -114,6 +114,14 @@ def _rates(entry: Entry, results: Sequence[ResultFile]) -> Variant | None:
     if limit is not None:
         layout["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit / 1e6, "y1": limit / 1e6}]
     return Variant(traces, layout, ["engine", "mean MB/s", "most MB/s"], rows)
+
+
+def _windows(run: Run) -> Windows | None:
+    samples = run.snic_samples
+    if len(samples) < 2:
+        return None
+    seconds = samples[-1].at_s - samples[0].at_s
+    return windows_of(samples, at_most=max(1, min(MAX_POINTS, int(seconds / WINDOW_S))))
 
 
 def _rate_limit(entry: Entry, results: Sequence[ResultFile]) -> int | None:

@@ -8,7 +8,7 @@ async function unpacked(id) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
-function turnsTable(root, { columns, runs }, labels) {
+function turnsTable(root, { columns, runs }, labels, stages) {
   const ends = [];
   let count = 0;
   for (const run of runs) ends.push((count += run.columns.agent.length));
@@ -17,7 +17,8 @@ function turnsTable(root, { columns, runs }, labels) {
     const run = runs[at];
     return turnValue(run, row - (at ? ends[at - 1] : 0), key, labels);
   };
-  const present = columns.filter(({ key }) => ["run"].includes(key) || runs.some((run) => run.columns[key]));
+  const staged = runs.some((run) => run.engines.length > 0);
+  const present = columns.filter(({ key }) => key === "run" || (runs.some((run) => run.columns[key]) && (staged || !stages.has(key))));
   return new DataTable(root, "turns", "dualpath ttft>500 round=1", present, count, value);
 }
 
@@ -61,7 +62,7 @@ async function start() {
   const place = Object.fromEntries(runs.columns.map(({ key }, at) => [key, at]));
   new DataTable(document.querySelector("#runs .table"), "runs", "dualpath jct<30", runs.columns, runs.rows.length, (row, key) => runs.rows[row][place[key]]);
   const timeline = turns.runs.length ? new Timeline(document.getElementById("timeline"), turns.runs, runs.labels, stages) : null;
-  if (timeline) turnsTable(document.querySelector("#turns .table"), turns, runs.labels);
+  if (timeline) turnsTable(document.querySelector("#turns .table"), turns, runs.labels, new Set(stages.map(({ name }) => name)));
   const script = document.createElement("script");
   script.textContent = plotly;
   document.head.append(script);

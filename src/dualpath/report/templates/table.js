@@ -64,6 +64,7 @@ class DataTable {
     this.next = this.pager("Next", 1);
     tools.append(this.input, this.status, this.back, this.next);
     const table = element("table");
+    table.setAttribute("aria-label", this.name);
     const head = table.createTHead().insertRow();
     this.heads = this.columns.map((column) => {
       const cell = element("th", column.digits === null ? "text" : "");

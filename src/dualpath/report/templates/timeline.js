@@ -100,6 +100,17 @@ class Timeline {
     context.clip();
     for (let lane = first; lane < last; lane++) this.paintLane(context, lane, width);
     context.restore();
+    this.paintScrollbar(context, width);
+  }
+
+  paintScrollbar(context, width) {
+    const { view } = this;
+    if (!view.scrolls) return;
+    const share = view.height / (view.lanes.length * view.laneHeight);
+    context.fillStyle = this.colours.ink;
+    context.globalAlpha = 0.35;
+    context.fillRect(width - 6, AXIS_HEIGHT + view.scroll * share, 4, Math.max(view.height * share, 12));
+    context.globalAlpha = 1;
   }
 
   x(time, width) {
