@@ -105,36 +105,40 @@ class PrefillQueue:
         self._max_batch_requests = max_batch_requests
         self._max_batch_kv_tokens = max_batch_kv_tokens
         self._lines: OrderedDict[tuple[RequestId, int], _Line] = OrderedDict()
-        self._waiting_tokens = 0
-        self._waiting_requests = 0
+        self.waiting_tokens = 0
+        """New tokens not yet given out. To read only."""
+        self.waiting_requests = 0
+        """Requests with tokens not yet given out. To read only."""
 
     def push(self, request: RequestId, attempt: int, cached_tokens: int, new_tokens: int) -> None:
         """Queue a prompt of which `cached_tokens` are in the buffers. Raises ValueError on an empty or known one."""
         if new_tokens < 1 or cached_tokens < 0:
             raise ValueError(f"request {request} attempt {attempt}: {new_tokens} new tokens after {cached_tokens}")
-        if (request, attempt) in self._lines:
+        key = (request, attempt)
+        if key in self._lines:
             raise ValueError(f"request {request} attempt {attempt} is already queued")
-        self._lines[request, attempt] = _Line(request, attempt, cached_tokens, new_tokens)
-        self._waiting_tokens += new_tokens
-        self._waiting_requests += 1
+        self._lines[key] = _Line(request, attempt, cached_tokens, new_tokens)
+        self.waiting_tokens += new_tokens
+        self.waiting_requests += 1
 
     def remove(self, request: RequestId, attempt: int) -> bool:
         """Forget a request, a chunk in flight included; False where there is none."""
         line = self._lines.pop((request, attempt), None)
         if line is None:
             return False
-        self._waiting_tokens -= line.new_tokens
-        self._waiting_requests -= line.new_tokens > 0
+        self.waiting_tokens -= line.new_tokens
+        self.waiting_requests -= line.new_tokens > 0
         return True
 
     def chunk_done(self, request: RequestId, attempt: int) -> bool:
         """The chunk in flight is computed and in the DE buffer; False where none is in flight (stale)."""
-        line = self._lines.get((request, attempt))
+        key = (request, attempt)
+        line = self._lines.get(key)
         if line is None or not line.in_flight:
             return False
         line.in_flight = False
         if not line.new_tokens:
-            del self._lines[request, attempt]
+            del self._lines[key]
         return True
 
     def next_batch(self) -> tuple[Chunk, ...]:
@@ -161,22 +165,12 @@ class PrefillQueue:
             left_tokens -= new_tokens
             chunk = _take(line, new_tokens)
             batch.append(chunk)
-            self._waiting_tokens -= new_tokens
+            self.waiting_tokens -= new_tokens
             if not chunk.last:
                 break
-            self._waiting_requests -= 1
+            self.waiting_requests -= 1
             kv_tokens += line.cached_tokens
         return tuple(batch)
-
-    @property
-    def waiting_requests(self) -> int:
-        """Requests with tokens not yet given out."""
-        return self._waiting_requests
-
-    @property
-    def waiting_tokens(self) -> int:
-        """New tokens not yet given out."""
-        return self._waiting_tokens
 
     def _over_kv(self, kv_tokens: int, line: _Line) -> bool:
         limit = self._max_batch_kv_tokens

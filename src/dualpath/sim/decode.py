@@ -61,6 +61,9 @@ class Decode:
     def __init__(self, events: Events, costs: StepCosts, on_end: Callable[[LiveTurn], None]) -> None:
         self._events = events
         self._costs = costs
+        self._fixed_ns = costs.decode_fixed_ns
+        self._request_ns = costs.decode_request_ns
+        self._context_token_ns = costs.decode_context_token_ns
         self._on_end = on_end
         self.engines: dict[EngineId, DecodeEngine] = {}
         self.groups: list[DecodeGroup] = []
@@ -92,7 +95,7 @@ class Decode:
         engine.context_base += turn.prompt_tokens + 1 - first_step
         group.requests += 1
         peak = group.peak
-        if peak is None or self._load_ns(engine) > self._load_ns(peak):
+        if peak is not engine and (peak is None or self._load_ns(engine) > self._load_ns(peak)):
             group.peak = engine
         heappush(group.leavers, (first_step + left, turn.request, turn.attempt, turn))
         self._pace(group)
@@ -124,25 +127,28 @@ class Decode:
         group.since_ns = now
 
     def _load_ns(self, engine: DecodeEngine) -> float:
-        context_tokens = engine.context_base + engine.requests * engine.group.steps
-        costs = self._costs
-        return engine.requests * costs.decode_request_ns + context_tokens * costs.decode_context_token_ns
+        requests = engine.requests
+        context_tokens = engine.context_base + requests * engine.group.steps
+        return requests * self._request_ns + context_tokens * self._context_token_ns
 
     def _pace(self, group: DecodeGroup) -> None:
-        if not group.requests:
+        if group.requests:
+            assert group.peak is not None
+            group.step_ns = self._fixed_ns + self._load_ns(group.peak)
+        else:
             group.step_ns = 0.0
-            return
-        assert group.peak is not None
-        group.step_ns = self._costs.decode_fixed_ns + self._load_ns(group.peak)
 
     def _arm(self, group: DecodeGroup) -> None:
         """See to it that an event is posted at or before the time the next one leaves."""
         leavers = group.leavers
-        while (leavers and leavers[0][3].joined_step < 0) or (leavers and leavers[0][3].attempt != leavers[0][2]):
+        while leavers:
+            step, _, attempt, turn = leavers[0]
+            if turn.joined_step >= 0 and turn.attempt == attempt:
+                break
             heappop(leavers)
-        if not leavers:
+        else:
             return
-        at_ns = group.since_ns + ceil((leavers[0][0] - group.steps) * group.step_ns)
+        at_ns = group.since_ns + ceil((step - group.steps) * group.step_ns)
         if group.armed_ns <= self._events.now or at_ns < group.armed_ns:
             group.armed_ns = at_ns
             self._events.at(at_ns, self._fire, (group, at_ns))

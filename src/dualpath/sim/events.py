@@ -33,8 +33,8 @@ class Events:
 
     def at(self, time_ns: int, action: Action, argument: Any = None) -> None:
         """Call `action` at `time_ns`, or now where that has passed."""
-        self._number += 1
-        heappush(self._heap, (time_ns if time_ns > self.now else self.now, self._number, action, argument))
+        number = self._number = self._number + 1
+        heappush(self._heap, (time_ns if time_ns > self.now else self.now, number, action, argument))
 
     def step(self) -> None:
         """Go on to the next event and call it. Raises IndexError where there is none."""

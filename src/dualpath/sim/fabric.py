@@ -36,11 +36,15 @@ class Fabric:
         """Bytes per nanosecond that steps under way pull from the engine's buffer."""
         self._copy_free_ns = array("d", bytes(8 * engines))
 
-    def pull(self, prefill: EngineId, decode: EngineId, pe_bytes: int, de_bytes: int) -> None:
-        """Count a chunk's loads: `pe_bytes` from the PE buffer, `de_bytes` from the DE buffer."""
-        self.read_bytes[prefill] += pe_bytes
-        self.read_bytes[decode] += de_bytes
-        self.write_bytes[prefill] += pe_bytes + de_bytes
+    def count_chunk(self, decode: EngineId, pulled_bytes: int, shipped_bytes: int) -> None:
+        """What a PE pulls from the DE buffer for a chunk, and ships to it."""
+        self.read_bytes[decode] += pulled_bytes
+        self.write_bytes[decode] += shipped_bytes
+
+    def count_step(self, prefill: EngineId, read_bytes: int, written_bytes: int) -> None:
+        """What the PE's own CNIC reads and writes for all chunks of a step."""
+        self.read_bytes[prefill] += read_bytes
+        self.write_bytes[prefill] += written_bytes
 
     def pace(self, pulls: list[tuple[EngineId, int]], step_ns: float) -> list[tuple[EngineId, float]]:
         """For a step's time, DEs send these bytes at an even rate; give the answer to `unpace` when it ends."""
@@ -54,17 +58,17 @@ class Fabric:
         for decode, rate in paced:
             self._pulled[decode] -= rate
 
-    def ship(self, prefill: EngineId, decode: EngineId, n_bytes: int) -> None:
-        """Count what a chunk sends to the DE buffer."""
-        self.read_bytes[prefill] += n_bytes
-        self.write_bytes[decode] += n_bytes
-
     def copy(self, decode: EngineId, n_bytes: int, least_ns: float, on_done: Action, argument: object) -> None:
         """Copy a prompt from the DE buffer to the device, in `least_ns` or more, behind the engine's earlier copies."""
         self.read_bytes[decode] += n_bytes
         self.write_bytes[decode] += n_bytes
-        start_ns = max(float(self._events.now), self._copy_free_ns[decode])
-        rate = max(1 / self.ns_per_byte - self._pulled[decode], 0.5 / self.ns_per_byte)
-        done_ns = start_ns + max(least_ns, n_bytes / rate)
+        start_ns = self._copy_free_ns[decode]
+        if start_ns < self._events.now:
+            start_ns = float(self._events.now)
+        rate = 1 / self.ns_per_byte - self._pulled[decode]
+        if rate < 0.5 / self.ns_per_byte:
+            rate = 0.5 / self.ns_per_byte
+        copy_ns = n_bytes / rate
+        done_ns = start_ns + (copy_ns if copy_ns > least_ns else least_ns)
         self._copy_free_ns[decode] = done_ns
         self._events.at(int(done_ns), on_done, argument)

@@ -137,7 +137,8 @@ class Prefill:
                 attention_ns += chunk_ns(chunk.cached_tokens, chunk.new_tokens)
                 new_tokens += chunk.new_tokens
             total_ns += attention_ns
-            peak_ns = max(peak_ns, attention_ns)
+            if attention_ns > peak_ns:
+                peak_ns = attention_ns
         engines = len(group.engines)
         compute_ns = self._costs.prefill_ns(peak_ns, new_tokens / engines)
         now = self._events.now
@@ -186,18 +187,19 @@ class Prefill:
         read = write = ship = 0
         for chunk in chunks:
             turn = self._lives[chunk.request]
+            decode, cached_tokens = turn.decode_engine, chunk.cached_tokens
             pe_bytes = turn.pe_tokens * kv_bytes
-            load_bytes = chunk.cached_tokens * kv_bytes
+            de_bytes = cached_tokens * kv_bytes - pe_bytes
             ship_bytes = chunk.new_tokens * kv_bytes
-            if chunk.cached_tokens == turn.hit_tokens:
+            if cached_tokens == turn.hit_tokens:
                 ship_bytes += pe_bytes
-            fabric.pull(engine, turn.decode_engine, pe_bytes, load_bytes - pe_bytes)
-            if load_bytes > pe_bytes:
-                pulls.append((turn.decode_engine, load_bytes - pe_bytes))
-            fabric.ship(engine, turn.decode_engine, ship_bytes)
+            if de_bytes:
+                pulls.append((decode, de_bytes))
+            fabric.count_chunk(decode, de_bytes, ship_bytes)
             read += pe_bytes + ship_bytes
-            write += load_bytes
+            write += pe_bytes + de_bytes
             ship += ship_bytes
+        fabric.count_step(engine, read, write)
         return read, write, ship
 
     def _end(self, step: tuple[PrefillGroup, Batch, int, StepRecord]) -> None:
@@ -219,8 +221,9 @@ class Prefill:
         for engine, chunks in batch:
             if engine.engine not in self.engines:
                 continue
+            chunk_done = engine.queue.chunk_done
             for chunk in chunks:
-                if engine.queue.chunk_done(chunk.request, chunk.attempt) and chunk.last:
+                if chunk_done(chunk.request, chunk.attempt) and chunk.last:
                     turn = self._lives[chunk.request]
                     done.append((turn, turn.attempt))
                     self._on_first_token(turn)

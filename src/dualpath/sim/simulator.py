@@ -83,6 +83,8 @@ class Simulator:
         self._paused = False
         self._wakes: list[int] = []
         self._node_of = [facts.node for facts in machine.engines]
+        self._free_io = policy.free_io
+        self._kv_bytes = machine.costs.kv_bytes_per_token
         hooks = Hooks(self.lives, self._on_loaded, self._on_first_token, self._on_prefilled, self._on_decoded)
         parts = make_parts(
             machine,
@@ -161,8 +163,9 @@ class Simulator:
             for command in commands:
                 handlers[type(command)](command)
         wake_ns = scheduler.next_wake()
-        if wake_ns is not None and (not self._wakes or wake_ns < self._wakes[-1]):
-            self._wakes.append(wake_ns)
+        wakes = self._wakes
+        if wake_ns is not None and (not wakes or wake_ns < wakes[-1]):
+            wakes.append(wake_ns)
             self.events.at(wake_ns, self._wake)
 
     def _wake(self, _: None) -> None:
@@ -176,14 +179,14 @@ class Simulator:
     def _load(self, command: Load) -> None:
         turn = self.lives[command.request]
         leg = command.leg
-        if leg.side is Side.PE:
+        side, engine = leg.side, command.engine
+        if side is Side.PE:
             turn.pe_tokens = leg.blocks * BLOCK_TOKENS
-            turn.load_engine = command.engine
-        if self.policy.free_io:
-            self.scheduler.loaded(self.events.now, command.request, command.attempt, leg.side)
+            turn.load_engine = engine
+        if self._free_io:
+            self.scheduler.loaded(self.events.now, command.request, command.attempt, side)
             return
-        n_bytes = leg.blocks * BLOCK_TOKENS * self.machine.costs.kv_bytes_per_token
-        self.storage.read(self._node_of[command.engine], n_bytes, turn, leg.side)
+        self.storage.read(self._node_of[engine], leg.blocks * BLOCK_TOKENS * self._kv_bytes, turn, side)
 
     def _prefill(self, command: PrefillCommand) -> None:
         turn = self.lives[command.request]
@@ -192,10 +195,10 @@ class Simulator:
 
     def _decode(self, command: DecodeCommand) -> None:
         turn = self.lives[command.request]
-        if self.policy.free_io:
+        if self._free_io:
             self._on_copied((turn, turn.attempt))
             return
-        n_bytes = turn.prompt_tokens * self.machine.costs.kv_bytes_per_token
+        n_bytes = turn.prompt_tokens * self._kv_bytes
         least_ns = 0.0
         if not self.policy.layerwise:
             least_ns = -(-turn.prompt_tokens // BLOCK_TOKENS) * self.machine.costs.copy_ns_per_block
@@ -276,21 +279,20 @@ class Simulator:
             turn.first_token_ns = self.events.now
 
     def _on_prefilled(self, turns: list[tuple[LiveTurn, int]]) -> None:
+        now, prefill_done = self.events.now, self.scheduler.prefill_done
         for turn, attempt in turns:
-            self.scheduler.prefill_done(self.events.now, turn.request, attempt)
+            prefill_done(now, turn.request, attempt)
 
     def _on_copied(self, copied: tuple[LiveTurn, int]) -> None:
         turn, attempt = copied
         if turn.attempt != attempt or turn.decode_engine < 0:
             return  # aborted meanwhile
-        blocks = -(-turn.prompt_tokens // BLOCK_TOKENS)
-        self.scheduler.buffer_freed(self.events.now, turn.request, attempt, blocks)
-        turn.copied_ns = self.events.now
+        now = turn.copied_ns = self.events.now
+        self.scheduler.buffer_freed(now, turn.request, attempt, -(-turn.prompt_tokens // BLOCK_TOKENS))
         self.decode.join(turn)
 
     def _on_decoded(self, turn: LiveTurn) -> None:
         whole = whole_blocks(turn.prompt_tokens + turn.generate_tokens - 1) - turn.hit_tokens
-        n_bytes = whole * self.machine.costs.kv_bytes_per_token
-        if not self.policy.free_io:
-            self.storage.write(self._node_of[turn.decode_engine], n_bytes)
+        if not self._free_io:
+            self.storage.write(self._node_of[turn.decode_engine], whole * self._kv_bytes)
         self.scheduler.finished(self.events.now, turn.request, turn.attempt)
