@@ -234,8 +234,23 @@ def test_narrow_screens_need_no_sideways_scrolling(page):
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_a_printed_page_has_every_chart(page):
-    printed = page.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
-    assert printed["data"].startswith("JVBER")
-    charts = "return [...document.querySelectorAll('figure:not([hidden]) .plot')].filter(p => !p.data).length"
-    assert page.execute_script(charts) == 0
+def test_a_printed_page_has_every_chart_in_light_colours_and_no_wider_than_paper(page):
+    page.execute_script(NOTE_WHAT_IS_PRINTED)
+    page.execute_script("document.documentElement.dataset.theme = 'dark'")
+    assert page.execute_cdp_cmd("Page.printToPDF", {})["data"].startswith("JVBER")
+    printed = page.execute_script("return window.printed")
+    assert printed["undrawn"] == 0 and printed["inks"] == ["rgb(27, 31, 36)"]
+    assert 300 < printed["widest"] <= 190 / 25.4 * 96 + 1
+    assert page.execute_script("return document.documentElement.dataset.theme") == "dark"
+
+
+NOTE_WHAT_IS_PRINTED = """
+addEventListener('beforeprint', () => {
+  const plots = [...document.querySelectorAll('figure:not([hidden]) .plot')];
+  window.printed = {
+    undrawn: plots.filter(plot => !plot.data).length,
+    inks: [...new Set(plots.map(plot => getComputedStyle(plot.querySelector('.xtick text')).fill))],
+    widest: Math.max(...plots.map(plot => plot.querySelector('svg').clientWidth)),
+  };
+});
+"""

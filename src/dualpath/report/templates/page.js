@@ -37,21 +37,25 @@ function isDark() {
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
+// Paper is light and as wide as a page: everything is drawn anew for it, also what has not been in view yet.
 function watchTheme(redraw) {
+  const root = document.documentElement.dataset;
   document.getElementById("theme").addEventListener("click", () => {
-    document.documentElement.dataset.theme = isDark() ? "light" : "dark";
+    root.theme = isDark() ? "light" : "dark";
     redraw();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
   let before;
   addEventListener("beforeprint", () => {
-    before = document.documentElement.dataset.theme;
-    document.documentElement.dataset.theme = "light";
+    before = root.theme;
+    root.theme = "light";
+    root.printing = "true";
     redraw(true);
   });
   addEventListener("afterprint", () => {
-    if (before) document.documentElement.dataset.theme = before;
-    else delete document.documentElement.dataset.theme;
+    delete root.printing;
+    if (before) root.theme = before;
+    else delete root.theme;
     redraw();
   });
 }
@@ -69,7 +73,7 @@ async function start() {
   const charts = new Charts(sections);
   watchTheme((every) => {
     charts.redraw(every);
-    timeline?.draw();
+    timeline?.paint();
   });
   document.getElementById("loading").remove();
   document.documentElement.dataset.ready = "true";
