@@ -100,17 +100,18 @@ def measure(
 
 
 async def _measure(testbed: Testbed, seconds: float, rounds: int, on_phase: Callable[[str], None]) -> list[Phase]:
-    nodes = {name: testbed.plan.node(name) for name in ("pe0", "pe1", "de0", "de1")}
+    pairs = (("ping", "pe0", "echo", "de0"), ("bulk", "pe0", "serve", "de0"), ("bulk", "pe1", "serve", "de1"))
     peers: list[Peer] = []
+    clients = []
     try:
-        addresses = []
-        for name in ("de0", "de1"):
-            peers.append(Peer(nodes[name], "serve", nodes[name].address("compute")))
-            addresses.append((await peers[-1].start()).address)
-        for name, kind, to in (("pe0", "ping", 0), ("pe0", "bulk", 0), ("pe1", "bulk", 1)):
-            peers.append(Peer(nodes[name], kind, addresses[to]))
+        for client, source, server, target in pairs:
+            node = testbed.plan.node(target)
+            peers.append(Peer(node, server, node.address("compute")))
+            address = (await peers[-1].start()).address
+            peers.append(Peer(testbed.plan.node(source), client, address))
             await peers[-1].start()
-        return await _rounds(testbed, peers[2:], seconds, rounds, on_phase)
+            clients.append(peers[-1])
+        return await _rounds(testbed, clients, seconds, rounds, on_phase)
     finally:
         for peer in peers:
             await peer.stop()

@@ -1,21 +1,27 @@
 """A process of `dualpath testbed qos`, inside a node: it serves a pool, sends messages, or moves KV over our channels.
 
+Whoever has to do with messages goes first on the processor: on hardware they come from other processes, on other cores,
+and it is the NIC that is measured here.
+
 It is told what to do by lines of JSON on stdin and answers each with one on stdout; it ends with stdin, so it does not
 outlive whoever started it.
 
 ::
 
-    python -m dualpath.testbed.qos_peer serve HOST           → {"address": "tcp://…"}
+    python -m dualpath.testbed.qos_peer echo HOST            → {"address": "tcp://…"}, for messages
+    python -m dualpath.testbed.qos_peer serve HOST           the same, for KV
     python -m dualpath.testbed.qos_peer ping ADDRESS         {"seconds": 2} → round trips of the high class
     python -m dualpath.testbed.qos_peer bulk ADDRESS         {"seconds": 2, "skip_s": 0.5} → bytes of the low class
 """
 
+import os
 import sys
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -131,9 +137,19 @@ def _answer(record: object) -> None:
     print(msgspec.json.encode(record).decode(), flush=True)
 
 
+def _go_first() -> None:
+    """Before any thread is started, which inherits it. A container may forbid it: then the processor is in the way."""
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+
+
 def main(kind: str, address: str) -> None:
-    """One of the three."""
+    """One of the four."""
+    if kind in ("echo", "ping"):
+        _go_first()
     match kind:
+        case "echo":
+            _serve(address)
         case "serve":
             _serve(address)
         case "ping":
@@ -141,7 +157,7 @@ def main(kind: str, address: str) -> None:
         case "bulk":
             _client(address, TrafficClass.LOW, FLOWS, bulk)
         case _:
-            raise SystemExit(f"{kind!r} is none of serve, ping, bulk")
+            raise SystemExit(f"{kind!r} is none of echo, serve, ping, bulk")
 
 
 if __name__ == "__main__":
