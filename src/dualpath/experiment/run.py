@@ -13,11 +13,9 @@ is written anew after every run, so an experiment that is interrupted keeps what
 
 import asyncio
 import shutil
-import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import msgspec
 from rich.console import Console
@@ -33,11 +31,11 @@ from dualpath.experiment.settings import Settings
 from dualpath.experiment.stores import fresh_directory, linked_copy
 from dualpath.report.result_file import ResultFile
 from dualpath.workload import ReplayOptions, replay, warm_up
+from dualpath.workload.interrupts import until_terminated
 
 TOKEN_IDS_BELOW = 256
 """The byte tokens of the demo checkpoint's tokenizer; below the vocabulary of any other."""
 WARM_SYSTEM = "dualpath"
-Value = TypeVar("Value")
 MakeLauncher = Callable[[Settings, Path, Path], ClusterLauncher]
 """From the settings, the directory of logs and a directory of its own to work in."""
 
@@ -63,7 +61,7 @@ def run_plan(
     SIGINT and SIGTERM stop every cluster. Raises ClusterError, MetricsError, ReplayError, OSError, KeyboardInterrupt.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
-    return asyncio.run(_until_terminated(_Invocation(plan, settings, console, make_launcher).run()))
+    return asyncio.run(until_terminated(_Invocation(plan, settings, console, make_launcher).run()))
 
 
 def result_path(plan_name: str, settings: Settings) -> Path:
@@ -177,15 +175,3 @@ class _Invocation:
             snic_samples=snic_samples(readings, before, started_s),
             cluster=cluster_setup(self._settings, self._launcher, limited),
         )
-
-
-async def _until_terminated(work: Coroutine[Any, Any, Value]) -> Value:
-    """`work`; SIGTERM cancels it as Ctrl-C does, so that its clusters are stopped."""
-    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
-    loop.add_signal_handler(signal.SIGTERM, task.cancel)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
-    finally:
-        loop.remove_signal_handler(signal.SIGTERM)

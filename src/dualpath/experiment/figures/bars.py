@@ -1,5 +1,6 @@
 """Bars: job completion time by topology and system, and beside them what the experiment is about."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,20 @@ OFFSET: Any = {"textcoords": "offset points", "size": 9}
 
 def draw_topologies(result: ResultFile, path: Path) -> None:
     """Bars by topology; beside them the pairs that read with equally many storage NICs, which should tie."""
-    with canvas(path, 1, 2, 4.4, width_ratios=(3, 2)) as (figure, (times, pairs)):
-        _draw_times(times, result)
-        _draw_pairs(pairs, result)
-        more = [dashed("dualpath's ideal")]
-        system_legend(figure, systems_of(measured_points(result)), more, lines=False)
+    _draw_times_beside(_draw_pairs, result, path)
 
 
 def draw_ablation(result: ResultFile, path: Path) -> None:
     """Bars by system; beside them the change against basic, with the paper's."""
-    with canvas(path, 1, 2, 4.0, width_ratios=(3, 2)) as (figure, (times, changes)):
+    _draw_times_beside(_draw_changes, result, path)
+
+
+def _draw_times_beside(draw_other: Callable[[Any, ResultFile], None], result: ResultFile, path: Path) -> None:
+    with canvas(path, 1, 2, 4.2, width_ratios=(3, 2)) as (figure, (times, other)):
         _draw_times(times, result)
-        _draw_changes(changes, result)
-        more = [dashed("dualpath's ideal")]
-        system_legend(figure, systems_of(measured_points(result)), more, lines=False)
+        draw_other(other, result)
+        legend = [dashed("dualpath's ideal")]
+        system_legend(figure, systems_of(measured_points(result)), legend, lines=False)
 
 
 def _draw_times(axes: Any, result: ResultFile) -> None:
