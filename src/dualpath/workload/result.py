@@ -8,16 +8,17 @@ import numpy as np
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the server spent a turn, as it says itself (``"return_timings": true``). Stages of the last attempt; what
-    earlier attempts took is in `scheduling_s`. The first four add up to the server's time to first token.
+    """Where the server spent a turn, as it says itself (``"return_timings": true``; the server's are of the same form,
+    `runtime.api.Timings`). Stages of the attempt that gave the first token; what attempts before it took is in
+    `scheduling_s`, what a later one took in `decode_s`. The first four add up to the server's time to first token.
     """
 
     scheduling_s: float
-    """From the request's arrival until it had a PE and a DE: prefix lookup, waiting, the scheduler's cadence."""
+    """Until its DE was told: prefix lookup, waiting for a PE, a DE and room in the DE buffer, the scheduler's cadence."""
     allocation_s: float
-    """Until its PE and DE buffer blocks were allocated."""
+    """Until the DE had set its DE buffer aside and, where the PE reads, the PE buffer was granted."""
     read_s: float
-    """Until every leg of its hit tokens had arrived from storage; 0 where there were none."""
+    """Until every leg of its hit tokens had arrived from storage; 0 where there were none, or allocation took longer."""
     prefill_s: float
     """Until its first token: waiting for its batch, layerwise prefill, the transfer to the DE that overlaps it."""
     decode_s: float
