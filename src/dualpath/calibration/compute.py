@@ -18,7 +18,7 @@ from dualpath.engine.step_profiling import (
     measure_decode,
     measure_prefill,
 )
-from dualpath.prediction.machine import DecodeCost, Fit, PrefillCost, visible_pairs
+from dualpath.prediction.machine import DecodeCost, Fit, PrefillCost, new_pairs
 from dualpath.spec.sampling import SamplingParams
 
 TOGETHER_S = 2.0
@@ -33,18 +33,21 @@ ROOM_TOKENS = 5
 
 def fit_prefill(samples: list[PrefillSample], layers: int) -> tuple[PrefillCost, Fit]:
     """Per layer."""
-    rows = [
-        (1, s.items, s.items * s.new_tokens, s.items * visible_pairs(s.cached_tokens, s.new_tokens)) for s in samples
-    ]
-    (fixed, item, token, pair), quality = fit(rows, [s.total_ns / layers for s in samples])
-    return PrefillCost(fixed_ns=fixed, item_ns=item, token_ns=token, pair_ns=pair), quality
+    rows = []
+    for sample in samples:
+        item = (1, sample.new_tokens, sample.new_tokens * sample.cached_tokens, new_pairs(sample.new_tokens))
+        rows.append((1, *(sample.items * feature for feature in item)))
+    (fixed, one, token, cached, new), quality = fit(rows, [sample.total_ns / layers for sample in samples])
+    cost = PrefillCost(fixed_ns=fixed, item_ns=one, token_ns=token, cached_pair_ns=cached, new_pair_ns=new)
+    return cost, quality
 
 
 def fit_decode(samples: list[DecodeSample]) -> tuple[DecodeCost, Fit]:
     """Of a whole step."""
-    rows = [(1, s.sequences, s.sequences * s.context_tokens) for s in samples]
-    (fixed, request, token), quality = fit(rows, [s.step_ns for s in samples])
-    return DecodeCost(fixed_ns=fixed, request_ns=request, context_token_ns=token), quality
+    rows = [(1, s.sequences, s.sequences * s.context_tokens, s.context_tokens) for s in samples]
+    (fixed, request, token, longest), quality = fit(rows, [sample.step_ns for sample in samples])
+    cost = DecodeCost(fixed_ns=fixed, request_ns=request, context_token_ns=token, longest_token_ns=longest)
+    return cost, quality
 
 
 def measure_compute(model: LoadedModel) -> tuple[PrefillCost, DecodeCost, dict[str, Fit]]:
@@ -54,15 +57,14 @@ def measure_compute(model: LoadedModel) -> tuple[PrefillCost, DecodeCost, dict[s
     return prefill, decode, {"prefill": prefill_fit, "decode": decode_fit}
 
 
-def measure_sharing(path: str, dtype: str, threads: int, cores: int) -> tuple[list[float], float]:
-    """Slowdowns with 1 … `cores` engines' worth of busy cores, and the error of processor sharing with one too many."""
+def measure_sharing(path: str, dtype: str, threads: int, cores: int) -> tuple[float, float]:
+    """Slowdown with as many engines as the cores can take, and the error of processor sharing with one too many."""
     most = max(1, cores // threads)
-    runs = [_together(path, dtype, threads, engines) for engines in range(1, most + 2)]
-    alone_cpu_ns = runs[0][0]
-    slowdown = [max(1.0, cpu_ns / alone_cpu_ns) for cpu_ns, _ in runs[:-1]]
-    expected_ns = alone_cpu_ns * slowdown[-1] * max(1.0, (most + 1) * threads / cores)
-    by_core = [slowdown[core // threads] if core // threads < most else slowdown[-1] for core in range(cores)]
-    return by_core, runs[-1][1] / expected_ns - 1
+    (alone_ns, _), (busy_ns, _), (_, wall_ns) = (
+        _together(path, dtype, threads, engines) for engines in (1, most, most + 1)
+    )
+    expected_ns = busy_ns * max(1.0, (most + 1) * threads / cores)
+    return busy_ns / alone_ns, wall_ns / expected_ns - 1
 
 
 def _together(path: str, dtype: str, threads: int, engines: int) -> tuple[float, float]:

@@ -1,102 +1,38 @@
-"""What asking, answering and telling cost: lone requests to an otherwise idle cluster, and who used the cores for them.
+"""What a measured cluster says of control, and of what busy cores take from each other.
 
-One cluster of one PE and one DE serves four kinds of request, one after another. What each process's CPU clock says of
-a kind, less what is known already (steps, copies, blocks), is fitted to requests, prompt tokens, generated tokens and
-messages. Then the same lone requests are simulated; what they really take longer to their first token is hops between
-processes, of which a first token needs six.
+What each process used for a lone request, less what is known already (steps, copies), is fitted to requests, prompt
+tokens, generated tokens and messages. Then the same lone requests are simulated; what they really take longer to their
+first token is hops between processes, of which a first token needs six.
+
+Agents that ask at once use more CPU time than they do in the simulation: caches and memory are shared, threads are
+switched. The factor that makes the two equal is the slowdown of busy cores. It is CPU time again, so what else runs on
+the machine hardly matters to it.
 """
 
-import asyncio
 import statistics
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from itertools import pairwise
-from pathlib import Path
 
 import msgspec
 
+from dualpath.calibration.cluster_use import BUSY_AGENTS, KINDS, Kind, Used
 from dualpath.calibration.fitting import fit
 from dualpath.core.batching import Chunk
-from dualpath.core.vocabulary import BLOCK_TOKENS
-from dualpath.experiment.launcher import SERVE, LaunchedCluster, LocalLauncher
 from dualpath.prediction.machine import ControlCost, Fit, MachineRates
 from dualpath.prediction.predict import simulate
 from dualpath.prediction.setup import RunSetup
-from dualpath.workload import ReplayOptions, Round, Trajectory, replay, warm_up
+from dualpath.workload import Trajectory
 
-SETTLE_S = 0.4
-IDLE_S = 1.0
-FIRST_CONTEXT_TOKENS = 2000
+MAX_SLOWDOWN = 3.0
 
 
-class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """`count` requests alike. With a context, it is stored first, and each request begins with it."""
-
-    name: str
-    count: int
-    append_tokens: int
-    generate_tokens: int
-    context_tokens: int = 0
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.context_tokens + self.append_tokens
-
-    @property
-    def hit_tokens(self) -> int:
-        return min(self.context_tokens, self.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-
-    @property
-    def stored_blocks(self) -> int:
-        """Blocks that each request adds to storage."""
-        return (self.prompt_tokens + self.generate_tokens - 1) // BLOCK_TOKENS - self.hit_tokens // BLOCK_TOKENS
-
-    @property
-    def messages(self) -> int:
-        """From engines, without those that carry tokens: prepared, legs, pages freed, blocks stored, finished."""
-        computed = self.prompt_tokens // BLOCK_TOKENS - self.hit_tokens // BLOCK_TOKENS
-        return 3 + (self.hit_tokens > 0) + computed + self.stored_blocks + self.generate_tokens
-
-    def trajectory(self) -> Trajectory:
-        """A warm-up round, which leaves the context, and the requests one after another."""
-        one = Round(
-            append_tokens=self.append_tokens, generate_tokens=self.generate_tokens, keep_tokens=self.context_tokens
-        )
-        first = Round(append_tokens=self.context_tokens, generate_tokens=1)
-        rounds = (first,) if self.context_tokens else (msgspec.structs.replace(one, keep_tokens=None),)
-        return Trajectory(id=f"calibrate-{self.name}", rounds=(*rounds, *[one] * self.count))
-
-
-KINDS = (
-    Kind(name="short", count=16, append_tokens=32, generate_tokens=1),
-    Kind(name="answer", count=8, append_tokens=32, generate_tokens=32),
-    Kind(name="context", count=10, append_tokens=16, generate_tokens=1, context_tokens=FIRST_CONTEXT_TOKENS),
-    Kind(name="blocks", count=8, append_tokens=1024, generate_tokens=1),
-    Kind(name="long", count=8, append_tokens=16, generate_tokens=24, context_tokens=FIRST_CONTEXT_TOKENS),
-)
-
-
-class Used(msgspec.Struct, frozen=True):
-    """CPU nanoseconds of one request of a kind, by process; and its times to first token."""
-
-    client_ns: float
-    server_ns: float
-    prefill_ns: float
-    decode_ns: float
-    ttft_s: float
-
-
-def measure_control(rates: MachineRates, model: Path, store: Path) -> tuple[ControlCost, dict[str, Fit]]:
-    """Start a cluster with its store under `store`, ask, and fit. `rates.control` is ignored.
-
-    Raises ClusterError, ReplayError.
-    """
-    store.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="calibrate-", dir=store) as folder:
-        used = asyncio.run(_measure(rates, model, Path(folder)))
-    return fit_control(rates, used)
+def fit_slowdown(rates: MachineRates, agents_cpu_ns: float) -> float:
+    """The slowdown with which the simulated agents use as much CPU time as the real ones, by bisection."""
+    low, high = 1.0, MAX_SLOWDOWN
+    for _ in range(12):
+        middle = (low + high) / 2
+        cluster, _, _ = simulate(_setup(msgspec.structs.replace(rates, slowdown=middle), BUSY_AGENTS))
+        low, high = (middle, high) if cluster.cpu.busy_core_ns < agents_cpu_ns else (low, middle)
+    return (low + high) / 2
 
 
 def fit_control(rates: MachineRates, used: dict[str, Used]) -> tuple[ControlCost, dict[str, Fit]]:
@@ -153,7 +89,7 @@ def _decode_control(rates: MachineRates, kinds: Sequence[Kind], of: Sequence[Use
     copy_ns = short.prompt_tokens * rates.kv_bytes_per_token * rates.fill.byte_ns
     request_ns = max(0.0, one_token.decode_ns - copy_ns - rates.layers * _shipped_ns(rates, short) / 2)
     steps = answer.generate_tokens - short.generate_tokens
-    computed_ns = sum(rates.decode.step_ns(1, answer.prompt_tokens + i + 1) for i in range(steps)) * rates.threads
+    computed_ns = sum(rates.decode.step_ns([answer.prompt_tokens + i + 1]) for i in range(steps)) * rates.threads
     return request_ns, max(0.0, (many.decode_ns - one_token.decode_ns - computed_ns) / steps)
 
 
@@ -173,8 +109,15 @@ def _hop(rates: MachineRates, control: ControlCost, kinds: Sequence[Kind], of: S
 def _lone_ttft_s(rates: MachineRates, control: ControlCost, kind: Kind, hop_ns: float) -> float:
     control = msgspec.structs.replace(control, hop_ns=hop_ns)
     trajectory = kind.trajectory()
-    setup = RunSetup(
-        rates=msgspec.structs.replace(rates, control=control),
+    lone = msgspec.structs.replace(trajectory, rounds=trajectory.rounds[:3])
+    _, turns, _ = simulate(_setup(msgspec.structs.replace(rates, control=control), (lone,)))
+    return statistics.mean((turn.first_token_ns - turn.sent_ns) / 1e9 for turn in turns)
+
+
+def _setup(rates: MachineRates, trajectories: tuple[Trajectory, ...]) -> RunSetup:
+    """The cluster that is measured, and who asks it after the warm-up."""
+    return RunSetup(
+        rates=rates,
         prefill_engines=1,
         decode_engines=1,
         system="dualpath",
@@ -182,81 +125,9 @@ def _lone_ttft_s(rates: MachineRates, control: ControlCost, kind: Kind, hop_ns: 
         cnic_bytes_per_s=None,
         compute_quota_s=0.3,
         transport="shm",
-        trajectories=(msgspec.structs.replace(trajectory, rounds=trajectory.rounds[:3]),),
+        trajectories=trajectories,
         first_round=1,
         agents_per_s=None,
         gap_scale=0.0,
         seed=0,
     )
-    _, turns, _ = simulate(setup)
-    return statistics.mean((turn.first_token_ns - turn.sent_ns) / 1e9 for turn in turns)
-
-
-class _Ready(msgspec.Struct):
-    class _Engine(msgspec.Struct):
-        role: str
-        pid: int
-
-    pid: int
-    engines: list[_Engine]
-
-
-async def _measure(rates: MachineRates, model: Path, folder: Path) -> dict[str, Used]:
-    ready_file = folder / "ready.json"
-    launcher = LocalLauncher(
-        model=model,
-        snic_bytes_per_s=None,
-        cnic_bytes_per_s=None,
-        logs=folder,
-        ready_file=ready_file,
-        serve_command=(*SERVE, "--threads", str(rates.threads), "--dtype", rates.dtype),
-    )
-    async with launcher.cluster("calibration", "1P1D", "dualpath", folder / "store", limited=False) as cluster:
-        ready = msgspec.json.decode(ready_file.read_bytes(), type=_Ready)
-        pids = [ready.pid, *(e.pid for role in ("prefill", "decode") for e in ready.engines if e.role == role)]
-        return {kind.name: await _used(cluster, pids, kind) for kind in KINDS}
-
-
-async def _used(cluster: LaunchedCluster, pids: list[int], kind: Kind) -> Used:
-    """One kind: the median over its requests, less what is used idle. A request ends with its stream."""
-    trajectory, options = [kind.trajectory()], ReplayOptions()
-    contexts = await cluster.run(warm_up(cluster.url, trajectory, options))
-    await asyncio.sleep(SETTLE_S)
-    idle = await _idle(pids)
-    marks: list[tuple[float, list[int]]] = []
-    result = await cluster.run(
-        replay(
-            cluster.url,
-            trajectory,
-            options,
-            contexts=contexts,
-            on_turn=lambda _: marks.append((time.perf_counter(), _clocks(pids))),
-        )
-    )
-    spent = [
-        [after - was - share * (at - since) for after, was, share in zip(clocks, earlier, idle, strict=True)]
-        for (since, earlier), (at, clocks) in pairwise(marks)
-    ]
-    client, server, prefill, decode = (max(1.0, statistics.median(of)) for of in zip(*spent, strict=True))
-    # What else runs on the machine only ever delays: the lower quartile is nearer to an idle one than the median.
-    ttft_s = statistics.quantiles((turn.ttft_s for turn in result.turns), n=4)[0]
-    return Used(client, server, prefill, decode, ttft_s)
-
-
-async def _idle(pids: list[int]) -> list[float]:
-    """CPU nanoseconds a second of each process while nobody asks: heartbeats."""
-    before = _clocks(pids)
-    await asyncio.sleep(IDLE_S)
-    return [(after - was) / IDLE_S for after, was in zip(_clocks(pids), before, strict=True)]
-
-
-def _clocks(pids: list[int]) -> list[int]:
-    """CPU time of this process, then of `pids`, all their threads, dead ones included."""
-    return [time.process_time_ns(), *(time.clock_gettime_ns(_cpu_clock(pid)) for pid in pids)]
-
-
-def _cpu_clock(pid: int) -> int:
-    """Linux's clock id of another process's CPU time (clock_getcpuclockid(3))."""
-    if not sys.platform.startswith("linux"):
-        raise RuntimeError("CPU clocks of other processes are read as on Linux")
-    return (~pid << 3) | 2

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 
+from dualpath.calibration.cluster_use import measure_cluster
 from dualpath.calibration.compute import measure_compute, measure_sharing
-from dualpath.calibration.control import measure_control
+from dualpath.calibration.control import fit_control, fit_slowdown
 from dualpath.calibration.moves import measure_moves
 from dualpath.calibration.storage import measure_storage
 from dualpath.core.batching import AttentionCost, Chunk
@@ -44,7 +45,7 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
     """
     started_s = time.perf_counter()
     say("steps of engines that compute at once")
-    slowdown, oversubscribed_error = measure_sharing(str(options.model), options.dtype, options.threads, cores())
+    side_by_side, oversubscribed_error = measure_sharing(str(options.model), options.dtype, options.threads, cores())
     say("prefill batches and decode steps")
     model = LoadedModel.load(options.model, dtype=options.dtype, threads=options.threads)
     prefill, decode, fits = measure_compute(model)
@@ -65,8 +66,9 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
         dtype=options.dtype,
         threads=options.threads,
         cores=cores(),
-        slowdown=slowdown,
+        side_by_side=side_by_side,
         oversubscribed_error=oversubscribed_error,
+        slowdown=1.0,
         attention=attention,
         prefill_tokens_per_s=1e9
         * (PROBE_HIT_TOKENS + PROBE_NEW_TOKENS)
@@ -84,10 +86,13 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
         measured_s=0.0,
     )
     del model
-    say("lone requests to an idle cluster")
-    control, control_fits = measure_control(rates, options.model, options.store)
+    say("a cluster: lone requests, then agents at once")
+    used = measure_cluster(rates, options.model, options.store)
+    control, control_fits = fit_control(rates, used.lone)
+    rates = msgspec.structs.replace(rates, control=control)
+    slowdown = fit_slowdown(rates, used.agents_cpu_ns)
     return msgspec.structs.replace(
-        rates, control=control, fits=fits | control_fits, measured_s=time.perf_counter() - started_s
+        rates, slowdown=slowdown, fits=fits | control_fits, measured_s=time.perf_counter() - started_s
     )
 
 

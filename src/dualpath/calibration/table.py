@@ -17,11 +17,13 @@ def _coefficients(rates: MachineRates) -> Table:
     table.add_column("measured")
     prefill, decode, storage, control = rates.prefill, rates.decode, rates.storage, rates.control
     rows = {
-        "engines at once": f"steps take {_times(rates.slowdown)} as long with 1, 2, … cores busy",
+        "all cores busy": f"everything takes {rates.slowdown:.2f} times as long in a cluster, steps of engines alone "
+        f"{rates.side_by_side:.2f}",
         "prefill, a layer": f"{_us(prefill.fixed_ns)} + {_us(prefill.item_ns)} a prompt + {_us(prefill.token_ns)} a "
-        f"new token + {prefill.pair_ns:.1f} ns a pair of tokens",
+        f"new token + {prefill.cached_pair_ns:.1f} ns a pair with a cached token, {prefill.new_pair_ns:.1f} ns with a "
+        "new one",
         "decode, a step": f"{_us(decode.fixed_ns)} + {_us(decode.request_ns)} a request + "
-        f"{_us(decode.context_token_ns)} a context token",
+        f"{_us(decode.context_token_ns)} a context token + {_us(decode.longest_token_ns)} a token of the longest",
         "PE buffer → device": _move(rates.local_copy),
         "DE buffer → device": _move(rates.fill),
         "device → storage": _move(rates.copy_out),
@@ -58,7 +60,3 @@ def _move(cost: MoveCost) -> str:
 
 def _us(ns: float) -> str:
     return f"{ns / 1e6:.1f} ms" if ns >= 1e6 else f"{ns / 1e3:.3g} us"
-
-
-def _times(factors: list[float]) -> str:
-    return ", ".join(f"{factor:.2f}" for factor in factors)

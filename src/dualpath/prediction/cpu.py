@@ -16,8 +16,8 @@ from dualpath.sim.events import Events
 class Cpu:
     """Cores shared by all tasks. A task may stand for several threads, or for less than one that never sleeps."""
 
-    def __init__(self, events: Events, cores: int, slowdown: tuple[float, ...]) -> None:
-        """`slowdown[k]` is by how much tasks take longer with k + 1 cores busy; the last one holds for more."""
+    def __init__(self, events: Events, cores: int, slowdown: float) -> None:
+        """`slowdown`: by how much tasks take longer when all cores are busy; a lone thread is not slowed down."""
         self._events = events
         self._cores = cores
         self._slowdown = slowdown
@@ -45,15 +45,9 @@ class Cpu:
         return ended
 
     def _rate(self) -> float:
-        busy = min(self._threads, float(self._cores))
-        return min(1.0, self._cores / self._threads) / self._slowdown_at(busy)
-
-    def _slowdown_at(self, busy_cores: float) -> float:
-        """Linear between the measured points; nothing slows down a lone thread."""
-        at = max(0.0, busy_cores - 1)
-        below = min(int(at), len(self._slowdown) - 1)
-        above = min(below + 1, len(self._slowdown) - 1)
-        return self._slowdown[below] + (at - below) * (self._slowdown[above] - self._slowdown[below])
+        others = min(self._threads, self._cores) - 1
+        slowdown = 1 + (self._slowdown - 1) * max(0.0, others) / max(1, self._cores - 1)
+        return min(1.0, self._cores / self._threads) / slowdown
 
     def _advance(self) -> None:
         spent_ns = self._events.now - self._since_ns

@@ -81,8 +81,7 @@ class DecodeEngine:
     def _steps(self) -> Steps:
         plant = self._plant
         while batch := list(self._joined):
-            context_tokens = sum(turn.context_tokens for turn in batch)
-            step_ns = plant.rates.decode.step_ns(len(batch), context_tokens)
+            step_ns = plant.rates.decode.step_ns([turn.context_tokens for turn in batch])
             yield plant.cpu.run(step_ns, plant.rates.threads)
             yield self._main.submit(plant.working(plant.rates.control.decode_step_ns))
             for turn in batch:

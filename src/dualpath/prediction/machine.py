@@ -16,30 +16,51 @@ class MachineError(ValueError):
 
 
 class PrefillCost(msgspec.Struct, frozen=True, kw_only=True):
-    """A prefill batch, per layer: ``fixed + items · item + new tokens · token + visible pairs · pair``."""
+    """One layer of a prefill batch: the sum over its items, new tokens and pairs of tokens, and a fixed part.
+
+    Pairs of a new token and a cached one are told from those among new tokens, whose kernel computes parts of the
+    masked half too.
+    """
 
     fixed_ns: float
     item_ns: float
     token_ns: float
-    pair_ns: float
-    """For each pair of a new token and a token it sees, cached or new."""
+    cached_pair_ns: float
+    new_pair_ns: float
 
     def layer_ns(self, chunks: tuple[Chunk, ...]) -> float:
         """One layer of a batch."""
-        new_tokens = sum(chunk.new_tokens for chunk in chunks)
-        pairs = sum(visible_pairs(chunk.cached_tokens, chunk.new_tokens) for chunk in chunks)
-        return self.fixed_ns + len(chunks) * self.item_ns + new_tokens * self.token_ns + pairs * self.pair_ns
+        return self.fixed_ns + sum(self.chunk_ns(chunk.cached_tokens, chunk.new_tokens) for chunk in chunks)
+
+    def chunk_ns(self, cached_tokens: int, new_tokens: int) -> float:
+        """What one chunk adds to a layer."""
+        return (
+            self.item_ns
+            + new_tokens * self.token_ns
+            + new_tokens * cached_tokens * self.cached_pair_ns
+            + new_pairs(new_tokens) * self.new_pair_ns
+        )
 
 
 class DecodeCost(msgspec.Struct, frozen=True, kw_only=True):
-    """A decode step, all layers: ``fixed + requests · request + context tokens · context_token``."""
+    """A decode step, all layers: ``fixed + requests · request + context tokens · context_token + longest · longest``.
+
+    `longest` is the longest context of the batch: the first sequence costs more a token than those beside it.
+    """
 
     fixed_ns: float
     request_ns: float
     context_token_ns: float
+    longest_token_ns: float
 
-    def step_ns(self, requests: int, context_tokens: int) -> float:
-        return self.fixed_ns + requests * self.request_ns + context_tokens * self.context_token_ns
+    def step_ns(self, contexts_tokens: list[int]) -> float:
+        """A step of sequences of these contexts, at least one."""
+        return (
+            self.fixed_ns
+            + len(contexts_tokens) * self.request_ns
+            + sum(contexts_tokens) * self.context_token_ns
+            + max(contexts_tokens) * self.longest_token_ns
+        )
 
 
 class MoveCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,10 +148,12 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     threads: int
     cores: int
-    slowdown: list[float]
-    """By how much a step takes longer with 1, 2, … engines computing at once, up to the number of cores."""
+    side_by_side: float
+    """By how much steps take longer in as many engines as there are cores, CPU time, the engines alone."""
     oversubscribed_error: float
-    """With one engine more than there are cores: measured over predicted by processor sharing, less one."""
+    """With one engine more than that: measured wall time over what processor sharing predicts, less one."""
+    slowdown: float
+    """By how much everything takes longer while all cores of a serving cluster are busy."""
     attention: AttentionCost
     """What a PE's own profile of its attention comes to: its batches are cut by it."""
     prefill_tokens_per_s: float
@@ -152,9 +175,9 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
     """How long the calibration took."""
 
 
-def visible_pairs(cached_tokens: int, new_tokens: int) -> int:
-    """Pairs of a new token and a token it sees, itself included."""
-    return new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2
+def new_pairs(new_tokens: int) -> int:
+    """Pairs of a chunk's new tokens: each sees itself and those before it."""
+    return new_tokens * (new_tokens + 1) // 2
 
 
 def load_machine(path: Path) -> MachineRates:

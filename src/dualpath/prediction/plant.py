@@ -47,7 +47,7 @@ class Plant:
         self.rates = rates
         self.transport = transport
         self.processes = Processes(events)
-        self.cpu = Cpu(events, rates.cores, tuple(rates.slowdown))
+        self.cpu = Cpu(events, rates.cores, rates.slowdown)
         self.mover = Mover(self.processes, self.cpu)
         self.snics = [Nic(snic_bytes_per_s) for _ in range(engines)]
         self.cnics = [Nic(cnic_bytes_per_s) for _ in range(engines)]
