@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast check format clean
+.PHONY: help setup demo peer-vllm test test-fast check format clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## The main job: basic, dualpath and oracle side by side on real clusters
 	$(BIN)/dualpath demo
+
+peer-vllm: setup ## Replay against vLLM on the CPU, in an environment of its own (2 GB, not part of setup)
+	$(BIN)/python benchmarks/peers/vllm.py
 
 check: setup ## Lint, format, types, import contracts
 	$(BIN)/ruff check src tests benchmarks
@@ -35,4 +38,4 @@ format: setup ## Rewrite the code in the house format
 	$(BIN)/ruff check --fix src tests benchmarks
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) results .models .store .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) results .models .store .peers .pytest_cache .mypy_cache .ruff_cache

@@ -25,6 +25,18 @@ from dualpath.spec.units import parse_rate
 
 BLOCK_TOKENS = 64
 KV_BYTES = 16384
+TIMINGS = {
+    "scheduling_s": 0.01,
+    "allocation_s": 0.0,
+    "read_s": 0.2,
+    "prefill_s": 0.1,
+    "decode_s": 0.3,
+    "prefill_engine": "PE0",
+    "decode_engine": "DE1",
+    "pe_read_tokens": 64,
+    "de_read_tokens": 0,
+    "attempts": 1,
+}
 
 
 def generated(prompt, count):
@@ -45,11 +57,14 @@ class FakeServer:
         self.nic_free_at_s = dict.fromkeys((engine for _, engine, _ in engines), 0.0)
         self.stored = set()
         self.prompts = []
+        self.bodies = []
+        self.headers = []
         self.faults = []
         self.step_s = 0.0
         self.in_flight = 0
         self.peak_in_flight = 0
         self.owned_by = "dualpath"
+        self.lie = None
 
     def _blocks(self, tokens):
         for end in range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS):
@@ -87,17 +102,24 @@ class FakeServer:
                     error = {"message": "engine lost", "type": "server_error", "code": "engine_lost"}
                     yield b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
                     return
-                choice = {"index": 0, "text": "a", "token_ids": [token], "finish_reason": None}
+                choice = {"index": 0, "text": "a", "finish_reason": None}
+                if body.get("return_token_ids"):
+                    choice["token_ids"] = [token]
                 yield b"data: " + json.dumps({"id": "c", "choices": [choice]}).encode() + b"\n\n"
             self.stored |= set(self._blocks((prompt + tokens)[:-1]))
             usage = {
                 "prompt_tokens": len(prompt),
-                "completion_tokens": count,
+                "completion_tokens": self.lie or count,
                 "total_tokens": len(prompt) + count,
                 "prompt_tokens_details": {"cached_tokens": hit},
             }
+            last = {"id": "c", "choices": [], "usage": usage}
+            if body.get("return_timings"):
+                last["timings"] = TIMINGS if fault != "strange_timings" else {"prompt_ms": 3.5}
+            if fault == "no_details":
+                usage["prompt_tokens_details"] = None
             if fault != "no_usage":
-                yield b"data: " + json.dumps({"id": "c", "choices": [], "usage": usage}).encode() + b"\n\n"
+                yield b"data: " + json.dumps(last).encode() + b"\n\n"
             yield b"data: [DONE]\n\n"
         finally:
             self.in_flight -= 1
@@ -113,6 +135,8 @@ class FakeServer:
         async def completions(request: Request):
             body = await request.json()
             self.prompts.append(body["prompt"])
+            self.bodies.append(body)
+            self.headers.append(dict(request.headers))
             fault = self.faults.pop(0) if self.faults else None
             if isinstance(fault, tuple):
                 status, headers = fault

@@ -73,6 +73,7 @@ class Journal:
         self._context = next((line.context for line in earlier if isinstance(line, PartLine)), None)
         self._file = file
         self._dirty = False
+        self._failed: JournalError | None = None
         self.turns = 0
         """Answered in this part."""
         self._started_at = ""
@@ -123,7 +124,10 @@ class Journal:
 
     @contextlib.asynccontextmanager
     async def syncing(self) -> AsyncIterator[None]:
-        """Sync the file once a second inside, and at the end, which is written whatever ended it."""
+        """Sync the file once a second inside, and at the end, which is written whatever ended it.
+
+        Raises JournalError; a sync that failed inside is raised by what is written next.
+        """
         syncer = asyncio.create_task(self._sync_now_and_then())
         try:
             yield
@@ -133,13 +137,13 @@ class Journal:
             if self._started_s:
                 self._append(EndLine(time.perf_counter() - self._started_s))
                 self._sync()
-        if not syncer.cancelled() and (failed := syncer.exception()) is not None:
-            raise failed
 
     def close(self) -> None:
         self._file.close()
 
     def _append(self, line: Line) -> None:
+        if self._failed is not None:
+            raise self._failed
         try:
             self._file.write(msgspec.json.encode(line) + b"\n")
             self._file.flush()
@@ -151,7 +155,11 @@ class Journal:
         while True:
             await asyncio.sleep(SYNC_EVERY_S)
             if self._dirty:
-                await asyncio.to_thread(self._sync)
+                try:
+                    await asyncio.to_thread(self._sync)
+                except JournalError as error:
+                    self._failed = error
+                    return
 
     def _sync(self) -> None:
         self._dirty = False

@@ -6,17 +6,20 @@ mean total over mean turns, 356 tokens at 64K; the table has 429 + 176 = 605, an
 trajectories have few, long turns and others many, short ones, all of them growing towards MaxLen. From that::
 
     total     MaxLen · u^k, u uniform         most end near MaxLen, some are done early; k from the mean total
-    turns     log-normal, apart from total    its spread from mean(total / turns) = append + generated
+    turns     Weibull, apart from total       its shape from mean(total / turns) = append + generated
     split     generated / (append + generated) of every trajectory
     growth    appends ∝ t^p − (t−1)^p         agents read much first and little later; p from the mean context
     a turn    each length times a gamma draw with standard deviation = mean, then scaled to the trajectory's total
 
 k, the spread and p are solved for from the given statistics, so any such row can be asked for. Turns and totals are
 drawn by strata, so 500 trajectories of any seed have the row's means within 2 %.
+
+Why Weibull: of 312 public coding sessions cut at 64K, median, 90th, 99th percentile and longest are 0.7, 2.3, 3.8 and
+5.6 times the mean. A Weibull distribution with their mean(1 / turns) has 0.8, 2.1, 3.8 and 5.0, a log-normal one 0.5,
+2.3, 7.3 and 15. The longest trajectory matters: where all agents start at once, it is the end of every job.
 """
 
 from collections.abc import Callable
-from statistics import NormalDist
 
 import msgspec
 import numpy as np
@@ -28,7 +31,7 @@ PAPER_TRAJECTORIES = 500
 ROUND_SPREAD = 1.0
 """Standard deviation over mean of a round's lengths: not published; public coding sessions have at least this."""
 MAX_SPREAD = 2.5
-"""Of the logarithm of turns: longest over median is beyond a thousand there."""
+"""Of turns, one over the Weibull shape: longest over median is beyond a hundred there."""
 
 Reals = npt.NDArray[np.float64]
 
@@ -145,12 +148,11 @@ def _strata(rng: np.random.Generator, count: int) -> Reals:
 
 def _fitted_turns(rng: np.random.Generator, mean: float, a_turn: float, totals: Reals, share: float) -> Reals:
     """Whole turns with that mean and mean(totals / turns) = `a_turn`; at least two tokens of each kind a turn."""
-    normal = NormalDist()
-    quantiles = np.array([normal.inv_cdf(u) for u in _strata(rng, len(totals))])
+    exponential = -np.log(_strata(rng, len(totals)))
     most = np.floor(totals * min(share, 1 - share) / 2)
 
     def turns_at(spread: float) -> Reals:
-        shape = np.exp(spread * quantiles)
+        shape = exponential**spread
         whole: Reals = np.rint(shape * (mean / shape.mean()))
         return np.clip(whole, 1.0, most)
 

@@ -1,0 +1,90 @@
+"""What is asked of each kind of server, and what stands for generated tokens where it does not return them."""
+
+import asyncio
+
+import pytest
+from fake_openai import TIMINGS, generated
+
+from dualpath.workload import ReplayError, ReplayOptions, Round, Trajectory, replay
+from dualpath.workload.token_ids import append_tokens, fill_tokens
+
+ONE = Trajectory(
+    id="a", rounds=(Round(append_tokens=70, generate_tokens=5), Round(append_tokens=10, generate_tokens=2))
+)
+PLAIN = {"model", "prompt", "max_tokens", "min_tokens", "ignore_eos", "temperature", "stream", "stream_options"}
+
+
+def run(url, **options):
+    return asyncio.run(replay(url, [ONE], ReplayOptions(seed=3, retries=0, **options)))
+
+
+@pytest.mark.parametrize(
+    ("owner", "kind", "further"),
+    [
+        ("dualpath", "dualpath", {"return_token_ids", "return_timings"}),
+        ("vllm", "vllm", {"return_token_ids"}),
+        ("sglang", "sglang", set()),
+        ("llamacpp", "other", set()),
+    ],
+)
+def test_a_server_is_asked_for_what_it_knows(fake, owner, kind, further):
+    fake.owned_by = owner
+    result = run(fake.url)
+    assert not result.failures
+    assert (result.server, result.model, result.context) == (kind, "fake", "own" if further else "filled")
+    assert [set(body) for body in fake.bodies] == [PLAIN | further] * 2
+
+
+def test_the_kind_may_be_given(fake):
+    assert run(fake.url, server="sglang").context == "filled"
+
+
+def test_own_contexts_hold_what_was_generated(fake):
+    run(fake.url)
+    first = append_tokens(3, "a", 0, 70, 256)
+    assert fake.prompts == [first, first + generated(first, 5) + append_tokens(3, "a", 1, 10, 256)]
+
+
+def test_filled_contexts_have_the_same_length_and_are_the_same_every_time(fake):
+    fake.owned_by = "sglang"
+    result = run(fake.url)
+    first, fill = append_tokens(3, "a", 0, 70, 256), fill_tokens(3, "a", 0, 5, 256)
+    assert fake.prompts == [first, first + fill + append_tokens(3, "a", 1, 10, 256)]
+    assert len(fill) == 5 and fill != generated(first, 5)
+    assert [turn.generated_tokens for turn in result.turns] == [5, 2]
+    assert [turn.output_digest for turn in result.turns] == ["", ""]
+    assert result.turns[0].tpot_s is not None
+
+
+def test_timings_of_our_own_server_are_kept(fake):
+    (first, _) = run(fake.url).turns
+    assert {name: getattr(first.timings, name) for name in TIMINGS} == TIMINGS
+
+
+def test_timings_of_another_shape_are_refused_where_they_were_asked_for_only(fake):
+    fake.faults = ["strange_timings"]
+    assert "timings are not what this version reads" in run(fake.url).failures[0].message
+    fake.owned_by, fake.faults = "vllm", ["strange_timings"]
+    assert not run(fake.url).failures
+
+
+def test_a_server_that_does_not_say_what_it_loaded_is_told_from_one_that_loaded_nothing(fake):
+    assert run(fake.url).reports_loaded
+    fake.faults = ["no_details"] * 2
+    result = run(fake.url)
+    assert not result.reports_loaded and result.hit_rate == 0
+
+
+def test_a_key_is_sent(fake):
+    run(fake.url, api_key="secret")
+    assert fake.headers[0]["authorization"] == "Bearer secret"
+
+
+def test_a_length_that_is_not_kept_is_an_error_without_ids_too(fake):
+    fake.owned_by, fake.lie = "sglang", 3
+    assert "asked for exactly 5 tokens, got 3" in run(fake.url).failures[0].message
+
+
+def test_a_url_that_is_none_is_refused():
+    with pytest.raises(ReplayError, match="not a URL of a server"):
+        run("localhost:8000")
