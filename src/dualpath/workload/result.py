@@ -14,11 +14,11 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     scheduling_s: float
-    """Until its DE was told: prefix lookup, waiting for a PE, a DE and room in the DE buffer, the scheduler's cadence."""
+    """Until its DE was told: prefix lookup, waiting for a PE and a DE and for room in the DE buffer."""
     allocation_s: float
     """Until the DE had set its DE buffer aside and, where the PE reads, the PE buffer was granted."""
     read_s: float
-    """Until every leg of its hit tokens had arrived from storage; 0 where there were none, or allocation took longer."""
+    """Until every leg of its hit tokens had arrived from storage; 0 where none was hit or allocation took longer."""
     prefill_s: float
     """Until its first token: waiting for its batch, layerwise prefill, the transfer to the DE that overlaps it."""
     decode_s: float
