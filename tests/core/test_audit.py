@@ -83,11 +83,11 @@ def forget_to_wait(life: Lifecycle) -> None:
 
 
 def stand_in_two_lines(life: Lifecycle) -> None:
-    life.waiting.for_decode[QUEUED] = life.requests[QUEUED]
+    life.waiting.for_decode.append(life.requests[QUEUED])
 
 
 def stand_in_the_pe_line(life: Lifecycle) -> None:
-    life.waiting.for_prefill[QUEUED] = life.requests[QUEUED]
+    life.waiting.for_prefill.append(life.requests[QUEUED])
 
 
 def leave_the_private_queue(life: Lifecycle) -> None:

@@ -57,7 +57,7 @@ class Aborts:
 
     def earliest(self) -> int | None:
         """The next deadline, None where there is none."""
-        return next(iter(self.in_time.values()), None)
+        return next(iter(self.in_time.values())) if self.in_time else None
 
     def expire(self, now: int) -> None:
         """What should have been answered at or before `now` is overdue."""

@@ -9,7 +9,8 @@ from collections import Counter
 from dualpath.core.ledger import Account, Key
 from dualpath.core.lifecycle import Lifecycle
 from dualpath.core.request import NEVER_NS, Request, State, hbm_blocks, hit_blocks, prompt_blocks
-from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, Role, Side
+from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, RequestId, Role, Side
+from dualpath.core.waiting import Line
 
 
 def audit(life: Lifecycle) -> None:
@@ -60,15 +61,19 @@ def _audit_waiting(life: Lifecycle) -> None:
     waiting = life.waiting
     queued = waiting.requests.values()
     for_prefill = [request.id for request in queued if request.prefill_engine is None]
-    _require(list(waiting.for_prefill) == for_prefill, "the line for PEs is {}", list(waiting.for_prefill))
+    _require(_ids(waiting.for_prefill) == for_prefill, "the line for PEs is {}", waiting.for_prefill)
     for_decode = [request.id for request in queued if request.decode_engine is None and request.group is None]
-    _require(list(waiting.for_decode) == for_decode, "the line for DEs is {}", list(waiting.for_decode))
+    _require(_ids(waiting.for_decode) == for_decode, "the line for DEs is {}", waiting.for_decode)
     private: dict[int, list[int]] = {}
     for request in queued:
         if request.decode_engine is None and request.group is not None:
             private.setdefault(request.group, []).append(request.id)
-    lines = {group: list(line) for group, line in waiting.private.items()}
+    lines = {group: _ids(line) for group, line in waiting.private.items()}
     _require(lines == private, "private queues are {} and should be {}", lines, private)
+
+
+def _ids(line: Line) -> list[RequestId]:
+    return [request.id for request in line]
 
 
 def _audit_columns(life: Lifecycle) -> None:
@@ -104,7 +109,7 @@ def _audit_groups(life: Lifecycle) -> None:
     decode = life.fleet.decode
     for position, group_id in enumerate(decode.group_ids):
         group = decode.groups[group_id]
-        queued = sum(request.facts.prompt_tokens for request in life.waiting.private.get(group_id, {}).values())
+        queued = sum(request.facts.prompt_tokens for request in life.waiting.private.get(group_id, ()))
         seen = group.tok_total, group.hbm_free_total, int(decode.group_load[position])
         tok = int(group.tok.sum())
         implied = tok, int(group.hbm_free.sum()), tok + queued

@@ -9,7 +9,6 @@ The queue hands out chunks and is told when each is done; a request with a chunk
 its next chunk needs the KV of this one.
 """
 
-from collections import OrderedDict
 from math import sqrt
 
 import msgspec
@@ -104,7 +103,7 @@ class PrefillQueue:
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_requests = max_batch_requests
         self._max_batch_kv_tokens = max_batch_kv_tokens
-        self._lines: OrderedDict[tuple[RequestId, int], _Line] = OrderedDict()
+        self._lines: dict[tuple[RequestId, int], _Line] = {}
         self.waiting_tokens = 0
         """New tokens not yet given out. To read only."""
         self.waiting_requests = 0

@@ -53,7 +53,6 @@ class Lifecycle:
         self._freed: list[EngineId] = []
         self._turn = 0
         self._stay_ns = {
-            State.QUEUED: limits.queue_ns,
             State.ALLOCATING: limits.queue_ns,
             State.LOADING: limits.load_ns,
             State.PREFILLING: limits.prefill_ns,
@@ -96,13 +95,18 @@ class Lifecycle:
         return self.fleet.refusal(pe_blocks, request.prompt_blocks, request.hbm_blocks)
 
     def enqueue(self, request: Request) -> None:
-        self._arm(request)
+        self.deadlines.set(request, self.now + self.limits.queue_ns)
         self.waiting.join(request)
         self.changed = True
 
     def move(self, request: Request, event: Event) -> None:
+        """Take the transition, with the deadline of the state it leads to."""
         request.move(event)
-        self._arm(request)
+        state = request.state
+        at_ns = self.now + self._stay_ns[state]
+        if state is State.DECODING:
+            at_ns += self.limits.decode_ns_per_token * request.facts.max_new_tokens
+        self.deadlines.set(request, at_ns)
 
     def settle(self) -> None:
         """Every input ends here: hand on what it freed, and fetch if that is due."""
@@ -127,7 +131,8 @@ class Lifecycle:
         engine = request.engine_of(leg.side)
         assert engine is not None
         self.fleet.end_read(engine, leg)
-        request.unloaded = tuple(other for other in request.unloaded if other is not leg)
+        left = request.unloaded
+        request.unloaded = () if len(left) == 1 else tuple(other for other in left if other is not leg)
         self.prefill_if_ready(request)
 
     def prefill_if_ready(self, request: Request) -> None:
@@ -201,13 +206,6 @@ class Lifecycle:
         leg = request.legs[0]  # the PE side's, as there is one
         self.outbox.append(Load(request.id, request.attempt, prefill, leg))
         self.move(request, Event.ALLOCATE)
-
-    def _arm(self, request: Request) -> None:
-        state = request.state
-        at_ns = self.now + self._stay_ns[state]
-        if state is State.DECODING:
-            at_ns += self.limits.decode_ns_per_token * request.facts.max_new_tokens
-        self.deadlines.set(request, at_ns)
 
     def end(self, request: Request, event: Event) -> None:
         """To a terminal state; core forgets the request."""

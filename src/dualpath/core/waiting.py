@@ -10,7 +10,7 @@ who has a PE, and stands behind them in every private queue. Losing an engine wo
 takes every half-made choice back; no command depends on one yet.
 """
 
-from collections import OrderedDict
+from collections import deque
 
 from dualpath.core.engines import Fleet
 from dualpath.core.ledger import Ledger
@@ -27,7 +27,8 @@ from dualpath.core.read_path import least_pe_blocks
 from dualpath.core.request import Request
 from dualpath.core.vocabulary import EngineFacts, EngineId, GroupId, RequestId
 
-Line = OrderedDict[RequestId, Request]
+Line = deque[Request]
+"""In order of arrival. Leaving from the middle is O(line), and rare: cancelled, or lost with an engine."""
 
 
 class WaitingRoom:
@@ -39,8 +40,8 @@ class WaitingRoom:
         self._fleet = fleet
         self._ledger = ledger
         self.requests: dict[RequestId, Request] = {}
-        self.for_prefill: Line = OrderedDict()
-        self.for_decode: Line = OrderedDict()
+        self.for_prefill: Line = deque()
+        self.for_decode: Line = deque()
         self.private: dict[GroupId, Line] = {}
         """Private queues that are not empty."""
         self._last_prefill: EngineId | None = None
@@ -48,20 +49,31 @@ class WaitingRoom:
 
     def join(self, request: Request) -> None:
         self.requests[request.id] = request
-        self.for_prefill[request.id] = request
-        self.for_decode[request.id] = request
+        self.for_prefill.append(request)
+        self.for_decode.append(request)
 
     def leave(self, request: Request) -> None:
         """Out of every line, and back with what was chosen for it."""
         del self.requests[request.id]
+        if request.prefill_engine is None:
+            self.for_prefill.remove(request)
+        if request.decode_engine is None:
+            if request.group is None:
+                self.for_decode.remove(request)
+            else:
+                line = self.private[request.group]
+                line.remove(request)
+                if not line:
+                    del self.private[request.group]
         self._take_back(request)
 
     def start_over(self) -> None:
         """Undo every half-made choice: all stand in both lines again, in order of arrival."""
         for request in self.requests.values():
             self._take_back(request)
-        self.for_prefill = OrderedDict(self.requests)
-        self.for_decode = OrderedDict(self.requests)
+        self.for_prefill = deque(self.requests.values())
+        self.for_decode = deque(self.requests.values())
+        self.private.clear()
 
     def fetch(self) -> list[Request]:
         """Place what can be placed; who now has both a PE and a DE, in the order in which that came about."""
@@ -80,67 +92,62 @@ class WaitingRoom:
     def _fetch_prefill(self, placed: list[Request]) -> None:
         engines, read_path = self._fleet.prefill, self._policy.read_path
         by_load = self._policy.placement == "paper"
-        served = 0
-        for request in self.for_prefill.values():
+        line = self.for_prefill
+        while line:
+            request = line[0]
             blocks = least_pe_blocks(read_path, request.hit_blocks)
             if by_load:
                 engine = choose_prefill_engine(engines, self._constants, blocks)
             else:
                 engine = next_prefill_engine(engines, self._last_prefill, blocks)
             if engine is None:
-                break
+                return
             self._last_prefill = engine
-            served += 1
+            line.popleft()
             engines.start(engine, request.facts.prompt_tokens)
             request.prefill_engine = engine
             if request.decode_engine is not None:
                 placed.append(request)
-        _drop_first(self.for_prefill, served)
 
     def _share_out(self) -> None:
         """DE choice, phase 1: each request of the global queue to a group."""
         decode, private = self._fleet.decode, self.private
-        for request in self.for_decode.values():
+        for request in self.for_decode:
             group = choose_group(decode, request.prompt_blocks, request.hbm_blocks)
             request.group = group
             decode.queue(group, request.facts.prompt_tokens)
-            line = private.get(group)
-            if line is None:
-                line = private[group] = OrderedDict()
-            line[request.id] = request
+            if group in private:
+                private[group].append(request)
+            else:
+                private[group] = deque((request,))
         self.for_decode.clear()
 
     def _fetch_group(self, group_id: GroupId, placed: list[Request]) -> None:
         """DE choice, phase 2: the group's private queue from its head."""
         decode, line = self._fleet.decode, self.private[group_id]
         group = decode.groups[group_id]
-        z = z_tokens(group, line.values(), self._constants.z_factor)
-        served = 0
-        for request in line.values():
+        z = z_tokens(group, line, self._constants.z_factor)
+        while line:
+            request = line[0]
             tokens = request.facts.prompt_tokens
             engine = choose_decode_engine(group, tokens, z, request.prompt_blocks, request.hbm_blocks)
             if engine is None:
-                break
-            served += 1
+                return
+            line.popleft()
             decode.queue(group_id, -tokens)
             self._give_decode(request, engine, placed)
-        if served == len(line):
-            del self.private[group_id]
-        else:
-            _drop_first(line, served)
+        del self.private[group_id]
 
     def _fetch_decode_in_turn(self, placed: list[Request]) -> None:
-        served = 0
-        for request in self.for_decode.values():
-            engine = next_decode_engine(
-                self._fleet.decode, self._last_decode, request.prompt_blocks, request.hbm_blocks
-            )
+        decode, line = self._fleet.decode, self.for_decode
+        while line:
+            request = line[0]
+            engine = next_decode_engine(decode, self._last_decode, request.prompt_blocks, request.hbm_blocks)
             if engine is None:
-                break
-            served += 1
+                return
+            line.popleft()
             self._last_decode = engine
             self._give_decode(request, engine.engine, placed)
-        _drop_first(self.for_decode, served)
 
     def _give_decode(self, request: Request, engine: EngineId, placed: list[Request]) -> None:
         request.decode_engine = engine
@@ -150,23 +157,13 @@ class WaitingRoom:
             placed.append(request)
 
     def _take_back(self, request: Request) -> None:
+        """What was chosen for it, a private queue included."""
         tokens = request.facts.prompt_tokens
-        self.for_prefill.pop(request.id, None)
-        self.for_decode.pop(request.id, None)
-        if request.group is not None and request.id in self.private.get(request.group, {}):
-            line = self.private[request.group]
-            del line[request.id]
-            self._fleet.decode.queue(request.group, -tokens)
-            if not line:
-                del self.private[request.group]
         if request.prefill_engine is not None:
             self._fleet.prefill.end(request.prefill_engine, tokens)
         if request.decode_engine is not None:
             self._fleet.decode.end(request.decode_engine, tokens)
             self._ledger.give_back(request.decode_engine, request.key)
+        elif request.group is not None:
+            self._fleet.decode.queue(request.group, -tokens)
         request.leave_engines()
-
-
-def _drop_first(line: Line, requests: int) -> None:
-    for _ in range(requests):
-        line.popitem(last=False)
