@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.patches import Patch
 
 from dualpath.experiment.cells import MeasuredPoint, Spread, cells, measured_points, place, systems_of
-from dualpath.experiment.figures.panels import DASHES, canvas, dashed, grid, line, system_legend, ticks_at
+from dualpath.experiment.figures.panels import DASHES, canvas, dashed, from_zero, grid, line, system_legend, ticks_at
 from dualpath.experiment.stages import STAGES, mean_stages_s
 from dualpath.report.palette import STAGE_COLOURS
 from dualpath.report.result_file import ResultFile, Run
@@ -35,6 +35,7 @@ def draw_arrivals(result: ResultFile, path: Path) -> None:
             axes.set_title(title)
             axes.set_xlabel("agents a second")
             grid(axes)
+            from_zero(axes)
         system_legend(figure, systems_of(points), [dashed("99th percentile")])
 
 

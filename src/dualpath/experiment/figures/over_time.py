@@ -43,6 +43,6 @@ def _draw(result: ResultFile, path: Path, measure: Callable[[Run], Balance | Non
         overall.set_xticks(range(len(rows)), names)
         most = max(1.3, *(max(balance.max_over_avg, default=1.0) for _, balance in rows))
         for axes in (windows, overall):
-            grid(axes, from_zero=False)
+            grid(axes)
             axes.set_ylim(1, 1 + (most - 1) * 1.1)
         system_legend(figure, dict.fromkeys(cell.system for cell, _ in rows))

@@ -53,13 +53,18 @@ def line(axes: Any, system: str, points: Sequence[tuple[float, Spread]], **style
             axes.vlines(x, spread.least, spread.most, color=colour(system), lw=1.2)
 
 
-def grid(axes: Any, *, from_zero: bool = True) -> None:
+def grid(axes: Any) -> None:
     """Horizontal lines to read values by."""
     axes.grid(axis="y", color=FAINT, lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="both", length=0)
-    if from_zero:
-        axes.set_ylim(bottom=0)
+
+
+def from_zero(*panels: Any) -> None:
+    """One y axis for all of them, once everything is drawn: from 0 to a little over the highest point."""
+    top = max(axes.dataLim.y1 for axes in panels)
+    for axes in panels:
+        axes.set_ylim(0, top * 1.08 if top > 0 else 1)
 
 
 def ticks_at(axes: Any, values: Iterable[float]) -> None:

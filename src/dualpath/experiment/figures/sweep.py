@@ -9,6 +9,7 @@ from dualpath.experiment.figures.panels import (
     INK,
     canvas,
     dashed,
+    from_zero,
     grid,
     label_above,
     line,
@@ -30,16 +31,20 @@ def draw_sweep(result: ResultFile, path: Path) -> None:
     panels = split(points, names[0])
     alone = len(panels) == 1
     rows, columns = (1, 2) if alone else (2, len(panels))
-    with canvas(path, rows, columns, 4.2 if alone else 6.4, sharey=False if alone else "row") as (figure, axes):
+    with canvas(path, rows, columns, 4.2 if alone else 6.4) as (figure, axes):
         for index, (title, members) in enumerate(panels):
             times, ratios = axes[index], axes[index + (1 if alone else columns)]
             _draw_times(times, members, names[0])
             _draw_ratios(ratios, members, names[0])
-            times.set_title("Job completion time (s), lower is better" if alone else title)
+            times.set_title(
+                "Job completion time (s), lower is better" if alone else title, fontsize=11 if alone else 9.5
+            )
             ratios.set_title("Times faster than basic" if alone else "")
             ratios.set_xlabel(UNITS.get(names[0], names[0]))
             if alone:
                 times.set_xlabel(UNITS.get(names[0], names[0]))
+        from_zero(*axes[: len(panels)])
+        from_zero(*axes[len(panels) :])
         if not alone:
             axes[0].set_ylabel("job completion time (s)")
             axes[columns].set_ylabel("times faster than basic")
