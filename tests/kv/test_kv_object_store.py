@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from obstore.store import LocalStore, MemoryStore
+from obstore.store import HTTPStore, LocalStore, MemoryStore
 
 from dualpath.kv import (
     BlockError,
@@ -24,7 +24,7 @@ from dualpath.kv import (
     rebuild,
 )
 from dualpath.kv.block_file import PAGE_BYTES
-from dualpath.kv.bucket import Body, Bucket
+from dualpath.kv.bucket import COOL_S, Body, Bucket
 from dualpath.kv.inspect import fsck
 from dualpath.kv.object_store import ObjectStore
 from dualpath.testbed.object_server import ObjectServer, free_port, missing_parts
@@ -134,6 +134,34 @@ def test_a_server_that_goes_away_is_no_fault_of_the_blocks(
         with pytest.raises(StoreError, match=r"http://127.0.0.1:\d+") as caught:
             refused()
         assert "\n" not in str(caught.value), "one line, not pages of debugging"
+
+
+def test_who_asks_just_after_a_failure_is_told_at_once(
+    tmp_path: Path, layout: KVLayout, space: Namespace, payload_of: PayloadOf
+) -> None:
+    missing = missing_parts()
+    if missing is not None:
+        pytest.skip(missing)
+    now = 0.0
+    port = free_port()
+    objects = HTTPStore.from_url(
+        f"http://127.0.0.1:{port}/", client_options={"allow_http": True}, retry_config=NO_RETRY
+    )
+    bucket = Bucket(objects, "the bucket", clock=lambda: now)
+    with pytest.raises(StoreError, match=r"can't be read: .*error"):
+        bucket.head_bytes("any", 1)
+    with ObjectServer(tmp_path / "objects", tmp_path / "nginx", port=port):
+        now = COOL_S / 2
+        with pytest.raises(StoreError, match="the bucket: any can't be read: the server did not answer a moment ago"):
+            bucket.head_bytes("any", 1)
+        now = COOL_S
+        (key,) = block_keys(space.root, range(16), 16)
+        store = ObjectStore(bucket, layout, space)
+        store.write(key, space.root, payload_of(key))
+        store.read(key, bytearray(768))
+        with pytest.raises(BlockError, match="missing"):
+            store.read(b"0" * 16, bytearray(768))
+        store.read(key, bytearray(768))
 
 
 def test_a_restart_finds_every_namespace_and_block_again(

@@ -3,9 +3,12 @@
 Only what every such server can do is used: whole PUTs, which appear at once or not at all, GET, HEAD, DELETE, and lists
 of one folder. Requests are retried for `RETRY_S` and end after `REQUEST_S`; a server that does not answer even so is a
 `StoreError`, an object that is not there is None. The functions block, without the GIL.
+
+Whoever asks within `COOL_S` of such a failure is told at once: a prompt of many blocks shall not wait for each.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from typing import Any, TypedDict
@@ -24,6 +27,7 @@ REQUEST_S = 60.0
 CONNECT_S = 5.0
 RETRY_S = 10.0
 MAX_RETRIES = 4
+COOL_S = 1.0
 PIECE_BYTES = 256 * 1024
 """Bodies are handed on in pieces of about this, as they come."""
 _SECRETS = ("key", "secret", "token", "password")
@@ -56,8 +60,12 @@ class Bucket:
     `folder` is put before every name.
     """
 
-    def __init__(self, objects: Any, location: str, folder: str = "") -> None:
+    def __init__(
+        self, objects: Any, location: str, folder: str = "", clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._objects = objects
+        self._clock = clock
+        self._away_until = float("-inf")
         self._folder = f"{folder}/" if folder else ""
         self.location = location
 
@@ -152,9 +160,12 @@ class Bucket:
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
+        if self._clock() < self._away_until:
+            raise StoreError(f"{self.location}: {what}: the server did not answer a moment ago")
         try:
             yield
         except (BaseError, OSError) as error:
+            self._away_until = self._clock() + COOL_S
             raise StoreError(f"{self.location}: {what}: {_summary(error)}") from error
 
 

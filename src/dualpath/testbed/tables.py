@@ -23,7 +23,7 @@ def status_table(testbed: Testbed, nodes: list[NodeStatus]) -> Table:
 
 def qos_table(report: QosReport) -> Table:
     """A row per phase."""
-    title = f"{report.message_bytes} B round trips of the high class, CNIC {_megabytes(report.cnic_bytes_per_s)}/s"
+    title = f"{report.message_bytes} B round trips, CNIC {_megabytes(report.cnic_bytes_per_s)}/s"
     table = Table(title=title, title_justify="left")
     table.add_column("beside")
     for heading in ("p50 µs", "p99 µs", "messages", "KV MB/s"):
