@@ -153,7 +153,8 @@ def cautions(results: Sequence[ResultFile], cells: Sequence[Cell]) -> list[str]:
     """What to distrust."""
     found = [*_failed(cells), *_few_repeats(cells), *_overlaps(cells), *_compute_bound(cells), *_beyond_ideal(cells)]
     runs = [run for result in results for run in result.runs]
-    if any(run.cluster is not None and run.cluster.links == "emulated" for run in runs):
+    measured = [run for result in results for run in result.runs if result.kind != "prediction"]
+    if any(run.cluster is not None and run.cluster.links == "emulated" for run in measured):
         found.append("Links are emulated: real bytes, held to the given rates by the traffic manager on one machine.")
     if any(run.agents_per_s is not None for run in runs):
         found.append(

@@ -36,7 +36,11 @@ def times_section(cells: Sequence[Cell]) -> Section:
 
 def _bars(cells: list[Cell]) -> Variant:
     systems = list(dict.fromkeys(cell.system for cell in cells))
-    traces = [make([c for c in cells if c.system == system]) for system in systems for make in (_bar, _figures_on_bar)]
+    brief = len(settings_of(cells)) > ROOMY
+    traces: list[dict[str, Any]] = []
+    for system in systems:
+        own = [cell for cell in cells if cell.system == system]
+        traces += [_bar(own), _figures_on_bar(own, brief)]
     ideal = [(cell, *_ideal_of(cell.median.run)) for cell in cells if cell.system == "dualpath"]
     known = [(cell, jct_s, ratio) for cell, jct_s, ratio in ideal if jct_s is not None]
     if known:
@@ -83,7 +87,7 @@ def _tick(cell: Cell) -> str:
     return cell.setting.label.replace(", ", "<br>")
 
 
-def _figures_on_bar(cells: list[Cell]) -> dict[str, Any]:
+def _figures_on_bar(cells: list[Cell], brief: bool) -> dict[str, Any]:
     """Over the whiskers, where plotly's own labels would be under them."""
     return {
         "type": "scatter",
@@ -93,7 +97,7 @@ def _figures_on_bar(cells: list[Cell]) -> dict[str, Any]:
         "offsetgroup": cells[0].system,
         "x": [_tick(cell) for cell in cells],
         "y": [rounded(cell.median.jct_max_s) for cell in cells],
-        "text": [_on_bar(cell.median.run, brief=len(cells) > ROOMY) for cell in cells],
+        "text": [_on_bar(cell.median.run, brief) for cell in cells],
         "textposition": "top center",
         "cliponaxis": False,
     }
