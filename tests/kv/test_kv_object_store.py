@@ -144,9 +144,8 @@ def test_who_asks_just_after_a_failure_is_told_at_once(
         pytest.skip(missing)
     now = 0.0
     port = free_port()
-    objects = HTTPStore.from_url(
-        f"http://127.0.0.1:{port}/", client_options={"allow_http": True}, retry_config=NO_RETRY
-    )
+    url, plain = f"http://127.0.0.1:{port}/", {"allow_http": True}
+    objects = HTTPStore.from_url(url, client_options=plain, retry_config={"max_retries": 0})
     bucket = Bucket(objects, "the bucket", clock=lambda: now)
     with pytest.raises(StoreError, match=r"can't be read: .*error"):
         bucket.head_bytes("any", 1)
