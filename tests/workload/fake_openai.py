@@ -65,6 +65,8 @@ class FakeServer:
         self.peak_in_flight = 0
         self.owned_by = "dualpath"
         self.lie = None
+        self.knows_token_ids = True
+        self.strict = False
 
     def _blocks(self, tokens):
         for end in range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS):
@@ -103,7 +105,7 @@ class FakeServer:
                     yield b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
                     return
                 choice = {"index": 0, "text": "a", "finish_reason": None}
-                if body.get("return_token_ids"):
+                if body.get("return_token_ids") and self.knows_token_ids:
                     choice["token_ids"] = [token]
                 yield b"data: " + json.dumps({"id": "c", "choices": [choice]}).encode() + b"\n\n"
             self.stored |= set(self._blocks((prompt + tokens)[:-1]))
@@ -134,6 +136,8 @@ class FakeServer:
         @app.post("/v1/completions")
         async def completions(request: Request):
             body = await request.json()
+            if self.strict and "return_token_ids" in body:
+                return JSONResponse({"error": {"message": "unknown field: return_token_ids"}}, 400)
             self.prompts.append(body["prompt"])
             self.bodies.append(body)
             self.headers.append(dict(request.headers))

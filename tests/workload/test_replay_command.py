@@ -53,7 +53,7 @@ def test_recorded_agents_are_cut_and_dealt_out(replay, tmp_path):
 
 
 def test_a_server_without_token_ids_is_said_to_have_filled_contexts(replay, fake):
-    fake.owned_by = "sglang"
+    fake.owned_by, fake.strict = "sglang", True
     _, result, said, _ = replay(*SMALL)
     assert result.runs[0].context == "filled" and "ids chosen by the replay stand for what was" in said
 

@@ -60,10 +60,10 @@ def interrupted(fake, path, after):
     journal.close()
 
 
-@pytest.mark.parametrize("owner", ["dualpath", "sglang"])
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("after", [1, 3, 6])
-def test_a_resumed_replay_sends_what_was_left_with_the_same_prompts(fake, path, after, owner):
-    fake.owned_by = owner
+def test_a_resumed_replay_sends_what_was_left_with_the_same_prompts(fake, path, after, strict):
+    fake.owned_by, fake.strict = "sglang" if strict else "dualpath", strict
     expected = whole(fake.url)
     prompts = sorted(fake.prompts)
     fake.prompts.clear()

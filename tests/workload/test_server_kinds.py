@@ -23,20 +23,40 @@ def run(url, **options):
     [
         ("dualpath", "dualpath", {"return_token_ids", "return_timings"}),
         ("vllm", "vllm", {"return_token_ids"}),
-        ("sglang", "sglang", set()),
-        ("llamacpp", "other", set()),
     ],
 )
-def test_a_server_is_asked_for_what_it_knows(fake, owner, kind, further):
+def test_a_server_is_asked_for_what_its_kind_is_known_to_have(fake, owner, kind, further):
     fake.owned_by = owner
     result = run(fake.url)
     assert not result.failures
-    assert (result.server, result.model, result.context) == (kind, "fake", "own" if further else "filled")
+    assert (result.server, result.model, result.context) == (kind, "fake", "own")
     assert [set(body) for body in fake.bodies] == [PLAIN | further] * 2
 
 
+@pytest.mark.parametrize(("owner", "kind"), [("sglang", "sglang"), ("llamacpp", "other")])
+@pytest.mark.parametrize(
+    ("knows", "strict", "context"), [(True, False, "own"), (False, False, "filled"), (True, True, "filled")]
+)
+def test_other_kinds_are_asked_for_one_token_to_see(fake, owner, kind, knows, strict, context):
+    fake.owned_by, fake.knows_token_ids, fake.strict = owner, knows, strict
+    result = run(fake.url)
+    assert not result.failures
+    assert (result.server, result.context) == (kind, context)
+    asked = [set(body) for body in fake.bodies]
+    probes = [] if strict else [PLAIN | {"return_token_ids"}]
+    assert asked == probes + [PLAIN | ({"return_token_ids"} if context == "own" else set())] * 2
+    assert len(result.turns) == 2, "the probe is no turn"
+
+
 def test_the_kind_may_be_given(fake):
-    assert run(fake.url, server="sglang").context == "filled"
+    assert run(fake.url, server="vllm").turns[0].timings is None
+    assert "return_timings" not in fake.bodies[0]
+
+
+def test_a_server_that_is_ill_when_asked_is_not_taken_for_one_without_ids(fake):
+    fake.owned_by, fake.faults = "sglang", [(503, {})]
+    with pytest.raises(ReplayError, match="HTTP 503"):
+        run(fake.url)
 
 
 def test_own_contexts_hold_what_was_generated(fake):
@@ -46,8 +66,9 @@ def test_own_contexts_hold_what_was_generated(fake):
 
 
 def test_filled_contexts_have_the_same_length_and_are_the_same_every_time(fake):
-    fake.owned_by = "sglang"
+    fake.owned_by, fake.knows_token_ids = "sglang", False
     result = run(fake.url)
+    del fake.prompts[0]  # the one that asked
     first, fill = append_tokens(3, "a", 0, 70, 256), fill_tokens(3, "a", 0, 5, 256)
     assert fake.prompts == [first, first + fill + append_tokens(3, "a", 1, 10, 256)]
     assert len(fill) == 5 and fill != generated(first, 5)
@@ -81,7 +102,7 @@ def test_a_key_is_sent(fake):
 
 
 def test_a_length_that_is_not_kept_is_an_error_without_ids_too(fake):
-    fake.owned_by, fake.lie = "sglang", 3
+    fake.owned_by, fake.strict, fake.lie = "sglang", True, 3
     assert "asked for exactly 5 tokens, got 3" in run(fake.url).failures[0].message
 
 

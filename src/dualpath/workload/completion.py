@@ -107,6 +107,20 @@ async def complete(
     return _read(response, server, generate_tokens)
 
 
+async def asked_for_token_ids(client: HttpClient, server: Server, prompt: Prompt, timeout_s: float) -> Server:
+    """`server`, with what one token asked for shows about its token ids. Raises CompletionError where it is ill."""
+    if server.returns_token_ids:
+        return server
+    asking = msgspec.structs.replace(server, returns_token_ids=True)
+    try:
+        await complete(client, asking, prompt, 1, timeout_s)
+    except CompletionError as error:
+        if error.retryable:
+            raise
+        return server
+    return asking
+
+
 def _fields(server: Server, generate_tokens: int) -> Iterator[tuple[str, object]]:
     yield "model", server.model
     yield "max_tokens", generate_tokens

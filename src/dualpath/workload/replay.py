@@ -19,7 +19,7 @@ import gc
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
-from dualpath.workload.completion import open_client
+from dualpath.workload.completion import CompletionError, asked_for_token_ids, open_client
 from dualpath.workload.http_client import HttpClient
 from dualpath.workload.journal import Journal, JournalError
 from dualpath.workload.open_files import OpenFilesError, allow_open_files
@@ -27,10 +27,12 @@ from dualpath.workload.prompt import Prompt
 from dualpath.workload.result import ReplayResult
 from dualpath.workload.rollout import OnTurn, ReplayOptions, Rollout
 from dualpath.workload.server import Server, ServerError, find_server
-from dualpath.workload.token_ids import append_tokens
+from dualpath.workload.token_ids import append_tokens, fill_tokens
 from dualpath.workload.trajectory import Trajectory
 
 __all__ = ["OnTurn", "ReplayError", "ReplayOptions", "append_tokens", "connected", "replay", "warm_up"]
+
+PROBE_TOKENS = 8
 
 
 class ReplayError(Exception):
@@ -94,7 +96,9 @@ async def connected(url: str, agents: int, options: ReplayOptions) -> AsyncItera
     async with opened as client:
         try:
             server = await find_server(client, url, options.server)
-        except ServerError as error:
+            few = Prompt(fill_tokens(options.seed, "", 0, PROBE_TOKENS, options.token_ids_below))
+            server = await asked_for_token_ids(client, server, few, options.turn_timeout_s)
+        except (ServerError, CompletionError) as error:
             raise ReplayError(str(error)) from error
         with rare_garbage_collection():
             yield client, server

@@ -2,17 +2,18 @@
 
 The engines that agents are replayed against all take ``ignore_eos`` and ``min_tokens``; they differ in what they add:
 
-========  ==================  ================  ==========================================================
-kind      return_token_ids    return_timings    the generated part of the next prompt
-========  ==================  ================  ==========================================================
-dualpath  yes                 yes               what was generated (context ``own``)
-vllm      yes                 no                what was generated
-sglang    no                  no                ids chosen by the replay (context ``filled``)
-other     no                  no                ids chosen by the replay
-========  ==================  ================  ==========================================================
+========  ================  =====================================================================
+kind      return_timings    return_token_ids
+========  ================  =====================================================================
+dualpath  yes               yes
+vllm      no                yes
+sglang    no                since 0.5: one token is asked for first, to see
+other     no                the same
+========  ================  =====================================================================
 
-A filled context has the right length and is the same in every replay, but the server finds the KV of *generated* tokens
-in no cache: each turn recomputes what the turn before generated.
+With token ids, a context holds what was really generated (``own``). Without, it holds ids chosen by the replay in its
+place (``filled``): of the right length and the same in every replay, but the server finds the KV of *generated* tokens
+in no cache, and each turn recomputes what the turn before generated.
 """
 
 import asyncio
@@ -37,10 +38,7 @@ class Server(msgspec.Struct, frozen=True):
 
     model: str
     kind: ServerKind
-
-    @property
-    def returns_token_ids(self) -> bool:
-        return self.kind in ("dualpath", "vllm")
+    returns_token_ids: bool
 
     @property
     def returns_timings(self) -> bool:
@@ -61,7 +59,11 @@ class _Models(msgspec.Struct):
 
 
 async def find_server(client: HttpClient, url: str, kind: ServerKind | None = None) -> Server:
-    """The first model listed, and the kind of its server: `kind`, or what `owned_by` says. Raises ServerError."""
+    """The first model listed, and the kind of its server: `kind`, or what `owned_by` says. Raises ServerError.
+
+    Whether it returns token ids is what is known of its kind; `dualpath.workload.completion.asked_for_token_ids` finds
+    out more.
+    """
     try:
         async with asyncio.timeout(MODELS_DEADLINE_S):
             response = await client.request("GET", "/v1/models")
@@ -75,4 +77,5 @@ async def find_server(client: HttpClient, url: str, kind: ServerKind | None = No
         raise ServerError(f"{url}: /v1/models lists no model")
     owner = models[0].owned_by.lower()
     found: ServerKind = next((known for known in _KINDS if known == owner), "other")
-    return Server(models[0].id, kind or found)
+    found = kind or found
+    return Server(models[0].id, found, returns_token_ids=found in ("dualpath", "vllm"))
