@@ -1,6 +1,15 @@
-"""The simulations behind the rows: each is run once, however many rows it appears in."""
+"""The simulations behind the rows: each is run once, however many rows it appears in.
 
+Simulations are independent of each other, so they can run on a pool of processes: items are then asked for from several
+threads, each of which waits for its own simulations, and what two items have in common is started by the first. Results
+don't depend on the number of processes.
+"""
+
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from threading import Lock
+from typing import Any
 
 import msgspec
 
@@ -30,32 +39,56 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     append_scale: float = 1.0
 
 
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What is kept of a simulation."""
+
+    result: SimulationResult
+    agent_s: float
+    """Mean time that an agent spends in the system: mean turns times the mean latency of the turns measured."""
+    kv_bytes_per_token: int
+    mean_total_tokens: float
+    """Context at the end of an agent, in the mean."""
+
+
 class Runner:
-    """Runs and remembers. `scale` shrinks the number of agents of offline runs, `announce` hears of every new run."""
+    """Runs and remembers. `scale` shrinks the number of agents of offline runs, `announce` hears of every new run,
+    `on_done` of its end.
+
+    Without a `pool` simulations run in the caller's thread; with one, in its processes, and all methods may be called
+    from any thread.
+    """
 
     def __init__(
         self,
         scale: float = 1.0,
         announce: Callable[[str], object] = lambda _: None,
         calibration: Calibration = FITTED,
+        pool: Executor | None = None,
+        on_done: Callable[[], object] = lambda: None,
     ) -> None:
         if not 0 < scale <= 1:
             raise ValueError(f"scale is {scale}; it must be above 0 and at most 1")
         self.scale = scale
         self.calibration = calibration
         self._announce = announce
-        self._results: dict[Run, SimulationResult] = {}
-        self.working_sets: dict[Run, float] = {}
-        """Bytes of KV of the agents in the system, in the mean over an online run's second half."""
+        self._on_done = on_done
+        self._pool = pool
+        self._lock = Lock()
+        self._known: dict[Any, Future[Any]] = {}
+
+    @property
+    def parallel(self) -> bool:
+        return self._pool is not None
 
     def offline(
         self, preset: str, system: str, agents: int, trace: str = "64K", append_scale: float = 1.0
     ) -> SimulationResult:
         """All agents at once; `simulated_s` is the JCT."""
         scaled = max(8, round(agents * self.scale))
-        return self.run(Run(preset=preset, system=system, agents=scaled, trace=trace, append_scale=append_scale))
+        run = Run(preset=preset, system=system, agents=scaled, trace=trace, append_scale=append_scale)
+        return self.run(run).result
 
-    def online(self, preset: str, system: str, agents_per_s: float, duration_s: float = ONLINE_S) -> SimulationResult:
+    def online(self, preset: str, system: str, agents_per_s: float, duration_s: float = ONLINE_S) -> Outcome:
         """Poisson arrivals of 64K agents."""
         agents = round(agents_per_s * duration_s * 1.2) + 20
         return self.run(
@@ -64,54 +97,81 @@ class Runner:
 
     def sustains(self, preset: str, system: str, agents_per_s: float) -> bool:
         """Whether the SLO holds at such a rate of 64K agents, by the paper's protocol (`paper.steady`)."""
-        self._announce(f"{preset}, {system}, 64K, {agents_per_s:.3g} agents a second until steady")
-        scenario = Scenario(
-            cluster=load_cluster(preset),
-            agents=agents_of(["64K"], round(agents_per_s * LONGEST_S * 1.2) + 20),
-            trace="64K",
-            system=system,
-            calibration=self.calibration,
-            agents_per_s=agents_per_s,
-        )
-        return sustains(prepare(scenario))
+        name = f"{preset}, {system}, 64K, {agents_per_s:.3g} agents a second until steady"
+        question = (preset, system, agents_per_s)
+        return bool(self._once(question, name, _sustains, preset, system, agents_per_s, self.calibration))
 
     def with_calibration(self, calibration: Calibration) -> "Runner":
         """Another one, with nothing simulated yet."""
-        return Runner(self.scale, self._announce, calibration)
+        return Runner(self.scale, self._announce, calibration, self._pool, self._on_done)
 
-    def run(self, run: Run) -> SimulationResult:
-        """The result, simulated now or before."""
-        if run not in self._results:
-            self._announce(_name(run))
-            self._results[run] = self._simulate(run)
-        return self._results[run]
+    def run(self, run: Run) -> Outcome:
+        """The outcome, simulated now or before."""
+        outcome: Outcome = self._once(run, _name(run), simulate, run, self.calibration)
+        return outcome
 
     def runs(self) -> list[SimulationResult]:
-        """Every result so far, in the order in which they were made."""
-        return list(self._results.values())
+        """Every result so far, in the order in which they were asked for."""
+        return [future.result().result for key, future in self._known.items() if isinstance(key, Run)]
 
-    def _simulate(self, run: Run) -> SimulationResult:
-        scenario = Scenario(
-            cluster=load_cluster(run.preset),
-            agents=agents_of([run.trace], run.agents, append_scale=run.append_scale),
-            trace=run.trace,
-            system=run.system,
-            calibration=self.calibration,
-            agents_per_s=run.agents_per_s,
-            duration_s=run.duration_s,
-            balance_window_s=BALANCE_WINDOW_S,
-        )
-        simulator = prepare(scenario)
-        halfway: list[int] = []
-        half_s = 0.0 if run.duration_s is None else run.duration_s / 2
-        if half_s:
-            half_ns = round(half_s * 1e9)
-            simulator.events.at(half_ns, lambda _: halfway.append(simulator.measured.context_token_ns))
-        result = finish_scenario(scenario, simulator)
-        if halfway:
-            token_s = (simulator.measured.context_token_ns - halfway[0]) / 1e9
-            self.working_sets[run] = token_s / half_s * simulator.machine.costs.kv_bytes_per_token
-        return result
+    def _once(self, key: object, name: str, work: Callable[..., Any], *arguments: object) -> Any:
+        with self._lock:
+            future = self._known.get(key)
+            if future is None:
+                self._announce(name)
+                future = self._known[key] = self._start(work, *arguments)
+        return future.result()
+
+    def _start(self, work: Callable[..., Any], *arguments: object) -> "Future[Any]":
+        if self._pool is not None:
+            future = self._pool.submit(work, *arguments)
+            future.add_done_callback(lambda _: self._on_done())
+            return future
+        future = Future()
+        future.set_result(work(*arguments))
+        self._on_done()
+        return future
+
+
+def process_pool(jobs: int) -> ProcessPoolExecutor:
+    """Processes for simulations, started afresh: the caller may have threads."""
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("forkserver"))
+
+
+def simulate(run: Run, calibration: Calibration) -> Outcome:
+    """One simulation."""
+    agents = agents_of([run.trace], run.agents, append_scale=run.append_scale)
+    scenario = Scenario(
+        cluster=load_cluster(run.preset),
+        agents=agents,
+        trace=run.trace,
+        system=run.system,
+        calibration=calibration,
+        agents_per_s=run.agents_per_s,
+        duration_s=run.duration_s,
+        balance_window_s=BALANCE_WINDOW_S,
+    )
+    simulator = prepare(scenario)
+    result = finish_scenario(scenario, simulator)
+    table = agents.table
+    return Outcome(
+        result=result,
+        agent_s=float(table.turns.mean()) * result.latency_s.mean,
+        kv_bytes_per_token=simulator.machine.costs.kv_bytes_per_token,
+        mean_total_tokens=float(table.final_context_tokens.mean()),
+    )
+
+
+def _sustains(preset: str, system: str, agents_per_s: float, calibration: Calibration) -> bool:
+    scenario = Scenario(
+        cluster=load_cluster(preset),
+        agents=agents_of(["64K"], round(agents_per_s * LONGEST_S * 1.2) + 20),
+        trace="64K",
+        system=system,
+        calibration=calibration,
+        agents_per_s=agents_per_s,
+    )
+    return sustains(prepare(scenario))
 
 
 def _name(run: Run) -> str:

@@ -11,6 +11,8 @@ Decode of one step of a group:
     engine_e    = requests_e * per_request + context_e * per_context_token    reading KV, and what comes with it
     step        = weights / HBM + fixed + max_e engine_e
 
+An engine's loop lags behind: `loop_steps` steps pass besides the one that computes.
+
 Everything is roofline arithmetic from `spec`, except the constants of `Calibration`, which are fitted to the paper's
 figures or taken from published measurements, each as its docstring says (docs/design/simulator.md has what follows).
 """
@@ -45,6 +47,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     decode_request_ns_per_layer: float = 8_400.0
     """What each request of the batch adds to that, beyond reading its KV from HBM. From published decode latencies of
     DeepSeek-V3.2 on H100 (29, 39, 59, 102 ms at 16, 32, 64, 128 requests of 32K)."""
+    loop_steps: float = 3.0
+    """Steps that pass between an event and what comes of it, besides the one that computes: engines fetch between
+    steps, launch ahead of the device and read results behind it. Fitted to a TTFT; the same for PEs and DEs."""
     collective_share: float = 0.0
     """Of a CNIC's time that model execution takes and KV can't have, at most 0.99. The paper calls these links idle
     most of the time; a what-if."""
@@ -55,7 +60,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name in ("prefill_flop_per_s", "snic_efficiency"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"Calibration.{name} is {getattr(self, name)}; it must be above zero")
-        for name in ("prefill_fixed_ns_per_layer", "decode_fixed_ns_per_layer", "copy_submission_ns"):
+        for name in (
+            "prefill_fixed_ns_per_layer", "decode_fixed_ns_per_layer", "copy_submission_ns", "loop_steps",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"Calibration.{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.collective_share <= 0.99:
@@ -81,6 +88,7 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
     decode_context_token_ns: float
     copy_ns_per_block: float
     """Submitting the copies of one Full Block, layer by layer."""
+    loop_steps: float
 
     def prefill_ns(self, slowest_attention_ns: float, mean_tokens: float) -> float:
         """A group's compute time for a step, without I/O; `mean_tokens` are new tokens per engine of the group."""
@@ -119,6 +127,7 @@ def step_costs(cluster: ClusterSpec, calibration: Calibration) -> StepCosts:
         decode_request_ns=read_per_request * hbm_ns_per_byte + model.layers * calibration.decode_request_ns_per_layer,
         decode_context_token_ns=read_per_token * hbm_ns_per_byte,
         copy_ns_per_block=model.layers * calibration.copy_submission_ns,
+        loop_steps=calibration.loop_steps,
     )
 
 

@@ -250,9 +250,11 @@ class ExactDecode:
         batch = [(engine.engine, list(self._running[engine.engine])) for engine in group.engines]
         if not any(running for _, running in batch):
             self._stepping.discard(id(group))
+            group.step_ns = 0.0
             return
         costs = self._costs
         step_ns = max(costs.decode_ns(len(runs), sum(run.context_tokens for run in runs)) for _, runs in batch)
+        group.step_ns = step_ns
         self._events.at(self._events.now + round(step_ns), self._stepped, (group, batch))
 
     def _stepped(self, step: tuple[DecodeGroup, list[tuple[EngineId, list[_Running]]]]) -> None:

@@ -91,6 +91,12 @@ class Prefill:
         """Computed or being computed."""
         self.busy_ns = 0
         """Over groups."""
+        self._last_step_ns = 0
+
+    @property
+    def pace_ns(self) -> int:
+        """The latest step's length; 0 while no group steps."""
+        return self._last_step_ns if any(group.busy for group in self.groups) else 0
 
     def add_group(self, queues: dict[EngineId, PrefillQueue]) -> None:
         """Engines that step together, by id."""
@@ -217,6 +223,7 @@ class Prefill:
     def _close(self, batch: Batch, record: StepRecord) -> list[tuple[LiveTurn, int]]:
         """The step is computed; the turns whose prompts ended with it, and their attempts."""
         self.steps.append(record)
+        self._last_step_ns = record.end_ns - record.start_ns
         done: list[tuple[LiveTurn, int]] = []
         for engine, chunks in batch:
             if engine.engine not in self.engines:

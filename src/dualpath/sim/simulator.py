@@ -150,9 +150,16 @@ class Simulator:
         self._next_request += 1
         self.lives[turn.request] = turn
         self.measured.turn_submitted(now)
-        self.scheduler.submit(
-            now, RequestFacts(turn.request, 0, turn.prompt_tokens, turn.hit_tokens, turn.generate_tokens)
-        )
+        lag_ns = self.machine.costs.loop_steps * self.prefill.pace_ns
+        if lag_ns:
+            self.events.at(now + int(lag_ns), self._hand_in, turn)
+        else:
+            self._hand_in(turn)
+
+    def _hand_in(self, turn: LiveTurn) -> None:
+        """All of the prefill loop's lag is taken here, before anything is held for the turn."""
+        facts = RequestFacts(turn.request, 0, turn.prompt_tokens, turn.hit_tokens, turn.generate_tokens)
+        self.scheduler.submit(self.events.now, facts)
 
     # ── commands ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -289,7 +296,16 @@ class Simulator:
             return  # aborted meanwhile
         now = turn.copied_ns = self.events.now
         self.scheduler.buffer_freed(now, turn.request, attempt, -(-turn.prompt_tokens // BLOCK_TOKENS))
-        self.decode.join(turn)
+        lag_ns = self.machine.costs.loop_steps * self.decode.engines[turn.decode_engine].group.step_ns
+        if lag_ns:
+            self.events.at(now + int(lag_ns), self._join, copied)
+        else:
+            self.decode.join(turn)
+
+    def _join(self, copied: tuple[LiveTurn, int]) -> None:
+        turn, attempt = copied
+        if turn.attempt == attempt and turn.decode_engine >= 0 and turn.copied_ns:
+            self.decode.join(turn)
 
     def _on_decoded(self, turn: LiveTurn) -> None:
         whole = whole_blocks(turn.prompt_tokens + turn.generate_tokens - 1) - turn.hit_tokens

@@ -75,13 +75,15 @@ def paper_agents(
 ) -> Agents:
     """`count` agents of a row of the paper's table, ``32K``, ``48K`` or ``64K``; beyond 500 by prepended rounds (§9).
 
-    Scales multiply the lengths of every round; trajectories still stop at MaxLen (§10). Raises ValueError.
+    Scales multiply the lengths of every round; trajectories still stop at MaxLen (§10), and a first round that would
+    be longer by itself is cut to it. Raises ValueError.
     """
     if trace not in PAPER_TRACES:
         raise ValueError(f"no trace {trace!r}; the paper has {', '.join(PAPER_TRACES)}")
     statistics = PAPER_TRACES[trace]
     table = fitted_table(statistics, PAPER_TRAJECTORIES, seed)
     if (append_scale, generate_scale) != (1.0, 1.0):
+        table = _with_first_rounds_that_fit(table, append_scale, generate_scale, statistics.max_context_tokens)
         table = table.scaled(append_scale, generate_scale, statistics.max_context_tokens)
     return Agents.prepended(table, count, statistics.max_context_tokens, seed)
 
@@ -103,6 +105,16 @@ def fitted_table(statistics: TraceStatistics, count: int = PAPER_TRAJECTORIES, s
     growth = _fitted_growth(statistics.context_tokens, turns, totals, share)
     lengths = [_rounds(rng, int(n), int(total), share, growth) for n, total in zip(turns, totals, strict=True)]
     return TurnTable.from_lengths([append for append, _ in lengths], [generate for _, generate in lengths])
+
+
+def _with_first_rounds_that_fit(table: TurnTable, by_append: float, by_generate: float, limit: int) -> TurnTable:
+    """First appends cut to what, scaled, leaves room for the scaled generation."""
+    append = table.append_tokens.copy()
+    first = table.starts[:-1]
+    room = (limit - 1 - np.rint(table.generate_tokens[first] * by_generate)) / by_append
+    append[first] = np.minimum(append[first], np.maximum(1, np.floor(room)))
+    rounds = [slice(start, stop) for start, stop in zip(table.starts[:-1], table.starts[1:], strict=True)]
+    return TurnTable.from_lengths([append[r] for r in rounds], [table.generate_tokens[r] for r in rounds])
 
 
 def measured(table: TurnTable, max_context_tokens: int) -> TraceStatistics:
