@@ -43,10 +43,14 @@ def store(bucket: Bucket, layout: KVLayout, space: Namespace) -> ObjectStore:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[ObjectServer]:
+def nginx() -> None:
     missing = missing_parts()
     if missing is not None:
         pytest.skip(missing)
+
+
+@pytest.fixture
+def server(nginx: None, tmp_path: Path) -> Iterator[ObjectServer]:
     with ObjectServer(tmp_path / "objects", tmp_path / "nginx", port=free_port()) as running:
         yield running
 
@@ -115,11 +119,8 @@ def test_an_answer_of_another_length_than_announced(
 
 
 def test_a_server_that_goes_away_is_no_fault_of_the_blocks(
-    tmp_path: Path, layout: KVLayout, space: Namespace, payload_of: PayloadOf
+    nginx: None, tmp_path: Path, layout: KVLayout, space: Namespace, payload_of: PayloadOf
 ) -> None:
-    missing = missing_parts()
-    if missing is not None:
-        pytest.skip(missing)
     with ObjectServer(tmp_path / "objects", tmp_path / "nginx", port=free_port()) as server:
         store = Storage(server.url, layout).open(space)
         first, second = block_keys(space.root, range(32), 16)
@@ -137,11 +138,8 @@ def test_a_server_that_goes_away_is_no_fault_of_the_blocks(
 
 
 def test_who_asks_just_after_a_failure_is_told_at_once(
-    tmp_path: Path, layout: KVLayout, space: Namespace, payload_of: PayloadOf
+    nginx: None, tmp_path: Path, layout: KVLayout, space: Namespace, payload_of: PayloadOf
 ) -> None:
-    missing = missing_parts()
-    if missing is not None:
-        pytest.skip(missing)
     now = 0.0
     port = free_port()
     url, plain = f"http://127.0.0.1:{port}/", {"allow_http": True}

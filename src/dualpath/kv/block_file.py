@@ -70,6 +70,13 @@ class BlockHeader(msgspec.Struct, frozen=True, gc=False):
     layer_block_bytes: int
     checksums: tuple[int, ...]
 
+    @classmethod
+    def describing(cls, payload: memoryview, space: Namespace, key: BlockKey, parent: BlockKey) -> "BlockHeader":
+        """Of a Full Block of `space`, with its checksums."""
+        layout = space.layout
+        checksums = payload_checksums(payload, layout.layer_block_bytes)
+        return cls(space.root, key, parent, layout.layers, layout.layer_block_bytes, checksums)
+
     @property
     def header_bytes(self) -> int:
         needed = _FIXED.size + _CHECKSUM.size * (self.layers + 1)

@@ -28,7 +28,6 @@ from dualpath.kv.block_file import (
     Pace,
     check_namespace,
     decode_header,
-    payload_checksums,
     unpaced,
 )
 from dualpath.kv.bucket import Body, Bucket, ObjectRecord
@@ -96,7 +95,6 @@ class ObjectStore:
         """See `Store.write`. Only the payload's way out is paced, not checking what is there."""
         check_keys(key, parent)
         view = bytes_of_block(payload, self._layout)
-        layer_block_bytes = self._layout.layer_block_bytes
         name = self._name(key)
         try:
             present = self._valid_block(key)
@@ -104,8 +102,7 @@ class ObjectStore:
             raise StoreWriteError(key, name, error) from error
         if present is not None:
             return present
-        checksums = payload_checksums(view, layer_block_bytes)
-        header = BlockHeader(self._namespace.root, key, parent, self._layout.layers, layer_block_bytes, checksums)
+        header = BlockHeader.describing(view, self._namespace, key, parent)
         for start in range(0, len(view), CHUNK_BYTES):
             pace(min(CHUNK_BYTES, len(view) - start))
         try:

@@ -22,7 +22,6 @@ from dualpath.kv.block_file import (
     Pace,
     check_namespace,
     open_block,
-    payload_checksums,
     physical_bytes,
     read_header,
     read_payload,
@@ -90,9 +89,7 @@ class PosixStore:
             with _write_errors(key, path):
                 self._make_name_durable(path)
             return present
-        layer_block_bytes = self._layout.layer_block_bytes
-        checksums = payload_checksums(view, layer_block_bytes)
-        header = BlockHeader(self._namespace.root, key, parent, self._layout.layers, layer_block_bytes, checksums)
+        header = BlockHeader.describing(view, self._namespace, key, parent)
         with _write_errors(key, path):
             self._make_shard(path.parent)
             draft = Draft(path)

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 from dualpath.experiment.cluster_process import ClusterError, ClusterProcess, log_tail
 from dualpath.experiment.launcher import ClusterLauncher, LaunchedCluster, log_path
 from dualpath.experiment.settings import Settings
+from dualpath.runtime.config import Topology
 from dualpath.testbed import network
 from dualpath.testbed.failure import TestbedError
 from dualpath.testbed.iproute import inside
@@ -36,6 +37,7 @@ HTTP_PORT = 8000
 ENGINE_GRACE_S = 5.0
 """How long engines may take to leave after their coordinator."""
 Result = TypeVar("Result")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 class TestbedLauncher:
@@ -94,9 +96,9 @@ class TestbedCluster:
             *("--transport", "tcp"),
             *launcher.options,
         )
-        self._engines = [(node, role) for node, role in _engines(self._plan.nodes, topology)]
+        self._engines = list(_engines(self._plan.nodes, topology))
         self._processes: dict[str, asyncio.subprocess.Process] = {}
-        self._exits: asyncio.Task[ClusterError]
+        self._exits: asyncio.Task[ClusterError] | None = None
         self._serve = ClusterProcess(
             name, self._serve_command(), launcher.work / "ready.json", self._log(), launcher.start_timeout_s
         )
@@ -147,6 +149,7 @@ class TestbedCluster:
 
     async def _unless_an_engine_ends(self, work: Coroutine[Any, Any, Result]) -> Result:
         """`work`'s result. Raises ClusterError, cancelling `work`, when an engine ends before it."""
+        assert self._exits is not None, "the cluster has been entered"
         working = asyncio.ensure_future(work)
         try:
             await asyncio.wait({working, self._exits}, return_when=asyncio.FIRST_COMPLETED)
@@ -191,7 +194,7 @@ class TestbedCluster:
 
     async def _end_engines(self) -> None:
         """Their coordinator has dismissed them; who does not leave is ended."""
-        if hasattr(self, "_exits"):
+        if self._exits is not None:
             self._exits.cancel()
         processes = list(self._processes.values())
         with suppress(TimeoutError):
@@ -243,17 +246,12 @@ def temporary_testbed(
         network.down(name)
 
 
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
-
-
 def _environment() -> Mapping[str, str]:
     """Without proxies, which would be asked for the object server's address."""
     return {name: value for name, value in os.environ.items() if name.lower() not in _PROXIES}
 
 
 def _size(topology: str) -> tuple[int, int]:
-    from dualpath.runtime.config import Topology
-
     parsed = Topology.parse(topology)
     return parsed.prefill_engines, parsed.decode_engines
 

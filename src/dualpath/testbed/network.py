@@ -228,7 +228,10 @@ def _state_file(name: str) -> Path:
 
 def _write_state(testbed: Testbed) -> None:
     path = _state_file(testbed.plan.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(msgspec.json.encode(testbed))
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(msgspec.json.encode(testbed))
+        temporary.replace(path)
+    except OSError as error:
+        raise TestbedError(f"the testbed's record can't be kept: {error}") from error

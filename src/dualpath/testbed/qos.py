@@ -79,7 +79,7 @@ def measure(
     rate_bytes_per_s: int, seconds: float, rounds: int, on_phase: Callable[[str], None], name: str = "qos"
 ) -> QosReport:
     """Build a testbed, measure, and remove it. Raises TestbedError."""
-    testbed = network.up(make_plan(name, 2, 2, SUBNET), Rates(cnic=rate_bytes_per_s), replace=True)
+    testbed = network.up(make_plan(name, 2, 2, SUBNET), Rates(cnic=rate_bytes_per_s))
     try:
         phases = asyncio.run(_measure(testbed, seconds, rounds, on_phase))
     finally:
