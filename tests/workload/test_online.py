@@ -3,17 +3,17 @@ import asyncio
 import pytest
 
 from dualpath.workload import Arrivals, ReplayError, ReplayOptions, Round, Slo, Trajectory, Window, replay_online
-from dualpath.workload.online import STEADY_WINDOWS, judge
+from dualpath.workload.online import MIN_TURNS, STEADY_WINDOWS, judge
 
 SLO = Slo(ttft_s=1.0, tpot_s=0.05)
 
 
-def window(ttft_s=0.5, tpot_s=0.01, turns=3, failed=0):
-    return Window(ttft_s=ttft_s, tpot_s=tpot_s, turns=turns, failed=failed)
+def window(ttft_s=0.5, tpot_s=0.01, turns=9, failed=0, end_s=10.0):
+    return Window(end_s=end_s, ttft_s=ttft_s, tpot_s=tpot_s, turns=turns, late=0, failed=failed)
 
 
-def verdict(*windows, duration_s=100):
-    return judge(windows, SLO, duration_s, 10)
+def verdict(*windows):
+    return judge(windows, SLO, 100.0)
 
 
 def test_a_window_beyond_the_slo_or_with_a_failure_ends_it():
@@ -31,11 +31,12 @@ def test_steady_means_as_fast_as_some_windows_before():
     assert verdict(window(ttft_s=0.40), *[window()] * (STEADY_WINDOWS - 1), window(ttft_s=0.43)) is None
 
 
-def test_windows_without_turns_say_nothing_and_the_duration_ends_what_is_not_steady():
+def test_the_duration_ends_what_is_not_steady_and_windows_without_turns_say_nothing():
     empty = window(ttft_s=None, tpot_s=None, turns=0)
     assert verdict(*[empty] * 9) is None
-    assert verdict(*[empty] * 10) == "duration"
-    assert verdict(*[window(ttft_s=0.1 * n) for n in range(1, 4)], duration_s=25) == "duration"
+    assert verdict(*[empty] * 9, window(ttft_s=None, tpot_s=None, turns=0, end_s=100.0)) == "duration"
+    assert verdict(window(end_s=99.9)) is None and verdict(window(end_s=100.0)) == "duration"
+    assert verdict(window(end_s=100.0, ttft_s=2)) == "ttft"
 
 
 def test_arrivals_are_seeded_within_the_duration_and_as_many_as_the_rate_says():
@@ -67,7 +68,11 @@ def test_agents_arrive_when_they_are_due_and_a_measurement_lets_turns_end(fake):
     first = {turn.trajectory: turn.start_s for turn in result.replay.turns if turn.round_index == 0}
     for number, at_s in enumerate(times_s):
         assert first.get(f"agent-{number}", 1e9) >= at_s + 0.05  # its pause is before its first turn too
-    assert len(result.windows) == 6 and result.holds and not result.replay.failures
+    assert result.holds and not result.replay.failures
+    assert all(window.turns >= MIN_TURNS for window in result.windows[:-1])
+    assert result.windows[-1].end_s == 1.2 and sum(window.turns for window in result.windows) <= len(
+        result.replay.turns
+    )
     assert len(fake.prompts) == len(result.replay.turns), "a turn that was sent was not waited for"
     assert max(turn.start_s for turn in result.replay.turns) <= 1.2 + 5
 
@@ -76,7 +81,7 @@ def test_a_server_that_does_not_answer_in_time_ends_a_probe_by_ttft(fake):
     fake.faults = ["hang"] * 200
     result, _ = run(fake.url, probe=True, slo=Slo(ttft_s=0.3, tpot_s=1), duration_s=30)
     assert (result.verdict, result.holds) == ("ttft", False)
-    assert result.windows[-1].turns == 0 and result.windows[-1].ttft_s > 0.3
+    assert result.windows[-1].turns == 0 and result.windows[-1].late >= MIN_TURNS and result.windows[-1].ttft_s > 0.3
     assert len(result.windows) < 150, "the probe went on although its answer was known"
 
 
@@ -92,7 +97,8 @@ def test_slow_tokens_end_it_by_tpot_and_failures_by_errors(fake):
 def test_a_measurement_goes_on_after_the_slo_was_missed_and_keeps_that_verdict(fake):
     fake.step_s = 0.02
     result, _ = run(fake.url, slo=Slo(ttft_s=30, tpot_s=0.001))
-    assert result.verdict == "tpot" and len(result.windows) == 6
+    assert result.verdict == "tpot" and result.windows[-1].end_s == 1.2
+    assert judge(result.windows[-1:], Slo(ttft_s=30, tpot_s=30), 1.2) == "duration"
 
 
 def test_what_can_not_begin_is_refused(fake):

@@ -10,7 +10,8 @@ are held against the SLO (paper §9, whose windows are 150 s and are compared wi
     mean TTFT within 5 % of that `STEADY_WINDOWS` before → holds: steady
     the duration is over                                 → holds: duration
 
-A turn that still waits for its first token counts as one with what it has waited, where that is above the SLO already;
+A window of fewer than `MIN_TURNS` turns goes on for another length: one first turn, which has nothing in storage, is no
+mean. A turn that still waits for its first token counts with what it has waited, where that is above the SLO already;
 or a server that answers nothing at all would look idle. A measurement runs for its whole duration and then lets the
 turns under way end; a probe (`dualpath.workload.capacity`) ends as soon as the answer is known.
 """
@@ -33,6 +34,7 @@ from dualpath.workload.trajectory import Trajectory
 
 STEADY_WINDOWS = 4
 STEADY = 0.05
+MIN_TURNS = 8
 Verdict = Literal["ttft", "tpot", "errors", "steady", "duration"]
 HOLDS: tuple[Verdict, ...] = ("steady", "duration")
 
@@ -70,9 +72,13 @@ class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
 class Window(msgspec.Struct, frozen=True, kw_only=True):
     """What was seen in one. None where there was no turn, or none of more than a token."""
 
+    end_s: float
+    """After the start of the measurement."""
     ttft_s: float | None
     tpot_s: float | None
     turns: int
+    late: int
+    """Turns that still waited for their first token, longer than the SLO."""
     failed: int
 
 
@@ -91,7 +97,7 @@ class OnlineResult(msgspec.Struct, frozen=True, kw_only=True):
         return self.verdict in HOLDS
 
 
-def judge(windows: Sequence[Window], slo: Slo, duration_s: float, window_s: float) -> Verdict | None:
+def judge(windows: Sequence[Window], slo: Slo, duration_s: float) -> Verdict | None:
     """What the windows so far say; None where it is too early."""
     last = windows[-1]
     if last.failed:
@@ -104,7 +110,7 @@ def judge(windows: Sequence[Window], slo: Slo, duration_s: float, window_s: floa
         before = windows[-1 - STEADY_WINDOWS]
         if last.ttft_s and before.ttft_s and abs(last.ttft_s - before.ttft_s) <= STEADY * before.ttft_s:
             return "steady"
-    return "duration" if len(windows) * window_s >= duration_s - 1e-9 else None
+    return "duration" if last.end_s >= duration_s else None
 
 
 async def replay_online(
@@ -166,8 +172,12 @@ async def _watch(run: Rollout, arrivals: Arrivals, slo: Slo, probe: bool) -> tup
     for number in itertools.count(1):
         end_s = min(number * arrivals.window_s, arrivals.duration_s)
         await asyncio.sleep(max(0.0, run.started_at_s + end_s - time.perf_counter()))
-        windows.append(seen.window(run, slo))
-        now = judge(windows, slo, arrivals.duration_s, arrivals.window_s)
+        window = seen.window(run, slo, end_s)
+        if window.turns + window.late < MIN_TURNS and not window.failed and end_s < arrivals.duration_s:
+            continue
+        seen.close(window)
+        windows.append(window)
+        now = judge(windows, slo, arrivals.duration_s)
         if verdict is None or verdict in HOLDS:
             verdict = now or verdict
         if verdict is not None and (probe or end_s >= arrivals.duration_s):
@@ -182,17 +192,22 @@ class _Seen:
         self._turns = 0
         self._failures = 0
 
-    def window(self, run: Rollout, slo: Slo) -> Window:
-        turns, failed = run.turns[self._turns :], len(run.failures) - self._failures
-        self._turns, self._failures = len(run.turns), len(run.failures)
-        now_s = time.perf_counter()
+    def window(self, run: Rollout, slo: Slo, end_s: float) -> Window:
+        """From where the last one was closed until now."""
+        turns, now_s = run.turns[self._turns :], time.perf_counter()
         late_s = [now_s - since_s for since_s in run.waiting_since_s.values() if now_s - since_s > slo.ttft_s]
         return Window(
+            end_s=end_s,
             ttft_s=_mean([*(turn.ttft_s for turn in turns), *late_s]),
             tpot_s=_mean(list(_tpots_s(turns))),
             turns=len(turns),
-            failed=failed,
+            late=len(late_s),
+            failed=len(run.failures) - self._failures,
         )
+
+    def close(self, window: Window) -> None:
+        self._turns += window.turns
+        self._failures += window.failed
 
 
 def _tpots_s(turns: Sequence[TurnResult]) -> Iterator[float]:
