@@ -193,9 +193,14 @@ def test_the_timeline_answers_keys(page, result):
     facts = texts(page, "#turn-facts")[0]
     assert facts.startswith(f"{first.trajectory}, round 1, from {first.start_s:.2f} s")
     assert f"{first.loaded_tokens:,} loaded" in facts and f"{first.timings.prefill_engine} read" in facts
-    canvas.send_keys("+", "+", Keys.ARROW_LEFT)
-    page.execute_async_script(NEXT_FRAMES)
-    assert page.execute_script(PIXELS) != whole
+    seen = [whole]
+    for key in ("", "+", Keys.ARROW_RIGHT, "-", "+", "0"):
+        canvas.send_keys(key)
+        page.execute_async_script(NEXT_FRAMES)
+        seen.append(page.execute_script(PIXELS))
+    _, marked, nearer, later, out_again, _, all_again = seen
+    assert len({whole, marked, nearer, later}) == 4
+    assert marked == out_again == all_again
 
 
 def test_a_point_of_the_timeline_tells_its_turn(page, result):
@@ -223,18 +228,26 @@ def test_charts_follow_their_choice_and_the_theme(page, result):
 
 
 def test_narrow_screens_need_no_sideways_scrolling(page):
+    from selenium.webdriver.support.ui import WebDriverWait
+
     metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
         for chart in ("jct", "snic-bytes", "cdf-ttft"):
             drawn(page, chart)
-        page.execute_async_script(NEXT_FRAMES)
-        assert page.execute_script("return document.documentElement.scrollWidth") <= 390
+        # plotly draws anew for another width after a moment of its own
+        fits = "return document.documentElement.scrollWidth <= 390"
+        WebDriverWait(page, READY_WITHIN_S).until(lambda driver: driver.execute_script(fits))
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_printed_page_has_every_chart_in_light_colours_and_no_wider_than_paper(page):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    drawn(page, "jct")
+    wide = "return document.querySelector('#jct .plot svg').clientWidth > 900"
+    WebDriverWait(page, READY_WITHIN_S).until(lambda driver: driver.execute_script(wide))
     page.execute_script(NOTE_WHAT_IS_PRINTED)
     page.execute_script("document.documentElement.dataset.theme = 'dark'")
     assert page.execute_cdp_cmd("Page.printToPDF", {})["data"].startswith("JVBER")

@@ -101,8 +101,9 @@ class Charts {
     this.sections.forEach(({ root }) => watcher.observe(root));
   }
 
-  // Anew in the theme's colours; `every` one, or those that have been seen.
+  // In the theme's colours, those that have been seen; or every one from scratch, which also measures its room.
   redraw(every = false) {
+    if (every) for (const plot of document.querySelectorAll(".plot")) Plotly.purge(plot);
     for (const section of this.sections) if (section.drawn || every) section.draw();
   }
 }

@@ -56,7 +56,7 @@ function watchTheme(redraw) {
     delete root.printing;
     if (before) root.theme = before;
     else delete root.theme;
-    redraw();
+    redraw(true);
   });
 }
 
