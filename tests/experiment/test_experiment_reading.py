@@ -12,7 +12,7 @@ from dualpath.experiment.cells import cells, measured_points
 from dualpath.experiment.page import write_figure, write_page
 from dualpath.experiment.stages import STAGES, mean_stages_s
 from dualpath.experiment.tables import markdown_table, terminal_table
-from dualpath.report.result_file import SnicSample
+from dualpath.report.result_file import ClusterSetup, SnicSample
 
 
 def compared(jct_s, topology="1P1D", system="dualpath", ratio=2.0, ideal=2.0, **more):
@@ -109,6 +109,25 @@ def test_pairs_of_equal_storage_bandwidth():
 def test_real_sessions_are_judged_by_whether_storage_binds(ratio, ideal, expected):
     sentences = findings.real_sessions(result(run("basic", 20.0), compared(20.0 / ratio, ratio=ratio, ideal=ideal)))
     assert expected in sentences[0]
+
+
+def test_the_agent_that_reads_most_bounds_every_system():
+    setup = ClusterSetup(
+        layers=1,
+        kv_bytes_per_token=10**5,
+        snic_bytes_per_s=None,
+        cnic_bytes_per_s=None,
+        compute_quota_s=0.3,
+        threads=1,
+        cores=2,
+        dtype="float32",
+        transport="shm",
+    )
+    turns = [turn(0, loaded_tokens=100), turn(0, loaded_tokens=300), turn(1, loaded_tokens=200)]
+    found = findings.longest_agent(result(run(errors=1), run(cluster=setup, turn_results=turns)))
+    assert len(found) == 1
+    assert found[0].startswith("agent-0000 reads 40 of 60 MB, one turn after another: 1.0 s with one NIC")
+    assert findings.longest_agent(result(run(turn_results=turns))) == []  # whose KV has an unknown size
 
 
 def test_an_ablation_is_told_with_the_papers_figures():

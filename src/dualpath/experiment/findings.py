@@ -84,8 +84,9 @@ def soundness(result: ResultFile) -> list[str]:
 
 
 def pairs(result: ResultFile) -> list[str]:
-    """Gains, and whether pairs of equal storage bandwidth tie."""
-    return [*(_pair_sentence(pair) for pair in equal_bandwidth_pairs(result)), *gains(result)]
+    """Whether pairs of equal storage bandwidth tie; the agent that reads most; gains."""
+    ties = [_pair_sentence(pair) for pair in equal_bandwidth_pairs(result)]
+    return [*ties, *longest_agent(result), *gains(result)]
 
 
 def _pair_sentence(pair: Pair) -> str:
@@ -97,6 +98,27 @@ def _pair_sentence(pair: Pair) -> str:
 def real_sessions(result: ResultFile) -> list[str]:
     """Where storage binds: does dualpath reach the ideal? Where it does not: does it lose nothing? And the pairs."""
     return [*filter(None, map(_verdict, measured_points(result))), *pairs(result)]
+
+
+def longest_agent(result: ResultFile) -> list[str]:
+    """What bounds every system that reads a request with one storage NIC: its turns follow one another."""
+    run = next((run for run in result.runs if not run.errors and run.cluster is not None), None)
+    rate = result.configuration.snic_bytes_per_s
+    if run is None or run.cluster is None or rate is None:
+        return []
+    read_tokens: dict[str, int] = {}
+    for turn in run.turn_results:
+        read_tokens[turn.trajectory] = read_tokens.get(turn.trajectory, 0) + turn.loaded_tokens
+    agent, most = max(read_tokens.items(), key=lambda item: item[1], default=("", 0))
+    every = sum(read_tokens.values())
+    if not most:
+        return []
+    per_token = run.cluster.kv_bytes_per_token
+    sentence = (
+        f"{agent} reads {most * per_token / 1e6:.0f} of {every * per_token / 1e6:.0f} MB, one turn after another: "
+        f"{most * per_token / rate:.1f} s with one NIC, which no system that reads a request with one NIC can undercut."
+    )
+    return [sentence]
 
 
 def _verdict(point: MeasuredPoint) -> str:
