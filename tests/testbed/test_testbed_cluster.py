@@ -13,7 +13,7 @@ from bed import SUBNET
 
 from dualpath.engine.checkpoint import make_checkpoint
 from dualpath.experiment.cluster_process import ClusterError
-from dualpath.testbed import iproute
+from dualpath.testbed import iproute, network
 from dualpath.testbed.launcher import TestbedLauncher, temporary_testbed
 from dualpath.testbed.network import Testbed, leftovers, load, status
 from dualpath.testbed.object_server import missing_parts
@@ -59,6 +59,16 @@ async def complete(url: str) -> int:
         return hit
 
 
+async def counted_bytes(url: str, role: str, nic: str, direction: str) -> int:
+    """What the engines of a role say of their NICs, once they have said it: gauges come with heartbeats."""
+    await asyncio.sleep(1.0)
+    async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
+        text = (await client.get(f"{url}/metrics")).text
+    labels = (f'role="{role}"', f'nic="{nic}"', f'direction="{direction}"')
+    lines = [line for line in text.splitlines() if line.startswith("dualpath_nic_bytes_total")]
+    return sum(int(float(line.split()[-1])) for line in lines if all(label in line for label in labels))
+
+
 @pytest.mark.slow
 def test_a_cluster_reads_what_another_has_stored(launcher: TestbedLauncher, tmp_path: Path) -> None:
     """KV goes out through the DE's SNIC, and comes back through an SNIC after a restart; nothing stays behind."""
@@ -69,6 +79,9 @@ def test_a_cluster_reads_what_another_has_stored(launcher: TestbedLauncher, tmp_
             assert await cluster.run(complete(cluster.url)) == 0
             while len(list(store.rglob("*.kv"))) < len(PROMPT) // 64:
                 await asyncio.sleep(0.1)
+            written = await cluster.run(counted_bytes(cluster.url, "decode", "snic", "tx"))
+            sent = sent_bytes(launcher.testbed)
+            assert 0 < written < sent["de0 snic0"] + sent["de1 snic0"], "all of it went over the storage network"
 
     async def second() -> None:
         async with launcher.cluster("second", "1P1D", "basic", store, limited=True) as cluster:
@@ -76,6 +89,9 @@ def test_a_cluster_reads_what_another_has_stored(launcher: TestbedLauncher, tmp_
             assert await cluster.run(complete(cluster.url)) >= 64
             after = sent_bytes(launcher.testbed)
             assert after["pe0 cnic0"] - before["pe0 cnic0"] > 64 * 1024, "KV of the prompt, over the compute network"
+            read = await cluster.run(counted_bytes(cluster.url, "prefill", "snic", "rx"))
+            received = network.sent_bytes_by_class(launcher.testbed.plan.switch, "s.pe0")["1:1"]
+            assert 0 < read < received
             assert all(node.pids for node in status(launcher.testbed) if node.name != "de1")
 
     asyncio.run(asyncio.wait_for(first(), 200))
