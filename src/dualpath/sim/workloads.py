@@ -1,14 +1,13 @@
-"""What a user names as a workload, as agents: a row of the paper's table, a Mooncake trace, or WEKA sessions."""
+"""What a user names as a workload, as agents of columns: a row of the paper's table, or recorded ones."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from dualpath.workload.mooncake import read_mooncake
+from dualpath.workload.limits import TraceError, TraceLimits
 from dualpath.workload.paper import PAPER_TRACES, paper_agents
+from dualpath.workload.sources import load_source
 from dualpath.workload.turn_table import Agents, TurnTable
-from dualpath.workload.weka import TraceError, WekaLimits, read_weka
 
 __all__ = ["TraceError", "agents_of", "typical_turn"]
 
@@ -22,14 +21,15 @@ def agents_of(
     generate_scale: float = 1.0,
     max_context_tokens: int | None = None,
 ) -> Agents:
-    """`names`: one of ``32K``, ``48K``, ``64K``; or one Mooncake ``.jsonl``; or WEKA session files, an agent each.
+    """`names`: one of ``32K``, ``48K``, ``64K``; or files that `dualpath.workload.sources` reads.
 
     `count` agents (500 of the paper's, one each of recorded ones where None); more than were recorded come about by
     prepending a round, as the paper does (§9). Raises TraceError, and ValueError for scales or counts that can't be.
     """
     if len(names) == 1 and names[0] in PAPER_TRACES:
         return paper_agents(names[0], count or 500, seed, append_scale, generate_scale)
-    table = _recorded(names, max_context_tokens)
+    source = load_source(names, TraceLimits(max_context_tokens=max_context_tokens))
+    table = TurnTable.from_trajectories(source.trajectories)
     if (append_scale, generate_scale) != (1.0, 1.0):
         table = table.scaled(append_scale, generate_scale, max_context_tokens)
     return Agents.prepended(table, count or len(table), max_context_tokens, seed)
@@ -43,16 +43,3 @@ def typical_turn(agents: Agents) -> tuple[float, float]:
         float(np.average(table.prompt_tokens, weights=runs)),
         float(np.average(table.kept_tokens, weights=runs)),
     )
-
-
-def _recorded(names: Sequence[str], max_context_tokens: int | None) -> TurnTable:
-    paths = [Path(name) for name in names]
-    for path in paths:
-        if not path.is_file():
-            raise TraceError(f"no trace {str(path)!r}: give {', '.join(PAPER_TRACES)}, or files")
-    if paths[0].suffix == ".jsonl":
-        if len(paths) > 1:
-            raise TraceError(f"{paths[0]} is a whole trace by itself; give one .jsonl file")
-        return TurnTable.from_trajectories(read_mooncake(paths[0], max_context_tokens).trajectories)
-    limits = WekaLimits(max_context_tokens=max_context_tokens)
-    return TurnTable.from_trajectories([read_weka(path, limits) for path in paths])
