@@ -77,6 +77,7 @@ BUSY_AGENTS = tuple(
     )
 )
 """Who asks at once; the first turns are the warm-up."""
+BUSY_REPLAYS = 2
 
 
 class Used(msgspec.Struct, frozen=True):
@@ -89,13 +90,19 @@ class Used(msgspec.Struct, frozen=True):
     ttft_s: float
 
 
+class Busy(msgspec.Struct, frozen=True):
+    """`BUSY_AGENTS` at once: their completion time, and the CPU time of all processes until then. Means of replays."""
+
+    jct_ns: float
+    cpu_ns: float
+
+
 class ClusterUse(msgspec.Struct, frozen=True):
     """What the two halves of the measurement used."""
 
     lone: dict[str, Used]
     """By kind."""
-    agents_cpu_ns: float
-    """All processes, from the first request of `BUSY_AGENTS` to the last answer."""
+    busy: Busy
 
 
 def measure_cluster(rates: MachineRates, model: Path, store: Path) -> ClusterUse:
@@ -128,16 +135,19 @@ async def _measure(rates: MachineRates, model: Path, folder: Path) -> ClusterUse
         ready = msgspec.json.decode(ready_file.read_bytes(), type=_Ready)
         pids = [ready.pid, *(e.pid for role in ("prefill", "decode") for e in ready.engines if e.role == role)]
         lone = {kind.name: await _used(cluster, pids, kind) for kind in KINDS}
-        return ClusterUse(lone, await _agents_cpu_ns(cluster, pids))
+        return ClusterUse(lone, await _busy(cluster, pids))
 
 
-async def _agents_cpu_ns(cluster: LaunchedCluster, pids: list[int]) -> float:
-    options = ReplayOptions()
-    contexts = await cluster.run(warm_up(cluster.url, BUSY_AGENTS, options))
-    await asyncio.sleep(SETTLE_S)
-    before = _clocks(pids)
-    await cluster.run(replay(cluster.url, BUSY_AGENTS, options, contexts=contexts))
-    return float(sum(_clocks(pids)) - sum(before))
+async def _busy(cluster: LaunchedCluster, pids: list[int]) -> Busy:
+    contexts = await cluster.run(warm_up(cluster.url, BUSY_AGENTS, ReplayOptions()))
+    jcts_ns, cpus_ns = [], []
+    for seed in range(1, 1 + BUSY_REPLAYS):  # other tokens each time, so that none are in storage
+        await asyncio.sleep(SETTLE_S)
+        before = sum(_clocks(pids))
+        result = await cluster.run(replay(cluster.url, BUSY_AGENTS, ReplayOptions(seed=seed), contexts=contexts))
+        cpus_ns.append(sum(_clocks(pids)) - before)
+        jcts_ns.append(result.jct_s * 1e9)
+    return Busy(statistics.mean(jcts_ns), statistics.mean(cpus_ns))
 
 
 async def _used(cluster: LaunchedCluster, pids: list[int], kind: Kind) -> Used:

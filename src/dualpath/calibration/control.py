@@ -4,17 +4,16 @@ What each process used for a lone request, less what is known already (steps, co
 tokens, generated tokens and messages. Then the same lone requests are simulated; what they really take longer to their
 first token is hops between processes, of which a first token needs six.
 
-Agents that ask at once use more CPU time than they do in the simulation: caches and memory are shared, threads are
-switched. The factor that makes the two equal is the slowdown of busy cores. It is CPU time again, so what else runs on
-the machine hardly matters to it.
+Agents that ask at once take longer than they do in the simulation: caches and memory are shared, threads are switched,
+Python's lock is waited for. The factor on everything that makes the two equal is the slowdown of busy cores.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from dualpath.calibration.cluster_use import BUSY_AGENTS, KINDS, Kind, Used
+from dualpath.calibration.cluster_use import BUSY_AGENTS, KINDS, Busy, Kind, Used
 from dualpath.calibration.fitting import fit
 from dualpath.core.batching import Chunk
 from dualpath.prediction.machine import ControlCost, Fit, MachineRates
@@ -25,13 +24,25 @@ from dualpath.workload import Trajectory
 MAX_SLOWDOWN = 3.0
 
 
-def fit_slowdown(rates: MachineRates, agents_cpu_ns: float) -> float:
-    """The slowdown with which the simulated agents use as much CPU time as the real ones, by bisection."""
+def fit_slowdowns(rates: MachineRates, busy: Busy) -> tuple[float, float]:
+    """By which factor the simulated agents take as long as the real ones, and use as much CPU time."""
+
+    def simulated_ns(slowdown: float) -> tuple[float, float]:
+        cluster, _, jct_ns = simulate(_setup(msgspec.structs.replace(rates, slowdown=slowdown), BUSY_AGENTS))
+        return jct_ns, cluster.cpu.busy_core_ns
+
+    return (
+        _least(lambda slowdown: simulated_ns(slowdown)[0] >= busy.jct_ns),
+        _least(lambda slowdown: simulated_ns(slowdown)[1] >= busy.cpu_ns),
+    )
+
+
+def _least(enough: Callable[[float], bool]) -> float:
+    """The slowdown from which on it is enough, by bisection."""
     low, high = 1.0, MAX_SLOWDOWN
-    for _ in range(12):
+    for _ in range(10):
         middle = (low + high) / 2
-        cluster, _, _ = simulate(_setup(msgspec.structs.replace(rates, slowdown=middle), BUSY_AGENTS))
-        low, high = (middle, high) if cluster.cpu.busy_core_ns < agents_cpu_ns else (low, middle)
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return (low + high) / 2
 
 

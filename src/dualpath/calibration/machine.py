@@ -10,7 +10,7 @@ import msgspec
 
 from dualpath.calibration.cluster_use import measure_cluster
 from dualpath.calibration.compute import measure_compute, measure_sharing
-from dualpath.calibration.control import fit_control, fit_slowdown
+from dualpath.calibration.control import fit_control, fit_slowdowns
 from dualpath.calibration.moves import measure_moves
 from dualpath.calibration.storage import measure_storage
 from dualpath.core.batching import AttentionCost, Chunk
@@ -69,6 +69,7 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
         side_by_side=side_by_side,
         oversubscribed_error=oversubscribed_error,
         slowdown=1.0,
+        cpu_slowdown=1.0,
         attention=attention,
         prefill_tokens_per_s=1e9
         * (PROBE_HIT_TOKENS + PROBE_NEW_TOKENS)
@@ -90,9 +91,13 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
     used = measure_cluster(rates, options.model, options.store)
     control, control_fits = fit_control(rates, used.lone)
     rates = msgspec.structs.replace(rates, control=control)
-    slowdown = fit_slowdown(rates, used.agents_cpu_ns)
+    slowdown, cpu_slowdown = fit_slowdowns(rates, used.busy)
     return msgspec.structs.replace(
-        rates, slowdown=slowdown, fits=fits | control_fits, measured_s=time.perf_counter() - started_s
+        rates,
+        slowdown=slowdown,
+        cpu_slowdown=cpu_slowdown,
+        fits=fits | control_fits,
+        measured_s=time.perf_counter() - started_s,
     )
 
 

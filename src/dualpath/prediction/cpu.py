@@ -2,9 +2,9 @@
 
 Theory of operation. Engines without accelerators compute on the cores that also move bytes, answer HTTP and replay the
 agents. The kernel gives runnable threads equal shares, so with W threads runnable on C cores everybody runs at the same
-rate, ``min(1, C / W)``, less what busy cores take from each other through caches and memory (`slowdown`, measured). One
-rate for all means that a single number, the service one thread would have had so far, tells who ends when: a task ends
-when it has grown by the task's demand. A heap of those ends is all the state there is.
+rate, ``min(1, C / W)``, less what busy cores take from each other through caches and memory (`slowdown`). One rate for
+all means that a single number, the service one thread would have had so far, tells who ends when: a task ends when it
+has grown by the task's demand. A heap of those ends is all the state there is.
 """
 
 from heapq import heappop, heappush

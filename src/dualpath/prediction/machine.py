@@ -154,6 +154,8 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
     """With one engine more than that: measured wall time over what processor sharing predicts, less one."""
     slowdown: float
     """By how much everything takes longer while all cores of a serving cluster are busy."""
+    cpu_slowdown: float
+    """The same by CPU time alone, which has no waiting for cores or for Python's lock in it."""
     attention: AttentionCost
     """What a PE's own profile of its attention comes to: its batches are cut by it."""
     prefill_tokens_per_s: float
