@@ -1,6 +1,7 @@
 """``dualpath paper``: the items that need no simulation, one that does, capacities, and what is written."""
 
 import json
+import operator
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,12 @@ from dualpath import cli
 from dualpath.paper.archive import ArchiveError, merged
 from dualpath.paper.document import write_results
 from dualpath.paper.items import ITEMS
-from dualpath.paper.online import CAPACITY_STEP, capacity
+from dualpath.paper.online import CAPACITY_STEP, capacity, working_set
 from dualpath.paper.rows import Row, row
-from dualpath.paper.runner import Runner
+from dualpath.paper.runner import Runner, process_pool
 from dualpath.paper.steady import sustains
+from dualpath.paper.together import together
+from dualpath.spec.cluster import ClusterError
 
 
 def test_the_table_and_the_range_are_reproduced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +48,38 @@ def test_an_ablation_at_a_small_scale() -> None:
     assert len(ran) == len(set(ran)) == 8
     assert len(runner.runs()) == 8
     assert rows[:3] == rows[3:]
+
+
+@pytest.mark.slow
+def test_processes_change_nothing_and_share_what_items_have_in_common() -> None:
+    """Two items of the same simulations, on two processes and on none."""
+    names = ["ablation", "balance"]
+    alone = Runner(scale=0.01)
+    expected = {found[0][0].item: found[0] for found in together(names, alone)}
+    asked: list[str] = []
+    ended: list[None] = []
+    with process_pool(2) as pool:
+        runner = Runner(scale=0.01, announce=asked.append, pool=pool, on_done=lambda: ended.append(None))
+        found = {rows[0].item: rows for rows, _ in together(names, runner)}
+    assert found == expected
+    assert len(asked) == len(set(asked)) == len(ended) == 8
+    key = operator.attrgetter("system", "agents")
+    assert [one.simulated_s for one in sorted(runner.runs(), key=key)] == [
+        one.simulated_s for one in sorted(alone.runs(), key=key)
+    ]
+
+
+def test_a_simulation_that_fails_reaches_whoever_asked() -> None:
+    with process_pool(2) as pool, pytest.raises(ClusterError, match="no cluster 'nowhere'"):
+        Runner(pool=pool).offline("nowhere", "dualpath", 8)
+
+
+def test_a_working_set_is_arrivals_times_stay_times_half_the_context() -> None:
+    outcome = SimpleNamespace(agent_s=600.0, mean_total_tokens=50_000.0, kv_bytes_per_token=40_000)
+    runner = SimpleNamespace(online=lambda *_: outcome)
+    low, high = working_set(runner)  # type: ignore[arg-type]
+    assert low.ours == pytest.approx(0.1 * 600 * 25_000 * 40_000 / 1e9)
+    assert high.ours == pytest.approx(4.5 * low.ours)
 
 
 @pytest.mark.slow

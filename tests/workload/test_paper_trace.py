@@ -106,3 +106,22 @@ def test_other_statistics_can_be_asked_for():
     found = measured(fitted_table(wanted, count=400), 8192)
     for column in COLUMNS:
         assert getattr(found, column) == pytest.approx(getattr(wanted, column), rel=0.02), column
+
+
+def test_turns_are_spread_as_public_sessions_are():
+    """Weibull: shares of turns at the mean's multiples, and no trajectory of many times the mean."""
+    turns = fitted_table(PAPER_TRACES["64K"]).turns / 157
+    assert np.quantile(turns, 0.5) == pytest.approx(0.9, abs=0.1)
+    assert np.quantile(turns, 0.99) == pytest.approx(2.5, abs=0.4)
+    assert turns.max() < 4
+
+
+def test_a_first_round_beyond_max_len_is_cut_to_it():
+    """Of 32K, one that takes 20K by itself is among the 500."""
+    plain, doubled = paper_agents("32K", 500), paper_agents("32K", 500, append_scale=2.0)
+    first, long = (agents.table.append_tokens[agents.table.starts[:-1]] for agents in (plain, doubled))
+    assert 2 * first.max() > 32_768
+    assert 30_000 < long.max() < 32_768
+    assert doubled.table.final_context_tokens.max() <= 32_768
+    fits = np.flatnonzero(long < 30_000)
+    assert np.array_equal(long[fits], 2 * first[fits])
