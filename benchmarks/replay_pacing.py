@@ -158,7 +158,8 @@ def main() -> None:
         f"{len(result.turns)} turns, {len(result.failures)} failed, {result.retries} retries, {wall_s:.1f} s, "
         f"{events / wall_s:.0f} events/s; pacing p50 / p99 in ms: first turns {first.p50_s * 1e3:.1f} / "
         f"{first.p99_s * 1e3:.1f}, later {later.p50_s * 1e3:.1f} / {later.p99_s * 1e3:.1f}; "
-        f"client {cpu_s / wall_s:.0%} of a core ({cpu_s / events * 1e6:.0f} us an event), stub {stub_cpu_s / wall_s:.0%}; "
+        f"client {cpu_s / wall_s:.0%} of a core ({cpu_s / events * 1e6:.0f} us an event), "
+        f"stub {stub_cpu_s / wall_s:.0%}; "
         f"a process that only sleeps: {idle_p50_s * 1e3:.1f} / {idle_p99_s * 1e3:.1f}"
     )
 

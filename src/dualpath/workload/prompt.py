@@ -29,7 +29,7 @@ class Prompt:
     def keep(self, tokens: int) -> None:
         """Drop what comes after the first `tokens` ids (a compaction); no effect where there are no more."""
         if tokens < self.tokens:
-            # The view must be gone before the bytearray can shrink.
+            # Of a copy: a view of the bytearray would keep it from shrinking.
             commas = np.flatnonzero(np.frombuffer(bytes(self._text), np.uint8) == _COMMA)
             del self._text[int(commas[tokens - 1]) if tokens else 0 :]
             self.tokens = tokens
