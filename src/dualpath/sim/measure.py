@@ -36,9 +36,6 @@ class Measurements:
         self.generated_tokens = 0
         self.turn_ns = 0
         """Turns in the system, integrated over time (Little's law: this is also the sum of their latencies)."""
-        self.context_token_ns = 0
-        """Tokens of context that unfinished agents have built up, integrated over time: the working set."""
-        self._context_tokens = 0
         self._in_system = 0
         self._since_ns = 0
 
@@ -47,7 +44,6 @@ class Measurements:
 
     def agent_finished(self, agent: Agent, now: int) -> None:
         self.agents_finished += 1
-        self._context_tokens -= agent.context_tokens
         self.agent_jct_s.append((now - agent.start_ns) / 1e9)
 
     def turn_submitted(self, now: int) -> None:
@@ -57,7 +53,6 @@ class Measurements:
 
     def turn_finished(self, turn: LiveTurn, now: int) -> None:
         self._integrate(now)
-        self._context_tokens += turn.prompt_tokens + turn.generate_tokens - turn.agent.context_tokens
         self._in_system -= 1
         self.finished += 1
         generated = turn.generate_tokens + turn.done_tokens
@@ -79,5 +74,4 @@ class Measurements:
     def _integrate(self, now: int) -> None:
         spent_ns = now - self._since_ns
         self.turn_ns += spent_ns * self._in_system
-        self.context_token_ns += spent_ns * self._context_tokens
         self._since_ns = now
