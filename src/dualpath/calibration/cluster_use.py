@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from dualpath.core.vocabulary import BLOCK_TOKENS
 from dualpath.experiment.launcher import SERVE, LaunchedCluster, LocalLauncher
@@ -91,10 +92,13 @@ class Used(msgspec.Struct, frozen=True):
 
 
 class Busy(msgspec.Struct, frozen=True):
-    """`BUSY_AGENTS` at once: their completion time, and the CPU time of all processes until then. Means of replays."""
+    """`BUSY_AGENTS` at once. Means of replays."""
 
     jct_ns: float
     cpu_ns: float
+    """Of the cluster and the client together."""
+    others_cores: float
+    """Cores that were busy with anything else meanwhile."""
 
 
 class ClusterUse(msgspec.Struct, frozen=True):
@@ -140,14 +144,20 @@ async def _measure(rates: MachineRates, model: Path, folder: Path) -> ClusterUse
 
 async def _busy(cluster: LaunchedCluster, pids: list[int]) -> Busy:
     contexts = await cluster.run(warm_up(cluster.url, BUSY_AGENTS, ReplayOptions()))
-    jcts_ns, cpus_ns = [], []
+    replays = []
     for seed in range(1, 1 + BUSY_REPLAYS):  # other tokens each time, so that none are in storage
         await asyncio.sleep(SETTLE_S)
-        before = sum(_clocks(pids))
+        ours, everybody = sum(_clocks(pids)), _busy_cores_ns()
         result = await cluster.run(replay(cluster.url, BUSY_AGENTS, ReplayOptions(seed=seed), contexts=contexts))
-        cpus_ns.append(sum(_clocks(pids)) - before)
-        jcts_ns.append(result.jct_s * 1e9)
-    return Busy(statistics.mean(jcts_ns), statistics.mean(cpus_ns))
+        cpu_ns, jct_ns = sum(_clocks(pids)) - ours, result.jct_s * 1e9
+        replays.append((jct_ns, cpu_ns, max(0.0, _busy_cores_ns() - everybody - cpu_ns) / jct_ns))
+    return Busy(*(statistics.mean(of) for of in zip(*replays, strict=True)))
+
+
+def _busy_cores_ns() -> float:
+    """Of all processes of this machine, and of its host's others: what nobody could use is no core of ours."""
+    times = psutil.cpu_times()
+    return 1e9 * float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
 
 async def _used(cluster: LaunchedCluster, pids: list[int], kind: Kind) -> Used:

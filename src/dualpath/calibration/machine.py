@@ -70,6 +70,7 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
         oversubscribed_error=oversubscribed_error,
         slowdown=1.0,
         cpu_slowdown=1.0,
+        others_cores=0.0,
         attention=attention,
         prefill_tokens_per_s=1e9
         * (PROBE_HIT_TOKENS + PROBE_NEW_TOKENS)
@@ -96,6 +97,7 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
         rates,
         slowdown=slowdown,
         cpu_slowdown=cpu_slowdown,
+        others_cores=used.busy.others_cores,
         fits=fits | control_fits,
         measured_s=time.perf_counter() - started_s,
     )

@@ -18,6 +18,8 @@ examples:
   dualpath simulate --like results/demo.json --machine machine.json
 """
 
+MAX_OTHERS_CORES = 0.1
+
 
 def add(commands: Any) -> None:
     parser = command(commands, "calibrate", "measure this machine, for predictions", EXAMPLES, run)
@@ -51,5 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     for path in (arguments.out, arguments.json):
         write_json(path, rates)
     console.print(machine_tables(rates))
+    if rates.others_cores > MAX_OTHERS_CORES:
+        console.print(f"[yellow]something else kept {rates.others_cores:.1f} cores busy: calibrate again without it")
     console.print(f"{arguments.out} written, after {rates.measured_s:.0f} s")
     return 0

@@ -16,7 +16,7 @@ from dualpath.sim.events import Events
 class Cpu:
     """Cores shared by all tasks. A task may stand for several threads, or for less than one that never sleeps."""
 
-    def __init__(self, events: Events, cores: int, slowdown: float) -> None:
+    def __init__(self, events: Events, cores: float, slowdown: float) -> None:
         """`slowdown`: by how much tasks take longer when all cores are busy; a lone thread is not slowed down."""
         self._events = events
         self._cores = cores
@@ -46,7 +46,7 @@ class Cpu:
 
     def _rate(self) -> float:
         others = min(self._threads, self._cores) - 1
-        slowdown = 1 + (self._slowdown - 1) * max(0.0, others) / max(1, self._cores - 1)
+        slowdown = 1 + (self._slowdown - 1) * max(0.0, others) / max(1.0, self._cores - 1)
         return min(1.0, self._cores / self._threads) / slowdown
 
     def _advance(self) -> None:

@@ -147,7 +147,7 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int
     dtype: str
     threads: int
-    cores: int
+    cores: float
     side_by_side: float
     """By how much steps take longer in as many engines as there are cores, CPU time, the engines alone."""
     oversubscribed_error: float
@@ -156,6 +156,8 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
     """By how much everything takes longer while all cores of a serving cluster are busy."""
     cpu_slowdown: float
     """The same by CPU time alone, which has no waiting for cores or for Python's lock in it."""
+    others_cores: float
+    """Cores that something else kept busy during the calibration; above a tenth, do it again."""
     attention: AttentionCost
     """What a PE's own profile of its attention comes to: its batches are cut by it."""
     prefill_tokens_per_s: float
