@@ -78,6 +78,14 @@ def test_a_single_token_goes_out_though_it_alone_exceeds_the_quota() -> None:
     assert queue.next_batch() == (Chunk(1, 0, 0, 1, False),)
 
 
+def test_nothing_goes_with_a_prompt_of_one_token_that_alone_exceeds_the_quota() -> None:
+    queue = PrefillQueue(BY_TOKEN, quota_ns=5)
+    queue.push(1, 0, 0, 1)
+    queue.push(2, 0, 0, 1)
+    assert queue.next_batch() == (Chunk(1, 0, 0, 1, True),)
+    assert queue.next_batch() == (Chunk(2, 0, 0, 1, True),)
+
+
 def test_a_long_context_costs_more_so_fewer_tokens_fit() -> None:
     pairs_only = AttentionCost(fixed_ns=0, ns_per_flop=1.0, flops_per_token=0, flops_per_pair=1)
     sizes = []

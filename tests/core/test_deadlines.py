@@ -66,6 +66,18 @@ def test_a_rebuilt_heap_leaves_out_who_has_no_deadline() -> None:
     assert live.deadlines.posted() == {2: 901}
 
 
+def test_what_never_comes_is_not_watched_and_can_still_be_brought_forward() -> None:
+    live = Live()
+    live.set(1, 5 + NEVER_NS)
+    assert (live.deadlines.posted(), live.deadlines.earliest()) == ({}, None)
+    live.set(1, 7)
+    live.set(1, NEVER_NS + 1)
+    assert live.requests[1].deadline_ns == NEVER_NS
+    assert live.deadlines.earliest() is None
+    live.set(1, 9)
+    assert live.pop_due(9) == [1]
+
+
 operations = st.lists(
     st.one_of(
         st.tuples(st.just("set"), st.integers(0, 5), st.integers(0, 30)),

@@ -56,7 +56,7 @@ def test_blocks_of_a_request() -> None:
 def test_the_next_attempt_starts_from_its_own_facts_and_keeps_the_request() -> None:
     request = Request(FACTS)
     request.deadline_ns, request.prefill_engine, request.prepared = 5, 3, True
-    request.prepare_attempt(RequestFacts(request=7, attempt=3, prompt_tokens=200, hit_tokens=64, max_new_tokens=1))
+    request.begin_attempt(RequestFacts(request=7, attempt=3, prompt_tokens=200, hit_tokens=64, max_new_tokens=1))
     assert (request.key, request.attempt, request.deadline_ns) == ((7, 3), 3, 5)
     assert (request.hit_blocks, request.prompt_blocks, request.hbm_blocks) == (1, 4, 4)
     assert request.prefill_engine is None and not request.prepared

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dualpath.core.policy import SYSTEMS, Constants, Limits
+from dualpath.core.policy import FOREVER_NS, SYSTEMS, Constants, Limits
 from dualpath.core.scheduler import EngineLoad, Scheduler
 from dualpath.core.vocabulary import (
     Abort,
@@ -644,6 +644,15 @@ def test_engines_are_listed_and_unknown_ones_have_no_load() -> None:
     assert [facts.engine for facts in cluster.core.engines()] == [PE, DE]
     with pytest.raises(KeyError):
         cluster.load(99)
+
+
+def test_without_limits_there_is_nothing_to_wake_for() -> None:
+    limits = Limits(**dict.fromkeys(("queue_ns", "load_ns", "prefill_ns", "decode_ns"), FOREVER_NS))
+    cluster = Cluster(limits=limits)
+    cluster.submit()
+    assert cluster.core.next_wake() is None
+    cluster.does("wake", after_ns=2 * FOREVER_NS)
+    assert cluster.core.statistics()["requests_loading"] == 1
 
 
 def test_memory_does_not_grow_with_requests_served() -> None:

@@ -55,12 +55,12 @@ class Aborts:
                 self.behind[at] = decode
         return proven
 
-    def earliest(self) -> int | None:
-        """The next deadline, None where there is none."""
-        return next(iter(self.in_time.values())) if self.in_time else None
+    def earliest(self) -> int:
+        """The next deadline of those in time, of which there must be one."""
+        return next(iter(self.in_time.values()))
 
     def expire(self, now: int) -> None:
         """What should have been answered at or before `now` is overdue."""
-        while (at_ns := self.earliest()) is not None and at_ns <= now:
+        while self.in_time and self.earliest() <= now:
             at, _ = self.in_time.popitem(last=False)
             self.overdue[at] = None

@@ -35,7 +35,8 @@ def _audit_requests(life: Lifecycle) -> None:
     for request_id, request in life.requests.items():
         _require(request_id == request.id, "request {} is filed as {}", request.id, request_id)
         _require(not request.state.is_terminal, "request {} is over and still known", request_id)
-        _require(request.deadline_ns != NEVER_NS, "request {} has no deadline", request_id)
+        has_deadline, limited = request.deadline_ns != NEVER_NS, life.stay_ns[request.state] != NEVER_NS
+        _require(has_deadline == limited, "request {} has no deadline, or should have none", request_id)
         watched = posted.get(request_id, NEVER_NS) <= request.deadline_ns
         _require(watched, "nobody watches the deadline of request {}", request_id)
         queued = request_id in life.waiting.requests

@@ -146,7 +146,8 @@ class PrefillQueue:
         The batch's predicted time is within the quota unless it is a single token that alone exceeds it.
         """
         batch: list[Chunk] = []
-        left_ns = self._quota_ns - self._cost.fixed_ns
+        cost = self._cost
+        left_ns = self._quota_ns - cost.fixed_ns
         left_tokens = self._max_batch_tokens
         kv_tokens = 0
         for line in self._lines.values():
@@ -155,12 +156,13 @@ class PrefillQueue:
             if len(batch) == self._max_batch_requests or (batch and self._over_kv(kv_tokens, line)):
                 break
             most_tokens = line.new_tokens if line.new_tokens < left_tokens else left_tokens
-            new_tokens = self._cost.fitting_tokens(line.cached_tokens, most_tokens, left_ns)
+            new_tokens, spent_ns = most_tokens, cost.chunk_ns(line.cached_tokens, most_tokens)
+            if spent_ns > left_ns:
+                new_tokens = cost.fitting_tokens(line.cached_tokens, most_tokens, left_ns) or (0 if batch else 1)
+                spent_ns = cost.chunk_ns(line.cached_tokens, new_tokens)
             if not new_tokens:
-                if batch:
-                    break
-                new_tokens = 1
-            left_ns -= self._cost.chunk_ns(line.cached_tokens, new_tokens)
+                break
+            left_ns -= spent_ns
             left_tokens -= new_tokens
             chunk = _take(line, new_tokens)
             batch.append(chunk)

@@ -21,9 +21,9 @@ class Deadlines:
         self._heap: list[tuple[int, RequestId]] = []
 
     def set(self, request: Request, at_ns: int) -> None:
-        """Give a live request a deadline, in place of any it has."""
+        """Give a live request a deadline, in place of any it has; from NEVER_NS on it has none."""
         known_ns = request.deadline_ns
-        request.deadline_ns = at_ns
+        request.deadline_ns = at_ns if at_ns < NEVER_NS else NEVER_NS
         if at_ns >= known_ns:
             return
         heappush(self._heap, (at_ns, request.id))

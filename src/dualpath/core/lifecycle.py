@@ -14,9 +14,9 @@ from dualpath.core.aborts import Aborts
 from dualpath.core.deadlines import Deadlines
 from dualpath.core.engines import Fleet
 from dualpath.core.ledger import Ledger
-from dualpath.core.policy import Constants, Limits, Policy
+from dualpath.core.policy import FOREVER_NS, Constants, Limits, Policy
 from dualpath.core.read_path import choose_legs, least_pe_blocks
-from dualpath.core.request import ACCEPTS, Event, Request, State
+from dualpath.core.request import ACCEPTS, NEVER_NS, Event, Request, State
 from dualpath.core.vocabulary import (
     Cause,
     Command,
@@ -52,13 +52,16 @@ class Lifecycle:
         """Something happened since the last fetch that may let it place more."""
         self._freed: list[EngineId] = []
         self._turn = 0
-        self._stay_ns = {
+        stay_ns = {
+            State.QUEUED: limits.queue_ns,
             State.ALLOCATING: limits.queue_ns,
             State.LOADING: limits.load_ns,
             State.PREFILLING: limits.prefill_ns,
             State.DECODING: limits.decode_ns,
             State.RETRYING: limits.queue_ns,
         }
+        self.stay_ns = {state: limit if limit < FOREVER_NS else NEVER_NS for state, limit in stay_ns.items()}
+        """The longest stay in each live state; NEVER_NS where there is no limit."""
 
     def begin(self, now: int) -> None:
         """Every input starts here. Raises ValueError where time goes back."""
@@ -95,7 +98,7 @@ class Lifecycle:
         return self.fleet.refusal(pe_blocks, request.prompt_blocks, request.hbm_blocks)
 
     def enqueue(self, request: Request) -> None:
-        self.deadlines.set(request, self.now + self.limits.queue_ns)
+        self.deadlines.set(request, self.now + self.stay_ns[State.QUEUED])
         self.waiting.join(request)
         self.changed = True
 
@@ -103,7 +106,7 @@ class Lifecycle:
         """Take the transition, with the deadline of the state it leads to."""
         request.move(event)
         state = request.state
-        at_ns = self.now + self._stay_ns[state]
+        at_ns = self.now + self.stay_ns[state]
         if state is State.DECODING:
             at_ns += self.limits.decode_ns_per_token * request.facts.max_new_tokens
         self.deadlines.set(request, at_ns)

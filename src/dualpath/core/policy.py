@@ -9,6 +9,8 @@ from typing import Literal
 import msgspec
 
 SECOND_NS = 1_000_000_000
+FOREVER_NS = 10**18
+"""Thirty years: a limit of so long is none, and costs nothing to watch."""
 
 Placement = Literal["paper", "round_robin"]
 ReadPath = Literal["pe_only", "de_only", "shorter_queue", "alternate", "split"]
@@ -69,7 +71,7 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bounds: the admission queue, attempts, and the longest stay in each state."""
+    """Bounds: the admission queue, attempts, and the longest stay in each state (`FOREVER_NS`: no bound)."""
 
     max_waiting: int = 4096
     """Requests queued for placement; one more is refused as overloaded."""

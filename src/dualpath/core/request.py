@@ -87,7 +87,7 @@ class IllegalTransition(Exception):  # noqa: N818 (named as a thing that happene
 
 
 NEVER_NS = (1 << 63) - 1
-"""No deadline."""
+"""A time that does not come: no deadline."""
 
 
 class Request:
@@ -119,10 +119,10 @@ class Request:
         self.id: RequestId = facts.request
         self.state = State.QUEUED
         self.deadline_ns = NEVER_NS
-        """Of the state it is in; written by `Deadlines` alone."""
-        self.prepare_attempt(facts)
+        """Of the state it is in, NEVER_NS where it has none; written by `Deadlines` alone."""
+        self.begin_attempt(facts)
 
-    def prepare_attempt(self, facts: RequestFacts) -> None:
+    def begin_attempt(self, facts: RequestFacts) -> None:
         """Begin the attempt that `facts` describe, on no engine yet."""
         self.facts = facts
         self.attempt = facts.attempt

@@ -117,7 +117,7 @@ class Scheduler:
         if request is None or request.state is not State.RETRYING or facts.attempt != request.attempt + 1:
             life.counts["dropped_resubmit"] += 1
             return
-        request.prepare_attempt(facts)
+        request.begin_attempt(facts)
         refusal = life.refusal(request)
         if refusal is not None:
             withdrawal.fail(life, request, refusal)
@@ -257,9 +257,9 @@ class Scheduler:
         """When `wake` must be called at the latest; None while there is nothing to wait for."""
         life = self._life
         at_ns = life.deadlines.earliest()
-        release_ns = life.aborts.earliest()
-        if release_ns is not None and (at_ns is None or release_ns < at_ns):
-            at_ns = release_ns
+        if life.aborts.in_time:
+            release_ns = life.aborts.earliest()
+            at_ns = release_ns if at_ns is None else min(at_ns, release_ns)
         if life.changed and life.waiting.requests and (at_ns is None or life.next_fetch_ns < at_ns):
             return life.next_fetch_ns
         return at_ns
