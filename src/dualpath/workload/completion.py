@@ -39,6 +39,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     first_token_at_s: float
     second_token_at_s: float | None
     last_token_at_s: float
+    ended_at_s: float
+    """When the answer was whole."""
     prompt_tokens: int
     loaded_tokens: int | None
     """Prompt tokens whose KV the server had or read; None where it does not say."""
@@ -162,6 +164,7 @@ def _read(response: Response, server: Server, generate_tokens: int) -> Completio
         first_token_at_s=arrived_at_s[0],
         second_token_at_s=arrived_at_s[1] if len(arrived_at_s) > 1 else None,
         last_token_at_s=arrived_at_s[-1],
+        ended_at_s=response.pieces[-1][0],
         prompt_tokens=usage.prompt_tokens,
         loaded_tokens=None if details is None else details.cached_tokens,
         timings=timings,

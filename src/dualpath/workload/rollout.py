@@ -107,14 +107,16 @@ class Rollout:
             if not self._recall(trajectory.id, index, round_, prompt):
                 due_s += round_.gap_s * self._options.gap_scale
                 await _sleep_until(due_s)
-                if self._stopped or not await self.turn(trajectory, index, prompt, due_s):
+                ended_s = None if self._stopped else await self.turn(trajectory, index, prompt, due_s)
+                if ended_s is None:
                     return
+                due_s = ended_s
             if round_.subagents:
                 await self._subagents(round_)
-            due_s = time.perf_counter()
+                due_s = time.perf_counter()
 
-    async def turn(self, trajectory: Trajectory, index: int, prompt: Prompt, due_s: float) -> bool:
-        """One round, after which `prompt` is the context; False when it failed (which is recorded)."""
+    async def turn(self, trajectory: Trajectory, index: int, prompt: Prompt, due_s: float) -> float | None:
+        """One round, after which `prompt` is the context; when its answer was whole, or None when it failed."""
         round_, options = trajectory.rounds[index], self._options
         self._append(trajectory.id, index, round_, prompt)
         sent_at_s: float | None = None
@@ -138,9 +140,9 @@ class Rollout:
                         await asyncio.sleep(self._retry_delay_s(tried, error))
                         continue
                     self._failed(trajectory, index, tried, error)
-                    return False
+                    return None
                 self._answered(trajectory.id, index, tried, due_s, sent_at_s or done.sent_at_s, done, prompt)
-                return True
+                return done.ended_at_s
         finally:
             self.waiting_since_s.pop(trajectory.id, None)
         raise AssertionError("unreachable: the last try returns")
