@@ -25,7 +25,7 @@ class Lane:
     def __init__(self, bytes_per_s: int | None) -> None:
         self.bytes_per_s = bytes_per_s
         self.moved_bytes = 0
-        self._free_ns = 0.0
+        self._free_ns = float(-BURST_NS)
 
     def reserve(self, now: int, n_bytes: int) -> float:
         """Take the lane's next turn; when its bytes will have passed."""
