@@ -103,7 +103,7 @@ def test_runs_are_set_against_basics_median():
         measured("dualpath", 16.0, ("a", "x")),
         measured("oracle", 10.0, ()),
     ]
-    result = assemble(runs, PLAN, Settings())
+    result = assemble(runs, PLAN, Settings(), "2 cores")
     dualpath, oracle = result.runs[3:]
     assert (dualpath.ratio_to_basic, dualpath.ideal_ratio, dualpath.ratio_to_ideal) == (1.25, 2.0, 0.625)
     assert (dualpath.ttft_p50_s, dualpath.ttst_p50_s, dualpath.tpot_p99_s) == (1.5, None, 0.1)
@@ -115,7 +115,7 @@ def test_runs_are_set_against_basics_median():
 
 def test_without_basic_there_are_no_ratios_and_failures_count_what_they_abandoned():
     lost = TurnFailure(trajectory="t", round_index=1, tries=3, message="HTTP 503: no engine", abandoned_rounds=4)
-    result = assemble([measured("dualpath", 5.0, failures=(lost,))], PLAN, Settings())
+    result = assemble([measured("dualpath", 5.0, failures=(lost,))], PLAN, Settings(), "2 cores")
     (run,) = result.runs
     assert (run.ratio_to_basic, run.ideal_ratio, run.ratio_to_ideal, run.errors) == (None, None, None, 5)
     assert run.error_messages == ["t, turn 1: HTTP 503: no engine"]
@@ -129,7 +129,7 @@ def test_a_run_that_lost_turns_is_compared_with_nothing():
         measured("dualpath", 20.0),
         measured("oracle", 1.0, failures=(lost,)),
     ]
-    basic, failed_basic, dualpath, oracle = assemble(runs, PLAN, Settings()).runs
+    basic, failed_basic, dualpath, oracle = assemble(runs, PLAN, Settings(), "2 cores").runs
     assert (basic.ratio_to_basic, failed_basic.ratio_to_basic, oracle.ratio_to_basic) == (1.0, None, None)
     assert (dualpath.ratio_to_basic, dualpath.ideal_ratio) == (2.0, 2.0)
 

@@ -100,8 +100,8 @@ def test_pairs_of_equal_storage_bandwidth():
 @pytest.mark.parametrize(
     ("ratio", "ideal", "expected"),
     [
-        (1.9, 2.0, "storage binds (ideal 2.00×); dualpath reaches 95% of it: at least 90% holds"),
-        (1.6, 2.0, "reaches 80% of it: at least 90% missed"),
+        (1.9, 2.0, "storage binds (ideal 2.00×); dualpath is 1.90× basic, 95% of the ideal: at least 90% holds"),
+        (1.6, 2.0, "80% of the ideal: at least 90% missed"),
         (0.99, 1.05, "storage does not bind (ideal 1.05×); dualpath is 0.99× basic: at least 0.98× holds"),
         (0.9, 1.05, "at least 0.98× missed"),
     ],

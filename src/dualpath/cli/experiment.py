@@ -101,8 +101,9 @@ def _list(console: "Console") -> int:
     from dualpath.experiment.catalog import EXPERIMENTS
 
     for one in EXPERIMENTS:
+        needs = "; needs --trace" if one.needs_traces else ""
         console.print(f"[bold]{one.name}[/bold]  {one.summary}", highlight=False)
-        console.print(f"    mirrors {one.mirrors}; about {one.minutes} minutes", highlight=False)
+        console.print(f"    mirrors {one.mirrors}; about {one.minutes} minutes{needs}", highlight=False)
         console.print(f"    expect: {one.expect}", highlight=False)
     return 0
 

@@ -24,8 +24,16 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     cluster: ClusterSetup | None = None
 
 
-def assemble(measured: Sequence[Measured], plan: Plan, settings: Settings) -> ResultFile:
-    """All runs, each set against basic on its point."""
+def machine() -> str:
+    """Where this runs, and how busy it is before anything is run: jobs that share the cores are in every figure."""
+    return (
+        f"{len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.machine()}, "
+        f"Python {platform.python_version()}, load average of {os.getloadavg()[0]:.1f} from other jobs"
+    )
+
+
+def assemble(measured: Sequence[Measured], plan: Plan, settings: Settings, where: str) -> ResultFile:
+    """All runs, each set against basic on its point; `where` is what `machine` said."""
     return ResultFile(
         kind=plan.kind,
         name=plan.name,
@@ -39,8 +47,7 @@ def assemble(measured: Sequence[Measured], plan: Plan, settings: Settings) -> Re
             cnic_bytes_per_s=settings.cnic_bytes_per_s,
             repeats=plan.repeats,
             seed=settings.seed,
-            machine=f"{len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.machine()}, "
-            f"Python {platform.python_version()}",
+            machine=where,
         ),
         command=settings.command,
         workload=describe(plan),

@@ -166,7 +166,7 @@ EXPERIMENTS = (
     ),
     Definition(
         name="traces",
-        summary="recorded agent sessions on 1P1D, 2P1D and 1P2D (needs --trace)",
+        summary="recorded agent sessions on 1P1D, 2P1D and 1P2D",
         mirrors="the offline experiments, on sessions that anybody can get",
         expect="90 % of the ideal where storage binds, no loss where it does not, and ties of equal storage bandwidth",
         minutes=10,

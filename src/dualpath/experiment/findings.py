@@ -85,8 +85,12 @@ def soundness(result: ResultFile) -> list[str]:
 
 def pairs(result: ResultFile) -> list[str]:
     """Whether pairs of equal storage bandwidth tie; the agent that reads most; gains."""
-    ties = [_pair_sentence(pair) for pair in equal_bandwidth_pairs(result)]
-    return [*ties, *longest_agent(result), *gains(result)]
+    return [*ties(result), *gains(result)]
+
+
+def ties(result: ResultFile) -> list[str]:
+    """Pairs of equal storage bandwidth, and the agent that reads most."""
+    return [*(_pair_sentence(pair) for pair in equal_bandwidth_pairs(result)), *longest_agent(result)]
 
 
 def _pair_sentence(pair: Pair) -> str:
@@ -97,7 +101,7 @@ def _pair_sentence(pair: Pair) -> str:
 
 def real_sessions(result: ResultFile) -> list[str]:
     """Where storage binds: does dualpath reach the ideal? Where it does not: does it lose nothing? And the pairs."""
-    return [*filter(None, map(_verdict, measured_points(result))), *pairs(result)]
+    return [*filter(None, map(_verdict, measured_points(result))), *ties(result), *soundness(result)]
 
 
 def longest_agent(result: ResultFile) -> list[str]:
@@ -129,8 +133,8 @@ def _verdict(point: MeasuredPoint) -> str:
     if run.ideal_ratio >= BINDS_RATIO:
         held = "holds" if run.ratio_to_ideal >= LEAST_OF_IDEAL else "missed"
         return (
-            f"{here}: storage binds (ideal {run.ideal_ratio:.2f}×); dualpath reaches {run.ratio_to_ideal:.0%} of it: "
-            f"at least {LEAST_OF_IDEAL:.0%} {held}."
+            f"{here}: storage binds (ideal {run.ideal_ratio:.2f}×); dualpath is {run.ratio_to_basic:.2f}× basic, "
+            f"{run.ratio_to_ideal:.0%} of the ideal: at least {LEAST_OF_IDEAL:.0%} {held}."
         )
     held = "holds" if run.ratio_to_basic >= LEAST_OF_BASIC else "missed"
     return (

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from dualpath.experiment.assemble import Measured, assemble, measured_turns
+from dualpath.experiment.assemble import Measured, assemble, machine, measured_turns
 from dualpath.experiment.checkpoint import ensure_checkpoint
 from dualpath.experiment.cluster_setup import cluster_setup
 from dualpath.experiment.launcher import ClusterLauncher, LocalLauncher
@@ -93,6 +93,7 @@ class _Invocation:
         self._warm_ups = warm_ups({key: plan.trajectories[key] for key in used})
         self._warm: dict[int, _Warm] = {}
         self._measured: list[Measured] = []
+        self._machine = machine()
 
     async def run(self) -> ResultFile:
         plan = self._plan
@@ -110,13 +111,15 @@ class _Invocation:
                     self._forget(index)
         finally:
             shutil.rmtree(self._work, ignore_errors=True)
-        return assemble(self._measured, plan, self._settings)
+        return self._result()
+
+    def _result(self) -> ResultFile:
+        return assemble(self._measured, self._plan, self._settings, self._machine)
 
     def _write(self) -> None:
-        result = assemble(self._measured, self._plan, self._settings)
         path = result_path(self._plan.name, self._settings)
         draft = path.with_suffix(".draft")
-        draft.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+        draft.write_bytes(msgspec.json.format(msgspec.json.encode(self._result()), indent=2) + b"\n")
         draft.replace(path)
 
     def _group(self, run: PlannedRun) -> int:

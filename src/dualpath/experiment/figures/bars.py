@@ -9,6 +9,8 @@ from dualpath.experiment.figures.panels import INK, canvas, colour, dashed, grid
 from dualpath.experiment.findings import PAPER_ABLATION_PERCENT, TIE_SHARE, equal_bandwidth_pairs, jct_change_percent
 from dualpath.report.result_file import ResultFile
 
+WIDE_BARS = 7
+"""More are too narrow for ratios in the usual size."""
 PAIR_COLOUR = "#4477AA"
 PAPER_COLOUR = "#D55E00"
 OFFSET: Any = {"textcoords": "offset points", "size": 9}
@@ -34,11 +36,12 @@ def _draw_times_beside(draw_other: Callable[[Any, ResultFile], None], result: Re
 
 def _draw_times(axes: Any, result: ResultFile) -> None:
     points = measured_points(result)
+    bars = sum(len(point.cells) for point in points)
     x, top_s, ticks = 0.0, 0.0, []
     for point in points:
         left = x
         for cell in point.cells.values():
-            _bar(axes, x, cell)
+            _bar(axes, x, cell, size=10.5 if bars <= WIDE_BARS else 8.5)
             top_s = max(top_s, *(run.jct_s for run in cell.runs))
             x += 1.15
         ticks.append(((left + x - 1.15) / 2, point.topology))
@@ -49,7 +52,7 @@ def _draw_times(axes: Any, result: ResultFile) -> None:
     axes.set_ylim(0, top_s * 1.18)
 
 
-def _bar(axes: Any, x: float, cell: Cell) -> None:
+def _bar(axes: Any, x: float, cell: Cell, size: float) -> None:
     """A median with its range, seconds and ratio on top; hatched and without figures where turns were lost."""
     run, times = cell.run, cell.spread(lambda run: run.jct_s)
     assert times is not None
@@ -62,7 +65,7 @@ def _bar(axes: Any, x: float, cell: Cell) -> None:
         axes.vlines(x, times.least, times.most, color=INK, lw=1.2)
     label_above(axes, x, times.most, f"{run.jct_s:.1f}")
     if run.ratio_to_basic is not None and cell.system != "basic":
-        label_above(axes, x, times.most, f"{run.ratio_to_basic:.2f}×", lift=15, size=10.5, weight="bold")
+        label_above(axes, x, times.most, f"{run.ratio_to_basic:.2f}×", lift=15, size=size, weight="bold")
     if cell.system == "dualpath" and run.ratio_to_basic is not None and run.ideal_ratio is not None:
         ideal_s = run.jct_s * run.ratio_to_basic / run.ideal_ratio
         axes.hlines(ideal_s, x - 0.5, x + 0.5, color="white", lw=3.2)
