@@ -22,18 +22,13 @@ from dualpath.prediction.setup import RunSetup
 from dualpath.workload import Trajectory
 
 MAX_SLOWDOWN = 3.0
-MIN_CORES = 0.25
 
 
 def fit_slowdowns(rates: MachineRates, busy: Busy) -> tuple[float, float]:
-    """By which factor the simulated agents take as long as the real ones, and use as much CPU time.
-
-    What others kept busy meanwhile is taken off the simulated cores, which is only a little better than nothing.
-    """
-    left = msgspec.structs.replace(rates, cores=max(MIN_CORES, rates.cores - busy.others_cores))
+    """By which factor the simulated agents take as long as the real ones, and use as much CPU time."""
 
     def simulated_ns(slowdown: float) -> tuple[float, float]:
-        cluster, _, jct_ns = simulate(_setup(msgspec.structs.replace(left, slowdown=slowdown), BUSY_AGENTS))
+        cluster, _, jct_ns = simulate(_setup(msgspec.structs.replace(rates, slowdown=slowdown), BUSY_AGENTS))
         return jct_ns, cluster.cpu.busy_core_ns
 
     return (

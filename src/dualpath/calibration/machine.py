@@ -21,6 +21,8 @@ from dualpath.runtime.config import ClusterConfig
 from dualpath.runtime.prefill import PROBE_HIT_TOKENS, PROBE_NEW_TOKENS
 
 TRANSPORTS = ("shm", "tcp")
+MAX_OTHERS_CORES = 0.1
+"""Beyond it, times of a busy cluster say more of what else ran than of the cluster."""
 _NO_CONTROL = ControlCost(**dict.fromkeys(ControlCost.__struct_fields__, 0.0))
 
 
@@ -93,6 +95,8 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
     control, control_fits = fit_control(rates, used.lone)
     rates = msgspec.structs.replace(rates, control=control)
     slowdown, cpu_slowdown = fit_slowdowns(rates, used.busy)
+    if used.busy.others_cores > MAX_OTHERS_CORES:
+        slowdown = cpu_slowdown  # time was lost to others
     return msgspec.structs.replace(
         rates,
         slowdown=slowdown,

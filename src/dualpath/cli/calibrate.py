@@ -18,8 +18,6 @@ examples:
   dualpath simulate --like results/demo.json --machine machine.json
 """
 
-MAX_OTHERS_CORES = 0.1
-
 
 def add(commands: Any) -> None:
     parser = command(commands, "calibrate", "measure this machine, for predictions", EXAMPLES, run)
@@ -39,7 +37,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure this machine; print and write what came out."""
-    from dualpath.calibration import CalibrationOptions, calibrate, machine_tables
+    from dualpath.calibration import MAX_OTHERS_CORES, CalibrationOptions, calibrate, machine_tables
     from dualpath.experiment.cluster_process import ClusterError
     from dualpath.workload import ReplayError
 

@@ -153,7 +153,8 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
     oversubscribed_error: float
     """With one engine more than that: measured wall time over what processor sharing predicts, less one."""
     slowdown: float
-    """By how much everything takes longer while all cores of a serving cluster are busy."""
+    """By how much everything takes longer while all cores of a serving cluster are busy: by its agents' completion
+    times, or by CPU time where something else was running."""
     cpu_slowdown: float
     """The same by CPU time alone, which has no waiting for cores or for Python's lock in it."""
     others_cores: float

@@ -1,0 +1,163 @@
+"""Fits give back the coefficients their samples were made of; and say so when they can't."""
+
+import msgspec
+import pytest
+
+from dualpath.calibration.cluster_use import BUSY_AGENTS, KINDS, Busy, Kind, Used
+from dualpath.calibration.compute import fit_decode, fit_prefill
+from dualpath.calibration.control import _decode_control, _setup, _shipped_ns, fit_control, fit_slowdowns
+from dualpath.calibration.fitting import fit
+from dualpath.calibration.table import machine_tables
+from dualpath.core.batching import Chunk
+from dualpath.engine.step_profiling import DECODE_SHAPES, PREFILL_SHAPES, DecodeSample, PrefillSample
+from dualpath.prediction.machine import (
+    ControlCost,
+    DecodeCost,
+    EngineLimits,
+    MachineRates,
+    MoveCost,
+    PrefillCost,
+    StorageCost,
+    TransportCost,
+)
+from dualpath.prediction.predict import simulate
+
+MS = 1_000_000
+PREFILL = PrefillCost(fixed_ns=0.8 * MS, item_ns=0.1 * MS, token_ns=25_000, cached_pair_ns=30, new_pair_ns=45)
+DECODE = DecodeCost(fixed_ns=5 * MS, request_ns=0.5 * MS, context_token_ns=1400, longest_token_ns=500)
+
+
+def rates(**changes: object) -> MachineRates:
+    move = MoveCost(byte_ns=0.1, chunk_ns=50_000, operation_ns=20_000)
+    plain = MachineRates(
+        description="a test's", model="m", layers=8, kv_bytes_per_token=16_384, dtype="float32", threads=1, cores=2,
+        side_by_side=1.1, oversubscribed_error=0.02, slowdown=1.0, cpu_slowdown=1.0, others_cores=0.0,
+        attention=msgspec.convert(
+            {"fixed_ns": 0, "ns_per_flop": 0.001, "flops_per_token": 1000, "flops_per_pair": 1000}, type=_ATTENTION
+        ),
+        prefill_tokens_per_s=40_000.0, prefill=PREFILL, decode=DECODE, local_copy=move, fill=move, copy_out=move,
+        transports={"shm": TransportCost(pull=move, put=move)},
+        storage=StorageCost(
+            read_ns=0.2 * MS, write_ns=2 * MS, write_wait_ns=5 * MS, read_threads=2, write_threads=2
+        ),
+        control=CONTROL,
+        limits=EngineLimits(
+            max_batch_tokens=8192, max_batch_kv_tokens=32_768, max_batch_requests=16, device_layers=3,
+            buffer_bytes=2**30, hbm_bytes=2**30,
+        ),
+        fits={}, measured_s=1.0,
+    )  # fmt: skip
+    return msgspec.structs.replace(plain, **changes)
+
+
+_ATTENTION = MachineRates.__annotations__["attention"]
+CONTROL = ControlCost(
+    client_request_ns=0.6 * MS,
+    client_prompt_token_ns=200,
+    client_token_ns=0.1 * MS,
+    request_ns=1.8 * MS,
+    prompt_token_ns=700,
+    token_ns=0.3 * MS,
+    message_ns=0.12 * MS,
+    prefill_request_ns=1.5 * MS,
+    decode_request_ns=1.7 * MS,
+    decode_step_ns=0.2 * MS,
+    hop_ns=0.3 * MS,
+)
+
+
+def used(machine: MachineRates, kind: Kind) -> Used:
+    """What a cluster with `machine.control` would have used for one lone request."""
+    control = machine.control
+    step_ns = machine.prefill.layer_ns((Chunk(0, 0, 0, kind.append_tokens, True),))
+    half_shipped_ns = machine.layers * _shipped_ns(machine, kind) / 2
+    trajectory = kind.trajectory()
+    lone = msgspec.structs.replace(trajectory, rounds=trajectory.rounds[:3])
+    _, turns, _ = simulate(_setup(machine, (lone,)))
+    return Used(
+        client_ns=control.client_request_ns
+        + kind.prompt_tokens * control.client_prompt_token_ns
+        + (kind.generate_tokens + 1) * control.client_token_ns,
+        server_ns=control.request_ns
+        + kind.prompt_tokens * control.prompt_token_ns
+        + kind.generate_tokens * control.token_ns
+        + kind.messages * control.message_ns,
+        prefill_ns=control.prefill_request_ns + machine.layers * step_ns + half_shipped_ns,
+        decode_ns=control.decode_request_ns
+        + kind.prompt_tokens * machine.kv_bytes_per_token * machine.fill.byte_ns
+        + half_shipped_ns
+        + sum(
+            machine.decode.step_ns([kind.prompt_tokens + i + 1]) + control.decode_step_ns
+            for i in range(kind.generate_tokens - 1)
+        ),
+        ttft_s=sum(turn.first_token_ns - turn.sent_ns for turn in turns) / len(turns) / 1e9,
+    )
+
+
+def test_a_line_through_exact_samples_is_found():
+    coefficients, quality = fit([(1, x) for x in (1, 2, 10)], [3 + 2 * x for x in (1, 2, 10)])
+    assert coefficients == pytest.approx([3, 2])
+    assert quality.samples == 3 and quality.max_error < 1e-9
+
+
+def test_no_coefficient_is_below_zero():
+    coefficients, quality = fit([(1, x) for x in (1, 2, 4, 8)], [10, 9, 8, 5])
+    assert coefficients[1] == 0 and coefficients[0] > 5
+    assert quality.max_error > 0.1
+
+
+@pytest.mark.parametrize(("rows", "values"), [([(1, 2)], [1]), ([(1,), (1,)], [1, 0])])
+def test_too_few_or_impossible_samples_are_refused(rows, values):
+    with pytest.raises(ValueError, match="samples"):
+        fit(rows, values)
+
+
+def test_prefill_and_decode_costs_come_back():
+    prefill = [
+        PrefillSample(c, n, items, round(8 * (PREFILL.fixed_ns + items * PREFILL.chunk_ns(c, n))))
+        for c, n, items in PREFILL_SHAPES
+    ]
+    cost, quality = fit_prefill(prefill, 8)
+    assert msgspec.structs.astuple(cost) == pytest.approx(msgspec.structs.astuple(PREFILL), rel=1e-3)
+    assert quality.max_error < 1e-6
+    decode = [DecodeSample(c, n, round(DECODE.step_ns([c] * n))) for c, n in DECODE_SHAPES]
+    cost, quality = fit_decode(decode)
+    assert msgspec.structs.astuple(cost) == pytest.approx(msgspec.structs.astuple(DECODE), rel=1e-3)
+
+
+def test_control_costs_come_back():
+    machine = rates()
+    control, fits = fit_control(machine, {kind.name: used(machine, kind) for kind in KINDS})
+    assert msgspec.structs.asdict(control) == pytest.approx(msgspec.structs.asdict(CONTROL), rel=0.02)
+    assert all(quality.max_error < 0.02 for quality in fits.values())
+
+
+def test_a_decode_engine_that_needs_less_than_its_steps_has_free_control():
+    machine = rates()
+    of = [msgspec.structs.replace(used(machine, kind), decode_ns=1.0) for kind in KINDS]
+    assert _decode_control(machine, KINDS, of) == (0.0, 0.0)
+
+
+def test_the_slowdown_of_busy_cores_comes_back():
+    slow = rates(slowdown=1.4)
+    cluster, _, jct_ns = simulate(_setup(slow, BUSY_AGENTS))
+    by_time, by_cpu = fit_slowdowns(rates(), Busy(jct_ns, cluster.cpu.busy_core_ns, others_cores=0.0))
+    assert by_time == pytest.approx(1.4, abs=0.05)
+    assert by_cpu == pytest.approx(1.4, abs=0.05)
+
+
+def test_kinds_of_lone_requests_tell_the_coefficients_apart():
+    import numpy as np
+
+    rows = [(1, kind.prompt_tokens, kind.generate_tokens, kind.messages) for kind in KINDS]
+    assert np.linalg.matrix_rank(np.array(rows)) == 4
+    for kind in KINDS:
+        assert len(kind.trajectory().rounds) == 1 + kind.count
+
+
+def test_tables_name_every_transport(capsys):
+    from rich.console import Console
+
+    Console(width=140).print(machine_tables(rates()))
+    printed = capsys.readouterr().out
+    assert "shm, DE → PE" in printed and "how far the fits are off" in printed
