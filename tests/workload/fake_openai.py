@@ -67,6 +67,8 @@ class FakeServer:
         self.lie = None
         self.knows_token_ids = True
         self.strict = False
+        self.models = 1
+        self.models_status = 200
 
     def _blocks(self, tokens):
         for end in range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS):
@@ -100,6 +102,10 @@ class FakeServer:
             tokens = generated(prompt, count)
             for position, token in enumerate(tokens if fault != "short" else tokens[:-1]):
                 await asyncio.sleep(self.step_s)
+                if fault == "dropped" and position == 1:
+                    raise ConnectionError("the fake drops this connection on purpose")
+                if fault == "garbage":
+                    yield b"data: {nope\n\n"
                 if fault == "broken" and position == 1:
                     error = {"message": "engine lost", "type": "server_error", "code": "engine_lost"}
                     yield b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
@@ -131,7 +137,8 @@ class FakeServer:
 
         @app.get("/v1/models")
         async def models():
-            return {"object": "list", "data": [{"id": "fake", "object": "model", "owned_by": self.owned_by}]}
+            cards = [{"id": "fake", "object": "model", "owned_by": self.owned_by}]
+            return JSONResponse({"object": "list", "data": cards[: self.models]}, self.models_status)
 
         @app.post("/v1/completions")
         async def completions(request: Request):
@@ -146,6 +153,8 @@ class FakeServer:
                 status, headers = fault
                 error = {"message": f"fault {status}", "type": "t", "code": "c"}
                 return JSONResponse({"error": error}, status, headers)
+            if fault == "page":
+                return PlainTextResponse("<html>Bad Gateway</html>", 502)
             if fault == "hang":
                 await asyncio.sleep(60)
             return StreamingResponse(self.stream(body, fault), media_type="text/event-stream")

@@ -123,7 +123,7 @@ def test_warm_up_leaves_subagents_of_the_first_round_to_the_replay(fake):
     assert [turn.trajectory for turn in run(fake.url, [parent], contexts=contexts).turns] == ["p/0"]
 
 
-@pytest.mark.parametrize("fault", [(503, {}), (429, {"Retry-After": "0.01"}), "broken"])
+@pytest.mark.parametrize("fault", [(503, {}), (429, {"Retry-After": "0.01"}), "broken", "dropped"])
 def test_an_error_that_may_pass_is_tried_again(fake, fault):
     fake.faults = [fault]
     result = run(fake.url, [agent("a", (10, 3))])

@@ -2,10 +2,13 @@
 
 import json
 
+import msgspec
 import pytest
 
 from dualpath.cli import main
+from dualpath.replay.table import replay_sentences
 from dualpath.report.result_file import load
+from dualpath.workload import Capacity, Part
 
 
 @pytest.fixture
@@ -131,3 +134,30 @@ def test_values_are_checked_while_they_are_parsed(replay, arguments, capsys):
 def test_resume_without_a_journal_says_so(replay):
     code, _, _, errors = replay(*SMALL, "--resume")
     assert code == 1 and "there is nothing to resume" in errors
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (
+            Capacity(holds_agents_per_s=1.5, fails_agents_per_s=1.6, ended_by="ttft"),
+            "Capacity: 1.5 agents a second (at 1.6: TTFT",
+        ),
+        (Capacity(holds_agents_per_s=None, fails_agents_per_s=0.1, ended_by="tpot"), "Capacity: below the lowest rate"),
+        (
+            Capacity(holds_agents_per_s=3, fails_agents_per_s=None, ended_by=None),
+            "Capacity: at least 3 agents a second",
+        ),
+    ],
+)
+def test_sentences_say_what_was_found(replay, found, said):
+    _, result, _, _ = replay(*SMALL)
+    (run,) = result.runs
+    parts = [Part(started_at="2026-01-01T00:00:00+00:00", wall_s=wall_s, turns=2) for wall_s in (1.5, 2.5)]
+    resumed = msgspec.structs.replace(result, capacity=found, runs=[msgspec.structs.replace(run, parts=parts)])
+    sentences = list(replay_sentences(resumed))
+    assert any(sentence.startswith(said) for sentence in sentences)
+    assert (
+        "Resumed: 1.5 s (2 turns) + 2.5 s (2 turns). The JCT is the sum of the parts, and not comparable." in sentences
+    )
+    assert len(list(replay_sentences(result))) == 1

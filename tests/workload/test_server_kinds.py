@@ -109,3 +109,20 @@ def test_a_length_that_is_not_kept_is_an_error_without_ids_too(fake):
 def test_a_url_that_is_none_is_refused():
     with pytest.raises(ReplayError, match="not a URL of a server"):
         run("localhost:8000")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("garbage", "not an OpenAI event: b'data: {nope'"), ("page", "HTTP 502: <html>Bad Gateway")]
+)
+def test_what_is_no_openai_answer_is_said_with_its_text(fake, fault, message):
+    fake.faults = [fault]
+    assert message in run(fake.url).failures[0].message
+
+
+def test_a_server_that_lists_no_model_or_refuses_to_is_named(fake):
+    fake.models = 0
+    with pytest.raises(ReplayError, match=rf"{fake.url}: /v1/models lists no model"):
+        run(fake.url)
+    fake.models_status = 401
+    with pytest.raises(ReplayError, match=r"does not answer as an OpenAI server's: HTTP 401"):
+        run(fake.url)
