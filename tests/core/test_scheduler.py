@@ -646,6 +646,17 @@ def test_engines_are_listed_and_unknown_ones_have_no_load() -> None:
         cluster.load(99)
 
 
+def test_who_leaves_a_private_queue_leaves_the_others_in_it() -> None:
+    cluster = Cluster(hbm_blocks=20)
+    cluster.submit(1, prompt=64 * 19, hit=0)
+    for request in (2, 3):
+        assert cluster.submit(request, prompt=64 * 15, hit=0) == []
+    cluster.does("cancel", 2)
+    assert cluster.core.statistics()["requests_queued"] == 1
+    cluster.does("cancel", 1)
+    assert Prepare(3, 0, DE, 15, 16) in cluster.does("released", 1, 0, DE)
+
+
 def test_without_limits_there_is_nothing_to_wake_for() -> None:
     limits = Limits(**dict.fromkeys(("queue_ns", "load_ns", "prefill_ns", "decode_ns"), FOREVER_NS))
     cluster = Cluster(limits=limits)
