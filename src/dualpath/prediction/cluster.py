@@ -116,9 +116,9 @@ class Cluster:
         asking_ns = control.client_request_ns + turn.prompt_tokens * control.client_prompt_token_ns
         yield self._client_thread.submit(plant.working(asking_ns))
         yield self.processes.after(control.hop_ns)
-        turn.arrived_ns = self.events.now
         taking_ns = control.request_ns + turn.prompt_tokens * control.prompt_token_ns
         yield plant.coordinator_thread.submit(plant.working(taking_ns))
+        turn.arrived_ns = self.events.now
         self._turns[turn.request] = turn
         facts = RequestFacts(turn.request, 0, turn.prompt_tokens, turn.hit_tokens, turn.generate_tokens)
         self._input(lambda now: self._scheduler.submit(now, facts))
