@@ -122,10 +122,14 @@ def test_two_replays_do_not_share_a_journal(path):
     Journal.create(path, "id").close()
 
 
-def test_a_new_journal_takes_the_place_of_an_old_one(path):
+def test_a_new_journal_takes_the_place_of_an_old_one_once_it_begins(path):
     written(path, turn())
-    Journal.create(path, "id").close()
-    assert path.read_bytes() == b""
+    before = path.read_bytes()
+    journal = Journal.create(path, "id")
+    assert path.read_bytes() == before, "a replay that can't begin has thrown away another one's turns"
+    journal.begin("own")
+    journal.close()
+    assert path.read_bytes().startswith(b'{"kind":"part","number":0') and path.read_bytes().count(b"\n") == 1
 
 
 def test_a_failure_is_written_and_the_turn_is_sent_again(path):

@@ -57,7 +57,7 @@ async def _offline(settings: ReplaySettings, source: Source, console: Console) -
             replayed = await replay(settings.url, agents, options, on_turn=progress.turn, journal=journal)
         except asyncio.CancelledError:
             done = len(journal.answered) + journal.turns
-            again = settings.command.removesuffix(" --resume")
+            again = settings.command.replace(" --resume", "")
             console.print(f"{done} of {turns} turns are in {journal.path}; to go on: {again} --resume", highlight=False)
             raise
     return offline_result(settings, source, replayed)

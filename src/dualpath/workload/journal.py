@@ -81,15 +81,15 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, identity: str) -> "Journal":
-        """A new journal in place of what `path` holds. Raises JournalError."""
-        return cls(path, _opened(path, truncate=True), identity, [])
+        """A new journal, in place of what `path` holds once its first part begins. Raises JournalError."""
+        return cls(path, _opened(path), identity, [])
 
     @classmethod
     def resume(cls, path: Path, identity: str) -> "Journal":
         """Go on with the journal in `path`, of a replay of this `identity`. Raises JournalError."""
         if not path.is_file():
             raise JournalError(f"{path} does not exist: there is nothing to resume; leave --resume out")
-        file = _opened(path, truncate=False)
+        file = _opened(path)
         try:
             lines, whole_bytes = _lines(path, file.read())
             _check(path, lines, identity)
@@ -107,6 +107,8 @@ class Journal:
                 f"{self.path} has {self._context} contexts, and this server gives {context} ones; resume against the "
                 "kind of server it began with"
             )
+        if not self.parts:
+            self._file.truncate(0)
         self._started_at, self._started_s = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
         self._append(PartLine(len(self.parts), self._identity, context, self._started_at))
 
@@ -169,12 +171,10 @@ class Journal:
             raise JournalError(f"{self.path} can't be synced: {error.strerror}") from error
 
 
-def _opened(path: Path, truncate: bool) -> IO[bytes]:
+def _opened(path: Path) -> IO[bytes]:
     try:
         file = path.open("r+b" if path.exists() else "w+b")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if truncate:
-            file.truncate(0)
     except BlockingIOError as error:
         file.close()
         raise JournalError(f"{path} is being written by another replay; give another --out") from error
