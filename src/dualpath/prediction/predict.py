@@ -5,19 +5,18 @@ A prediction has the runs of the measurement in their order and with their param
 """
 
 import statistics
-from collections.abc import Iterable
-from typing import Any
 
 import msgspec
 
 from dualpath.core.vocabulary import BLOCK_TOKENS, Side
+from dualpath.experiment.assemble import ideal_ratio, snic_max_over_avg
 from dualpath.prediction.agents import Replay
 from dualpath.prediction.cluster import Cluster, PredictionError
 from dualpath.prediction.machine import MachineRates
 from dualpath.prediction.setup import RunSetup, setup_of
 from dualpath.prediction.turns import Turn
 from dualpath.report.result_file import ResultFile, Run
-from dualpath.workload.result import Percentiles, Timings, TurnResult, percentiles
+from dualpath.workload.result import ReplayResult, Timings, TurnResult
 
 
 def predict(measured: ResultFile, rates: MachineRates, command: str = "") -> ResultFile:
@@ -55,16 +54,15 @@ def _predict_run(run: Run, setup: RunSetup) -> Run:
     cluster, turns, jct_ns = simulate(setup)
     names = [f"PE{rank}" for rank in range(setup.prefill_engines)]
     names += [f"DE{rank}" for rank in range(setup.decode_engines)]
-    results = [_turn_result(turn, names) for turn in turns]
+    results = tuple(_turn_result(turn, names) for turn in turns)
     snic_bytes = {name: nic.rx.moved_bytes for name, nic in zip(names, cluster.snics, strict=True)}
-    prompt_tokens = sum(turn.prompt_tokens for turn in turns)
     return Run(
         parameters=run.parameters,
         trajectories=run.trajectories,
         first_round=run.first_round,
         agents_per_s=run.agents_per_s,
         cluster=run.cluster,
-        turn_results=results,
+        turn_results=list(results),
         topology=run.topology,
         system=run.system,
         repeat=run.repeat,
@@ -72,14 +70,9 @@ def _predict_run(run: Run, setup: RunSetup) -> Run:
         ratio_to_basic=None,
         ideal_ratio=None,
         ratio_to_ideal=None,
-        **_p50_p99("ttft", (turn.ttft_s for turn in results)),
-        **_p50_p99("ttst", (turn.ttst_s for turn in results if turn.ttst_s is not None)),
-        **_p50_p99("tpot", (turn.tpot_s for turn in results if turn.tpot_s is not None)),
-        hit_rate=sum(turn.hit_tokens for turn in turns) / prompt_tokens if prompt_tokens else 0.0,
-        snic_max_over_avg=_max_over_avg(setup.system, snic_bytes),
+        snic_max_over_avg=snic_max_over_avg(setup.system, snic_bytes),
         snic_bytes=snic_bytes,
-        turns=len(turns),
-        errors=0,
+        **ReplayResult(jct_s=jct_ns / 1e9, turns=results, failures=()).figures(),
     )
 
 
@@ -120,33 +113,18 @@ def _timings(turn: Turn, names: list[str]) -> Timings:
     )
 
 
-def _p50_p99(name: str, values_s: Iterable[float]) -> dict[str, Any]:
-    found: Percentiles | None = percentiles(values_s)
-    return {f"{name}_p50_s": found and found.p50_s, f"{name}_p99_s": found and found.p99_s}
-
-
-def _max_over_avg(system: str, snic_bytes: dict[str, int]) -> float | None:
-    """Over the engines the system may read with, as in a measured run."""
-    sides = {"basic": ("PE",), "basic-layerwise": ("PE",), "de-only": ("DE",)}.get(system, ("PE", "DE"))
-    read = [n_bytes for engine, n_bytes in snic_bytes.items() if engine.startswith(sides)]
-    return max(read) * len(read) / sum(read) if sum(read) else None
-
-
 def _with_ratios(run: Run, runs: list[Run]) -> Run:
-    """Beside basic and oracle of the same topology and parameters, as in a measured file."""
+    """Set against basic and oracle of the same topology and parameters, as a measured run is."""
 
     def median_s(system: str) -> float | None:
         place = (run.topology, run.parameters, system)
         times_s = [other.jct_s for other in runs if (other.topology, other.parameters, other.system) == place]
         return statistics.median_low(times_s) if times_s else None
 
-    basic_s, oracle_s = median_s("basic"), median_s("oracle")
+    basic_s = median_s("basic")
     if basic_s is None:
         return run
-    prefill, decode = (int(count) for count in run.topology.removesuffix("D").split("P"))
-    pooled = (prefill + decode) / prefill
-    ideal = pooled if oracle_s is None else min(pooled, basic_s / oracle_s)
-    ratio = basic_s / run.jct_s
+    ratio, ideal = basic_s / run.jct_s, ideal_ratio(run.topology, basic_s, median_s("oracle"))
     described = run.system not in ("basic", "oracle")
     return msgspec.structs.replace(
         run, ratio_to_basic=ratio, ideal_ratio=ideal, ratio_to_ideal=ratio / ideal if described else None
