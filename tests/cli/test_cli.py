@@ -93,7 +93,7 @@ def test_the_package_runs_as_a_module():
         (["demo", "--agents", "0"], "argument --agents: 0 is not a whole number from 1 up"),
         (["demo", "--agents", "few"], "argument --agents: 'few' is not a whole number"),
         (["demo", "--scale", "-1"], "argument --scale: '-1' is not a number above 0"),
-        (["demo", "--trace", "/none.json"], "dualpath demo: /none.json: can't be read: No such file"),
+        (["demo", "--trace", "/none.json"], "dualpath demo: no trace '/none.json': give 32K, 48K or 64K"),
         (["dance"], "invalid choice: 'dance'"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dualpath.cli.arguments import command, names, not_negative, positive, positive_number, rate, systems
-from dualpath.cli.outcome import command_errors, new_console, usage_errors, write_json
+from dualpath.cli.outcome import command_errors, new_console, usage_errors, write_json, write_report_beside
 
 EXAMPLES = """\
 Each cluster is real: its own processes, real tokens, real bytes in a real store, its NICs held to the given rates.
@@ -62,7 +62,7 @@ def add(commands: Any) -> None:
         "--max-context", type=positive, dest="max_context_tokens", metavar="N", help="cut traces here (default: 6144)"
     )
     group = parser.add_argument_group("results")
-    group.add_argument("--out", type=Path, metavar="DIR", help="demo.json, demo.png and logs (default: results)")
+    group.add_argument("--out", type=Path, metavar="DIR", help="demo.json, .png, .html and logs (default: results)")
     group.add_argument("--work", type=Path, metavar="DIR", help="for the stores, removed again (default: .store)")
     group.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the result here too")
 
@@ -91,7 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
     console.print()
     console.print(run_table(result))
     console.print(*explain(result), sep="\n", highlight=False, soft_wrap=True)
-    console.print(f"\nwritten: {options.out}/demo.json, {options.out}/demo.png", highlight=False)
+    page = write_report_beside(options.out / "demo.json", result)
+    console.print(f"\nwritten: {options.out}/demo.json, {options.out}/demo.png, {page}", highlight=False)
     for run in result.runs:
         for message in run.error_messages:
             print(f"failed on {run.topology} {run.system}: {message}", file=sys.stderr)

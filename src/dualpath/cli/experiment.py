@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualpath.cli.arguments import command, names, not_negative, positive, positive_number, rate, systems
-from dualpath.cli.outcome import UsageError, command_errors, new_console, usage_errors, write_json
+from dualpath.cli.outcome import UsageError, command_errors, new_console, usage_errors, write_json, write_report_beside
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -188,6 +188,7 @@ def _show(chosen: "Definition", result: "ResultFile", settings: "Settings", cons
         except ValueError as error:
             console.print(f"no figure: {error}", highlight=False)
         written.append(write_page(settings.out))
+    written.append(write_report_beside(written[0], result))
     console.print(f"\nwritten: {', '.join(map(str, written))}", highlight=False)
     for one in result.runs:
         for message in one.error_messages:

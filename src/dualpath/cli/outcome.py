@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dualpath.report.result_file import ResultFile
+
 MIN_CONSOLE_WIDTH = 110
 """Of output that goes to no terminal: wide enough for the demo's table."""
 
@@ -36,6 +38,16 @@ def write_json(path: Path | None, report: Any) -> None:
     if path is not None:
         with command_errors(OSError):
             path.write_bytes(msgspec.json.encode(report) + b"\n")
+
+
+def write_report_beside(path: Path, result: "ResultFile") -> Path:
+    """The page of a result file at `path`: its name, with ``.html``."""
+    from dualpath.report.html import write_report
+
+    page = path.with_suffix(".html")
+    with command_errors(OSError):
+        write_report(result, page)
+    return page
 
 
 def check_directory(path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dualpath.cli.arguments import command, duration_ns, not_negative, positive, positive_number
-from dualpath.cli.outcome import command_errors, new_console, usage_errors, write_json
+from dualpath.cli.outcome import command_errors, new_console, usage_errors, write_json, write_report_beside
 
 EXAMPLES = """\
 URL is an OpenAI server's: dualpath's, vLLM's, SGLang's. Prompts go out as token ids, answers have the exact length the
@@ -118,7 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
     write_json(arguments.json, result)
     console.print(replay_table(result))
     console.print(*replay_sentences(result), sep="\n", highlight=False, soft_wrap=True)
-    console.print(f"\nwritten: {settings.out}/replay.json", highlight=False)
+    page = write_report_beside(settings.out / "replay.json", result)
+    console.print(f"\nwritten: {settings.out}/replay.json, {page}", highlight=False)
     if result.capacity is not None:
         return int(result.capacity.holds_agents_per_s is None)
     return int(any(one.errors for one in result.runs))
