@@ -54,6 +54,15 @@ def test_calibrate_refuses_what_it_can_not_measure(tmp_path: Path, capsys):
     assert "--threads is 1000" in capsys.readouterr().err
 
 
+def test_a_model_that_is_too_short_for_the_requests_is_refused(tmp_path: Path, capsys):
+    path = make_checkpoint(tmp_path / "tiny", "qwen3", seed=3)
+    config = msgspec.json.decode((path / "config.json").read_bytes())
+    (path / "config.json").write_bytes(msgspec.json.encode(config | {"max_position_embeddings": 1024}))
+    assert main(["calibrate", "--model", str(path), "--out", str(tmp_path / "m.json")]) == 1
+    assert "the model takes 1024 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "m.json").exists()
+
+
 @pytest.mark.slow
 def test_calibrate_writes_a_machine_that_predicts(checkpoint: Path, tmp_path: Path, capsys):
     out = tmp_path / "machine.json"

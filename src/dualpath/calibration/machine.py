@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from dualpath.calibration.cluster_use import measure_cluster
+from dualpath.calibration.cluster_use import BUSY_AGENTS, measure_cluster
 from dualpath.calibration.compute import measure_compute, measure_sharing
 from dualpath.calibration.control import fit_control, fit_slowdowns
 from dualpath.calibration.moves import measure_moves
@@ -16,7 +16,7 @@ from dualpath.calibration.storage import measure_storage
 from dualpath.core.batching import AttentionCost, Chunk
 from dualpath.engine import LoadedModel, profile_attention
 from dualpath.engine.step_profiling import measure_block_copies
-from dualpath.prediction.machine import ControlCost, EngineLimits, MachineRates, MoveCost
+from dualpath.prediction.machine import ControlCost, EngineLimits, MachineRates, MoveCost, PrefillCost
 from dualpath.runtime.config import ClusterConfig
 from dualpath.runtime.prefill import PROBE_HIT_TOKENS, PROBE_NEW_TOKENS
 
@@ -46,50 +46,7 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
     Raises OSError, ValueError for a model that can't be used, ClusterError and ReplayError where its cluster fails.
     """
     started_s = time.perf_counter()
-    say("steps of engines that compute at once")
-    side_by_side, oversubscribed_error = measure_sharing(str(options.model), options.dtype, options.threads, cores())
-    say("prefill batches and decode steps")
-    model = LoadedModel.load(options.model, dtype=options.dtype, threads=options.threads)
-    prefill, decode, fits = measure_compute(model)
-    fixed_ns, ns_per_flop = profile_attention(model)
-    attention = AttentionCost(fixed_ns, ns_per_flop, model.attention_flops_per_token, model.attention_flops_per_pair)
-    say("copies and transfers")
-    moves = {transport: measure_moves(model.layout, transport) for transport in TRANSPORTS}
-    local_copy = moves["shm"][0]
-    fill_ns, copy_out_ns = measure_block_copies(model)
-    say("storage")
-    storage = measure_storage(model.layout, options.store)
-    block_bytes = model.layout.full_block_bytes
-    rates = MachineRates(
-        description=f"{cores()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        model=str(options.model),
-        layers=model.layout.layers,
-        kv_bytes_per_token=model.layout.layers * model.layout.token_bytes,
-        dtype=options.dtype,
-        threads=options.threads,
-        cores=cores(),
-        side_by_side=side_by_side,
-        oversubscribed_error=oversubscribed_error,
-        slowdown=1.0,
-        cpu_slowdown=1.0,
-        others_cores=0.0,
-        attention=attention,
-        prefill_tokens_per_s=1e9
-        * (PROBE_HIT_TOKENS + PROBE_NEW_TOKENS)
-        / (model.layout.layers * prefill.layer_ns((Chunk(0, 0, PROBE_HIT_TOKENS, PROBE_NEW_TOKENS, True),))),
-        prefill=prefill,
-        decode=decode,
-        local_copy=local_copy,
-        fill=MoveCost(byte_ns=fill_ns / block_bytes, chunk_ns=local_copy.chunk_ns),
-        copy_out=MoveCost(byte_ns=copy_out_ns / block_bytes, chunk_ns=local_copy.chunk_ns),
-        transports={transport: cost for transport, (_, cost) in moves.items()},
-        storage=storage,
-        control=_NO_CONTROL,
-        limits=_limits(),
-        fits=fits,
-        measured_s=0.0,
-    )
-    del model
+    rates = _measure_parts(options, say)
     say("a cluster: lone requests, then agents at once")
     used = measure_cluster(rates, options.model, options.store)
     control, control_fits = fit_control(rates, used.lone)
@@ -102,9 +59,76 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
         slowdown=slowdown,
         cpu_slowdown=cpu_slowdown,
         others_cores=used.busy.others_cores,
-        fits=fits | control_fits,
+        fits=rates.fits | control_fits,
         measured_s=time.perf_counter() - started_s,
     )
+
+
+def _measure_parts(options: CalibrationOptions, say: Callable[[str], None]) -> MachineRates:
+    """All that needs no cluster; what does is left free."""
+    model = LoadedModel.load(options.model, dtype=options.dtype, threads=options.threads)
+    _check_length(model)
+    say("steps of engines that compute at once")
+    side_by_side, oversubscribed_error = measure_sharing(str(options.model), options.dtype, options.threads, cores())
+    say("prefill batches and decode steps")
+    prefill, decode, fits = measure_compute(model)
+    say("copies and transfers")
+    moves = {transport: measure_moves(model.layout, transport) for transport in TRANSPORTS}
+    local_copy = moves["shm"][0]
+    fill, copy_out = (
+        MoveCost(byte_ns=ns / model.layout.full_block_bytes, chunk_ns=local_copy.chunk_ns)
+        for ns in measure_block_copies(model)
+    )
+    say("storage")
+    storage = measure_storage(model.layout, options.store)
+    return MachineRates(
+        description=f"{cores()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        model=str(options.model),
+        layers=model.layout.layers,
+        kv_bytes_per_token=model.layout.layers * model.layout.token_bytes,
+        dtype=options.dtype,
+        threads=options.threads,
+        cores=cores(),
+        side_by_side=side_by_side,
+        oversubscribed_error=oversubscribed_error,
+        slowdown=1.0,
+        cpu_slowdown=1.0,
+        others_cores=0.0,
+        attention=_attention(model),
+        prefill_tokens_per_s=_prompt_tokens_per_s(prefill, model.layout.layers),
+        prefill=prefill,
+        decode=decode,
+        local_copy=local_copy,
+        fill=fill,
+        copy_out=copy_out,
+        transports={transport: cost for transport, (_, cost) in moves.items()},
+        storage=storage,
+        control=_NO_CONTROL,
+        limits=_limits(),
+        fits=fits,
+        measured_s=0.0,
+    )
+
+
+def _check_length(model: LoadedModel) -> None:
+    needed_tokens = max(one.context_tokens for agent in BUSY_AGENTS for one in agent.spans())
+    if model.max_length_tokens < needed_tokens:
+        raise ValueError(
+            f"the model takes {model.max_length_tokens} tokens, and the calibration's requests have up to "
+            f"{needed_tokens}; give one that takes longer prompts"
+        )
+
+
+def _attention(model: LoadedModel) -> AttentionCost:
+    """As a PE profiles itself when it starts."""
+    fixed_ns, ns_per_flop = profile_attention(model)
+    return AttentionCost(fixed_ns, ns_per_flop, model.attention_flops_per_token, model.attention_flops_per_pair)
+
+
+def _prompt_tokens_per_s(prefill: PrefillCost, layers: int) -> float:
+    """As a PE measures itself when it starts."""
+    probe = (Chunk(0, 0, PROBE_HIT_TOKENS, PROBE_NEW_TOKENS, True),)
+    return (PROBE_HIT_TOKENS + PROBE_NEW_TOKENS) * 1e9 / (layers * prefill.layer_ns(probe))
 
 
 def cores() -> int:
