@@ -108,7 +108,7 @@ class Journal:
                 "kind of server it began with"
             )
         if not self.parts:
-            self._file.truncate(0)
+            self._empty()
         self._started_at, self._started_s = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
         self._append(PartLine(len(self.parts), self._identity, context, self._started_at))
 
@@ -142,6 +142,13 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+    def _empty(self) -> None:
+        try:
+            if os.fstat(self._file.fileno()).st_size:
+                self._file.truncate(0)
+        except OSError as error:
+            raise JournalError(f"{self.path} can't be emptied: {error.strerror}") from error
 
     def _append(self, line: Line) -> None:
         if self._failed is not None:
