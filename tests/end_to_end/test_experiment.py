@@ -22,6 +22,7 @@ def test_a_quick_experiment_compares_systems_turn_by_turn(tmp_path: Path) -> Non
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     result = load(tmp_path / "out" / "ttft-breakdown.json")
+    assert (tmp_path / "out" / "ttft-breakdown.html").exists()
     basic, dualpath = result.runs
     assert (basic.system, dualpath.system, basic.topology) == ("basic", "dualpath", "1P2D")
     assert basic.cluster is not None and basic.cluster.snic_bytes_per_s == 4_000_000

@@ -40,6 +40,7 @@ def test_generated_agents_at_once(replay, tmp_path):
     assert run.pacing.p99_s >= run.pacing.p50_s >= 0
     assert "generated, seed 5: 3 agents, 9 turns" in said and "server: dualpath, model fake" in said
     assert json.loads((tmp_path / "copy.json").read_bytes()) == json.loads((tmp_path / "out/replay.json").read_bytes())
+    assert (tmp_path / "out" / "replay.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def test_recorded_agents_are_cut_and_dealt_out(replay, tmp_path):
