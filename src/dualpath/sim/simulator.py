@@ -25,20 +25,16 @@ from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import (
     BLOCK_TOKENS,
     Abort,
+    Decode,
     Fail,
     Finish,
     Load,
+    Prefill,
     Prepare,
     RequestFacts,
     RequestId,
     Resubmit,
     Side,
-)
-from dualpath.core.vocabulary import (
-    Decode as DecodeCommand,
-)
-from dualpath.core.vocabulary import (
-    Prefill as PrefillCommand,
 )
 from dualpath.sim.events import Events
 from dualpath.sim.machine import Machine
@@ -86,27 +82,23 @@ class Simulator:
         self._free_io = policy.free_io
         self._kv_bytes = machine.costs.kv_bytes_per_token
         hooks = Hooks(self.lives, self._on_loaded, self._on_first_token, self._on_prefilled, self._on_decoded)
-        parts = make_parts(
-            machine,
-            policy,
-            self.events,
-            hooks,
-            exact=exact,
-            window_ns=balance_window_ns,
-        )
+        parts = make_parts(machine, policy, self.events, hooks, exact=exact, window_ns=balance_window_ns)
         self.storage, self.fabric, self.prefill, self.decode = parts.storage, parts.fabric, parts.prefill, parts.decode
-        self._handlers: dict[type[Any], Callable[[Any], None]] = {
+        self._handlers = self._command_handlers()
+        for facts in machine.engines:
+            self.scheduler.engine_joined(0, facts)
+
+    def _command_handlers(self) -> dict[type[Any], Callable[[Any], None]]:
+        return {
             Prepare: self._prepare,
             Load: self._load,
-            PrefillCommand: self._prefill,
-            DecodeCommand: self._decode,
+            Prefill: self._prefill,
+            Decode: self._decode,
             Finish: self._finish,
             Abort: self._abort,
             Resubmit: self._resubmit,
             Fail: self._fail,
         }
-        for facts in machine.engines:
-            self.scheduler.engine_joined(0, facts)
 
     # ── agents ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -195,12 +187,12 @@ class Simulator:
             return
         self.storage.read(self._node_of[engine], leg.blocks * BLOCK_TOKENS * self._kv_bytes, turn, side)
 
-    def _prefill(self, command: PrefillCommand) -> None:
+    def _prefill(self, command: Prefill) -> None:
         turn = self.lives[command.request]
         turn.prefill_engine = command.engine
         self.prefill.push(turn)
 
-    def _decode(self, command: DecodeCommand) -> None:
+    def _decode(self, command: Decode) -> None:
         turn = self.lives[command.request]
         if self._free_io:
             self._on_copied((turn, turn.attempt))
@@ -245,26 +237,15 @@ class Simulator:
         """Take the turn off its decode engine; what the client has seen is kept for the next attempt."""
         generated = self.decode.remove(turn)
         if turn.copied_ns:
-            self._keep_generated(turn, 1 + generated)
+            turn.keep_generated(1 + generated)
             turn.copied_ns = 0
-
-    def _keep_generated(self, turn: LiveTurn, tokens: int) -> None:
-        """The next attempt goes on behind what the client has seen."""
-        tokens = min(tokens, turn.generate_tokens - 1)
-        turn.done_tokens += tokens
-        turn.prompt_tokens += tokens
-        turn.generate_tokens -= tokens
-        turn.hit_tokens = whole_blocks(turn.prompt_tokens - 1)
 
     def _released(self, command: Abort) -> None:
         self.scheduler.released(self.events.now, command.request, command.attempt, command.engine)
 
     def _resubmit(self, command: Resubmit) -> None:
         turn = self.lives[command.request]
-        turn.attempt = command.attempt
-        turn.prefill_engine = turn.decode_engine = turn.load_engine = -1
-        turn.pe_tokens = turn.copied_ns = 0
-        turn.load_done_ns = [0, 0]
+        turn.begin_attempt(command.attempt)
         self.measured.retries += 1
         facts = RequestFacts(turn.request, turn.attempt, turn.prompt_tokens, turn.hit_tokens, turn.generate_tokens)
         self.scheduler.resubmit(self.events.now, facts)

@@ -76,6 +76,21 @@ class LiveTurn:
         self.joined_step = -1
         """Of the decode group, -1 while not decoding."""
 
+    def keep_generated(self, tokens: int) -> None:
+        """The next attempt goes on behind what the client has seen."""
+        tokens = min(tokens, self.generate_tokens - 1)
+        self.done_tokens += tokens
+        self.prompt_tokens += tokens
+        self.generate_tokens -= tokens
+        self.hit_tokens = whole_blocks(self.prompt_tokens - 1)
+
+    def begin_attempt(self, attempt: int) -> None:
+        """Another attempt, which is on no engine yet."""
+        self.attempt = attempt
+        self.prefill_engine = self.decode_engine = self.load_engine = -1
+        self.pe_tokens = self.copied_ns = 0
+        self.load_done_ns = [0, 0]
+
 
 def whole_blocks(tokens: int) -> int:
     """Tokens of the whole blocks among `tokens`. (A computed context lacks its newest token's KV: pass one less.)"""
