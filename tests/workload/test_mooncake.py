@@ -6,17 +6,17 @@ import pytest
 
 from dualpath.workload.mooncake import read_mooncake
 from dualpath.workload.trajectory import Round
-from dualpath.workload.weka import TraceError
+from dualpath.workload.limits import TraceError
 
 
 def request(at_s, prompt, output, ids):
     return {"timestamp": at_s * 1000, "input_length": prompt, "output_length": output, "hash_ids": ids}
 
 
-def read(tmp_path, *lines, **options):
+def read(tmp_path, *lines):
     path = tmp_path / "trace.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
-    return read_mooncake(path, **options)
+    return read_mooncake(path)
 
 
 FIRST = request(0, 1600, 100, [0, 1, 2, 3])  # three full blocks and 64 tokens
@@ -65,15 +65,6 @@ def test_of_two_that_fit_the_longest_prefix_wins(tmp_path):
         request(3, 2100, 1, [0, 1, 2, 4, 5]),  # three shared blocks with the second, two with the third
     )
     assert [len(one.rounds) for one in trace.trajectories] == [3, 1]
-
-
-def test_a_limit_ends_trajectories_and_drops_those_that_never_fit(tmp_path):
-    lines = (FIRST, request(30, 2100, 7, [0, 1, 2, 4, 5]), request(40, 4000, 1, list(range(100, 108))))
-    trace = read(tmp_path, *lines, max_context_tokens=2000)
-    assert [one.id for one in trace.trajectories] == ["chain-00000"]
-    assert len(trace.trajectories[0].rounds) == 1
-    with pytest.raises(TraceError, match="no request fits max_context_tokens=100; raise it"):
-        read(tmp_path, *lines, max_context_tokens=100)
 
 
 def test_an_answer_of_no_tokens_counts_as_one(tmp_path):

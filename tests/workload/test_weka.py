@@ -3,7 +3,7 @@ import pathlib
 
 import pytest
 
-from dualpath.workload import Round, TraceError, WekaLimits, read_weka, totals
+from dualpath.workload import Round, TraceError, TraceLimits, read_weka, totals
 
 REAL = pathlib.Path(__file__).parents[3] / "shared" / "traces" / "weka-claude-code" / "sessions"
 
@@ -70,7 +70,7 @@ def test_subagents_belong_to_the_turn_before_them_and_start_afresh(file):
 
 
 def test_scale_divides_tokens_and_never_loses_a_generation(file):
-    read = read_weka(session(file, turn(6400, 100), turn(6900, 3), turn(640, 8, [0, 1, 99])), WekaLimits(scale=16))
+    read = read_weka(session(file, turn(6400, 100), turn(6900, 3), turn(640, 8, [0, 1, 99])), TraceLimits(scale=16))
     assert read.rounds == (
         Round(append_tokens=400, generate_tokens=6),
         Round(append_tokens=25, generate_tokens=1),
@@ -80,15 +80,15 @@ def test_scale_divides_tokens_and_never_loses_a_generation(file):
 
 def test_rounding_does_not_add_up(file):
     turns = [turn(1000 + 72 * i, 7) for i in range(50)]
-    spans = list(read_weka(session(file, *turns), WekaLimits(scale=16)).spans())
+    spans = list(read_weka(session(file, *turns), TraceLimits(scale=16)).spans())
     assert [span.prompt_tokens for span in spans] == [round((1000 + 72 * i) / 16) for i in range(50)]
 
 
 def test_caps_end_a_session_early(file):
     turns = [turn(640, 10), {"type": "subagent", "requests": [turn(900, 1)]}, turn(700, 20), turn(800, 20)]
     session(file, *turns)
-    assert len(read_weka(file, WekaLimits(max_turns=2)).rounds) == 2
-    capped = read_weka(file, WekaLimits(max_context_tokens=720))
+    assert len(read_weka(file, TraceLimits(max_turns=2)).rounds) == 2
+    capped = read_weka(file, TraceLimits(max_context_tokens=720))
     assert [span.context_tokens for span in capped.spans()] == [650, 720]
     assert capped.rounds[0].subagents == ()
 
@@ -121,10 +121,10 @@ def test_unreadable_files_and_senseless_limits_are_refused(file):
     with pytest.raises(TraceError, match="block_size is 0"):
         read_weka(session(file, turn(64, 1), block_size=0))
     with pytest.raises(TraceError, match="no turn fits max_context_tokens=100"):
-        read_weka(session(file, turn(640, 1)), WekaLimits(max_context_tokens=100))
+        read_weka(session(file, turn(640, 1)), TraceLimits(max_context_tokens=100))
     for bad in ({"scale": 0}, {"scale": float("nan")}, {"max_turns": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            WekaLimits(**bad)
+            TraceLimits(**bad)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the public WEKA sessions are not at {REAL}")

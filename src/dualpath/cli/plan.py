@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dualpath.plan.traces import load_of
     from dualpath.report.plan import plan_sentences, resource_table, split_table
     from dualpath.spec.cluster import ClusterError, load_cluster
-    from dualpath.workload.weka import TraceError
+    from dualpath.workload.limits import TraceError
 
     slo = Slo(ttft_s=arguments.ttft / 1e9, tpot_s=arguments.tpot / 1e9)
     with usage_errors(ClusterError, TraceError, PlanError):

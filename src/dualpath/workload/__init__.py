@@ -10,7 +10,7 @@ from dualpath.workload.result import Part, Percentiles, ReplayResult, Timings, T
 from dualpath.workload.rollout import OnTurn, identity_of
 from dualpath.workload.sources import Source, load_source
 from dualpath.workload.trajectory import Round, Totals, Trajectory, totals
-from dualpath.workload.weka import WekaLimits, read_weka
+from dualpath.workload.weka import read_weka
 
 __all__ = [
     "AgentMix",
@@ -35,7 +35,6 @@ __all__ = [
     "Trajectory",
     "TurnFailure",
     "TurnResult",
-    "WekaLimits",
     "Window",
     "find_capacity",
     "generate_trajectories",

@@ -25,7 +25,7 @@ from pathlib import Path
 import msgspec
 
 from dualpath.workload.trajectory import Round, Trajectory
-from dualpath.workload.weka import TraceError
+from dualpath.workload.limits import TraceError
 
 BLOCK_TOKENS = 512
 MIN_SHARED_BLOCKS = 2
@@ -56,8 +56,8 @@ class _Chain(msgspec.Struct):
     rounds: list[Round]
 
 
-def read_mooncake(path: Path, max_context_tokens: int | None = None) -> MooncakeTrace:
-    """The trace in `path`; trajectories end before the first turn beyond `max_context_tokens`. Raises TraceError."""
+def read_mooncake(path: Path) -> MooncakeTrace:
+    """The trace in `path`. Raises TraceError."""
     chains: list[_Chain] = []
     open_tails: dict[int, _Chain] = {}
     """By the id of the last full block of a chain's last prompt: the chain to continue from there."""
@@ -78,7 +78,10 @@ def read_mooncake(path: Path, max_context_tokens: int | None = None) -> Mooncake
             open_tails[line.hash_ids[full_blocks - 1]] = chain
     if not chains:
         raise TraceError(f"{path}: holds no requests")
-    return _trace(path, chains, max_context_tokens)
+    return MooncakeTrace(
+        trajectories=tuple(Trajectory(id=f"chain-{chain.number:05d}", rounds=tuple(chain.rounds)) for chain in chains),
+        arrivals_s=tuple((chain.arrival_ms - chains[0].arrival_ms) / 1000 for chain in chains),
+    )
 
 
 def _lines(path: Path) -> Iterator[_Line]:
@@ -138,25 +141,3 @@ def _next_round(chain: _Chain, line: _Line) -> Round:
         gap_s=gap_s,
         keep_tokens=shared_tokens,
     )
-
-
-def _trace(path: Path, chains: list[_Chain], max_context_tokens: int | None) -> MooncakeTrace:
-    trajectories, arrivals_s = [], []
-    for chain in chains:
-        rounds = tuple(_until(chain.rounds, max_context_tokens))
-        if rounds:
-            trajectories.append(Trajectory(id=f"chain-{chain.number:05d}", rounds=rounds))
-            arrivals_s.append((chain.arrival_ms - chains[0].arrival_ms) / 1000)
-    if not trajectories:
-        raise TraceError(f"{path}: no request fits max_context_tokens={max_context_tokens}; raise it")
-    return MooncakeTrace(trajectories=tuple(trajectories), arrivals_s=tuple(arrivals_s))
-
-
-def _until(rounds: list[Round], max_context_tokens: int | None) -> Iterator[Round]:
-    context_tokens = 0
-    for round_ in rounds:
-        kept_tokens = context_tokens if round_.keep_tokens is None else round_.keep_tokens
-        context_tokens = kept_tokens + round_.append_tokens + round_.generate_tokens
-        if max_context_tokens is not None and context_tokens > max_context_tokens:
-            return
-        yield round_

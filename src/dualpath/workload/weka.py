@@ -19,8 +19,6 @@ import msgspec
 from dualpath.workload.limits import NO_LIMITS, TraceError, TraceLimits, limited
 from dualpath.workload.trajectory import Round, Trajectory
 
-__all__ = ["TraceError", "WekaLimits", "read_weka"]
-WekaLimits = TraceLimits
 _SLACK_BLOCKS = 1
 """A prompt's last block may hash differently once the generation follows it; more than this is a compaction."""
 
