@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from dualpath.workload.limits import TraceError
 from dualpath.workload.mooncake import read_mooncake
 from dualpath.workload.trajectory import Round
-from dualpath.workload.limits import TraceError
 
 
 def request(at_s, prompt, output, ids):

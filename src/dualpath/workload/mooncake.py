@@ -24,8 +24,8 @@ from pathlib import Path
 
 import msgspec
 
-from dualpath.workload.trajectory import Round, Trajectory
 from dualpath.workload.limits import TraceError
+from dualpath.workload.trajectory import Round, Trajectory
 
 BLOCK_TOKENS = 512
 MIN_SHARED_BLOCKS = 2
