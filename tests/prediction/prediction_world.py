@@ -124,9 +124,7 @@ def setup(rates: MachineRates, trajectories: tuple[Trajectory, ...], **changes: 
         transport="shm",
         trajectories=trajectories,
         first_round=1,
-        agents_per_s=None,
-        gap_scale=1.0,
-        seed=0,
+        paced=True,
     )
     return msgspec.structs.replace(plain, **changes)
 
@@ -135,7 +133,6 @@ def result_file(
     crowd: tuple[Trajectory, ...],
     topologies: tuple[str, ...] = ("1P1D",),
     systems: tuple[str, ...] = ("basic", "dualpath", "oracle"),
-    kind: str = "experiment",
     **run: Any,
 ) -> ResultFile:
     """What an experiment of these agents would have written; its measured figures are made up."""
@@ -172,7 +169,7 @@ def result_file(
         for system in systems
     ]
     return ResultFile(
-        kind=kind,
+        kind="experiment",
         name="test",
         trajectories={"agents": list(crowd)},
         runs=runs,

@@ -12,7 +12,7 @@ from dualpath.cli import main
 from dualpath.prediction import MachineError, comparison_table, load_machine, predict
 from dualpath.prediction.machine import PrefillCost, new_pairs
 from dualpath.report.result_file import ResultFile, load
-from dualpath.workload.arrivals import poisson_arrivals_ns
+from dualpath.workload import Round
 from dualpath.workload.result import TurnFailure, TurnResult
 
 
@@ -40,6 +40,10 @@ def scrambled(measured: ResultFile) -> ResultFile:
         for number, run in enumerate(measured.runs)
     ]
     return msgspec.structs.replace(measured, runs=runs)
+
+
+def paused(round_: Round, gap_s: float) -> Round:
+    return msgspec.structs.replace(round_, gap_s=gap_s)
 
 
 def test_measured_times_are_not_looked_at():
@@ -76,16 +80,13 @@ def test_timings_of_a_turn_add_up_to_the_servers_first_token():
         assert timings.prefill_engine == "PE0" and timings.decode_engine == "DE0"
 
 
-def test_arrivals_are_drawn_for_a_replay_and_are_pauses_of_an_experiments_agents():
-    crowd = agents(3, turns=2)
-    run = {"agents_per_s": 0.5, "first_round": 1}
-    replayed, experiment = (
-        predict(result_file(crowd, systems=("oracle",), kind=kind, **run), machine()).runs[0].turn_results
-        for kind in ("replay", "experiment")
-    )
-    starts_s = sorted(turn.start_s for turn in replayed)
-    assert starts_s == pytest.approx(sorted(poisson_arrivals_ns(0.5, 3, seed=3) / 1e9), abs=1e-6)
-    assert {turn.start_s for turn in experiment} == {0.0}
+def test_agents_that_pause_first_arrive_later():
+    late = [
+        msgspec.structs.replace(one, rounds=(one.rounds[0], paused(one.rounds[1], i)))
+        for i, one in enumerate(agents(3))
+    ]
+    turns = predict(result_file(tuple(late), systems=("oracle",), agents_per_s=1.0), machine()).runs[0].turn_results
+    assert sorted(turn.start_s for turn in turns) == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,6 @@ def test_arrivals_are_drawn_for_a_replay_and_are_pauses_of_an_experiments_agents
         ({}, {"threads": 2}, "ran with 1 threads"),
         ({}, {"dtype": "bfloat16"}, "dtype"),
         ({}, {"transports": {}}, "moved KV over 'shm'"),
-        ({"parameters": {"gap_scale": -1.0}}, {}, "gap_scale"),
     ],
 )
 def test_what_can_not_be_predicted_says_why(run, rates, complaint):

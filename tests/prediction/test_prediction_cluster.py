@@ -107,10 +107,13 @@ def test_agents_pause_and_wait_for_their_subagents():
     assert jct_ns > turns[1].last_token_ns - 1
 
 
-def test_arrivals_spread_the_agents():
-    _, turns, _ = simulate(setup(machine(), agents(5, turns=2), agents_per_s=0.5))
-    starts = sorted(turn.sent_ns for turn in turns)
-    assert len(set(starts)) == 5 and starts[-1] > 2_000 * MS
+def test_the_kernel_keeps_rates_for_nothing():
+    moving = machine(transports={"shm": TransportCost(pull=FREE_MOVE, put=MoveCost(byte_ns=0, chunk_ns=10 * MS))})
+    paced, free = (
+        simulate(setup(moving, lone_agent(), cnic_bytes_per_s=400_000_000, paced=paced))[1][0].first_token_ns
+        for paced in (True, False)
+    )
+    assert paced > 2 * free
 
 
 @settings(max_examples=15, deadline=None)

@@ -138,7 +138,5 @@ def _setup(rates: MachineRates, trajectories: tuple[Trajectory, ...]) -> RunSetu
         transport="shm",
         trajectories=trajectories,
         first_round=1,
-        agents_per_s=None,
-        gap_scale=0.0,
-        seed=0,
+        paced=True,
     )

@@ -19,7 +19,7 @@ examples:
   dualpath simulate --like results/demo.json --machine machine.json     predict what was measured here
 
 --like needs no CLUSTER: it simulates the real runtime on this machine, which `dualpath calibrate` has measured, for
-every run of a result file of demo, experiment or replay, and says how far off it is. --json then writes a result file.
+every run of a result file of demo or experiment, and says how far off it is. --json then writes a result file.
 """
 
 

@@ -4,7 +4,6 @@ from dualpath.prediction.cluster import Cluster
 from dualpath.prediction.processes import Signal, Steps, all_of
 from dualpath.prediction.setup import RunSetup
 from dualpath.prediction.turns import Turn, whole_blocks
-from dualpath.workload.arrivals import poisson_arrivals_ns
 from dualpath.workload.trajectory import Trajectory
 
 
@@ -19,24 +18,17 @@ class Replay:
 
     def start(self) -> Signal:
         """Set when every agent has ended."""
-        setup, processes = self._setup, self._cluster.processes
-        starts_ns = [0] * len(setup.trajectories)
-        if setup.agents_per_s is not None:
-            starts_ns = poisson_arrivals_ns(setup.agents_per_s, len(setup.trajectories), setup.seed).tolist()
+        setup = self._setup
         return all_of(
-            [
-                processes.start(self._agent(one, setup.first_round, start_ns))
-                for one, start_ns in zip(setup.trajectories, starts_ns, strict=True)
-            ]
+            [self._cluster.processes.start(self._agent(one, setup.first_round)) for one in setup.trajectories]
         )
 
-    def _agent(self, trajectory: Trajectory, first_round: int, start_ns: int) -> Steps:
+    def _agent(self, trajectory: Trajectory, first_round: int) -> Steps:
         processes = self._cluster.processes
-        yield processes.until(start_ns)
         context_tokens = 0
         for index, (round_, span) in enumerate(zip(trajectory.rounds, trajectory.spans(), strict=True)):
             if index >= first_round:
-                yield processes.after(round_.gap_s * 1e9 * self._setup.gap_scale)
+                yield processes.after(round_.gap_s * 1e9)
                 # Hits are what is kept of the context, but for its newest token, which has no KV, and one to compute.
                 stored_tokens = min(span.kept_tokens, context_tokens - 1, span.prompt_tokens - 1)
                 turn = Turn(
@@ -51,5 +43,5 @@ class Replay:
                 yield self._cluster.ask(turn)
                 self.turns.append(turn)
             if index >= first_round - 1:
-                yield all_of([processes.start(self._agent(one, 0, 0)) for one in round_.subagents])
+                yield all_of([processes.start(self._agent(one, 0)) for one in round_.subagents])
             context_tokens = span.context_tokens

@@ -22,8 +22,10 @@ MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 64 * 1024, 256 * 1024
 class Lane:
     """One direction of one NIC."""
 
-    def __init__(self, bytes_per_s: int | None) -> None:
+    def __init__(self, bytes_per_s: int | None, paced: bool = True) -> None:
+        """`paced`: the runtime keeps the rate itself, chunk by chunk."""
         self.bytes_per_s = bytes_per_s
+        self._paced = paced
         self.moved_bytes = 0
         self._free_ns = float(-BURST_NS)
 
@@ -36,8 +38,8 @@ class Lane:
         return self._free_ns
 
     def paced_chunks(self, n_bytes: int) -> int:
-        """Into how many chunks the runtime cuts so many bytes to keep the lane's rate; 0 where there is none."""
-        if self.bytes_per_s is None:
+        """Into how many chunks the runtime cuts so many bytes to keep the lane's rate; 0 where it keeps none."""
+        if self.bytes_per_s is None or not self._paced:
             return 0
         chunk_bytes = min(max(self.bytes_per_s * CHUNK_NS // 1_000_000_000, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
         return -(-n_bytes // chunk_bytes)
@@ -46,9 +48,9 @@ class Lane:
 class Nic:
     """Both directions."""
 
-    def __init__(self, bytes_per_s: int | None) -> None:
-        self.rx = Lane(bytes_per_s)
-        self.tx = Lane(bytes_per_s)
+    def __init__(self, bytes_per_s: int | None, paced: bool = True) -> None:
+        self.rx = Lane(bytes_per_s, paced)
+        self.tx = Lane(bytes_per_s, paced)
 
 
 class Mover:

@@ -43,6 +43,7 @@ class Plant:
         transport: TransportCost,
         snic_bytes_per_s: int | None,
         cnic_bytes_per_s: int | None,
+        paced: bool,
     ) -> None:
         self.rates = rates
         self.transport = transport
@@ -50,7 +51,7 @@ class Plant:
         self.cpu = Cpu(events, rates.cores, rates.slowdown)
         self.mover = Mover(self.processes, self.cpu)
         self.snics = [Nic(snic_bytes_per_s) for _ in range(engines)]
-        self.cnics = [Nic(cnic_bytes_per_s) for _ in range(engines)]
+        self.cnics = [Nic(cnic_bytes_per_s, paced) for _ in range(engines)]
         self.layer_token_bytes = rates.kv_bytes_per_token // rates.layers
         self.block_bytes = rates.kv_bytes_per_token * BLOCK_TOKENS
         self.coordinator_thread = Workers(self.processes)

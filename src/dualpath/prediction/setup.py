@@ -6,7 +6,7 @@ import msgspec
 
 from dualpath.core.policy import SYSTEMS
 from dualpath.prediction.machine import MachineError, MachineRates
-from dualpath.report.result_file import ClusterSetup, ResultFile, Run
+from dualpath.report.result_file import ClusterSetup, ResultFile
 from dualpath.workload.trajectory import Trajectory
 
 _TOPOLOGY = re.compile(r"([1-9]\d*)P([1-9]\d*)D")
@@ -26,9 +26,8 @@ class RunSetup(msgspec.Struct, frozen=True, kw_only=True):
     trajectories: tuple[Trajectory, ...]
     first_round: int
     """Rounds before it are in storage."""
-    agents_per_s: float | None
-    gap_scale: float
-    seed: int
+    paced: bool
+    """The traffic manager keeps the compute NICs' rates, chunk by chunk; else the kernel does."""
 
 
 def setup_of(result: ResultFile, number: int, rates: MachineRates) -> RunSetup:
@@ -37,8 +36,8 @@ def setup_of(result: ResultFile, number: int, rates: MachineRates) -> RunSetup:
     name = f"run {number} ({run.topology} {run.system})"
     if run.cluster is None or run.trajectories not in result.trajectories:
         raise MachineError(
-            f"{name} does not say what its {'cluster was' if run.cluster is None else 'agents asked'}; measure it anew "
-            "with dualpath demo, experiment or replay of this version"
+            f"{name} does not say what its {'cluster was' if run.cluster is None else 'agents asked'}; results of "
+            "dualpath demo and experiment do, while a replay does not know whom it asks"
         )
     topology = _TOPOLOGY.fullmatch(run.topology)
     if topology is None or run.system not in SYSTEMS:
@@ -55,9 +54,7 @@ def setup_of(result: ResultFile, number: int, rates: MachineRates) -> RunSetup:
         transport=run.cluster.transport,
         trajectories=tuple(result.trajectories[run.trajectories]),
         first_round=run.first_round,
-        agents_per_s=run.agents_per_s if result.kind == "replay" else None,  # an experiment's agents pause first
-        gap_scale=_gap_scale(run),
-        seed=result.configuration.seed,
+        paced=run.cluster.links == "emulated",
     )
 
 
@@ -77,10 +74,3 @@ def _check(name: str, cluster: ClusterSetup, rates: MachineRates) -> None:
     if cluster.transport not in rates.transports:
         known = ", ".join(rates.transports)
         raise MachineError(f"{name} moved KV over {cluster.transport!r}, the machine was measured with {known}")
-
-
-def _gap_scale(run: Run) -> float:
-    scale = run.parameters.get("gap_scale", 1.0)
-    if isinstance(scale, str) or scale < 0:
-        raise MachineError(f"a run's gap_scale is {scale!r}; it must be a number from 0 up")
-    return scale
