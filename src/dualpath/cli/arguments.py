@@ -15,6 +15,15 @@ CLUSTER_HELP = """\
 CLUSTER is a preset (ds660b-2p4d, ds660b-44p88d, ds660b-48p96d, ds27b-1p1d, ds27b-2p1d, ds27b-1p2d, qwen32b-1p2d) or a
 TOML file."""
 
+SOURCES_HELP = "32K, 48K, 64K (the paper's), a Mooncake .jsonl, files or directories of WEKA or mini-SWE-agent sessions"
+
+
+def add_source(parser: Any) -> None:
+    """Whose agents a cluster is planned or simulated for."""
+    parser.add_argument("--trace", nargs="+", default=["64K"], metavar="TRACE", help=f"{SOURCES_HELP} (default: 64K)")
+    parser.add_argument("--model", metavar="MODEL", help="instead of the cluster's: a name, or a config.json")
+    parser.add_argument("--max-context", type=positive, metavar="N", help="end recorded agents here")
+
 
 def command(
     commands: Any, name: str, summary: str, epilog: str, run: Callable[[argparse.Namespace], int] | None = None

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dualpath.cli.arguments import command, names, not_negative, positive, positive_number, rate, systems
+from dualpath.cli.arguments import SOURCES_HELP, command, names, not_negative, positive, positive_number, rate, systems
 from dualpath.cli.outcome import command_errors, new_console, usage_errors, write_json, write_report_beside
 
 EXAMPLES = """\
@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
         "--generate", type=positive, metavar="N", dest="generate_tokens", help="mean tokens generated (default: 16)"
     )
     group.add_argument("--seed", type=not_negative, metavar="N", help="of the agents (default: 0)")
-    group.add_argument("--trace", type=Path, nargs="+", dest="traces", metavar="FILE", help="WEKA sessions to replay")
+    group.add_argument("--trace", type=Path, nargs="+", dest="traces", metavar="TRACE", help=SOURCES_HELP)
     group.add_argument("--scale", type=positive_number, help="divide the traces' token counts by this (default: 16)")
     group.add_argument(
         "--max-context", type=positive, dest="max_context_tokens", metavar="N", help="cut traces here (default: 6144)"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dualpath.cli.arguments import CLUSTER_HELP, command, duration_ns, positive, positive_number
+from dualpath.cli.arguments import CLUSTER_HELP, add_source, command, duration_ns, positive_number
 from dualpath.cli.outcome import new_console, usage_errors, write_json
 
 EXAMPLES = f"""\
@@ -21,15 +21,7 @@ examples:
 def add(commands: Any) -> None:
     parser = command(commands, "plan", "what a cluster can do for agents, and what limits it", EXAMPLES, run)
     parser.add_argument("cluster", metavar="CLUSTER", help="a preset or a TOML file, see below")
-    parser.add_argument(
-        "--trace",
-        nargs="+",
-        default=["64K"],
-        metavar="TRACE",
-        help="32K, 48K or 64K (the paper's), a Mooncake .jsonl, or WEKA sessions (default: 64K)",
-    )
-    parser.add_argument("--model", metavar="MODEL", help="instead of the cluster's: a name, or a config.json")
-    parser.add_argument("--max-context", type=positive, metavar="N", help="end recorded agents here")
+    add_source(parser)
     parser.add_argument("--aps", type=positive_number, metavar="RATE", help="agents per second, for the working set")
     parser.add_argument("--ttft", type=duration_ns, default="4s", metavar="TIME", help="SLO (default: %(default)s)")
     parser.add_argument("--tpot", type=duration_ns, default="50ms", metavar="TIME", help="SLO (default: %(default)s)")

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dualpath.cli.arguments import command, duration_ns, not_negative, positive, positive_number
+from dualpath.cli.arguments import SOURCES_HELP, command, duration_ns, not_negative, positive, positive_number
 from dualpath.cli.outcome import command_errors, new_console, usage_errors, write_json, write_report_beside
 
 EXAMPLES = """\
@@ -29,9 +29,7 @@ def add(commands: Any) -> None:
     parser.argument_default = argparse.SUPPRESS  # ReplaySettings has the defaults
     parser.add_argument("url", metavar="URL", help="of the server, /v1 optional")
     group = parser.add_argument_group("agents")
-    group.add_argument(
-        "--trace", nargs="+", dest="traces", metavar="TRACE", help="32K, 48K, 64K (the paper's), files or directories"
-    )
+    group.add_argument("--trace", nargs="+", dest="traces", metavar="TRACE", help=SOURCES_HELP)
     group.add_argument("--agents", type=positive, metavar="N", help="(default: 12 generated, or one per recording)")
     group.add_argument("--turns", type=positive, metavar="N", help="of an agent; at most, of a trace (default: 4)")
     _lengths(group)

@@ -4,7 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dualpath.cli.arguments import CLUSTER_HELP, SYSTEMS, command, duration_ns, not_negative, positive, positive_number
+from dualpath.cli.arguments import (
+    CLUSTER_HELP,
+    SYSTEMS,
+    add_source,
+    command,
+    duration_ns,
+    not_negative,
+    positive,
+    positive_number,
+)
 from dualpath.cli.outcome import UsageError, command_errors, new_console, usage_errors, write_json
 
 EXAMPLES = f"""\
@@ -27,15 +36,7 @@ def add(commands: Any) -> None:
     parser = command(commands, "simulate", "the scheduler under a virtual clock, on any cluster", EXAMPLES, run)
     parser.add_argument("cluster", nargs="?", metavar="CLUSTER", help="a preset or a TOML file, see below")
     parser.add_argument("--system", choices=SYSTEMS, default="dualpath", help="(default: %(default)s)")
-    parser.add_argument(
-        "--trace",
-        nargs="+",
-        default=["64K"],
-        metavar="TRACE",
-        help="32K, 48K or 64K (the paper's), a Mooncake .jsonl, or WEKA sessions (default: 64K)",
-    )
-    parser.add_argument("--model", metavar="MODEL", help="instead of the cluster's: a name, or a config.json")
-    parser.add_argument("--max-context", type=positive, metavar="N", help="end recorded agents here")
+    add_source(parser)
     parser.add_argument("--agents", type=positive, metavar="N", help="(default: 500, or one per recorded agent)")
     parser.add_argument("--aps", type=positive_number, metavar="RATE", help="agents per second, Poisson")
     parser.add_argument("--duration", type=duration_ns, metavar="TIME", help="stop after so long (default: at the end)")
