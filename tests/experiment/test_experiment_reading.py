@@ -133,7 +133,7 @@ def test_the_agent_that_reads_most_bounds_every_system():
 def test_an_ablation_is_told_with_the_papers_figures():
     runs = [run("basic", 20.0, ratio_to_basic=1.0), compared(12.0, ratio=20 / 12)]
     sentences = findings.ablation(result(*runs))
-    assert sentences == ["1P1D: dualpath takes -40.0 % of basic's time (paper, DS 660B at 64K: -45.6 %)."]
+    assert sentences == ["1P1D: dualpath changes basic's time by -40.0 % (paper, DS 660B at 64K: -45.6 %)."]
 
 
 def test_lost_turns_and_other_tokens_are_told():

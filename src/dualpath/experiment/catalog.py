@@ -138,7 +138,7 @@ EXPERIMENTS = (
     Definition(
         name="snic-balance",
         summary="bytes through the storage NICs over time, round robin against the scheduler's choice",
-        mirrors="SNIC traffic max/avg: 1.53 round robin, 1.18 scheduled",
+        mirrors="SNIC traffic max/avg, there 1.53 round robin and 1.18 scheduled",
         expect="in a window the busiest NIC is further above the average under round robin",
         minutes=3,
         load=Load(topologies=("1P2D",), systems=("dualpath-rr", "dualpath"), agents=10, turns=8, spread=0.6),
@@ -149,7 +149,7 @@ EXPERIMENTS = (
     Definition(
         name="attention-balance",
         summary="attention of the prefill engines over time, round robin against the scheduler's choice",
-        mirrors="attention time max/avg in an EP group",
+        mirrors="attention time max/avg in an EP group, there 1.06 scheduled",
         expect="prefill engines differ less when the scheduler chooses between them by their tokens",
         minutes=3,
         load=Load(

@@ -156,7 +156,7 @@ def ablation(result: ResultFile) -> list[str]:
         paper = PAPER_ABLATION_PERCENT.get(cell.system)
         if change is not None and paper is not None:
             sentences.append(
-                f"{place(cell.topology, cell.parameters)}: {cell.system} takes {change.median:+.1f} % of basic's time "
+                f"{place(cell.topology, cell.parameters)}: {cell.system} changes basic's time by {change.median:+.1f} % "
                 f"(paper, DS 660B at 64K: {paper:+.1f} %)."
             )
     return [*sentences, *soundness(result)]
