@@ -155,9 +155,10 @@ def ablation(result: ResultFile) -> list[str]:
         change = cell.spread(jct_change_percent)
         paper = PAPER_ABLATION_PERCENT.get(cell.system)
         if change is not None and paper is not None:
+            here = place(cell.topology, cell.parameters)
             sentences.append(
-                f"{place(cell.topology, cell.parameters)}: {cell.system} changes basic's time by {change.median:+.1f} % "
-                f"(paper, DS 660B at 64K: {paper:+.1f} %)."
+                f"{here}: {cell.system} changes basic's time by {change.median:+.1f} % (paper, DS 660B at 64K: "
+                f"{paper:+.1f} %)."
             )
     return [*sentences, *soundness(result)]
 
