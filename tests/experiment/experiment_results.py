@@ -2,8 +2,8 @@
 
 from dualpath.experiment.assemble import snic_max_over_avg
 from dualpath.report.result_file import Configuration, ResultFile, Run, SnicSample, Workload
+from dualpath.spec.timings import Timings
 from dualpath.workload import TurnResult
-from dualpath.workload.result import Timings
 
 
 def turn(index=0, *, start_s=0.0, ttft_s=1.0, prompt_tokens=200, loaded_tokens=128, **stages):

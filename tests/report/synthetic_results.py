@@ -8,8 +8,9 @@ import statistics
 import numpy as np
 
 from dualpath.report.result_file import ClusterSetup, Configuration, ResultFile, Run, SnicSample, Workload
+from dualpath.spec.timings import Timings
 from dualpath.workload import TurnFailure, TurnResult
-from dualpath.workload.result import Timings, percentiles
+from dualpath.workload.result import percentiles
 
 RATE = 40_000_000
 TOKEN_BYTES = 16_384

@@ -10,9 +10,10 @@ import pytest
 
 from dualpath.core.vocabulary import Cause, Role, Side
 from dualpath.runtime import messages as m
-from dualpath.runtime.api import GeneratedTokens, GenerateRequest, Timings
+from dualpath.runtime.api import GeneratedTokens, GenerateRequest
 from dualpath.runtime.cluster import Cluster
 from dualpath.spec.sampling import SamplingParams
+from dualpath.spec.timings import Timings
 from dualpath.workload import result
 
 from .conftest import cluster_config, in_cluster

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from fake_cluster import EOS, FakeGenerator, ids, running_server, says
 
-from dualpath.runtime.api import Timings
 from dualpath.server.protocol import _NEUTRAL, ChatRequest, CompletionRequest
+from dualpath.spec.timings import Timings
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/how-to/openai-api.md").read_text()
 

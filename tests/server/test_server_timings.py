@@ -8,7 +8,8 @@ import pytest
 from fake_cluster import FakeGenerator, running_server, says
 from openai import OpenAI
 
-from dualpath.runtime.api import GenerateRequest, Timings
+from dualpath.runtime.api import GenerateRequest
+from dualpath.spec.timings import Timings
 
 TIMINGS = Timings(
     scheduling_s=0.5,

@@ -16,7 +16,8 @@ from dualpath.prediction.machine import MachineRates
 from dualpath.prediction.setup import RunSetup, setup_of
 from dualpath.prediction.turns import Turn
 from dualpath.report.result_file import ResultFile, Run
-from dualpath.workload.result import ReplayResult, Timings, TurnResult
+from dualpath.spec.timings import Timings
+from dualpath.workload.result import ReplayResult, TurnResult
 
 
 def predict(measured: ResultFile, rates: MachineRates, command: str = "") -> ResultFile:

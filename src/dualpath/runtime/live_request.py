@@ -7,10 +7,11 @@ import msgspec
 
 from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, RequestFacts, RequestId
 from dualpath.kv.keys import BlockKey, Namespace
-from dualpath.runtime.api import GeneratedTokens, GenerateRequest, RequestError, Timings, TokenLogprob
+from dualpath.runtime.api import GeneratedTokens, GenerateRequest, RequestError, TokenLogprob
 from dualpath.runtime.messages import Draw
 from dualpath.runtime.stages import Stages
 from dualpath.spec.sampling import finish_reason
+from dualpath.spec.timings import Timings
 
 
 class Attempt(msgspec.Struct):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side
-from dualpath.runtime.api import Timings
+from dualpath.spec.timings import Timings
 
 
 class Stages(msgspec.Struct):

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from dualpath.runtime.api import Timings, TokenLogprob
+from dualpath.runtime.api import TokenLogprob
 from dualpath.server.codec import TextCodec
 from dualpath.server.generation import Piece, Usage
 from dualpath.server.planning import Plan
+from dualpath.spec.timings import Timings
 
 DONE = b"data: [DONE]\n\n"
 _LEAST_LOGPROB = -9999.0

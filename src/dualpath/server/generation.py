@@ -7,16 +7,17 @@ away), because closing a generation is what frees its blocks in the cluster.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 
-from dualpath.runtime.api import GeneratedTokens, Generator, Timings, TokenLogprob
+from dualpath.runtime.api import GeneratedTokens, Generator, TokenLogprob
 from dualpath.server.codec import TextCodec
 from dualpath.server.detokenize import IncrementalDetokenizer, StopMatcher
 from dualpath.server.errors import INTERNAL, ApiError
 from dualpath.server.metrics import GenerationTimer
 from dualpath.server.planning import Choice, Plan
+from dualpath.spec.timings import Timings
 
 logger = logging.getLogger(__name__)
 
@@ -137,13 +138,10 @@ async def _merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenera
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-async def _close(steps: AsyncIterator[GeneratedTokens]) -> None:
-    aclose = getattr(steps, "aclose", None)
-    if aclose is None:
-        return
+async def _close(steps: AsyncGenerator[GeneratedTokens, None]) -> None:
     try:
         async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            await aclose()
+            await steps.aclose()
     except TimeoutError:
         logger.error("the cluster did not take back a cancelled generation within %.0f s", _CLOSE_TIMEOUT_S)
 

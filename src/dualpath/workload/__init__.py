@@ -1,12 +1,13 @@
 """What agents ask: trajectories, where they come from, and a client that replays them."""
 
+from dualpath.spec.timings import Timings
 from dualpath.workload.capacity import Capacity, find_capacity
 from dualpath.workload.generate import AgentMix, generate_trajectories
 from dualpath.workload.journal import Journal, JournalError
 from dualpath.workload.limits import TraceError, TraceLimits
 from dualpath.workload.online import Arrivals, OnlineResult, Slo, Window, replay_online
 from dualpath.workload.replay import ReplayError, ReplayOptions, replay, warm_up
-from dualpath.workload.result import Part, Percentiles, ReplayResult, Timings, TurnFailure, TurnResult
+from dualpath.workload.result import Part, Percentiles, ReplayResult, TurnFailure, TurnResult
 from dualpath.workload.rollout import OnTurn, identity_of
 from dualpath.workload.sources import Source, load_source
 from dualpath.workload.trajectory import Round, Totals, Trajectory, totals

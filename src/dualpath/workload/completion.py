@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
+from dualpath.spec.timings import Timings
 from dualpath.workload.http_client import HttpClient, HttpError, Pieces, Response
 from dualpath.workload.prompt import Prompt
-from dualpath.workload.result import Timings
 from dualpath.workload.server import Server
 
 

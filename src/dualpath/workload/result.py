@@ -6,31 +6,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-
-class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the server spent a turn, as it says itself (``"return_timings": true``; the server's are of the same form,
-    `runtime.api.Timings`). Stages of the attempt that gave the first token; what attempts before it took is in
-    `scheduling_s`, what a later one took in `decode_s`. The first four add up to the server's time to first token.
-    """
-
-    scheduling_s: float
-    """Until its DE was told: prefix lookup, waiting for a PE and a DE and for room in the DE buffer."""
-    allocation_s: float
-    """Until the DE had set its DE buffer aside and, where the PE reads, the PE buffer was granted."""
-    read_s: float
-    """Until every leg of its hit tokens had arrived from storage; 0 where none was hit or allocation took longer."""
-    prefill_s: float
-    """Until its first token: waiting for its batch, layerwise prefill, the transfer to the DE that overlaps it."""
-    decode_s: float
-    """From the first token to the last."""
-    prefill_engine: str
-    """``PE0``."""
-    decode_engine: str
-    """``DE1``."""
-    pe_read_tokens: int
-    """Hit tokens that the PE read from storage."""
-    de_read_tokens: int
-    attempts: int
+from dualpath.spec.timings import Timings
 
 
 class TurnResult(msgspec.Struct, frozen=True, kw_only=True):
