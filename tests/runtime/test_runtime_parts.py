@@ -69,7 +69,7 @@ def test_every_cause_has_an_answer() -> None:
 def live_request(**sampling: object) -> LiveRequest:
     params = SamplingParams(**({"max_tokens": 3, "stop_token_ids": (5,)} | sampling))  # type: ignore[arg-type]
     asked = GenerateRequest(prompt_token_ids=[1, 2], sampling=params)
-    return LiveRequest(4, asked, namespace("m", "", LAYOUT))
+    return LiveRequest(4, asked, namespace("m", "", LAYOUT), arrived_ns=0)
 
 
 def test_a_live_request_knows_why_it_ended() -> None:
