@@ -158,12 +158,19 @@ def test_a_killed_command_leaves_a_journal_that_resumes(fake, tmp_path):
     assert "not comparable" in again.stdout
 
 
+def heed_interrupts():
+    """A shell's background jobs inherit "ignore"."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_says_how_to_go_on(fake, tmp_path, number):
     fake.step_s = 0.05
     command = [sys.executable, "-m", "dualpath", "replay", fake.url, "--agents", "2", "--context", "80"]
     command += ["--generate", "8", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     deadline = time.monotonic() + 60
     while len(fake.prompts) < 3:
         assert time.monotonic() < deadline and process.poll() is None
