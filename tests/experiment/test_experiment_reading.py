@@ -107,8 +107,19 @@ def test_pairs_of_equal_storage_bandwidth():
     ],
 )
 def test_real_sessions_are_judged_by_whether_storage_binds(ratio, ideal, expected):
-    sentences = findings.real_sessions(result(run("basic", 20.0), compared(20.0 / ratio, ratio=ratio, ideal=ideal)))
-    assert expected in sentences[0]
+    both = run("basic", 20.0), compared(20.0 / ratio, ratio=ratio, ideal=ideal)
+    assert expected in findings.real_sessions(result(*both, run("oracle", 5.0)))[0]
+    assert "without an oracle nobody knows" in findings.real_sessions(result(*both))[0]
+
+
+@pytest.mark.parametrize(("ideal", "told"), [(2.0, True), (1.05, False)])
+def test_pairs_of_real_sessions_are_told_where_storage_binds(ideal, told):
+    points = [
+        [run("basic", 20.0, nodes), compared(10.0, nodes, ideal=ideal), run("oracle", 5.0, nodes)]
+        for nodes in ("1P1D", "1P2D")
+    ]
+    sentences = findings.real_sessions(result(*points[0], *points[1]))
+    assert any("storage NIC: JCT ratio" in sentence for sentence in sentences) is told
 
 
 def test_the_agent_that_reads_most_bounds_every_system():

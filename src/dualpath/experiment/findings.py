@@ -100,8 +100,20 @@ def _pair_sentence(pair: Pair) -> str:
 
 
 def real_sessions(result: ResultFile) -> list[str]:
-    """Where storage binds: does dualpath reach the ideal? Where it does not: does it lose nothing? And the pairs."""
-    return [*filter(None, map(_verdict, measured_points(result))), *ties(result), *soundness(result)]
+    """Where storage binds: does dualpath reach the ideal? Where it does not: does it lose nothing? And the pairs.
+
+    Only the oracle, whose reads cost nothing, can tell; pairs tie by their storage NICs only where these bind.
+    """
+    points = measured_points(result)
+    bound = [ratio >= BINDS_RATIO for point in points if (ratio := _oracle_bounded_ideal(point)) is not None]
+    pairs_of = ties(result) if all(bound) else longest_agent(result)
+    return [*filter(None, map(_verdict, points)), *pairs_of, *soundness(result)]
+
+
+def _oracle_bounded_ideal(point: MeasuredPoint) -> float | None:
+    """Dualpath's ideal ratio to basic; None where there was no oracle to bound it."""
+    run = point.complete("dualpath")
+    return None if run is None or point.complete("oracle") is None else run.ideal_ratio
 
 
 def longest_agent(result: ResultFile) -> list[str]:
@@ -130,6 +142,8 @@ def _verdict(point: MeasuredPoint) -> str:
     if run is None or run.ratio_to_basic is None or run.ideal_ratio is None or run.ratio_to_ideal is None:
         return ""
     here = place(point.topology, point.parameters)
+    if _oracle_bounded_ideal(point) is None:
+        return f"{here}: dualpath is {run.ratio_to_basic:.2f}× basic; without an oracle nobody knows what could be had."
     if run.ideal_ratio >= BINDS_RATIO:
         held = "holds" if run.ratio_to_ideal >= LEAST_OF_IDEAL else "missed"
         return (

@@ -53,6 +53,19 @@ def build_machine(cluster: ClusterSpec, calibration: Calibration) -> Machine:
             f"{hbm_blocks} and a PE's {prefill_kv_tokens} tokens after the weights; all must hold something, so give "
             "more memory, larger groups or smaller weights"
         )
+    return Machine(
+        name=cluster.name,
+        engines=tuple(_engines(cluster, buffer_blocks, hbm_blocks)),
+        costs=costs,
+        synchronised=cluster.expert_parallel,
+        snic_bytes_per_s=cluster.snic_bytes_per_s * calibration.snic_efficiency,
+        cnic_bytes_per_s=cluster.usable_cnic_bytes_per_s * (1 - calibration.collective_share),
+        read_latency_ns=calibration.read_latency_ns,
+        prefill_kv_tokens=prefill_kv_tokens,
+    )
+
+
+def _engines(cluster: ClusterSpec, buffer_blocks: int, hbm_blocks: int) -> list[EngineFacts]:
     engines: list[EngineFacts] = []
     first_node = first_group = 0
     for role, nodes, group_nodes in (
@@ -74,16 +87,7 @@ def build_machine(cluster: ClusterSpec, calibration: Calibration) -> Machine:
                 )
         first_node += nodes
         first_group += groups[-1] + 1
-    return Machine(
-        name=cluster.name,
-        engines=tuple(engines),
-        costs=costs,
-        synchronised=cluster.expert_parallel,
-        snic_bytes_per_s=cluster.snic_bytes_per_s * calibration.snic_efficiency,
-        cnic_bytes_per_s=cluster.usable_cnic_bytes_per_s * (1 - calibration.collective_share),
-        read_latency_ns=calibration.read_latency_ns,
-        prefill_kv_tokens=prefill_kv_tokens,
-    )
+    return engines
 
 
 def constants_for(machine: Machine, prompt_tokens: float, hit_tokens: float) -> Constants:
