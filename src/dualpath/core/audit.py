@@ -106,7 +106,7 @@ def _audit_columns(life: Lifecycle) -> None:
 
 
 def _audit_groups(life: Lifecycle) -> None:
-    """A group's totals are its engines' sums, and its load has the private queue on top."""
+    """A group's totals are its engines' sums, its load has the private queue on top, and who is stuck is stuck."""
     decode = life.fleet.decode
     for position, group_id in enumerate(decode.group_ids):
         group = decode.groups[group_id]
@@ -115,6 +115,11 @@ def _audit_groups(life: Lifecycle) -> None:
         tok = int(group.tok.sum())
         implied = tok, int(group.hbm_free.sum()), tok + queued
         _require(seen == implied, "group {}: tok, free HBM, load are {}, not {}", group_id, seen, implied)
+        if group.short_of_blocks:
+            head = life.waiting.private[group_id][0]
+            fits = (group.hbm_free >= head.hbm_blocks) & (group.buffer_capacity >= head.prompt_blocks)
+            stuck = head.hbm_blocks == group.short_of_blocks and not fits.any()
+            _require(stuck, "group {}: short of {} blocks, and the head would fit", group_id, group.short_of_blocks)
 
 
 def _audit_accounts(life: Lifecycle) -> None:

@@ -118,6 +118,8 @@ class DecodeGroup:
         self.smallest_buffer_blocks = int(self.buffer_capacity.min())
         self.tok_total = int(self.tok.sum())
         self.hbm_free_total = int(self.hbm_free.sum())
+        self.short_of_blocks = 0
+        """Device blocks that the head of the private queue wants and no engine had; 0 once one may have them."""
 
 
 class DecodeEngines:
@@ -167,8 +169,12 @@ class DecodeEngines:
     def promise_hbm(self, engine: EngineId, blocks: int) -> None:
         """Take (or with a negative number give back) device blocks."""
         slot = self.slots[engine]
-        self._hbm_free_at[slot] -= blocks
-        self._group_of[slot].hbm_free_total -= blocks
+        group = self._group_of[slot]
+        free_blocks = self._hbm_free_at[slot] - blocks
+        self._hbm_free_at[slot] = free_blocks
+        group.hbm_free_total -= blocks
+        if blocks < 0 and free_blocks >= group.short_of_blocks:
+            group.short_of_blocks = 0
 
     def queue(self, group: GroupId, tokens: int) -> None:
         """Tokens enter (or, negative, leave) the group's private queue, which counts as load of the group."""

@@ -109,10 +109,13 @@ def choose_decode_engine(
     fits = group.hbm_free >= hbm_blocks
     if buffer_blocks > group.smallest_buffer_blocks:
         fits &= group.buffer_capacity >= buffer_blocks
+    if not fits[fits.argmax()]:  # any(), without its wrapper in Python
+        return None
     slot = _argmin_where(fits & (group.tok <= low_tokens), group.seq)
     if slot is None:
         slot = _argmin_where(fits, group.tok)
-    return None if slot is None else group.facts[slot].engine
+        assert slot is not None  # some fit
+    return group.facts[slot].engine
 
 
 def next_decode_engine(

@@ -63,6 +63,7 @@ class WaitingRoom:
             else:
                 line = self.private[request.group]
                 line.remove(request)
+                self._fleet.decode.groups[request.group].short_of_blocks = 0
                 if not line:
                     del self.private[request.group]
         self._take_back(request)
@@ -74,6 +75,8 @@ class WaitingRoom:
         self.for_prefill = deque(self.requests.values())
         self.for_decode = deque(self.requests.values())
         self.private.clear()
+        for group in self._fleet.decode.groups.values():
+            group.short_of_blocks = 0
 
     def fetch(self) -> list[Request]:
         """Place what can be placed; who now has both a PE and a DE, in the order in which that came about."""
@@ -126,12 +129,15 @@ class WaitingRoom:
         """DE choice, phase 2: the group's private queue from its head."""
         decode, line = self._fleet.decode, self.private[group_id]
         group = decode.groups[group_id]
+        if group.short_of_blocks:
+            return  # as stuck as it was
         z = z_tokens(group, line, self._constants.z_factor)
         while line:
             request = line[0]
             tokens = request.facts.prompt_tokens
             engine = choose_decode_engine(group, tokens, z, request.prompt_blocks, request.hbm_blocks)
             if engine is None:
+                group.short_of_blocks = request.hbm_blocks
                 return
             line.popleft()
             decode.queue(group_id, -tokens)
