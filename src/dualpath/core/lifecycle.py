@@ -106,10 +106,12 @@ class Lifecycle:
         """Take the transition, with the deadline of the state it leads to."""
         request.move(event)
         state = request.state
-        at_ns = self.now + self.stay_ns[state]
+        stay_ns = self.stay_ns[state]
+        if stay_ns == NEVER_NS == request.deadline_ns:
+            return
         if state is State.DECODING:
-            at_ns += self.limits.decode_ns_per_token * request.facts.max_new_tokens
-        self.deadlines.set(request, at_ns)
+            stay_ns += self.limits.decode_ns_per_token * request.facts.max_new_tokens
+        self.deadlines.set(request, self.now + stay_ns)
 
     def settle(self) -> None:
         """Every input ends here: hand on what it freed, and fetch if that is due."""

@@ -92,11 +92,12 @@ class Prefill:
         self.busy_ns = 0
         """Over groups."""
         self._last_step_ns = 0
+        self._busy_groups = 0
 
     @property
     def pace_ns(self) -> int:
         """The latest step's length; 0 while no group steps."""
-        return self._last_step_ns if any(group.busy for group in self.groups) else 0
+        return self._last_step_ns if self._busy_groups else 0
 
     def add_group(self, queues: dict[EngineId, PrefillQueue]) -> None:
         """Engines that step together, by id."""
@@ -113,6 +114,7 @@ class Prefill:
         group = engine.group
         if not group.busy:
             group.busy = True
+            self._busy_groups += 1
             self._events.at(self._events.now, self._begin, group)
 
     def remove(self, turn: LiveTurn) -> None:
@@ -132,6 +134,7 @@ class Prefill:
         ]
         if not batch:
             group.busy = False
+            self._busy_groups -= 1
             return
         chunk_ns = self._costs.attention.chunk_ns
         peak_ns = total_ns = 0.0

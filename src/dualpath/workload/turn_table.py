@@ -108,8 +108,12 @@ class TurnTable:
 
     def turn(self, position: int) -> Turn:
         """The turn at `position` of the columns."""
+        return self.turn_behind(0, position)
+
+    def turn_behind(self, tokens: int, position: int) -> Turn:
+        """The turn at `position`, in a context longer by so many tokens at its beginning."""
         kept, append, generate, gap = self._views
-        return Turn(kept[position], append[position], generate[position], gap[position])
+        return Turn(kept[position] + tokens, append[position], generate[position], gap[position])
 
     def trajectory(self, template: int, identity: str) -> Trajectory:
         """A template as an object."""
@@ -187,8 +191,7 @@ class Agents:
             return self.table.turn(self._start[agent] + index)
         if index == 0:
             return Turn(0, prefix, 1, 0)
-        turn = self.table.turn(self._start[agent] + index - 1)
-        return Turn(turn.kept_tokens + prefix + 1, turn.append_tokens, turn.generate_tokens, turn.gap_ns)
+        return self.table.turn_behind(prefix + 1, self._start[agent] + index - 1)
 
     def trajectory(self, agent: int) -> Trajectory:
         """An agent as an object; its id has its number."""
