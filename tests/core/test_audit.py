@@ -122,6 +122,10 @@ def miscount_the_groups_load(life: Lifecycle) -> None:
     life.fleet.decode.group_load[0] += 1
 
 
+def look_away_from_a_group(life: Lifecycle) -> None:
+    life.fleet.decode.groups[1].short_of_blocks = 1
+
+
 def forget_an_account(life: Lifecycle) -> None:
     del life.ledger.accounts[SMALL_DE]
 
@@ -212,6 +216,7 @@ CORRUPTIONS: list[tuple[Callable[[Lifecycle], None], str]] = [
     (miscount_the_hbm_column, "free HBM blocks, column"),
     (miscount_the_group, "group 1: tok, free HBM"),
     (miscount_the_groups_load, "group 1: tok, free HBM"),
+    (look_away_from_a_group, "the head would fit, and nobody looks"),
     (forget_an_account, "accounts and engines differ"),
     (leak_free_blocks, "engine 1: 8 held"),
     (overdraw, "overdrawn"),

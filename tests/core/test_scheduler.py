@@ -208,6 +208,15 @@ def test_a_request_waits_for_device_memory_and_gets_it_when_one_finishes() -> No
     assert cluster.does("finished", 7, 0) == [Finish(7), Prepare(8, 0, DE, 5, 5)]
 
 
+def test_a_stuck_group_is_looked_at_again_when_its_head_leaves_or_memory_comes_free() -> None:
+    cluster = Cluster(hbm_blocks=20).decoding()  # 7 holds five of twenty
+    assert cluster.submit(8, prompt=64 * 17, hit=0) == []
+    assert cluster.submit(9, prompt=64 * 12, hit=0) == []  # would fit, but 8 is before it
+    assert Prepare(9, 0, DE, 12, 13) in cluster.does("cancel", 8)
+    assert cluster.submit(10, prompt=64 * 5, hit=0) == []
+    assert Prepare(10, 0, DE, 5, 6) in cluster.does("finished", 7, 0)  # 2 + 5 free
+
+
 # ── cadence ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

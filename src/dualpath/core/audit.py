@@ -6,6 +6,7 @@ of the engines, and compared. Tests audit after every step. O(requests + engines
 
 from collections import Counter
 
+from dualpath.core.engines import DecodeGroup
 from dualpath.core.ledger import Account, Key
 from dualpath.core.lifecycle import Lifecycle
 from dualpath.core.request import NEVER_NS, Request, State, hbm_blocks, hit_blocks, prompt_blocks
@@ -115,11 +116,14 @@ def _audit_groups(life: Lifecycle) -> None:
         tok = int(group.tok.sum())
         implied = tok, int(group.hbm_free.sum()), tok + queued
         _require(seen == implied, "group {}: tok, free HBM, load are {}, not {}", group_id, seen, implied)
-        if group.short_of_blocks:
-            head = life.waiting.private[group_id][0]
-            fits = (group.hbm_free >= head.hbm_blocks) & (group.buffer_capacity >= head.prompt_blocks)
-            stuck = head.hbm_blocks == group.short_of_blocks and not fits.any()
-            _require(stuck, "group {}: short of {} blocks, and the head would fit", group_id, group.short_of_blocks)
+        line = life.waiting.private.get(group_id)
+        stuck = line is not None and _is_stuck(group, line[0])
+        _require(not group.short_of_blocks or stuck, "group {}: the head would fit, and nobody looks", group_id)
+
+
+def _is_stuck(group: DecodeGroup, head: Request) -> bool:
+    fits = (group.hbm_free >= head.hbm_blocks) & (group.buffer_capacity >= head.prompt_blocks)
+    return head.hbm_blocks == group.short_of_blocks and not fits.any()
 
 
 def _audit_accounts(life: Lifecycle) -> None:
