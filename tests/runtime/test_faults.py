@@ -18,6 +18,9 @@ from .conftest import ask, cluster_config, gauge, in_cluster
 from .test_token_equality import appended
 
 Reference = Callable[[str, list[int], int], list[int]]
+TOKENS = 100
+HEARTBEAT_NS = 50_000_000
+"""An engine at work must be seen in its gauges, which come with heartbeats, well before it has generated so much."""
 
 
 def flip_a_bit(path: Path) -> None:
@@ -69,18 +72,24 @@ def block_file(cluster: Cluster, store: Path, prompt: list[int], block: int) -> 
 def test_kill_9_under_load(checkpoint: Callable[[str], Path], reference: Reference, tmp_path: Path, role: str) -> None:
     """One of two engines of a role dies at work: every client still gets exactly the right tokens."""
     config = cluster_config(
-        checkpoint("qwen3"), tmp_path, "2P2D", system="dualpath", cnic_bytes_per_s=4_000_000, lease_ns=2_000_000_000
+        checkpoint("qwen3"),
+        tmp_path,
+        "2P2D",
+        system="dualpath",
+        cnic_bytes_per_s=4_000_000,
+        lease_ns=2_000_000_000,
+        heartbeat_ns=HEARTBEAT_NS,
     )
     prompts = [appended(0, 300 + 10 * agent, agent) for agent in range(8)]
 
     async def work(cluster: Cluster) -> None:
-        asked = [asyncio.create_task(ask(cluster, prompt, 60)) for prompt in prompts]
+        asked = [asyncio.create_task(ask(cluster, prompt, TOKENS)) for prompt in prompts]
         busy = "dualpath_engine_attempts" if role == "prefill" else "dualpath_decode_running_requests"
         victim = await busy_engine(cluster, role, busy)
         os.kill(victim, signal.SIGKILL)
         answers = await asyncio.gather(*asked)
         for prompt, answer in zip(prompts, answers, strict=True):
-            assert answer.token_ids == await asyncio.to_thread(reference, "qwen3", prompt, 60)
+            assert answer.token_ids == await asyncio.to_thread(reference, "qwen3", prompt, TOKENS)
         health = cluster.coordinator.health()
         assert health["status"] == "degraded"
         assert gauge(cluster, "dualpath_scheduler_retried_engine_lost") > 0
@@ -102,19 +111,20 @@ def test_an_engine_that_hangs_under_load(
         "2P2D",
         cnic_bytes_per_s=4_000_000,
         lease_ns=1_500_000_000,
+        heartbeat_ns=HEARTBEAT_NS,
         transport=transport,
         journal=str(journal),
     )
     prompts = [appended(0, 300 + 10 * agent, agent) for agent in range(6)]
 
     async def work(cluster: Cluster) -> None:
-        asked = [asyncio.create_task(ask(cluster, prompt, 40)) for prompt in prompts]
+        asked = [asyncio.create_task(ask(cluster, prompt, TOKENS)) for prompt in prompts]
         busy = "dualpath_engine_attempts" if role == "prefill" else "dualpath_decode_running_requests"
         victim = await busy_engine(cluster, role, busy)
         os.kill(victim, signal.SIGSTOP)
         answers = await asyncio.gather(*asked)
         for prompt, answer in zip(prompts, answers, strict=True):
-            assert answer.token_ids == await asyncio.to_thread(reference, "qwen3", prompt, 40)
+            assert answer.token_ids == await asyncio.to_thread(reference, "qwen3", prompt, TOKENS)
         assert victim not in cluster.supervisor.pids
         assert gauge(cluster, "dualpath_scheduler_retried_engine_lost") > 0
 
