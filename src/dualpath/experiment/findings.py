@@ -106,8 +106,8 @@ def real_sessions(result: ResultFile) -> list[str]:
     """
     points = measured_points(result)
     bound = [ratio >= BINDS_RATIO for point in points if (ratio := _oracle_bounded_ideal(point)) is not None]
-    pairs_of = ties(result) if all(bound) else longest_agent(result)
-    return [*filter(None, map(_verdict, points)), *pairs_of, *soundness(result)]
+    context = ties(result) if all(bound) else longest_agent(result)
+    return [*filter(None, map(_verdict, points)), *context, *soundness(result)]
 
 
 def _oracle_bounded_ideal(point: MeasuredPoint) -> float | None:
