@@ -1,5 +1,7 @@
 """Result files read: cells, balances, stages, findings, tables, figures and the page."""
 
+import itertools
+
 import msgspec
 import pytest
 from experiment_results import result, run, turn
@@ -112,14 +114,16 @@ def test_real_sessions_are_judged_by_whether_storage_binds(ratio, ideal, expecte
     assert "without an oracle nobody knows" in findings.real_sessions(result(*both))[0]
 
 
-@pytest.mark.parametrize(("ideal", "told"), [(2.0, True), (1.05, False)])
-def test_pairs_of_real_sessions_are_told_where_storage_binds(ideal, told):
-    points = [
+def test_pairs_are_told_of_points_where_storage_binds():
+    ideals = {"1P1D": 2.0, "1P2D": 3.0, "2P1D": 1.05}
+    runs = [
         [run("basic", 20.0, nodes), compared(10.0, nodes, ideal=ideal), run("oracle", 5.0, nodes)]
-        for nodes in ("1P1D", "1P2D")
+        for nodes, ideal in ideals.items()
     ]
-    sentences = findings.real_sessions(result(*points[0], *points[1]))
-    assert any("storage NIC: JCT ratio" in sentence for sentence in sentences) is told
+    sentences = findings.real_sessions(result(*itertools.chain(*runs)))
+    told = [sentence for sentence in sentences if "JCT ratio" in sentence]
+    assert len(told) == 1  # not dualpath 1P1D with basic 2P1D, not dualpath 1P2D with dualpath 2P1D
+    assert told[0].startswith("basic 1P1D and basic 1P2D")
 
 
 def test_the_agent_that_reads_most_bounds_every_system():

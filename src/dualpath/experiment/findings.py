@@ -38,9 +38,15 @@ class Pair(msgspec.Struct, frozen=True):
 
 
 def equal_bandwidth_pairs(result: ResultFile) -> list[Pair]:
-    """Basic reads with P storage NICs, dualpath with P + D: every pair of cells with as many."""
+    """Basic reads with P storage NICs, dualpath with P + D: every pair of cells with as many.
+
+    Left out are points where the oracle says that storage does not bind: there, NICs do not decide.
+    """
     found: list[tuple[str, int, float]] = []
     for point in measured_points(result):
+        ideal = _oracle_bounded_ideal(point)
+        if ideal is not None and ideal < BINDS_RATIO:
+            continue
         prefill, decode = (int(count) for count in point.topology.removesuffix("D").split("P"))
         for system in NIC_BOUND_SYSTEMS:
             run = point.complete(system)
@@ -102,12 +108,9 @@ def _pair_sentence(pair: Pair) -> str:
 def real_sessions(result: ResultFile) -> list[str]:
     """Where storage binds: does dualpath reach the ideal? Where it does not: does it lose nothing? And the pairs.
 
-    Only the oracle, whose reads cost nothing, can tell; pairs tie by their storage NICs only where these bind.
+    Only the oracle, whose reads cost nothing, can tell.
     """
-    points = measured_points(result)
-    bound = [ratio >= BINDS_RATIO for point in points if (ratio := _oracle_bounded_ideal(point)) is not None]
-    context = ties(result) if all(bound) else longest_agent(result)
-    return [*filter(None, map(_verdict, points)), *context, *soundness(result)]
+    return [*filter(None, map(_verdict, measured_points(result))), *ties(result), *soundness(result)]
 
 
 def _oracle_bounded_ideal(point: MeasuredPoint) -> float | None:
