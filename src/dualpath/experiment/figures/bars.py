@@ -74,6 +74,9 @@ def _bar(axes: Any, x: float, cell: Cell, size: float) -> None:
 
 def _draw_pairs(axes: Any, result: ResultFile) -> None:
     pairs = equal_bandwidth_pairs(result)
+    if not pairs:
+        where = {"xy": (0.5, 0.5), "xycoords": "axes fraction", "ha": "center"}
+        axes.annotate("no pair: storage does not bind", **where, bbox={"fc": "white", "lw": 0})
     axes.axvspan(1 - TIE_SHARE, 1 + TIE_SHARE, color="#EEEEEE", lw=0)
     axes.axvline(1, color=INK, lw=1)
     for y, pair in enumerate(reversed(pairs)):
