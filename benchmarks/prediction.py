@@ -103,7 +103,7 @@ def main() -> None:
     for name in arguments.only:
         measured = run(name, CONFIGURATIONS[name], arguments.model, arguments.out, console)
         predicted = predict(measured, rates)
-        console.print(comparison_table(measured, predicted))
+        console.print(comparison_table(measured, predicted, rates))
         errors += compare(name, measured, predicted)
     worst = max(abs(error.jct_error) for error in errors), max(abs(error.ttft_error) for error in errors)
     console.print(f"worst of {len(errors)} runs: JCT {worst[0]:.1%}, mean TTFT {worst[1]:.1%}")

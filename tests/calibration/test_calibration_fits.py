@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from dualpath.calibration.cluster_use import BUSY_AGENTS, KINDS, Busy, Kind, Used
+from dualpath.calibration.cluster_use import BUSY_AGENTS, KINDS, Busy, Kind, Used, typical
 from dualpath.calibration.compute import fit_decode, fit_prefill
 from dualpath.calibration.control import _decode_control, _setup, _shipped_ns, fit_control, fit_slowdowns
 from dualpath.calibration.fitting import fit
@@ -45,7 +45,7 @@ def rates(**changes: object) -> MachineRates:
             max_batch_tokens=8192, max_batch_kv_tokens=32_768, max_batch_requests=16, device_layers=3,
             buffer_bytes=2**30, hbm_bytes=2**30,
         ),
-        fits={}, measured_s=1.0,
+        reference_ns=0.4 * MS, fits={}, measured_s=1.0,
     )  # fmt: skip
     return msgspec.structs.replace(plain, **changes)
 
@@ -141,9 +141,14 @@ def test_a_decode_engine_that_needs_less_than_its_steps_has_free_control():
 def test_the_slowdown_of_busy_cores_comes_back():
     slow = rates(slowdown=1.4)
     cluster, _, jct_ns = simulate(_setup(slow, BUSY_AGENTS))
-    by_time, by_cpu = fit_slowdowns(rates(), Busy(jct_ns, cluster.cpu.busy_core_ns, others_cores=0.0))
+    by_time, by_cpu = fit_slowdowns(rates(), Busy(jct_ns, cluster.cpu.busy_core_ns, 0.0, 0.4 * MS))
     assert by_time == pytest.approx(1.4, abs=0.05)
     assert by_cpu == pytest.approx(1.4, abs=0.05)
+
+
+def test_what_is_typical_is_no_outlier_and_never_nothing():
+    spent = [Used(client, 50.0, 100.0, -3.0, ttft_s) for client, ttft_s in ((1e9, 9), (10, 1), (12, 2), (14, 3))]
+    assert typical(spent) == Used(13, 50, 100, 1, 1.25)
 
 
 def test_kinds_of_lone_requests_tell_the_coefficients_apart():

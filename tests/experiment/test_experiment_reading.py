@@ -14,7 +14,8 @@ from dualpath.experiment.cells import cells, measured_points
 from dualpath.experiment.page import write_figure, write_page
 from dualpath.experiment.stages import STAGES, mean_stages_s
 from dualpath.experiment.tables import markdown_table, terminal_table
-from dualpath.report.result_file import ClusterSetup, SnicSample
+from dualpath.report.result_file import SnicSample
+from dualpath.spec.cluster_setup import ClusterSetup
 
 
 def compared(jct_s, topology="1P1D", system="dualpath", ratio=2.0, ideal=2.0, **more):

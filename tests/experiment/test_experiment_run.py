@@ -62,6 +62,7 @@ def test_a_result_file_has_every_turn_and_the_agents(settings, monkeypatch):
         assert turns == {(agent.id, index) for agent in agents for index in (1, 2)}
         assert (one.first_round, one.turns, one.failures) == (1, len(turns), [])
     last = result.runs[-2]
+    assert last.reference_ns is not None and last.reference_ns > 0
     assert last.snic_samples and last.snic_samples[-1].received_bytes["PE0"] <= last.snic_bytes["PE0"]
     times_s = [sample.at_s for sample in last.snic_samples]
     assert times_s == sorted(times_s) and times_s[0] >= 0 and times_s[-1] <= last.jct_s + 1

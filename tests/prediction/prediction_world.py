@@ -1,6 +1,6 @@
 """A machine with round figures, and agents and result files for it."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -16,9 +16,11 @@ from dualpath.prediction.machine import (
     TransportCost,
 )
 from dualpath.prediction.setup import RunSetup
-from dualpath.report.result_file import ClusterSetup, Configuration, ResultFile, Run, Workload
+from dualpath.report.result_file import Configuration, ResultFile, Run, Workload
+from dualpath.spec.cluster_setup import ClusterSetup
 from dualpath.workload import AgentMix, Round, Trajectory, generate_trajectories
 
+REFERENCE_NS = 400_000.0
 MS = 1_000_000
 LAYERS, KV_BYTES = 4, 16_384
 BLOCK_BYTES = 64 * KV_BYTES
@@ -73,6 +75,7 @@ def machine(**changes: Any) -> MachineRates:
             buffer_bytes=2**30,
             hbm_bytes=2**30,
         ),
+        reference_ns=REFERENCE_NS,
         fits={},
         measured_s=0.0,
     )
@@ -125,6 +128,7 @@ def setup(rates: MachineRates, trajectories: tuple[Trajectory, ...], **changes: 
         trajectories=trajectories,
         first_round=1,
         paced=True,
+        slowness=1.0,
     )
     return msgspec.structs.replace(plain, **changes)
 
@@ -133,6 +137,7 @@ def result_file(
     crowd: tuple[Trajectory, ...],
     topologies: tuple[str, ...] = ("1P1D",),
     systems: tuple[str, ...] = ("basic", "dualpath", "oracle"),
+    kind: Literal["experiment", "replay"] = "experiment",
     **run: Any,
 ) -> ResultFile:
     """What an experiment of these agents would have written; its measured figures are made up."""
@@ -169,7 +174,7 @@ def result_file(
         for system in systems
     ]
     return ResultFile(
-        kind="experiment",
+        kind=kind,
         name="test",
         trajectories={"agents": list(crowd)},
         runs=runs,

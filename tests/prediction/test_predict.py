@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from prediction_world import agents, busy_machine, machine, result_file
+from prediction_world import REFERENCE_NS, agents, busy_machine, machine, result_file
 
 from dualpath.cli import main
 from dualpath.prediction import MachineError, comparison_table, load_machine, predict
@@ -51,6 +51,17 @@ def test_measured_times_are_not_looked_at():
     assert predict(measured, busy_machine()) == predict(scrambled(measured), busy_machine())
 
 
+def test_a_run_on_a_slower_machine_is_predicted_longer_unless_as_calibrated():
+    usual, slow = (result_file(agents(4), reference_ns=share * REFERENCE_NS) for share in (1.0, 1.5))
+    rates = busy_machine(control=msgspec.structs.replace(busy_machine().control, hop_ns=0))
+    (*_, oracle), (*_, slowed) = predict(usual, rates).runs, predict(slow, rates).runs
+    assert slowed.jct_s == pytest.approx(1.5 * oracle.jct_s, rel=0.1)  # but for waiting for the disk
+    assert slowed.reference_ns == 1.5 * REFERENCE_NS
+    assert predict(slow, rates, as_calibrated=True).runs == predict(usual, rates).runs
+    unknown = predict(result_file(agents(4)), rates).runs
+    assert [run.jct_s for run in unknown] == [run.jct_s for run in predict(usual, rates).runs]
+
+
 def test_a_prediction_is_a_result_file_with_the_same_runs(tmp_path: Path):
     measured = result_file(agents(4), parameters={"agents": 4.0}, repeat=2)
     predicted = predict(measured, busy_machine(), "dualpath simulate --like x")
@@ -80,6 +91,20 @@ def test_timings_of_a_turn_add_up_to_the_servers_first_token():
         assert timings.prefill_engine == "PE0" and timings.decode_engine == "DE0"
 
 
+def test_a_replay_is_predicted_from_its_first_turns_and_with_its_pauses():
+    late = tuple(
+        msgspec.structs.replace(one, rounds=(paused(one.rounds[0], 2.0), *one.rounds[1:])) for one in agents(3)
+    )
+    replays = [
+        predict(result_file(late, systems=("dualpath",), kind="replay", first_round=0, gap_scale=scale), machine())
+        for scale in (0.0, 0.5)
+    ]
+    at_once, paused_half = (one.runs[0] for one in replays)
+    assert at_once.turns == 9 and at_once.hit_rate < 0.8  # the first turns too, which hit nothing
+    assert {turn.start_s for turn in paused_half.turn_results if turn.round_index == 0} == {1.0}
+    assert paused_half.jct_s == pytest.approx(at_once.jct_s + 1)
+
+
 def test_agents_that_pause_first_arrive_later():
     late = [
         msgspec.structs.replace(one, rounds=(one.rounds[0], paused(one.rounds[1], i)))
@@ -94,6 +119,7 @@ def test_agents_that_pause_first_arrive_later():
     [
         ({"cluster": None}, {}, "does not say what its cluster was"),
         ({"trajectories": ""}, {}, "does not say what its agents asked"),
+        ({"kind": "replay", "agents_per_s": 1.0}, {}, "whose agents all start at once"),
         ({"topology": "four"}, {}, "only runs of a topology"),
         ({"system": "vllm"}, {}, "only runs of a topology"),
         ({}, {"layers": 9}, "ran with 4 layers, the machine was measured with 9"),
@@ -120,7 +146,7 @@ def test_errors_of_a_comparison_are_relative_to_the_measurement(capsys):
     measured = result_file(agents(2), systems=("oracle",))
     predicted = predict(measured, machine())
     half = msgspec.structs.replace(predicted.runs[0], jct_s=5.0)
-    Console(width=120).print(comparison_table(measured, msgspec.structs.replace(predicted, runs=[half])))
+    Console(width=120).print(comparison_table(measured, msgspec.structs.replace(predicted, runs=[half]), machine()))
     assert "-50.0%" in capsys.readouterr().out
 
 

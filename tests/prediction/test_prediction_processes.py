@@ -81,10 +81,12 @@ def test_a_condition_wakes_only_those_it_holds_for():
     assert high.is_set
 
 
-def ends_of(cores: float, slowdown: float, tasks: list[tuple[int, float]]) -> tuple[list[int], float]:
+def ends_of(
+    cores: float, slowdown: float, tasks: list[tuple[int, float]], slowness: float = 1.0
+) -> tuple[list[int], float]:
     """When tasks (ns, threads) that begin together end, and the core time they used."""
     events = Events()
-    cpu = Cpu(events, cores, slowdown)
+    cpu = Cpu(events, cores, slowdown, slowness)
     ends = [0] * len(tasks)
 
     def note(number: int) -> None:
@@ -112,6 +114,11 @@ def test_cores_are_shared_equally(cores: int, slowdown: float, tasks: list[tuple
     assert ends_of(cores, slowdown, tasks)[0] == pytest.approx(ends, abs=3)
 
 
+def test_a_slow_machine_is_slow_for_a_lone_task_too():
+    assert ends_of(2, 1.5, [(1000, 1.0)], slowness=1.2)[0] == pytest.approx([1200], abs=3)
+    assert ends_of(2, 1.5, [(1000, 1.0)] * 2, slowness=1.2)[0] == pytest.approx([1800] * 2, abs=3)
+
+
 @given(st.integers(1, 4), st.lists(st.tuples(st.integers(100, 10**7), st.sampled_from([0.5, 1.0, 2.0])), min_size=1))
 def test_no_core_time_is_lost_or_made(cores: int, tasks: list[tuple[int, float]]):
     wide_enough = [(ns, min(threads, cores)) for ns, threads in tasks]
@@ -121,5 +128,5 @@ def test_no_core_time_is_lost_or_made(cores: int, tasks: list[tuple[int, float]]
 
 
 def test_nothing_to_do_takes_no_time():
-    cpu = Cpu(Events(), 1, 1.0)
+    cpu = Cpu(Events(), 1, 1.0, 1.0)
     assert cpu.run(0).is_set

@@ -7,7 +7,8 @@ import statistics
 
 import numpy as np
 
-from dualpath.report.result_file import ClusterSetup, Configuration, ResultFile, Run, SnicSample, Workload
+from dualpath.report.result_file import Configuration, ResultFile, Run, SnicSample, Workload
+from dualpath.spec.cluster_setup import ClusterSetup
 from dualpath.spec.timings import Timings
 from dualpath.workload import TurnFailure, TurnResult
 from dualpath.workload.result import percentiles

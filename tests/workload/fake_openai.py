@@ -64,6 +64,7 @@ class FakeServer:
         self.in_flight = 0
         self.peak_in_flight = 0
         self.owned_by = "dualpath"
+        self.cluster = None
         self.lie = None
         self.knows_token_ids = True
         self.strict = False
@@ -137,7 +138,7 @@ class FakeServer:
 
         @app.get("/v1/models")
         async def models():
-            cards = [{"id": "fake", "object": "model", "owned_by": self.owned_by}]
+            cards = [{"id": "fake", "object": "model", "owned_by": self.owned_by, "cluster": self.cluster}]
             return JSONResponse({"object": "list", "data": cards[: self.models]}, self.models_status)
 
         @app.post("/v1/completions")

@@ -89,6 +89,19 @@ def test_timings_of_another_shape_are_refused_where_they_were_asked_for_only(fak
     assert not run(fake.url).failures
 
 
+def test_what_our_own_server_says_of_its_cluster_is_kept_and_what_others_say_is_not(fake):
+    assert run(fake.url).cluster is None
+    setup = {
+        "layers": 8, "kv_bytes_per_token": 16_384, "snic_bytes_per_s": None, "cnic_bytes_per_s": 10**9,
+        "compute_quota_s": 0.3, "threads": 1, "cores": 2, "dtype": "float32", "transport": "shm",
+    }  # fmt: skip
+    fake.cluster = {"topology": "1P2D", "system": "basic", "setup": setup}
+    told = run(fake.url).cluster
+    assert (told.topology, told.system, told.setup.cnic_bytes_per_s) == ("1P2D", "basic", 10**9)
+    fake.cluster = "europe-west"
+    assert run(fake.url).cluster is None
+
+
 def test_a_server_that_does_not_say_what_it_loaded_is_told_from_one_that_loaded_nothing(fake):
     assert run(fake.url).reports_loaded
     fake.faults = ["no_details"] * 2

@@ -1,7 +1,7 @@
 """A whole cluster, measured from outside: which process used the cores for what.
 
 One cluster of one PE and one DE serves a few kinds of request, alone, one after another; each process's CPU clock tells
-what it took for one. Then a few agents ask at once.
+what it took for one. Then a few agents ask at once, while the reference work tells how slow the machine is.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import psutil
 from dualpath.core.vocabulary import BLOCK_TOKENS
 from dualpath.experiment.launcher import SERVE, LaunchedCluster, LocalLauncher
 from dualpath.prediction.machine import MachineRates
+from dualpath.reference_work import reference_work
 from dualpath.workload import AgentMix, ReplayOptions, Round, Trajectory, generate_trajectories, replay, warm_up
 
 SETTLE_S = 0.4
@@ -26,7 +28,7 @@ FIRST_CONTEXT_TOKENS = 2000
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """`count` requests alike. With a context, it is stored first, and each request begins with it."""
+    """`count` requests alike, one by one. With a context, it is stored first, and each request begins with it."""
 
     name: str
     count: int
@@ -64,12 +66,13 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
 
 
 KINDS = (
-    Kind(name="short", count=16, append_tokens=32, generate_tokens=1),
-    Kind(name="answer", count=8, append_tokens=32, generate_tokens=32),
-    Kind(name="context", count=10, append_tokens=16, generate_tokens=1, context_tokens=FIRST_CONTEXT_TOKENS),
-    Kind(name="blocks", count=8, append_tokens=1024, generate_tokens=1),
-    Kind(name="long", count=8, append_tokens=16, generate_tokens=24, context_tokens=FIRST_CONTEXT_TOKENS),
+    Kind(name="short", count=7, append_tokens=32, generate_tokens=1),
+    Kind(name="answer", count=4, append_tokens=32, generate_tokens=32),
+    Kind(name="context", count=5, append_tokens=16, generate_tokens=1, context_tokens=FIRST_CONTEXT_TOKENS),
+    Kind(name="blocks", count=4, append_tokens=1024, generate_tokens=1),
+    Kind(name="long", count=4, append_tokens=16, generate_tokens=24, context_tokens=FIRST_CONTEXT_TOKENS),
 )
+LONE_ROUNDS = 4
 
 
 BUSY_AGENTS = tuple(
@@ -78,11 +81,11 @@ BUSY_AGENTS = tuple(
     )
 )
 """Who asks at once; the first turns are the warm-up."""
-BUSY_REPLAYS = 2
+BUSY_REPLAYS = 4
 
 
 class Used(msgspec.Struct, frozen=True):
-    """CPU nanoseconds of one request of a kind, by process; and its times to first token."""
+    """CPU nanoseconds of one request of a kind, by process; and its time to first token."""
 
     client_ns: float
     server_ns: float
@@ -99,6 +102,8 @@ class Busy(msgspec.Struct, frozen=True):
     """Of the cluster and the client together."""
     others_cores: float
     """Cores that were busy with anything else meanwhile."""
+    reference_ns: float
+    """CPU time of the reference work meanwhile."""
 
 
 class ClusterUse(msgspec.Struct, frozen=True):
@@ -138,20 +143,22 @@ async def _measure(rates: MachineRates, model: Path, folder: Path) -> ClusterUse
     async with launcher.cluster("calibration", "1P1D", "dualpath", folder / "store", limited=False) as cluster:
         ready = msgspec.json.decode(ready_file.read_bytes(), type=_Ready)
         pids = [ready.pid, *(e.pid for role in ("prefill", "decode") for e in ready.engines if e.role == role)]
-        lone = {kind.name: await _used(cluster, pids, kind) for kind in KINDS}
-        return ClusterUse(lone, await _busy(cluster, pids))
+        return ClusterUse(await _lone(cluster, pids), await _busy(cluster, pids))
 
 
 async def _busy(cluster: LaunchedCluster, pids: list[int]) -> Busy:
     contexts = await cluster.run(warm_up(cluster.url, BUSY_AGENTS, ReplayOptions()))
     replays = []
-    for seed in range(1, 1 + BUSY_REPLAYS):  # other tokens each time, so that none are in storage
-        await asyncio.sleep(SETTLE_S)
-        ours, everybody = sum(_clocks(pids)), _busy_cores_ns()
-        result = await cluster.run(replay(cluster.url, BUSY_AGENTS, ReplayOptions(seed=seed), contexts=contexts))
-        cpu_ns, jct_ns = sum(_clocks(pids)) - ours, result.jct_s * 1e9
-        replays.append((jct_ns, cpu_ns, max(0.0, _busy_cores_ns() - everybody - cpu_ns) / jct_ns))
-    return Busy(*(statistics.mean(of) for of in zip(*replays, strict=True)))
+    async with reference_work() as meanwhile:
+        for seed in range(1, 1 + BUSY_REPLAYS):  # other tokens each time, so that none are in storage
+            ours, everybody = sum(_clocks(pids)), _busy_cores_ns()
+            result = await cluster.run(replay(cluster.url, BUSY_AGENTS, ReplayOptions(seed=seed), contexts=contexts))
+            cpu_ns, jct_ns = sum(_clocks(pids)) - ours, result.jct_s * 1e9
+            replays.append((jct_ns, cpu_ns, max(0.0, _busy_cores_ns() - everybody - cpu_ns) / jct_ns))
+    if meanwhile.mean_ns is None:
+        raise RuntimeError("the process that does the reference work was killed meanwhile")
+    jct_ns, cpu_ns, others_cores = (statistics.mean(of) for of in zip(*replays, strict=True))
+    return Busy(jct_ns, cpu_ns, others_cores, meanwhile.mean_ns)
 
 
 def _busy_cores_ns() -> float:
@@ -160,30 +167,54 @@ def _busy_cores_ns() -> float:
     return 1e9 * float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
 
-async def _used(cluster: LaunchedCluster, pids: list[int], kind: Kind) -> Used:
-    """One kind: the median over its requests, less what is used idle. A request ends with its stream."""
-    trajectory, options = [kind.trajectory()], ReplayOptions()
-    contexts = await cluster.run(warm_up(cluster.url, trajectory, options))
+async def _lone(cluster: LaunchedCluster, pids: list[int]) -> dict[str, Used]:
+    """All kinds in turns, several times over: what disturbs the machine may stay for seconds."""
+    one_agent = {kind.name: [kind.trajectory()] for kind in KINDS}
+    contexts = {
+        name: await cluster.run(warm_up(cluster.url, agent, ReplayOptions())) for name, agent in one_agent.items()
+    }
     await asyncio.sleep(SETTLE_S)
     idle = await _idle(pids)
+    spent: dict[str, list[Used]] = {name: [] for name in one_agent}
+    for seed in range(1, 1 + LONE_ROUNDS):  # other tokens each time, so that none are in storage
+        for name, agent in one_agent.items():
+            spent[name] += await _spent(cluster, pids, idle, agent, contexts[name], seed)
+    return {name: typical(used) for name, used in spent.items()}
+
+
+async def _spent(
+    cluster: LaunchedCluster,
+    pids: list[int],
+    idle: list[float],
+    agent: list[Trajectory],
+    contexts: dict[str, list[int]],
+    seed: int,
+) -> list[Used]:
+    """Request by request but for the first, less what is used idle. A request ends with its stream."""
     marks: list[tuple[float, list[int]]] = []
-    result = await cluster.run(
-        replay(
-            cluster.url,
-            trajectory,
-            options,
-            contexts=contexts,
-            on_turn=lambda _: marks.append((time.perf_counter(), _clocks(pids))),
-        )
-    )
-    spent = [
-        [after - was - share * (at - since) for after, was, share in zip(clocks, earlier, idle, strict=True)]
-        for (since, earlier), (at, clocks) in pairwise(marks)
-    ]
-    client, server, prefill, decode = (max(1.0, statistics.median(of)) for of in zip(*spent, strict=True))
-    # What else runs on the machine only ever delays: the lower quartile is nearer to an idle one than the median.
-    ttft_s = statistics.quantiles((turn.ttft_s for turn in result.turns), n=4)[0]
-    return Used(client, server, prefill, decode, ttft_s)
+
+    def mark(_: object) -> None:
+        marks.append((time.perf_counter(), _clocks(pids)))
+
+    asked = replay(cluster.url, agent, ReplayOptions(seed=seed), contexts=contexts, on_turn=mark)
+    result = await cluster.run(asked)
+    spent = []
+    for turn, ((since, earlier), (at, clocks)) in zip(result.turns[1:], pairwise(marks), strict=True):
+        parts = zip(clocks, earlier, idle, strict=True)
+        client, server, prefill, decode = (after - was - share * (at - since) for after, was, share in parts)
+        spent.append(Used(client, server, prefill, decode, turn.ttft_s))
+    return spent
+
+
+def typical(spent: Sequence[Used]) -> Used:
+    """Medians of CPU times.
+
+    What else runs on the machine only ever delays: of the times to first token the lower quartile is nearer to an idle
+    one than the median.
+    """
+    *cpu_ns, ttft_s = zip(*map(msgspec.structs.astuple, spent), strict=True)
+    client, server, prefill, decode = (max(1.0, statistics.median(of)) for of in cpu_ns)
+    return Used(client, server, prefill, decode, statistics.quantiles(ttft_s, n=4)[0])
 
 
 async def _idle(pids: list[int]) -> list[float]:

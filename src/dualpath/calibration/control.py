@@ -139,4 +139,5 @@ def _setup(rates: MachineRates, trajectories: tuple[Trajectory, ...]) -> RunSetu
         trajectories=trajectories,
         first_round=1,
         paced=True,
+        slowness=1.0,
     )

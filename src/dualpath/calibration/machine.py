@@ -59,6 +59,7 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
         slowdown=slowdown,
         cpu_slowdown=cpu_slowdown,
         others_cores=used.busy.others_cores,
+        reference_ns=used.busy.reference_ns,
         fits=rates.fits | control_fits,
         measured_s=time.perf_counter() - started_s,
     )
@@ -94,6 +95,7 @@ def _measure_parts(options: CalibrationOptions, say: Callable[[str], None]) -> M
         slowdown=1.0,
         cpu_slowdown=1.0,
         others_cores=0.0,
+        reference_ns=0.0,
         attention=_attention(model),
         prefill_tokens_per_s=_prompt_tokens_per_s(prefill, model.layout.layers),
         prefill=prefill,

@@ -28,7 +28,8 @@ examples:
   dualpath simulate --like results/demo.json --machine machine.json     predict what was measured here
 
 --like needs no CLUSTER: it simulates the real runtime on this machine, which `dualpath calibrate` has measured, for
-every run of a result file of demo or experiment, and says how far off it is. --json then writes a result file.
+every run of a result file of demo or experiment, or of a replay against `dualpath serve`, and says how far off it is.
+Each run is predicted for the speed that the cores had meanwhile, which the file notes. --json writes a result file.
 """
 
 
@@ -48,6 +49,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
     parser.add_argument("--trace-out", type=Path, metavar="FILE", help="a timeline for chrome://tracing or Perfetto")
     parser.add_argument("--like", type=Path, metavar="RESULT", help="predict the runs of this result file")
+    parser.add_argument(
+        "--as-calibrated", action="store_true", help="for --like: the machine as fast as then, not as in each run"
+    )
     parser.add_argument(
         "--machine", type=Path, default=Path("machine.json"), metavar="FILE", help="for --like (default: %(default)s)"
     )
@@ -78,7 +82,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     with usage_errors(MachineError, ResultFileError):
         measured, rates = load(arguments.like), load_machine(arguments.machine)
         with command_errors(PredictionError), console.status("simulating"):
-            predicted = predict(measured, rates, " ".join(arguments.command_line))
+            predicted = predict(measured, rates, " ".join(arguments.command_line), arguments.as_calibrated)
     write_json(arguments.json, predicted)
-    console.print(comparison_table(measured, predicted))
+    console.print(comparison_table(measured, predicted, rates))
     return 0

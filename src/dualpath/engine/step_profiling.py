@@ -1,12 +1,14 @@
 """What whole steps cost on this machine: layerwise prefill of batches and decode steps, sample by sample.
 
 `profiling` measures one attention layer for the compute quota; here it is everything an engine computes, as it computes
-it. A sample is the least of a few runs: what disturbs a run only ever makes it longer. With one compute thread the
-process's own CPU time is taken, which other processes' turns on the cores are no part of; with more, wall time.
+it. A sample is the least of a few runs, since what disturbs a run only ever makes it longer; all shapes take a turn
+between two runs of one, since what disturbs may stay for seconds. With one compute thread the process's own CPU time is
+taken, which other processes' turns on the cores are no part of; with more, wall time.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -27,8 +29,10 @@ PREFILL_SHAPES = (
 DECODE_SHAPES = ((64, 1), (64, 8), (64, 16), (1024, 1), (1024, 4), (1024, 8), (3072, 1), (3072, 2), (3072, 4),
                  (3072, 8), (6144, 2), (6144, 4))  # fmt: skip
 """(context tokens of each, sequences)."""
-RUNS = 4
-GENERATE = SamplingParams(max_tokens=4 * RUNS, temperature=0, ignore_eos=True)
+RUNS = 6
+GENERATE = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+
+Shape = TypeVar("Shape")
 
 
 class PrefillSample(msgspec.Struct, frozen=True):
@@ -60,26 +64,44 @@ class NoTransfers:
 
 def measure_prefill(model: LoadedModel) -> list[PrefillSample]:
     """Batches of `PREFILL_SHAPES` that the model can hold."""
+    shapes = [shape for shape in PREFILL_SHAPES if shape[0] + shape[1] <= model.max_length_tokens]
     prefill = LayerwisePrefill(model)
-    samples = []
+
+    def batch_ns(shape: tuple[int, int, int]) -> int:
+        cached, new, items = shape
+        batch = [PrefillItem([0] * new, cached, GENERATE)] * items
+        started_ns = _now_ns()
+        prefill.run(batch, NoTransfers())
+        return _now_ns() - started_ns
+
     try:
-        for cached, new, items in PREFILL_SHAPES:
-            if cached + new <= model.max_length_tokens:
-                batch = [PrefillItem([0] * new, cached, GENERATE)] * items
-                total_ns = least_ns(lambda batch=batch: prefill.run(batch, NoTransfers()))  # type: ignore[misc]
-                samples.append(PrefillSample(cached, new, items, total_ns))
+        return [PrefillSample(*shape, total_ns) for shape, total_ns in least_of_rounds(shapes, batch_ns)]
     finally:
         prefill.close()
-    return samples
 
 
 def measure_decode(model: LoadedModel) -> list[DecodeSample]:
     """Steps of `DECODE_SHAPES` that the model can hold."""
-    longest = [(c, n) for c, n in DECODE_SHAPES if c + GENERATE.max_tokens <= model.max_length_tokens]
+    shapes = [shape for shape in DECODE_SHAPES if shape[0] + GENERATE.max_tokens <= model.max_length_tokens]
     block_tokens = model.layout.block_tokens
-    blocks = max(n * -(-(c + GENERATE.max_tokens) // block_tokens) for c, n in longest)
+    blocks = max(n * -(-(c + GENERATE.max_tokens) // block_tokens) for c, n in shapes)
     engine = DecodeEngine(model, blocks)
-    return [_decode_sample(engine, context, sequences) for context, sequences in longest]
+
+    def step_ns(shape: tuple[int, int]) -> int:
+        context, sequences = shape
+        for sequence in range(sequences):
+            engine.admit(sequence, context, 0, GENERATE)
+            engine.join(sequence)
+        engine.step()
+        started_ns = _now_ns()
+        engine.step()
+        ended_ns = _now_ns()
+        for sequence in range(sequences):
+            engine.release(sequence)
+        return ended_ns - started_ns
+
+    # The measured step is the second: every context has grown by a token.
+    return [DecodeSample(context + 1, sequences, ns) for (context, sequences), ns in least_of_rounds(shapes, step_ns)]
 
 
 def measure_block_copies(model: LoadedModel, blocks: int = 24) -> tuple[float, float]:
@@ -103,26 +125,10 @@ def measure_block_copies(model: LoadedModel, blocks: int = 24) -> tuple[float, f
     return fill_ns / blocks, copy_ns / blocks
 
 
-def least_ns(work: Callable[[], object], runs: int = RUNS) -> int:
-    """The least of `runs` runs, after one to warm up."""
-    work()
-    times_ns = []
-    for _ in range(runs):
-        started_ns = _now_ns()
-        work()
-        times_ns.append(_now_ns() - started_ns)
-    return min(times_ns)
-
-
-def _decode_sample(engine: DecodeEngine, context: int, sequences: int) -> DecodeSample:
-    for sequence in range(sequences):
-        engine.admit(sequence, context, 0, GENERATE)
-        engine.join(sequence)
-    step_ns = least_ns(engine.step, 2 * RUNS)
-    for sequence in range(sequences):
-        engine.release(sequence)
-    # Contexts grew by a token a step; the middle one is what the least stands for.
-    return DecodeSample(context + RUNS, sequences, step_ns)
+def least_of_rounds(shapes: Sequence[Shape], measure_ns: Callable[[Shape], int]) -> list[tuple[Shape, int]]:
+    """Every shape with the least of `RUNS` runs, made in rounds over all shapes after one to warm up."""
+    rounds = [[measure_ns(shape) for shape in shapes] for _ in range(1 + RUNS)]
+    return list(zip(shapes, map(min, zip(*rounds[1:], strict=True)), strict=True))
 
 
 def _now_ns() -> int:

@@ -10,7 +10,8 @@ import msgspec
 from dualpath.experiment.plan import Plan, PlannedRun
 from dualpath.experiment.settings import Settings
 from dualpath.report.balance import readers
-from dualpath.report.result_file import ClusterSetup, Configuration, ResultFile, Run, SnicSample, Workload
+from dualpath.report.result_file import Configuration, ResultFile, Run, SnicSample, Workload
+from dualpath.spec.cluster_setup import ClusterSetup
 from dualpath.workload import ReplayResult, Trajectory, totals
 
 
@@ -22,6 +23,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     snic_bytes: dict[str, int]
     snic_samples: list[SnicSample] = []
     cluster: ClusterSetup | None = None
+    reference_ns: float | None = None
 
 
 def machine() -> str:
@@ -103,6 +105,7 @@ def _run(one: Measured, measured: Sequence[Measured], keep_trajectories: bool) -
         first_round=1,
         agents_per_s=point.agents_per_s,
         cluster=one.cluster,
+        reference_ns=one.reference_ns,
         turn_results=list(replay.turns),
         failures=list(replay.failures),
         snic_samples=one.snic_samples,

@@ -4,7 +4,7 @@ import os
 
 from dualpath.experiment.launcher import ClusterLauncher
 from dualpath.experiment.settings import Settings
-from dualpath.report.result_file import ClusterSetup
+from dualpath.spec.cluster_setup import ClusterSetup
 from dualpath.spec.hf_config import ModelConfigError, from_hf_config
 
 DTYPE, KV_DTYPE = "float32", "fp32"

@@ -29,6 +29,7 @@ from dualpath.experiment.plan import Plan, PlannedRun, WarmUp, warm_ups
 from dualpath.experiment.progress import RunProgress
 from dualpath.experiment.settings import Settings
 from dualpath.experiment.stores import fresh_directory, linked_copy
+from dualpath.reference_work import reference_work
 from dualpath.report.result_file import ResultFile
 from dualpath.workload import ReplayOptions, replay, warm_up
 from dualpath.workload.interrupts import until_terminated
@@ -164,7 +165,7 @@ class _Invocation:
         ):
             before = await cluster.run(meter.settled())
             progress.clock_starts()
-            async with meter.sampling() as readings:
+            async with meter.sampling() as readings, reference_work() as meanwhile:
                 work = replay(cluster.url, agents, self._replay_options, contexts=warm.contexts, on_turn=progress.turn)
                 result = await cluster.run(work)
                 # Its clock starts once it has found the server, which takes a moment, and stops when it returns.
@@ -177,4 +178,5 @@ class _Invocation:
             snic_bytes=after.snic_received_since(before),
             snic_samples=snic_samples(readings, before, started_s),
             cluster=cluster_setup(self._settings, self._launcher, limited),
+            reference_ns=meanwhile.mean_ns,
         )

@@ -28,7 +28,7 @@ class Replay:
         context_tokens = 0
         for index, (round_, span) in enumerate(zip(trajectory.rounds, trajectory.spans(), strict=True)):
             if index >= first_round:
-                yield processes.after(round_.gap_s * 1e9)
+                yield processes.after(round_.gap_s * self._setup.gap_scale * 1e9)
                 # Hits are what is kept of the context, but for its newest token, which has no KV, and one to compute.
                 stored_tokens = min(span.kept_tokens, context_tokens - 1, span.prompt_tokens - 1)
                 turn = Turn(

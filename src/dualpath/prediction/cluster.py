@@ -56,7 +56,8 @@ class Cluster:
         snic, cnic = (None, None) if policy.free_io else (setup.snic_bytes_per_s, setup.cnic_bytes_per_s)
         self.events = Events()
         engines = setup.prefill_engines + setup.decode_engines
-        self._plant = Plant(self.events, rates, engines, rates.transports[setup.transport], snic, cnic, setup.paced)
+        transport = rates.transports[setup.transport]
+        self._plant = Plant(self.events, rates, engines, transport, snic, cnic, setup.paced, setup.slowness)
         self._plant.reports = self
         self.processes = self._plant.processes
         self.snics = self._plant.snics

@@ -2,9 +2,10 @@
 
 Theory of operation. Engines without accelerators compute on the cores that also move bytes, answer HTTP and replay the
 agents. The kernel gives runnable threads equal shares, so with W threads runnable on C cores everybody runs at the same
-rate, ``min(1, C / W)``, less what busy cores take from each other through caches and memory (`slowdown`). One rate for
-all means that a single number, the service one thread would have had so far, tells who ends when: a task ends when it
-has grown by the task's demand. A heap of those ends is all the state there is.
+rate, ``min(1, C / W)``, less what busy cores take from each other through caches and memory (`slowdown`) and what
+others on the host take from all (`slowness`). One rate for all means that a single number, the service one thread would
+have had so far, tells who ends when: a task ends when it has grown by the task's demand. A heap of those ends is all
+the state there is.
 """
 
 from heapq import heappop, heappush
@@ -16,11 +17,12 @@ from dualpath.sim.events import Events
 class Cpu:
     """Cores shared by all tasks. A task may stand for several threads, or for less than one that never sleeps."""
 
-    def __init__(self, events: Events, cores: float, slowdown: float) -> None:
+    def __init__(self, events: Events, cores: float, slowdown: float, slowness: float) -> None:
         """`slowdown`: by how much tasks take longer when all cores are busy; a lone thread is not slowed down."""
         self._events = events
         self._cores = cores
         self._slowdown = slowdown
+        self._slowness = slowness
         self._ends: list[tuple[float, int, float, Signal]] = []
         """Heap of (service at its end, number, threads, signal)."""
         self._threads = 0.0
@@ -47,7 +49,7 @@ class Cpu:
     def _rate(self) -> float:
         others = min(self._threads, self._cores) - 1
         slowdown = 1 + (self._slowdown - 1) * max(0.0, others) / max(1.0, self._cores - 1)
-        return min(1.0, self._cores / self._threads) / slowdown
+        return min(1.0, self._cores / self._threads) / (slowdown * self._slowness)
 
     def _advance(self) -> None:
         spent_ns = self._events.now - self._since_ns

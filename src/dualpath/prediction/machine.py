@@ -175,6 +175,8 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
     storage: StorageCost
     control: ControlCost
     limits: EngineLimits
+    reference_ns: float
+    """CPU time of the reference work (`dualpath.reference_work`) while `slowdown` was measured."""
     fits: dict[str, Fit]
     measured_s: float
     """How long the calibration took."""

@@ -44,11 +44,12 @@ class Plant:
         snic_bytes_per_s: int | None,
         cnic_bytes_per_s: int | None,
         paced: bool,
+        slowness: float,
     ) -> None:
         self.rates = rates
         self.transport = transport
         self.processes = Processes(events)
-        self.cpu = Cpu(events, rates.cores, rates.slowdown)
+        self.cpu = Cpu(events, rates.cores, rates.slowdown, slowness)
         self.mover = Mover(self.processes, self.cpu)
         self.snics = [Nic(snic_bytes_per_s) for _ in range(engines)]
         self.cnics = [Nic(cnic_bytes_per_s, paced) for _ in range(engines)]

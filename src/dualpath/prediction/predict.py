@@ -20,13 +20,13 @@ from dualpath.spec.timings import Timings
 from dualpath.workload.result import ReplayResult, TurnResult
 
 
-def predict(measured: ResultFile, rates: MachineRates, command: str = "") -> ResultFile:
-    """The same runs on the machine `rates`.
+def predict(measured: ResultFile, rates: MachineRates, command: str = "", as_calibrated: bool = False) -> ResultFile:
+    """The same runs on the machine `rates`, each as fast as it was meanwhile, or `as_calibrated`.
 
     Raises MachineError where a run does not say enough or the machine is another, PredictionError where a run would
     fail.
     """
-    setups = [setup_of(measured, number, rates) for number in range(len(measured.runs))]
+    setups = [setup_of(measured, number, rates, as_calibrated) for number in range(len(measured.runs))]
     predicted = [_predict_run(run, setup) for run, setup in zip(measured.runs, setups, strict=True)]
     return ResultFile(
         kind="prediction",
@@ -63,6 +63,7 @@ def _predict_run(run: Run, setup: RunSetup) -> Run:
         first_round=run.first_round,
         agents_per_s=run.agents_per_s,
         cluster=run.cluster,
+        reference_ns=setup.slowness * setup.rates.reference_ns,
         turn_results=list(results),
         topology=run.topology,
         system=run.system,

@@ -6,7 +6,8 @@ import msgspec
 
 from dualpath.core.policy import SYSTEMS
 from dualpath.prediction.machine import MachineError, MachineRates
-from dualpath.report.result_file import ClusterSetup, ResultFile
+from dualpath.report.result_file import ResultFile, Run
+from dualpath.spec.cluster_setup import ClusterSetup
 from dualpath.workload.trajectory import Trajectory
 
 _TOPOLOGY = re.compile(r"([1-9]\d*)P([1-9]\d*)D")
@@ -26,18 +27,29 @@ class RunSetup(msgspec.Struct, frozen=True, kw_only=True):
     trajectories: tuple[Trajectory, ...]
     first_round: int
     """Rounds before it are in storage."""
+    gap_scale: float = 1.0
+    """Factor on the agents' pauses."""
     paced: bool
     """The traffic manager keeps the compute NICs' rates, chunk by chunk; else the kernel does."""
+    slowness: float
+    """How many times as long everything takes on the cores as when the machine was calibrated."""
 
 
-def setup_of(result: ResultFile, number: int, rates: MachineRates) -> RunSetup:
-    """The setup of run `number`. Raises MachineError where the file does not say, or the machine is for another."""
+def setup_of(result: ResultFile, number: int, rates: MachineRates, as_calibrated: bool = False) -> RunSetup:
+    """The setup of run `number`, on the machine as fast as it was meanwhile or, `as_calibrated`, as then.
+
+    Raises MachineError where the file does not say what was set up, or the machine is for another.
+    """
     run = result.runs[number]
     name = f"run {number} ({run.topology} {run.system})"
     if run.cluster is None or run.trajectories not in result.trajectories:
         raise MachineError(
             f"{name} does not say what its {'cluster was' if run.cluster is None else 'agents asked'}; results of "
-            "dualpath demo and experiment do, while a replay does not know whom it asks"
+            "dualpath demo and experiment do, and of replays against dualpath serve"
+        )
+    if result.kind == "replay" and (run.agents_per_s is not None or len(run.parts) > 1):
+        raise MachineError(
+            f"{name}: of replays only those whose agents all start at once, without --resume, can be predicted"
         )
     topology = _TOPOLOGY.fullmatch(run.topology)
     if topology is None or run.system not in SYSTEMS:
@@ -54,8 +66,14 @@ def setup_of(result: ResultFile, number: int, rates: MachineRates) -> RunSetup:
         transport=run.cluster.transport,
         trajectories=tuple(result.trajectories[run.trajectories]),
         first_round=run.first_round,
+        gap_scale=run.gap_scale,
         paced=run.cluster.links == "emulated",
+        slowness=_slowness(run, rates, as_calibrated),
     )
+
+
+def _slowness(run: Run, rates: MachineRates, as_calibrated: bool) -> float:
+    return 1.0 if run.reference_ns is None or as_calibrated else run.reference_ns / rates.reference_ns
 
 
 def _check(name: str, cluster: ClusterSetup, rates: MachineRates) -> None:

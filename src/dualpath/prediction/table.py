@@ -2,19 +2,24 @@
 
 from rich.table import Table
 
+from dualpath.prediction.machine import MachineRates
 from dualpath.report.result_file import ResultFile, Run
 
 
-def comparison_table(measured: ResultFile, predicted: ResultFile) -> Table:
-    """A row a run; errors are of the prediction, relative to what was measured."""
+def comparison_table(measured: ResultFile, predicted: ResultFile, rates: MachineRates) -> Table:
+    """A row a run; errors are of the prediction, relative to what was measured.
+
+    `machine`: how many times as long the cores were taken to need as when calibrated.
+    """
     table = Table(title=f"{measured.name}: measured and predicted")
     table.add_column("run")
-    for column in ("JCT", "predicted", "error", "TTFT", "predicted", "error"):
+    for column in ("machine", "JCT", "predicted", "error", "TTFT", "predicted", "error"):
         table.add_column(column, justify="right")
     for one, other in zip(measured.runs, predicted.runs, strict=True):
         ttft_s, predicted_ttft_s = mean_ttft_s(one), mean_ttft_s(other)
         table.add_row(
             _name(one),
+            f"{(other.reference_ns or 0.0) / rates.reference_ns:.2f}×",
             *_pair(one.jct_s, other.jct_s),
             *(_pair(ttft_s, predicted_ttft_s) if ttft_s and predicted_ttft_s else ("-", "-", "-")),
         )

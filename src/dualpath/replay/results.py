@@ -14,9 +14,11 @@ TOPOLOGY = "served"
 AGENTS = "agents"
 
 
-def offline_result(settings: ReplaySettings, source: Source, replayed: ReplayResult) -> ResultFile:
-    """Of agents that all started at once."""
-    run = _run(replayed, AGENTS)
+def offline_result(
+    settings: ReplaySettings, source: Source, replayed: ReplayResult, reference_ns: float | None = None
+) -> ResultFile:
+    """Of agents that all started at once; `reference_ns`: what the reference work took meanwhile."""
+    run = msgspec.structs.replace(_run(settings, replayed, AGENTS), reference_ns=reference_ns)
     return _file(settings, source, [replayed], [run], {AGENTS: source.trajectories})
 
 
@@ -33,7 +35,7 @@ def online_result(
         parameters: dict[str, float | str] = {"agents_per_s": one.agents_per_s}
         runs.append(
             msgspec.structs.replace(
-                _run(one.replay, key),
+                _run(settings, one.replay, key),
                 parameters=parameters | ({"probe": number} if settings.find_agents_per_s is not None else {}),
                 agents_per_s=one.agents_per_s,
                 windows=list(one.windows),
@@ -45,17 +47,20 @@ def online_result(
     return msgspec.structs.replace(found, slo=settings.slo, capacity=capacity)
 
 
-def _run(replayed: ReplayResult, trajectories: str) -> Run:
+def _run(settings: ReplaySettings, replayed: ReplayResult, trajectories: str) -> Run:
+    served = replayed.cluster
     return Run(
         trajectories=trajectories,
         turn_results=list(replayed.turns),
         failures=list(replayed.failures),
+        cluster=None if served is None else served.setup,
+        gap_scale=settings.options().gap_scale,
         context=replayed.context,
         parts=list(replayed.parts),
         start_pacing=replayed.start_pacing,
         pacing=replayed.pacing,
-        topology=TOPOLOGY,
-        system=replayed.server,
+        topology=TOPOLOGY if served is None else served.topology,
+        system=replayed.server if served is None else served.system,
         jct_s=replayed.jct_s,
         ratio_to_basic=None,
         ideal_ratio=None,
@@ -74,6 +79,7 @@ def _file(
     trajectories: dict[str, list[Trajectory]],
 ) -> ResultFile:
     every = totals(agent for agents in trajectories.values() for agent in agents)
+    setup = runs[0].cluster
     return ResultFile(
         kind="replay",
         name="replay",
@@ -81,10 +87,10 @@ def _file(
         runs=runs,
         configuration=Configuration(
             model=replayed[0].model,
-            topologies=[TOPOLOGY],
-            systems=[replayed[0].server],
-            snic_bytes_per_s=None,
-            cnic_bytes_per_s=None,
+            topologies=[runs[0].topology],
+            systems=[runs[0].system],
+            snic_bytes_per_s=None if setup is None else setup.snic_bytes_per_s,
+            cnic_bytes_per_s=None if setup is None else setup.cnic_bytes_per_s,
             repeats=1,
             seed=settings.seed,
             machine=f"client: {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.machine()}, "

@@ -10,6 +10,7 @@ import contextlib
 import msgspec
 from rich.console import Console
 
+from dualpath.reference_work import reference_work
 from dualpath.replay.progress import ReplayProgress
 from dualpath.replay.results import offline_result, online_result
 from dualpath.replay.settings import WINDOWS, ReplaySettings
@@ -54,13 +55,14 @@ async def _offline(settings: ReplaySettings, source: Source, console: Console) -
     journal = open_journal(settings.journal, identity_of(agents, options))
     with contextlib.closing(journal), ReplayProgress(console, "replay", turns) as progress:
         try:
-            replayed = await replay(settings.url, agents, options, on_turn=progress.turn, journal=journal)
+            async with reference_work() as meanwhile:
+                replayed = await replay(settings.url, agents, options, on_turn=progress.turn, journal=journal)
         except asyncio.CancelledError:
             done = len(journal.answered) + journal.turns
             again = settings.command.replace(" --resume", "")
             console.print(f"{done} of {turns} turns are in {journal.path}; to go on: {again} --resume", highlight=False)
             raise
-    return offline_result(settings, source, replayed)
+    return offline_result(settings, source, replayed, meanwhile.mean_ns)
 
 
 async def _online(settings: ReplaySettings, source: Source, console: Console) -> ResultFile:

@@ -46,7 +46,8 @@ def replay_table(result: ResultFile) -> Table:
 def replay_sentences(result: ResultFile) -> Iterator[str]:
     """What the figures mean, and what to keep in mind about them."""
     run = result.runs[-1]
-    yield f"server: {run.system}, model {result.configuration.model}"
+    server = run.system if run.cluster is None else f"dualpath, {run.topology} {run.system}"
+    yield f"server: {server}, model {result.configuration.model}"
     if result.slo is not None:
         yield (
             f"SLO: TTFT {result.slo.ttft_s:g} s, TPOT {result.slo.tpot_s * 1e3:g} ms, means over the turns of a window"

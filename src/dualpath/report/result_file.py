@@ -10,31 +10,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from dualpath.spec.cluster_setup import ClusterSetup
 from dualpath.workload import Capacity, Part, Percentiles, Slo, Trajectory, TurnFailure, TurnResult, Window
 
 
 class ResultFileError(ValueError):
     """A result file that can't be read. The message names the file and the field."""
-
-
-class ClusterSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """The cluster of one run, complete enough to simulate it."""
-
-    layers: int
-    kv_bytes_per_token: int
-    """Over all layers."""
-    snic_bytes_per_s: int | None
-    """Each storage NIC's rate; None: not limited."""
-    cnic_bytes_per_s: int | None
-    compute_quota_s: float
-    threads: int
-    """Compute threads of an engine."""
-    cores: int
-    """Cores that all engines shared."""
-    dtype: str
-    transport: str
-    links: Literal["emulated", "kernel"] = "emulated"
-    """Rates kept by the traffic manager, or by the kernel between network namespaces (`dualpath testbed`)."""
 
 
 class SnicSample(msgspec.Struct, frozen=True):
@@ -56,9 +37,13 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     agents_per_s: float | None = None
     """Poisson arrivals; None: all agents at once."""
     cluster: ClusterSetup | None = None
+    reference_ns: float | None = None
+    """CPU time of the reference work (`dualpath.reference_work`), mean over the run: how slow the machine was."""
     turn_results: list[TurnResult] = []
     failures: list[TurnFailure] = []
     snic_samples: list[SnicSample] = []
+    gap_scale: float = 1.0
+    """Factor on the trajectories' pauses."""
     context: Literal["own", "filled"] = "own"
     """What stood for generated tokens in later prompts: themselves, or ids chosen by the replay."""
     parts: list[Part] = []
@@ -73,7 +58,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """The same of later turns."""
 
     topology: str
-    """``1P2D``: prefill and decode nodes; of a replay against a URL, ``served``."""
+    """``1P2D``: prefill and decode nodes; of a replay against a server that does not say, ``served``."""
     system: str
     repeat: int = 0
     jct_s: float

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import msgspec
 
+from dualpath.spec.cluster_setup import ServedCluster
 from dualpath.spec.sampling import SamplingParams
 from dualpath.spec.timings import Timings
 
@@ -63,6 +64,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len_tokens: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    cluster: ServedCluster | None = None
+    """Who serves it."""
 
 
 class Generator(Protocol):

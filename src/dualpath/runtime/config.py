@@ -1,10 +1,12 @@
 """What a cluster is made of: one record, filled from the command line, sent to every engine that joins."""
 
+import os
 import re
 
 import msgspec
 
 from dualpath.core.policy import SYSTEMS, Policy
+from dualpath.spec.cluster_setup import ClusterSetup, ServedCluster
 
 _TOPOLOGY = re.compile(r"(\d+)P(\d+)D", re.IGNORECASE)
 
@@ -99,3 +101,18 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def cnic_rate(self) -> int | None:
         return None if self.policy.free_io else self.cnic_bytes_per_s
+
+    def served(self, layers: int, kv_bytes_per_token: int) -> ServedCluster:
+        """What clients are told, who may want to simulate it; `kv_bytes_per_token` is over all layers."""
+        setup = ClusterSetup(
+            layers=layers,
+            kv_bytes_per_token=kv_bytes_per_token,
+            snic_bytes_per_s=self.snic_rate,
+            cnic_bytes_per_s=self.cnic_rate,
+            compute_quota_s=self.quota_ns / 1e9,
+            threads=self.threads,
+            cores=len(os.sched_getaffinity(0)),
+            dtype=self.dtype,
+            transport=self.transport,
+        )
+        return ServedCluster(topology=str(self.topology), system=self.system, setup=setup)

@@ -184,6 +184,7 @@ class Coordinator:
             max_model_len_tokens=join.max_model_len_tokens,
             vocab_size=join.vocab_size,
             eos_token_ids=join.eos_token_ids,
+            cluster=config.served(join.layout.layers, join.layout.layers * join.layout.token_bytes),
         )
         self.layout = join.layout
         constants = scheduler_constants(config, join.layout, prefill_tokens_per_s)

@@ -217,6 +217,7 @@ class _Api:
             "created": self._created,
             "owned_by": "dualpath",
             "max_model_len": model.max_model_len_tokens,
+            "cluster": model.cluster,
         }
 
 

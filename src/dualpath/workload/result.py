@@ -6,6 +6,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from dualpath.spec.cluster_setup import ServedCluster
 from dualpath.spec.timings import Timings
 
 
@@ -89,6 +90,8 @@ class ReplayResult(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""
     reports_loaded: bool = True
     """Whether the server said how many prompt tokens it loaded; `loaded_tokens` is 0 where it did not."""
+    cluster: ServedCluster | None = None
+    """As a DualPath server says."""
     parts: tuple[Part, ...] = ()
 
     @property

@@ -93,6 +93,7 @@ class Rollout:
             context=self._server.context,
             server=self._server.kind,
             model=self._server.model,
+            cluster=self._server.cluster,
             reports_loaded=self._reports_loaded or not self.turns,
             parts=parts or (Part(started_at="", wall_s=wall_s, turns=len(self.turns)),),
         )

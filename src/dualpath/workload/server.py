@@ -21,6 +21,7 @@ from typing import Literal
 
 import msgspec
 
+from dualpath.spec.cluster_setup import ServedCluster
 from dualpath.workload.http_client import HttpClient, HttpError
 
 ServerKind = Literal["dualpath", "vllm", "sglang", "other"]
@@ -39,6 +40,8 @@ class Server(msgspec.Struct, frozen=True):
     model: str
     kind: ServerKind
     returns_token_ids: bool
+    cluster: ServedCluster | None = None
+    """As a DualPath server says."""
 
     @property
     def returns_timings(self) -> bool:
@@ -52,6 +55,7 @@ class Server(msgspec.Struct, frozen=True):
 class _Model(msgspec.Struct):
     id: str
     owned_by: str = ""
+    cluster: object = None
 
 
 class _Models(msgspec.Struct):
@@ -78,4 +82,12 @@ async def find_server(client: HttpClient, url: str, kind: ServerKind | None = No
     owner = models[0].owned_by.lower()
     found: ServerKind = next((known for known in _KINDS if known == owner), "other")
     found = kind or found
-    return Server(models[0].id, found, returns_token_ids=found in ("dualpath", "vllm"))
+    return Server(models[0].id, found, returns_token_ids=found in ("dualpath", "vllm"), cluster=_cluster(models[0]))
+
+
+def _cluster(model: _Model) -> ServedCluster | None:
+    """None where another kind of server, or another version of ours, says something else there."""
+    try:
+        return msgspec.convert(model.cluster, ServedCluster | None)
+    except msgspec.ValidationError:
+        return None

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from dualpath.report.result_file import ClusterSetup, ResultFile
+from dualpath.report.result_file import ResultFile
+from dualpath.spec.cluster_setup import ClusterSetup
 from dualpath.spec.units import format_bytes, format_rate
 
 
