@@ -3,9 +3,10 @@
 import msgspec
 import pytest
 
-from dualpath.calibration.cluster_use import BUSY_AGENTS, KINDS, Busy, Kind, Used, typical
+from dualpath.calibration.busy import CROWDS, Busy
+from dualpath.calibration.cluster_use import KINDS, Kind, Used, typical
 from dualpath.calibration.compute import fit_decode, fit_prefill
-from dualpath.calibration.control import _decode_control, _setup, _shipped_ns, fit_control, fit_slowdowns
+from dualpath.calibration.control import _decode_control, _setup, _shipped_ns, fit_busy, fit_control
 from dualpath.calibration.fitting import fit
 from dualpath.calibration.table import machine_tables
 from dualpath.core.batching import Chunk
@@ -32,6 +33,7 @@ def rates(**changes: object) -> MachineRates:
     plain = MachineRates(
         description="a test's", model="m", layers=8, kv_bytes_per_token=16_384, dtype="float32", threads=1, cores=2,
         side_by_side=1.1, oversubscribed_error=0.02, slowdown=1.0, cpu_slowdown=1.0, others_cores=0.0,
+        prefill_factor=1.0, decode_factor=1.0,
         attention=msgspec.convert(
             {"fixed_ns": 0, "ns_per_flop": 0.001, "flops_per_token": 1000, "flops_per_pair": 1000}, type=_ATTENTION
         ),
@@ -138,12 +140,30 @@ def test_a_decode_engine_that_needs_less_than_its_steps_has_free_control():
     assert _decode_control(machine, KINDS, of) == (0.0, 0.0)
 
 
-def test_the_slowdown_of_busy_cores_comes_back():
-    slow = rates(slowdown=1.4)
-    cluster, _, jct_ns = simulate(_setup(slow, BUSY_AGENTS))
-    by_time, by_cpu = fit_slowdowns(rates(), Busy(jct_ns, cluster.cpu.busy_core_ns, 0.0, 0.4 * MS))
-    assert by_time == pytest.approx(1.4, abs=0.05)
-    assert by_cpu == pytest.approx(1.4, abs=0.05)
+def measured_by(truth: MachineRates, slowness: float = 1.0, others_cores: float = 0.0) -> dict[str, Busy]:
+    """What the crowds would have taken on a machine like `truth`, so many times as slow as it."""
+    busy = {}
+    for name, crowd in CROWDS.items():
+        cluster, _, jct_ns = simulate(_setup(truth, crowd, slowness))
+        busy[name] = Busy(jct_ns, cluster.cpu.busy_core_ns, others_cores, slowness * truth.reference_ns)
+    return busy
+
+
+def test_the_factors_of_busy_cores_come_back():
+    truth = rates(slowdown=1.4, prefill_factor=0.8, decode_factor=1.1)
+    busy = measured_by(truth)
+    found = fit_busy(rates(reference_ns=0.0), busy)
+    assert found.reference_ns == truth.reference_ns
+    for name, crowd in CROWDS.items():
+        assert simulate(_setup(found, crowd))[2] == pytest.approx(busy[name].jct_ns, rel=0.02)
+    assert found.slowdown * found.prefill_factor == pytest.approx(1.4 * 0.8, rel=0.1)
+    assert found.slowdown * found.decode_factor == pytest.approx(1.4 * 1.1, rel=0.1)
+
+
+def test_where_others_took_cores_cpu_time_tells_the_slowdown():
+    found = fit_busy(rates(), measured_by(rates(slowdown=1.4), others_cores=0.5))
+    assert found.slowdown == found.cpu_slowdown == pytest.approx(1.4, abs=0.05)
+    assert found.prefill_factor == found.decode_factor == 1 and found.others_cores == 0.5
 
 
 def test_what_is_typical_is_no_outlier_and_never_nothing():

@@ -56,6 +56,8 @@ def machine(**changes: Any) -> MachineRates:
         oversubscribed_error=0.0,
         slowdown=1.0,
         cpu_slowdown=1.0,
+        prefill_factor=1.0,
+        decode_factor=1.0,
         others_cores=0.0,
         attention=AttentionCost(0.0, 0.001, 1_000.0, 1_000.0),
         prefill_tokens_per_s=40_000.0,

@@ -1,12 +1,11 @@
 """A whole cluster, measured from outside: which process used the cores for what.
 
 One cluster of one PE and one DE serves a few kinds of request, alone, one after another; each process's CPU clock tells
-what it took for one. Then a few agents ask at once, while the reference work tells how slow the machine is.
+what it took for one. Then agents ask at once (`busy`).
 """
 
 import asyncio
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,13 +13,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import msgspec
-import psutil
 
+from dualpath.calibration.busy import Busy, measure_busy
+from dualpath.calibration.process_clocks import cpu_clocks
 from dualpath.core.vocabulary import BLOCK_TOKENS
 from dualpath.experiment.launcher import SERVE, LaunchedCluster, LocalLauncher
 from dualpath.prediction.machine import MachineRates
-from dualpath.reference_work import reference_work
-from dualpath.workload import AgentMix, ReplayOptions, Round, Trajectory, generate_trajectories, replay, warm_up
+from dualpath.workload import ReplayOptions, Round, Trajectory, replay, warm_up
 
 SETTLE_S = 0.4
 IDLE_S = 1.0
@@ -75,15 +74,6 @@ KINDS = (
 LONE_ROUNDS = 4
 
 
-BUSY_AGENTS = tuple(
-    generate_trajectories(
-        AgentMix(turns=4, first_context_tokens=FIRST_CONTEXT_TOKENS, append_tokens=64, generate_tokens=16), 6, seed=1
-    )
-)
-"""Who asks at once; the first turns are the warm-up."""
-BUSY_REPLAYS = 4
-
-
 class Used(msgspec.Struct, frozen=True):
     """CPU nanoseconds of one request of a kind, by process; and its time to first token."""
 
@@ -94,24 +84,13 @@ class Used(msgspec.Struct, frozen=True):
     ttft_s: float
 
 
-class Busy(msgspec.Struct, frozen=True):
-    """`BUSY_AGENTS` at once. Means of replays."""
-
-    jct_ns: float
-    cpu_ns: float
-    """Of the cluster and the client together."""
-    others_cores: float
-    """Cores that were busy with anything else meanwhile."""
-    reference_ns: float
-    """CPU time of the reference work meanwhile."""
-
-
 class ClusterUse(msgspec.Struct, frozen=True):
     """What the two halves of the measurement used."""
 
     lone: dict[str, Used]
     """By kind."""
-    busy: Busy
+    busy: dict[str, Busy]
+    """By crowd."""
 
 
 def measure_cluster(rates: MachineRates, model: Path, store: Path) -> ClusterUse:
@@ -143,28 +122,7 @@ async def _measure(rates: MachineRates, model: Path, folder: Path) -> ClusterUse
     async with launcher.cluster("calibration", "1P1D", "dualpath", folder / "store", limited=False) as cluster:
         ready = msgspec.json.decode(ready_file.read_bytes(), type=_Ready)
         pids = [ready.pid, *(e.pid for role in ("prefill", "decode") for e in ready.engines if e.role == role)]
-        return ClusterUse(await _lone(cluster, pids), await _busy(cluster, pids))
-
-
-async def _busy(cluster: LaunchedCluster, pids: list[int]) -> Busy:
-    contexts = await cluster.run(warm_up(cluster.url, BUSY_AGENTS, ReplayOptions()))
-    replays = []
-    async with reference_work() as meanwhile:
-        for seed in range(1, 1 + BUSY_REPLAYS):  # other tokens each time, so that none are in storage
-            ours, everybody = sum(_clocks(pids)), _busy_cores_ns()
-            result = await cluster.run(replay(cluster.url, BUSY_AGENTS, ReplayOptions(seed=seed), contexts=contexts))
-            cpu_ns, jct_ns = sum(_clocks(pids)) - ours, result.jct_s * 1e9
-            replays.append((jct_ns, cpu_ns, max(0.0, _busy_cores_ns() - everybody - cpu_ns) / jct_ns))
-    if meanwhile.mean_ns is None:
-        raise RuntimeError("the process that does the reference work was killed meanwhile")
-    jct_ns, cpu_ns, others_cores = (statistics.mean(of) for of in zip(*replays, strict=True))
-    return Busy(jct_ns, cpu_ns, others_cores, meanwhile.mean_ns)
-
-
-def _busy_cores_ns() -> float:
-    """Of all processes of this machine, and of its host's others: what nobody could use is no core of ours."""
-    times = psutil.cpu_times()
-    return 1e9 * float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+        return ClusterUse(await _lone(cluster, pids), await measure_busy(cluster, pids))
 
 
 async def _lone(cluster: LaunchedCluster, pids: list[int]) -> dict[str, Used]:
@@ -194,7 +152,7 @@ async def _spent(
     marks: list[tuple[float, list[int]]] = []
 
     def mark(_: object) -> None:
-        marks.append((time.perf_counter(), _clocks(pids)))
+        marks.append((time.perf_counter(), cpu_clocks(pids)))
 
     asked = replay(cluster.url, agent, ReplayOptions(seed=seed), contexts=contexts, on_turn=mark)
     result = await cluster.run(asked)
@@ -219,18 +177,6 @@ def typical(spent: Sequence[Used]) -> Used:
 
 async def _idle(pids: list[int]) -> list[float]:
     """CPU nanoseconds a second of each process while nobody asks: heartbeats."""
-    before = _clocks(pids)
+    before = cpu_clocks(pids)
     await asyncio.sleep(IDLE_S)
-    return [(after - was) / IDLE_S for after, was in zip(_clocks(pids), before, strict=True)]
-
-
-def _clocks(pids: list[int]) -> list[int]:
-    """CPU time of this process, then of `pids`, all their threads, dead ones included."""
-    return [time.process_time_ns(), *(time.clock_gettime_ns(_cpu_clock(pid)) for pid in pids)]
-
-
-def _cpu_clock(pid: int) -> int:
-    """Linux's clock id of another process's CPU time (clock_getcpuclockid(3))."""
-    if not sys.platform.startswith("linux"):
-        raise RuntimeError("CPU clocks of other processes are read as on Linux")
-    return (~pid << 3) | 2
+    return [(after - was) / IDLE_S for after, was in zip(cpu_clocks(pids), before, strict=True)]

@@ -4,8 +4,8 @@ What each process used for a lone request, less what is known already (steps, co
 tokens, generated tokens and messages. Then the same lone requests are simulated; what they really take longer to their
 first token is hops between processes, of which a first token needs six.
 
-Agents that ask at once take longer than they do in the simulation: caches and memory are shared, threads are switched,
-Python's lock is waited for. The factor on everything that makes the two equal is the slowdown of busy cores.
+Agents that ask at once take longer than they do in the simulation. The factors that make the two equal are the slowdown
+of busy cores, on everything, and what prefill and decode take beyond it.
 """
 
 import statistics
@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from dualpath.calibration.cluster_use import BUSY_AGENTS, KINDS, Busy, Kind, Used
+from dualpath.calibration.busy import CROWDS, Busy, mean_of
+from dualpath.calibration.cluster_use import KINDS, Kind, Used
 from dualpath.calibration.fitting import fit
 from dualpath.core.batching import Chunk
 from dualpath.prediction.machine import ControlCost, Fit, MachineRates
@@ -21,26 +22,46 @@ from dualpath.prediction.predict import simulate
 from dualpath.prediction.setup import RunSetup
 from dualpath.workload import Trajectory
 
-MAX_SLOWDOWN = 3.0
+MAX_OTHERS_CORES = 0.1
+"""Beyond it, times of a busy cluster say more of what else ran than of the cluster."""
+SLOWDOWNS = (1.0, 3.0)
+FACTORS = (0.5, 2.0)
+FIT_ROUNDS = 3
+BISECTIONS = 9
 
 
-def fit_slowdowns(rates: MachineRates, busy: Busy) -> tuple[float, float]:
-    """By which factor the simulated agents take as long as the real ones, and use as much CPU time."""
+def fit_busy(rates: MachineRates, busy: dict[str, Busy]) -> MachineRates:
+    """With the factors by which each simulated crowd takes as long as the real one; CPU time counts, too, for one.
 
-    def simulated_ns(slowdown: float) -> tuple[float, float]:
-        cluster, _, jct_ns = simulate(_setup(msgspec.structs.replace(rates, slowdown=slowdown), BUSY_AGENTS))
+    One factor after the other, a few times around, each by the crowd that tells most of it.
+    """
+    over_all = mean_of(list(busy.values()))
+    rates = msgspec.structs.replace(rates, reference_ns=over_all.reference_ns, others_cores=over_all.others_cores)
+
+    def takes(crowd: str, field: str, value: float) -> tuple[float, float]:
+        changed = msgspec.structs.replace(rates, **{field: value})
+        slowness = busy[crowd].reference_ns / rates.reference_ns
+        cluster, _, jct_ns = simulate(_setup(changed, CROWDS[crowd], slowness))
         return jct_ns, cluster.cpu.busy_core_ns
 
-    return (
-        _least(lambda slowdown: simulated_ns(slowdown)[0] >= busy.jct_ns),
-        _least(lambda slowdown: simulated_ns(slowdown)[1] >= busy.cpu_ns),
-    )
+    def fitted(crowd: str, field: str, limits: tuple[float, float]) -> float:
+        return _least(lambda value: takes(crowd, field, value)[0] >= busy[crowd].jct_ns, limits)
+
+    by_cpu = _least(lambda value: takes("mixed", "slowdown", value)[1] >= busy["mixed"].cpu_ns, SLOWDOWNS)
+    rates = msgspec.structs.replace(rates, cpu_slowdown=by_cpu)
+    if rates.others_cores > MAX_OTHERS_CORES:  # time was lost to others
+        return msgspec.structs.replace(rates, slowdown=by_cpu)
+    for _ in range(FIT_ROUNDS):
+        rates = msgspec.structs.replace(rates, slowdown=fitted("mixed", "slowdown", SLOWDOWNS))
+        rates = msgspec.structs.replace(rates, prefill_factor=fitted("appends", "prefill_factor", FACTORS))
+        rates = msgspec.structs.replace(rates, decode_factor=fitted("answers", "decode_factor", FACTORS))
+    return rates
 
 
-def _least(enough: Callable[[float], bool]) -> float:
-    """The slowdown from which on it is enough, by bisection."""
-    low, high = 1.0, MAX_SLOWDOWN
-    for _ in range(10):
+def _least(enough: Callable[[float], bool], limits: tuple[float, float]) -> float:
+    """The value from which on it is enough, by bisection."""
+    low, high = limits
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return (low + high) / 2
@@ -125,7 +146,7 @@ def _lone_ttft_s(rates: MachineRates, control: ControlCost, kind: Kind, hop_ns: 
     return statistics.mean((turn.first_token_ns - turn.sent_ns) / 1e9 for turn in turns)
 
 
-def _setup(rates: MachineRates, trajectories: tuple[Trajectory, ...]) -> RunSetup:
+def _setup(rates: MachineRates, trajectories: tuple[Trajectory, ...], slowness: float = 1.0) -> RunSetup:
     """The cluster that is measured, and who asks it after the warm-up."""
     return RunSetup(
         rates=rates,
@@ -139,5 +160,5 @@ def _setup(rates: MachineRates, trajectories: tuple[Trajectory, ...]) -> RunSetu
         trajectories=trajectories,
         first_round=1,
         paced=True,
-        slowness=1.0,
+        slowness=slowness,
     )

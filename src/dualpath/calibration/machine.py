@@ -8,9 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from dualpath.calibration.cluster_use import BUSY_AGENTS, measure_cluster
+from dualpath.calibration.busy import CROWDS
+from dualpath.calibration.cluster_use import measure_cluster
 from dualpath.calibration.compute import measure_compute, measure_sharing
-from dualpath.calibration.control import fit_control, fit_slowdowns
+from dualpath.calibration.control import fit_busy, fit_control
 from dualpath.calibration.moves import measure_moves
 from dualpath.calibration.storage import measure_storage
 from dualpath.core.batching import AttentionCost, Chunk
@@ -21,8 +22,6 @@ from dualpath.runtime.config import ClusterConfig
 from dualpath.runtime.prefill import PROBE_HIT_TOKENS, PROBE_NEW_TOKENS
 
 TRANSPORTS = ("shm", "tcp")
-MAX_OTHERS_CORES = 0.1
-"""Beyond it, times of a busy cluster say more of what else ran than of the cluster."""
 _NO_CONTROL = ControlCost(**dict.fromkeys(ControlCost.__struct_fields__, 0.0))
 
 
@@ -50,19 +49,8 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
     say("a cluster: lone requests, then agents at once")
     used = measure_cluster(rates, options.model, options.store)
     control, control_fits = fit_control(rates, used.lone)
-    rates = msgspec.structs.replace(rates, control=control)
-    slowdown, cpu_slowdown = fit_slowdowns(rates, used.busy)
-    if used.busy.others_cores > MAX_OTHERS_CORES:
-        slowdown = cpu_slowdown  # time was lost to others
-    return msgspec.structs.replace(
-        rates,
-        slowdown=slowdown,
-        cpu_slowdown=cpu_slowdown,
-        others_cores=used.busy.others_cores,
-        reference_ns=used.busy.reference_ns,
-        fits=rates.fits | control_fits,
-        measured_s=time.perf_counter() - started_s,
-    )
+    rates = fit_busy(msgspec.structs.replace(rates, control=control), used.busy)
+    return msgspec.structs.replace(rates, fits=rates.fits | control_fits, measured_s=time.perf_counter() - started_s)
 
 
 def _measure_parts(options: CalibrationOptions, say: Callable[[str], None]) -> MachineRates:
@@ -94,6 +82,8 @@ def _measure_parts(options: CalibrationOptions, say: Callable[[str], None]) -> M
         oversubscribed_error=oversubscribed_error,
         slowdown=1.0,
         cpu_slowdown=1.0,
+        prefill_factor=1.0,
+        decode_factor=1.0,
         others_cores=0.0,
         reference_ns=0.0,
         attention=_attention(model),
@@ -113,7 +103,7 @@ def _measure_parts(options: CalibrationOptions, say: Callable[[str], None]) -> M
 
 
 def _check_length(model: LoadedModel) -> None:
-    needed_tokens = max(one.context_tokens for agent in BUSY_AGENTS for one in agent.spans())
+    needed_tokens = max(one.context_tokens for crowd in CROWDS.values() for agent in crowd for one in agent.spans())
     if model.max_length_tokens < needed_tokens:
         raise ValueError(
             f"the model takes {model.max_length_tokens} tokens, and the calibration's requests have up to "

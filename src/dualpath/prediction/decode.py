@@ -82,7 +82,7 @@ class DecodeEngine:
         plant = self._plant
         while batch := list(self._joined):
             step_ns = plant.rates.decode.step_ns([turn.context_tokens for turn in batch])
-            yield plant.cpu.run(step_ns, plant.rates.threads)
+            yield plant.cpu.run(step_ns * plant.rates.decode_factor, plant.rates.threads)
             yield self._main.submit(plant.working(plant.rates.control.decode_step_ns))
             for turn in batch:
                 turn.generated_tokens += 1

@@ -157,6 +157,11 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
     times, or by CPU time where something else was running."""
     cpu_slowdown: float
     """The same by CPU time alone, which has no waiting for cores or for Python's lock in it."""
+    prefill_factor: float
+    """By how much layers of prefill take longer in a busy cluster than by themselves, beyond `slowdown`; below 1 where
+    they suffer less than the rest."""
+    decode_factor: float
+    """The same of decode steps."""
     others_cores: float
     """Cores that something else kept busy during the calibration; above a tenth, do it again."""
     attention: AttentionCost

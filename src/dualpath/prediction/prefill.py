@@ -80,7 +80,8 @@ class PrefillEngine:
         moves = LayerMoves()
         for chunk in chunks:
             moves.add(self._turns[chunk.request], chunk, plant.layer_token_bytes)
-        run = _LayerRun(plant, self.engine, moves, plant.rates.prefill.layer_ns(chunks), self._layerwise)
+        layer_ns = plant.rates.prefill.layer_ns(chunks) * plant.rates.prefill_factor
+        run = _LayerRun(plant, self.engine, moves, layer_ns, self._layerwise)
         yield all_of([plant.processes.start(work) for work in (run.loading(), run.computing(), run.shipping())])
 
 
