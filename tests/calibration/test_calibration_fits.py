@@ -64,6 +64,7 @@ CONTROL = ControlCost(
     prefill_request_ns=1.5 * MS,
     decode_request_ns=1.7 * MS,
     decode_step_ns=0.2 * MS,
+    cold_ns=0,
     hop_ns=0.3 * MS,
 )
 

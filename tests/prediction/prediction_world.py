@@ -38,6 +38,7 @@ BUSY_CONTROL = ControlCost(
     prefill_request_ns=1 * MS,
     decode_request_ns=2 * MS,
     decode_step_ns=0.2 * MS,
+    cold_ns=0,
     hop_ns=0.2 * MS,
 )
 

@@ -62,6 +62,15 @@ def test_a_run_on_a_slower_machine_is_predicted_longer_unless_as_calibrated():
     assert [run.jct_s for run in unknown] == [run.jct_s for run in predict(usual, rates).runs]
 
 
+def test_the_first_request_of_each_prefill_engine_is_cold():
+    rates = machine()
+    cold = msgspec.structs.replace(rates.control, cold_ns=500_000_000)
+    for topology, cold_requests in (("1P1D", 1), ("2P1D", 2)):
+        asked = result_file(agents(4), topologies=(topology,), systems=("oracle",))
+        (warm,), (slow,) = (predict(asked, one).runs for one in (rates, machine(control=cold)))
+        assert 0.4 < slow.jct_s - warm.jct_s < 0.6 * cold_requests
+
+
 def test_a_prediction_is_a_result_file_with_the_same_runs(tmp_path: Path):
     measured = result_file(agents(4), parameters={"agents": 4.0}, repeat=2)
     predicted = predict(measured, busy_machine(), "dualpath simulate --like x")

@@ -72,6 +72,8 @@ KINDS = (
     Kind(name="long", count=4, append_tokens=16, generate_tokens=24, context_tokens=FIRST_CONTEXT_TOKENS),
 )
 LONE_ROUNDS = 4
+FIRST = Kind(name="first", count=1, append_tokens=16, generate_tokens=2, context_tokens=FIRST_CONTEXT_TOKENS)
+COLD_LATER = 3
 
 
 class Used(msgspec.Struct, frozen=True):
@@ -91,6 +93,8 @@ class ClusterUse(msgspec.Struct, frozen=True):
     """By kind."""
     busy: dict[str, Busy]
     """By crowd."""
+    cold_ns: float
+    """How much longer the first requests of all took than the same later."""
 
 
 def measure_cluster(rates: MachineRates, model: Path, store: Path) -> ClusterUse:
@@ -122,7 +126,18 @@ async def _measure(rates: MachineRates, model: Path, folder: Path) -> ClusterUse
     async with launcher.cluster("calibration", "1P1D", "dualpath", folder / "store", limited=False) as cluster:
         ready = msgspec.json.decode(ready_file.read_bytes(), type=_Ready)
         pids = [ready.pid, *(e.pid for role in ("prefill", "decode") for e in ready.engines if e.role == role)]
-        return ClusterUse(await _lone(cluster, pids), await measure_busy(cluster, pids))
+        cold_ns = await _cold_ns(cluster)
+        return ClusterUse(await _lone(cluster, pids), await measure_busy(cluster, pids), cold_ns)
+
+
+async def _cold_ns(cluster: LaunchedCluster) -> float:
+    """By the first request that is computed whole and the first that finds its context in storage."""
+    agent = [FIRST.trajectory()]
+    cold, *later = [
+        sum(turn.ttft_s for turn in (await cluster.run(replay(cluster.url, agent, ReplayOptions(seed=seed)))).turns)
+        for seed in range(1 + COLD_LATER)
+    ]
+    return max(0.0, cold - statistics.median(later)) * 1e9
 
 
 async def _lone(cluster: LaunchedCluster, pids: list[int]) -> dict[str, Used]:

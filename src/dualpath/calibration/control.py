@@ -90,6 +90,7 @@ def fit_control(rates: MachineRates, used: dict[str, Used]) -> tuple[ControlCost
         prefill_request_ns=_prefill_control(rates, kinds, of),
         decode_request_ns=decode_request,
         decode_step_ns=decode_step,
+        cold_ns=0.0,
         hop_ns=0.0,
     )
     hop_ns, hop_fit = _hop(rates, control, kinds, of)

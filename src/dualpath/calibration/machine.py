@@ -50,7 +50,10 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
     used = measure_cluster(rates, options.model, options.store)
     control, control_fits = fit_control(rates, used.lone)
     rates = fit_busy(msgspec.structs.replace(rates, control=control), used.busy)
-    return msgspec.structs.replace(rates, fits=rates.fits | control_fits, measured_s=time.perf_counter() - started_s)
+    cold = msgspec.structs.replace(control, cold_ns=used.cold_ns)  # those that were measured had been used before
+    return msgspec.structs.replace(
+        rates, control=cold, fits=rates.fits | control_fits, measured_s=time.perf_counter() - started_s
+    )
 
 
 def _measure_parts(options: CalibrationOptions, say: Callable[[str], None]) -> MachineRates:

@@ -38,7 +38,8 @@ def _coefficients(rates: MachineRates) -> Table:
         "coordinator": f"{_us(control.request_ns)} a request + {_us(control.prompt_token_ns)} a prompt token + "
         f"{_us(control.token_ns)} a token + {_us(control.message_ns)} a message",
         "engines": f"PE {_us(control.prefill_request_ns)} and DE {_us(control.decode_request_ns)} a request, "
-        f"DE {_us(control.decode_step_ns)} a step; {_us(control.hop_ns)} a hop",
+        f"DE {_us(control.decode_step_ns)} a step; {_us(control.hop_ns)} a hop; "
+        f"{_us(control.cold_ns)} more for the first request",
     }
     for what, measured in rows.items():
         table.add_row(what, measured)

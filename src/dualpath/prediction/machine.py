@@ -115,6 +115,9 @@ class ControlCost(msgspec.Struct, frozen=True, kw_only=True):
     decode_request_ns: float
     decode_step_ns: float
     """DE: a step, but for the model's own time."""
+    cold_ns: float
+    """How much longer the first request of a fresh cluster takes than one like it later: memory that is touched, code
+    that is run and connections that are made for the first time."""
     hop_ns: float
     """From one process to another: until the receiver runs. Fitted to lone requests' time to first token."""
 

@@ -50,6 +50,7 @@ class PrefillEngine:
         self._main = Workers(plant.processes)
         self._turns: dict[int, Turn] = {}
         self._computing = False
+        self._cold = True
 
     def load(self, turn: Turn, leg: Leg) -> Steps:
         """The coordinator's order to read a leg."""
@@ -58,7 +59,9 @@ class PrefillEngine:
 
     def prefill(self, turn: Turn) -> Steps:
         """The coordinator's order to compute: everything is in the buffers."""
-        yield self._main.submit(self._plant.working(self._plant.rates.control.prefill_request_ns))
+        control = self._plant.rates.control
+        cold_ns, self._cold = control.cold_ns if self._cold else 0.0, False
+        yield self._main.submit(self._plant.working(control.prefill_request_ns + cold_ns))
         self._turns[turn.request] = turn
         self._queue.push(turn.request, 0, turn.hit_tokens, turn.prompt_tokens - turn.hit_tokens)
         if not self._computing:
