@@ -14,7 +14,7 @@ from dualpath.experiment.launcher import LaunchedCluster
 from dualpath.reference_work import reference_work
 from dualpath.workload import AgentMix, ReplayOptions, Trajectory, generate_trajectories, replay, warm_up
 
-ROUNDS = 3
+ROUNDS = 6
 
 
 def _crowd(agents: int, turns: int, append_tokens: float, generate_tokens: float) -> tuple[Trajectory, ...]:
