@@ -10,7 +10,8 @@ from dualpath.cli.outcome import command_errors, new_console, usage_errors, writ
 EXAMPLES = """\
 Measures what the runtime's parts take on this machine, each by itself and before any experiment: prefill and decode
 steps, copies, transfers, storage, requests, and what engines take from each other when they compute at once. Then
-``dualpath simulate --like RESULT`` predicts a result file's runs from it. Takes two minutes; leave the machine alone.
+``dualpath simulate --like RESULT`` predicts a result file's runs from it. Takes two to three minutes; leave the machine
+alone.
 
 examples:
   dualpath calibrate --model .models/demo                     for runs with the demo's model
