@@ -17,9 +17,9 @@ def _coefficients(rates: MachineRates) -> Table:
     table.add_column("measured")
     prefill, decode, storage, control = rates.prefill, rates.decode, rates.storage, rates.control
     rows = {
-        "all cores busy": f"a cluster takes {rates.slowdown:.2f} times as long, {rates.cpu_slowdown:.2f} by CPU time; "
-        f"engines alone {rates.side_by_side:.2f}; of that, prefill {rates.prefill_factor:.2f} and decode "
-        f"{rates.decode_factor:.2f}; reference work takes {_us(rates.reference_ns)} then",
+        "all cores busy": f"a cluster takes {rates.slowdown:.2f} times as long ({rates.cpu_slowdown:.2f} by CPU time; "
+        f"engines alone {rates.side_by_side:.2f}), its prefill {rates.prefill_factor:.2f} and decode "
+        f"{rates.decode_factor:.2f} times that; reference work takes {_us(rates.reference_ns)} then",
         "prefill, a layer": f"{_us(prefill.fixed_ns)} + {_us(prefill.item_ns)} a prompt + {_us(prefill.token_ns)} a "
         f"new token + {prefill.cached_pair_ns:.1f} ns a pair with a cached token, {prefill.new_pair_ns:.1f} ns with a "
         "new one",
