@@ -11,7 +11,8 @@ from dualpath.reference_work import ReferenceWork, reference_work
 async def left_after(what) -> ReferenceWork:
     async with reference_work() as meanwhile:
         assert meanwhile.mean_ns is None
-        (process,) = psutil.Process().children()
+        children = psutil.Process().children()  # other tests may have left some
+        (process,) = [child for child in children if "dualpath.reference_work" in child.cmdline()]
         await what(process)
     assert not process.is_running()
     return meanwhile
