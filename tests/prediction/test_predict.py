@@ -112,6 +112,7 @@ def test_a_replay_is_predicted_from_its_first_turns_and_with_its_pauses():
     assert at_once.turns == 9 and at_once.hit_rate < 0.8  # the first turns too, which hit nothing
     assert {turn.start_s for turn in paused_half.turn_results if turn.round_index == 0} == {1.0}
     assert paused_half.jct_s == pytest.approx(at_once.jct_s + 1)
+    assert (at_once.gap_scale, paused_half.gap_scale) == (0, 0.5)
 
 
 def test_agents_that_pause_first_arrive_later():

@@ -61,6 +61,7 @@ def _predict_run(run: Run, setup: RunSetup) -> Run:
         parameters=run.parameters,
         trajectories=run.trajectories,
         first_round=run.first_round,
+        gap_scale=run.gap_scale,
         agents_per_s=run.agents_per_s,
         cluster=run.cluster,
         reference_ns=setup.slowness * setup.rates.reference_ns,
