@@ -19,6 +19,7 @@ from dualpath import __version__
 from dualpath.runtime.api import GeneratedTokens, TokenLogprob
 from dualpath.server import ServerLimits, create_app, load_tokenizer, serve
 from dualpath.server.codec import TextCodec
+from dualpath.server.listen import _bind
 from dualpath.server.metrics import format_gauges
 
 
@@ -183,6 +184,14 @@ def test_a_taken_port_is_said_plainly() -> None:
         app: Any = create_app(FakeGenerator(says("ok")), TOKENIZER)
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}.*port 0"):
             asyncio.run(serve(app, "127.0.0.1", port))
+
+
+def test_an_event_never_waits_for_the_acknowledgement_of_the_one_before() -> None:
+    """Nagle's algorithm is off on what the listener accepts: headers and the first event are two segments."""
+    with _bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_slow_tokenizer_does_too() -> None:

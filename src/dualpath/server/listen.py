@@ -65,8 +65,12 @@ async def serve(
 def _bind(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG_CONNECTIONS)
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG_CONNECTIONS)
     except OSError as error:
         raise OSError(
             error.errno, f"cannot listen on {host}:{port}: {error.strerror}; choose another address, or port 0 for any"
         ) from error
+    # asyncio sets this only where a socket names its protocol, which accepted ones of this kind do not. Without it the
+    # first event waits until the client has acknowledged the headers, which it does 40 ms later.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
