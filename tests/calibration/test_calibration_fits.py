@@ -4,10 +4,12 @@ import msgspec
 import pytest
 
 from dualpath.calibration.busy import CROWDS, Busy
-from dualpath.calibration.cluster_use import KINDS, Kind, Used, typical
+from dualpath.calibration.choir import Together
+from dualpath.calibration.cluster_use import Used, typical
 from dualpath.calibration.compute import fit_decode, fit_prefill
 from dualpath.calibration.control import _decode_control, _setup, _shipped_ns, fit_busy, fit_control
 from dualpath.calibration.fitting import fit
+from dualpath.calibration.kinds import CHOIR, KINDS, SINGERS, Kind
 from dualpath.calibration.table import machine_tables
 from dualpath.core.batching import Chunk
 from dualpath.engine.step_profiling import DECODE_SHAPES, PREFILL_SHAPES, DecodeSample, PrefillSample
@@ -59,12 +61,15 @@ CONTROL = ControlCost(
     client_token_ns=0.1 * MS,
     request_ns=1.8 * MS,
     prompt_token_ns=700,
-    token_ns=0.3 * MS,
     message_ns=0.12 * MS,
+    tokens_message_ns=0.4 * MS,
+    token_ns=0.1 * MS,
     prefill_request_ns=1.5 * MS,
+    prefill_batch_ns=2 * MS,
     decode_request_ns=1.7 * MS,
-    decode_step_ns=0.2 * MS,
-    cold_ns=0,
+    decode_step_ns=0.8 * MS,
+    decode_token_ns=0.2 * MS,
+    connect_ns=0,
     hop_ns=0.3 * MS,
 )
 
@@ -83,17 +88,42 @@ def used(machine: MachineRates, kind: Kind) -> Used:
         + (kind.generate_tokens + 1) * control.client_token_ns,
         server_ns=control.request_ns
         + kind.prompt_tokens * control.prompt_token_ns
-        + kind.generate_tokens * control.token_ns
+        + kind.generate_tokens * (control.token_ns + control.tokens_message_ns)
         + kind.messages * control.message_ns,
-        prefill_ns=control.prefill_request_ns + machine.layers * step_ns + half_shipped_ns,
+        prefill_ns=control.prefill_request_ns + control.prefill_batch_ns + machine.layers * step_ns + half_shipped_ns,
         decode_ns=control.decode_request_ns
         + kind.prompt_tokens * machine.kv_bytes_per_token * machine.fill.byte_ns
         + half_shipped_ns
         + sum(
-            machine.decode.step_ns([kind.prompt_tokens + i + 1]) + control.decode_step_ns
+            machine.decode.step_ns([kind.prompt_tokens + i + 1]) + control.decode_step_ns + control.decode_token_ns
             for i in range(kind.generate_tokens - 1)
         ),
         ttft_s=sum(turn.first_token_ns - turn.sent_ns for turn in turns) / len(turns) / 1e9,
+    )
+
+
+def sung(machine: MachineRates, batches: int = 2, stagger: int = 3) -> Together:
+    """What it would have used for a choir whose prompts come in so many batches, the last so many steps late."""
+    control, tokens = machine.control, CHOIR.generate_tokens
+    early = SINGERS // 2
+    each_ns = machine.layers * _shipped_ns(machine, CHOIR) / 2
+    copied_ns = CHOIR.prompt_tokens * machine.kv_bytes_per_token * machine.fill.byte_ns
+    steps = tokens - 1 + stagger
+    decode_ns = SINGERS * (control.decode_request_ns + copied_ns + each_ns)
+    for step in range(steps):
+        of = [step + 1] * early * (step < tokens - 1) + [step + 1 - stagger] * (SINGERS - early) * (step >= stagger)
+        decode_ns += machine.decode.step_ns([CHOIR.prompt_tokens + made for made in of])
+        decode_ns += control.decode_step_ns + len(of) * control.decode_token_ns
+    return Together(
+        server_ns=SINGERS * (control.request_ns + CHOIR.prompt_tokens * control.prompt_token_ns)
+        + SINGERS * ((CHOIR.messages - tokens) * control.message_ns + tokens * control.token_ns)
+        + (batches + steps) * (control.message_ns + control.tokens_message_ns),
+        prefill_ns=SINGERS * (control.prefill_request_ns + each_ns)
+        + batches * (control.prefill_batch_ns + machine.layers * machine.prefill.fixed_ns)
+        + SINGERS * machine.layers * machine.prefill.chunk_ns(0, CHOIR.append_tokens),
+        decode_ns=decode_ns,
+        batches=batches,
+        steps=steps,
     )
 
 
@@ -130,7 +160,7 @@ def test_prefill_and_decode_costs_come_back():
 
 def test_control_costs_come_back():
     machine = rates()
-    control, fits = fit_control(machine, {kind.name: used(machine, kind) for kind in KINDS})
+    control, fits = fit_control(machine, {kind.name: used(machine, kind) for kind in KINDS}, sung(machine))
     assert msgspec.structs.asdict(control) == pytest.approx(msgspec.structs.asdict(CONTROL), rel=0.02)
     assert all(quality.max_error < 0.02 for quality in fits.values())
 
@@ -138,7 +168,8 @@ def test_control_costs_come_back():
 def test_a_decode_engine_that_needs_less_than_its_steps_has_free_control():
     machine = rates()
     of = [msgspec.structs.replace(used(machine, kind), decode_ns=1.0) for kind in KINDS]
-    assert _decode_control(machine, KINDS, of) == (0.0, 0.0)
+    choir = msgspec.structs.replace(sung(machine), decode_ns=1.0)
+    assert _decode_control(machine, KINDS, of, choir) == pytest.approx([0, 0, 0], abs=1)
 
 
 def measured_by(truth: MachineRates, slowness: float = 1.0, others_cores: float = 0.0) -> dict[str, Busy]:
@@ -176,7 +207,7 @@ def test_kinds_of_lone_requests_tell_the_coefficients_apart():
     import numpy as np
 
     rows = [(1, kind.prompt_tokens, kind.generate_tokens, kind.messages) for kind in KINDS]
-    assert np.linalg.matrix_rank(np.array(rows)) == 4
+    assert np.linalg.matrix_rank(np.array(rows)) == 4  # and the choir tells tokens from the messages that bring them
     for kind in KINDS:
         assert len(kind.trajectory().rounds) == 1 + kind.count
 

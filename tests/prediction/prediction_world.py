@@ -33,12 +33,15 @@ BUSY_CONTROL = ControlCost(
     client_token_ns=0.1 * MS,
     request_ns=2 * MS,
     prompt_token_ns=500,
-    token_ns=0.3 * MS,
     message_ns=0.1 * MS,
+    tokens_message_ns=0.2 * MS,
+    token_ns=0.1 * MS,
     prefill_request_ns=1 * MS,
+    prefill_batch_ns=1 * MS,
     decode_request_ns=2 * MS,
     decode_step_ns=0.2 * MS,
-    cold_ns=0,
+    decode_token_ns=0.1 * MS,
+    connect_ns=0,
     hop_ns=0.2 * MS,
 )
 

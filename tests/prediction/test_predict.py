@@ -62,13 +62,15 @@ def test_a_run_on_a_slower_machine_is_predicted_longer_unless_as_calibrated():
     assert [run.jct_s for run in unknown] == [run.jct_s for run in predict(usual, rates).runs]
 
 
-def test_the_first_request_of_each_prefill_engine_is_cold():
-    rates = machine()
-    cold = msgspec.structs.replace(rates.control, cold_ns=500_000_000)
-    for topology, cold_requests in (("1P1D", 1), ("2P1D", 2)):
+def test_prompts_wait_together_until_their_engines_are_connected():
+    connecting = machine(control=msgspec.structs.replace(machine().control, connect_ns=500_000_000))
+    for topology, most_s in (("1P1D", 0.6), ("2P1D", 1.2), ("1P2D", 1.2)):
         asked = result_file(agents(4), topologies=(topology,), systems=("oracle",))
-        (warm,), (slow,) = (predict(asked, one).runs for one in (rates, machine(control=cold)))
-        assert 0.4 < slow.jct_s - warm.jct_s < 0.6 * cold_requests
+        (quick,), (slow,) = (predict(asked, one).runs for one in (machine(), connecting))
+        assert 0.3 < slow.jct_s - quick.jct_s < most_s
+    (run,) = predict(result_file(agents(4), topologies=("1P1D",), systems=("oracle",)), connecting).runs
+    first = sorted(turn.start_s + turn.ttft_s for turn in run.turn_results if turn.start_s < 0.1)
+    assert len(first) == 4 and first[0] > 0.5 and first[-1] - first[0] < 0.05  # one batch
 
 
 def test_a_prediction_is_a_result_file_with_the_same_runs(tmp_path: Path):

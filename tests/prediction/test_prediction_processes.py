@@ -1,5 +1,7 @@
 """Processes, workers and shared cores under virtual time."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,6 +127,33 @@ def test_no_core_time_is_lost_or_made(cores: int, tasks: list[tuple[int, float]]
     ends, used_ns = ends_of(cores, 1.0, wide_enough)
     assert used_ns == pytest.approx(sum(ns * threads for ns, threads in wide_enough), rel=1e-3, abs=100 * len(tasks))
     assert max(ends) >= max(ns for ns, _ in wide_enough) - 3
+
+
+def test_a_thread_that_has_slept_runs_at_once_and_the_others_share_what_it_leaves():
+    events = Events()
+    cpu = Cpu(events, 1, 1.0, 1.0)
+    ends: dict[str, int] = {}
+
+    def note(name: str) -> Callable[[object], None]:
+        return lambda _: ends.__setitem__(name, events.now)
+
+    cpu.run(10_000_000).then(note("computing"))
+    cpu.run_light(1_000_000).then(note("light"))
+    cpu.run_light(2_000_000, threads=0.5).then(note("half a thread"))
+    cpu.run_light(4_000_000).then(note("more than a slice"))
+    run_all(events)
+    assert cpu.busy_core_ns == pytest.approx(16_000_000, rel=1e-3)  # nothing is lost
+    assert ends["light"] < ends["half a thread"] < 4_000_000 < ends["more than a slice"] < ends["computing"]
+
+
+@given(st.lists(st.tuples(st.integers(100, 10**7), st.booleans()), min_size=1, max_size=20))
+def test_both_lots_together_use_the_cores_up(tasks: list[tuple[int, bool]]):
+    events = Events()
+    cpu = Cpu(events, 2, 1.0, 1.0)
+    for ns, light in tasks:
+        (cpu.run_light if light else cpu.run)(ns)
+    run_all(events)
+    assert cpu.busy_core_ns == pytest.approx(sum(ns for ns, _ in tasks), rel=1e-3, abs=100 * len(tasks))
 
 
 def test_nothing_to_do_takes_no_time():

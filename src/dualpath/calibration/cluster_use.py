@@ -1,7 +1,7 @@
 """A whole cluster, measured from outside: which process used the cores for what.
 
 One cluster of one PE and one DE serves a few kinds of request, alone, one after another; each process's CPU clock tells
-what it took for one. Then agents ask at once (`busy`).
+what it took for one. Then several like them are answered together (`choir`), and agents ask at once (`busy`).
 """
 
 import asyncio
@@ -15,65 +15,17 @@ from pathlib import Path
 import msgspec
 
 from dualpath.calibration.busy import Busy, measure_busy
+from dualpath.calibration.choir import Together, measure_choir
+from dualpath.calibration.kinds import FIRST, KINDS
 from dualpath.calibration.process_clocks import cpu_clocks
-from dualpath.core.vocabulary import BLOCK_TOKENS
 from dualpath.experiment.launcher import SERVE, LaunchedCluster, LocalLauncher
 from dualpath.prediction.machine import MachineRates
-from dualpath.workload import ReplayOptions, Round, Trajectory, replay, warm_up
+from dualpath.workload import ReplayOptions, Trajectory, replay, warm_up
 
 SETTLE_S = 0.4
 IDLE_S = 1.0
-FIRST_CONTEXT_TOKENS = 2000
-
-
-class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """`count` requests alike, one by one. With a context, it is stored first, and each request begins with it."""
-
-    name: str
-    count: int
-    append_tokens: int
-    generate_tokens: int
-    context_tokens: int = 0
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.context_tokens + self.append_tokens
-
-    @property
-    def hit_tokens(self) -> int:
-        return min(self.context_tokens, self.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-
-    @property
-    def stored_blocks(self) -> int:
-        """Blocks that each request adds to storage."""
-        return (self.prompt_tokens + self.generate_tokens - 1) // BLOCK_TOKENS - self.hit_tokens // BLOCK_TOKENS
-
-    @property
-    def messages(self) -> int:
-        """From engines, without those that carry tokens: prepared, legs, pages freed, blocks stored, finished."""
-        computed = self.prompt_tokens // BLOCK_TOKENS - self.hit_tokens // BLOCK_TOKENS
-        return 3 + (self.hit_tokens > 0) + computed + self.stored_blocks + self.generate_tokens
-
-    def trajectory(self) -> Trajectory:
-        """A warm-up round, which leaves the context, and the requests one after another."""
-        one = Round(
-            append_tokens=self.append_tokens, generate_tokens=self.generate_tokens, keep_tokens=self.context_tokens
-        )
-        first = Round(append_tokens=self.context_tokens, generate_tokens=1)
-        rounds = (first,) if self.context_tokens else (msgspec.structs.replace(one, keep_tokens=None),)
-        return Trajectory(id=f"calibrate-{self.name}", rounds=(*rounds, *[one] * self.count))
-
-
-KINDS = (
-    Kind(name="short", count=7, append_tokens=32, generate_tokens=1),
-    Kind(name="answer", count=4, append_tokens=32, generate_tokens=32),
-    Kind(name="context", count=5, append_tokens=16, generate_tokens=1, context_tokens=FIRST_CONTEXT_TOKENS),
-    Kind(name="blocks", count=4, append_tokens=1024, generate_tokens=1),
-    Kind(name="long", count=4, append_tokens=16, generate_tokens=24, context_tokens=FIRST_CONTEXT_TOKENS),
-)
 LONE_ROUNDS = 4
-FIRST = Kind(name="first", count=1, append_tokens=16, generate_tokens=2, context_tokens=FIRST_CONTEXT_TOKENS)
-COLD_LATER = 3
+LATER = 3
 
 
 class Used(msgspec.Struct, frozen=True):
@@ -87,13 +39,14 @@ class Used(msgspec.Struct, frozen=True):
 
 
 class ClusterUse(msgspec.Struct, frozen=True):
-    """What the two halves of the measurement used."""
+    """What the parts of the measurement used."""
 
     lone: dict[str, Used]
     """By kind."""
+    choir: Together
     busy: dict[str, Busy]
     """By crowd."""
-    cold_ns: float
+    connect_ns: float
     """How much longer the first requests of all took than the same later."""
 
 
@@ -126,28 +79,29 @@ async def _measure(rates: MachineRates, model: Path, folder: Path) -> ClusterUse
     async with launcher.cluster("calibration", "1P1D", "dualpath", folder / "store", limited=False) as cluster:
         ready = msgspec.json.decode(ready_file.read_bytes(), type=_Ready)
         pids = [ready.pid, *(e.pid for role in ("prefill", "decode") for e in ready.engines if e.role == role)]
-        cold_ns = await _cold_ns(cluster)
-        return ClusterUse(await _lone(cluster, pids), await measure_busy(cluster, pids), cold_ns)
+        connect_ns = await _connect_ns(cluster)
+        idle = await _idle(pids)
+        lone = await _lone(cluster, pids, idle)
+        choir = await measure_choir(cluster, pids, idle)
+        return ClusterUse(lone, choir, await measure_busy(cluster, pids), connect_ns)
 
 
-async def _cold_ns(cluster: LaunchedCluster) -> float:
-    """By the first request that is computed whole and the first that finds its context in storage."""
+async def _connect_ns(cluster: LaunchedCluster) -> float:
+    """By a fresh cluster's first request that is computed whole and first that finds its context in storage."""
     agent = [FIRST.trajectory()]
-    cold, *later = [
+    first, *later = [
         sum(turn.ttft_s for turn in (await cluster.run(replay(cluster.url, agent, ReplayOptions(seed=seed)))).turns)
-        for seed in range(1 + COLD_LATER)
+        for seed in range(1 + LATER)
     ]
-    return max(0.0, cold - statistics.median(later)) * 1e9
+    return max(0.0, first - statistics.median(later)) * 1e9
 
 
-async def _lone(cluster: LaunchedCluster, pids: list[int]) -> dict[str, Used]:
+async def _lone(cluster: LaunchedCluster, pids: list[int], idle: list[float]) -> dict[str, Used]:
     """All kinds in turns, several times over: what disturbs the machine may stay for seconds."""
     one_agent = {kind.name: [kind.trajectory()] for kind in KINDS}
     contexts = {
         name: await cluster.run(warm_up(cluster.url, agent, ReplayOptions())) for name, agent in one_agent.items()
     }
-    await asyncio.sleep(SETTLE_S)
-    idle = await _idle(pids)
     spent: dict[str, list[Used]] = {name: [] for name in one_agent}
     for seed in range(1, 1 + LONE_ROUNDS):  # other tokens each time, so that none are in storage
         for name, agent in one_agent.items():
@@ -192,6 +146,7 @@ def typical(spent: Sequence[Used]) -> Used:
 
 async def _idle(pids: list[int]) -> list[float]:
     """CPU nanoseconds a second of each process while nobody asks: heartbeats."""
+    await asyncio.sleep(SETTLE_S)
     before = cpu_clocks(pids)
     await asyncio.sleep(IDLE_S)
     return [(after - was) / IDLE_S for after, was in zip(cpu_clocks(pids), before, strict=True)]

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from dualpath.calibration.busy import CROWDS, Busy, mean_of
-from dualpath.calibration.cluster_use import KINDS, Kind, Used
+from dualpath.calibration.choir import Together
+from dualpath.calibration.cluster_use import Used
 from dualpath.calibration.fitting import fit
-from dualpath.core.batching import Chunk
+from dualpath.calibration.kinds import CHOIR, KINDS, SINGERS, Kind
 from dualpath.prediction.machine import ControlCost, Fit, MachineRates
 from dualpath.prediction.predict import simulate
 from dualpath.prediction.setup import RunSetup
@@ -67,30 +68,31 @@ def _least(enough: Callable[[float], bool], limits: tuple[float, float]) -> floa
     return (low + high) / 2
 
 
-def fit_control(rates: MachineRates, used: dict[str, Used]) -> tuple[ControlCost, dict[str, Fit]]:
+def fit_control(rates: MachineRates, used: dict[str, Used], choir: Together) -> tuple[ControlCost, dict[str, Fit]]:
     """From CPU times to coefficients, see the module."""
     kinds = [kind for kind in KINDS if kind.name in used]
     of = [used[kind.name] for kind in kinds]
     (client, client_prompt, client_token), client_fit = fit(
         [(1, kind.prompt_tokens, kind.generate_tokens + 1) for kind in kinds], [one.client_ns for one in of]
     )
-    (request, prompt, token, message), server_fit = fit(
-        [(1, kind.prompt_tokens, kind.generate_tokens, kind.messages) for kind in kinds],
-        [one.server_ns for one in of],
-    )
-    decode_request, decode_step = _decode_control(rates, kinds, of)
+    (request, prompt, message, tokens_message, token), server_fit = _server_control(kinds, of, choir)
+    prefill_request, prefill_batch = _prefill_control(rates, kinds, of, choir)
+    decode_request, decode_step, decode_token = _decode_control(rates, kinds, of, choir)
     control = ControlCost(
         client_request_ns=client,
         client_prompt_token_ns=client_prompt,
         client_token_ns=client_token,
         request_ns=request,
         prompt_token_ns=prompt,
-        token_ns=token,
         message_ns=message,
-        prefill_request_ns=_prefill_control(rates, kinds, of),
+        tokens_message_ns=tokens_message,
+        token_ns=token,
+        prefill_request_ns=prefill_request,
+        prefill_batch_ns=prefill_batch,
         decode_request_ns=decode_request,
         decode_step_ns=decode_step,
-        cold_ns=0.0,
+        decode_token_ns=decode_token,
+        connect_ns=0.0,
         hop_ns=0.0,
     )
     hop_ns, hop_fit = _hop(rates, control, kinds, of)
@@ -98,15 +100,39 @@ def fit_control(rates: MachineRates, used: dict[str, Used]) -> tuple[ControlCost
     return msgspec.structs.replace(control, hop_ns=hop_ns), fits
 
 
-def _prefill_control(rates: MachineRates, kinds: Sequence[Kind], of: Sequence[Used]) -> float:
-    """What is left of a PE's time for a short prompt, less its steps and its half of what is shipped."""
-    left = []
+def _server_control(kinds: Sequence[Kind], of: Sequence[Used], choir: Together) -> tuple[list[float], Fit]:
+    """A request, a prompt token, a message, one that brings tokens, a token.
+
+    A lone request's tokens come one by one: the first from the PE, then one a step. Those of a choir share messages.
+    """
+    rows = [(1, kind.prompt_tokens, kind.messages, kind.generate_tokens, kind.generate_tokens) for kind in kinds]
+    bringing = choir.batches + choir.steps
+    singer = CHOIR.messages - CHOIR.generate_tokens
+    shared = (
+        SINGERS, SINGERS * CHOIR.prompt_tokens, SINGERS * singer + bringing, bringing, SINGERS * CHOIR.generate_tokens
+    )  # fmt: skip
+    return fit([*rows, shared], [*(one.server_ns for one in of), choir.server_ns])
+
+
+def _prefill_control(rates: MachineRates, kinds: Sequence[Kind], of: Sequence[Used], choir: Together) -> list[float]:
+    """A PE's time for a request and for a batch, less its layers and its half of what is shipped.
+
+    From short prompts that are computed whole: one, and a choir of them.
+    """
+    rows, left = [], []
     for kind, one in zip(kinds, of, strict=True):
         if not kind.context_tokens and not kind.stored_blocks:
-            step_ns = rates.prefill.layer_ns((Chunk(0, 0, 0, kind.append_tokens, True),))
-            known_ns = rates.layers * (step_ns * rates.threads + _shipped_ns(rates, kind) / 2)
-            left.append(one.prefill_ns - known_ns)
-    return max(0.0, statistics.median(left))
+            rows.append((1.0, 1.0))
+            left.append(one.prefill_ns - _prefilled_ns(rates, kind, 1, 1))
+    rows.append((SINGERS, choir.batches))
+    left.append(choir.prefill_ns - _prefilled_ns(rates, CHOIR, SINGERS, choir.batches))
+    return fit(rows, [max(1.0, one) for one in left])[0]
+
+
+def _prefilled_ns(rates: MachineRates, kind: Kind, requests: int, batches: float) -> float:
+    """Layers, and half of what is shipped, of so many prompts of a kind without context in so many batches."""
+    layer_ns = batches * rates.prefill.fixed_ns + requests * rates.prefill.chunk_ns(0, kind.append_tokens)
+    return rates.layers * (layer_ns * rates.threads + requests * _shipped_ns(rates, kind) / 2)
 
 
 def _shipped_ns(rates: MachineRates, kind: Kind) -> float:
@@ -115,15 +141,26 @@ def _shipped_ns(rates: MachineRates, kind: Kind) -> float:
     return put.copying_ns(kind.prompt_tokens * rates.kv_bytes_per_token // rates.layers, 0) * put.threads
 
 
-def _decode_control(rates: MachineRates, kinds: Sequence[Kind], of: Sequence[Used]) -> tuple[float, float]:
-    """A request's and a step's, from the two kinds without blocks."""
-    by_name = {kind.name: (kind, one) for kind, one in zip(kinds, of, strict=True)}
-    (short, one_token), (answer, many) = by_name["short"], by_name["answer"]
-    copy_ns = short.prompt_tokens * rates.kv_bytes_per_token * rates.fill.byte_ns
-    request_ns = max(0.0, one_token.decode_ns - copy_ns - rates.layers * _shipped_ns(rates, short) / 2)
-    steps = answer.generate_tokens - short.generate_tokens
-    computed_ns = sum(rates.decode.step_ns([answer.prompt_tokens + i + 1]) for i in range(steps)) * rates.threads
-    return request_ns, max(0.0, (many.decode_ns - one_token.decode_ns - computed_ns) / steps)
+def _decode_control(rates: MachineRates, kinds: Sequence[Kind], of: Sequence[Used], choir: Together) -> list[float]:
+    """A DE's time for a request, a step and a token of it, less its steps and copies: from kinds without blocks."""
+    by_name = {kind.name: (kind, one.decode_ns) for kind, one in zip(kinds, of, strict=True)}
+    rows, left = [], []
+    for requests, steps, (kind, decode_ns) in (
+        (1, 0.0, by_name["short"]),
+        (1, by_name["answer"][0].generate_tokens - 1.0, by_name["answer"]),
+        (SINGERS, choir.steps, (CHOIR, choir.decode_ns)),
+    ):
+        tokens = requests * (kind.generate_tokens - 1)
+        copied_ns = kind.prompt_tokens * rates.kv_bytes_per_token * rates.fill.byte_ns
+        known_ns = requests * (copied_ns + rates.layers * _shipped_ns(rates, kind) / 2)
+        if steps:
+            contexts = [kind.prompt_tokens + kind.generate_tokens // 2]
+            lone_ns, added_ns = rates.decode.step_ns(contexts), rates.decode.step_ns(contexts * 2)
+            added_ns -= lone_ns
+            known_ns += (steps * (lone_ns - added_ns) + tokens * added_ns) * rates.threads
+        rows.append((requests, steps, tokens))
+        left.append(max(1.0, decode_ns - known_ns))
+    return fit(rows, left)[0]
 
 
 def _hop(rates: MachineRates, control: ControlCost, kinds: Sequence[Kind], of: Sequence[Used]) -> tuple[float, Fit]:

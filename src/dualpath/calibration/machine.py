@@ -48,11 +48,11 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
     rates = _measure_parts(options, say)
     say("a cluster: lone requests, then agents at once")
     used = measure_cluster(rates, options.model, options.store)
-    control, control_fits = fit_control(rates, used.lone)
+    control, control_fits = fit_control(rates, used.lone, used.choir)
     rates = fit_busy(msgspec.structs.replace(rates, control=control), used.busy)
-    cold = msgspec.structs.replace(control, cold_ns=used.cold_ns)  # those that were measured had been used before
+    fresh = msgspec.structs.replace(control, connect_ns=used.connect_ns)  # what is measured above was connected
     return msgspec.structs.replace(
-        rates, control=cold, fits=rates.fits | control_fits, measured_s=time.perf_counter() - started_s
+        rates, control=fresh, fits=rates.fits | control_fits, measured_s=time.perf_counter() - started_s
     )
 
 

@@ -36,10 +36,13 @@ def _coefficients(rates: MachineRates) -> Table:
         "client": f"{_us(control.client_request_ns)} a request + {_us(control.client_prompt_token_ns)} a prompt token "
         f"+ {_us(control.client_token_ns)} a token",
         "coordinator": f"{_us(control.request_ns)} a request + {_us(control.prompt_token_ns)} a prompt token + "
-        f"{_us(control.token_ns)} a token + {_us(control.message_ns)} a message",
-        "engines": f"PE {_us(control.prefill_request_ns)} and DE {_us(control.decode_request_ns)} a request, "
-        f"DE {_us(control.decode_step_ns)} a step; {_us(control.hop_ns)} a hop; "
-        f"{_us(control.cold_ns)} more for the first request",
+        f"{_us(control.message_ns)} a message ({_us(control.tokens_message_ns)} more with tokens) + "
+        f"{_us(control.token_ns)} a token",
+        "prefill engine": f"{_us(control.prefill_request_ns)} a request + {_us(control.prefill_batch_ns)} a batch; "
+        f"{_us(control.connect_ns)} to connect to a decode engine",
+        "decode engine": f"{_us(control.decode_request_ns)} a request + {_us(control.decode_step_ns)} a step + "
+        f"{_us(control.decode_token_ns)} a token",
+        "between processes": f"{_us(control.hop_ns)} a message",
     }
     for what, measured in rows.items():
         table.add_row(what, measured)

@@ -1,17 +1,25 @@
 """The cores that every process of a small machine shares: processor sharing, in virtual time.
 
 Theory of operation. Engines without accelerators compute on the cores that also move bytes, answer HTTP and replay the
-agents. The kernel gives runnable threads equal shares, so with W threads runnable on C cores everybody runs at the same
-rate, ``min(1, C / W)``, less what busy cores take from each other through caches and memory (`slowdown`) and what
-others on the host take from all (`slowness`). One rate for all means that a single number, the service one thread would
-have had so far, tells who ends when: a task ends when it has grown by the task's demand. A heap of those ends is all
-the state there is.
+agents. The kernel gives runnable threads equal shares, so with W threads computing on C cores each runs at the rate
+``min(1, C / W)``, less what busy cores take from each other through caches and memory (`slowdown`) and what others on
+the host take from all (`slowness`). But a thread that has slept is owed its share, and runs at once: threads that wake
+up for a message and sleep again (`run_light`) hardly wait, and those that compute share what they leave.
+
+So there are two lots of tasks. Within a lot everybody runs at the same rate, and a single number, the service one
+thread would have had so far, tells who ends when: a task ends when it has grown by the task's demand. A heap of those
+ends is all the state a lot has.
 """
 
 from heapq import heappop, heappush
 
 from dualpath.prediction.processes import Signal
 from dualpath.sim.events import Events
+
+SLICE_NS = 3_000_000
+"""What a thread that has slept may run at once; the kernel's time slice is of this size."""
+LEAST_SHARE = 0.05
+"""Of the cores, for those that compute, whatever else runs: nobody is starved."""
 
 
 class Cpu:
@@ -23,58 +31,94 @@ class Cpu:
         self._cores = cores
         self._slowdown = slowdown
         self._slowness = slowness
-        self._ends: list[tuple[float, int, float, Signal]] = []
-        """Heap of (service at its end, number, threads, signal)."""
-        self._threads = 0.0
-        self._served_ns = 0.0
+        self._light, self._computing = _Lot(), _Lot()
         self._since_ns = 0
-        self._number = 0
         self._armed = 0
         self.busy_core_ns = 0.0
         """Core time used so far."""
 
     def run(self, ns: float, threads: float = 1.0) -> Signal:
         """Set when a task has run that takes `ns` on idle cores, with `threads` threads busy meanwhile."""
-        ended = Signal()
+        return self._run(self._computing, ns, threads)
+
+    def run_light(self, ns: float, threads: float = 1.0) -> Signal:
+        """The same in a thread that has slept. What takes longer than a slice shares the cores like the rest."""
+        return self._run(self._light if ns <= SLICE_NS else self._computing, ns, threads)
+
+    def _run(self, lot: "_Lot", ns: float, threads: float) -> Signal:
         if ns <= 0:
+            ended = Signal()
             ended.set()
             return ended
         self._advance()
-        self._number += 1
-        heappush(self._ends, (self._served_ns + ns, self._number, threads, ended))
-        self._threads += threads
+        ended = lot.add(ns, threads)
         self._arm()
         return ended
 
-    def _rate(self) -> float:
-        others = min(self._threads, self._cores) - 1
+    def _rates(self) -> tuple[float, float]:
+        """Of a light thread and of one that computes, in nanoseconds of its demand a nanosecond."""
+        threads = self._light.threads + self._computing.threads
+        others = min(threads, self._cores) - 1
         slowdown = 1 + (self._slowdown - 1) * max(0.0, others) / max(1.0, self._cores - 1)
-        return min(1.0, self._cores / self._threads) / (slowdown * self._slowness)
+        speed = 1 / (slowdown * self._slowness)
+        kept = LEAST_SHARE * self._cores if self._computing.threads else 0.0
+        light = min(1.0, (self._cores - kept) / max(self._light.threads, 1.0))
+        left = self._cores - light * self._light.threads
+        return speed * light, speed * min(1.0, left / max(self._computing.threads, 1.0))
 
     def _advance(self) -> None:
         spent_ns = self._events.now - self._since_ns
         self._since_ns = self._events.now
-        if spent_ns and self._ends:
-            self._served_ns += spent_ns * self._rate()
-            self.busy_core_ns += spent_ns * min(self._threads, self._cores)
+        if spent_ns:
+            for lot, rate in zip((self._light, self._computing), self._rates(), strict=True):
+                lot.served_ns += spent_ns * rate
+            self.busy_core_ns += spent_ns * min(self._light.threads + self._computing.threads, self._cores)
 
     def _arm(self) -> None:
         self._armed += 1
-        if self._ends:
-            left_ns = (self._ends[0][0] - self._served_ns) / self._rate()
-            self._events.at(self._events.now + max(1, round(left_ns)), self._fire, self._armed)
+        lots = zip((self._light, self._computing), self._rates(), strict=True)
+        left_ns = [lot.least_left_ns / rate for lot, rate in lots if lot.threads]
+        if left_ns:
+            self._events.at(self._events.now + max(1, round(min(left_ns))), self._fire, self._armed)
 
     def _fire(self, armed: int) -> None:
         if armed != self._armed:
             return  # somebody came or went meanwhile
         self._advance()
-        ended: list[Signal] = []
-        while self._ends and self._ends[0][0] <= self._served_ns + 1:
-            _, _, threads, signal = heappop(self._ends)
-            self._threads -= threads
-            ended.append(signal)
-        if not self._ends:
-            self._threads = 0.0  # no error of rounding survives
+        ended = self._light.take_ended() + self._computing.take_ended()
         self._arm()
         for signal in ended:
             signal.set()
+
+
+class _Lot:
+    """Tasks that run at one rate."""
+
+    def __init__(self) -> None:
+        self.threads = 0.0
+        self.served_ns = 0.0
+        """What a thread would have had that was here all the time."""
+        self._ends: list[tuple[float, int, float, Signal]] = []
+        """Heap of (service at its end, number, threads, signal)."""
+        self._number = 0
+
+    def add(self, ns: float, threads: float) -> Signal:
+        ended = Signal()
+        self._number += 1
+        heappush(self._ends, (self.served_ns + ns, self._number, threads, ended))
+        self.threads += threads
+        return ended
+
+    @property
+    def least_left_ns(self) -> float:
+        return self._ends[0][0] - self.served_ns
+
+    def take_ended(self) -> list[Signal]:
+        ended = []
+        while self._ends and self._ends[0][0] <= self.served_ns + 1:
+            _, _, threads, signal = heappop(self._ends)
+            self.threads -= threads
+            ended.append(signal)
+        if not self._ends:
+            self.threads = 0.0  # no error of rounding survives
+        return ended

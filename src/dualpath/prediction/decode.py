@@ -83,7 +83,8 @@ class DecodeEngine:
         while batch := list(self._joined):
             step_ns = plant.rates.decode.step_ns([turn.context_tokens for turn in batch])
             yield plant.cpu.run(step_ns * plant.rates.decode_factor, plant.rates.threads)
-            yield self._main.submit(plant.working(plant.rates.control.decode_step_ns))
+            telling_ns = plant.rates.control.decode_step_ns + len(batch) * plant.rates.control.decode_token_ns
+            yield self._main.submit(plant.working(telling_ns))
             for turn in batch:
                 turn.generated_tokens += 1
                 if turn.generated_tokens == turn.generate_tokens:

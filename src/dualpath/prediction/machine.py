@@ -107,17 +107,23 @@ class ControlCost(msgspec.Struct, frozen=True, kw_only=True):
     request_ns: float
     """Coordinator and HTTP server: a request, but for its tokens and messages."""
     prompt_token_ns: float
-    token_ns: float
     message_ns: float
     """Coordinator: one message of an engine."""
+    tokens_message_ns: float
+    """How much more one takes that brings tokens, of however many requests: streams are woken up."""
+    token_ns: float
+    """Each of these tokens."""
     prefill_request_ns: float
     """PE: a request, but for what it reads, moves and computes."""
+    prefill_batch_ns: float
+    """PE: a batch, but for the model's own time and what is moved."""
     decode_request_ns: float
     decode_step_ns: float
     """DE: a step, but for the model's own time."""
-    cold_ns: float
-    """How much longer the first request of a fresh cluster takes than one like it later: memory that is touched, code
-    that is run and connections that are made for the first time."""
+    decode_token_ns: float
+    """DE: each of a step's tokens."""
+    connect_ns: float
+    """PE: before its first prompt for a DE, whose buffer it maps; whatever else is done for the first time is in it."""
     hop_ns: float
     """From one process to another: until the receiver runs. Fitted to lone requests' time to first token."""
 

@@ -62,7 +62,8 @@ class Mover:
 
     def move(self, lanes: Sequence[Lane], n_bytes: int, cost: MoveCost) -> Steps:
         """A process: `n_bytes` through all `lanes`, at the price of `cost` on the cores."""
-        copying = self._cpu.run(cost.copying_ns(n_bytes, lanes[0].paced_chunks(n_bytes)), cost.threads)
+        copying_ns = cost.copying_ns(n_bytes, lanes[0].paced_chunks(n_bytes))
+        copying = self._cpu.run_light(copying_ns, cost.threads)
         events = self._processes.events
         left_bytes = n_bytes
         while left_bytes > 0:

@@ -63,8 +63,8 @@ class Plant:
         return self.processes.events.now
 
     def working(self, ns: float) -> Steps:
-        """A job that does nothing but compute in one thread."""
-        yield self.cpu.run(ns)
+        """A job of one of the threads that mostly sleep: it does nothing but work for so long."""
+        yield self.cpu.run_light(ns)
 
     def tell(self, report: Callable[[], None], tokens: int = 0) -> Signal:
         """An engine's message to the coordinator, perhaps with generated tokens; set when it is dealt with."""
@@ -73,7 +73,8 @@ class Plant:
     def _telling(self, report: Callable[[], None], tokens: int) -> Steps:
         control = self.rates.control
         yield self.processes.after(control.hop_ns)
-        yield self.coordinator_thread.submit(self.working(control.message_ns + tokens * control.token_ns))
+        taking_ns = control.message_ns + tokens * control.token_ns + (control.tokens_message_ns if tokens else 0.0)
+        yield self.coordinator_thread.submit(self.working(taking_ns))
         report()
 
 
@@ -92,7 +93,7 @@ class BlockReader:
     def _block(self) -> Steps:
         plant = self._plant
         yield plant.processes.until(self._lane.reserve(plant.now, plant.block_bytes))
-        yield plant.cpu.run(plant.rates.storage.read_ns)
+        yield plant.cpu.run_light(plant.rates.storage.read_ns)
 
 
 class BlockWriter:
@@ -110,5 +111,5 @@ class BlockWriter:
     def _block(self) -> Steps:
         plant = self._plant
         yield plant.processes.until(self._lane.reserve(plant.now, plant.block_bytes))
-        yield plant.cpu.run(plant.rates.storage.write_ns)
+        yield plant.cpu.run_light(plant.rates.storage.write_ns)
         yield plant.processes.after(plant.rates.storage.write_wait_ns)

@@ -50,7 +50,7 @@ class PrefillEngine:
         self._main = Workers(plant.processes)
         self._turns: dict[int, Turn] = {}
         self._computing = False
-        self._cold = True
+        self._connections: dict[EngineId, Signal] = {}
 
     def load(self, turn: Turn, leg: Leg) -> Steps:
         """The coordinator's order to read a leg."""
@@ -60,8 +60,12 @@ class PrefillEngine:
     def prefill(self, turn: Turn) -> Steps:
         """The coordinator's order to compute: everything is in the buffers."""
         control = self._plant.rates.control
-        cold_ns, self._cold = control.cold_ns if self._cold else 0.0, False
-        yield self._main.submit(self._plant.working(control.prefill_request_ns + cold_ns))
+        yield self._main.submit(self._plant.working(control.prefill_request_ns))
+        if turn.decode_engine not in self._connections:
+            self._connections[turn.decode_engine] = self._plant.cpu.run(control.connect_ns)
+        connected = self._connections[turn.decode_engine]
+        if not connected.is_set:
+            yield connected
         self._turns[turn.request] = turn
         self._queue.push(turn.request, 0, turn.hit_tokens, turn.prompt_tokens - turn.hit_tokens)
         if not self._computing:
@@ -69,6 +73,7 @@ class PrefillEngine:
             self._plant.processes.start(self._batches())
 
     def _batches(self) -> Steps:
+        yield self._plant.processes.after(1)  # all that waited for one connection are in the queue before
         while chunks := self._queue.next_batch():
             yield self._plant.processes.start(self._batch(chunks))
             for chunk in chunks:
@@ -84,6 +89,7 @@ class PrefillEngine:
         for chunk in chunks:
             moves.add(self._turns[chunk.request], chunk, plant.layer_token_bytes)
         layer_ns = plant.rates.prefill.layer_ns(chunks) * plant.rates.prefill_factor
+        yield plant.cpu.run_light(plant.rates.control.prefill_batch_ns)
         run = _LayerRun(plant, self.engine, moves, layer_ns, self._layerwise)
         yield all_of([plant.processes.start(work) for work in (run.loading(), run.computing(), run.shipping())])
 
