@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from dualpath.workload import ReplayOptions, Trajectory, replay, warm_up
 SETTLE_S = 0.4
 IDLE_S = 1.0
 LONE_ROUNDS = 4
+FRESH_CLUSTERS = 3
 LATER = 3
 
 
@@ -76,14 +78,23 @@ async def _measure(rates: MachineRates, model: Path, folder: Path) -> ClusterUse
         ready_file=ready_file,
         serve_command=(*SERVE, "--threads", str(rates.threads), "--dtype", rates.dtype),
     )
-    async with launcher.cluster("calibration", "1P1D", "dualpath", folder / "store", limited=False) as cluster:
+
+    def fresh(number: int) -> AbstractAsyncContextManager[LaunchedCluster]:
+        store = folder / f"store-{number}"
+        return launcher.cluster(f"calibration {number}", "1P1D", "dualpath", store, limited=False)
+
+    firsts_ns = []
+    for number in range(1, FRESH_CLUSTERS):
+        async with fresh(number) as cluster:
+            firsts_ns.append(await _connect_ns(cluster))
+    async with fresh(FRESH_CLUSTERS) as cluster:
+        firsts_ns.append(await _connect_ns(cluster))
         ready = msgspec.json.decode(ready_file.read_bytes(), type=_Ready)
         pids = [ready.pid, *(e.pid for role in ("prefill", "decode") for e in ready.engines if e.role == role)]
-        connect_ns = await _connect_ns(cluster)
         idle = await _idle(pids)
         lone = await _lone(cluster, pids, idle)
         choir = await measure_choir(cluster, pids, idle)
-        return ClusterUse(lone, choir, await measure_busy(cluster, pids), connect_ns)
+        return ClusterUse(lone, choir, await measure_busy(cluster, pids), statistics.median(firsts_ns))
 
 
 async def _connect_ns(cluster: LaunchedCluster) -> float:

@@ -32,6 +32,11 @@ class Reports(Protocol):
     def finished(self, turn: Turn) -> None: ...
 
 
+PREFILL_SLOPE, DECODE_SLOPE = 0.64, 1.09
+"""How much of a slow machine each feels: slopes of an engine's CPU time over the reference work's, logarithms
+(docs/lab-log.md, 2026-11-21). All the rest is taken to have a slope of 1."""
+
+
 class Plant:
     """Shared by the engines of one run."""
 
@@ -50,6 +55,8 @@ class Plant:
         self.transport = transport
         self.processes = Processes(events)
         self.cpu = Cpu(events, rates.cores, rates.slowdown, slowness)
+        self.prefill_factor = rates.prefill_factor * slowness ** (PREFILL_SLOPE - 1)
+        self.decode_factor = rates.decode_factor * slowness ** (DECODE_SLOPE - 1)
         self.mover = Mover(self.processes, self.cpu)
         self.snics = [Nic(snic_bytes_per_s) for _ in range(engines)]
         self.cnics = [Nic(cnic_bytes_per_s, paced) for _ in range(engines)]
