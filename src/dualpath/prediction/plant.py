@@ -32,7 +32,7 @@ class Reports(Protocol):
     def finished(self, turn: Turn) -> None: ...
 
 
-PREFILL_SLOPE, DECODE_SLOPE = 0.64, 1.09
+PREFILL_SLOPE, DECODE_SLOPE = 0.8, 1.2
 """How much of a slow machine each feels: slopes of an engine's CPU time over the reference work's, logarithms
 (docs/lab-log.md, 2026-11-21). All the rest is taken to have a slope of 1."""
 
