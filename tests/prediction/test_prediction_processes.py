@@ -156,6 +156,21 @@ def test_both_lots_together_use_the_cores_up(tasks: list[tuple[int, bool]]):
     assert cpu.busy_core_ns == pytest.approx(sum(ns for ns, _ in tasks), rel=1e-3, abs=100 * len(tasks))
 
 
+def test_busy_cores_take_more_from_each_other_while_one_decodes():
+    events = Events()
+    cpu = Cpu(events, 2, 2.0, 1.0, side_by_side=1.25)
+    ends: dict[str, int] = {}
+    for name, run, ns in (("step", cpu.run_decode, 1_000_000), ("prefill", cpu.run, 2_000_000), ("short", cpu.run, 1)):
+        run(ns).then(lambda _, name=name: ends.__setitem__(name, events.now))
+    run_all(events)
+    assert ends["step"] == pytest.approx(2_000_000, rel=1e-3)
+    assert ends["prefill"] == pytest.approx(2_000_000 + 1_000_000, rel=1e-3)  # the rest alone
+    cpu.run(1_000_000).then(lambda _: ends.__setitem__("one", events.now))
+    cpu.run(1_000_000).then(lambda _: ends.__setitem__("other", events.now))
+    run_all(events)
+    assert ends["other"] - ends["prefill"] == pytest.approx(1_250_000, rel=1e-3)
+
+
 def test_nothing_to_do_takes_no_time():
     cpu = Cpu(Events(), 1, 1.0, 1.0)
-    assert cpu.run(0).is_set
+    assert cpu.run(0).is_set and cpu.run_decode(0).is_set

@@ -2,9 +2,12 @@
 
 Theory of operation. Engines without accelerators compute on the cores that also move bytes, answer HTTP and replay the
 agents. The kernel gives runnable threads equal shares, so with W threads computing on C cores each runs at the rate
-``min(1, C / W)``, less what busy cores take from each other through caches and memory (`slowdown`) and what others on
-the host take from all (`slowness`). But a thread that has slept is owed its share, and runs at once: threads that wake
-up for a message and sleep again (`run_light`) hardly wait, and those that compute share what they leave.
+``min(1, C / W)``, less what busy cores take from each other and what others on the host take from all (`slowness`).
+Engines that prefill side by side take little from each other (`side_by_side`), a cluster that decodes more
+(`slowdown`): every token is messages, wake-ups and switches.
+
+But a thread that has slept is owed its share, and runs at once: threads that wake up for a message and sleep again
+(`run_light`) hardly wait, and those that compute share what they leave.
 
 So there are two lots of tasks. Within a lot everybody runs at the same rate, and a single number, the service one
 thread would have had so far, tells who ends when: a task ends when it has grown by the task's demand. A heap of those
@@ -25,21 +28,44 @@ LEAST_SHARE = 0.05
 class Cpu:
     """Cores shared by all tasks. A task may stand for several threads, or for less than one that never sleeps."""
 
-    def __init__(self, events: Events, cores: float, slowdown: float, slowness: float) -> None:
-        """`slowdown`: by how much tasks take longer when all cores are busy; a lone thread is not slowed down."""
+    def __init__(
+        self, events: Events, cores: float, slowdown: float, slowness: float, side_by_side: float | None = None
+    ) -> None:
+        """`slowdown`: by how much tasks take longer when all cores are busy; a lone thread is not slowed down.
+
+        `side_by_side`: the same while no decode step runs; as `slowdown` unless given.
+        """
         self._events = events
         self._cores = cores
         self._slowdown = slowdown
+        self._side_by_side = slowdown if side_by_side is None else side_by_side
         self._slowness = slowness
         self._light, self._computing = _Lot(), _Lot()
         self._since_ns = 0
         self._armed = 0
+        self._decoding = 0
         self.busy_core_ns = 0.0
         """Core time used so far."""
 
     def run(self, ns: float, threads: float = 1.0) -> Signal:
         """Set when a task has run that takes `ns` on idle cores, with `threads` threads busy meanwhile."""
         return self._run(self._computing, ns, threads)
+
+    def run_decode(self, ns: float, threads: float = 1.0) -> Signal:
+        """A decode step."""
+        self._advance()
+        self._decoding += 1
+        step = self.run(ns, threads)
+        if step.is_set:
+            self._decoded(None)
+        else:
+            step.then(self._decoded)
+        return step
+
+    def _decoded(self, _: object) -> None:
+        self._advance()
+        self._decoding -= 1
+        self._arm()
 
     def run_light(self, ns: float, threads: float = 1.0) -> Signal:
         """The same in a thread that has slept. What takes longer than a slice shares the cores like the rest."""
@@ -59,7 +85,8 @@ class Cpu:
         """Of a light thread and of one that computes, in nanoseconds of its demand a nanosecond."""
         threads = self._light.threads + self._computing.threads
         others = min(threads, self._cores) - 1
-        slowdown = 1 + (self._slowdown - 1) * max(0.0, others) / max(1.0, self._cores - 1)
+        slowdown = self._slowdown if self._decoding else self._side_by_side
+        slowdown = 1 + (slowdown - 1) * max(0.0, others) / max(1.0, self._cores - 1)
         speed = 1 / (slowdown * self._slowness)
         kept = LEAST_SHARE * self._cores if self._computing.threads else 0.0
         light = min(1.0, (self._cores - kept) / max(self._light.threads, 1.0))

@@ -54,7 +54,7 @@ class Plant:
         self.rates = rates
         self.transport = transport
         self.processes = Processes(events)
-        self.cpu = Cpu(events, rates.cores, rates.slowdown, slowness)
+        self.cpu = Cpu(events, rates.cores, rates.slowdown, slowness, max(1.0, rates.side_by_side))
         self.prefill_factor = rates.prefill_factor * slowness ** (PREFILL_SLOPE - 1)
         self.decode_factor = rates.decode_factor * slowness ** (DECODE_SLOPE - 1)
         self.mover = Mover(self.processes, self.cpu)
