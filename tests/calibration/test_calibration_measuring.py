@@ -1,10 +1,13 @@
 """What is measured for real: a tiny model's steps, transfers and blocks on this machine, and the whole command."""
 
+import asyncio
+import socket
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from dualpath.calibration.choir import _counters
 from dualpath.calibration.moves import measure_moves
 from dualpath.calibration.storage import measure_storage
 from dualpath.cli import main
@@ -61,6 +64,13 @@ def test_a_model_that_is_too_short_for_the_requests_is_refused(tmp_path: Path, c
     assert main(["calibrate", "--model", str(path), "--out", str(tmp_path / "m.json")]) == 1
     assert "the model takes 1024 tokens" in capsys.readouterr().err
     assert not (tmp_path / "m.json").exists()
+
+
+def test_counters_that_can_not_be_read_are_said_to_be():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(RuntimeError, match=f"{nobody}/metrics can't be read"):
+        asyncio.run(_counters(f"{nobody}/v1"))
 
 
 @pytest.mark.slow
