@@ -160,7 +160,7 @@ def test_busy_cores_take_more_from_each_other_while_one_decodes():
     events = Events()
     cpu = Cpu(events, 2, 2.0, 1.0, side_by_side=1.25)
     ends: dict[str, int] = {}
-    for name, run, ns in (("step", cpu.run_decode, 1_000_000), ("prefill", cpu.run, 2_000_000), ("short", cpu.run, 1)):
+    for name, run, ns in (("step", cpu.run_decode, 1_000_000), ("prefill", cpu.run, 2_000_000)):
         run(ns).then(lambda _, name=name: ends.__setitem__(name, events.now))
     run_all(events)
     assert ends["step"] == pytest.approx(2_000_000, rel=1e-3)

@@ -49,6 +49,7 @@ class ClusterUse(msgspec.Struct, frozen=True):
     busy: dict[str, Busy]
     """By crowd."""
     connect_ns: float
+    """How much later a fresh cluster's first tokens are than the same later; the median of several clusters."""
     """How much longer the first requests of all took than the same later."""
 
 

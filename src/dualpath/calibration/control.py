@@ -1,11 +1,11 @@
 """What a measured cluster says of control, and of what busy cores take from each other.
 
 What each process used for a lone request, less what is known already (steps, copies), is fitted to requests, prompt
-tokens, generated tokens and messages. Then the same lone requests are simulated; what they really take longer to their
+tokens, generated tokens and messages; a choir tells what requests share. Then the lone requests are simulated; what they really take longer to their
 first token is hops between processes, of which a first token needs six.
 
 Agents that ask at once take longer than they do in the simulation. The factors that make the two equal are the slowdown
-of busy cores, on everything, and what prefill and decode take beyond it.
+of busy cores, on everything while a DE decodes, and what prefill and decode take beyond it.
 """
 
 import statistics
@@ -155,8 +155,8 @@ def _decode_control(rates: MachineRates, kinds: Sequence[Kind], of: Sequence[Use
         known_ns = requests * (copied_ns + rates.layers * _shipped_ns(rates, kind) / 2)
         if steps:
             contexts = [kind.prompt_tokens + kind.generate_tokens // 2]
-            lone_ns, added_ns = rates.decode.step_ns(contexts), rates.decode.step_ns(contexts * 2)
-            added_ns -= lone_ns
+            lone_ns = rates.decode.step_ns(contexts)
+            added_ns = rates.decode.step_ns(contexts * 2) - lone_ns
             known_ns += (steps * (lone_ns - added_ns) + tokens * added_ns) * rates.threads
         rows.append((requests, steps, tokens))
         left.append(max(1.0, decode_ns - known_ns))

@@ -10,7 +10,7 @@ from dualpath.cli.outcome import command_errors, new_console, usage_errors, writ
 EXAMPLES = """\
 Measures what the runtime's parts take on this machine, each by itself and before any experiment: prefill and decode
 steps, copies, transfers, storage, requests, and what engines take from each other when they compute at once. Then
-``dualpath simulate --like RESULT`` predicts a result file's runs from it. Takes two to three minutes; leave the machine
+``dualpath simulate --like RESULT`` predicts a result file's runs from it. Takes about three minutes; leave the machine
 alone.
 
 examples:

@@ -158,12 +158,13 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     cores: float
     side_by_side: float
-    """By how much steps take longer in as many engines as there are cores, CPU time, the engines alone."""
+    """By how much steps take longer in as many engines as there are cores, CPU time, the engines alone; used while no
+    DE of a cluster decodes."""
     oversubscribed_error: float
     """With one engine more than that: measured wall time over what processor sharing predicts, less one."""
     slowdown: float
-    """By how much everything takes longer while all cores of a serving cluster are busy: by its agents' completion
-    times, or by CPU time where something else was running."""
+    """By how much everything takes longer while all cores of a cluster that decodes are busy: by its agents'
+    completion times, or by CPU time where something else was running."""
     cpu_slowdown: float
     """The same by CPU time alone, which has no waiting for cores or for Python's lock in it."""
     prefill_factor: float
