@@ -1,8 +1,8 @@
 """What a measured cluster says of control, and of what busy cores take from each other.
 
 What each process used for a lone request, less what is known already (steps, copies), is fitted to requests, prompt
-tokens, generated tokens and messages; a choir tells what requests share. Then the lone requests are simulated; what they really take longer to their
-first token is hops between processes, of which a first token needs six.
+tokens, generated tokens and messages; a choir tells what requests share. Then the lone requests are simulated; what
+they really take longer to their first token is hops between processes, of which a first token needs six.
 
 Agents that ask at once take longer than they do in the simulation. The factors that make the two equal are the slowdown
 of busy cores, on everything while a DE decodes, and what prefill and decode take beyond it.
