@@ -26,6 +26,17 @@ def test_its_mean_is_known_when_it_is_left():
     assert mean_ns is not None and 1_000 < mean_ns < 1e9
 
 
+def test_a_process_that_has_ended_is_left_for_asyncio_to_reap(monkeypatch):
+    """Killing it would reap it, and asyncio warns of a child that it can't find."""
+    killed = []
+    monkeypatch.setattr(asyncio.subprocess.Process, "kill", killed.append)
+
+    async def nothing(_): ...
+
+    asyncio.run(left_after(nothing))
+    assert not killed
+
+
 def test_a_killed_process_leaves_no_mean():
     async def kill(process):
         process.kill()

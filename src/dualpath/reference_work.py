@@ -51,10 +51,14 @@ async def reference_work() -> AsyncIterator[ReferenceWork]:
         yield meanwhile
         process.stdin.close()  # its sign to stop, which it gets too if this process dies
         with suppress(TimeoutError, ValueError):
-            meanwhile.mean_ns = float(await asyncio.wait_for(process.stdout.read(), END_TIMEOUT_S))
+            async with asyncio.timeout(END_TIMEOUT_S):
+                said = await process.stdout.read()
+                await process.wait()  # or `kill` would reap it before asyncio can, which then warns
+            meanwhile.mean_ns = float(said)
     finally:
-        with suppress(ProcessLookupError):
-            process.kill()
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
         await process.wait()
 
 

@@ -7,9 +7,11 @@ from dualpath.calibration.busy import CROWDS, Busy
 from dualpath.calibration.choir import Together
 from dualpath.calibration.cluster_use import Used, typical
 from dualpath.calibration.compute import fit_decode, fit_prefill
-from dualpath.calibration.control import _decode_control, _setup, _shipped_ns, fit_busy, fit_control
+from dualpath.calibration.control import fit_control
 from dualpath.calibration.fitting import fit
 from dualpath.calibration.kinds import CHOIR, KINDS, SINGERS, Kind
+from dualpath.calibration.simulated import lone, mean_ttft_ns, setup
+from dualpath.calibration.slowdown import fit_slowdown
 from dualpath.calibration.table import machine_tables
 from dualpath.core.batching import Chunk
 from dualpath.engine.step_profiling import DECODE_SHAPES, PREFILL_SHAPES, DecodeSample, PrefillSample
@@ -35,7 +37,6 @@ def rates(**changes: object) -> MachineRates:
     plain = MachineRates(
         description="a test's", model="m", layers=8, kv_bytes_per_token=16_384, dtype="float32", threads=1, cores=2,
         side_by_side=1.1, oversubscribed_error=0.02, slowdown=1.0, cpu_slowdown=1.0, others_cores=0.0,
-        prefill_factor=1.0, decode_factor=1.0,
         attention=msgspec.convert(
             {"fixed_ns": 0, "ns_per_flop": 0.001, "flops_per_token": 1000, "flops_per_pair": 1000}, type=_ATTENTION
         ),
@@ -65,7 +66,6 @@ CONTROL = ControlCost(
     tokens_message_ns=0.4 * MS,
     token_ns=0.1 * MS,
     prefill_request_ns=1.5 * MS,
-    prefill_batch_ns=2 * MS,
     decode_request_ns=1.7 * MS,
     decode_step_ns=0.8 * MS,
     decode_token_ns=0.2 * MS,
@@ -74,31 +74,43 @@ CONTROL = ControlCost(
 )
 
 
+BATCH_NS, CACHED_TOKEN_NS, STEP_NS, TOKEN_NS = 2 * MS, 2_000, 0.9 * MS, 0.3 * MS
+"""What compute threads take in a cluster beyond `PREFILL` and `DECODE`."""
+
+
+def in_cluster(machine: MachineRates) -> MachineRates:
+    prefill, decode = machine.prefill, machine.decode
+    return msgspec.structs.replace(
+        machine,
+        prefill=msgspec.structs.replace(
+            prefill,
+            fixed_ns=prefill.fixed_ns + BATCH_NS / machine.layers,
+            cached_token_ns=CACHED_TOKEN_NS / machine.layers,
+        ),
+        decode=msgspec.structs.replace(
+            decode, fixed_ns=decode.fixed_ns + STEP_NS, request_ns=decode.request_ns + TOKEN_NS
+        ),
+    )
+
+
 def used(machine: MachineRates, kind: Kind) -> Used:
     """What a cluster with `machine.control` would have used for one lone request."""
-    control = machine.control
-    step_ns = machine.prefill.layer_ns((Chunk(0, 0, 0, kind.append_tokens, True),))
-    half_shipped_ns = machine.layers * _shipped_ns(machine, kind) / 2
-    trajectory = kind.trajectory()
-    lone = msgspec.structs.replace(trajectory, rounds=trajectory.rounds[:3])
-    _, turns, _ = simulate(_setup(machine, (lone,)))
+    control, tokens = machine.control, kind.generate_tokens
+    prompt = Chunk(0, 0, kind.hit_tokens, kind.prompt_tokens - kind.hit_tokens, True)
+    _, turns, _ = simulate(setup(machine, (lone(kind),)))
     return Used(
+        ttft_s=mean_ttft_ns(turns) / 1e9,
         client_ns=control.client_request_ns
         + kind.prompt_tokens * control.client_prompt_token_ns
-        + (kind.generate_tokens + 1) * control.client_token_ns,
+        + (tokens + 1) * control.client_token_ns,
         server_ns=control.request_ns
         + kind.prompt_tokens * control.prompt_token_ns
-        + kind.generate_tokens * (control.token_ns + control.tokens_message_ns)
+        + tokens * (control.token_ns + control.tokens_message_ns)
         + kind.messages * control.message_ns,
-        prefill_ns=control.prefill_request_ns + control.prefill_batch_ns + machine.layers * step_ns + half_shipped_ns,
-        decode_ns=control.decode_request_ns
-        + kind.prompt_tokens * machine.kv_bytes_per_token * machine.fill.byte_ns
-        + half_shipped_ns
-        + sum(
-            machine.decode.step_ns([kind.prompt_tokens + i + 1]) + control.decode_step_ns + control.decode_token_ns
-            for i in range(kind.generate_tokens - 1)
-        ),
-        ttft_s=sum(turn.first_token_ns - turn.sent_ns for turn in turns) / len(turns) / 1e9,
+        prefill_main_ns=control.prefill_request_ns,
+        prefill_compute_ns=machine.layers * machine.prefill.layer_ns((prompt,)),
+        decode_main_ns=control.decode_request_ns + (tokens - 1) * (control.decode_step_ns + control.decode_token_ns),
+        decode_compute_ns=sum(machine.decode.step_ns([kind.prompt_tokens + i + 1]) for i in range(tokens - 1)),
     )
 
 
@@ -106,22 +118,21 @@ def sung(machine: MachineRates, batches: int = 2, stagger: int = 3) -> Together:
     """What it would have used for a choir whose prompts come in so many batches, the last so many steps late."""
     control, tokens = machine.control, CHOIR.generate_tokens
     early = SINGERS // 2
-    each_ns = machine.layers * _shipped_ns(machine, CHOIR) / 2
-    copied_ns = CHOIR.prompt_tokens * machine.kv_bytes_per_token * machine.fill.byte_ns
     steps = tokens - 1 + stagger
-    decode_ns = SINGERS * (control.decode_request_ns + copied_ns + each_ns)
+    compute_ns = main_ns = 0.0
     for step in range(steps):
         of = [step + 1] * early * (step < tokens - 1) + [step + 1 - stagger] * (SINGERS - early) * (step >= stagger)
-        decode_ns += machine.decode.step_ns([CHOIR.prompt_tokens + made for made in of])
-        decode_ns += control.decode_step_ns + len(of) * control.decode_token_ns
+        compute_ns += machine.decode.step_ns([CHOIR.prompt_tokens + made for made in of])
+        main_ns += control.decode_step_ns + len(of) * control.decode_token_ns
     return Together(
         server_ns=SINGERS * (control.request_ns + CHOIR.prompt_tokens * control.prompt_token_ns)
         + SINGERS * ((CHOIR.messages - tokens) * control.message_ns + tokens * control.token_ns)
         + (batches + steps) * (control.message_ns + control.tokens_message_ns),
-        prefill_ns=SINGERS * (control.prefill_request_ns + each_ns)
-        + batches * (control.prefill_batch_ns + machine.layers * machine.prefill.fixed_ns)
-        + SINGERS * machine.layers * machine.prefill.chunk_ns(0, CHOIR.append_tokens),
-        decode_ns=decode_ns,
+        prefill_main_ns=SINGERS * control.prefill_request_ns,
+        prefill_compute_ns=machine.layers
+        * (batches * machine.prefill.fixed_ns + SINGERS * machine.prefill.chunk_ns(0, CHOIR.append_tokens)),
+        decode_main_ns=SINGERS * control.decode_request_ns + main_ns,
+        decode_compute_ns=compute_ns,
         batches=batches,
         steps=steps,
     )
@@ -137,6 +148,12 @@ def test_no_coefficient_is_below_zero():
     coefficients, quality = fit([(1, x) for x in (1, 2, 4, 8)], [10, 9, 8, 5])
     assert coefficients[1] == 0 and coefficients[0] > 5
     assert quality.max_error > 0.1
+
+
+def test_what_is_known_of_a_sample_is_left_out_of_its_coefficients():
+    coefficients, _ = fit([(1, x) for x in (1, 2, 10)], [103 + 2 * x for x in (1, 2, 10)], [100, 100, 100])
+    assert coefficients == pytest.approx([3, 2])
+    assert fit([(1,), (1,)], [9, 9], [10, 10])[0] == [0]
 
 
 @pytest.mark.parametrize(("rows", "values"), [([(1, 2)], [1]), ([(1,), (1,)], [1, 0])])
@@ -159,48 +176,68 @@ def test_prefill_and_decode_costs_come_back():
 
 
 def test_control_costs_come_back():
-    machine = rates()
-    control, fits = fit_control(machine, {kind.name: used(machine, kind) for kind in KINDS}, sung(machine))
-    assert msgspec.structs.asdict(control) == pytest.approx(msgspec.structs.asdict(CONTROL), rel=0.02)
-    assert all(quality.max_error < 0.02 for quality in fits.values())
+    alone = rates()
+    truth = in_cluster(alone)
+    found = fit_control(alone, {kind.name: used(truth, kind) for kind in KINDS}, sung(truth))
+    for one, other in ((found.control, truth.control), (found.prefill, truth.prefill), (found.decode, truth.decode)):
+        assert msgspec.structs.asdict(one) == pytest.approx(msgspec.structs.asdict(other), rel=0.02)
+    assert all(quality.max_error < 0.02 for quality in found.fits.values())
 
 
-def test_a_decode_engine_that_needs_less_than_its_steps_has_free_control():
+def test_engines_that_need_less_in_a_cluster_than_by_themselves_have_steps_as_by_themselves():
     machine = rates()
-    of = [msgspec.structs.replace(used(machine, kind), decode_ns=1.0) for kind in KINDS]
-    choir = msgspec.structs.replace(sung(machine), decode_ns=1.0)
-    assert _decode_control(machine, KINDS, of, choir) == pytest.approx([0, 0, 0], abs=1)
+    of = {kind.name: used(machine, kind) for kind in KINDS}
+    less = {
+        name: msgspec.structs.replace(
+            one, prefill_compute_ns=0.9 * one.prefill_compute_ns, decode_compute_ns=0.9 * one.decode_compute_ns
+        )
+        for name, one in of.items()
+    }
+    choir = sung(machine)
+    choir = msgspec.structs.replace(
+        choir, prefill_compute_ns=0.9 * choir.prefill_compute_ns, decode_compute_ns=0.9 * choir.decode_compute_ns
+    )
+    found = fit_control(machine, less, choir)
+    assert (found.prefill, found.decode) == (machine.prefill, machine.decode)
 
 
 def measured_by(truth: MachineRates, slowness: float = 1.0, others_cores: float = 0.0) -> dict[str, Busy]:
     """What the crowds would have taken on a machine like `truth`, so many times as slow as it."""
     busy = {}
     for name, crowd in CROWDS.items():
-        cluster, _, jct_ns = simulate(_setup(truth, crowd, slowness))
-        busy[name] = Busy(jct_ns, cluster.cpu.busy_core_ns, others_cores, slowness * truth.reference_ns)
+        cluster, _, jct_ns = simulate(setup(truth, crowd, slowness))
+        busy[name] = Busy(
+            jct_ns=jct_ns,
+            cpu_ns=cluster.cpu.busy_core_ns,
+            others_cores=others_cores,
+            reference_ns=slowness * truth.reference_ns,
+        )
     return busy
 
 
-def test_the_factors_of_busy_cores_come_back():
-    truth = rates(slowdown=1.4, prefill_factor=0.8, decode_factor=1.1)
+def test_the_slowdown_of_busy_cores_comes_back():
+    truth = rates(slowdown=1.4)
     busy = measured_by(truth)
-    found = fit_busy(rates(reference_ns=0.0), busy)
+    found = fit_slowdown(rates(reference_ns=0.0), busy)
     assert found.reference_ns == truth.reference_ns
-    for name, crowd in CROWDS.items():
-        assert simulate(_setup(found, crowd))[2] == pytest.approx(busy[name].jct_ns, rel=0.02)
-    assert found.slowdown * found.prefill_factor == pytest.approx(1.4 * 0.8, rel=0.1)
-    assert found.slowdown * found.decode_factor == pytest.approx(1.4 * 1.1, rel=0.1)
+    assert found.slowdown == pytest.approx(1.4, abs=0.03)
+    assert found.cpu_slowdown == pytest.approx(1.4, abs=0.05)
 
 
 def test_where_others_took_cores_cpu_time_tells_the_slowdown():
-    found = fit_busy(rates(), measured_by(rates(slowdown=1.4), others_cores=0.5))
+    busy = {
+        name: msgspec.structs.replace(one, jct_ns=2 * one.jct_ns)
+        for name, one in measured_by(rates(slowdown=1.4), others_cores=0.5).items()
+    }
+    found = fit_slowdown(rates(), busy)
     assert found.slowdown == found.cpu_slowdown == pytest.approx(1.4, abs=0.05)
-    assert found.prefill_factor == found.decode_factor == 1 and found.others_cores == 0.5
+    assert found.others_cores == 0.5
 
 
 def test_what_is_typical_is_no_outlier_and_never_nothing():
-    spent = [Used(client, 50.0, 100.0, -3.0, ttft_s) for client, ttft_s in ((1e9, 9), (10, 1), (12, 2), (14, 3))]
-    assert typical(spent) == Used(13, 50, 100, 1, 1.25)
+    seen = ((1e9, 9), (10, 1), (12, 2), (14, 3))
+    spent = [Used(ttft_s, client, 50.0, 100.0, -3.0, 4.0, 5.0) for client, ttft_s in seen]
+    assert typical(spent) == Used(1.25, 13, 50, 100, 1, 4, 5)
 
 
 def test_kinds_of_lone_requests_tell_the_coefficients_apart():

@@ -109,6 +109,22 @@ def test_strange_messages_are_counted_and_do_no_harm(tmp_path: Path) -> None:
     with_head(tmp_path, work)
 
 
+def test_each_prefill_engine_learns_of_each_decode_engine_whoever_joins_first(tmp_path: Path) -> None:
+    async def work(cluster: Head) -> None:
+        founder = await cluster.new(Role.PREFILL).join()
+        left = await cluster.new(Role.DECODE).join(data_address="shm:/nowhere/left")
+        stays = await cluster.new(Role.DECODE).join(data_address="shm:/nowhere/stays")
+        left.say(m.Leave("terminated"))
+        await founder.hears(m.PeerLost)
+        late = await cluster.new(Role.PREFILL).join()
+        await late.hears(m.PeerJoined)
+        assert [peer.data_address for peer in founder.all(m.PeerJoined)] == ["shm:/nowhere/left", "shm:/nowhere/stays"]
+        assert late.all(m.PeerJoined) == [m.PeerJoined(stays.engine, "shm:/nowhere/stays")]
+        assert not stays.all(m.PeerJoined)
+
+    with_head(tmp_path, work)
+
+
 def test_a_silent_engine_is_killed_before_others_learn_that_it_is_lost(tmp_path: Path) -> None:
     async def work(cluster: Head) -> None:
         prefill = await cluster.new(Role.PREFILL).join(pid=4711)

@@ -33,6 +33,14 @@ async def decode_buffer(engine: Bench, where: Path) -> AsyncIterator[ChannelServ
         pool.close()
 
 
+async def becomes(holds: Callable[[], bool]) -> None:
+    for _ in range(200):
+        if holds():
+            return
+        await asyncio.sleep(0.01)
+    assert holds()
+
+
 def start_prefill(
     engine: Bench, request: int, address: str, attempt: int = 0, prompt: list[int] = PROMPT, leg: Leg | None = None
 ) -> None:
@@ -177,11 +185,67 @@ def test_a_lost_decode_engine_is_disconnected_and_a_new_one_at_its_address_is_no
                 start_prefill(engine, request, server.address)
                 assert (await engine.hears(m.PrefillDone, request + 1)).request == request
                 engine.worker.handle(m.PeerLost(1, server.address))
-                for _ in range(200):
-                    await asyncio.sleep(0.01)
-                    if not server.statistics().connections_open:
-                        break
-                assert server.statistics().connections_open == 0
+                await becomes(lambda: server.statistics().connections_open == 0)
+
+    on_bench(checkpoint, tmp_path, work)
+
+
+def test_it_connects_to_a_decode_engine_that_joins_before_any_prompt(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    async def work(engine: Bench) -> None:
+        async with decode_buffer(engine, tmp_path / "de") as server:
+            engine.worker.handle(m.PeerJoined(1, server.address))
+            await becomes(lambda: server.statistics().connections_open == 1)
+            start_prefill(engine, 0, server.address)
+            await engine.hears(m.PrefillDone)
+            assert server.statistics().connections_accepted == 1
+
+    on_bench(checkpoint, tmp_path, work)
+
+
+def test_one_that_cannot_be_connected_to_when_it_joins_is_tried_again_by_its_first_prompt(
+    checkpoint: Checkpoint, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def work(engine: Bench) -> None:
+        engine.worker.handle(m.PeerJoined(1, f"shm:{tmp_path}/de.sock"))
+        said = ""
+        for _ in range(200):
+            await asyncio.sleep(0.01)
+            said += capfd.readouterr().err
+            if "engine 1 can't be connected to" in said:
+                break
+        assert "its first prompt will try again" in said
+        async with decode_buffer(engine, tmp_path / "de") as server:
+            start_prefill(engine, 0, server.address)
+            await engine.hears(m.PrefillDone)
+
+    on_bench(checkpoint, tmp_path, work)
+
+
+def test_one_that_is_lost_while_it_is_being_connected_to_is_disconnected_then(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    from dualpath.runtime import data_channels
+
+    lost = threading.Event()
+    real = data_channels.connect
+
+    def connect(address: str, **options: object) -> object:
+        lost.wait(20.0)
+        return real(address, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(data_channels, "connect", connect)
+
+    async def work(engine: Bench) -> None:
+        async with decode_buffer(engine, tmp_path / "de") as server:
+            engine.worker.handle(m.PeerJoined(1, server.address))
+            await asyncio.sleep(0)  # it asks for its connection
+            engine.worker.handle(m.PeerLost(1, server.address))
+            await asyncio.sleep(0)
+            lost.set()
+            await becomes(lambda: server.statistics().connections_accepted == 1)
+            await becomes(lambda: server.statistics().connections_open == 0)
 
     on_bench(checkpoint, tmp_path, work)
 

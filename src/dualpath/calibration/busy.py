@@ -1,8 +1,8 @@
 """A cluster with all cores busy: agents that ask at once, of three kinds, and how slow the machine is meanwhile.
 
 What the parts of a cluster take by themselves is measured before; agents that ask at once take longer than that. Caches
-and memory are shared, threads are switched, Python's lock is waited for. One crowd of each kind tells how much longer:
-all that a cluster does, prefill more than the rest, decode more than the rest.
+and memory are shared, threads are switched, Python's lock is waited for. Crowds tell how much longer: one of mixed
+turns, one that appends much and one that is answered at length.
 """
 
 import statistics
@@ -14,7 +14,7 @@ from dualpath.experiment.launcher import LaunchedCluster
 from dualpath.reference_work import reference_work
 from dualpath.workload import AgentMix, ReplayOptions, Trajectory, generate_trajectories, replay, warm_up
 
-ROUNDS = 6
+ROUNDS = 8
 
 
 def _crowd(agents: int, turns: int, append_tokens: float, generate_tokens: float) -> tuple[Trajectory, ...]:
@@ -56,10 +56,7 @@ async def measure_busy(cluster: LaunchedCluster, pids: list[int]) -> dict[str, B
 
 def mean_of(several: list[Busy]) -> Busy:
     """Field by field; of one crowd, or over all."""
-    jct_ns, cpu_ns, others_cores, reference_ns = (
-        statistics.mean(of) for of in zip(*map(msgspec.structs.astuple, several), strict=True)
-    )
-    return Busy(jct_ns, cpu_ns, others_cores, reference_ns)
+    return Busy(*(statistics.mean(of) for of in zip(*map(msgspec.structs.astuple, several), strict=True)))
 
 
 async def _replayed(

@@ -13,7 +13,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from dualpath.calibration.kinds import CHOIR, SINGERS
-from dualpath.calibration.process_clocks import cpu_clocks
+from dualpath.calibration.process_clocks import Clocks
 from dualpath.experiment.launcher import LaunchedCluster
 from dualpath.workload import ReplayOptions, Trajectory, replay
 
@@ -25,36 +25,37 @@ TIMEOUT_S = 10.0
 
 
 class Together(msgspec.Struct, frozen=True, kw_only=True):
-    """All requests of one choir together. CPU nanoseconds by process."""
+    """All requests of one choir together. CPU nanoseconds of the server, and of engines' main and compute threads."""
 
     server_ns: float
-    prefill_ns: float
-    decode_ns: float
+    prefill_main_ns: float
+    prefill_compute_ns: float
+    decode_main_ns: float
+    decode_compute_ns: float
     batches: float
     steps: float
 
 
-async def measure_choir(cluster: LaunchedCluster, pids: list[int], idle: list[float]) -> Together:
-    """Medians of a few; `pids` are coordinator, PE and DE, and `idle` what the client and they use a second anyway.
+async def measure_choir(cluster: LaunchedCluster, clocks: Clocks, idle: list[float]) -> Together:
+    """Medians of a few; `idle` is what each clock runs a second anyway.
 
     Raises ClusterError, ReplayError, RuntimeError.
     """
-    sung = [await _sung(cluster, pids, idle, seed) for seed in range(1 + REPEATS)]
+    sung = [await _sung(cluster, clocks, idle, seed) for seed in range(1 + REPEATS)]
     fields = zip(*map(msgspec.structs.astuple, sung[1:]), strict=True)  # the first warms up
     return Together(**dict(zip(Together.__struct_fields__, map(statistics.median, fields), strict=True)))
 
 
-async def _sung(cluster: LaunchedCluster, pids: list[int], idle: list[float], seed: int) -> Together:
+async def _sung(cluster: LaunchedCluster, clocks: Clocks, idle: list[float], seed: int) -> Together:
     once = CHOIR.trajectory().rounds[:1]
     singers = [Trajectory(id=f"calibrate-choir-{number}", rounds=once) for number in range(SINGERS)]
     counted = await _counters(cluster.url)
-    clocks, since_s = cpu_clocks(pids), time.perf_counter()
+    earlier, since_s = clocks(), time.perf_counter()
     await cluster.run(replay(cluster.url, singers, ReplayOptions(seed=seed)))
     took_s = time.perf_counter() - since_s
-    parts = zip(cpu_clocks(pids), clocks, idle, strict=True)
-    _, server_ns, prefill_ns, decode_ns = (after - before - share * took_s for after, before, share in parts)
-    batches, steps = (after - before for after, before in zip(await _counters(cluster.url), counted, strict=True))
-    return Together(server_ns=server_ns, prefill_ns=prefill_ns, decode_ns=decode_ns, batches=batches, steps=steps)
+    _, *spent = (after - was - share * took_s for after, was, share in zip(clocks(), earlier, idle, strict=True))
+    made = (after - was for after, was in zip(await _counters(cluster.url), counted, strict=True))
+    return Together(**dict(zip(Together.__struct_fields__, (*spent, *made), strict=True)))
 
 
 async def _counters(url: str) -> list[float]:

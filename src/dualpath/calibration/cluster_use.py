@@ -1,7 +1,8 @@
 """A whole cluster, measured from outside: which process used the cores for what.
 
-One cluster of one PE and one DE serves a few kinds of request, alone, one after another; each process's CPU clock tells
-what it took for one. Then several like them are answered together (`choir`), and agents ask at once (`busy`).
+One cluster of one PE and one DE serves a few kinds of request, alone, one after another; CPU clocks of processes and of
+engines' threads tell what they took for one. Then several like them are answered together (`choir`), and agents ask at
+once (`busy`).
 """
 
 import asyncio
@@ -18,7 +19,7 @@ import msgspec
 from dualpath.calibration.busy import Busy, measure_busy
 from dualpath.calibration.choir import Together, measure_choir
 from dualpath.calibration.kinds import FIRST, KINDS
-from dualpath.calibration.process_clocks import cpu_clocks
+from dualpath.calibration.process_clocks import Clocks, cpu_clocks, engine_clocks
 from dualpath.experiment.launcher import SERVE, LaunchedCluster, LocalLauncher
 from dualpath.prediction.machine import MachineRates
 from dualpath.workload import ReplayOptions, Trajectory, replay, warm_up
@@ -31,13 +32,15 @@ LATER = 3
 
 
 class Used(msgspec.Struct, frozen=True):
-    """CPU nanoseconds of one request of a kind, by process; and its time to first token."""
+    """Of one request of a kind: time to first token; CPU time of client, server, engines' main and compute threads."""
 
+    ttft_s: float
     client_ns: float
     server_ns: float
-    prefill_ns: float
-    decode_ns: float
-    ttft_s: float
+    prefill_main_ns: float
+    prefill_compute_ns: float
+    decode_main_ns: float
+    decode_compute_ns: float
 
 
 class ClusterUse(msgspec.Struct, frozen=True):
@@ -91,11 +94,16 @@ async def _measure(rates: MachineRates, model: Path, folder: Path) -> ClusterUse
     async with fresh(FRESH_CLUSTERS) as cluster:
         firsts_ns.append(await _connect_ns(cluster))
         ready = msgspec.json.decode(ready_file.read_bytes(), type=_Ready)
-        pids = [ready.pid, *(e.pid for role in ("prefill", "decode") for e in ready.engines if e.role == role)]
-        idle = await _idle(pids)
-        lone = await _lone(cluster, pids, idle)
-        choir = await measure_choir(cluster, pids, idle)
-        return ClusterUse(lone, choir, await measure_busy(cluster, pids), statistics.median(firsts_ns))
+        engines = [e.pid for role in ("prefill", "decode") for e in ready.engines if e.role == role]
+
+        def clocks() -> list[int]:
+            return [*cpu_clocks([ready.pid]), *engine_clocks(engines)]
+
+        idle = await _idle(clocks)
+        lone = await _lone(cluster, clocks, idle)
+        choir = await measure_choir(cluster, clocks, idle)
+        busy = await measure_busy(cluster, [ready.pid, *engines])
+        return ClusterUse(lone, choir, busy, statistics.median(firsts_ns))
 
 
 async def _connect_ns(cluster: LaunchedCluster) -> float:
@@ -108,7 +116,7 @@ async def _connect_ns(cluster: LaunchedCluster) -> float:
     return max(0.0, first - statistics.median(later)) * 1e9
 
 
-async def _lone(cluster: LaunchedCluster, pids: list[int], idle: list[float]) -> dict[str, Used]:
+async def _lone(cluster: LaunchedCluster, clocks: Clocks, idle: list[float]) -> dict[str, Used]:
     """All kinds in turns, several times over: what disturbs the machine may stay for seconds."""
     one_agent = {kind.name: [kind.trajectory()] for kind in KINDS}
     contexts = {
@@ -117,13 +125,13 @@ async def _lone(cluster: LaunchedCluster, pids: list[int], idle: list[float]) ->
     spent: dict[str, list[Used]] = {name: [] for name in one_agent}
     for seed in range(1, 1 + LONE_ROUNDS):  # other tokens each time, so that none are in storage
         for name, agent in one_agent.items():
-            spent[name] += await _spent(cluster, pids, idle, agent, contexts[name], seed)
+            spent[name] += await _spent(cluster, clocks, idle, agent, contexts[name], seed)
     return {name: typical(used) for name, used in spent.items()}
 
 
 async def _spent(
     cluster: LaunchedCluster,
-    pids: list[int],
+    clocks: Clocks,
     idle: list[float],
     agent: list[Trajectory],
     contexts: dict[str, list[int]],
@@ -133,15 +141,14 @@ async def _spent(
     marks: list[tuple[float, list[int]]] = []
 
     def mark(_: object) -> None:
-        marks.append((time.perf_counter(), cpu_clocks(pids)))
+        marks.append((time.perf_counter(), clocks()))
 
     asked = replay(cluster.url, agent, ReplayOptions(seed=seed), contexts=contexts, on_turn=mark)
     result = await cluster.run(asked)
     spent = []
-    for turn, ((since, earlier), (at, clocks)) in zip(result.turns[1:], pairwise(marks), strict=True):
-        parts = zip(clocks, earlier, idle, strict=True)
-        client, server, prefill, decode = (after - was - share * (at - since) for after, was, share in parts)
-        spent.append(Used(client, server, prefill, decode, turn.ttft_s))
+    for turn, ((since, earlier), (at, later)) in zip(result.turns[1:], pairwise(marks), strict=True):
+        parts = zip(later, earlier, idle, strict=True)
+        spent.append(Used(turn.ttft_s, *(after - was - share * (at - since) for after, was, share in parts)))
     return spent
 
 
@@ -151,14 +158,13 @@ def typical(spent: Sequence[Used]) -> Used:
     What else runs on the machine only ever delays: of the times to first token the lower quartile is nearer to an idle
     one than the median.
     """
-    *cpu_ns, ttft_s = zip(*map(msgspec.structs.astuple, spent), strict=True)
-    client, server, prefill, decode = (max(1.0, statistics.median(of)) for of in cpu_ns)
-    return Used(client, server, prefill, decode, statistics.quantiles(ttft_s, n=4)[0])
+    ttft_s, *cpu_ns = zip(*map(msgspec.structs.astuple, spent), strict=True)
+    return Used(statistics.quantiles(ttft_s, n=4)[0], *(max(1.0, statistics.median(of)) for of in cpu_ns))
 
 
-async def _idle(pids: list[int]) -> list[float]:
-    """CPU nanoseconds a second of each process while nobody asks: heartbeats."""
+async def _idle(clocks: Clocks) -> list[float]:
+    """CPU nanoseconds a second of each clock while nobody asks: heartbeats."""
     await asyncio.sleep(SETTLE_S)
-    before = cpu_clocks(pids)
+    before = clocks()
     await asyncio.sleep(IDLE_S)
-    return [(after - was) / IDLE_S for after, was in zip(cpu_clocks(pids), before, strict=True)]
+    return [(after - was) / IDLE_S for after, was in zip(clocks(), before, strict=True)]

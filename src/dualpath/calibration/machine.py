@@ -11,8 +11,9 @@ import msgspec
 from dualpath.calibration.busy import CROWDS
 from dualpath.calibration.cluster_use import measure_cluster
 from dualpath.calibration.compute import measure_compute, measure_sharing
-from dualpath.calibration.control import fit_busy, fit_control
+from dualpath.calibration.control import fit_control
 from dualpath.calibration.moves import measure_moves
+from dualpath.calibration.slowdown import fit_slowdown
 from dualpath.calibration.storage import measure_storage
 from dualpath.core.batching import AttentionCost, Chunk
 from dualpath.engine import LoadedModel, profile_attention
@@ -48,12 +49,9 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
     rates = _measure_parts(options, say)
     say("a cluster: lone requests, then agents at once")
     used = measure_cluster(rates, options.model, options.store)
-    control, control_fits = fit_control(rates, used.lone, used.choir)
-    rates = fit_busy(msgspec.structs.replace(rates, control=control), used.busy)
-    fresh = msgspec.structs.replace(control, connect_ns=used.connect_ns)  # what is measured above was connected
-    return msgspec.structs.replace(
-        rates, control=fresh, fits=rates.fits | control_fits, measured_s=time.perf_counter() - started_s
-    )
+    rates = fit_slowdown(fit_control(rates, used.lone, used.choir), used.busy)
+    fresh = msgspec.structs.replace(rates.control, connect_ns=used.connect_ns)  # what is measured above was connected
+    return msgspec.structs.replace(rates, control=fresh, measured_s=time.perf_counter() - started_s)
 
 
 def _measure_parts(options: CalibrationOptions, say: Callable[[str], None]) -> MachineRates:
@@ -85,8 +83,6 @@ def _measure_parts(options: CalibrationOptions, say: Callable[[str], None]) -> M
         oversubscribed_error=oversubscribed_error,
         slowdown=1.0,
         cpu_slowdown=1.0,
-        prefill_factor=1.0,
-        decode_factor=1.0,
         others_cores=0.0,
         reference_ns=0.0,
         attention=_attention(model),

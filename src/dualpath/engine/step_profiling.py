@@ -1,11 +1,12 @@
 """What whole steps cost on this machine: layerwise prefill of batches and decode steps, sample by sample.
 
 `profiling` measures one attention layer for the compute quota; here it is everything an engine computes, as it computes
-it. A sample is the least of a few runs, since what disturbs a run only ever makes it longer; all shapes take a turn
-between two runs of one, since what disturbs may stay for seconds. With one compute thread the process's own CPU time is
-taken, which other processes' turns on the cores are no part of; with more, wall time.
+it. All shapes take a turn between two runs of one, since what disturbs may stay for seconds. With one compute thread
+the process's own CPU time is taken, which other processes' turns on the cores are no part of: its mean is what many
+such steps take each. With more threads it is wall time, of which the least says most.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -29,7 +30,7 @@ PREFILL_SHAPES = (
 DECODE_SHAPES = ((64, 1), (64, 8), (64, 16), (1024, 1), (1024, 4), (1024, 8), (3072, 1), (3072, 2), (3072, 4),
                  (3072, 8), (6144, 2), (6144, 4))  # fmt: skip
 """(context tokens of each, sequences)."""
-RUNS = 6
+RUNS = 10
 GENERATE = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 
 Shape = TypeVar("Shape")
@@ -41,7 +42,7 @@ class PrefillSample(msgspec.Struct, frozen=True):
     cached_tokens: int
     new_tokens: int
     items: int
-    total_ns: int
+    total_ns: float
 
 
 class DecodeSample(msgspec.Struct, frozen=True):
@@ -49,7 +50,7 @@ class DecodeSample(msgspec.Struct, frozen=True):
 
     context_tokens: int
     sequences: int
-    step_ns: int
+    step_ns: float
 
 
 class NoTransfers:
@@ -75,7 +76,7 @@ def measure_prefill(model: LoadedModel) -> list[PrefillSample]:
         return _now_ns() - started_ns
 
     try:
-        return [PrefillSample(*shape, total_ns) for shape, total_ns in least_of_rounds(shapes, batch_ns)]
+        return [PrefillSample(*shape, total_ns) for shape, total_ns in in_rounds(shapes, batch_ns)]
     finally:
         prefill.close()
 
@@ -101,7 +102,7 @@ def measure_decode(model: LoadedModel) -> list[DecodeSample]:
         return ended_ns - started_ns
 
     # The measured step is the second: every context has grown by a token.
-    return [DecodeSample(context + 1, sequences, ns) for (context, sequences), ns in least_of_rounds(shapes, step_ns)]
+    return [DecodeSample(context + 1, sequences, ns) for (context, sequences), ns in in_rounds(shapes, step_ns)]
 
 
 def measure_block_copies(model: LoadedModel, blocks: int = 24) -> tuple[float, float]:
@@ -125,11 +126,16 @@ def measure_block_copies(model: LoadedModel, blocks: int = 24) -> tuple[float, f
     return fill_ns / blocks, copy_ns / blocks
 
 
-def least_of_rounds(shapes: Sequence[Shape], measure_ns: Callable[[Shape], int]) -> list[tuple[Shape, int]]:
-    """Every shape with the least of `RUNS` runs, made in rounds over all shapes after one to warm up."""
+def in_rounds(shapes: Sequence[Shape], measure_ns: Callable[[Shape], int]) -> list[tuple[Shape, float]]:
+    """Every shape with what its `RUNS` runs come to, made in rounds over all shapes after one to warm up."""
+    come_to = statistics.fmean if _cpu_time() else min
     rounds = [[measure_ns(shape) for shape in shapes] for _ in range(1 + RUNS)]
-    return list(zip(shapes, map(min, zip(*rounds[1:], strict=True)), strict=True))
+    return list(zip(shapes, map(come_to, zip(*rounds[1:], strict=True)), strict=True))
 
 
 def _now_ns() -> int:
-    return time.process_time_ns() if torch.get_num_threads() == 1 else time.perf_counter_ns()
+    return time.process_time_ns() if _cpu_time() else time.perf_counter_ns()
+
+
+def _cpu_time() -> bool:
+    return torch.get_num_threads() == 1

@@ -16,7 +16,7 @@ class MachineError(ValueError):
 
 
 class PrefillCost(msgspec.Struct, frozen=True, kw_only=True):
-    """One layer of a prefill batch: the sum over its items, new tokens and pairs of tokens, and a fixed part.
+    """One layer of a prefill batch: the sum over its items, tokens and pairs of tokens, and a fixed part.
 
     Pairs of a new token and a cached one are told from those among new tokens, whose kernel computes parts of the
     masked half too.
@@ -27,6 +27,8 @@ class PrefillCost(msgspec.Struct, frozen=True, kw_only=True):
     token_ns: float
     cached_pair_ns: float
     new_pair_ns: float
+    cached_token_ns: float = 0.0
+    """A row that another thread has just copied."""
 
     def layer_ns(self, chunks: tuple[Chunk, ...]) -> float:
         """One layer of a batch."""
@@ -37,6 +39,7 @@ class PrefillCost(msgspec.Struct, frozen=True, kw_only=True):
         return (
             self.item_ns
             + new_tokens * self.token_ns
+            + cached_tokens * self.cached_token_ns
             + new_tokens * cached_tokens * self.cached_pair_ns
             + new_pairs(new_tokens) * self.new_pair_ns
         )
@@ -114,14 +117,12 @@ class ControlCost(msgspec.Struct, frozen=True, kw_only=True):
     token_ns: float
     """Each of these tokens."""
     prefill_request_ns: float
-    """PE: a request, but for what it reads, moves and computes."""
-    prefill_batch_ns: float
-    """PE: a batch, but for the model's own time and what is moved."""
+    """PE's main thread: a request."""
     decode_request_ns: float
+    """DE's main thread: a request, but for its tokens."""
     decode_step_ns: float
-    """DE: a step, but for the model's own time."""
     decode_token_ns: float
-    """DE: each of a step's tokens."""
+    """DE's main thread: each of a step's tokens."""
     connect_ns: float
     """PE: before its first prompt for a DE, whose buffer it maps; whatever else is done for the first time is in it."""
     hop_ns: float
@@ -147,8 +148,8 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     max_error: float
 
 
-class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
-    """One machine, running one model."""
+class MachineRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One machine, running one model. A file with other fields is of another version, and refused."""
 
     description: str
     model: str
@@ -167,11 +168,6 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
     completion times, or by CPU time where something else was running."""
     cpu_slowdown: float
     """The same by CPU time alone, which has no waiting for cores or for Python's lock in it."""
-    prefill_factor: float
-    """By how much layers of prefill take longer in a busy cluster than by themselves, beyond `slowdown`; below 1 where
-    they suffer less than the rest."""
-    decode_factor: float
-    """The same of decode steps."""
     others_cores: float
     """Cores that something else kept busy during the calibration; above a tenth, do it again."""
     attention: AttentionCost
@@ -179,7 +175,9 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_per_s: float
     """What a PE tells the coordinator at start: β is made of it."""
     prefill: PrefillCost
+    """In a cluster: by themselves, and what compute threads take longer there."""
     decode: DecodeCost
+    """The same."""
     local_copy: MoveCost
     """PE buffer to PE device, and the way of all local copies through the CNIC."""
     fill: MoveCost

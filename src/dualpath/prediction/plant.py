@@ -55,8 +55,8 @@ class Plant:
         self.transport = transport
         self.processes = Processes(events)
         self.cpu = Cpu(events, rates.cores, rates.slowdown, slowness, max(1.0, rates.side_by_side))
-        self.prefill_factor = rates.prefill_factor * slowness ** (PREFILL_SLOPE - 1)
-        self.decode_factor = rates.decode_factor * slowness ** (DECODE_SLOPE - 1)
+        self.prefill_slowness = slowness ** (PREFILL_SLOPE - 1)
+        self.decode_slowness = slowness ** (DECODE_SLOPE - 1)
         self.mover = Mover(self.processes, self.cpu)
         self.snics = [Nic(snic_bytes_per_s) for _ in range(engines)]
         self.cnics = [Nic(cnic_bytes_per_s, paced) for _ in range(engines)]

@@ -88,8 +88,7 @@ class PrefillEngine:
         moves = LayerMoves()
         for chunk in chunks:
             moves.add(self._turns[chunk.request], chunk, plant.layer_token_bytes)
-        layer_ns = plant.rates.prefill.layer_ns(chunks) * plant.prefill_factor
-        yield plant.cpu.run_light(plant.rates.control.prefill_batch_ns)
+        layer_ns = plant.rates.prefill.layer_ns(chunks) * plant.prefill_slowness
         run = _LayerRun(plant, self.engine, moves, layer_ns, self._layerwise)
         yield all_of([plant.processes.start(work) for work in (run.loading(), run.computing(), run.shipping())])
 

@@ -7,7 +7,6 @@ handles control messages and must never wait for a disk.
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from dualpath.kv.storage import Storage
 from dualpath.kv.store import Store
 from dualpath.runtime.config import ClusterConfig
 from dualpath.runtime.messages import BlockFaultReport
+from dualpath.runtime.thread_names import named_threads
 from dualpath.transfer import BufferPool, TrafficManager
 
 IO_THREADS = 2
@@ -34,8 +34,8 @@ class BlockIO:
         self._layout = layout
         self._pool = pool
         self._traffic = traffic
-        self._reads = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="block-reads")
-        self._writes = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="block-writes")
+        self._reads = named_threads(IO_THREADS, "block-reads")
+        self._writes = named_threads(IO_THREADS, "block-writes")
         self._storage = Storage(cluster.store, layout, durable=cluster.durable)
         self._stores: dict[str, Store] = {}
         self._opening = threading.Lock()

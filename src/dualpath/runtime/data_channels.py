@@ -1,14 +1,14 @@
 """A prefill engine's connections to decode engines' buffers: one each, opened and closed off the main thread.
 
-A decode engine that hangs takes the whole time-out to not answer. Connections are therefore made before a prompt may
-join a batch, on threads of their own, and the compute thread only ever gets one that is open.
+A decode engine that hangs takes the whole time-out to not answer. Connections are therefore made when an engine joins,
+or else before a prompt may join a batch, on threads of their own; the compute thread only ever gets one that is open.
 """
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.runtime.engine_host import EngineHost
+from dualpath.runtime.thread_names import named_threads
 from dualpath.transfer import Channel, TransferError, connect
 
 CONNECT_THREADS = 4
@@ -22,7 +22,7 @@ class DataChannels:
         self._host = host
         self._channels: dict[str, Channel] = {}
         self._opening: dict[str, asyncio.Future[Channel]] = {}
-        self._threads = ThreadPoolExecutor(CONNECT_THREADS, thread_name_prefix="connect")
+        self._threads = named_threads(CONNECT_THREADS, "connect")
 
     def get(self, address: str) -> Channel | None:
         """The open channel to an address, None where there is none."""
@@ -51,7 +51,9 @@ class DataChannels:
             self._channels[address] = opened.result()
 
     async def drop(self, address: str) -> None:
-        """Close the channel to an engine that is lost."""
+        """Close the channel to an engine that is lost, also one that is only being opened."""
+        if address in self._opening:
+            await asyncio.wait([self._opening[address]])
         channel = self._channels.pop(address, None)
         if channel is not None:
             await asyncio.get_running_loop().run_in_executor(self._threads, channel.close)

@@ -11,7 +11,6 @@ still finds its prefix next turn. Pages are given back by one task only: `_decod
 """
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 
 from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, EngineId, Side
 from dualpath.engine import DecodeEngine, LoadedModel, StepOutput
@@ -21,6 +20,7 @@ from dualpath.runtime.decode_attempt import DecodeAttempt
 from dualpath.runtime.draws import draw_message
 from dualpath.runtime.engine_host import EngineHost, Owner
 from dualpath.runtime.persisting import Persister
+from dualpath.runtime.thread_names import named_threads
 
 QUIET_TIMEOUT_S = 5.0
 """How long a lost peer may take to be proven quiet before the pages it could touch are quarantined."""
@@ -32,7 +32,7 @@ class DecodeWorker:
     def __init__(self, host: EngineHost, model: LoadedModel, hbm_blocks: int) -> None:
         self._host = host
         self._engine = DecodeEngine(model, hbm_blocks)
-        self._copies = ThreadPoolExecutor(1, thread_name_prefix="copies")
+        self._copies = named_threads(1, "copies")
         self._persister = Persister(host, self._engine, self._copies)
         self._attempts: dict[Owner, DecodeAttempt] = {}
         self._by_sequence: dict[int, DecodeAttempt] = {}

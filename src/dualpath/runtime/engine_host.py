@@ -10,7 +10,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import zmq
@@ -22,6 +21,7 @@ from dualpath.runtime import messages as m
 from dualpath.runtime.block_io import BlockIO
 from dualpath.runtime.data_address import data_bind_address
 from dualpath.runtime.links import CONTROL_QUEUE_MESSAGES
+from dualpath.runtime.thread_names import COMPUTE_THREAD, named_threads
 from dualpath.transfer import BufferPool, ChannelServer, TrafficManager
 
 JOIN_TIMEOUT_S = 600.0
@@ -43,7 +43,7 @@ class EngineHost:
         self.pool = BufferPool.create(name, layout.full_block_bytes, buffer_blocks)
         self.server = ChannelServer(self.pool, self.traffic, data_bind_address(cluster, name))
         self.blocks = BlockIO(cluster, layout, self.pool, self.traffic)
-        self.compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self.compute = named_threads(1, COMPUTE_THREAD)
         self.engine: EngineId | None = None
         self.counters: Counter[str] = Counter()
         self.gauge_sources: list[Callable[[], dict[str, float]]] = [self._own_gauges]

@@ -126,8 +126,18 @@ class Membership:
                 hbm_blocks=join.hbm_blocks,
             )
         )
+        self._introduce(link)
         if self.status == "ok" and not self._complete.done():
             self._complete.set_result(None)
+
+    def _introduce(self, newcomer: EngineLink) -> None:
+        """Tell every prefill engine of every decode engine, where one of the two is new."""
+        for other in self._links.by_engine.values():
+            pair = {newcomer.join.role: newcomer, other.join.role: other}
+            if len(pair) == 2:
+                prefill, decode = pair[Role.PREFILL].engine, pair[Role.DECODE].engine
+                assert prefill is not None and decode is not None
+                self._links.send(prefill, m.PeerJoined(decode, pair[Role.DECODE].join.data_address))
 
     def lost(self, link: EngineLink, why: str) -> None:
         """The engine no longer counts. Its process is dead before anybody acts on that, if it is one of ours."""

@@ -247,6 +247,13 @@ class AbortAttempt(msgspec.Struct, frozen=True, tag=True):
     lost_peer: EngineId | None = None
 
 
+class PeerJoined(msgspec.Struct, frozen=True, tag=True):
+    """PE: a decode engine belongs to the cluster; connect to its buffer, before a prompt waits for that."""
+
+    engine: EngineId
+    data_address: str
+
+
 class PeerLost(msgspec.Struct, frozen=True, tag=True):
     """An engine is gone, proven so: close what is connected to it."""
 
@@ -278,6 +285,7 @@ ToEngine = (
     | StartPrefill
     | StartDecode
     | AbortAttempt
+    | PeerJoined
     | PeerLost
     | HeartbeatAck
     | Shutdown

@@ -95,10 +95,18 @@ class PrefillWorker:
                 self._start(message)
             case m.AbortAttempt():
                 self._abort((message.request, message.attempt))
+            case m.PeerJoined():
+                self._host.spawn(self._meet(message))
             case m.PeerLost():
                 self._host.spawn(self._channels.drop(message.data_address))
             case _:
                 raise TypeError(f"a prefill engine was sent {type(message).__name__}")
+
+    async def _meet(self, message: m.PeerJoined) -> None:
+        """Mapping a decode engine's buffer takes long enough for a first token to be late by."""
+        error = await self._channels.open(message.data_address)
+        if error is not None:
+            self._host.log(f"engine {message.engine} can't be connected to; its first prompt will try again: {error}")
 
     # ── loading ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -1,0 +1,18 @@
+"""Threads are called the same by Python and by the system."""
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from dualpath.runtime.thread_names import named_threads
+
+
+def test_a_pools_threads_have_its_name():
+    with named_threads(1, "a-name-of-many-letters") as pool:
+        name, thread = pool.submit(lambda: (threading.current_thread().name, threading.get_native_id())).result()
+        assert name.startswith("a-name-of-many-letters")
+        if not sys.platform.startswith("linux"):
+            pytest.skip("only Linux shows threads' names in /proc")
+        assert Path(f"/proc/self/task/{thread}/comm").read_text() == "a-name-of-many-\n"
