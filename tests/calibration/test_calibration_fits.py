@@ -36,7 +36,7 @@ def rates(**changes: object) -> MachineRates:
     move = MoveCost(byte_ns=0.1, chunk_ns=50_000, operation_ns=20_000)
     plain = MachineRates(
         description="a test's", model="m", layers=8, kv_bytes_per_token=16_384, dtype="float32", threads=1, cores=2,
-        side_by_side=1.1, oversubscribed_error=0.02, slowdown=1.0, cpu_slowdown=1.0, others_cores=0.0,
+        side_by_side=1.1, oversubscribed_error=0.02, slowdown=1.0, others_cores=0.0,
         attention=msgspec.convert(
             {"fixed_ns": 0, "ns_per_flop": 0.001, "flops_per_token": 1000, "flops_per_pair": 1000}, type=_ATTENTION
         ),
@@ -69,12 +69,11 @@ CONTROL = ControlCost(
     decode_request_ns=1.7 * MS,
     decode_step_ns=0.8 * MS,
     decode_token_ns=0.2 * MS,
-    connect_ns=0,
     hop_ns=0.3 * MS,
 )
 
 
-BATCH_NS, CACHED_TOKEN_NS, STEP_NS, TOKEN_NS = 2 * MS, 2_000, 0.9 * MS, 0.3 * MS
+BATCH_NS, CACHED_TOKEN_NS, STEP_NS = 2 * MS, 2_000, 0.9 * MS
 """What compute threads take in a cluster beyond `PREFILL` and `DECODE`."""
 
 
@@ -87,9 +86,7 @@ def in_cluster(machine: MachineRates) -> MachineRates:
             fixed_ns=prefill.fixed_ns + BATCH_NS / machine.layers,
             cached_token_ns=CACHED_TOKEN_NS / machine.layers,
         ),
-        decode=msgspec.structs.replace(
-            decode, fixed_ns=decode.fixed_ns + STEP_NS, request_ns=decode.request_ns + TOKEN_NS
-        ),
+        decode=msgspec.structs.replace(decode, fixed_ns=decode.fixed_ns + STEP_NS),
     )
 
 
@@ -201,7 +198,7 @@ def test_engines_that_need_less_in_a_cluster_than_by_themselves_have_steps_as_by
     assert (found.prefill, found.decode) == (machine.prefill, machine.decode)
 
 
-def measured_by(truth: MachineRates, slowness: float = 1.0, others_cores: float = 0.0) -> dict[str, Busy]:
+def measured_by(truth: MachineRates, slowness: float = 1.0) -> dict[str, Busy]:
     """What the crowds would have taken on a machine like `truth`, so many times as slow as it."""
     busy = {}
     for name, crowd in CROWDS.items():
@@ -209,29 +206,25 @@ def measured_by(truth: MachineRates, slowness: float = 1.0, others_cores: float 
         busy[name] = Busy(
             jct_ns=jct_ns,
             cpu_ns=cluster.cpu.busy_core_ns,
-            others_cores=others_cores,
+            others_cores=0.03,
             reference_ns=slowness * truth.reference_ns,
         )
     return busy
 
 
 def test_the_slowdown_of_busy_cores_comes_back():
-    truth = rates(slowdown=1.4)
-    busy = measured_by(truth)
-    found = fit_slowdown(rates(reference_ns=0.0), busy)
-    assert found.reference_ns == truth.reference_ns
-    assert found.slowdown == pytest.approx(1.4, abs=0.03)
-    assert found.cpu_slowdown == pytest.approx(1.4, abs=0.05)
+    found = fit_slowdown(rates(reference_ns=0.0), measured_by(rates(slowdown=1.4)))
+    assert found.reference_ns == rates().reference_ns
+    assert found.slowdown == pytest.approx(1.4, abs=0.03) and found.others_cores == pytest.approx(0.03)
+    assert found.fits["how long crowds take"].max_error < 0.02
 
 
-def test_where_others_took_cores_cpu_time_tells_the_slowdown():
-    busy = {
-        name: msgspec.structs.replace(one, jct_ns=2 * one.jct_ns)
-        for name, one in measured_by(rates(slowdown=1.4), others_cores=0.5).items()
-    }
-    found = fit_slowdown(rates(), busy)
-    assert found.slowdown == found.cpu_slowdown == pytest.approx(1.4, abs=0.05)
-    assert found.others_cores == 0.5
+def test_the_slowdown_is_the_crowds_cpu_time_and_their_times_only_check_it():
+    busy = measured_by(rates(slowdown=1.4))
+    late = {name: msgspec.structs.replace(one, jct_ns=1.25 * one.jct_ns) for name, one in busy.items()}
+    found = fit_slowdown(rates(), late)
+    assert found.slowdown == fit_slowdown(rates(), busy).slowdown
+    assert found.fits["how long crowds take"].mean_error == pytest.approx(0.2, abs=0.02)
 
 
 def test_what_is_typical_is_no_outlier_and_never_nothing():

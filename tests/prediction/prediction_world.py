@@ -40,7 +40,6 @@ BUSY_CONTROL = ControlCost(
     decode_request_ns=2 * MS,
     decode_step_ns=0.2 * MS,
     decode_token_ns=0.1 * MS,
-    connect_ns=0,
     hop_ns=0.2 * MS,
 )
 
@@ -58,7 +57,6 @@ def machine(**changes: Any) -> MachineRates:
         side_by_side=1.0,
         oversubscribed_error=0.0,
         slowdown=1.0,
-        cpu_slowdown=1.0,
         others_cores=0.0,
         attention=AttentionCost(0.0, 0.001, 1_000.0, 1_000.0),
         prefill_tokens_per_s=40_000.0,

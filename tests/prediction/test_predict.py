@@ -6,12 +6,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from prediction_world import REFERENCE_NS, agent, agents, busy_machine, machine, result_file
+from prediction_world import REFERENCE_NS, agents, busy_machine, machine, result_file
 
 from dualpath.cli import main
 from dualpath.prediction import MachineError, comparison_table, load_machine, predict
 from dualpath.prediction.machine import PrefillCost, new_pairs
-from dualpath.prediction.plant import DECODE_SLOPE, PREFILL_SLOPE
 from dualpath.report.result_file import ResultFile, load
 from dualpath.workload import Round
 from dualpath.workload.result import TurnFailure, TurnResult
@@ -61,30 +60,6 @@ def test_a_run_on_a_slower_machine_is_predicted_longer_unless_as_calibrated():
     assert predict(slow, rates, as_calibrated=True).runs == predict(usual, rates).runs
     unknown = predict(result_file(agents(4)), rates).runs
     assert [run.jct_s for run in unknown] == [run.jct_s for run in predict(usual, rates).runs]
-
-
-def test_prefill_feels_less_of_a_slow_machine_than_decode():
-    def slowed(generate_tokens: int) -> float:
-        alone = (agent((640, 1), (500, generate_tokens)),)
-        usual, slow = (
-            predict(result_file(alone, systems=("oracle",), reference_ns=share * REFERENCE_NS), machine()).runs[0].jct_s
-            for share in (1.0, 2.0)
-        )
-        return slow / usual
-
-    prompts, answers = slowed(1), slowed(200)
-    assert prompts == pytest.approx(2**PREFILL_SLOPE, rel=0.02) and 1.9 < answers < 2**DECODE_SLOPE
-
-
-def test_prompts_wait_together_until_their_engines_are_connected():
-    connecting = machine(control=msgspec.structs.replace(machine().control, connect_ns=500_000_000))
-    for topology, most_s in (("1P1D", 0.6), ("2P1D", 1.2), ("1P2D", 1.2)):
-        asked = result_file(agents(4), topologies=(topology,), systems=("oracle",))
-        (quick,), (slow,) = (predict(asked, one).runs for one in (machine(), connecting))
-        assert 0.3 < slow.jct_s - quick.jct_s < most_s
-    (run,) = predict(result_file(agents(4), topologies=("1P1D",), systems=("oracle",)), connecting).runs
-    first = sorted(turn.start_s + turn.ttft_s for turn in run.turn_results if turn.start_s < 0.1)
-    assert len(first) == 4 and first[0] > 0.5 and first[-1] - first[0] < 0.05  # one batch
 
 
 def test_a_prediction_is_a_result_file_with_the_same_runs(tmp_path: Path):

@@ -10,7 +10,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import msgspec
 
 from dualpath.calibration.busy import Busy, measure_busy
 from dualpath.calibration.choir import Together, measure_choir
-from dualpath.calibration.kinds import FIRST, KINDS
+from dualpath.calibration.kinds import KINDS
 from dualpath.calibration.process_clocks import Clocks, cpu_clocks, engine_clocks
 from dualpath.experiment.launcher import SERVE, LaunchedCluster, LocalLauncher
 from dualpath.prediction.machine import MachineRates
@@ -27,8 +26,6 @@ from dualpath.workload import ReplayOptions, Trajectory, replay, warm_up
 SETTLE_S = 0.4
 IDLE_S = 1.0
 LONE_ROUNDS = 4
-FRESH_CLUSTERS = 3
-LATER = 3
 
 
 class Used(msgspec.Struct, frozen=True):
@@ -51,9 +48,6 @@ class ClusterUse(msgspec.Struct, frozen=True):
     choir: Together
     busy: dict[str, Busy]
     """By crowd."""
-    connect_ns: float
-    """How much later a fresh cluster's first tokens are than the same later; the median of several clusters."""
-    """How much longer the first requests of all took than the same later."""
 
 
 def measure_cluster(rates: MachineRates, model: Path, store: Path) -> ClusterUse:
@@ -83,16 +77,7 @@ async def _measure(rates: MachineRates, model: Path, folder: Path) -> ClusterUse
         serve_command=(*SERVE, "--threads", str(rates.threads), "--dtype", rates.dtype),
     )
 
-    def fresh(number: int) -> AbstractAsyncContextManager[LaunchedCluster]:
-        store = folder / f"store-{number}"
-        return launcher.cluster(f"calibration {number}", "1P1D", "dualpath", store, limited=False)
-
-    firsts_ns = []
-    for number in range(1, FRESH_CLUSTERS):
-        async with fresh(number) as cluster:
-            firsts_ns.append(await _connect_ns(cluster))
-    async with fresh(FRESH_CLUSTERS) as cluster:
-        firsts_ns.append(await _connect_ns(cluster))
+    async with launcher.cluster("calibration", "1P1D", "dualpath", folder / "blocks", limited=False) as cluster:
         ready = msgspec.json.decode(ready_file.read_bytes(), type=_Ready)
         engines = [e.pid for role in ("prefill", "decode") for e in ready.engines if e.role == role]
 
@@ -103,17 +88,7 @@ async def _measure(rates: MachineRates, model: Path, folder: Path) -> ClusterUse
         lone = await _lone(cluster, clocks, idle)
         choir = await measure_choir(cluster, clocks, idle)
         busy = await measure_busy(cluster, [ready.pid, *engines])
-        return ClusterUse(lone, choir, busy, statistics.median(firsts_ns))
-
-
-async def _connect_ns(cluster: LaunchedCluster) -> float:
-    """By a fresh cluster's first request that is computed whole and first that finds its context in storage."""
-    agent = [FIRST.trajectory()]
-    first, *later = [
-        sum(turn.ttft_s for turn in (await cluster.run(replay(cluster.url, agent, ReplayOptions(seed=seed)))).turns)
-        for seed in range(1 + LATER)
-    ]
-    return max(0.0, first - statistics.median(later)) * 1e9
+        return ClusterUse(lone, choir, busy)
 
 
 async def _lone(cluster: LaunchedCluster, clocks: Clocks, idle: list[float]) -> dict[str, Used]:

@@ -47,7 +47,6 @@ def fit_control(rates: MachineRates, used: dict[str, Used], choir: Together) -> 
         decode_request_ns=decode_request,
         decode_step_ns=decode_step,
         decode_token_ns=decode_token,
-        connect_ns=0.0,
         hop_ns=0.0,
     )
     rates = msgspec.structs.replace(rates, control=control, prefill=prefill, decode=decode)
@@ -113,7 +112,7 @@ def _prefill_in_cluster(rates: MachineRates, samples: Sequence[Sample], choir: T
 
 
 def _decode_in_cluster(rates: MachineRates, samples: Sequence[Sample], choir: Together) -> tuple[DecodeCost, Fit]:
-    """With what a step and a token of it take beyond steps by themselves."""
+    """With what a step takes beyond steps by themselves."""
     cost = rates.decode
     rows, known, measured = [], [], []
     for requests, steps, kind, compute_ns in (
@@ -124,15 +123,13 @@ def _decode_in_cluster(rates: MachineRates, samples: Sequence[Sample], choir: To
             contexts_tokens = [kind.prompt_tokens + kind.generate_tokens // 2]
             lone_ns = cost.step_ns(contexts_tokens)
             added_ns = cost.step_ns(contexts_tokens * 2) - lone_ns
-            tokens = requests * (kind.generate_tokens - 1)
-            rows.append((steps, tokens))
-            known.append((steps * (lone_ns - added_ns) + tokens * added_ns) * rates.threads)
+            rows.append((steps,))
+            known.append(
+                (steps * (lone_ns - added_ns) + requests * (kind.generate_tokens - 1) * added_ns) * rates.threads
+            )
             measured.append(max(1.0, compute_ns))
-    (step_ns, token_ns), quality = fit(rows, measured, known)
-    more = msgspec.structs.replace(
-        cost, fixed_ns=cost.fixed_ns + step_ns / rates.threads, request_ns=cost.request_ns + token_ns / rates.threads
-    )
-    return more, quality
+    (step_ns,), quality = fit(rows, measured, known)
+    return msgspec.structs.replace(cost, fixed_ns=cost.fixed_ns + step_ns / rates.threads), quality
 
 
 def _hop(rates: MachineRates, samples: Sequence[Sample]) -> tuple[float, Fit]:

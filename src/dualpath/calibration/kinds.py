@@ -5,7 +5,7 @@ import msgspec
 from dualpath.core.vocabulary import BLOCK_TOKENS
 from dualpath.workload import Round, Trajectory
 
-FIRST_CONTEXT_TOKENS = 2000
+CONTEXT_TOKENS = 2000
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,12 +49,10 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
 KINDS = (
     Kind(name="short", count=7, append_tokens=32, generate_tokens=1),
     Kind(name="answer", count=4, append_tokens=32, generate_tokens=32),
-    Kind(name="context", count=5, append_tokens=16, generate_tokens=1, context_tokens=FIRST_CONTEXT_TOKENS),
+    Kind(name="context", count=5, append_tokens=16, generate_tokens=1, context_tokens=CONTEXT_TOKENS),
     Kind(name="blocks", count=4, append_tokens=1024, generate_tokens=1),
-    Kind(name="long", count=4, append_tokens=16, generate_tokens=24, context_tokens=FIRST_CONTEXT_TOKENS),
+    Kind(name="long", count=4, append_tokens=16, generate_tokens=24, context_tokens=CONTEXT_TOKENS),
 )
-FIRST = Kind(name="first", count=1, append_tokens=16, generate_tokens=2, context_tokens=FIRST_CONTEXT_TOKENS)
-"""Of a fresh cluster: computed whole once, then found in storage."""
 CHOIR = Kind(name="choir", count=1, append_tokens=32, generate_tokens=32)
 SINGERS = 8
 """How many of the choir's kind ask at once."""

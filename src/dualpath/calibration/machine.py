@@ -50,8 +50,7 @@ def calibrate(options: CalibrationOptions, say: Callable[[str], None]) -> Machin
     say("a cluster: lone requests, then agents at once")
     used = measure_cluster(rates, options.model, options.store)
     rates = fit_slowdown(fit_control(rates, used.lone, used.choir), used.busy)
-    fresh = msgspec.structs.replace(rates.control, connect_ns=used.connect_ns)  # what is measured above was connected
-    return msgspec.structs.replace(rates, control=fresh, measured_s=time.perf_counter() - started_s)
+    return msgspec.structs.replace(rates, measured_s=time.perf_counter() - started_s)
 
 
 def _measure_parts(options: CalibrationOptions, say: Callable[[str], None]) -> MachineRates:
@@ -82,7 +81,6 @@ def _measure_parts(options: CalibrationOptions, say: Callable[[str], None]) -> M
         side_by_side=side_by_side,
         oversubscribed_error=oversubscribed_error,
         slowdown=1.0,
-        cpu_slowdown=1.0,
         others_cores=0.0,
         reference_ns=0.0,
         attention=_attention(model),

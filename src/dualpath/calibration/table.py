@@ -17,7 +17,7 @@ def _coefficients(rates: MachineRates) -> Table:
     table.add_column("measured")
     prefill, decode, storage, control = rates.prefill, rates.decode, rates.storage, rates.control
     rows = {
-        "all cores busy": f"a cluster takes {rates.slowdown:.2f} times as long ({rates.cpu_slowdown:.2f} by CPU time; "
+        "all cores busy": f"a cluster takes {rates.slowdown:.2f} times as long ("
         f"engines alone {rates.side_by_side:.2f}); reference work takes {_us(rates.reference_ns)} then",
         "prefill, a layer": f"{_us(prefill.fixed_ns)} + {_us(prefill.item_ns)} a prompt + {_us(prefill.token_ns)} a "
         f"new token + {prefill.cached_token_ns:.0f} ns a cached one + {prefill.cached_pair_ns:.1f} ns a pair of both, "
@@ -37,8 +37,7 @@ def _coefficients(rates: MachineRates) -> Table:
         "coordinator": f"{_us(control.request_ns)} a request + {_us(control.prompt_token_ns)} a prompt token + "
         f"{_us(control.message_ns)} a message ({_us(control.tokens_message_ns)} more with tokens) + "
         f"{_us(control.token_ns)} a token",
-        "prefill engine": f"{_us(control.prefill_request_ns)} a request; before the first of all "
-        f"{_us(control.connect_ns)}",
+        "prefill engine": f"{_us(control.prefill_request_ns)} a request",
         "decode engine": f"{_us(control.decode_request_ns)} a request + {_us(control.decode_step_ns)} a step + "
         f"{_us(control.decode_token_ns)} a token",
         "between processes": f"{_us(control.hop_ns)} a message",

@@ -82,7 +82,7 @@ class DecodeEngine:
         plant = self._plant
         while batch := list(self._joined):
             step_ns = plant.rates.decode.step_ns([turn.context_tokens for turn in batch])
-            yield plant.cpu.run_decode(step_ns * plant.decode_slowness, plant.rates.threads)
+            yield plant.cpu.run_decode(step_ns, plant.rates.threads)
             telling_ns = plant.rates.control.decode_step_ns + len(batch) * plant.rates.control.decode_token_ns
             yield self._main.submit(plant.working(telling_ns))
             for turn in batch:

@@ -123,8 +123,6 @@ class ControlCost(msgspec.Struct, frozen=True, kw_only=True):
     decode_step_ns: float
     decode_token_ns: float
     """DE's main thread: each of a step's tokens."""
-    connect_ns: float
-    """PE: before its first prompt for a DE, whose buffer it maps; whatever else is done for the first time is in it."""
     hop_ns: float
     """From one process to another: until the receiver runs. Fitted to lone requests' time to first token."""
 
@@ -164,10 +162,7 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     oversubscribed_error: float
     """With one engine more than that: measured wall time over what processor sharing predicts, less one."""
     slowdown: float
-    """By how much everything takes longer while all cores of a cluster that decodes are busy: by its agents'
-    completion times, or by CPU time where something else was running."""
-    cpu_slowdown: float
-    """The same by CPU time alone, which has no waiting for cores or for Python's lock in it."""
+    """By how much everything takes longer while all cores of a cluster that decodes are busy, by its CPU time."""
     others_cores: float
     """Cores that something else kept busy during the calibration; above a tenth, do it again."""
     attention: AttentionCost

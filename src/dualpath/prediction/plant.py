@@ -32,11 +32,6 @@ class Reports(Protocol):
     def finished(self, turn: Turn) -> None: ...
 
 
-PREFILL_SLOPE, DECODE_SLOPE = 0.8, 1.2
-"""How much of a slow machine each feels: slopes of an engine's CPU time over the reference work's, logarithms
-(docs/lab-log.md, 2026-11-21). All the rest is taken to have a slope of 1."""
-
-
 class Plant:
     """Shared by the engines of one run."""
 
@@ -55,8 +50,6 @@ class Plant:
         self.transport = transport
         self.processes = Processes(events)
         self.cpu = Cpu(events, rates.cores, rates.slowdown, slowness, max(1.0, rates.side_by_side))
-        self.prefill_slowness = slowness ** (PREFILL_SLOPE - 1)
-        self.decode_slowness = slowness ** (DECODE_SLOPE - 1)
         self.mover = Mover(self.processes, self.cpu)
         self.snics = [Nic(snic_bytes_per_s) for _ in range(engines)]
         self.cnics = [Nic(cnic_bytes_per_s, paced) for _ in range(engines)]

@@ -50,7 +50,6 @@ class PrefillEngine:
         self._main = Workers(plant.processes)
         self._turns: dict[int, Turn] = {}
         self._computing = False
-        self._connections: dict[EngineId, Signal] = {}
 
     def load(self, turn: Turn, leg: Leg) -> Steps:
         """The coordinator's order to read a leg."""
@@ -59,13 +58,7 @@ class PrefillEngine:
 
     def prefill(self, turn: Turn) -> Steps:
         """The coordinator's order to compute: everything is in the buffers."""
-        control = self._plant.rates.control
-        yield self._main.submit(self._plant.working(control.prefill_request_ns))
-        if turn.decode_engine not in self._connections:
-            self._connections[turn.decode_engine] = self._plant.cpu.run(control.connect_ns)
-        connected = self._connections[turn.decode_engine]
-        if not connected.is_set:
-            yield connected
+        yield self._main.submit(self._plant.working(self._plant.rates.control.prefill_request_ns))
         self._turns[turn.request] = turn
         self._queue.push(turn.request, 0, turn.hit_tokens, turn.prompt_tokens - turn.hit_tokens)
         if not self._computing:
@@ -73,7 +66,6 @@ class PrefillEngine:
             self._plant.processes.start(self._batches())
 
     def _batches(self) -> Steps:
-        yield self._plant.processes.after(1)  # all that waited for one connection are in the queue before
         while chunks := self._queue.next_batch():
             yield self._plant.processes.start(self._batch(chunks))
             for chunk in chunks:
@@ -88,7 +80,7 @@ class PrefillEngine:
         moves = LayerMoves()
         for chunk in chunks:
             moves.add(self._turns[chunk.request], chunk, plant.layer_token_bytes)
-        layer_ns = plant.rates.prefill.layer_ns(chunks) * plant.prefill_slowness
+        layer_ns = plant.rates.prefill.layer_ns(chunks)
         run = _LayerRun(plant, self.engine, moves, layer_ns, self._layerwise)
         yield all_of([plant.processes.start(work) for work in (run.loading(), run.computing(), run.shipping())])
 
