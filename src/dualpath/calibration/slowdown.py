@@ -1,8 +1,8 @@
 """What busy cores take from each other: one factor, from the CPU time of crowds of agents.
 
 Agents that ask at once use more of the cores than they do in the simulation of lone parts: caches and memory are
-shared, threads are switched. The slowdown is the one with which the crowds' CPU times are least off. It is not fitted to
-how long the crowds took, which is therefore a first check of a prediction.
+shared, threads are switched. The slowdown is the one with which the crowds' CPU times are least off. It is not fitted
+to how long the crowds took, which is therefore a first check of a prediction.
 """
 
 import statistics
@@ -37,10 +37,8 @@ def fit_slowdown(rates: MachineRates, busy: dict[str, Busy]) -> MachineRates:
 
     slowdown = _least(lambda tried: sum(cpu**2 for cpu, _ in errors(tried)))
     off = [abs(time) for _, time in errors(slowdown)]
-    fits = rates.fits | {
-        "how long crowds take": Fit(samples=len(off), mean_error=statistics.mean(off), max_error=max(off))
-    }
-    return msgspec.structs.replace(rates, slowdown=slowdown, fits=fits)
+    check = Fit(samples=len(off), mean_error=statistics.mean(off), max_error=max(off))
+    return msgspec.structs.replace(rates, slowdown=slowdown, fits=rates.fits | {"how long crowds take": check})
 
 
 def _least(error: Callable[[float], float]) -> float:

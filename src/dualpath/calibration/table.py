@@ -17,8 +17,8 @@ def _coefficients(rates: MachineRates) -> Table:
     table.add_column("measured")
     prefill, decode, storage, control = rates.prefill, rates.decode, rates.storage, rates.control
     rows = {
-        "all cores busy": f"a cluster takes {rates.slowdown:.2f} times as long ("
-        f"engines alone {rates.side_by_side:.2f}); reference work takes {_us(rates.reference_ns)} then",
+        "all cores busy": f"a cluster takes {rates.slowdown:.2f} times as long, engines "
+        f"alone {rates.side_by_side:.2f} times; reference work takes {_us(rates.reference_ns)} then",
         "prefill, a layer": f"{_us(prefill.fixed_ns)} + {_us(prefill.item_ns)} a prompt + {_us(prefill.token_ns)} a "
         f"new token + {prefill.cached_token_ns:.0f} ns a cached one + {prefill.cached_pair_ns:.1f} ns a pair of both, "
         f"{prefill.new_pair_ns:.1f} ns one of new ones",
