@@ -30,6 +30,22 @@ def on_bench(checkpoint: Checkpoint, store: Path, work: Callable[[Bench], object
     asyncio.run(run())
 
 
+def test_warming_up_leaves_nothing_behind(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    prompt = appended(0, 130)
+
+    async def work(engine: Bench) -> None:
+        free_blocks = engine.worker._gauges()["dualpath_hbm_free_blocks"]
+        engine.worker.warm_up()
+        assert engine.worker._gauges()["dualpath_hbm_free_blocks"] == free_blocks
+        engine.prepare(0, prompt)
+        await engine.hears(m.Prepared)
+        engine.start(0, prompt)
+        assert (await engine.hears(m.Finished)).request == 0
+        assert engine.host.counters["decode_steps"] == len(engine.said(m.Tokens))
+
+    on_bench(checkpoint, tmp_path, work)
+
+
 def test_messages_of_unknown_attempts_are_dropped_and_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
     async def work(engine: Bench) -> None:
         prompt = appended(0, 130)

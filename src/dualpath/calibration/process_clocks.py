@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from dualpath.runtime.thread_names import COMPUTE_THREAD
+from dualpath.thread_names import COMPUTE_THREAD
 
 Clocks = Callable[[], list[int]]
 """CPU nanoseconds so far of client, server, and of a PE's and a DE's main and compute threads."""

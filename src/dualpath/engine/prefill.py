@@ -7,7 +7,7 @@ to the end, where its rows are harmless because attention is per sequence, but n
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Protocol
 
 import msgspec
@@ -18,6 +18,7 @@ from dualpath.engine.attention import PackedPass
 from dualpath.engine.batch import PrefillBatch, PrefillItem, PrefillOutput
 from dualpath.engine.layers import Bytes, DeviceLayers, LayerIOTimeoutError, LayerProgress, RunAbortedError
 from dualpath.engine.model import LoadedModel
+from dualpath.thread_names import named_threads
 
 
 class PrefillStatistics(msgspec.Struct, frozen=True):
@@ -74,8 +75,8 @@ class LayerwisePrefill:
         layers = model.layout.layers
         self._slots = min(device_layers, layers) if layerwise else layers
         self._device = DeviceLayers(model.layout, self._slots, model.device, model.dtype)
-        self._loader = ThreadPoolExecutor(1, "prefill-loader")
-        self._shipper = ThreadPoolExecutor(1, "prefill-shipper")
+        self._loader = named_threads(1, "prefill-loader")
+        self._shipper = named_threads(1, "prefill-shipper")
         self._unusable: str | None = None
 
     def run(self, items: list[PrefillItem], io: LayerIO) -> list[PrefillOutput]:

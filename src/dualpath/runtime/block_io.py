@@ -18,7 +18,7 @@ from dualpath.kv.storage import Storage
 from dualpath.kv.store import Store
 from dualpath.runtime.config import ClusterConfig
 from dualpath.runtime.messages import BlockFaultReport
-from dualpath.runtime.thread_names import named_threads
+from dualpath.thread_names import named_threads
 from dualpath.transfer import BufferPool, TrafficManager
 
 IO_THREADS = 2

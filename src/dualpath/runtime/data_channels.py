@@ -8,7 +8,7 @@ import asyncio
 
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.runtime.engine_host import EngineHost
-from dualpath.runtime.thread_names import named_threads
+from dualpath.thread_names import named_threads
 from dualpath.transfer import Channel, TransferError, connect
 
 CONNECT_THREADS = 4

@@ -20,7 +20,8 @@ from dualpath.runtime.decode_attempt import DecodeAttempt
 from dualpath.runtime.draws import draw_message
 from dualpath.runtime.engine_host import EngineHost, Owner
 from dualpath.runtime.persisting import Persister
-from dualpath.runtime.thread_names import named_threads
+from dualpath.spec.sampling import SamplingParams
+from dualpath.thread_names import named_threads
 
 QUIET_TIMEOUT_S = 5.0
 """How long a lost peer may take to be proven quiet before the pages it could touch are quarantined."""
@@ -42,6 +43,15 @@ class DecodeWorker:
         self._work = asyncio.Event()
         host.gauge_sources.append(self._gauges)
         host.spawn(self._run_steps())
+
+    def warm_up(self) -> None:
+        """A step on the compute thread, before there is any request."""
+        warming = self._next_sequence
+        self._next_sequence += 1
+        self._engine.admit(warming, 1, 0, SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+        self._engine.join(warming)
+        self._engine.step()
+        self._engine.release(warming)
 
     def handle(self, message: m.ToEngine) -> None:
         """Carry out one message. One about an attempt that is not here (any more) is dropped and counted."""

@@ -21,7 +21,7 @@ from dualpath.runtime import messages as m
 from dualpath.runtime.block_io import BlockIO
 from dualpath.runtime.data_address import data_bind_address
 from dualpath.runtime.links import CONTROL_QUEUE_MESSAGES
-from dualpath.runtime.thread_names import COMPUTE_THREAD, named_threads
+from dualpath.thread_names import COMPUTE_THREAD, named_threads
 from dualpath.transfer import BufferPool, ChannelServer, TrafficManager
 
 JOIN_TIMEOUT_S = 600.0

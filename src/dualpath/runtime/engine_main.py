@@ -48,15 +48,18 @@ async def _serve(config: EngineConfig, model: LoadedModel) -> str:
             f"{cluster.hbm_bytes} does not hold one"
         )
     host = EngineHost(config, model.layout, buffer_blocks)
+    loop = asyncio.get_running_loop()
     worker: PrefillWorker | DecodeWorker | None = None
     try:
         prefill_tokens_per_s = None
+        # On the compute thread, whose memory and kernels the first request then finds warm.
         if config.role is Role.PREFILL:
             worker = PrefillWorker(host, model, _attention_cost(model))
-            prefill_tokens_per_s = worker.measure_tokens_per_s()
+            prefill_tokens_per_s = await loop.run_in_executor(host.compute, worker.measure_tokens_per_s)
         else:
             worker = DecodeWorker(host, model, hbm_blocks)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, host.leave, "terminated")
+            await loop.run_in_executor(host.compute, worker.warm_up)
+        loop.add_signal_handler(signal.SIGTERM, host.leave, "terminated")
         join = _join_message(config, model, host, hbm_blocks, prefill_tokens_per_s)
         reason = await host.run(join, worker.handle)
         host.log(f"leaves: {reason}")

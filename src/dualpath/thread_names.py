@@ -1,4 +1,7 @@
-"""Thread pools whose threads have names, as `top -H`, `perf` and /proc show them."""
+"""Thread pools whose threads have names, as `top -H`, `perf` and /proc show them.
+
+A thread without one has the name of the thread that started it.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
