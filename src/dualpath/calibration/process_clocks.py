@@ -26,9 +26,16 @@ def engine_clocks(pids: list[int]) -> list[int]:
     clocks = []
     for pid in pids:
         tasks = Path(f"/proc/{pid}/task")
-        computing = [task for task in tasks.iterdir() if (task / "comm").read_text().strip() == COMPUTE_THREAD]
+        computing = [task for task in tasks.iterdir() if _name(task) == COMPUTE_THREAD]
         clocks += [_thread_ns(tasks / str(pid)), sum(map(_thread_ns, computing))]
     return clocks
+
+
+def _name(task: Path) -> str:
+    try:
+        return (task / "comm").read_text().strip()
+    except OSError:
+        return ""  # a thread that has just ended
 
 
 def _thread_ns(task: Path) -> int:

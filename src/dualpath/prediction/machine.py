@@ -202,4 +202,4 @@ def load_machine(path: Path) -> MachineRates:
     except OSError as error:
         raise MachineError(f"{path} can't be read: {error.strerror}; make one with dualpath calibrate") from error
     except msgspec.MsgspecError as error:
-        raise MachineError(f"{path} is not what dualpath calibrate writes: {error}") from error
+        raise MachineError(f"{path} is not what dualpath calibrate writes ({error}); calibrate again") from error
