@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from dualpath.calibration import simulated
 from dualpath.core.batching import AttentionCost
 from dualpath.prediction.machine import (
     ControlCost,
@@ -117,21 +118,7 @@ def agents(count: int, turns: int = 3) -> tuple[Trajectory, ...]:
 
 def setup(rates: MachineRates, trajectories: tuple[Trajectory, ...], **changes: Any) -> RunSetup:
     """1P1D, no rates, everything from the second round."""
-    plain = RunSetup(
-        rates=rates,
-        prefill_engines=1,
-        decode_engines=1,
-        system="dualpath",
-        snic_bytes_per_s=None,
-        cnic_bytes_per_s=None,
-        compute_quota_s=0.3,
-        transport="shm",
-        trajectories=trajectories,
-        first_round=1,
-        paced=True,
-        slowness=1.0,
-    )
-    return msgspec.structs.replace(plain, **changes)
+    return msgspec.structs.replace(simulated.setup(rates, trajectories), **changes)
 
 
 def result_file(

@@ -1,4 +1,4 @@
-"""A whole cluster, measured from outside: which process used the cores for what.
+"""A whole cluster, measured from outside: which process and which thread used the cores for what.
 
 One cluster of one PE and one DE serves a few kinds of request, alone, one after another; CPU clocks of processes and of
 engines' threads tell what they took for one. Then several like them are answered together (`choir`), and agents ask at
@@ -76,8 +76,7 @@ async def _measure(rates: MachineRates, model: Path, folder: Path) -> ClusterUse
         ready_file=ready_file,
         serve_command=(*SERVE, "--threads", str(rates.threads), "--dtype", rates.dtype),
     )
-
-    async with launcher.cluster("calibration", "1P1D", "dualpath", folder / "blocks", limited=False) as cluster:
+    async with launcher.cluster("calibration", "1P1D", "dualpath", folder / "store", limited=False) as cluster:
         ready = msgspec.json.decode(ready_file.read_bytes(), type=_Ready)
         engines = [e.pid for role in ("prefill", "decode") for e in ready.engines if e.role == role]
 
