@@ -19,8 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dualpath.engine import DecodeEngine, LayerwisePrefill, LoadedModel, PrefillItem, make_checkpoint
-from dualpath.engine.checkpoint import DEMO_MODEL
+from dualpath.model import DecodeEngine, LayerwisePrefill, LoadedModel, PrefillItem, make_checkpoint
+from dualpath.model.checkpoint import DEMO_MODEL
 from dualpath.spec.sampling import SamplingParams
 from dualpath.spec.units import format_bytes, format_rate
 

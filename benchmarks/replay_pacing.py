@@ -20,8 +20,10 @@ from typing import cast
 
 import numpy as np
 
-from dualpath.workload import ReplayOptions, Round, Trajectory, replay
-from dualpath.workload.open_files import allow_open_files
+from dualpath.client.open_files import allow_open_files
+from dualpath.client.replay import replay
+from dualpath.client.rollout import ReplayOptions
+from dualpath.traces.trajectory import Round, Trajectory
 
 TOKEN = b'data: {"id":"c","choices":[{"index":0,"text":"a","token_ids":[7],"finish_reason":null}]}\n\n'
 HEADERS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.local import Cluster
 from dualpath.kv.store import StoreError
-from dualpath.runtime.cluster import Cluster
-from dualpath.runtime.config import ClusterConfig
 from dualpath.server import create_app, load_tokenizer, serve
 
 

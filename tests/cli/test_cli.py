@@ -61,7 +61,8 @@ def test_help_imports_nothing_heavy():
 
 def test_the_demo_and_store_commands_import_no_torch():
     code = (
-        "import sys; import dualpath.demo.run, dualpath.report.store, dualpath.report.table, dualpath.kv.inspect;"
+        "import sys; import dualpath.lab.experiments.demo.run, dualpath.lab.report.store, dualpath.lab.report.table;"
+        "import dualpath.kv.inspect;"
         "print('torch' in sys.modules)"
     )
     assert python(code).stdout == "False\n"
@@ -143,14 +144,14 @@ def test_the_systems_of_the_command_line_are_those_of_the_scheduler():
 
 
 def test_what_serve_is_not_told_is_the_configurations_default(served, model):
-    from dualpath.runtime.config import ClusterConfig
+    from dualpath.cluster.config import ClusterConfig
 
     assert cli.main(["serve", "--model", model, "--store", "kv"]) == 7
     assert served == [(ClusterConfig(model=model, store="kv"), True)]
 
 
 def test_an_interruption_is_one_line_and_an_exit_code(monkeypatch, capsys):
-    from dualpath.demo import run as demo_run
+    from dualpath.lab.experiments.demo import run as demo_run
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -161,8 +162,8 @@ def test_an_interruption_is_one_line_and_an_exit_code(monkeypatch, capsys):
 
 
 def test_demo_takes_only_what_is_given_and_keeps_the_command(monkeypatch, capsys, tmp_path):
-    from dualpath.demo import run as demo_run
-    from dualpath.experiment.cluster_process import ClusterError
+    from dualpath.lab.experiments.cluster_process import ClusterError
+    from dualpath.lab.experiments.demo import run as demo_run
 
     asked = []
 

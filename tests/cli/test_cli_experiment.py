@@ -3,8 +3,8 @@
 import pytest
 
 from dualpath import cli
-from dualpath.experiment import run as experiment_run
-from dualpath.experiment.cluster_process import ClusterError
+from dualpath.lab.experiments import run as experiment_run
+from dualpath.lab.experiments.cluster_process import ClusterError
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def planned(monkeypatch):
 
 
 def test_the_list_names_every_experiment(capsys):
-    from dualpath.experiment.catalog import EXPERIMENTS
+    from dualpath.lab.experiments.catalog import EXPERIMENTS
 
     assert cli.main(["experiment", "--list"]) == 0
     shown = capsys.readouterr().out

@@ -8,8 +8,8 @@ KV is there, a second terminal command.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dualpath.core.journal import JournaledScheduler
 from dualpath.core.policy import Constants, Limits, Policy
-from dualpath.core.replay import JournaledScheduler
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import (
     BLOCK_TOKENS,

@@ -5,8 +5,8 @@ import inspect
 import msgspec
 import pytest
 
+from dualpath.core.journal import INPUTS, Difference, JournaledScheduler, ReplayReport, decode_entry, replay
 from dualpath.core.policy import SYSTEMS, Constants, Limits
-from dualpath.core.replay import INPUTS, Difference, JournaledScheduler, ReplayReport, decode_entry, replay
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import Cancelled, Cause, EngineFacts, Prefill, RequestFacts, Role, Side
 

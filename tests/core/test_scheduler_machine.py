@@ -13,8 +13,8 @@ from hypothesis.stateful import (
 )
 from model_cluster import ModelCluster
 
+from dualpath.core.journal import replay
 from dualpath.core.policy import SYSTEMS, Constants, Limits
-from dualpath.core.replay import replay
 from dualpath.core.vocabulary import Cause, Role, Side
 
 INTERVAL_NS = 5_000

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dualpath.engine.checkpoint import make_checkpoint
-from dualpath.report.result_file import load
+from dualpath.model.checkpoint import make_checkpoint
+from dualpath.results.file import load
 
 DEADLINE_S = 280.0
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dualpath.engine.checkpoint import make_checkpoint
-from dualpath.testbed.object_server import ObjectServer, free_port, missing_parts
+from dualpath.lab.testbed.object_server import ObjectServer, free_port, missing_parts
+from dualpath.model.checkpoint import make_checkpoint
 
 PROMPT = list(range(5, 205)) * 4
 START_S, STOP_S = 120.0, 30.0

@@ -14,8 +14,8 @@ import httpx
 import openai
 import pytest
 
-from dualpath.engine.checkpoint import make_checkpoint
-from dualpath.report.result_file import load
+from dualpath.model.checkpoint import make_checkpoint
+from dualpath.results.file import load
 
 START_S = 60.0
 STOP_S = 20.0
@@ -112,7 +112,6 @@ def test_a_replay_notes_what_it_takes_to_predict_it(model: Path, tmp_path: Path)
     assert (run.topology, run.system, run.gap_scale, run.turns) == ("1P2D", "basic", 0, 4)
     assert run.cluster.snic_bytes_per_s == 400_000_000 and run.cluster.cnic_bytes_per_s is None
     assert run.cluster.layers == 5 and run.cluster.kv_bytes_per_token > 0
-    assert run.reference_ns > 0
 
 
 def test_killed_engine_under_the_server(model: Path, tmp_path: Path) -> None:

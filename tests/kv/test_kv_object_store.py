@@ -27,7 +27,7 @@ from dualpath.kv.block_file import PAGE_BYTES
 from dualpath.kv.bucket import COOL_S, Body, Bucket
 from dualpath.kv.inspect import fsck
 from dualpath.kv.object_store import ObjectStore
-from dualpath.testbed.object_server import ObjectServer, free_port, missing_parts
+from dualpath.lab.testbed.object_server import ObjectServer, free_port, missing_parts
 
 PayloadOf = Callable[[BlockKey], np.ndarray]
 
@@ -250,5 +250,5 @@ def test_blocks_in_s3(
 
 def test_importing_the_stores_starts_no_object_library() -> None:
     """The supervisor's fork server imports the runtime; obstore has threads, which do not survive a fork."""
-    code = "import sys, dualpath.kv, dualpath.runtime.block_io; sys.exit('obstore' in sys.modules)"
+    code = "import sys, dualpath.kv, dualpath.cluster.engines.block_io; sys.exit('obstore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -28,7 +28,7 @@ from dualpath.kv.block_file import CHUNK_BYTES, PAGE_BYTES
 from dualpath.kv.bucket import Bucket
 from dualpath.kv.directory import MAX_QUARANTINED_FILES, BadFile
 from dualpath.kv.object_store import ObjectStore
-from dualpath.testbed.object_server import ObjectServer, free_port, missing_parts
+from dualpath.lab.testbed.object_server import ObjectServer, free_port, missing_parts
 
 PayloadOf = Callable[[BlockKey], np.ndarray]
 PathOf = Callable[[BlockKey], Path]

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from dualpath import __version__
 from dualpath.cli import (
-    calibrate,
     checkpoint,
     demo,
     engine,
@@ -36,7 +35,6 @@ COMMANDS = (
     store,
     plan,
     simulate,
-    calibrate,
     paper,
     testbed,
     checkpoint,

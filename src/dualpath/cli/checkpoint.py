@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Make a tiny checkpoint."""
     if arguments.path.exists():
         raise UsageError(f"{arguments.path} exists; give a new directory")
-    from dualpath.engine.checkpoint import DEMO_MODEL, make_checkpoint
+    from dualpath.model.checkpoint import DEMO_MODEL, make_checkpoint
 
     chosen = DEMO_MODEL if arguments.demo else {"architecture": arguments.architecture, "seed": arguments.seed}
     with command_errors(OSError):

@@ -8,7 +8,7 @@ from dualpath.cli.arguments import SYSTEMS, byte_count, positive, positive_numbe
 from dualpath.cli.outcome import UsageError, usage_errors
 
 if TYPE_CHECKING:
-    from dualpath.runtime.config import ClusterConfig
+    from dualpath.cluster.config import ClusterConfig
 
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 
 
 def cluster_config(arguments: argparse.Namespace) -> "ClusterConfig":
-    from dualpath.runtime.config import ClusterConfig, Topology
+    from dualpath.cluster.config import ClusterConfig, Topology
 
     given: dict[str, Any] = {
         "model": arguments.model,

@@ -69,14 +69,14 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; print its table and what it means. Exit code 1 if a turn failed."""
-    from dualpath.demo.options import DemoOptions
-    from dualpath.demo.run import run_demo
-    from dualpath.demo.workload import build_trajectories
-    from dualpath.experiment.cluster_process import ClusterError
-    from dualpath.experiment.nic_bytes import MetricsError
-    from dualpath.report.summary import explain
-    from dualpath.report.table import run_table
-    from dualpath.workload import ReplayError
+    from dualpath.client.replay import ReplayError
+    from dualpath.lab.experiments.cluster_process import ClusterError
+    from dualpath.lab.experiments.demo.options import DemoOptions
+    from dualpath.lab.experiments.demo.run import run_demo
+    from dualpath.lab.experiments.demo.workload import build_trajectories
+    from dualpath.lab.experiments.nic_bytes import MetricsError
+    from dualpath.lab.report.summary import explain
+    from dualpath.lab.report.table import run_table
 
     given = {name: value for name, value in vars(arguments).items() if name in DemoOptions.__struct_fields__}
     given |= {name: tuple(given[name]) for name in ("traces",) if name in given}

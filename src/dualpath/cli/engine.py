@@ -23,9 +23,9 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one engine in this process until its coordinator lets it go."""
+    from dualpath.cluster.engines.main import run_engine
+    from dualpath.cluster.messages import EngineConfig
     from dualpath.core.vocabulary import Role
-    from dualpath.runtime.engine_main import run_engine
-    from dualpath.runtime.messages import EngineConfig
 
     role = Role(arguments.role)
     run_engine(

@@ -14,11 +14,11 @@ from dualpath.cli.outcome import UsageError, command_errors, new_console, usage_
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dualpath.experiment.catalog import Definition
-    from dualpath.experiment.plan import Plan
-    from dualpath.experiment.run import MakeLauncher
-    from dualpath.experiment.settings import Settings
-    from dualpath.report.result_file import ResultFile
+    from dualpath.lab.experiments.catalog import Definition
+    from dualpath.lab.experiments.plan import Plan
+    from dualpath.lab.experiments.run import MakeLauncher
+    from dualpath.lab.experiments.settings import Settings
+    from dualpath.results.file import ResultFile
 
 EXAMPLES = """\
 Real clusters, one after another, with the same agents for every system. The result file is written after every run, so
@@ -82,7 +82,7 @@ def _axis(text: str) -> tuple[str, tuple[float, ...]]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run an experiment; print its table and what it found. Exit code 1 if a turn failed."""
-    from dualpath.experiment.catalog import definition
+    from dualpath.lab.experiments.catalog import definition
 
     console = new_console()
     if arguments.list:
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(console: "Console") -> int:
-    from dualpath.experiment.catalog import EXPERIMENTS
+    from dualpath.lab.experiments.catalog import EXPERIMENTS
 
     for one in EXPERIMENTS:
         needs = "; needs --trace" if one.needs_traces else ""
@@ -110,13 +110,13 @@ def _list(console: "Console") -> int:
 
 def _result(chosen: "Definition", arguments: argparse.Namespace, console: "Console") -> tuple["ResultFile", "Settings"]:
     """Run, or read again, the result. Raises ValueError for options that can't be run."""
-    from dualpath.experiment.cluster_process import ClusterError
-    from dualpath.experiment.load import Load, make_plan
-    from dualpath.experiment.nic_bytes import MetricsError
-    from dualpath.experiment.run import result_path, run_plan
-    from dualpath.experiment.settings import Settings
-    from dualpath.report.result_file import ResultFileError, load
-    from dualpath.workload import ReplayError
+    from dualpath.client.replay import ReplayError
+    from dualpath.lab.experiments.cluster_process import ClusterError
+    from dualpath.lab.experiments.load import Load, make_plan
+    from dualpath.lab.experiments.nic_bytes import MetricsError
+    from dualpath.lab.experiments.run import result_path, run_plan
+    from dualpath.lab.experiments.settings import Settings
+    from dualpath.results.file import ResultFileError, load
 
     given = {name: value for name, value in vars(arguments).items() if name in Load.__struct_fields__}
     given |= {"axes": dict(given["axes"])} if "axes" in given else {}
@@ -160,13 +160,13 @@ def _telling_what_is_kept(chosen: "Definition", settings: "Settings") -> Iterato
 def _launcher(testbed: bool, plan: "Plan", settings: "Settings") -> Iterator["MakeLauncher"]:
     """Who starts the clusters: this host, or a testbed that lasts as long as the context."""
     if not testbed:
-        from dualpath.experiment.run import local_launcher
+        from dualpath.lab.experiments.run import local_launcher
 
         yield local_launcher
         return
-    from dualpath.testbed.failure import TestbedError
-    from dualpath.testbed.launcher import temporary_testbed
-    from dualpath.testbed.plan import Rates
+    from dualpath.lab.testbed.failure import TestbedError
+    from dualpath.lab.testbed.launcher import temporary_testbed
+    from dualpath.lab.testbed.plan import Rates
 
     rates = Rates(settings.snic_bytes_per_s, settings.cnic_bytes_per_s)
     with command_errors(TestbedError), temporary_testbed(plan.topologies, rates) as make:
@@ -174,9 +174,9 @@ def _launcher(testbed: bool, plan: "Plan", settings: "Settings") -> Iterator["Ma
 
 
 def _show(chosen: "Definition", result: "ResultFile", settings: "Settings", console: "Console") -> None:
-    from dualpath.experiment.page import write_figure, write_page
-    from dualpath.experiment.run import result_path
-    from dualpath.experiment.tables import terminal_table
+    from dualpath.lab.experiments.page import write_figure, write_page
+    from dualpath.lab.experiments.run import result_path
+    from dualpath.lab.experiments.tables import terminal_table
 
     console.print()
     console.print(terminal_table(result))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dualpath.report.result_file import ResultFile
+    from dualpath.results.file import ResultFile
 
 MIN_CONSOLE_WIDTH = 110
 """Of output that goes to no terminal: wide enough for the demo's table."""
@@ -42,7 +42,7 @@ def write_json(path: Path | None, report: Any) -> None:
 
 def write_report_beside(path: Path, result: "ResultFile") -> Path:
     """The page of a result file at `path`: its name, with ``.html``."""
-    from dualpath.report.html import write_report
+    from dualpath.lab.report.html import write_report
 
     page = path.with_suffix(".html")
     with command_errors(OSError):

@@ -41,12 +41,12 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate the paper's evaluation; print and write theirs beside ours."""
-    from dualpath.paper.archive import ArchiveError, merged
-    from dualpath.paper.document import document_of, table_of, write_results
-    from dualpath.paper.items import ITEMS, SENSITIVITY, check_names
-    from dualpath.paper.rows import Row
-    from dualpath.paper.runner import Runner, process_pool
-    from dualpath.paper.together import together
+    from dualpath.lab.paper.archive import ArchiveError, merged
+    from dualpath.lab.paper.document import document_of, table_of, write_results
+    from dualpath.lab.paper.items import ITEMS, SENSITIVITY, check_names
+    from dualpath.lab.paper.rows import Row
+    from dualpath.lab.paper.runner import Runner, process_pool
+    from dualpath.lab.paper.together import together
 
     console = new_console()
     names = arguments.items or [*ITEMS, SENSITIVITY]

@@ -32,11 +32,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what a cluster can do for a workload."""
     import msgspec
 
-    from dualpath.plan import PlanError, Slo, plan_capacity
-    from dualpath.plan.traces import load_of
-    from dualpath.report.plan import plan_sentences, resource_table, split_table
-    from dualpath.spec.cluster import ClusterError, load_cluster
-    from dualpath.workload.limits import TraceError
+    from dualpath.lab.facts.cluster import ClusterError, load_cluster
+    from dualpath.lab.planning import PlanError, Slo, plan_capacity
+    from dualpath.lab.planning.traces import load_of
+    from dualpath.lab.report.plan import plan_sentences, resource_table, split_table
+    from dualpath.traces.limits import TraceError
 
     slo = Slo(ttft_s=arguments.ttft / 1e9, tpot_s=arguments.tpot / 1e9)
     with usage_errors(ClusterError, TraceError, PlanError):

@@ -93,11 +93,13 @@ def _range(text: str) -> tuple[float, float]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay; print what came of it. Exit code 1 if a turn failed, or if no rate of a search held."""
-    from dualpath.replay.agents import source_of
-    from dualpath.replay.run import run_replay
-    from dualpath.replay.settings import ReplaySettings
-    from dualpath.replay.table import replay_sentences, replay_table
-    from dualpath.workload import JournalError, ReplayError, Slo
+    from dualpath.client.replay import ReplayError
+    from dualpath.client.resume import JournalError
+    from dualpath.lab.replay.agents import source_of
+    from dualpath.lab.replay.run import run_replay
+    from dualpath.lab.replay.settings import ReplaySettings
+    from dualpath.lab.replay.table import replay_sentences, replay_table
+    from dualpath.results.online import Slo
 
     given = vars(arguments)
     fields = {name: value for name, value in given.items() if name in ReplaySettings.__struct_fields__}

@@ -38,8 +38,8 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the result files; write the page."""
-    from dualpath.report.html import write_report
-    from dualpath.report.result_file import ResultFileError, load
+    from dualpath.lab.report.html import write_report
+    from dualpath.results.file import ResultFileError, load
 
     with usage_errors(ResultFileError):
         results = [load(path) for path in arguments.results]

@@ -31,7 +31,7 @@ def _stat(arguments: argparse.Namespace) -> int:
 
     from dualpath.kv.inspect import stat
     from dualpath.kv.store import StoreError
-    from dualpath.report.store import stat_table
+    from dualpath.lab.report.store import stat_table
 
     check_directory(arguments.directory)
     with command_errors(StoreError):
@@ -47,7 +47,7 @@ def _fsck(arguments: argparse.Namespace) -> int:
 
     from dualpath.kv.inspect import fsck
     from dualpath.kv.store import StoreError
-    from dualpath.report.store import fsck_lines
+    from dualpath.lab.report.store import fsck_lines
 
     check_directory(arguments.directory)
     console = new_console()

@@ -8,7 +8,7 @@ from dualpath.cli.arguments import SYSTEMS, command, positive, positive_number, 
 from dualpath.cli.outcome import UsageError, command_errors, new_console, usage_errors, write_json
 
 if TYPE_CHECKING:
-    from dualpath.testbed.plan import Plan
+    from dualpath.lab.testbed.plan import Plan
 
 EXAMPLES = """\
 As root: a network namespace per node, a storage and a compute NIC each, rates and two DSCP classes kept by the kernel,
@@ -64,8 +64,8 @@ def _add_run(parser: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace, topology: str) -> "Plan":
-    from dualpath.runtime.config import Topology
-    from dualpath.testbed.plan import make_plan
+    from dualpath.cluster.config import Topology
+    from dualpath.lab.testbed.plan import make_plan
 
     with usage_errors(ValueError):
         size = Topology.parse(topology)
@@ -74,10 +74,10 @@ def _plan(arguments: argparse.Namespace, topology: str) -> "Plan":
 
 def _up(arguments: argparse.Namespace) -> int:
     """Build a testbed and leave it up."""
-    from dualpath.testbed.failure import TestbedError
-    from dualpath.testbed.network import status, up
-    from dualpath.testbed.plan import Rates
-    from dualpath.testbed.tables import status_table
+    from dualpath.lab.testbed.failure import TestbedError
+    from dualpath.lab.testbed.network import status, up
+    from dualpath.lab.testbed.plan import Rates
+    from dualpath.lab.testbed.tables import status_table
 
     plan = _plan(arguments, arguments.topology)
     rates = Rates(arguments.snic_rate, arguments.cnic_rate, arguments.storage_rate)
@@ -89,10 +89,10 @@ def _up(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     """Show the testbed that is up."""
-    from dualpath.testbed.failure import TestbedError
-    from dualpath.testbed.iproute import check_tools
-    from dualpath.testbed.network import load, status
-    from dualpath.testbed.tables import status_table
+    from dualpath.lab.testbed.failure import TestbedError
+    from dualpath.lab.testbed.iproute import check_tools
+    from dualpath.lab.testbed.network import load, status
+    from dualpath.lab.testbed.tables import status_table
 
     with command_errors(TestbedError):
         check_tools()
@@ -105,9 +105,9 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _down(arguments: argparse.Namespace) -> int:
     """Remove a testbed, whatever is left of it."""
-    from dualpath.testbed.failure import TestbedError
-    from dualpath.testbed.network import down
-    from dualpath.testbed.plan import check_name
+    from dualpath.lab.testbed.failure import TestbedError
+    from dualpath.lab.testbed.network import down
+    from dualpath.lab.testbed.plan import check_name
 
     with usage_errors(ValueError):
         check_name(arguments.name)
@@ -121,11 +121,11 @@ def _run(arguments: argparse.Namespace) -> int:
     """A cluster in the testbed, until Ctrl-C or until a command has ended."""
     if not (arguments.model / "config.json").is_file():
         raise UsageError(f"--model: {arguments.model} has no config.json; give a Hugging Face checkpoint's directory")
-    from dualpath.experiment.cluster_process import ClusterError
-    from dualpath.testbed.failure import TestbedError
-    from dualpath.testbed.iproute import check_tools
-    from dualpath.testbed.network import load
-    from dualpath.testbed.serving import serve_inside
+    from dualpath.lab.experiments.cluster_process import ClusterError
+    from dualpath.lab.testbed.failure import TestbedError
+    from dualpath.lab.testbed.iproute import check_tools
+    from dualpath.lab.testbed.network import load
+    from dualpath.lab.testbed.serving import serve_inside
 
     then = arguments.then[1:] if arguments.then[:1] == ["--"] else arguments.then
     with command_errors(TestbedError, ClusterError, OSError):
@@ -141,10 +141,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _qos(arguments: argparse.Namespace) -> int:
     """Measure; exit code 1 where it is not as wanted."""
-    from dualpath.testbed.failure import TestbedError
-    from dualpath.testbed.plan import check_name
-    from dualpath.testbed.qos import measure
-    from dualpath.testbed.tables import qos_lines, qos_table
+    from dualpath.lab.testbed.failure import TestbedError
+    from dualpath.lab.testbed.plan import check_name
+    from dualpath.lab.testbed.qos import measure
+    from dualpath.lab.testbed.tables import qos_lines, qos_table
 
     if arguments.cnic_rate is None:
         raise UsageError("--cnic-rate: without a rate there is nothing to share")

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 
-from dualpath.runtime.api import GeneratedTokens, Generator, TokenLogprob
+from dualpath.cluster.api import GeneratedTokens, Generator, TokenLogprob
 from dualpath.server.codec import TextCodec
 from dualpath.server.detokenize import IncrementalDetokenizer, StopMatcher
 from dualpath.server.errors import INTERNAL, ApiError

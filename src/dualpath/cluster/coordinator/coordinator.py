@@ -1,0 +1,211 @@
+"""The coordinator: a cluster's head, in front of its engines and behind its server.
+
+Theory of operation. Everything here runs on one asyncio thread. `Membership` says who belongs to the cluster and proves
+that an engine is gone; once the first prefill engine has told what is served, `Serving` holds the clients' requests and
+`SchedulerDriver` drives core, which decides everything: which engine, which path, when to retry and when to give up.
+This file ties them together: it listens, founds, answers the server, and ends it all.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+
+from dualpath.cluster import messages as m
+from dualpath.cluster.api import GeneratedTokens, GenerateRequest, ModelFacts, RequestError
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.coordinator.constants import scheduler_constants, scheduler_limits
+from dualpath.cluster.coordinator.driver import SchedulerDriver
+from dualpath.cluster.coordinator.links import EngineLinks
+from dualpath.cluster.coordinator.membership import Membership
+from dualpath.cluster.coordinator.prefixes import Prefixes
+from dualpath.cluster.coordinator.serving import Serving
+from dualpath.core.ledger import Holding
+from dualpath.core.scheduler import Scheduler
+from dualpath.core.vocabulary import EngineFacts, EngineId
+from dualpath.kv.keys import BlockKey
+from dualpath.kv.layout import KVLayout
+
+FLUSH_S = 0.05
+"""How long parting messages to engines get before the control socket closes."""
+
+
+class Coordinator:
+    """A cluster's head. Implements `runtime.api.Generator`.
+
+    `kill_engine(pid)` is given by whoever started local engines: it must end the process and return once it is dead, so
+    that an engine declared lost can't touch memory any more.
+    """
+
+    def __init__(self, config: ClusterConfig, kill_engine: Callable[[int], None] | None = None) -> None:
+        """Raises OSError where the control address can't be listened at or the journal not be written."""
+        self._config = config
+        self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Ends, with the exception, when the coordinator itself breaks: stopping loudly beats serving from a state
+        that nobody understands.
+        """
+        self._driver = SchedulerDriver(self._broken, config.journal)
+        self._links = EngineLinks()
+        self.membership = Membership(config, self._links, self, kill_engine)
+        self.control_address = self._links.bind(config.control_address)
+        self.layout: KVLayout | None = None
+        self._serving: Serving | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.strange_messages = 0
+        """Of engines that have not joined, or are lost."""
+
+    # ── life ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def start(self) -> None:
+        """Begin to listen; `membership.complete` waits for the engines of the configured topology."""
+        self.watch(asyncio.create_task(self._listen()))
+        self.watch(asyncio.create_task(self.membership.watch_leases()))
+
+    async def stop(self) -> None:
+        """Tell engines to leave, end open requests, close."""
+        self._driver.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for link in self._links.all():
+            self._links.send_to(link.identity, m.Shutdown("the cluster stops"))
+        if self._serving is not None:
+            error = RequestError(503, "shutting_down", "the server is shutting down; try again later", 5.0)
+            self._serving.end_all(error)
+        await asyncio.sleep(FLUSH_S)
+        self._links.close()
+        if self._serving is not None:
+            await asyncio.to_thread(self._serving.prefixes.close)
+
+    def watch(self, task: "asyncio.Task[None]") -> None:
+        """Own a task until `stop`: its failure is the coordinator's."""
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+
+    def _on_task_done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._broken(error)
+
+    def _broken(self, error: BaseException) -> None:
+        if not self.failure.done():
+            self.failure.set_exception(error)
+            self.failure.exception()  # whoever stops us may never come to look
+
+    # ── the server's face ───────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def model(self) -> ModelFacts:
+        return self._founded.model
+
+    @property
+    def _founded(self) -> Serving:
+        assert self._serving is not None, "no prefill engine has joined yet"
+        return self._serving
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GeneratedTokens, None]:
+        """See `runtime.api.Generator.generate`."""
+        if self._serving is None:
+            raise RequestError(503, "no_engine", "no engine has joined yet; try again in a moment", 1.0)
+        serving = self._serving
+        live = await serving.submit(request)
+        try:
+            while True:
+                event = await live.events.get()
+                if isinstance(event, RequestError):
+                    raise event
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            serving.cancel(live)
+
+    # ── for those who look inside (tests, tools) ────────────────────────────────────────────────────────────────────
+
+    def scheduler_holdings(self) -> tuple[Holding, ...]:
+        """What core's ledger says is held; empty when the cluster is idle."""
+        return self._driver.held()
+
+    def block_key(self, prompt_token_ids: list[int], block: int, tenant: str = "") -> BlockKey:
+        """Key of a prompt's full block `block`."""
+        prefixes = self._founded.prefixes
+        return prefixes.keys(prefixes.namespace_of(tenant), prompt_token_ids)[block]
+
+    async def settle(self) -> None:
+        """Wait until file work queued so far is done."""
+        await self._founded.prefixes.settle()
+
+    def health(self) -> dict[str, object]:
+        """See `runtime.api.Generator.health`."""
+        engines = [
+            {
+                "engine": link.engine,
+                "name": link.name,
+                "role": link.join.role.value,
+                "pid": link.join.pid,
+                "host": link.join.host,
+            }
+            for link in self._links.by_engine.values()
+        ]
+        return {"status": self.membership.status, "engines": engines}
+
+    def gauges(self) -> dict[str, float]:
+        """See `runtime.api.Generator.gauges`."""
+        figures: dict[str, float] = {
+            "dualpath_strange_messages_total": float(self.strange_messages),
+            "dualpath_malformed_messages_total": float(self._links.malformed_messages),
+            "dualpath_unroutable_messages_total": float(self._links.unroutable_messages),
+        }
+        for name, value in self._driver.statistics().items():
+            figures[f"dualpath_scheduler_{name}"] = float(value)
+        if self._serving is not None:
+            figures |= self._serving.gauges()
+        for link in self._links.by_engine.values():
+            labels = f'engine="{link.engine}",role="{link.join.role.value}"'
+            for name, figure in link.gauges.items():
+                metric, _, more = name.partition("{")
+                figures[f"{metric}{{{labels}{',' + more[:-1] if more else ''}}}"] = figure
+        return figures
+
+    # ── membership ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def found(self, join: m.Join, prefill_tokens_per_s: float) -> None:
+        """The first prefill engine tells the model and its speed: the scheduler and the index begin here.
+
+        Raises StoreError, OSError where the store can't be read.
+        """
+        config = self._config
+        prefixes = Prefixes(
+            config.store, join.layout, join.model_fingerprint, config.weights_version, config.store_quota_bytes
+        )
+        await prefixes.load()
+        model = ModelFacts(
+            name=config.served_model_name or Path(config.model).name,
+            path=config.model,
+            max_model_len_tokens=join.max_model_len_tokens,
+            vocab_size=join.vocab_size,
+            eos_token_ids=join.eos_token_ids,
+            cluster=config.served(join.layout.layers, join.layout.layers * join.layout.token_bytes),
+        )
+        self.layout = join.layout
+        constants = scheduler_constants(config, join.layout, prefill_tokens_per_s)
+        scheduler = Scheduler(config.policy, constants, scheduler_limits(config))
+        self._serving = Serving(model, prefixes, self._links, self._driver, scheduler, config.prefix_cache)
+
+    def engine_joined(self, facts: EngineFacts) -> None:
+        self._driver.input(lambda s, now: s.engine_joined(now, facts))
+
+    def engine_lost(self, engine: EngineId) -> None:
+        self._driver.input(lambda s, now: s.engine_lost(now, engine))
+
+    async def _listen(self) -> None:
+        async for identity, message in self._links.messages():
+            link = self._links.link_of(identity)
+            if isinstance(message, m.Join):
+                if link is None:
+                    self.membership.join(identity, message)
+            elif link is None or link.engine is None:
+                self.strange_messages += 1
+            elif isinstance(message, m.Leave):
+                self.membership.gone(link)
+            else:
+                self._founded.on_message(link.engine, message)

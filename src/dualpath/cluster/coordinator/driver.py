@@ -1,0 +1,89 @@
+"""Drives core's scheduler: inputs with the time, the commands that follow, the next timer, the journal.
+
+There is no policy here: which engine, which path, when to retry and when to give up are core's. An exception out of an
+input, or out of carrying out a command, is a bug in the driver or in core; the state is then nobody's to understand, so
+it is reported to whoever can stop the cluster.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from dualpath.core.journal import JournaledScheduler
+from dualpath.core.ledger import Holding
+from dualpath.core.scheduler import Scheduler
+from dualpath.core.vocabulary import Command
+
+AnyScheduler = Scheduler | JournaledScheduler
+Input = Callable[[AnyScheduler, int], None]
+"""A call of one scheduler method with the time."""
+
+
+class SchedulerDriver:
+    """Used from one asyncio thread."""
+
+    def __init__(self, on_broken: Callable[[BaseException], None], journal: str | None) -> None:
+        """`journal`: a file to write every input and its commands to, one JSON line each. Raises OSError."""
+        self._on_broken = on_broken
+        self._journal = open(journal, "wb") if journal else None  # noqa: SIM115 (closed in close)
+        self._scheduler: AnyScheduler | None = None
+        self._carry_out: Callable[[Command], None] = lambda _: None
+        self._driving = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._wake_ns: int | None = None
+        self._closed = False
+
+    def begin(self, scheduler: Scheduler, carry_out: Callable[[Command], None]) -> None:
+        """There is something to drive. `carry_out` is given every command in order, and may make inputs itself."""
+        self._carry_out = carry_out
+        self._scheduler = scheduler if self._journal is None else JournaledScheduler(scheduler, self._journal.write)
+
+    def input(self, call: Input) -> None:
+        """One scheduler input, then all the commands that follow from it, then the next timer."""
+        if self._closed:
+            return
+        assert self._scheduler is not None
+        try:
+            call(self._scheduler, time.monotonic_ns())
+            if self._driving:
+                return  # an input made while carrying out a command: its own commands follow those before it
+            self._driving = True
+            try:
+                while commands := self._scheduler.take_commands():
+                    for command in commands:
+                        self._carry_out(command)
+            finally:
+                self._driving = False
+            self._arm(self._scheduler.next_wake())
+        except BaseException as error:
+            self._on_broken(error)
+            raise
+
+    def statistics(self) -> dict[str, int]:
+        return self._scheduler.statistics() if self._scheduler is not None else {}
+
+    def held(self) -> tuple[Holding, ...]:
+        """What core's ledger says is held; empty when the cluster is idle."""
+        return self._scheduler.held() if self._scheduler is not None else ()
+
+    def close(self) -> None:
+        """No input does anything from now on."""
+        self._closed = True
+        self._arm(None)
+        if self._journal is not None:
+            self._journal.close()
+
+    def _arm(self, wake_ns: int | None) -> None:
+        if self._timer is not None and wake_ns == self._wake_ns:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._wake_ns = wake_ns
+        if wake_ns is not None:
+            delay_s = max(0.0, (wake_ns - time.monotonic_ns()) / 1e9)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self.input(lambda s, now: s.wake(now))

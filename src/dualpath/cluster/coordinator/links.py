@@ -1,0 +1,138 @@
+"""The coordinator's end of the control plane: who has joined, who still lives, and a way to send to each.
+
+One ZeroMQ ROUTER socket. An engine's identity is drawn anew each time its process starts, so a restarted engine is a
+new engine and whatever its former self still had to say is from a stranger, and dropped.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from dualpath.cluster.messages import (
+    CONTROL_QUEUE_MESSAGES,
+    FromEngine,
+    Heartbeat,
+    HeartbeatAck,
+    Join,
+    ToEngine,
+    encoder,
+    from_engine_decoder,
+)
+from dualpath.core.vocabulary import EngineId, Role
+
+_PREFIX = {Role.PREFILL: "PE", Role.DECODE: "DE"}
+
+
+class EngineLink(msgspec.Struct):
+    """One engine: joined, or still to be admitted (`engine` is None)."""
+
+    identity: bytes
+    join: Join
+    last_heard_ns: int
+    engine: EngineId | None = None
+    name: str = ""
+    """``PE0``, ``DE1``: engines of a role are numbered as they are admitted; no number is used twice."""
+    gauges: dict[str, float] = {}
+
+
+class EngineLinks:
+    """Engines by id and by ZeroMQ identity. Used from one asyncio thread."""
+
+    def __init__(self) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.LINGER, 500)
+        self._socket.set_hwm(CONTROL_QUEUE_MESSAGES)
+        self._by_identity: dict[bytes, EngineLink] = {}
+        self.by_engine: dict[EngineId, EngineLink] = {}
+        self._next_engine: EngineId = 0
+        self._admitted = dict.fromkeys(Role, 0)
+        self.malformed_messages = 0
+        self.unroutable_messages = 0
+
+    def bind(self, address: str) -> str:
+        """Listen; returns the address with its real port. Raises OSError naming the address."""
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            raise OSError(
+                error.errno, f"engines can't join at {address!r} ({error}); give an address such as tcp://0.0.0.0:5555"
+            ) from error
+        return str(self._socket.getsockopt(zmq.LAST_ENDPOINT), "utf-8")  # type: ignore[arg-type]
+
+    def expect(self, identity: bytes, join: Join) -> EngineLink:
+        """An engine that waits to be admitted: its heartbeats are answered, it is sent nothing else."""
+        link = self._by_identity[identity] = EngineLink(identity, join, time.monotonic_ns())
+        return link
+
+    def admit(self, link: EngineLink) -> EngineId:
+        """Give the engine its id; from now on it can be sent to."""
+        link.engine = self._next_engine
+        self._next_engine += 1
+        role = link.join.role
+        link.name = f"{_PREFIX[role]}{self._admitted[role]}"
+        self._admitted[role] += 1
+        self.by_engine[link.engine] = link
+        return link.engine
+
+    def forget(self, link: EngineLink) -> None:
+        self._by_identity.pop(link.identity, None)
+        if link.engine is not None:
+            self.by_engine.pop(link.engine, None)
+
+    def link_of(self, identity: bytes) -> EngineLink | None:
+        return self._by_identity.get(identity)
+
+    def all(self) -> list[EngineLink]:
+        return list(self._by_identity.values())
+
+    def extend_leases(self, by_ns: int) -> None:
+        """Nobody is silent while we don't listen."""
+        now_ns = time.monotonic_ns()
+        for link in self._by_identity.values():
+            link.last_heard_ns = min(now_ns, link.last_heard_ns + by_ns)
+
+    def expired(self, now_ns: int, lease_ns: int) -> list[EngineLink]:
+        return [link for link in self._by_identity.values() if now_ns - link.last_heard_ns > lease_ns]
+
+    async def messages(self) -> AsyncIterator[tuple[bytes, FromEngine]]:
+        """What engines say; heartbeats are answered on the way, malformed messages counted and dropped."""
+        while True:
+            identity, payload = await self._socket.recv_multipart()
+            try:
+                message = from_engine_decoder.decode(payload)
+            except msgspec.MsgspecError:
+                self.malformed_messages += 1
+                continue
+            link = self._by_identity.get(identity)
+            if link is not None:
+                link.last_heard_ns = time.monotonic_ns()
+                if isinstance(message, Heartbeat):
+                    link.gauges = message.gauges
+                    self.send_to(identity, HeartbeatAck())
+                    continue
+            yield identity, message
+
+    def send(self, engine: EngineId, message: ToEngine) -> None:
+        """Queue a message. One that can't be routed is dropped: the engine's lease will tell."""
+        link = self.by_engine.get(engine)
+        if link is not None:
+            self.send_to(link.identity, message)
+
+    def send_to(self, identity: bytes, message: ToEngine) -> None:
+        parts = [identity, encoder.encode(message)]
+        asyncio.ensure_future(self._socket.send_multipart(parts, flags=zmq.NOBLOCK)).add_done_callback(self._on_sent)
+
+    def _on_sent(self, sent: "asyncio.Future[Any]") -> None:
+        if sent.cancelled() or sent.exception() is not None:
+            self.unroutable_messages += 1
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()

@@ -1,0 +1,100 @@
+"""Full Blocks between an engine's buffer and storage: through its SNIC, on threads of their own (paper §4.1 ①).
+
+Everything that touches the file system, opening a namespace included, happens on those threads: the main thread only
+handles control messages and must never wait for a disk.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.messages import BlockFaultReport
+from dualpath.core.vocabulary import TrafficClass
+from dualpath.kv.block_file import BlockError
+from dualpath.kv.keys import BlockKey, Namespace
+from dualpath.kv.layout import KVLayout
+from dualpath.kv.storage import Storage
+from dualpath.kv.store import Store
+from dualpath.thread_names import named_threads
+from dualpath.transfer import BufferPool, TrafficManager
+
+IO_THREADS = 2
+"""Threads that read blocks, and as many that write them: enough to keep a NIC busy while one of them verifies a
+checksum.
+"""
+
+
+class BlockIO:
+    """Used from the main thread; what waits for work is bounded by the buffer, whose pages it is about."""
+
+    def __init__(self, cluster: ClusterConfig, layout: KVLayout, pool: BufferPool, traffic: TrafficManager) -> None:
+        self._layout = layout
+        self._pool = pool
+        self._traffic = traffic
+        self._reads = named_threads(IO_THREADS, "block-reads")
+        self._writes = named_threads(IO_THREADS, "block-writes")
+        self._storage = Storage(cluster.store, layout, durable=cluster.durable)
+        self._stores: dict[str, Store] = {}
+        self._opening = threading.Lock()
+
+    async def read_leg(
+        self, space: Namespace, keys: list[BlockKey], pages: list[int], cancelled: Callable[[], bool]
+    ) -> list[BlockFaultReport]:
+        """Storage → buffer, block by block in order; returns the blocks that can't be read.
+
+        Reads of earlier requests come first: the I/O threads take blocks in the order legs were asked for. Once
+        `cancelled` says so, no further block is begun. Raises StoreError where the store itself does not answer.
+        """
+        loop = asyncio.get_running_loop()
+        reads = [
+            loop.run_in_executor(self._reads, self._read, space, key, page, cancelled)
+            for key, page in zip(keys, pages, strict=True)
+        ]
+        # Every read must be over before anybody may free the pages, also when one of them raises.
+        outcomes = await asyncio.gather(*reads, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return [outcome for outcome in outcomes if isinstance(outcome, BlockFaultReport)]
+
+    async def write(self, space: Namespace, key: BlockKey, parent: BlockKey, payload: np.ndarray) -> int:
+        """Buffer → storage; returns the bytes it takes there once it is durable and verified. Raises StoreError."""
+        return await asyncio.get_running_loop().run_in_executor(self._writes, self._write, space, key, parent, payload)
+
+    def close(self) -> None:
+        """Wait for the blocks under way; those not begun are dropped."""
+        for threads in (self._reads, self._writes):
+            threads.shutdown(wait=True, cancel_futures=True)
+
+    def _read(
+        self, space: Namespace, key: BlockKey, page: int, cancelled: Callable[[], bool]
+    ) -> BlockFaultReport | None:
+        if cancelled():
+            return None
+        into = self._pool.view(page)[: self._layout.full_block_bytes]
+        try:
+            self._store(space).read(key, into, self._pace_read)
+        except BlockError as error:
+            return BlockFaultReport(key, error.cause.value)
+        return None
+
+    def _write(self, space: Namespace, key: BlockKey, parent: BlockKey, payload: np.ndarray) -> int:
+        return self._store(space).write(key, parent, payload, self._pace_write)
+
+    def _store(self, space: Namespace) -> Store:
+        """The namespace's store, opened once; a failure to open is not remembered."""
+        with self._opening:
+            store = self._stores.get(space.hex)
+            if store is None:
+                store = self._storage.open(space)
+                self._stores[space.hex] = store
+            return store
+
+    def _pace_read(self, n_bytes: int) -> None:
+        self._traffic.snic.rx.acquire(TrafficClass.LOW, n_bytes)
+
+    def _pace_write(self, n_bytes: int) -> None:
+        self._traffic.snic.tx.acquire(TrafficClass.LOW, n_bytes)

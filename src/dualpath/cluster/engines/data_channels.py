@@ -1,0 +1,74 @@
+"""A prefill engine's connections to decode engines' buffers: one each, opened and closed off the main thread.
+
+A decode engine that hangs takes the whole time-out to not answer. Connections are therefore made when an engine joins,
+or else before a prompt may join a batch, on threads of their own; the compute thread only ever gets one that is open.
+"""
+
+import asyncio
+
+from dualpath.cluster.engines.host import EngineHost
+from dualpath.core.vocabulary import TrafficClass
+from dualpath.thread_names import named_threads
+from dualpath.transfer import Channel, TransferError, connect
+
+CONNECT_THREADS = 4
+CONNECT_TIMEOUT_S = 5.0
+
+
+class DataChannels:
+    """Open channels by address. `get` may be called from any thread, the rest from the main thread."""
+
+    def __init__(self, host: EngineHost) -> None:
+        self._host = host
+        self._channels: dict[str, Channel] = {}
+        self._opening: dict[str, asyncio.Future[Channel]] = {}
+        self._threads = named_threads(CONNECT_THREADS, "connect")
+
+    def get(self, address: str) -> Channel | None:
+        """The open channel to an address, None where there is none."""
+        channel = self._channels.get(address)
+        return channel if channel is not None and channel.is_open else None
+
+    async def open(self, address: str) -> Exception | None:
+        """Make sure that there is a channel; returns why there can't be one. Those who ask together wait together."""
+        if self.get(address) is not None:
+            return None
+        opening = self._opening.get(address)
+        if opening is None:
+            opening = asyncio.get_running_loop().run_in_executor(self._threads, self._connect, address)
+            self._opening[address] = opening
+            opening.add_done_callback(lambda opened: self._opened(address, opened))
+        try:
+            await asyncio.shield(opening)
+        except (TransferError, ValueError) as error:
+            return error
+        return None
+
+    def _opened(self, address: str, opened: "asyncio.Future[Channel]") -> None:
+        """Before anybody who waits goes on."""
+        del self._opening[address]
+        if not opened.cancelled() and opened.exception() is None:
+            self._channels[address] = opened.result()
+
+    async def drop(self, address: str) -> None:
+        """Close the channel to an engine that is lost, also one that is only being opened."""
+        if address in self._opening:
+            await asyncio.wait([self._opening[address]])
+        channel = self._channels.pop(address, None)
+        if channel is not None:
+            await asyncio.get_running_loop().run_in_executor(self._threads, channel.close)
+
+    def close(self) -> None:
+        """Close every channel; what is under way on them ends."""
+        for channel in self._channels.values():
+            channel.close()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _connect(self, address: str) -> Channel:
+        return connect(
+            address,
+            local_traffic=self._host.traffic,
+            traffic_class=TrafficClass.LOW,
+            peer_tag=str(self._host.engine),
+            timeout_s=CONNECT_TIMEOUT_S,
+        )

@@ -1,0 +1,180 @@
+"""What a prefill and a decode engine have in common: control socket, buffer, NICs, data server, block I/O.
+
+Threads of an engine process: the asyncio main thread (control only), one compute thread (torch), a few I/O threads that
+read and write blocks, and the data channels' own. KV bytes never pass through the main thread.
+"""
+
+import asyncio
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from dualpath.cluster import messages as m
+from dualpath.cluster.engines.block_io import BlockIO
+from dualpath.cluster.engines.data_address import data_bind_address
+from dualpath.core.vocabulary import EngineId
+from dualpath.kv.layout import KVLayout
+from dualpath.thread_names import COMPUTE_THREAD, named_threads
+from dualpath.transfer import BufferPool, ChannelServer, TrafficManager
+
+JOIN_TIMEOUT_S = 600.0
+"""How long an engine waits to be welcomed: for the coordinator to start, or for the first prefill engine to join."""
+
+Owner = tuple[int, int]
+"""Who holds buffer pages: (request, attempt)."""
+
+
+class EngineHost:
+    """The process around an engine's work. Used from the main asyncio thread unless a method says otherwise."""
+
+    def __init__(self, config: m.EngineConfig, layout: KVLayout, buffer_blocks: int) -> None:
+        cluster = config.cluster
+        self.config = config
+        self.layout = layout
+        self.traffic = TrafficManager(snic_bytes_per_s=cluster.snic_rate, cnic_bytes_per_s=cluster.cnic_rate)
+        name = uuid.uuid4().hex[:12]
+        self.pool = BufferPool.create(name, layout.full_block_bytes, buffer_blocks)
+        self.server = ChannelServer(self.pool, self.traffic, data_bind_address(cluster, name))
+        self.blocks = BlockIO(cluster, layout, self.pool, self.traffic)
+        self.compute = named_threads(1, COMPUTE_THREAD)
+        self.engine: EngineId | None = None
+        self.counters: Counter[str] = Counter()
+        self.gauge_sources: list[Callable[[], dict[str, float]]] = [self._own_gauges]
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
+        self._socket.setsockopt(zmq.LINGER, 500)
+        self._socket.set_hwm(m.CONTROL_QUEUE_MESSAGES)
+        self._heard_ns = 0
+        self._dismissed = False
+        self._reason = "closed"
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    # ── control ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def send(self, message: m.FromEngine) -> None:
+        """Queue a message to the coordinator; never blocks."""
+        sending = self._socket.send(m.encoder.encode(message), flags=zmq.NOBLOCK)
+        asyncio.ensure_future(sending).add_done_callback(self._on_sent)
+
+    def _on_sent(self, sent: "asyncio.Future[Any]") -> None:
+        if not sent.cancelled() and sent.exception() is not None:
+            self.leave(f"the coordinator can't be reached: {sent.exception()}")
+
+    async def run(self, join: m.Join, handle: Callable[[m.ToEngine], None]) -> str:
+        """Join, then pass every message to `handle` until told or forced to leave; returns why.
+
+        Raises ValueError for a coordinator's address that is none, ConnectionRefusedError where it refuses this engine.
+        """
+        try:
+            self._socket.connect(self.config.coordinator)
+        except zmq.ZMQError as error:
+            raise ValueError(
+                f"{self.config.coordinator!r} is no address such as tcp://10.0.0.1:5555: {error}"
+            ) from error
+        self._heard_ns = time.monotonic_ns()
+        self.send(join)
+        self.spawn(self._listen(handle))
+        self.spawn(self._beat())
+        try:
+            self._reason = await self.ended
+        finally:
+            await self.end_tasks()
+        return self._reason
+
+    async def end_tasks(self) -> None:
+        """Cancel every task and wait until it is over."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _listen(self, handle: Callable[[m.ToEngine], None]) -> None:
+        while True:
+            message = m.to_engine_decoder.decode(await self._socket.recv())
+            self._heard_ns = time.monotonic_ns()
+            match message:
+                case m.HeartbeatAck():
+                    pass
+                case m.Welcome():
+                    self.engine = message.engine
+                case m.Shutdown():
+                    self._dismissed = True
+                    self.leave(message.reason)
+                case m.Refusal():
+                    self._dismissed = True
+                    if not self.ended.done():
+                        self.ended.set_exception(ConnectionRefusedError(message.reason))
+                case _:
+                    handle(message)
+
+    async def _beat(self) -> None:
+        while True:
+            gauges: dict[str, float] = {}
+            for source in self.gauge_sources:
+                gauges |= source()
+            self.send(m.Heartbeat(gauges))
+            await asyncio.sleep(self.config.cluster.heartbeat_ns / 1e9)
+            # An engine that holds nothing yet is in nobody's way, and may well be started before its coordinator.
+            patience_s = JOIN_TIMEOUT_S if self.engine is None else 2 * self.config.cluster.lease_ns / 1e9
+            if (time.monotonic_ns() - self._heard_ns) / 1e9 > patience_s:
+                self.leave(f"the coordinator has been silent for {patience_s:.0f} s")
+
+    def leave(self, reason: str) -> None:
+        if not self.ended.done():
+            self.ended.set_result(reason)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run a task this host owns. One that fails unexpectedly is a bug: the engine leaves rather than limp on."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+        return task
+
+    def _on_task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "an engine task failed", "exception": task.exception(), "task": task}
+            )
+            self.leave(f"internal error: {task.exception()!r}")
+
+    def log(self, line: str) -> None:
+        print(f"[{self.config.role.value} engine {self.engine}] {line}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Give everything back. Last of all the coordinator is told: from then on nothing here touches any memory."""
+        self.server.close()
+        self.blocks.close()
+        self.compute.shutdown(wait=True, cancel_futures=True)
+        self.pool.close()
+        if not self._dismissed and self.engine is not None:
+            self.send(m.Leave(self._reason))
+        self._socket.close()
+        self._context.term()
+
+    # ── gauges ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _own_gauges(self) -> dict[str, float]:
+        pool = self.pool.statistics()
+        figures = {
+            "dualpath_buffer_free_blocks": float(pool.free_pages),
+            "dualpath_buffer_held_blocks": float(pool.held_pages),
+            "dualpath_buffer_quarantined_blocks": float(pool.quarantined_pages),
+            "dualpath_buffer_high_water_blocks": float(pool.high_water_pages),
+        }
+        traffic = self.traffic.statistics()
+        for nic, nic_figures in (("snic", traffic.snic), ("cnic", traffic.cnic)):
+            for direction, lane in (("rx", nic_figures.rx), ("tx", nic_figures.tx)):
+                for traffic_class, n_bytes in (("high", lane.high_bytes), ("low", lane.low_bytes)):
+                    labels = f'nic="{nic}",direction="{direction}",traffic_class="{traffic_class}"'
+                    figures[f"dualpath_nic_bytes_total{{{labels}}}"] = float(n_bytes)
+        for name, value in self.counters.items():
+            figures[f"dualpath_{name}_total"] = float(value)
+        return figures

@@ -1,0 +1,99 @@
+"""An engine process from start to end: load the model, measure, join, work, leave.
+
+Started by the supervisor's fork server, which has imported this module (and so torch) once for all engines of a host,
+or by `dualpath engine` on its own.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+
+import torch
+
+from dualpath.cluster.engines.decode import DecodeWorker
+from dualpath.cluster.engines.host import EngineHost
+from dualpath.cluster.engines.prefill import PrefillWorker
+from dualpath.cluster.messages import EngineConfig, Join
+from dualpath.core.batching import AttentionCost
+from dualpath.core.vocabulary import Role
+from dualpath.kv.store import StoreError
+from dualpath.model import LoadedModel, model_fingerprint, profile_attention
+
+
+def run_engine(config: EngineConfig) -> None:
+    """Serve until told to leave. Exit code 1 and a line on stderr where the engine can't start or breaks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
+    cluster = config.cluster
+    torch.set_num_threads(cluster.threads)
+    try:
+        model = LoadedModel.load(cluster.model, device=cluster.device, dtype=cluster.dtype, threads=cluster.threads)
+        reason = asyncio.run(_serve(config, model))
+    except (OSError, StoreError, ValueError) as error:
+        print(f"[{config.role.value} engine, pid {os.getpid()}] can't run: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+    if reason.startswith("internal error"):
+        raise SystemExit(1)
+
+
+async def _serve(config: EngineConfig, model: LoadedModel) -> str:
+    cluster = config.cluster
+    block_bytes = model.layout.full_block_bytes
+    buffer_blocks = cluster.buffer_bytes // block_bytes
+    hbm_blocks = cluster.hbm_bytes // block_bytes if config.role is Role.DECODE else 0
+    if buffer_blocks < 1 or (config.role is Role.DECODE and hbm_blocks < 1):
+        raise ValueError(
+            f"a Full Block of this model is {block_bytes} bytes; --buffer {cluster.buffer_bytes} or --hbm "
+            f"{cluster.hbm_bytes} does not hold one"
+        )
+    host = EngineHost(config, model.layout, buffer_blocks)
+    loop = asyncio.get_running_loop()
+    worker: PrefillWorker | DecodeWorker | None = None
+    try:
+        prefill_tokens_per_s = None
+        # On the compute thread, whose memory and kernels the first request then finds warm.
+        if config.role is Role.PREFILL:
+            worker = PrefillWorker(host, model, _attention_cost(model))
+            prefill_tokens_per_s = await loop.run_in_executor(host.compute, worker.measure_tokens_per_s)
+        else:
+            worker = DecodeWorker(host, model, hbm_blocks)
+            await loop.run_in_executor(host.compute, worker.warm_up)
+        loop.add_signal_handler(signal.SIGTERM, host.leave, "terminated")
+        join = _join_message(config, model, host, hbm_blocks, prefill_tokens_per_s)
+        reason = await host.run(join, worker.handle)
+        host.log(f"leaves: {reason}")
+        return reason
+    finally:
+        if worker is not None:
+            worker.close()
+        host.close()
+
+
+def _join_message(
+    config: EngineConfig, model: LoadedModel, host: EngineHost, hbm_blocks: int, prefill_tokens_per_s: float | None
+) -> Join:
+    return Join(
+        role=config.role,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        buffer_blocks=host.pool.pages,
+        hbm_blocks=hbm_blocks,
+        data_address=host.server.address,
+        layout=model.layout,
+        model_fingerprint=model_fingerprint(config.cluster.model),
+        max_model_len_tokens=model.max_length_tokens,
+        vocab_size=model.vocab_size,
+        eos_token_ids=tuple(model.eos_token_ids),
+        prefill_tokens_per_s=prefill_tokens_per_s,
+    )
+
+
+def _attention_cost(model: LoadedModel) -> AttentionCost:
+    fixed_ns, ns_per_flop = profile_attention(model)
+    return AttentionCost(
+        fixed_ns=fixed_ns,
+        ns_per_flop=ns_per_flop,
+        flops_per_token=model.attention_flops_per_token,
+        flops_per_pair=model.attention_flops_per_pair,
+    )

@@ -1,0 +1,277 @@
+"""The prefill engine: reads its legs, packs batches under the compute quota, runs them layer by layer (paper §4.1,
+§6.2).
+
+An attempt's life here: `LoadLeg` (PE side only) → blocks come from storage into the PE buffer → `StartPrefill` → waits
+in core's `PrefillQueue` → one or more chunks → `PrefillDone`, PE buffer pages given back. `AbortAttempt` at any point:
+what is reading or computing is let go as soon as it can be, then `Released`.
+"""
+
+import asyncio
+import time
+
+from dualpath.cluster import messages as m
+from dualpath.cluster.engines.data_channels import DataChannels
+from dualpath.cluster.engines.draws import draw_message
+from dualpath.cluster.engines.host import EngineHost, Owner
+from dualpath.cluster.engines.layer_transfers import BatchTransfers, ItemTransfers, Rows
+from dualpath.core.batching import AttentionCost, Chunk, PrefillQueue
+from dualpath.core.load_plan import chunk_plan
+from dualpath.core.vocabulary import Cause, Leg, Side
+from dualpath.kv.store import StoreError
+from dualpath.model import LayerIOTimeoutError, LayerwisePrefill, LoadedModel, PrefillItem, PrefillOutput
+from dualpath.transfer import ChannelBusy, TransferCause, TransferError
+
+PROBE_HIT_TOKENS = 2048
+PROBE_NEW_TOKENS = 64
+TRANSFER_ERRORS = (TransferError, ChannelBusy, ConnectionError)
+
+
+class NoTransfers:
+    """`LayerIO` that leaves hit rows as they are: for measuring compute alone."""
+
+    def load_layer(self, _layer: int, destinations: list[Rows | None]) -> list[Exception | None]:
+        return [None] * len(destinations)
+
+    def ship_layer(self, _layer: int, rows: list[Rows | None]) -> list[Exception | None]:
+        return [None] * len(rows)
+
+
+class PrefillAttempt:
+    """What the PE holds of one attempt."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        self.leg: Leg | None = None
+        self.pages: list[int] = []
+        self.start: m.StartPrefill | None = None
+        self.busy = False
+        """Reading, connecting or in a batch: it can't be given back yet."""
+        self.aborted = False
+        self.quiet = True
+        """False once a transfer failed half-way: its last bytes may still be on their way."""
+
+
+class PrefillWorker:
+    """Handles the coordinator's messages on the main thread; computes on the host's compute thread."""
+
+    def __init__(self, host: EngineHost, model: LoadedModel, cost: AttentionCost) -> None:
+        cluster = host.config.cluster
+        self._host = host
+        self._model = model
+        self._prefill = LayerwisePrefill(
+            model,
+            device_layers=cluster.device_layers,
+            layerwise=cluster.policy.layerwise,
+            max_batch_tokens=max(model.max_length_tokens, cluster.max_batch_kv_tokens),
+        )
+        self._queue = PrefillQueue(
+            cost, cluster.quota_ns, cluster.max_batch_tokens, cluster.max_batch_requests, cluster.max_batch_kv_tokens
+        )
+        self._peak_device_kv_bytes = 0
+        self._attempts: dict[Owner, PrefillAttempt] = {}
+        self._channels = DataChannels(host)
+        self._work = asyncio.Event()
+        host.gauge_sources.append(self._gauges)
+        host.spawn(self._run_batches())
+
+    def measure_tokens_per_s(self) -> float:
+        """Prompt tokens a second, hit ones included, of an agent's typical turn; the second of two runs, warm."""
+        new_tokens = min(PROBE_NEW_TOKENS, self._model.max_length_tokens)
+        hit_tokens = min(PROBE_HIT_TOKENS, self._model.max_length_tokens - new_tokens)
+        item = PrefillItem(token_ids=[0] * new_tokens, cached_tokens=hit_tokens)
+        elapsed_ns = 0
+        for _ in range(2):
+            started_ns = time.monotonic_ns()
+            self._prefill.run([item], NoTransfers())
+            elapsed_ns = time.monotonic_ns() - started_ns
+        return (hit_tokens + new_tokens) * 1e9 / elapsed_ns
+
+    def handle(self, message: m.ToEngine) -> None:
+        match message:
+            case m.LoadLeg():
+                attempt = self._hold((message.request, message.attempt), message.leg)
+                self._host.spawn(self._load(attempt, message))
+            case m.StartPrefill():
+                self._start(message)
+            case m.AbortAttempt():
+                self._abort((message.request, message.attempt))
+            case m.PeerJoined():
+                self._host.spawn(self._meet(message))
+            case m.PeerLost():
+                self._host.spawn(self._channels.drop(message.data_address))
+            case _:
+                raise TypeError(f"a prefill engine was sent {type(message).__name__}")
+
+    async def _meet(self, message: m.PeerJoined) -> None:
+        """Mapping a decode engine's buffer takes long enough for a first token to be late by."""
+        error = await self._channels.open(message.data_address)
+        if error is not None:
+            self._host.log(f"engine {message.engine} can't be connected to; its first prompt will try again: {error}")
+
+    # ── loading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _hold(self, owner: Owner, leg: Leg) -> PrefillAttempt:
+        """At once, not in the loading task: an abort that comes next must find it."""
+        attempt = self._attempts[owner] = PrefillAttempt(owner)
+        attempt.leg = leg
+        attempt.pages = self._host.pool.allocate(owner, leg.blocks)
+        attempt.busy = True
+        return attempt
+
+    async def _load(self, attempt: PrefillAttempt, message: m.LoadLeg) -> None:
+        faults: list[m.BlockFaultReport] | None = None
+        try:
+            faults = await self._host.blocks.read_leg(
+                message.namespace, message.keys, attempt.pages, lambda: attempt.aborted
+            )
+        except StoreError as error:
+            self._host.log(f"request {message.request} can't be loaded: {error}")
+        attempt.busy = False
+        if attempt.aborted:
+            self._release(attempt)
+        elif faults is None or faults:
+            self._host.send(m.LoadFailed(*attempt.owner, Side.PE, faults or []))
+        else:
+            self._host.send(m.Loaded(*attempt.owner, Side.PE))
+
+    # ── computing ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self, message: m.StartPrefill) -> None:
+        owner = (message.request, message.attempt)
+        attempt = self._attempts.get(owner)
+        loads_here = any(leg.side is Side.PE for leg in message.legs)
+        if loads_here != (attempt is not None) or (attempt is not None and (attempt.aborted or attempt.start)):
+            self._host.counters["stale_messages"] += 1
+            return
+        if attempt is None:
+            attempt = self._attempts[owner] = PrefillAttempt(owner)
+        attempt.start = message
+        attempt.busy = True
+        self._host.spawn(self._enqueue(attempt, message))
+
+    async def _enqueue(self, attempt: PrefillAttempt, message: m.StartPrefill) -> None:
+        """Connect to the decode engine before the prompt may join a batch: one that hangs must not hold up others."""
+        error = await self._channels.open(message.decode_address)
+        attempt.busy = False
+        if attempt.aborted:
+            self._release(attempt)
+        elif error is not None:
+            self._fail(attempt, error)
+        else:
+            self._queue.push(*attempt.owner, message.hit_tokens, len(message.miss_token_ids))
+            self._work.set()
+
+    async def _run_batches(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._work.wait()
+            chunks = self._queue.next_batch()
+            if not chunks:
+                self._work.clear()
+                continue
+            attempts = [self._attempts[chunk.request, chunk.attempt] for chunk in chunks]
+            for attempt in attempts:
+                attempt.busy = True
+            try:
+                outputs = await loop.run_in_executor(self._host.compute, self._compute, chunks, attempts)
+            except LayerIOTimeoutError as error:
+                # A thread hangs in a transfer: nothing can be proven quiet but by the end of this process.
+                self._host.leave(f"internal error: {error}")
+                return
+            except Exception as error:  # the batch's own failure: each of its requests learns of it
+                outputs = [PrefillOutput(error=error)] * len(chunks)
+            self._note_batch()
+            for chunk, attempt, output in zip(chunks, attempts, outputs, strict=True):
+                self._on_chunk(chunk, attempt, output)
+
+    def _compute(self, chunks: tuple[Chunk, ...], attempts: list[PrefillAttempt]) -> list[PrefillOutput]:
+        """On the compute thread: one batch, all layers."""
+        items, transfers = [], []
+        for chunk, attempt in zip(chunks, attempts, strict=True):
+            start = attempt.start
+            assert start is not None
+            first = chunk.cached_tokens - start.hit_tokens
+            items.append(
+                PrefillItem(
+                    token_ids=start.miss_token_ids[first : first + chunk.new_tokens],
+                    cached_tokens=chunk.cached_tokens,
+                    sampling=start.sampling if chunk.last else None,
+                    generated_so_far=start.generated_tokens,
+                )
+            )
+            plan = chunk_plan(tuple(start.legs), start.hit_tokens, chunk.cached_tokens, chunk.new_tokens)
+            transfers.append(
+                ItemTransfers(
+                    plan,
+                    attempt.pages,
+                    attempt.leg.first_block if attempt.leg is not None else 0,
+                    start.decode_pages,
+                    self._channels.get(start.decode_address),
+                    lambda attempt=attempt: attempt.aborted,  # type: ignore[misc]
+                )
+            )
+        io = BatchTransfers(self._host.layout, self._host.pool, self._host.traffic, transfers)
+        return self._prefill.run(items, io)
+
+    def _note_batch(self) -> None:
+        self._host.counters["prefill_batches"] += 1
+        statistics = self._prefill.statistics
+        if statistics is not None:
+            self._peak_device_kv_bytes = max(self._peak_device_kv_bytes, statistics.peak_device_kv_bytes)
+
+    def _on_chunk(self, chunk: Chunk, attempt: PrefillAttempt, output: PrefillOutput) -> None:
+        attempt.busy = False
+        self._queue.chunk_done(*attempt.owner)
+        self._host.counters["prefill_chunks"] += 1
+        self._host.counters["prefill_tokens"] += chunk.new_tokens
+        # A connection that has ended brings nothing more; over one that has not, the rest may still be on its way.
+        error = output.error
+        attempt.quiet &= not isinstance(error, TransferError) or error.cause is TransferCause.PEER_CLOSED
+        if attempt.aborted:
+            self._queue.remove(*attempt.owner)
+            self._release(attempt)
+        elif output.error is not None:
+            self._queue.remove(*attempt.owner)
+            self._fail(attempt, output.error)
+        elif chunk.last:
+            assert output.token is not None
+            self._give_back(attempt)
+            self._host.send(m.PrefillDone(*attempt.owner, draw_message(output.token)))
+
+    def _fail(self, attempt: PrefillAttempt, error: Exception) -> None:
+        """The attempt goes no further; what it holds stays until it is aborted."""
+        cause = Cause.TRANSFER_FAILED if isinstance(error, TRANSFER_ERRORS) else Cause.COMPUTE_FAILED
+        self._host.log(f"request {attempt.owner[0]} attempt {attempt.owner[1]} failed: {error!r}")
+        self._host.send(m.AttemptFailed(*attempt.owner, cause, repr(error)))
+
+    # ── giving back ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _abort(self, owner: Owner) -> None:
+        attempt = self._attempts.get(owner)
+        if attempt is None:
+            self._host.send(m.Released(*owner))
+            return
+        attempt.aborted = True
+        if not attempt.busy:
+            self._queue.remove(*owner)
+            self._release(attempt)
+
+    def _release(self, attempt: PrefillAttempt) -> None:
+        self._give_back(attempt)
+        self._host.send(m.Released(*attempt.owner, attempt.quiet))
+
+    def _give_back(self, attempt: PrefillAttempt) -> None:
+        if attempt.pages:
+            self._host.pool.free(attempt.owner, attempt.pages)
+        del self._attempts[attempt.owner]
+
+    def _gauges(self) -> dict[str, float]:
+        return {
+            "dualpath_engine_attempts": float(len(self._attempts)),
+            "dualpath_prefill_waiting_tokens": float(self._queue.waiting_tokens),
+            "dualpath_prefill_peak_device_kv_bytes": float(self._peak_device_kv_bytes),
+        }
+
+    def close(self) -> None:
+        self._channels.close()
+        self._prefill.close()

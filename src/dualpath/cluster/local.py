@@ -1,0 +1,59 @@
+"""A whole cluster on this host: the coordinator in this process, its engines in processes of their own."""
+
+import asyncio
+
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.coordinator.coordinator import Coordinator
+from dualpath.cluster.supervisor import Supervisor
+
+JOIN_TIMEOUT_S = 180.0
+"""How long engines may take to import torch, load the model and join."""
+
+
+class Cluster:
+    """A coordinator and the engines it supervises, as an async context manager: entered once every engine has joined.
+
+    With `local_engines` False it only listens: engines join from elsewhere (`dualpath engine`).
+    """
+
+    def __init__(self, config: ClusterConfig, local_engines: bool = True) -> None:
+        self.config = config
+        self._local_engines = local_engines
+        self.coordinator: Coordinator
+        self.supervisor: Supervisor
+
+    async def __aenter__(self) -> "Cluster":
+        """Raises TimeoutError, RuntimeError, OSError, StoreError saying why there is no cluster."""
+        self.coordinator = Coordinator(self.config, kill_engine=self._kill)
+        self.supervisor = Supervisor(self.config, self.coordinator.control_address)
+        try:
+            self.coordinator.start()
+            if self._local_engines:
+                self.supervisor.start()
+                self.coordinator.watch(asyncio.create_task(self.supervisor.watch(self._on_exit)))
+            await self._complete()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def _complete(self) -> None:
+        """Every engine has joined; or the coordinator broke before."""
+        joining = asyncio.create_task(self.coordinator.membership.complete(JOIN_TIMEOUT_S))
+        try:
+            await asyncio.wait([joining, self.coordinator.failure], return_when=asyncio.FIRST_COMPLETED)
+            if self.coordinator.failure.done():
+                self.coordinator.failure.result()
+            await joining
+        finally:
+            joining.cancel()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.coordinator.stop()
+        await asyncio.to_thread(self.supervisor.stop)
+
+    def _kill(self, pid: int) -> None:
+        self.supervisor.kill(pid)
+
+    def _on_exit(self, pid: int, why: str) -> None:
+        self.coordinator.membership.process_died(pid, why)

@@ -1,0 +1,309 @@
+"""Control messages between the coordinator and its engines: msgspec records over ZeroMQ, no pickle, no KV bytes.
+
+Every message about a request names `(request, attempt)`; a message of an older attempt is dropped where it arrives.
+Coordinator → engine follows core's commands one to one, with the payload the engine needs to carry them out.
+"""
+
+import msgspec
+
+from dualpath.cluster.config import ClusterConfig
+from dualpath.core.vocabulary import Cause, EngineId, Leg, RequestId, Role, Side
+from dualpath.kv.keys import BlockKey, Namespace
+from dualpath.kv.layout import KVLayout
+from dualpath.spec.sampling import SamplingParams
+
+CONTROL_QUEUE_MESSAGES = 100_000
+"""Bound of each control queue. A cluster that has this many messages under way to one engine has lost it already."""
+
+
+class Draw(msgspec.Struct, frozen=True):
+    """A generated token as it travels: id, and log-probabilities (chosen first, then the top ones) when asked for."""
+
+    token_id: int
+    logprobs: list[tuple[int, float]] | None = None
+
+
+# ── engine → coordinator ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Join(msgspec.Struct, frozen=True, tag=True):
+    """An engine has loaded its model and offers itself."""
+
+    role: Role
+    pid: int
+    host: str
+    buffer_blocks: int
+    hbm_blocks: int
+    data_address: str
+    layout: KVLayout
+    model_fingerprint: str
+    max_model_len_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    prefill_tokens_per_s: float | None = None
+    """Of a PE: prompt tokens a second, hit ones included, measured on an agent's turn; the scheduler's β needs it."""
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """The engine lives; its gauges, name → value."""
+
+    gauges: dict[str, float]
+
+
+class Prepared(msgspec.Struct, frozen=True, tag=True):
+    """DE: the DE buffer pages set aside for the prompt, in block order."""
+
+    request: RequestId
+    attempt: int
+    pages: list[int]
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """A leg is in the buffer, verified."""
+
+    request: RequestId
+    attempt: int
+    side: Side
+
+
+class BlockFaultReport(msgspec.Struct, frozen=True):
+    """A block that could not be read, and why (a `kv.store.BlockFault` value)."""
+
+    key: BlockKey
+    fault: str
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    """At least one block of the leg is unreadable: those in `faults` must never be served again.
+
+    Without any fault it is the store that this engine can't reach, and no block is to blame.
+    """
+
+    request: RequestId
+    attempt: int
+    side: Side
+    faults: list[BlockFaultReport]
+
+
+class PrefillDone(msgspec.Struct, frozen=True, tag=True):
+    """PE: the prompt's KV is complete in the DE buffer, the PE holds nothing of it; here is the first token."""
+
+    request: RequestId
+    attempt: int
+    draw: Draw
+
+
+class AttemptFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine can't go on with this attempt; it keeps what it holds until `AbortAttempt`."""
+
+    request: RequestId
+    attempt: int
+    cause: Cause
+    detail: str
+
+
+class StepTokens(msgspec.Struct, frozen=True):
+    """One sequence's tokens of a decode step."""
+
+    request: RequestId
+    attempt: int
+    draw: Draw
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """DE: what one decode step generated."""
+
+    step: list[StepTokens]
+
+
+class BufferFreed(msgspec.Struct, frozen=True, tag=True):
+    """DE: pages of the DE buffer given back."""
+
+    request: RequestId
+    attempt: int
+    blocks: int
+
+
+class StoredBlock(msgspec.Struct, frozen=True):
+    """A Full Block that is durable and verified."""
+
+    key: BlockKey
+    parent: BlockKey
+    physical_bytes: int
+
+
+class Stored(msgspec.Struct, frozen=True, tag=True):
+    """DE: these blocks may be published, in this order."""
+
+    blocks: list[StoredBlock]
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """DE: generation ended, every full block is persisted, nothing is held."""
+
+    request: RequestId
+    attempt: int
+    finish_reason: str
+
+
+class Released(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `AbortAttempt`: no transfer can touch the attempt's blocks any more and all are given back.
+
+    `quiet` False, of a PE: a transfer of the attempt failed half-way, and bytes of it may still be on their way to the
+    DE, which must disconnect this engine before it frees the attempt's pages.
+    """
+
+    request: RequestId
+    attempt: int
+    quiet: bool = True
+
+
+class Leave(msgspec.Struct, frozen=True, tag=True):
+    """The engine is going: shut down in order, or can't go on (`reason`)."""
+
+    reason: str
+
+
+FromEngine = (
+    Join
+    | Heartbeat
+    | Prepared
+    | Loaded
+    | LoadFailed
+    | PrefillDone
+    | AttemptFailed
+    | Tokens
+    | BufferFreed
+    | Stored
+    | Finished
+    | Released
+    | Leave
+)
+
+
+# ── coordinator → engine ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """You are engine `engine` of this cluster."""
+
+    engine: EngineId
+
+
+class PrepareDecode(msgspec.Struct, frozen=True, tag=True):
+    """DE: set aside pages for the whole prompt; `keys` name its full blocks (hit ones first)."""
+
+    request: RequestId
+    attempt: int
+    prompt_tokens: int
+    hit_tokens: int
+    namespace: Namespace
+    keys: list[BlockKey]
+
+
+class LoadLeg(msgspec.Struct, frozen=True, tag=True):
+    """Read `keys` (blocks `leg.first_block`…) from storage into the buffer."""
+
+    request: RequestId
+    attempt: int
+    leg: Leg
+    namespace: Namespace
+    keys: list[BlockKey]
+
+
+class StartPrefill(msgspec.Struct, frozen=True, tag=True):
+    """PE: compute `miss_token_ids` (positions `hit_tokens`…) and put the prompt's KV into the peer's pages."""
+
+    request: RequestId
+    attempt: int
+    hit_tokens: int
+    miss_token_ids: list[int]
+    legs: list[Leg]
+    decode_engine: EngineId
+    decode_address: str
+    decode_pages: list[int]
+    sampling: SamplingParams
+    generated_tokens: int
+    """Tokens earlier attempts already gave the client; they are part of this prompt."""
+
+
+class StartDecode(msgspec.Struct, frozen=True, tag=True):
+    """DE: the DE buffer is complete; go on from the first token."""
+
+    request: RequestId
+    attempt: int
+    draw: Draw
+    tail_token_ids: list[int]
+    """Prompt tokens after its last full block, for the keys of the blocks to come."""
+    sampling: SamplingParams
+    generated_tokens: int
+
+
+class AbortAttempt(msgspec.Struct, frozen=True, tag=True):
+    """Stop, make sure that nothing moves, give everything back, answer `Released`.
+
+    `lost_peer`: a PE that is gone, or whose transfers failed half-way; to be disconnected before pages are freed.
+    """
+
+    request: RequestId
+    attempt: int
+    lost_peer: EngineId | None = None
+
+
+class PeerJoined(msgspec.Struct, frozen=True, tag=True):
+    """PE: a decode engine belongs to the cluster; connect to its buffer, before a prompt waits for that."""
+
+    engine: EngineId
+    data_address: str
+
+
+class PeerLost(msgspec.Struct, frozen=True, tag=True):
+    """An engine is gone, proven so: close what is connected to it."""
+
+    engine: EngineId
+    data_address: str
+
+
+class HeartbeatAck(msgspec.Struct, frozen=True, tag=True):
+    """The coordinator lives: an engine that hears none for its lease leaves."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Leave now. `reason` says why: the cluster stops, or the coordinator no longer counts this engine in."""
+
+    reason: str
+
+
+class Refusal(msgspec.Struct, frozen=True, tag=True):
+    """Answer to a `Join` that can't be accepted, and why."""
+
+    reason: str
+
+
+ToEngine = (
+    Welcome
+    | Refusal
+    | PrepareDecode
+    | LoadLeg
+    | StartPrefill
+    | StartDecode
+    | AbortAttempt
+    | PeerJoined
+    | PeerLost
+    | HeartbeatAck
+    | Shutdown
+)
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process starts with."""
+
+    role: Role
+    coordinator: str
+    cluster: ClusterConfig
+    name: str = ""
+
+
+to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
+encoder = msgspec.msgpack.Encoder()

@@ -1,0 +1,106 @@
+"""Starts a cluster's engine processes on this host, notices when one ends, and ends them all.
+
+Engines are forked from a server process that has imported torch and transformers once: the second and later ones start
+in a fraction of a second and share those pages. A fork server has started no threads, which is what makes forking safe.
+"""
+
+import asyncio
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.engines.data_address import sweep_dead_sockets
+from dualpath.cluster.engines.entry import engine_entry
+from dualpath.cluster.messages import EngineConfig
+from dualpath.core.vocabulary import Role
+from dualpath.transfer import sweep_dead_pools
+
+STOP_GRACE_S = 3.0
+"""How long engines may take to leave by themselves before they are killed."""
+
+
+class Supervisor:
+    """Owns the engine processes it started. Used from one asyncio thread."""
+
+    def __init__(self, config: ClusterConfig, control_address: str) -> None:
+        self._config = config
+        self._control_address = control_address
+        self._processes: dict[int, BaseProcess] = {}
+        self._names: dict[int, str] = {}
+
+    def start(self) -> None:
+        """Start every engine of the topology."""
+        _sweep()
+        topology = self._config.topology
+        for role, count in ((Role.PREFILL, topology.prefill_engines), (Role.DECODE, topology.decode_engines)):
+            for rank in range(count):
+                self._start_engine(role, f"{role.value}-{rank}")
+
+    def _start_engine(self, role: Role, name: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["dualpath.cluster.engines.main"])
+        config = EngineConfig(role=role, coordinator=self._control_address, cluster=self._config, name=name)
+        process = context.Process(target=engine_entry, args=(config,), name=f"dualpath-{name}", daemon=True)
+        process.start()
+        assert process.pid is not None
+        self._processes[process.pid] = process
+        self._names[process.pid] = name
+
+    @property
+    def pids(self) -> dict[int, str]:
+        """Live engine processes: pid → name such as ``decode-1``."""
+        return {pid: self._names[pid] for pid, process in self._processes.items() if process.is_alive()}
+
+    async def watch(self, on_exit: Callable[[int, str], None]) -> None:
+        """Tell about every engine process that ends, until cancelled: ``on_exit(pid, why)``."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Queue[int] = asyncio.Queue()
+        watched = dict(self._processes)
+
+        def tell(pid: int) -> None:
+            loop.remove_reader(watched[pid].sentinel)  # it would be readable for ever
+            ended.put_nowait(pid)
+
+        for pid, process in watched.items():
+            loop.add_reader(process.sentinel, tell, pid)
+        try:
+            while True:
+                pid = await ended.get()
+                process = self._processes.pop(pid)
+                process.join(1.0)
+                why = f"{self._names[pid]} (pid {pid}) ended with exit code {process.exitcode}"
+                print(f"[supervisor] {why}", file=sys.stderr, flush=True)
+                _sweep()
+                on_exit(pid, why)
+        finally:
+            for process in watched.values():
+                loop.remove_reader(process.sentinel)
+
+    def kill(self, pid: int) -> None:
+        """End the process now and return when it is dead; a pid that is not ours is left alone."""
+        process = self._processes.get(pid)
+        if process is not None and process.is_alive():
+            os.kill(pid, signal.SIGKILL)
+            process.join(5.0)
+
+    def stop(self) -> None:
+        """Give engines a moment to leave by themselves, then end them."""
+        deadline = time.monotonic() + STOP_GRACE_S
+        for process in self._processes.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+        for pid in list(self._processes):
+            self.kill(pid)
+        self._processes.clear()
+        _sweep()
+
+
+def _sweep() -> None:
+    """Remove what killed engines, of whatever cluster, have left behind."""
+    sweep_dead_pools()
+    sweep_dead_sockets()

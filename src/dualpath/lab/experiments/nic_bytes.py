@@ -1,0 +1,128 @@
+"""Bytes that each engine's storage NIC received, from a cluster's /metrics: now, once they stand still, over time."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from dualpath.results.file import SnicSample
+
+SERIES = "dualpath_nic_bytes_total"
+PREFIX = {"prefill": "PE", "decode": "DE"}
+SAMPLE_S = 0.25
+SETTLE_S = 0.6
+"""Longer than the engines' reporting interval: two equal readings this far apart mean that nothing moves any more."""
+MAX_SETTLE_S = 20.0
+TIMEOUT_S = 10.0
+
+
+class MetricsError(Exception):
+    """/metrics that can't be read, or lacks the series."""
+
+
+class NicBytes:
+    """Bytes by (engine, NIC, direction), summed over traffic classes."""
+
+    def __init__(self, text: str) -> None:
+        self._bytes: dict[tuple[int, str, str], int] = {}
+        self._roles: dict[int, str] = {}
+        # The parser is slow, and this runs four times a second beside what it measures: nothing else is parsed.
+        lines = [line for line in text.splitlines(keepends=True) if line.startswith(SERIES)]
+        for family in text_string_to_metric_families("".join(lines)):
+            for sample in family.samples:
+                self._add(sample.labels, sample.value)
+        if not self._bytes:
+            raise MetricsError(f"/metrics has no {SERIES}; is this a dualpath cluster?")
+
+    def _add(self, labels: dict[str, str], n_bytes: float) -> None:
+        engine = int(labels["engine"])
+        key = (engine, labels["nic"], labels["direction"])
+        self._roles[engine] = labels["role"]
+        self._bytes[key] = self._bytes.get(key, 0) + int(n_bytes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NicBytes) and self._bytes == other._bytes
+
+    def snic_received_since(self, before: "NicBytes") -> dict[str, int]:
+        """Bytes by engine name: ``PE0``, ``PE1``, …, then ``DE0``, …, numbered within their role by engine id."""
+        received: dict[str, int] = {}
+        for role in ("prefill", "decode"):
+            engines = sorted(engine for engine, its_role in self._roles.items() if its_role == role)
+            for rank, engine in enumerate(engines):
+                key = (engine, "snic", "rx")
+                received[f"{PREFIX[role]}{rank}"] = self._bytes.get(key, 0) - before._bytes.get(key, 0)
+        return received
+
+
+class NicMeter:
+    """Reads one cluster's /metrics."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+        self._client = client
+        self._metrics = f"{url.rstrip('/').removesuffix('/v1')}/metrics"
+
+    async def read(self) -> NicBytes:
+        """As they are now. Raises MetricsError."""
+        try:
+            response = await self._client.get(self._metrics)
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            raise MetricsError(f"{self._metrics} can't be read: {error or type(error).__name__}") from error
+        return NicBytes(response.text)
+
+    async def settled(self) -> NicBytes:
+        """Once they stand still: what was under way, such as persisting blocks, is done. After MAX_SETTLE_S anyway."""
+        before = await self.read()
+        for _ in range(round(MAX_SETTLE_S / SETTLE_S)):
+            await asyncio.sleep(SETTLE_S)
+            now = await self.read()
+            if now == before:
+                break
+            before = now
+        return before
+
+    @asynccontextmanager
+    async def sampling(self) -> AsyncIterator["Readings"]:
+        """Readings every SAMPLE_S until this is left.
+
+        One that fails is left out; a cluster that has died is somebody else's to find.
+        """
+        readings: Readings = []
+        sampler = asyncio.create_task(self._sample(readings))
+        try:
+            yield readings
+        finally:
+            sampler.cancel()
+            await asyncio.gather(sampler, return_exceptions=True)
+
+    async def _sample(self, readings: "Readings") -> None:
+        due_s = time.monotonic()
+        while True:
+            due_s = max(due_s + SAMPLE_S, time.monotonic())
+            await asyncio.sleep(due_s - time.monotonic())
+            try:
+                now = await self.read()
+            except MetricsError:
+                continue
+            readings.append((time.monotonic(), now))
+
+
+Readings = list[tuple[float, NicBytes]]
+"""With the monotonic clock's seconds."""
+
+
+def snic_samples(readings: Readings, before: NicBytes, started_s: float) -> list[SnicSample]:
+    """Bytes since `before`, times from `started_s` on the monotonic clock; readings before it are left out."""
+    return [
+        SnicSample(at_s - started_s, now.snic_received_since(before)) for at_s, now in readings if at_s >= started_s
+    ]
+
+
+@asynccontextmanager
+async def nic_meter(url: str) -> AsyncIterator[NicMeter]:
+    """Of the cluster whose server is at `url` (``/v1`` optional)."""
+    async with httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as client:
+        yield NicMeter(client, url)

@@ -1,0 +1,99 @@
+"""A model as arithmetic: bytes of KV, FLOPs, parameters. What it is to a cache, a link and a cost model."""
+
+from __future__ import annotations
+
+import msgspec
+
+from dualpath.lab.facts.attention import KV_DTYPES, AttentionLayers
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Raises ValueError for no layers, an unknown KV dtype or more active parameters than there are."""
+
+    name: str
+    attention: tuple[AttentionLayers, ...]
+    """Runs of layers that attend alike, in no particular order."""
+    active_parameters: float
+    """Parameters that multiply each token: its layers (active experts only) and the output head, not the embedding."""
+    total_parameters: float
+    routed_parameters: float
+    """Parameters in routed experts: what expert parallelism spreads over the engines of a role."""
+    attention_parameters: float
+    """Parameters of the attention layers' projections (part of the active ones)."""
+    kv_dtype: str
+    """The usual one: ``fp8``, ``fp16``, ``bf16`` or ``fp32``; what methods take where none is given."""
+    weight_bytes_per_parameter: float
+    source: str
+    """Where the shapes and the figures are from."""
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.kv_dtype not in KV_DTYPES:
+            raise ValueError(
+                f"model {self.name!r}: {self.layers} attention layers and KV dtype {self.kv_dtype!r}; at least one "
+                f"layer is needed and a dtype of {', '.join(KV_DTYPES)}"
+            )
+        if not 0 < self.active_parameters <= self.total_parameters:
+            raise ValueError(
+                f"model {self.name!r}: {self.active_parameters:g} active parameters of {self.total_parameters:g}; "
+                "they must be above zero and no more than all"
+            )
+
+    @property
+    def layers(self) -> int:
+        return sum(run.layers for run in self.attention)
+
+    @property
+    def dense_flops_per_token(self) -> float:
+        """Two a parameter; attention's scores and values are apart (`attention_flops`)."""
+        return 2 * self.active_parameters
+
+    @property
+    def projection_flops_per_token(self) -> float:
+        """The part of `dense_flops_per_token` that is spent in attention layers: q, k, v, o."""
+        return 2 * self.attention_parameters
+
+    def kv_bytes_per_token(self, dtype: str | None = None, index_keys: bool = True) -> int:
+        """Bytes by which stored KV grows with a token, all layers; `index_keys`: with sparse attention's keys."""
+        return sum(run.kv_bytes_per_token(dtype or self.kv_dtype, index_keys) for run in self.attention)
+
+    def kv_bytes(self, tokens: float, dtype: str | None = None) -> float:
+        """Bytes of the KV of `tokens` tokens, sliding windows (at most what they hold) included."""
+        chosen = dtype or self.kv_dtype
+        windows = sum(
+            run.window_bytes(chosen) * min(1.0, tokens / run.window_tokens)
+            for run in self.attention
+            if run.window_tokens
+        )
+        return tokens * self.kv_bytes_per_token(chosen) + windows
+
+    def attention_flops(self, hit_tokens: float, new_tokens: float) -> float:
+        """Scores, values and indexer of `new_tokens` computed after `hit_tokens`: Σ over new tokens, causal."""
+        return sum(run.flops(hit_tokens, new_tokens) for run in self.attention)
+
+    def prefill_flops(self, hit_tokens: float, new_tokens: float) -> float:
+        """Everything that computing `new_tokens` after `hit_tokens` takes."""
+        return new_tokens * self.dense_flops_per_token + self.attention_flops(hit_tokens, new_tokens)
+
+    def attention_line(self) -> tuple[float, float]:
+        """Attention as ``(flops a new token, flops a pair)``, the form that core's `AttentionCost` has.
+
+        Exact where the context is longer than every window and top-k, an upper bound below. Projections not included.
+        """
+        per_token = sum(run.flops_per_pair * run.limit_tokens for run in self.attention if run.limit_tokens is not None)
+        per_pair = sum(
+            run.index_flops_per_pair + (run.flops_per_pair if run.limit_tokens is None else 0) for run in self.attention
+        )
+        return float(per_token), float(per_pair)
+
+    def decode_flops(self, context_tokens: float) -> float:
+        """One token of one sequence."""
+        return self.prefill_flops(context_tokens, 1)
+
+    def decode_read_bytes(self, context_tokens: float, dtype: str | None = None) -> float:
+        """KV that one decode step of one sequence reads from device memory."""
+        return sum(run.read_bytes(context_tokens, dtype or self.kv_dtype) for run in self.attention)
+
+    def weight_bytes(self, expert_parallel: int = 1, bytes_per_parameter: float | None = None) -> float:
+        """Weights on one GPU: routed experts are spread over `expert_parallel` GPUs, the rest is on each of them."""
+        each = self.total_parameters - self.routed_parameters * (1 - 1 / expert_parallel)
+        return each * (bytes_per_parameter or self.weight_bytes_per_parameter)

@@ -1,0 +1,35 @@
+"""Items side by side: a thread each, which waits for its simulations on the runner's processes.
+
+The largest simulations come first, as they take longest, and what an item finds is handed out as soon as it is found.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from dualpath.lab.paper.items import ITEMS, SENSITIVITY
+from dualpath.lab.paper.rows import Row
+from dualpath.lab.paper.runner import Runner
+from dualpath.lab.paper.sensitivity import Sensitivity, sensitivity
+
+Found = tuple[list[Row], list[Sensitivity]]
+
+
+def together(names: Sequence[str], runner: Runner) -> Iterator[Found]:
+    """Each item's rows, or the what-if, in the order in which they are found; one after another without processes."""
+    if not runner.parallel:
+        for name in names:
+            yield _found(name, runner)
+        return
+    threads = ThreadPoolExecutor(len(names))
+    try:
+        futures = [threads.submit(_found, name, runner) for name in reversed(names)]
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _found(name: str, runner: Runner) -> Found:
+    if name == SENSITIVITY:
+        return [], sensitivity(runner)
+    return ITEMS[name](runner), []

@@ -1,0 +1,111 @@
+"""What the mean turn asks of every resource of a cluster, for a given split of the reads.
+
+With H and M bytes of hit and miss KV, G of generated, and a share f of H read by prefill nodes, a turn moves (§4.1,
+§4.2; copies between DRAM and a GPU pass its CNIC both ways)::
+
+    PE SNIC read    f·H                          storage → PE buffer
+    DE SNIC read    (1−f)·H                      storage → DE buffer
+    DE SNIC write   M + G                        new blocks → storage
+    PE CNIC read    2f·H + M                     PE buffer → GPU; hit and miss KV of the PE path → DE buffer
+    PE CNIC write   H                            → GPU, from either buffer
+    DE CNIC read    (1−f)·H + H + M + G          DE buffer → PE; prompt → GPU; generated KV → buffer
+    DE CNIC write   f·H + M + H + M + G          PE → DE buffer; prompt → GPU; generated KV → buffer
+    PE DRAM         2f·H                         in and out
+    DE DRAM         2(1−f)·H + f·H + M + H + M + G + M + G
+
+and it computes M's tokens on a prefill GPU and generates on a decode engine. KV of sliding windows, which doesn't grow
+with the context, is left out.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from dualpath.lab.facts.cluster import ClusterSpec
+from dualpath.lab.planning.decode import DecodeRate
+from dualpath.lab.planning.turn_load import TurnLoad
+
+
+class Demand(msgspec.Struct, frozen=True, kw_only=True):
+    """One kind of resource, all of the cluster's together."""
+
+    resource: str
+    unit: str
+    """``bytes``, ``FLOP`` or ``tokens``."""
+    per_turn: float
+    capacity_per_s: float
+    """Usable."""
+    turns_per_s: float | None
+    """What it allows if nothing else binds; None: without limit (nothing is asked of it)."""
+
+
+def demands(cluster: ClusterSpec, load: TurnLoad, decode: DecodeRate, pe_share: float) -> tuple[Demand, ...]:
+    """Every resource, in the order above, with `pe_share` (f) of the hit KV read by prefill nodes."""
+    kv = cluster.kv_bytes_per_token
+    hit, miss, generated = load.hit_tokens * kv, load.miss_tokens * kv, load.generate_tokens * kv
+    by_pe, by_de = pe_share * hit, (1 - pe_share) * hit
+    to_decode_gpu = hit + miss + generated
+    p_nodes, d_nodes = cluster.prefill_nodes, cluster.decode_nodes
+    snic, dram = cluster.usable_snic_bytes_per_s, cluster.usable_dram_bytes_per_s
+    pe_cnic = cluster.prefill_engines * cluster.usable_cnic_bytes_per_s
+    de_cnic = cluster.decode_engines * cluster.usable_cnic_bytes_per_s
+    return (
+        _demand("PE SNIC read", by_pe, p_nodes * snic),
+        _demand("DE SNIC read", by_de, d_nodes * snic),
+        _demand("DE SNIC write", miss + generated, d_nodes * snic),
+        _demand("PE CNIC read", 2 * by_pe + miss, pe_cnic),
+        _demand("PE CNIC write", hit, pe_cnic),
+        _demand("DE CNIC read", by_de + to_decode_gpu, de_cnic),
+        _demand("DE CNIC write", by_pe + miss + to_decode_gpu, de_cnic),
+        _demand("PE DRAM", 2 * by_pe, p_nodes * dram),
+        _demand("DE DRAM", 2 * by_de + by_pe + miss + to_decode_gpu + miss + generated, d_nodes * dram),
+        _demand("prefill compute", prefill_flops(cluster, load), _prefill_flop_per_s(cluster), "FLOP"),
+        _demand("decode", load.generate_tokens, cluster.decode_engines * decode.tokens_per_s, "tokens"),
+    )
+
+
+def balanced_share(cluster: ClusterSpec, load: TurnLoad, decode: DecodeRate) -> float:
+    """The share of reads on the prefill side at which the slowest resource is fastest; of equals, the evenest one.
+
+    Every demand is linear in the share, so the slowest is convex in it and a ternary search finds the best. Ties are
+    broken towards equal use of all SNICs, P / (P + D).
+    """
+    even = cluster.prefill_nodes / (cluster.prefill_nodes + cluster.decode_nodes)
+
+    def slowest(share: float) -> float:
+        return max(_seconds(demand) for demand in demands(cluster, load, decode, share))
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, right) if slowest(left) <= slowest(right) else (left, high)
+    best = (low + high) / 2
+    return even if slowest(even) <= slowest(best) * (1 + 1e-9) else best
+
+
+def prefill_flops(cluster: ClusterSpec, load: TurnLoad) -> float:
+    """Of one mean turn, all layers."""
+    per_token, per_pair = cluster.model.attention_line()
+    return load.miss_tokens * (cluster.model.dense_flops_per_token + per_token) + load.miss_pairs * per_pair
+
+
+def _prefill_flop_per_s(cluster: ClusterSpec) -> float:
+    fits = cluster.prefill_kv_bytes > 0
+    return cluster.prefill_engines * cluster.prefill_flop_per_s if fits else 0.0
+
+
+def _demand(resource: str, per_turn: float, capacity_per_s: float, unit: str = "bytes") -> Demand:
+    return Demand(
+        resource=resource,
+        unit=unit,
+        per_turn=per_turn,
+        capacity_per_s=capacity_per_s,
+        turns_per_s=capacity_per_s / per_turn if per_turn > 0 else None,
+    )
+
+
+def _seconds(demand: Demand) -> float:
+    """Of the resource's time, per turn."""
+    if demand.per_turn == 0:
+        return 0.0
+    return demand.per_turn / demand.capacity_per_s if demand.capacity_per_s else float("inf")

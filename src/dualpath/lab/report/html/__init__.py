@@ -1,0 +1,5 @@
+"""Result files as one HTML page."""
+
+from dualpath.lab.report.html.page import render, write_report
+
+__all__ = ["render", "write_report"]

@@ -1,0 +1,142 @@
+"""Charts of the storage NICs: bytes by engine, and where samples were taken, their rate and balance over time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dualpath.lab.report.balance import Windows, max_over_avg, prefill_first, readers, windows_of
+from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, colour_of, rounded
+from dualpath.lab.report.html.settings import Cell, Entry, settings_of
+from dualpath.lab.report.palette import ENGINE_COLOURS
+from dualpath.results.file import ResultFile, Run
+
+MAX_POINTS = 240
+"""Windows in a chart of rates: as many as a screen can show apart."""
+WINDOW_S = 1.0
+"""As the paper's figures have it. Engines count a read when it is done, so shorter windows show their pace of counting;
+longer runs have wider windows, so that there are at most `MAX_POINTS`."""
+
+
+def traffic_section(cells: Sequence[Cell]) -> Section:
+    """By setting: what each engine's SNIC received, and max/avg over windows of each system's median run."""
+    settings = settings_of(cells)
+    groups = [[cell for cell in cells if cell.setting == setting] for setting in settings]
+    bytes_note = (
+        "GB that each engine's storage NIC received, in the median run. max/avg, in the legend, is over the engines "
+        "that the system may read with; 1.00 is a perfect balance."
+    )
+    balance_note = (
+        f"The busiest NIC's bytes over the average, in windows of {WINDOW_S:g} s or more; gaps are windows in "
+        "which next to nothing was read."
+    )
+    charts = [
+        Chart("snic-bytes", "Bytes from storage by engine", bytes_note, [_bytes(group) for group in groups]),
+        Chart("snic-balance", "Balance over time", balance_note, [_balance(group) for group in groups]),
+    ]
+    return Section("traffic", "Storage NICs", "", "setting", [setting.label for setting in settings], charts)
+
+
+def _bytes(cells: list[Cell]) -> Variant | None:
+    engines = sorted({name for cell in cells for name in cell.median.run.snic_bytes}, key=prefill_first)
+    if not engines:
+        return None
+    traces, rows = [], []
+    for cell in cells:
+        run = cell.median.run
+        gigabytes = [rounded(run.snic_bytes.get(name, 0) / 1e9) for name in engines]
+        ratio = "" if run.snic_max_over_avg is None else f" (max/avg {run.snic_max_over_avg:.2f})"
+        traces.append(
+            {
+                "type": "bar",
+                "name": f"{cell.system}{ratio}",
+                "x": engines,
+                "y": gigabytes,
+                "text": [f"{value:.2f}" if value else "0" for value in gigabytes],
+                "textposition": "outside",
+                "cliponaxis": False,
+                "marker": {"color": colour_of(cell.system)},
+                "hovertemplate": f"{cell.system}<br>%{{x}}: %{{y:.3f}} GB<extra></extra>",
+            }
+        )
+        may_read = readers(cell.system, engines)
+        rows += [
+            [cell.system, name, n, "yes" if name in may_read else "no"]
+            for name, n in zip(engines, gigabytes, strict=True)
+        ]
+    layout = {"barmode": "group", "xaxis": axis(""), "yaxis": axis("GB", rangemode="tozero")}
+    return Variant(traces, layout, ["system", "engine", "GB", "may read"], rows)
+
+
+def _balance(cells: list[Cell]) -> Variant | None:
+    traces: list[dict[str, Any]] = []
+    rows: list[list[Value]] = []
+    for cell in cells:
+        run = cell.median.run
+        if len(readers(cell.system, list(run.snic_bytes))) < 2:
+            continue
+        windows = _windows(run)
+        if windows is None:
+            continue
+        ratios = max_over_avg(windows, cell.system)
+        known = sorted(ratio for ratio in ratios if ratio is not None)
+        if not known:
+            continue
+        traces.append(_line(cell.system, colour_of(cell.system), windows, ratios, "%{y:.2f}"))
+        rows.append(
+            [cell.system, rounded(windows.width_s), len(known), rounded(known[len(known) // 2]), rounded(known[-1])]
+        )
+    if not traces:
+        return None
+    layout = {"xaxis": axis("seconds from the run's start"), "yaxis": axis("max/avg", rangemode="normal")}
+    return Variant(traces, layout, ["system", "window s", "windows", "median", "most"], rows)
+
+
+def rates_section(entries: Sequence[Entry], results: Sequence[ResultFile]) -> Section:
+    """By run with samples: each SNIC's rate over time, beside the rate that it is held to."""
+    sampled = [entry for entry in entries if len(entry.run.snic_samples) > 1]
+    note = f"Received from storage, in windows of {WINDOW_S:g} s or more. Dashed: the rate that each NIC was held to."
+    charts = [Chart("snic-rate", "Rate of each storage NIC", note, [_rates(entry, results) for entry in sampled])]
+    return Section("rates", "NIC rates", "", "run", [entry.label for entry in sampled], charts)
+
+
+def _rates(entry: Entry, results: Sequence[ResultFile]) -> Variant | None:
+    windows = _windows(entry.run)
+    if windows is None:
+        return None
+    traces: list[dict[str, Any]] = []
+    rows: list[list[Value]] = []
+    for at, engine in enumerate(windows.engines):
+        rates = windows.bytes_per_s[at] / 1e6
+        colour = ENGINE_COLOURS[at % len(ENGINE_COLOURS)]
+        traces.append(_line(engine, colour, windows, [round(float(rate), 3) for rate in rates], "%{y:.1f} MB/s"))
+        rows.append([engine, rounded(float(rates.mean()), 2), rounded(float(rates.max()), 2)])
+    layout: dict[str, Any] = {"xaxis": axis("seconds from the run's start"), "yaxis": axis("MB/s", rangemode="tozero")}
+    limit = _rate_limit(entry, results)
+    if limit is not None:
+        layout["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit / 1e6, "y1": limit / 1e6}]
+    return Variant(traces, layout, ["engine", "mean MB/s", "most MB/s"], rows)
+
+
+def _windows(run: Run) -> Windows | None:
+    samples = run.snic_samples
+    if len(samples) < 2:
+        return None
+    seconds = samples[-1].at_s - samples[0].at_s
+    return windows_of(samples, at_most=max(1, min(MAX_POINTS, int(seconds / WINDOW_S))))
+
+
+def _rate_limit(entry: Entry, results: Sequence[ResultFile]) -> int | None:
+    if entry.run.cluster is not None:
+        return entry.run.cluster.snic_bytes_per_s
+    return None if entry.run.system == "oracle" else results[entry.source].configuration.snic_bytes_per_s
+
+
+def _line(name: str, colour: str, windows: Windows, y: Sequence[float | None], hover: str) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "x": [round(float(start), 3) for start in windows.starts_s + windows.width_s / 2],
+        "y": [rounded(value) for value in y],
+        "line": {"color": colour, "width": 2},
+        "hovertemplate": f"<b>{name}</b> %{{x:.1f}} s: {hover}<extra></extra>",
+    }

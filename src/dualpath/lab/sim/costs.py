@@ -1,0 +1,136 @@
+"""The cost model: nanoseconds of a prefill and of a decode step, from a cluster's facts and a few fitted constants.
+
+Prefill of one step of a group (engines with expert parallelism share a step, else each has its own):
+
+    attention_e = sum over chunks of core's AttentionCost     FLOPs / effective FLOP/s, per engine
+    ffn         = tokens of the group / engines * FLOPs       the experts are spread, so everybody has the mean
+    step        = max(max_e attention_e + ffn, weights / HBM) + fixed
+
+Decode of one step of a group:
+
+    engine_e    = requests_e * per_request + context_e * per_context_token    reading KV, and what comes with it
+    step        = weights / HBM + fixed + max_e engine_e
+
+An engine's loop lags behind: `loop_steps` steps pass besides the one that computes.
+
+Everything is roofline arithmetic from `spec`, except the constants of `Calibration`, which are fitted to the paper's
+figures or taken from published measurements, each as its docstring says (docs/design/simulator.md has what follows).
+"""
+
+import msgspec
+
+from dualpath.core.batching import AttentionCost
+from dualpath.lab.facts.cluster import ClusterSpec
+
+SECOND_NS = 1e9
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every number of the simulator that is neither a fact of `spec` nor a constant of the paper."""
+
+    prefill_flop_per_s: float = 0.46e15
+    """Effective rate of one GPU in prefill. Fitted to the JCT of DS 660B at 2P4D; published throughput of such models
+    implies 0.37 to 0.66e15."""
+    prefill_fixed_ns_per_layer: float = 1_000_000.0
+    """Launches and all-to-all exchanges of one layer of a prefill step, whatever its batch. A prior: dispatch and
+    combine of a thousand tokens a GPU take about that."""
+    snic_efficiency: float = 0.95
+    """Usable share of a storage NIC. Fitted to the ablation's last step; 3FS publishes 0.86 of 400 Gb/s."""
+    index_keys: bool = False
+    """Whether sparse attention's keys are stored with the KV. The paper's own table counts KV without them."""
+    copy_submission_ns: float = 1_350.0
+    """Submitting the host-device copy of one Layer Block, where whole prompts are copied at once. Fitted to the
+    ablation's first step; the paper gives 5 to 7 us for one call, so some four blocks would share one. Layerwise
+    engines go through the CNIC, and it hides behind compute."""
+    decode_fixed_ns_per_layer: float = 330_000.0
+    """Launches and exchanges of one layer of a decode step, whatever the batch. Fitted to a TPOT."""
+    decode_request_ns_per_layer: float = 8_400.0
+    """What each request of the batch adds to that, beyond reading its KV from HBM. From published decode latencies of
+    DeepSeek-V3.2 on H100 (29, 39, 59, 102 ms at 16, 32, 64, 128 requests of 32K)."""
+    loop_steps: float = 3.0
+    """Steps that pass between an event and what comes of it, besides the one that computes: engines fetch between
+    steps, launch ahead of the device and read results behind it. Fitted to a TTFT; the same for PEs and DEs."""
+    collective_share: float = 0.0
+    """Of a CNIC's time that model execution takes and KV can't have, at most 0.99. The paper calls these links idle
+    most of the time; a what-if."""
+    read_latency_ns: int = 1_000_000
+    """From asking storage to the first byte. A prior."""
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_flop_per_s", "snic_efficiency"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"Calibration.{name} is {getattr(self, name)}; it must be above zero")
+        for name in (
+            "prefill_fixed_ns_per_layer", "decode_fixed_ns_per_layer", "copy_submission_ns", "loop_steps",
+        ):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise ValueError(f"Calibration.{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.collective_share <= 0.99:
+            raise ValueError(f"Calibration.collective_share is {self.collective_share}; it must be from 0 to 0.99")
+        if self.snic_efficiency > 1:
+            raise ValueError(f"Calibration.snic_efficiency is {self.snic_efficiency}; it is a share and can't exceed 1")
+
+
+class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step costs on one kind of engine. Times in nanoseconds, all layers together."""
+
+    layers: int
+    kv_bytes_per_token: int
+    attention: AttentionCost
+    ffn_ns_per_token: float
+    """Of a token that one engine computes alone; a group's engines share theirs."""
+    prefill_floor_ns: float
+    """Reading the weights from HBM."""
+    prefill_fixed_ns: float
+    decode_fixed_ns: float
+    """Weights and launches of a decode step."""
+    decode_request_ns: float
+    decode_context_token_ns: float
+    copy_ns_per_block: float
+    """Submitting the copies of one Full Block, layer by layer."""
+    loop_steps: float
+
+    def prefill_ns(self, slowest_attention_ns: float, mean_tokens: float) -> float:
+        """A group's compute time for a step, without I/O; `mean_tokens` are new tokens per engine of the group."""
+        busy_ns = slowest_attention_ns + mean_tokens * self.ffn_ns_per_token
+        return max(busy_ns, self.prefill_floor_ns) + self.prefill_fixed_ns
+
+    def decode_ns(self, requests: int, context_tokens: float) -> float:
+        """A decode step of an engine by itself."""
+        return self.decode_fixed_ns + requests * self.decode_request_ns + context_tokens * self.decode_context_token_ns
+
+
+def step_costs(cluster: ClusterSpec, calibration: Calibration) -> StepCosts:
+    """Costs of the cluster's model on its GPUs."""
+    model = cluster.model
+    ns_per_flop = SECOND_NS / calibration.prefill_flop_per_s
+    flops_per_token, flops_per_pair = model.attention_line()
+    hbm_ns_per_byte = SECOND_NS / cluster.usable_hbm_bytes_per_s
+    short, long = 16_384, 65_536
+    read_bytes = [model.decode_read_bytes(context, cluster.kv_dtype) for context in (short, long)]
+    read_per_token = (read_bytes[1] - read_bytes[0]) / (long - short)
+    read_per_request = read_bytes[0] - read_per_token * short
+    return StepCosts(
+        layers=model.layers,
+        kv_bytes_per_token=model.kv_bytes_per_token(cluster.kv_dtype, index_keys=calibration.index_keys),
+        attention=AttentionCost(
+            fixed_ns=0.0,
+            ns_per_flop=ns_per_flop,
+            flops_per_token=model.projection_flops_per_token + flops_per_token,
+            flops_per_pair=flops_per_pair,
+        ),
+        ffn_ns_per_token=(model.dense_flops_per_token - model.projection_flops_per_token) * ns_per_flop,
+        prefill_floor_ns=_weight_bytes(cluster, cluster.prefill_nodes, cluster.prefill_group_nodes) * hbm_ns_per_byte,
+        prefill_fixed_ns=model.layers * calibration.prefill_fixed_ns_per_layer,
+        decode_fixed_ns=_weight_bytes(cluster, cluster.decode_nodes, cluster.decode_group_nodes) * hbm_ns_per_byte
+        + model.layers * calibration.decode_fixed_ns_per_layer,
+        decode_request_ns=read_per_request * hbm_ns_per_byte + model.layers * calibration.decode_request_ns_per_layer,
+        decode_context_token_ns=read_per_token * hbm_ns_per_byte,
+        copy_ns_per_block=model.layers * calibration.copy_submission_ns,
+        loop_steps=calibration.loop_steps,
+    )
+
+
+def _weight_bytes(cluster: ClusterSpec, nodes: int, group_nodes: int) -> float:
+    engines = nodes // max(1, nodes // group_nodes) * cluster.engines_per_node
+    return cluster.model.weight_bytes(engines if cluster.expert_parallel else 1, cluster.weight_bytes_per_parameter)

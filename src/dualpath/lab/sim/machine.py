@@ -1,0 +1,112 @@
+"""The simulated machine: a cluster's engines as core knows them, its rates after calibration, and core's constants.
+
+Engines are numbered from 0, prefill nodes first; a node's engines share its SNIC, and buffers are a node's DRAM buffer
+in equal parts. Groups are the cluster's groups of nodes.
+"""
+
+import msgspec
+
+from dualpath.core.policy import Constants, Limits
+from dualpath.core.vocabulary import BLOCK_TOKENS, EngineFacts, Role
+from dualpath.lab.facts.cluster import ClusterSpec, node_groups
+from dualpath.lab.sim.costs import Calibration, StepCosts, step_costs
+
+_NEVER_NS = 10**18
+
+
+class MachineError(ValueError):
+    """A cluster that can't be simulated. The message says why."""
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """What a simulation runs on."""
+
+    name: str
+    engines: tuple[EngineFacts, ...]
+    costs: StepCosts
+    synchronised: bool
+    """Engines of a group step together."""
+    snic_bytes_per_s: float
+    cnic_bytes_per_s: float
+    read_latency_ns: int
+    prefill_kv_tokens: int
+    """Whole-context KV that a PE's device memory holds."""
+
+    @property
+    def nodes(self) -> int:
+        return 1 + max(facts.node for facts in self.engines)
+
+    def of_role(self, role: Role) -> list[EngineFacts]:
+        return [facts for facts in self.engines if facts.role is role]
+
+
+def build_machine(cluster: ClusterSpec, calibration: Calibration) -> Machine:
+    """Raises MachineError where the weights leave no room for KV."""
+    costs = step_costs(cluster, calibration)
+    block_bytes = costs.kv_bytes_per_token * BLOCK_TOKENS
+    buffer_blocks = int(cluster.dram_buffer_bytes / cluster.engines_per_node / block_bytes)
+    hbm_blocks = int(cluster.decode_kv_bytes / block_bytes)
+    prefill_kv_tokens = int(cluster.prefill_kv_bytes / costs.kv_bytes_per_token)
+    if min(buffer_blocks, hbm_blocks, prefill_kv_tokens) < 1:
+        raise MachineError(
+            f"cluster {cluster.name!r}: an engine's buffer holds {buffer_blocks} blocks, a DE's device memory "
+            f"{hbm_blocks} and a PE's {prefill_kv_tokens} tokens after the weights; all must hold something, so give "
+            "more memory, larger groups or smaller weights"
+        )
+    return Machine(
+        name=cluster.name,
+        engines=tuple(_engines(cluster, buffer_blocks, hbm_blocks)),
+        costs=costs,
+        synchronised=cluster.expert_parallel,
+        snic_bytes_per_s=cluster.snic_bytes_per_s * calibration.snic_efficiency,
+        cnic_bytes_per_s=cluster.usable_cnic_bytes_per_s * (1 - calibration.collective_share),
+        read_latency_ns=calibration.read_latency_ns,
+        prefill_kv_tokens=prefill_kv_tokens,
+    )
+
+
+def _engines(cluster: ClusterSpec, buffer_blocks: int, hbm_blocks: int) -> list[EngineFacts]:
+    engines: list[EngineFacts] = []
+    first_node = first_group = 0
+    for role, nodes, group_nodes in (
+        (Role.PREFILL, cluster.prefill_nodes, cluster.prefill_group_nodes),
+        (Role.DECODE, cluster.decode_nodes, cluster.decode_group_nodes),
+    ):
+        groups = node_groups(nodes, group_nodes)
+        for node, group in enumerate(groups):
+            for _ in range(cluster.engines_per_node):
+                engines.append(
+                    EngineFacts(
+                        engine=len(engines),
+                        role=role,
+                        node=first_node + node,
+                        group=first_group + group,
+                        buffer_blocks=buffer_blocks,
+                        hbm_blocks=hbm_blocks if role is Role.DECODE else 0,
+                    )
+                )
+        first_node += nodes
+        first_group += groups[-1] + 1
+    return engines
+
+
+def constants_for(machine: Machine, prompt_tokens: float, hit_tokens: float) -> Constants:
+    """Alpha and beta (§6.1) for turns of a typical length.
+
+    Both count prompt tokens, hit ones included, since `read_q` and `tok` do: beta is 5 s of such turns.
+    """
+    costs = machine.costs
+    new_tokens = max(1, round(prompt_tokens - hit_tokens))
+    turn_ns = costs.attention.chunk_ns(round(hit_tokens), new_tokens) + new_tokens * costs.ffn_ns_per_token
+    return Constants.from_rates(
+        snic_tokens_per_s=machine.snic_bytes_per_s / costs.kv_bytes_per_token,
+        prefill_tokens_per_s=prompt_tokens / turn_ns * 1e9,
+    )
+
+
+def limits_for(agents: int) -> Limits:
+    """No deadline fires and no queue refuses: a simulation is to show where it would take too long."""
+    return Limits(
+        max_waiting=max(4096, 2 * agents), queue_ns=_NEVER_NS, load_ns=_NEVER_NS, prefill_ns=_NEVER_NS,
+        decode_ns=_NEVER_NS, release_ns=_NEVER_NS,
+    )  # fmt: skip

@@ -1,0 +1,88 @@
+"""The parts of a simulated cluster, fast or exact, connected to whoever drives them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dualpath.core.batching import PrefillQueue
+from dualpath.core.policy import Policy
+from dualpath.core.vocabulary import BLOCK_TOKENS, RequestId, Role
+from dualpath.lab.sim.decode import Decode
+from dualpath.lab.sim.events import Action, Events
+from dualpath.lab.sim.exact import ExactDecode, ExactFabric, ExactPrefill, ExactStorage
+from dualpath.lab.sim.fabric import Fabric
+from dualpath.lab.sim.machine import Machine
+from dualpath.lab.sim.prefill import Prefill
+from dualpath.lab.sim.storage import Storage
+from dualpath.lab.sim.turns import LiveTurn
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the parts report, and the turns they report of."""
+
+    lives: dict[RequestId, LiveTurn]
+    on_loaded: Action
+    on_first_token: Callable[[LiveTurn], None]
+    on_prefilled: Callable[[list[tuple[LiveTurn, int]]], None]
+    on_decoded: Callable[[LiveTurn], None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One of each."""
+
+    storage: Storage
+    fabric: Fabric
+    prefill: Prefill
+    decode: Decode | ExactDecode
+
+
+def make_parts(
+    machine: Machine,
+    policy: Policy,
+    events: Events,
+    hooks: Hooks,
+    *,
+    exact: bool,
+    window_ns: int,
+) -> Parts:
+    """With their groups of engines."""
+    snics = (machine.nodes, machine.snic_bytes_per_s, machine.read_latency_ns, hooks.on_loaded, window_ns)
+    cnics = (len(machine.engines), machine.cnic_bytes_per_s)
+    ends = (hooks.lives, hooks.on_first_token, hooks.on_prefilled, policy)
+    parts: Parts
+    if exact:
+        fabric = ExactFabric(events, *cnics)
+        parts = Parts(
+            ExactStorage(events, *snics, block_bytes=machine.costs.kv_bytes_per_token * BLOCK_TOKENS),
+            fabric,
+            ExactPrefill(events, machine.costs, fabric, *ends),
+            ExactDecode(events, machine.costs, hooks.on_decoded),
+        )
+    else:
+        closed_form = Fabric(events, *cnics)
+        parts = Parts(
+            Storage(events, *snics),
+            closed_form,
+            Prefill(events, machine.costs, closed_form, *ends),
+            Decode(events, machine.costs, hooks.on_decoded),
+        )
+    _add_groups(machine, policy, parts)
+    return parts
+
+
+def _add_groups(machine: Machine, policy: Policy, parts: Parts) -> None:
+    """Engines that step together: those of a group with expert parallelism, else each by itself."""
+    kv_limit = None if policy.layerwise or policy.free_io else machine.prefill_kv_tokens
+    for role in Role:
+        groups: dict[int, list[int]] = {}
+        for facts in machine.of_role(role):
+            groups.setdefault(facts.group if machine.synchronised else facts.engine, []).append(facts.engine)
+        for members in groups.values():
+            if role is Role.DECODE:
+                parts.decode.add_group(members)
+            else:
+                cost = machine.costs.attention
+                parts.prefill.add_group(
+                    {engine: PrefillQueue(cost, max_batch_kv_tokens=kv_limit) for engine in members}
+                )

@@ -1,0 +1,240 @@
+"""Prefill engines: batches from core's `PrefillQueue`, timed by the cost model, in groups that step together.
+
+Theory of operation. With expert parallelism the engines of a group meet in every layer, so a step lasts as long as its
+slowest engine's attention plus the group's share of the experts (`costs`); a request that becomes ready during a step
+waits for the next. Without it every engine is a group of its own. A step is two events however large its batches are:
+
+    layerwise      head + max(compute, I/O) ........ prompts end, next step begins;   + tail: prefill_done
+    whole prompts  load + compute + transfer .......... the same, without a tail
+
+`head` is the first layer's load, `tail` the last layer's transfer. I/O is the busiest direction of the engine's own
+CNIC. A whole-prompt load takes as long as its bytes or as submitting its copies, whichever is longer. First tokens
+leave when the step ends.
+"""
+
+from collections.abc import Callable
+
+from dualpath.core.batching import Chunk, PrefillQueue
+from dualpath.core.policy import Policy
+from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, RequestId
+from dualpath.lab.sim.costs import StepCosts
+from dualpath.lab.sim.events import Events
+from dualpath.lab.sim.fabric import Fabric
+from dualpath.lab.sim.turns import LiveTurn
+
+Batch = list[tuple["PrefillEngine", tuple[Chunk, ...]]]
+
+
+class PrefillEngine:
+    """One PE: its queue, and whether it is still there."""
+
+    __slots__ = ("engine", "group", "queue")
+
+    def __init__(self, engine: EngineId, group: "PrefillGroup", queue: PrefillQueue) -> None:
+        self.engine = engine
+        self.group = group
+        self.queue = queue
+
+
+class PrefillGroup:
+    """Engines that step together."""
+
+    __slots__ = ("busy", "engines", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.engines: list[PrefillEngine] = []
+        self.busy = False
+
+
+class StepRecord:
+    """What a finished step leaves behind for statistics and the trace."""
+
+    __slots__ = ("attention_mean_ns", "attention_peak_ns", "end_ns", "group", "new_tokens", "paced", "start_ns")
+
+    def __init__(self, group: int, start_ns: int, end_ns: int, peak_ns: float, mean_ns: float, new_tokens: int) -> None:
+        self.group = group
+        self.start_ns = start_ns
+        self.end_ns = end_ns
+        self.attention_peak_ns = peak_ns
+        self.attention_mean_ns = mean_ns
+        self.new_tokens = new_tokens
+        self.paced: list[tuple[EngineId, float]] = []
+        """What it pulls from DEs while it lasts."""
+
+
+class Prefill:
+    """All prefill engines. Calls `on_first_token(turn)` at a prompt's end, `on_done(turns)` once its KV is shipped."""
+
+    def __init__(
+        self,
+        events: Events,
+        costs: StepCosts,
+        fabric: Fabric,
+        lives: dict[RequestId, LiveTurn],
+        on_first_token: Callable[[LiveTurn], None],
+        on_done: Callable[[list[tuple[LiveTurn, int]]], None],
+        policy: Policy,
+    ) -> None:
+        self._events = events
+        self._costs = costs
+        self._fabric = fabric
+        self._lives = lives
+        self._on_first_token = on_first_token
+        self._on_done = on_done
+        self._layerwise = policy.layerwise
+        self._free_io = policy.free_io
+        self.engines: dict[EngineId, PrefillEngine] = {}
+        self.groups: list[PrefillGroup] = []
+        self.steps: list[StepRecord] = []
+        self.chunks = 0
+        """Computed or being computed."""
+        self.busy_ns = 0
+        """Over groups."""
+        self._last_step_ns = 0
+        self._busy_groups = 0
+
+    @property
+    def pace_ns(self) -> int:
+        """The latest step's length; 0 while no group steps."""
+        return self._last_step_ns if self._busy_groups else 0
+
+    def add_group(self, queues: dict[EngineId, PrefillQueue]) -> None:
+        """Engines that step together, by id."""
+        group = PrefillGroup(len(self.groups))
+        self.groups.append(group)
+        for engine, queue in queues.items():
+            self.engines[engine] = PrefillEngine(engine, group, queue)
+            group.engines.append(self.engines[engine])
+
+    def push(self, turn: LiveTurn) -> None:
+        """Everything of the turn is loaded."""
+        engine = self.engines[turn.prefill_engine]
+        engine.queue.push(turn.request, turn.attempt, turn.hit_tokens, turn.prompt_tokens - turn.hit_tokens)
+        group = engine.group
+        if not group.busy:
+            group.busy = True
+            self._busy_groups += 1
+            self._events.at(self._events.now, self._begin, group)
+
+    def remove(self, turn: LiveTurn) -> None:
+        """The attempt is aborted; a chunk of it that is being computed is computed in vain."""
+        self.engines[turn.prefill_engine].queue.remove(turn.request, turn.attempt)
+
+    def lose(self, engine: EngineId) -> None:
+        """The engine is gone; its group goes on without it."""
+        lost = self.engines.pop(engine)
+        lost.group.engines.remove(lost)
+
+    def _begin(self, group: PrefillGroup) -> None:
+        batch = [
+            (engine, chunks)
+            for engine in group.engines
+            if engine.queue.waiting_requests and (chunks := engine.queue.next_batch())
+        ]
+        if not batch:
+            group.busy = False
+            self._busy_groups -= 1
+            return
+        chunk_ns = self._costs.attention.chunk_ns
+        peak_ns = total_ns = 0.0
+        new_tokens = 0
+        for _, chunks in batch:
+            self.chunks += len(chunks)
+            attention_ns = 0.0
+            for chunk in chunks:
+                attention_ns += chunk_ns(chunk.cached_tokens, chunk.new_tokens)
+                new_tokens += chunk.new_tokens
+            total_ns += attention_ns
+            if attention_ns > peak_ns:
+                peak_ns = attention_ns
+        engines = len(group.engines)
+        compute_ns = self._costs.prefill_ns(peak_ns, new_tokens / engines)
+        now = self._events.now
+        record = StepRecord(group.number, now, now, peak_ns, total_ns / engines, new_tokens)
+        self._run(group, batch, compute_ns, record)
+
+    def _run(self, group: PrefillGroup, batch: Batch, compute_ns: float, record: StepRecord) -> None:
+        """Take the step, in one go; calls `_end`."""
+        pulls: list[tuple[EngineId, int]] = []
+        step_ns, tail_ns = self._with_io(batch, compute_ns, pulls)
+        record.paced = self._fabric.pace(pulls, step_ns)
+        self.busy_ns += int(step_ns)
+        record.end_ns += int(step_ns)
+        self._events.at(record.end_ns, self._end, (group, batch, int(tail_ns), record))
+
+    def _with_io(self, batch: Batch, compute_ns: float, pulls: list[tuple[EngineId, int]]) -> tuple[float, float]:
+        """Length of the step, and how much later its KV is in the DE buffers; adds what DEs send to `pulls`."""
+        if self._free_io:
+            return compute_ns, 0.0
+        load = ship = both = 0
+        copies_ns = 0.0
+        for engine, chunks in batch:
+            read, write, shipped = self._move(engine.engine, chunks, pulls)
+            load = max(load, write)
+            ship = max(ship, shipped)
+            both = max(both, read, write)
+            if not self._layerwise:
+                copies_ns = max(copies_ns, self._submissions_ns(chunks))
+        ns_per_byte = self._fabric.ns_per_byte
+        if self._layerwise:
+            head_ns, tail_ns = (moved * ns_per_byte / self._costs.layers for moved in (load, ship))
+            return head_ns + max(compute_ns, both * ns_per_byte), tail_ns
+        return max(load * ns_per_byte, copies_ns) + compute_ns + ship * ns_per_byte, 0.0
+
+    def _submissions_ns(self, chunks: tuple[Chunk, ...]) -> float:
+        return sum(-(-chunk.cached_tokens // BLOCK_TOKENS) for chunk in chunks) * self._costs.copy_ns_per_block
+
+    def _move(
+        self, engine: EngineId, chunks: tuple[Chunk, ...], pulls: list[tuple[EngineId, int]]
+    ) -> tuple[int, int, int]:
+        """Count the chunks' traffic; what the PE's CNIC reads, writes, and sends to DEs.
+
+        The same bytes as `core.load_plan.chunk_plan` gives, without the ranges.
+        """
+        fabric, kv_bytes = self._fabric, self._costs.kv_bytes_per_token
+        read = write = ship = 0
+        for chunk in chunks:
+            turn = self._lives[chunk.request]
+            decode, cached_tokens = turn.decode_engine, chunk.cached_tokens
+            pe_bytes = turn.pe_tokens * kv_bytes
+            de_bytes = cached_tokens * kv_bytes - pe_bytes
+            ship_bytes = chunk.new_tokens * kv_bytes
+            if cached_tokens == turn.hit_tokens:
+                ship_bytes += pe_bytes
+            if de_bytes:
+                pulls.append((decode, de_bytes))
+            fabric.count_chunk(decode, de_bytes, ship_bytes)
+            read += pe_bytes + ship_bytes
+            write += pe_bytes + de_bytes
+            ship += ship_bytes
+        fabric.count_step(engine, read, write)
+        return read, write, ship
+
+    def _end(self, step: tuple[PrefillGroup, Batch, int, StepRecord]) -> None:
+        group, batch, tail_ns, record = step
+        self._fabric.unpace(record.paced)
+        record.paced = []
+        done = self._close(batch, record)
+        if done and tail_ns:
+            self._events.at(record.end_ns + tail_ns, self._on_done, done)
+        elif done:
+            self._on_done(done)
+        # Posted, not called: what this step's end sets free may be ready for the next one.
+        self._events.at(record.end_ns, self._begin, group)
+
+    def _close(self, batch: Batch, record: StepRecord) -> list[tuple[LiveTurn, int]]:
+        """The step is computed; the turns whose prompts ended with it, and their attempts."""
+        self.steps.append(record)
+        self._last_step_ns = record.end_ns - record.start_ns
+        done: list[tuple[LiveTurn, int]] = []
+        for engine, chunks in batch:
+            if engine.engine not in self.engines:
+                continue
+            chunk_done = engine.queue.chunk_done
+            for chunk in chunks:
+                if chunk_done(chunk.request, chunk.attempt) and chunk.last:
+                    turn = self._lives[chunk.request]
+                    done.append((turn, turn.attempt))
+                    self._on_first_token(turn)
+        return done

@@ -1,0 +1,269 @@
+"""Clusters inside a testbed: the same `dualpath serve` and `dualpath engine`, each in its node's namespace.
+
+::
+
+    storage   nginx, serving the store's directory      ◄─ HTTP over snic0 ─┐
+    head      dualpath serve --join-address …           ◄─ control over mgmt0 ─┤
+    pe0, de0… dualpath engine --transport tcp --data-host <address of cnic0>  ─┘
+
+The engines keep no rates themselves: the kernel does. They still count every byte by NIC, direction and class.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from dualpath.cluster.config import Topology
+from dualpath.lab.experiments.cluster_process import ClusterError, ClusterProcess, log_tail
+from dualpath.lab.experiments.launcher import ClusterLauncher, LaunchedCluster, log_path
+from dualpath.lab.experiments.settings import Settings
+from dualpath.lab.testbed import network
+from dualpath.lab.testbed.failure import TestbedError
+from dualpath.lab.testbed.iproute import inside
+from dualpath.lab.testbed.network import Testbed
+from dualpath.lab.testbed.object_server import PORT, ObjectServer
+from dualpath.lab.testbed.plan import Node, Rates, make_plan
+
+SUBNET = "10.89"
+"""Of testbeds that come and go with an experiment."""
+CONTROL_PORT = 5555
+HTTP_PORT = 8000
+ENGINE_GRACE_S = 5.0
+"""How long engines may take to leave after their coordinator."""
+Result = TypeVar("Result")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+
+
+class TestbedLauncher:
+    """A `ClusterLauncher` whose NICs are the testbed's. `options` are added to those of all processes."""
+
+    __test__ = False
+    links: Literal["emulated", "kernel"] = "kernel"
+    transport = "tcp"
+
+    def __init__(
+        self,
+        testbed: Testbed,
+        *,
+        model: Path,
+        rates: Rates,
+        logs: Path,
+        work: Path,
+        options: Sequence[str] = (),
+        port: int = HTTP_PORT,
+        start_timeout_s: float = 240.0,
+    ) -> None:
+        self.testbed = testbed
+        self.model = model
+        self.rates = rates
+        self.logs = logs
+        self.work = work
+        self.options = tuple(options)
+        self.port = port
+        self.start_timeout_s = start_timeout_s
+
+    def cluster(
+        self, name: str, topology: str, system: str, store: Path, limited: bool
+    ) -> AbstractAsyncContextManager[LaunchedCluster]:
+        """See `ClusterLauncher.cluster`. Logs are ``NAME.log`` and, of each engine, ``NAME-pe0.log``."""
+        return TestbedCluster(self, name, topology, system, store, self.rates if limited else Rates())
+
+
+class TestbedCluster:
+    """``async with`` it: rates set, object server up, coordinator up, engines joined; and all gone when it is left."""
+
+    __test__ = False
+
+    def __init__(
+        self, launcher: TestbedLauncher, name: str, topology: str, system: str, store: Path, rates: Rates
+    ) -> None:
+        self.name = name
+        self._launcher = launcher
+        self._store = store
+        self._rates = rates
+        self._plan = launcher.testbed.plan
+        self._options = (
+            *("--model", str(launcher.model.resolve())),
+            *("--store", f"http://{self._plan.node('storage').address('storage')}:{PORT}"),
+            *("--topology", topology),
+            *("--system", system),
+            *("--transport", "tcp"),
+            *launcher.options,
+        )
+        self._engines = list(_engines(self._plan.nodes, topology))
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._exits: asyncio.Task[ClusterError] | None = None
+        self._serve = ClusterProcess(
+            name, self._serve_command(), launcher.work / "ready.json", self._log(), launcher.start_timeout_s
+        )
+        self._stack = AsyncExitStack()
+
+    @property
+    def url(self) -> str:
+        """See `LaunchedCluster.url`."""
+        return self._serve.url
+
+    async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """See `LaunchedCluster.run`; an engine that ends counts as the cluster's end."""
+        return await self._unless_an_engine_ends(self._serve.run(work))
+
+    async def __aenter__(self) -> "TestbedCluster":
+        """Raises ClusterError."""
+        self._launcher.work.mkdir(parents=True, exist_ok=True)
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        server = ObjectServer(
+            self._store,
+            self._launcher.work / "nginx",
+            address=self._plan.node("storage").address("storage"),
+            prefix=inside(self._plan.node("storage").namespace),
+        )
+        try:
+            await asyncio.to_thread(network.set_rates, self._launcher.testbed, self._rates)
+            await asyncio.to_thread(server.__enter__)
+        except TestbedError as error:
+            raise ClusterError(f"{self.name}: {error}") from error
+        self._stack.push_async_callback(asyncio.to_thread, server.__exit__)
+        self._stack.push_async_callback(self._end_engines)
+        for node, role in self._engines:
+            await self._start_engine(node, role)
+        self._exits = asyncio.create_task(self._first_exit())
+        await self._unless_an_engine_ends(self._stack.enter_async_context(self._serve))
+
+    async def _unless_an_engine_ends(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """`work`'s result. Raises ClusterError, cancelling `work`, when an engine ends before it."""
+        assert self._exits is not None, "the cluster has been entered"
+        working = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({working, self._exits}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise self._exits.result()
+            return working.result()
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+    async def _start_engine(self, node: Node, role: str) -> None:
+        command = (
+            *inside(node.namespace),
+            *(sys.executable, "-m", "dualpath", "engine", "--role", role, "--rank", node.name[2:]),
+            *("--coordinator", f"tcp://{self._plan.node('head').address('management')}:{CONTROL_PORT}"),
+            *("--data-host", node.address("compute")),
+            *self._options,
+        )
+        with self._log(node.name).open("wb") as log:
+            self._processes[node.name] = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=_environment(),
+            )
+
+    async def _first_exit(self) -> ClusterError:
+        """Why the cluster is not one any more, once an engine has ended."""
+        waits = {asyncio.create_task(process.wait()): name for name, process in self._processes.items()}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        ended = next(iter(done))
+        name = waits[ended]
+        return ClusterError(
+            f"{self.name}: engine {name} ended by itself, exit code {ended.result()}.{log_tail(self._log(name))}"
+        )
+
+    async def _end_engines(self) -> None:
+        """Their coordinator has dismissed them; who does not leave is ended."""
+        if self._exits is not None:
+            self._exits.cancel()
+        processes = list(self._processes.values())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ENGINE_GRACE_S if self._serve.url else 0):
+                for process in processes:
+                    await process.wait()
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+    def _serve_command(self) -> tuple[str, ...]:
+        head = self._plan.node("head")
+        environment = [f"{name}=" for name in os.environ if name.lower() in _PROXIES]
+        return (
+            *inside(head.namespace),
+            *(("env", *environment) if environment else ()),
+            *(sys.executable, "-m", "dualpath", "serve", "--host", head.address("management")),
+            *("--port", str(self._launcher.port)),
+            *("--join-address", f"tcp://{head.address('management')}:{CONTROL_PORT}"),
+            *self._options,
+        )
+
+    def _log(self, engine: str = "") -> Path:
+        return log_path(self._launcher.logs, f"{self.name} {engine}".strip())
+
+
+@contextmanager
+def temporary_testbed(
+    topologies: Sequence[str], rates: Rates, name: str = "run", subnet: str = SUBNET
+) -> Iterator[Callable[[Settings, Path, Path], ClusterLauncher]]:
+    """A testbed for as long as the context lasts, large enough for all `topologies`: what `run_plan` takes.
+
+    Raises TestbedError; ValueError for what is no topology.
+    """
+    sizes = [_size(topology) for topology in topologies]
+    plan = make_plan(name, max(prefill for prefill, _ in sizes), max(decode for _, decode in sizes), subnet)
+    testbed = network.up(plan, rates)
+    try:
+        yield lambda settings, logs, work: TestbedLauncher(
+            testbed,
+            model=settings.model,
+            rates=Rates(settings.snic_bytes_per_s, settings.cnic_bytes_per_s, rates.storage_node),
+            logs=logs,
+            work=work,
+            start_timeout_s=settings.start_timeout_s,
+        )
+    finally:
+        network.down(name)
+
+
+def _environment() -> Mapping[str, str]:
+    """Without proxies, which would be asked for the object server's address."""
+    return {name: value for name, value in os.environ.items() if name.lower() not in _PROXIES}
+
+
+def _size(topology: str) -> tuple[int, int]:
+    parsed = Topology.parse(topology)
+    return parsed.prefill_engines, parsed.decode_engines
+
+
+def _engines(nodes: Sequence[Node], topology: str) -> Iterator[tuple[Node, str]]:
+    """The nodes that `topology` takes, and their roles. Raises ClusterError where there are too few."""
+    by_name = {node.name: node for node in nodes}
+    prefill, decode = _size(topology)
+    for kind, role, count in (("pe", "prefill", prefill), ("de", "decode", decode)):
+        for rank in range(count):
+            if f"{kind}{rank}" not in by_name:
+                raise ClusterError(
+                    f"the testbed has no {kind}{rank}, which {topology} needs: dualpath testbed up {topology}"
+                )
+            yield by_name[f"{kind}{rank}"], role

@@ -1,0 +1,33 @@
+"""PyTorch engines: layerwise prefill and paged decode of Transformers models, unforked.
+
+Knows nothing of transport, policy or processes: the runtime hands it tokens and the callbacks that move bytes.
+"""
+
+from dualpath.model.attention import UnsupportedModelError
+from dualpath.model.batch import PrefillItem, PrefillOutput
+from dualpath.model.checkpoint import make_checkpoint, model_fingerprint
+from dualpath.model.decode import DecodeEngine, StepOutput
+from dualpath.model.layers import LayerIOTimeoutError
+from dualpath.model.model import LoadedModel
+from dualpath.model.paged import OutOfBlocksError
+from dualpath.model.prefill import LayerIO, LayerwisePrefill, PrefillStatistics
+from dualpath.model.profiling import profile_attention
+from dualpath.model.sampling import TokenDraw
+
+__all__ = [
+    "DecodeEngine",
+    "LayerIO",
+    "LayerIOTimeoutError",
+    "LayerwisePrefill",
+    "LoadedModel",
+    "OutOfBlocksError",
+    "PrefillItem",
+    "PrefillOutput",
+    "PrefillStatistics",
+    "StepOutput",
+    "TokenDraw",
+    "UnsupportedModelError",
+    "make_checkpoint",
+    "model_fingerprint",
+    "profile_attention",
+]

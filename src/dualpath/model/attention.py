@@ -1,0 +1,194 @@
+"""Attention that reads KV from our own buffers: the half of the Transformers seam that computes.
+
+Theory of operation. A forward packs several sequences, each with its own cached context, into one row of tokens
+``[1, heads, tokens, dim]``. Everything in a transformer but attention is per token, so packing costs nothing there. Two
+calls per layer reach us. ``past_key_values.update(k, v, layer)`` is `PackedPass.update`: the new tokens' KV is written
+into the layer's device buffer, rows ``[row, token_elems]`` whose bytes are exactly those of a Layer Block. Then the
+registered attention function is called: `packed_attention` walks the sequences and reads each one's KV, cached and new,
+as strided views of that buffer. No context is ever copied, padded, or converted, and there is no mask.
+
+Two ways to read a row. *Grouped* (GQA, MHA, MQA): a row is k‖v. *Latent* (MLA): a row is latent‖rope, and is either
+absorbed (queries are taken into latent space, so that one row is the only key and value of all heads) or expanded to
+ordinary keys and values, whichever is fewer FLOPs for the chunk at hand; decode is always absorbed.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dualpath.model.spans import EXPAND_ROWS, PackedSequence, attend_sequence
+
+IMPLEMENTATION = "dualpath_packed"
+"""Our name in Transformers' attention registry."""
+
+_UNSUPPORTED = {"sliding_window": "sliding-window layers", "softcap": "score soft-capping", "s_aux": "attention sinks"}
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose attention does not fit the seam; the message says which part."""
+
+
+class AttentionForm(Protocol):
+    """How a token's row is written and read; one per kind of attention."""
+
+    def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Write what `update` was given into ``rows[new_rows]``; return what the model's code should go on with."""
+        ...
+
+    def attend(
+        self, module: Any, query: Tensor, rows: Tensor, sequences: tuple[PackedSequence, ...], scale: float
+    ) -> Tensor:
+        """Query ``[heads, tokens, dim]`` → output ``[tokens, heads, value_dim]``."""
+        ...
+
+
+class PackedPass:
+    """One packed forward, handed to the model as its `past_key_values`. Subclasses say where a layer's rows are."""
+
+    def __init__(self, form: AttentionForm, sequences: tuple[PackedSequence, ...], new_rows: Tensor) -> None:
+        """`new_rows` ``[tokens]`` int64: the buffer row of each new token of the pack."""
+        self.form = form
+        self.sequences = sequences
+        self._new_rows = new_rows
+        self._rows: Tensor | None = None
+
+    def layer_rows(self, layer: int) -> Tensor:
+        """The device buffer ``[rows, token_elems]`` of a layer, with every cached row in it; may wait."""
+        raise NotImplementedError
+
+    def written(self, layer: int) -> None:
+        """The new rows of `layer` are in its buffer."""
+
+    def attended(self, layer: int) -> None:
+        """Nothing of this pass reads the buffer of `layer` any more."""
+
+    def update(self, first: Tensor, second: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What Transformers calls before a layer's attention: `[1, heads, tokens, dim]`, k and v or latent and rope."""
+        self._rows = self.layer_rows(layer_idx)
+        passed_on = self.form.store(self._rows, self._new_rows, first, second)
+        self.written(layer_idx)
+        return passed_on
+
+    def attend(self, module: Any, query: Tensor, scale: float) -> Tensor:
+        assert self._rows is not None, "update comes before attention in every layer"
+        out = self.form.attend(module, query[0], self._rows, self.sequences, scale)
+        self._rows = None
+        self.attended(module.layer_idx)
+        return out[None]
+
+
+def packed_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+) -> tuple[Tensor, None]:
+    """The attention function Transformers calls; `key` and `value` are ignored, the pass has them in its buffers.
+
+    Raises UnsupportedModelError where the layer asks for something beyond plain causal attention.
+    """
+    del key, value, attention_mask
+    for name, meaning in _UNSUPPORTED.items():
+        if given.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} uses {meaning}, which packed attention does not compute"
+            )
+    packed = given.get("packed")
+    if not isinstance(packed, PackedPass):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not pass keyword arguments on to its attention function; it needs a "
+            "Transformers model with attention-backend support"
+        )
+    return packed.attend(module, query, given["scaling"]), None
+
+
+class GroupedForm:
+    """Rows are k‖v, `kv_heads` heads of `head_dim` each."""
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int) -> None:
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+
+    def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        parts = rows.view(-1, 2, self.kv_heads, self.head_dim)
+        parts[:, 0].index_copy_(0, new_rows, first[0].transpose(0, 1))
+        parts[:, 1].index_copy_(0, new_rows, second[0].transpose(0, 1))
+        return first, second
+
+    def attend(
+        self, module: Any, query: Tensor, rows: Tensor, sequences: tuple[PackedSequence, ...], scale: float
+    ) -> Tensor:
+        del module
+        keys, values = rows.view(-1, 2, self.kv_heads, self.head_dim).permute(1, 2, 0, 3).unbind()
+
+        def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
+            return keys[:, first : first + count], values[:, first : first + count]
+
+        grouped = query.view(self.kv_heads, -1, query.shape[1], self.head_dim)
+        out = query.new_empty((query.shape[1], self.heads, self.head_dim))
+        for sequence in sequences:
+            chunk = slice(sequence.first_query, sequence.first_query + sequence.new_tokens)
+            out[chunk] = attend_sequence(grouped[:, :, chunk], rows, sequence, keys_values, scale)
+        return out
+
+
+class LatentForm:
+    """Rows are latent‖rope (MLA); `kv_b_proj` of the layer turns a latent into every head's key and value."""
+
+    def __init__(self, heads: int, rank: int, rope_dim: int, nope_dim: int, value_dim: int) -> None:
+        self.heads, self.rank, self.rope_dim, self.nope_dim, self.value_dim = heads, rank, rope_dim, nope_dim, value_dim
+
+    def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        rows[:, : self.rank].index_copy_(0, new_rows, first[0, 0])
+        rows[:, self.rank :].index_copy_(0, new_rows, second[0, 0])
+        # The model's code goes on to expand what it gets back, for nothing: one token's worth is the least it takes.
+        return first[:, :, :1], second[:, :, :1]
+
+    def attend(
+        self, module: Any, query: Tensor, rows: Tensor, sequences: tuple[PackedSequence, ...], scale: float
+    ) -> Tensor:
+        out = query.new_empty((query.shape[1], self.heads, self.value_dim))
+        for sequence in sequences:
+            chunk = slice(sequence.first_query, sequence.first_query + sequence.new_tokens)
+            how = self._absorbed if self.absorbs(sequence.new_tokens) else self._expanded
+            out[chunk] = how(module, query[:, chunk], rows, sequence, scale)
+        return out
+
+    def absorbs(self, new_tokens: int) -> bool:
+        """Whether attending in latent space costs fewer FLOPs a context row than expanding the row does."""
+        widened = 2 * self.rank - self.nope_dim - self.value_dim
+        return new_tokens * widened <= self.rank * (self.nope_dim + self.value_dim)
+
+    def _absorbed(self, module: Any, query: Tensor, rows: Tensor, sequence: PackedSequence, scale: float) -> Tensor:
+        to_key, to_value = self._projections(module)
+        latent_query = torch.bmm(query[..., : self.nope_dim], to_key)
+        latent_query = torch.cat((latent_query, query[..., self.nope_dim :]), dim=-1)
+
+        def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
+            span = rows[None, first : first + count]
+            return span, span  # a value is the latent part; its rope part is dropped from the output below
+
+        out = attend_sequence(latent_query[None], rows, sequence, keys_values, scale)
+        latent_out = out[..., : self.rank].transpose(0, 1)
+        return torch.bmm(latent_out, to_value.transpose(1, 2)).transpose(0, 1)
+
+    def _expanded(self, module: Any, query: Tensor, rows: Tensor, sequence: PackedSequence, scale: float) -> Tensor:
+        to_key, to_value = self._projections(module)
+        width = max(self.nope_dim + self.rope_dim, self.value_dim)
+
+        def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
+            latent = rows[first : first + count, : self.rank].expand(self.heads, -1, -1)
+            rope = rows[first : first + count, self.rank :]
+            keys = rows.new_zeros((self.heads, count, width))
+            keys[..., : self.nope_dim] = torch.bmm(latent, to_key.transpose(1, 2))
+            keys[..., self.nope_dim : self.nope_dim + self.rope_dim] = rope
+            values = rows.new_zeros((self.heads, count, width))
+            values[..., : self.value_dim] = torch.bmm(latent, to_value.transpose(1, 2))
+            return keys, values
+
+        padded = torch.nn.functional.pad(query, (0, width - query.shape[-1]))
+        out = attend_sequence(padded[:, None], rows, sequence, keys_values, scale, span_rows=EXPAND_ROWS)
+        return out[..., : self.value_dim]
+
+    def _projections(self, module: Any) -> tuple[Tensor, Tensor]:
+        """``kv_b_proj`` as per-head matrices: to keys ``[heads, nope, rank]``, to values ``[heads, value, rank]``."""
+        weight: Tensor = module.kv_b_proj.weight
+        by_head = weight.view(self.heads, self.nope_dim + self.value_dim, self.rank)
+        return by_head[:, : self.nope_dim], by_head[:, self.nope_dim :]

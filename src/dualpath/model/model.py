@@ -1,0 +1,187 @@
+"""A causal language model of Transformers, loaded unforked, with our packed attention in place of its own.
+
+Loading ends with a probe: one short forward through the seam. It shows that every layer hands its KV to
+`past_key_values.update` in the expected shape and takes its attention from us, so a model that would compute something
+else is refused with a reason before it serves a token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from dualpath.kv.layout import KVLayout, KVPart
+from dualpath.model.attention import (
+    IMPLEMENTATION,
+    GroupedForm,
+    LatentForm,
+    PackedPass,
+    UnsupportedModelError,
+    packed_attention,
+)
+from dualpath.model.spans import PackedSequence
+
+# No mask function is registered under this name: Transformers then builds no mask at all.
+AttentionInterface.register(IMPLEMENTATION, packed_attention)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoadedModel:
+    """Weights on a device, and what the engines need to know about them."""
+
+    def __init__(self, network: Any, eos_token_ids: tuple[int, ...]) -> None:
+        """`network`: a Transformers causal LM made with our attention. Raises UnsupportedModelError."""
+        config = network.config
+        _refuse_other_attention(config)
+        self.network = network
+        self.dtype: torch.dtype = network.dtype
+        self.device: torch.device = network.device
+        self.form, parts = _form_of(config)
+        self.layout = KVLayout(
+            layers=config.num_hidden_layers, parts=parts, dtype=str(self.dtype).removeprefix("torch.")
+        )
+        self.vocab_size: int = config.vocab_size
+        self.max_length_tokens: int = config.max_position_embeddings
+        self.eos_token_ids = eos_token_ids
+        _Probe(self).run()
+
+    @staticmethod
+    def load(path: str | Path, device: str = "cpu", dtype: str = "float32", threads: int = 1) -> LoadedModel:
+        """Load a local checkpoint folder (safetensors only). Sets torch's thread count for the whole process.
+
+        Raises ValueError for a bad argument, OSError for a folder that is no checkpoint, UnsupportedModelError for a
+        model that the seam can't run.
+        """
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(_DTYPES)}")
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise ValueError(f"device {device!r} is not supported; choose cpu or cuda")
+        if threads < 1:
+            raise ValueError(f"threads is {threads}; at least one is needed")
+        torch.set_num_threads(threads)
+        local = {"local_files_only": True}
+        config = AutoConfig.from_pretrained(path, **local)
+        _refuse_other_attention(config)
+        network = AutoModelForCausalLM.from_pretrained(
+            path, dtype=_DTYPES[dtype], attn_implementation=IMPLEMENTATION, use_safetensors=True, **local
+        )
+        network.to(device).eval()
+        return LoadedModel(network, _eos_token_ids(path, config))
+
+    @property
+    def token_elems(self) -> int:
+        """Elements of one token's row in one layer."""
+        return self.layout.token_bytes // self.layout.itemsize_bytes
+
+    @torch.inference_mode()
+    def forward(self, packed: PackedPass, token_ids: list[int], positions: list[int], keep: list[int]) -> Tensor:
+        """One packed forward. Returns logits ``[len(keep), vocab]`` of the pack's tokens at indices `keep`.
+
+        With nothing to keep, no logits are computed and the result is empty.
+        """
+        ids, places, kept = (torch.tensor(x, device=self.device) for x in (token_ids, positions, keep or [0]))
+        output = self.network(
+            input_ids=ids[None],
+            position_ids=places[None],
+            past_key_values=packed,
+            use_cache=True,
+            logits_to_keep=kept,
+            packed=packed,
+        )
+        logits: Tensor = output.logits[0]
+        return logits[: len(keep)]
+
+    @property
+    def attention_flops_per_token(self) -> int:
+        """FLOPs of one attention layer for one new token, whatever its context: the projections."""
+        attention = self.network.get_decoder().layers[0].self_attn
+        weights = sum(p.numel() for name, p in attention.named_parameters() if p.dim() == 2 and name.endswith("weight"))
+        return int(2 * weights)
+
+    @property
+    def attention_flops_per_pair(self) -> int:
+        """FLOPs of one attention layer for a new token and a token it sees: score and weighted value, all heads."""
+        if isinstance(self.form, LatentForm):
+            return 2 * self.form.heads * (self.form.nope_dim + self.form.rope_dim + self.form.value_dim)
+        return 4 * self.form.heads * self.form.head_dim
+
+
+class _Probe(PackedPass):
+    """Two tokens through every layer; notes what each layer hands over."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        sequence = PackedSequence(first_query=0, new_tokens=2, cached_tokens=0, extents=((0, 2),))
+        super().__init__(model.form, (sequence,), torch.arange(2, device=model.device))
+        self._model = model
+        self._buffer = torch.zeros(2, model.token_elems, dtype=model.dtype, device=model.device)
+        self._updated: list[int] = []
+        self._computed: list[int] = []
+
+    def layer_rows(self, layer: int) -> Tensor:  # noqa: ARG002  one buffer serves all layers
+        return self._buffer
+
+    def update(self, first: Tensor, second: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._updated.append(layer_idx)
+        expected = [(1, part.heads, 2, part.dim) for part in self._model.layout.parts]
+        if [tuple(first.shape), tuple(second.shape)] != expected or args or kwargs:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} hands over KV of shapes {tuple(first.shape)} and {tuple(second.shape)}, its config "
+                f"says {expected[0]} and {expected[1]}"
+            )
+        return super().update(first, second, layer_idx)
+
+    def attended(self, layer: int) -> None:
+        self._computed.append(layer)
+
+    def run(self) -> None:
+        """Raises UnsupportedModelError where the model does not use the seam once per layer, in order."""
+        name = type(self._model.network).__name__
+        try:
+            self._model.forward(self, [0, 0], [0, 1], [1])
+        except (AttributeError, NotImplementedError, TypeError) as error:
+            raise UnsupportedModelError(f"{name} does not run through the packed-attention seam: {error}") from error
+        layers = list(range(self._model.layout.layers))
+        if self._updated != layers or self._computed != layers:
+            raise UnsupportedModelError(
+                f"{name} updated KV in layers {self._updated} and attended in {self._computed}; every one of its "
+                f"{len(layers)} layers must do both, in order"
+            )
+
+
+def _refuse_other_attention(config: Any) -> None:
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if others:
+        raise UnsupportedModelError(
+            f"{config.model_type} has layers of type {', '.join(others)}; only full attention has KV of every token in "
+            "every layer, which is what is stored and moved here"
+        )
+
+
+def _form_of(config: Any) -> tuple[GroupedForm | LatentForm, tuple[KVPart, ...]]:
+    if getattr(config, "kv_lora_rank", None):
+        latent = LatentForm(
+            config.num_attention_heads,
+            config.kv_lora_rank,
+            config.qk_rope_head_dim,
+            config.qk_nope_head_dim,
+            config.v_head_dim,
+        )
+        return latent, (KVPart("latent", 1, latent.rank), KVPart("rope", 1, latent.rope_dim))
+    heads: int | None = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        raise UnsupportedModelError(f"{config.model_type} does not say num_attention_heads; its attention is not known")
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return GroupedForm(heads, kv_heads, head_dim), (KVPart("k", kv_heads, head_dim), KVPart("v", kv_heads, head_dim))
+
+
+def _eos_token_ids(path: str | Path, config: Any) -> tuple[int, ...]:
+    eos = config.eos_token_id
+    if (Path(path) / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id or eos
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

@@ -1,0 +1,222 @@
+"""Layerwise prefill (paper §5): a batch is computed with the KV of only a few layers on the device.
+
+The runtime says how bytes move, through a `LayerIO`; this module says when. See `layers` for the order of things. A
+batch is packed into one forward whatever its items' lengths are. An item whose load or shipping fails is carried along
+to the end, where its rows are harmless because attention is per sequence, but nothing more is loaded or shipped for it.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+
+from dualpath.model.attention import PackedPass
+from dualpath.model.batch import PrefillBatch, PrefillItem, PrefillOutput
+from dualpath.model.layers import Bytes, DeviceLayers, LayerIOTimeoutError, LayerProgress, RunAbortedError
+from dualpath.model.model import LoadedModel
+from dualpath.thread_names import named_threads
+
+
+class PrefillStatistics(msgspec.Struct, frozen=True):
+    """The last run, as seen by its compute thread: `total` is the sum of the other three durations."""
+
+    load_wait_ns: int
+    compute_ns: int
+    ship_wait_ns: int
+    total_ns: int
+    batch_tokens: int
+    """Cached and new tokens of the batch."""
+    peak_device_kv_bytes: int
+    """The most KV of the batch that was on the device at once: layers resident × the batch's bytes of one layer."""
+
+
+class LayerIO(Protocol):
+    """How the KV of one run moves; list index = item index. Both calls must return within the run's `io_deadline_s`.
+
+    An exception raised, instead of returned for an item, fails every item of the call.
+    """
+
+    def load_layer(self, layer: int, destinations: list[Bytes | None]) -> list[Exception | None]:
+        """Loader thread: fill ``destinations[i]``, ``cached_tokens_i × token_bytes`` bytes, None where there is nothing
+        to load or the item has failed. Not called for a layer where all are None."""
+        ...
+
+    def ship_layer(self, layer: int, rows: list[Bytes | None]) -> list[Exception | None]:
+        """Shipper thread: send on what is wanted of ``rows[i]``, the bytes of all cached and new tokens of the item in
+        this layer, None where the item has failed. The memory is valid during the call only."""
+        ...
+
+
+class LayerwisePrefill:
+    """Runs batches one after another on the calling thread, with a loader and a shipper thread of its own."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        device_layers: int = 3,
+        layerwise: bool = True,
+        max_batch_tokens: int = 65536,
+        io_deadline_s: float = 120.0,
+    ) -> None:
+        """`layerwise=False` holds all layers of the batch: loads all, computes all, ships all (the ablation's base).
+
+        `max_batch_tokens` bounds cached and new tokens of a batch together, and with that the device buffers.
+        """
+        if device_layers < 2 or max_batch_tokens < 1:
+            raise ValueError(f"{device_layers=} must be at least 2 and {max_batch_tokens=} at least 1")
+        self.model = model
+        self.max_batch_tokens = max_batch_tokens
+        self.statistics: PrefillStatistics | None = None
+        self._layerwise, self._io_deadline_s = layerwise, io_deadline_s
+        layers = model.layout.layers
+        self._slots = min(device_layers, layers) if layerwise else layers
+        self._device = DeviceLayers(model.layout, self._slots, model.device, model.dtype)
+        self._loader = named_threads(1, "prefill-loader")
+        self._shipper = named_threads(1, "prefill-shipper")
+        self._unusable: str | None = None
+
+    def run(self, items: list[PrefillItem], io: LayerIO) -> list[PrefillOutput]:
+        """Prefill `items` together; one output each, in order.
+
+        Raises ValueError for a batch that can't be run, LayerIOTimeoutError when a callback hung (the object is then
+        unusable), and whatever the model raised; items have no outputs then.
+        """
+        if self._unusable:
+            raise RuntimeError(f"this prefill can't run any more: {self._unusable}")
+        batch = PrefillBatch(items, self._checked_tokens(items))
+        if not items:
+            return []
+        self._device.reserve(batch.rows, self.max_batch_tokens)
+        progress = LayerProgress(self.model.layout.layers, self._slots, not self._layerwise, self._io_deadline_s)
+        started_ns = time.perf_counter_ns()
+        workers = [
+            self._loader.submit(_guarded, progress, lambda: self._load_all(batch, io, progress)),
+            self._shipper.submit(_guarded, progress, lambda: self._ship_all(batch, io, progress)),
+        ]
+        logits = self._compute(batch, progress, workers)
+        self._note_statistics(batch, progress, time.perf_counter_ns() - started_ns)
+        return batch.outputs(logits)
+
+    def close(self) -> None:
+        """Stop the threads. A callback that hangs keeps its thread, and only it, alive."""
+        self._unusable = self._unusable or "it is closed"
+        for pool in (self._loader, self._shipper):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _checked_tokens(self, items: list[PrefillItem]) -> int:
+        total = 0
+        for index, item in enumerate(items):
+            if not item.token_ids or item.cached_tokens < 0:
+                raise ValueError(
+                    f"item {index} has {len(item.token_ids)} tokens to compute after {item.cached_tokens} cached ones; "
+                    "at least one is needed, after zero or more"
+                )
+            length = item.cached_tokens + len(item.token_ids)
+            if length > self.model.max_length_tokens:
+                raise ValueError(
+                    f"item {index} reaches {length} tokens; the model takes {self.model.max_length_tokens}"
+                )
+            total += length
+        if total > self.max_batch_tokens:
+            raise ValueError(f"the batch has {total} tokens; max_batch_tokens is {self.max_batch_tokens}: split it")
+        return total
+
+    def _compute(self, batch: PrefillBatch, progress: LayerProgress, workers: list[Future[None]]) -> Tensor | None:
+        """Logits of the sampling items, or None when every item had failed before the end."""
+        try:
+            packed = _PrefillPass(self.model, batch, self._device, progress)
+            logits = self.model.forward(packed, batch.token_ids, batch.positions, batch.sampled_rows)
+            progress.wait_all_shipped()
+        except _NothingLeftError:
+            return None
+        except RunAbortedError as error:
+            raise error.__cause__ or error from None
+        except LayerIOTimeoutError:
+            self._unusable = "an I/O callback of an earlier run did not return in time"
+            raise
+        finally:
+            self._settle(progress, workers)
+        return logits
+
+    def _settle(self, progress: LayerProgress, workers: list[Future[None]]) -> None:
+        """No thread touches the buffers after a run, or there is no other run."""
+        progress.abort(RuntimeError("the run is over"))
+        if not self._unusable and wait(workers, timeout=self._io_deadline_s).not_done:
+            self._unusable = "an I/O callback of an earlier run did not return in time"
+            raise LayerIOTimeoutError(f"an I/O callback did not return within {self._io_deadline_s:g} s")
+
+    def _load_all(self, batch: PrefillBatch, io: LayerIO, progress: LayerProgress) -> None:
+        for layer in range(progress.layers):
+            progress.wait_slot(layer)
+            wanted = [i for i in batch.alive() if batch.items[i].cached_tokens]
+            destinations: list[Bytes | None] = [None] * len(batch.items)
+            spans = [(batch.first_rows[i], batch.items[i].cached_tokens) for i in wanted]
+            for i, span in zip(wanted, spans, strict=True):
+                destinations[i] = self._device.destination(layer, *span)
+            if wanted:
+                batch.call(io.load_layer, layer, destinations)
+                self._device.upload(layer, spans)
+            progress.advance("loaded", layer)
+
+    def _ship_all(self, batch: PrefillBatch, io: LayerIO, progress: LayerProgress) -> None:
+        for layer in range(progress.layers):
+            progress.wait_written(layer)
+            wanted = batch.alive()
+            rows: list[Bytes | None] = [None] * len(batch.items)
+            spans = [(batch.first_rows[i], batch.lengths[i]) for i in wanted]
+            for i, span in zip(wanted, self._device.download(layer, spans), strict=True):
+                rows[i] = span
+            if wanted:
+                batch.call(io.ship_layer, layer, rows)
+            progress.advance("shipped", layer)
+
+    def _note_statistics(self, batch: PrefillBatch, progress: LayerProgress, total_ns: int) -> None:
+        layer_bytes = batch.rows * self.model.layout.token_bytes
+        self.statistics = PrefillStatistics(
+            load_wait_ns=progress.load_wait_ns,
+            compute_ns=total_ns - progress.load_wait_ns - progress.ship_wait_ns,
+            ship_wait_ns=progress.ship_wait_ns,
+            total_ns=total_ns,
+            batch_tokens=batch.rows,
+            peak_device_kv_bytes=progress.peak_resident_layers * layer_bytes,
+        )
+
+
+class _NothingLeftError(Exception):
+    """Every item has failed; the rest of the forward would be for nothing."""
+
+
+class _PrefillPass(PackedPass):
+    """Ties the forward's layers to the run's progress."""
+
+    def __init__(self, model: LoadedModel, batch: PrefillBatch, device: DeviceLayers, progress: LayerProgress) -> None:
+        super().__init__(model.form, batch.sequences, torch.tensor(batch.new_rows, device=model.device))
+        self._batch, self._device, self._progress = batch, device, progress
+
+    def layer_rows(self, layer: int) -> Tensor:
+        self._progress.wait_loaded(layer)
+        if not self._batch.alive():
+            raise _NothingLeftError
+        return self._device.rows(layer)
+
+    def written(self, layer: int) -> None:
+        self._device.mark("written", layer)
+        self._progress.advance("written", layer)
+
+    def attended(self, layer: int) -> None:
+        self._device.mark("attended", layer)
+        self._progress.advance("attended", layer)
+
+
+def _guarded(progress: LayerProgress, work: Callable[[], None]) -> None:
+    """Run a worker's loop; its failure ends the other threads' waits, a stop asked by them is no failure."""
+    try:
+        work()
+    except RunAbortedError:
+        return
+    except Exception as error:
+        progress.abort(error)

@@ -1,5 +1,0 @@
-"""Result files as one HTML page."""
-
-from dualpath.report.html.page import render, write_report
-
-__all__ = ["render", "write_report"]

@@ -1,0 +1,185 @@
+"""The result file of a demo, an experiment, a replay or a prediction: what it holds, and reading it back.
+
+Times in seconds, rates in bytes per second. A prediction (`dualpath simulate --like`) is a result file too, with the
+runs of the measurement it predicts, in their order.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from dualpath.results.online import Capacity, Slo, Window
+from dualpath.results.turns import Part, Percentiles, TurnFailure, TurnResult
+from dualpath.spec.cluster_setup import ClusterSetup
+from dualpath.traces.trajectory import Trajectory
+
+
+class ResultFileError(ValueError):
+    """A result file that can't be read. The message names the file and the field."""
+
+
+class SnicSample(msgspec.Struct, frozen=True):
+    """Bytes each engine's SNIC had received from storage `at_s` after the run's start."""
+
+    at_s: float
+    received_bytes: dict[str, int]
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One replay of the workload on one cluster."""
+
+    parameters: dict[str, float | str] = {}
+    """What this run varies beyond topology and system, such as ``{"agents": 16, "append_scale": 2}``."""
+    trajectories: str = ""
+    """Key of its agents in `ResultFile.trajectories`; empty where the file does not keep them."""
+    first_round: int = 0
+    """Round of every trajectory at which the measured part begins: 1 after a warm-up."""
+    agents_per_s: float | None = None
+    """Poisson arrivals; None: all agents at once."""
+    cluster: ClusterSetup | None = None
+    turn_results: list[TurnResult] = []
+    failures: list[TurnFailure] = []
+    snic_samples: list[SnicSample] = []
+    gap_scale: float = 1.0
+    """Factor on the trajectories' pauses."""
+    context: Literal["own", "filled"] = "own"
+    """What stood for generated tokens in later prompts: themselves, or ids chosen by the replay."""
+    parts: list[Part] = []
+    """Of a replay; with more than one it was resumed, and `jct_s` is not comparable."""
+    windows: list[Window] = []
+    """Of a replay with arrivals."""
+    verdict: str = ""
+    """Of a replay with arrivals: ``steady`` or ``duration`` (the SLO held), ``ttft``, ``tpot`` or ``errors``."""
+    start_pacing: Percentiles | None = None
+    """How much later than due the client sent first turns."""
+    pacing: Percentiles | None = None
+    """The same of later turns."""
+
+    topology: str
+    """``1P2D``: prefill and decode nodes; of a replay against a server that does not say, ``served``."""
+    system: str
+    repeat: int = 0
+    jct_s: float
+    """Job completion time: all agents start, all have ended."""
+    ratio_to_basic: float | None
+    """Basic's median JCT on this topology over this JCT; None where either lost turns or basic was not run."""
+    ideal_ratio: float | None
+    """min((P + D) / P, basic's JCT over oracle's): what pooling every storage NIC could give at best."""
+    ratio_to_ideal: float | None
+    """`ratio_to_basic` over `ideal_ratio`; None for basic and oracle, which the ideal does not describe."""
+    ttft_p50_s: float | None
+    ttft_p99_s: float | None
+    ttst_p50_s: float | None
+    ttst_p99_s: float | None
+    tpot_p50_s: float | None
+    tpot_p99_s: float | None
+    hit_rate: float
+    """Prompt tokens loaded from storage over all prompt tokens."""
+    snic_max_over_avg: float | None
+    """Of the bytes read, over the engines that the system may read with; None where nothing was read."""
+    snic_bytes: dict[str, int]
+    """Bytes each engine's SNIC received from storage, by engine name (``PE0``, ``DE1``; ranks within a role)."""
+    turns: int
+    """Turns answered."""
+    retries: int = 0
+    errors: int
+    """Turns that failed; with any, `jct_s` is not comparable."""
+    error_messages: list[str] = []
+    same_tokens_as_basic: float | None = None
+    """Share of turns whose generated tokens equal those of basic's first run on this topology."""
+
+
+class Configuration(msgspec.Struct, frozen=True, kw_only=True):
+    """What was the same in every run."""
+
+    model: str
+    topologies: list[str]
+    systems: list[str]
+    snic_bytes_per_s: int | None
+    """Each storage NIC's rate, enforced on real bytes; None: not limited. Oracle runs without any limit."""
+    cnic_bytes_per_s: int | None
+    repeats: int
+    seed: int
+    machine: str
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
+    """What the agents asked; lengths in tokens. The warm-up is not part of the counts."""
+
+    source: str
+    agents: int
+    turns: int
+    prompt_tokens: int
+    append_tokens: int
+    generate_tokens: int
+    max_context_tokens: int
+    warm_up: str
+
+
+class ResultFile(msgspec.Struct, frozen=True, kw_only=True):
+    """All runs of one invocation, in the order they were made."""
+
+    kind: Literal["demo", "experiment", "replay", "prediction"] = "demo"
+    name: str = "demo"
+    trajectories: dict[str, list[Trajectory]] = {}
+    runs: list[Run]
+    configuration: Configuration
+    command: str
+    workload: Workload
+    slo: Slo | None = None
+    """Of a replay with arrivals."""
+    capacity: Capacity | None = None
+    """Of a search for the most agents a second."""
+
+
+class Representative(msgspec.Struct, frozen=True):
+    """The run with the median JCT among the repeats of one topology and system, and the range of their JCTs.
+
+    Repeats that lost turns are left out unless all did.
+    """
+
+    run: Run
+    repeats: int
+    jct_min_s: float
+    jct_max_s: float
+
+
+def decode(document: dict[str, Any], name: str = "result") -> ResultFile:
+    """Check and type a decoded document. Raises ResultFileError naming `name` and the field."""
+    try:
+        return msgspec.convert(document, ResultFile)
+    except msgspec.ValidationError as error:
+        raise ResultFileError(f"{name} is not a result file: {error}") from error
+
+
+def load(path: Path) -> ResultFile:
+    """Read a result file. Raises ResultFileError."""
+    try:
+        document = msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise ResultFileError(f"{path} can't be read: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise ResultFileError(f"{path} is not JSON: {error}") from error
+    return decode(document, str(path))
+
+
+def representatives(result: ResultFile) -> list[Representative]:
+    """One per topology and system that was run, in the configuration's order."""
+    found = []
+    for topology in result.configuration.topologies:
+        for system in result.configuration.systems:
+            runs = [run for run in result.runs if (run.topology, run.system) == (topology, system)]
+            if not runs:
+                continue
+            found.append(representative(runs))
+    return found
+
+
+def representative(runs: list[Run]) -> Representative:
+    """Of repeats, at least one."""
+    runs = [run for run in runs if not run.errors] or runs
+    times_s = [run.jct_s for run in runs]
+    middle = next(run for run in runs if run.jct_s == statistics.median_low(times_s))
+    return Representative(middle, len(runs), min(times_s), max(times_s))

@@ -1,0 +1,137 @@
+"""Real clusters for tests: tiny seeded checkpoints, engine processes, and Transformers' own answers to compare with."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from dualpath.cluster.api import GenerateRequest
+from dualpath.cluster.config import ClusterConfig, Topology
+from dualpath.cluster.local import Cluster
+from dualpath.model.checkpoint import make_checkpoint
+from dualpath.spec.sampling import SamplingParams
+
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3")
+ANSWER_DEADLINE_S = 60.0
+
+
+class Answer(msgspec.Struct):
+    """What one request gave."""
+
+    token_ids: list[int]
+    cached_tokens: int
+    finish_reason: str
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Path of a tiny checkpoint of an architecture, made on first use."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = tmp_path_factory.mktemp("models") / architecture
+            make_checkpoint(made[architecture], architecture, seed=7)
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Callable[[str], Path]) -> Callable[[str, list[int], int], list[int]]:
+    """Greedy tokens of Transformers' own `generate` on the full prompt, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    models: dict[str, object] = {}
+    answers: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
+
+    def generate(architecture: str, prompt: list[int], n: int) -> list[int]:
+        known = answers.get((architecture, tuple(prompt), n))
+        if known is not None:
+            return known
+        if architecture not in models:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint(architecture), dtype=torch.float32)
+            model.generation_config.eos_token_id = None  # `ignore_eos`: generated like any token, not masked
+            models[architecture] = model
+        ids = torch.tensor([prompt])
+        # A mask of ones, or `generate` takes prompt tokens that equal the pad token for padding.
+        output = models[architecture].generate(  # type: ignore[attr-defined]
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n
+        )
+        answers[architecture, tuple(prompt), n] = tokens = output[0, len(prompt) :].tolist()
+        return tokens
+
+    return generate
+
+
+def cluster_config(model: Path, store: Path, topology: str = "1P1D", **settings: object) -> ClusterConfig:
+    """A small, fast cluster: 64 MiB buffers, no fsync (these tests are not about power cuts)."""
+    defaults: dict[str, object] = {"buffer_bytes": 2**26, "hbm_bytes": 2**26, "durable": False, "port": 0}
+    return ClusterConfig(model=str(model), store=str(store), topology=Topology.parse(topology), **(defaults | settings))  # type: ignore[arg-type]
+
+
+async def ask(cluster: Cluster, prompt: list[int], n: int, tenant: str = "", **sampling: object) -> Answer:
+    """One greedy request of exactly `n` tokens, unless told otherwise."""
+    params: dict[str, object] = {"max_tokens": n, "temperature": 0.0, "ignore_eos": True} | sampling
+    request = GenerateRequest(
+        prompt_token_ids=prompt,
+        sampling=SamplingParams(**params),
+        tenant=tenant,  # type: ignore[arg-type]
+    )
+    answer = Answer([], 0, "")
+    async with asyncio.timeout(ANSWER_DEADLINE_S):
+        async for step in cluster.coordinator.generate(request):
+            answer.token_ids += step.token_ids
+            answer.cached_tokens = step.cached_tokens
+            answer.finish_reason = step.finish_reason or ""
+    return answer
+
+
+def gauge(cluster: Cluster, name: str) -> float:
+    """Sum of a gauge over engines and labels."""
+    return sum(value for key, value in cluster.coordinator.gauges().items() if key.partition("{")[0] == name)
+
+
+HELD_GAUGES = (
+    "dualpath_requests_live",
+    "dualpath_engine_attempts",
+    "dualpath_buffer_held_blocks",
+    "dualpath_buffer_quarantined_blocks",
+    "dualpath_store_pinned_blocks",
+)
+
+
+async def nothing_held(cluster: Cluster, hbm_blocks: int | None = None) -> None:
+    """Wait until gauges show that no request, block or buffer page is held anywhere; fail with them if it doesn't
+    come.
+    """
+    for _ in range(100):
+        held = {name: gauge(cluster, name) for name in HELD_GAUGES}
+        free = gauge(cluster, "dualpath_hbm_free_blocks")
+        holdings = cluster.coordinator.scheduler_holdings()  # an engine says that it let go after the request ended
+        if not any(held.values()) and hbm_blocks in (None, free) and holdings == ():
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"still held: {held}, free hbm blocks {free}, in the scheduler {holdings}")
+
+
+@asynccontextmanager
+async def running(config: ClusterConfig) -> AsyncIterator[Cluster]:
+    async with Cluster(config) as cluster:
+        yield cluster
+
+
+def in_cluster(config: ClusterConfig, work: Callable[[Cluster], Awaitable[None]]) -> None:
+    """Run `work` against a cluster of its own and check that it ends with nothing held."""
+
+    async def run() -> None:
+        async with running(config) as cluster:
+            await work(cluster)
+            await nothing_held(cluster)
+
+    asyncio.run(run())

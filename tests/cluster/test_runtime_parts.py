@@ -1,0 +1,188 @@
+"""The small parts: configuration, causes, links, a live request, socket files, supervision."""
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+
+from dualpath.cluster.api import GenerateRequest, RequestError
+from dualpath.cluster.config import ClusterConfig, Topology
+from dualpath.cluster.coordinator.constants import UNLIMITED_BYTES_PER_S, scheduler_constants, scheduler_limits
+from dualpath.cluster.coordinator.failures import request_error
+from dualpath.cluster.coordinator.links import EngineLinks
+from dualpath.cluster.coordinator.live_request import LiveRequest
+from dualpath.cluster.engines.data_address import data_bind_address, sweep_dead_sockets
+from dualpath.cluster.messages import Draw, Shutdown
+from dualpath.cluster.supervisor import Supervisor
+from dualpath.core.vocabulary import Cause, Role
+from dualpath.kv.keys import namespace
+from dualpath.spec.sampling import SamplingParams
+
+from .fake_engine import LAYOUT, join_message
+
+
+@pytest.mark.parametrize("text", ["", "1P", "0P1D", "1P0D", "P1D", "1p-1d", "1P1D1"])
+def test_what_is_no_topology_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a topology"):
+        Topology.parse(text)
+
+
+def test_topologies() -> None:
+    assert Topology.parse(" 2p4D ") == Topology(2, 4)
+    assert str(Topology(2, 4)) == "2P4D"
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [({"system": "fast"}, "unknown system"), ({"transport": "rdma"}, "unknown transport"), ({"device_layers": 2}, "3")],
+)
+def test_settings_that_cannot_be(setting: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        ClusterConfig(model="m", store="s", **setting)  # type: ignore[arg-type]
+
+
+def test_rates_are_lifted_where_io_is_free() -> None:
+    rates = {"snic_bytes_per_s": 1000, "cnic_bytes_per_s": 2000}
+    bound = ClusterConfig(model="m", store="s", system="dualpath", **rates)  # type: ignore[arg-type]
+    free = ClusterConfig(model="m", store="s", system="oracle", **rates)  # type: ignore[arg-type]
+    assert (bound.snic_rate, bound.cnic_rate) == (1000, 2000)
+    assert (free.snic_rate, free.cnic_rate) == (None, None)
+    token_bytes = LAYOUT.token_bytes * LAYOUT.layers
+    assert scheduler_constants(bound, LAYOUT, 100.0).alpha_tokens == round(3 * 1000 / token_bytes)
+    assert scheduler_constants(free, LAYOUT, 100.0).alpha_tokens == round(3 * UNLIMITED_BYTES_PER_S / token_bytes)
+    assert scheduler_constants(free, LAYOUT, 100.0).beta_tokens == 500
+    assert scheduler_limits(bound).release_ns == 2 * bound.lease_ns
+
+
+def test_every_cause_has_an_answer() -> None:
+    status = {cause: request_error(cause, 10).status for cause in Cause}
+    assert status.pop(Cause.OVERLOADED) == 429
+    assert status.pop(Cause.TOO_LARGE) == 400
+    assert status.pop(Cause.TIMEOUT) == 504
+    assert set(status.values()) == {503}
+    assert request_error(Cause.LOAD_FAILED, 10).code == "load_failed"
+    waiting_helps = [request_error(cause, 10).retry_after_s for cause in Cause if cause is not Cause.TOO_LARGE]
+    assert all(waiting_helps)
+
+
+def live_request(**sampling: object) -> LiveRequest:
+    params = SamplingParams(**({"max_tokens": 3, "stop_token_ids": (5,)} | sampling))  # type: ignore[arg-type]
+    asked = GenerateRequest(prompt_token_ids=[1, 2], sampling=params)
+    return LiveRequest(4, asked, namespace("m", "", LAYOUT), arrived_ns=0)
+
+
+def test_a_live_request_knows_why_it_ended() -> None:
+    async def run() -> None:
+        live = live_request(min_tokens=1)
+        live.begin(0, [1, 2], [], 0)
+        assert live.reason is None
+        live.emit(Draw(5))
+        assert live.reason is None  # within min_tokens
+        live.emit(Draw(5))
+        assert live.reason == "stop"
+        live = live_request()
+        for token in (1, 2, 3):
+            live.emit(Draw(token, [(token, -0.5), (9, -1.0)]))
+        assert live.reason == "length"
+        first = live.events.get_nowait()
+        assert [(entry.token_id, entry.logprob) for entry in first.logprobs[0]] == [(1, -0.5), (9, -1.0)]  # type: ignore
+        live.end(RequestError(503, "x", "y"))
+        assert not live.is_current(0)
+
+    asyncio.run(run())
+
+
+def test_a_second_attempt_asks_for_what_is_left() -> None:
+    async def run() -> None:
+        live = live_request()
+        live.begin(0, [1, 2], [], 0)
+        live.emit(Draw(7))
+        facts = live.begin(1, [1, 2, 7], [], 0)
+        assert (facts.prompt_tokens, facts.max_new_tokens, facts.attempt) == (3, 2, 1)
+        assert live.generated_before == 1
+        assert live.is_current(1)
+        assert not live.is_current(0)
+
+    asyncio.run(run())
+
+
+def test_links_count_what_cannot_be_delivered_and_name_a_bad_address() -> None:
+    async def run() -> None:
+        links = EngineLinks()
+        with pytest.raises(OSError, match="engines can't join at 'nonsense'"):
+            links.bind("nonsense")
+        assert links.bind("tcp://127.0.0.1:0").startswith("tcp://127.0.0.1:")
+        link = links.expect(b"gone", join_message(Role.DECODE))
+        assert links.by_engine == {}
+        engine = links.admit(link)
+        links.send(engine, Shutdown("x"))
+        links.send(99, Shutdown("no such engine"))
+        await asyncio.sleep(0.01)
+        assert links.unroutable_messages == 1
+        links.forget(link)
+        links.forget(link)
+        assert links.link_of(b"gone") is None
+        links.close()
+
+    asyncio.run(run())
+
+
+def test_extended_leases_never_reach_into_the_future() -> None:
+    """An engine heard just now is not owed the time of a hold-up before."""
+    import time
+
+    async def run() -> None:
+        links = EngineLinks()
+        link = links.expect(b"one", join_message(Role.DECODE))
+        links.extend_leases(60_000_000_000)
+        assert link.last_heard_ns <= time.monotonic_ns()
+        links.close()
+
+    asyncio.run(run())
+
+
+def test_socket_files_of_dead_servers_are_swept(tmp_path: Path) -> None:
+    dead, living = tmp_path / "dualpath-1-dead.sock", tmp_path / "dualpath-2-living.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(dead))
+        listener.listen()
+    (tmp_path / "dualpath-notes.txt").write_text("not ours")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(living))
+        listener.listen()
+        assert sweep_dead_sockets(tmp_path) == [dead]
+    assert living.exists()
+
+
+def test_where_engines_listen() -> None:
+    config = ClusterConfig(model="m", store="s", transport="tcp", data_host="10.0.0.1")
+    assert data_bind_address(config, "x") == "tcp://10.0.0.1:0"
+    config = ClusterConfig(model="m", store="s", transport="tcp", data_host="::1")
+    assert data_bind_address(config, "x") == "tcp://[::1]:0"
+    assert data_bind_address(ClusterConfig(model="m", store="s"), "x").endswith("-x.sock")
+
+
+def test_a_process_that_ends_is_told_once_and_its_end_is_watched_no_more() -> None:
+    """A dead process's sentinel is readable for ever: left in the loop it would spin."""
+    import multiprocessing
+
+    async def run() -> None:
+        supervisor = Supervisor(ClusterConfig(model="m", store="s"), "tcp://127.0.0.1:9")
+        process = multiprocessing.get_context("spawn").Process(target=print)
+        process.start()
+        assert process.pid is not None
+        supervisor._processes[process.pid] = process
+        supervisor._names[process.pid] = "prefill-0"
+        told: list[tuple[int, str]] = []
+        watching = asyncio.create_task(supervisor.watch(lambda pid, why: told.append((pid, why))))
+        async with asyncio.timeout(30.0):
+            while not told:
+                await asyncio.sleep(0.01)
+        assert told == [(process.pid, f"prefill-0 (pid {process.pid}) ended with exit code 0")]
+        assert supervisor.pids == {}
+        assert not asyncio.get_running_loop().remove_reader(process.sentinel)
+        watching.cancel()
+        supervisor.kill(process.pid)  # not ours any more: left alone
+
+    asyncio.run(run())

@@ -1,0 +1,63 @@
+"""Tiny checkpoints of every architecture, made once a session; the models and their references, loaded once."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engine_world import Engines, Reference
+from transformers import AutoModelForCausalLM
+
+from dualpath.model import LayerwisePrefill, LoadedModel, make_checkpoint
+
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = make_checkpoint(tmp_path_factory.mktemp(architecture), architecture, seed=3)
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def engines_of(checkpoint: Callable[[str], Path]) -> Callable[[str], Engines]:
+    made: dict[str, Engines] = {}
+
+    def make(architecture: str) -> Engines:
+        if architecture not in made:
+            path = checkpoint(architecture)
+            network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            made[architecture] = Engines(architecture, LoadedModel.load(path), Reference(network))
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def engines(request: pytest.FixtureRequest, engines_of: Callable[[str], Engines]) -> Engines:
+    return engines_of(request.param)
+
+
+@pytest.fixture
+def qwen(engines_of: Callable[[str], Engines]) -> Engines:
+    return engines_of("qwen3")
+
+
+@pytest.fixture
+def prefill_of() -> Iterator[Callable[..., LayerwisePrefill]]:
+    """Makes prefills and closes them."""
+    made: list[LayerwisePrefill] = []
+
+    def make(model: LoadedModel, **options: object) -> LayerwisePrefill:
+        made.append(LayerwisePrefill(model, **options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
