@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dualpath.lab.facts import models
 from dualpath.lab.facts.attention import AttentionLayers, Indexer, KVFormat
 from dualpath.lab.facts.models import MODELS, ModelConfigError, find_model, from_hf_config
-from dualpath.spec import models
 
 PUBLISHED = {  # active and total parameters, as the model cards and reports give them
     "deepseek-v3.2": (37e9, 671e9),
