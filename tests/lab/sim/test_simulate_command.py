@@ -64,7 +64,7 @@ def test_recorded_agents(tmp_path: Path) -> None:
 
 
 def test_stated_efficiencies_replace_the_fitted_ones(tmp_path: Path) -> None:
-    from dualpath.spec import cluster
+    from dualpath.lab.facts import cluster
 
     preset = Path(cluster.__file__).parent / "presets" / "ds27b-1p1d.toml"
     slow = tmp_path / "slow.toml"
