@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dualpath.cluster.api import GenerateRequest, RequestError
-from dualpath.cluster.config import ClusterConfig, Topology
+from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.constants import UNLIMITED_BYTES_PER_S, scheduler_constants, scheduler_limits
 from dualpath.cluster.coordinator.failures import request_error
 from dualpath.cluster.coordinator.links import EngineLinks
@@ -18,6 +18,7 @@ from dualpath.cluster.supervisor import Supervisor
 from dualpath.core.vocabulary import Cause, Role
 from dualpath.kv.keys import namespace
 from dualpath.spec.sampling import SamplingParams
+from dualpath.spec.topology import Topology
 
 from .fake_engine import LAYOUT, join_message
 

@@ -38,7 +38,7 @@ class Supervisor:
         """Start every engine of the topology."""
         _sweep()
         topology = self._config.topology
-        for role, count in ((Role.PREFILL, topology.prefill_engines), (Role.DECODE, topology.decode_engines)):
+        for role, count in ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes)):
             for rank in range(count):
                 self._start_engine(role, f"{role.value}-{rank}")
 
