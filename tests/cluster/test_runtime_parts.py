@@ -8,10 +8,10 @@ import pytest
 
 from dualpath.cluster.api import GenerateRequest, RequestError
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.coordinator.constants import UNLIMITED_BYTES_PER_S, scheduler_constants, scheduler_limits
-from dualpath.cluster.coordinator.failures import request_error
+from dualpath.cluster.coordinator.driver import UNLIMITED_BYTES_PER_S, scheduler_constants, scheduler_limits
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.live_request import LiveRequest
+from dualpath.cluster.coordinator.serving import request_error
 from dualpath.cluster.engines.data_address import data_bind_address, sweep_dead_sockets
 from dualpath.cluster.messages import Draw, Shutdown
 from dualpath.cluster.supervisor import Supervisor

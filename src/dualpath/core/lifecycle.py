@@ -10,8 +10,7 @@ older requests get freed blocks before newer ones are placed.
 
 from collections import defaultdict
 
-from dualpath.core.aborts import Aborts
-from dualpath.core.deadlines import Deadlines
+from dualpath.core.deadlines import Aborts, Deadlines
 from dualpath.core.engines import Fleet
 from dualpath.core.ledger import Ledger
 from dualpath.core.placement import PLACEMENTS

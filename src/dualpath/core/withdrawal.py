@@ -5,7 +5,7 @@ an Abort and keeps its blocks until it answers (`aborts`); what nobody was told 
 tried again (`retry`), fails, or is cancelled.
 """
 
-from dualpath.core.aborts import AttemptAt
+from dualpath.core.deadlines import AttemptAt
 from dualpath.core.lifecycle import Lifecycle
 from dualpath.core.request import Event, Request, State
 from dualpath.core.vocabulary import Cause, EngineId, Fail, Resubmit
