@@ -114,7 +114,7 @@ def served(monkeypatch, tmp_path):
         asked.append((config, local_engines))
         return 7
 
-    monkeypatch.setitem(sys.modules, "dualpath.serve", types.SimpleNamespace(run=run))
+    monkeypatch.setitem(sys.modules, "dualpath.serving", types.SimpleNamespace(run=run))
     monkeypatch.chdir(tmp_path)
     return asked
 

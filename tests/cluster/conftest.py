@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from dualpath.cluster.api import GenerateRequest
+from dualpath.cluster.generator import GenerateRequest
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.local import Cluster
 from dualpath.model.checkpoint import make_checkpoint

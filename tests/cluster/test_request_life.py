@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.api import GeneratedTokens, GenerateRequest, RequestError
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, RequestError
 from dualpath.core.journal import replay
 from dualpath.core.vocabulary import Cause, Role, Side
 from dualpath.kv.keys import block_keys, namespace

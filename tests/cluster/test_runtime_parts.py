@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dualpath.cluster.api import GenerateRequest, RequestError
+from dualpath.cluster.generator import GenerateRequest, RequestError
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.driver import UNLIMITED_BYTES_PER_S, scheduler_constants, scheduler_limits
 from dualpath.cluster.coordinator.links import EngineLinks

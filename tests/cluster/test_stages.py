@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.api import GeneratedTokens, GenerateRequest
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest
 from dualpath.cluster.local import Cluster
 from dualpath.core.vocabulary import Cause, Role, Side
 from dualpath.spec.sampling import SamplingParams

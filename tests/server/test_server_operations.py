@@ -16,7 +16,7 @@ from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from dualpath import __version__
-from dualpath.cluster.api import GeneratedTokens, TokenLogprob
+from dualpath.cluster.generator import GeneratedTokens, TokenLogprob
 from dualpath.server import ServerLimits, create_app, load_tokenizer, serve
 from dualpath.server.codec import TextCodec
 from dualpath.server.http import _bind

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from dualpath.cluster.api import TokenLogprob
+from dualpath.cluster.generator import TokenLogprob
 from dualpath.server.codec import TextCodec
 from dualpath.server.generation import Piece, Usage
 from dualpath.server.requests import CheckedRequest

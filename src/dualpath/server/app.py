@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from dualpath import __version__
-from dualpath.cluster.api import Generator, RequestError
+from dualpath.cluster.generator import Generator, RequestError
 from dualpath.server.answers import DONE, ChatWriter, CompletionWriter, Writer
 from dualpath.server.codec import TextCodec
 from dualpath.server.errors import INTERNAL, ApiError, as_api_error, bad_parameter

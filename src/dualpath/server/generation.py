@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 
-from dualpath.cluster.api import GeneratedTokens, Generator, TokenLogprob
+from dualpath.cluster.generator import GeneratedTokens, Generator, TokenLogprob
 from dualpath.server.codec import IncrementalDetokenizer, StopMatcher, TextCodec
 from dualpath.server.errors import INTERNAL, ApiError
 from dualpath.server.metrics import GenerationTimer

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from dualpath.cluster.api import GenerateRequest, ModelFacts
+from dualpath.cluster.generator import GenerateRequest, ModelFacts
 from dualpath.server.codec import TextCodec
 from dualpath.server.errors import ApiError, bad_parameter
 from dualpath.server.protocol import (

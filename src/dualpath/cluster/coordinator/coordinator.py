@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.api import GeneratedTokens, GenerateRequest, ModelFacts, RequestError
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, ModelFacts, RequestError
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.driver import SchedulerDriver, scheduler_constants, scheduler_limits
 from dualpath.cluster.coordinator.links import EngineLinks

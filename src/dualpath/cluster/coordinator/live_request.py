@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import msgspec
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.api import GeneratedTokens, GenerateRequest, RequestError, TokenLogprob
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, RequestError, TokenLogprob
 from dualpath.cluster.messages import Draw
 from dualpath.core.vocabulary import BLOCK_TOKENS, Decode, Leg, Load, Prefill, Prepare, RequestFacts, RequestId, Side
 from dualpath.kv.keys import BlockKey, Namespace

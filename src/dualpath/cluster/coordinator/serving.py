@@ -10,7 +10,7 @@ them.
 import time
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.api import GenerateRequest, ModelFacts, RequestError
+from dualpath.cluster.generator import GenerateRequest, ModelFacts, RequestError
 from dualpath.cluster.coordinator.driver import SchedulerDriver
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.live_request import LiveRequest, order
