@@ -10,11 +10,11 @@ them.
 import time
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.generator import GenerateRequest, ModelFacts, RequestError
 from dualpath.cluster.coordinator.driver import SchedulerDriver
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.live_request import LiveRequest, order
 from dualpath.cluster.coordinator.prefixes import Prefixes
+from dualpath.cluster.generator import GenerateRequest, ModelFacts, RequestError
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import (
     BLOCK_TOKENS,
