@@ -17,6 +17,7 @@ _HOMES = {
     "dualpath.core.policy": ("Policy",),
     "dualpath.core.read_path": ("READ_PATHS", "PathFacts", "ReadPath"),
     "dualpath.core.systems": ("SYSTEMS", "System", "find_system"),
+    "dualpath.model.checkpoint": ("DEMO_MODEL", "make_checkpoint"),
     "dualpath.results.turns": ("ReplayResult", "TurnResult"),
     "dualpath.spec.topology": ("Topology",),
     "dualpath.traces.generate": ("AgentMix", "generate_trajectories"),
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from dualpath.core.policy import Policy
     from dualpath.core.read_path import READ_PATHS, PathFacts, ReadPath
     from dualpath.core.systems import SYSTEMS, System, find_system
+    from dualpath.model.checkpoint import DEMO_MODEL, make_checkpoint
     from dualpath.results.turns import ReplayResult, TurnResult
     from dualpath.spec.topology import Topology
     from dualpath.traces.generate import AgentMix, generate_trajectories
     from dualpath.traces.trajectory import Round, Trajectory
 
 __all__ = [
+    "DEMO_MODEL",
     "PLACEMENTS",
     "READ_PATHS",
     "SYSTEMS",
@@ -62,6 +65,7 @@ __all__ = [
     "ask",
     "find_system",
     "generate_trajectories",
+    "make_checkpoint",
     "replay",
 ]
 
