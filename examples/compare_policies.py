@@ -3,8 +3,7 @@
     python examples/compare_policies.py [--agents 40] [--real-agents 6]
 
 The policy is a read path: given a request whose engines are chosen, it says how many of its hit blocks the PE's side
-reads. This one is probabilistic in effect but not in fact (policies are deterministic): it gives each side a share of
-every read that is inverse to its queue.
+reads. This one gives each side a share of every read in inverse proportion to the two queues.
 """
 
 import argparse
