@@ -8,14 +8,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from dualpath.spec.units import parse_bytes, parse_duration_ns, parse_rate
+from dualpath.traces.formats import SOURCES_HELP as SOURCES_HELP
 
 Value = TypeVar("Value")
 SYSTEMS = ("basic", "basic-layerwise", "dualpath-rr", "dualpath", "dualpath-split", "de-only", "oracle")
 CLUSTER_HELP = """\
 CLUSTER is a preset (ds660b-2p4d, ds660b-44p88d, ds660b-48p96d, ds27b-1p1d, ds27b-2p1d, ds27b-1p2d, qwen32b-1p2d) or a
 TOML file."""
-
-SOURCES_HELP = "32K, 48K, 64K (the paper's), a Mooncake .jsonl, files or directories of WEKA or mini-SWE-agent sessions"
 
 
 def add_source(parser: Any) -> None:
