@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+from dualpath.lab.planning.traces import load_of
+from dualpath.lab.sim.workloads import agents_of
 from dualpath.traces.limits import TraceLimits
 from dualpath.traces.reading import TraceError
 from dualpath.traces.sources import format_of, load_source
@@ -46,6 +48,12 @@ def test_files_and_directories_of_any_format_give_agents(files):
         "over 4"
     )
     assert len(load_source([str(files / "weka.json"), str(files / "mini.jsonl")]).trajectories) == 2
+
+
+def test_columns_take_every_context_as_an_agent(files):
+    agents = agents_of([str(files / "weka.json")])
+    assert agents.table.prompt_tokens.tolist() == [640, 700, 64] and agents.turns.tolist() == [2, 1]
+    assert load_of([str(files / "weka.json")]).turns_per_agent == 3
 
 
 def test_the_papers_statistics_are_a_source_too():
@@ -104,7 +112,7 @@ def test_what_can_not_be_told_or_read_is_refused_by_name(tmp_path, content, mess
 
 
 def test_names_that_are_nothing_are_refused(tmp_path):
-    with pytest.raises(TraceError, match="no trace 'absent': give 32K, 48K, 64K"):
+    with pytest.raises(TraceError, match="no trace 'absent': give 32K, 48K or 64K"):
         load_source(["absent"])
     with pytest.raises(TraceError, match="a directory without"):
         load_source([str(tmp_path)])

@@ -91,6 +91,6 @@ PAPER_ROWS = ("32K", "48K", "64K")
 """Agents with the statistics of the paper's traces, by the length of their contexts."""
 
 SOURCES_HELP = (
-    f"{', '.join(PAPER_ROWS)} (the paper's), or files or directories of {', '.join(one.title for one in FORMATS)}; "
-    "FORMAT:FILE says which"
+    f"{', '.join(PAPER_ROWS[:-1])} or {PAPER_ROWS[-1]} (the paper's), or files or directories of "
+    f"{', '.join(one.title for one in FORMATS)}; FORMAT:FILE says which"
 )
