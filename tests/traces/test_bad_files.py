@@ -114,6 +114,8 @@ def test_mutated_files_load_or_are_refused_with_their_place(tmp_path, kind, data
         (b"%r\n\n{oops\n", "line 3: not a"),
         (b'%r\n{"x": ' + b"[" * 100_000, "line 2: not a .*nested too deeply"),
         (b'[{"x": ' + b"[" * 100_000, "not a .*nested too deeply"),
+        (b'{"x": ' + b"[" * 100_000, "line 1: not a .*nested too deeply"),
+        (b"\n\n[%r,\n{oops", "line 4: not a"),
         (b"%r\n[1]\n", "line 2: not a .*got `array`"),
         (b"%r\nNaN\n", "line 2: not a"),
         (b"%r\n%r", None),

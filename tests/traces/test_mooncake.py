@@ -135,16 +135,17 @@ def in_session(session, prompt, ids, **other):
 
 
 def test_given_sessions_are_not_guessed_and_delays_are_pauses(tmp_path):
-    one, two, alone = read(
+    one, two, alone, other = read(
         tmp_path,
         in_session("a", 1600, [0, 1, 2, 3], timestamp=0),
         in_session(7, 1600, [0, 1, 2, 4], timestamp=0),
         in_session("a", 2100, [0, 1, 2, 5, 6], delay=2500),
         request(3, 2100, 1, [0, 1, 2, 5, 6]),
+        request(3, 2100, 1, [0, 1, 2, 5, 7]),
         in_session(7, 1600, [0, 8, 9, 10], timestamp=4000),
         in_session(7, 1600, [20, 21, 22, 23]),
     )
-    assert [one.id, two.id, alone.id] == ["a", "7", "request-00003"]
+    assert [one.id, two.id, alone.id, other.id] == ["a", "7", "request-00003", "request-00004"]
     assert one.rounds[1] == Round(append_tokens=490, generate_tokens=10, gap_s=2.5)
     assert [(r.keep_tokens, r.append_tokens, r.gap_s) for r in two.rounds] == [
         (None, 1600, 0.0),

@@ -188,6 +188,14 @@ def test_side_requests_are_found_one_in_another(file):
     assert [one.id for one in aside.rounds[0].subagents] == ["s1/2"]
 
 
+def test_many_side_requests_and_then_others(file):
+    sides = [turn(64, 1, [number]) for number in (901, 902, 903, 904)]
+    main = [turn(640 + 64 * number, 1, list(range(10 + number))) for number in range(3)]
+    read = read_weka(session(file, main[0], *sides[:3], main[1], sides[3], main[2]))
+    assert [span.prompt_tokens for span in read.spans()] == [640, 704, 768]
+    assert [len(one.rounds) for one in read.walk()] == [3, 3, 1]
+
+
 def test_a_detour_that_shares_more_than_its_end_gains_stays_in_line(file):
     detour = turn(640, 1, [*range(8), 70, 71])  # 8 of 10 blocks shared: fresh, it would lose them
     read = read_weka(session(file, turn(640, 10), detour, turn(700, 1)))
@@ -198,6 +206,7 @@ def test_a_detour_that_shares_more_than_its_end_gains_stays_in_line(file):
 def test_a_tiny_prompt_is_not_taken_to_be_kept(file, ids):
     read = read_weka(session(file, turn(70, 5, ids), turn(640, 1)))
     assert read.rounds[1].keep_tokens == 0
+    assert read_weka(session(file, turn(70, 5, ids), turn(60, 1, []))).rounds[1].keep_tokens == 0
 
 
 def test_a_pause_that_is_not_recorded_is_the_time_since_the_end_of_what_ran_before(file):

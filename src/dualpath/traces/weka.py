@@ -185,14 +185,13 @@ class _SessionReader:
 
 
 def _continued(turn: _Turn, thread: list[_Turn], breaks: list[int]) -> int | None:
-    """The place of the longest ended context that `turn` continues; None where setting aside what followed costs more.
+    """The place of the last ended context that `turn` continues; None where setting aside what followed costs more.
 
     It costs what the first of those turns shares with that context, as a subagent's context is a fresh one.
     """
-    fits = [at for at in breaks if turn.continues(thread[at])]
-    best = max(fits, key=lambda at: (len(thread[at].hash_ids), at), default=None)
-    if best is None:
+    found = next((at for at in reversed(breaks) if turn.continues(thread[at])), None)
+    if found is None:
         return None
-    old, aside, last = thread[best], thread[best + 1], thread[-1]
+    old, aside, last = thread[found], thread[found + 1], thread[-1]
     gain = shared_prefix(turn.hash_ids, old.hash_ids) - shared_prefix(turn.hash_ids, last.hash_ids)
-    return best if gain > shared_prefix(aside.hash_ids, old.hash_ids) else None
+    return found if gain > shared_prefix(aside.hash_ids, old.hash_ids) else None
