@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualpath.cli.arguments import SYSTEMS, byte_count, positive, positive_number, rate
 from dualpath.cli.outcome import UsageError, usage_errors
+from dualpath.transfer import TRANSPORTS
 
 if TYPE_CHECKING:
     from dualpath.cluster.config import ClusterConfig
@@ -26,12 +27,15 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--hbm", type=byte_count, default="1GiB", metavar="SIZE", help="KV memory of a DE (%(default)s)")
     group.add_argument("--store-quota", type=byte_count, metavar="SIZE", help="evict beyond this (default: no quota)")
-    group.add_argument("--transport", choices=("shm", "tcp"), default="shm", help="engine to engine (%(default)s)")
+    transports = f"{', '.join(TRANSPORTS.names())}, or MODULE:ATTRIBUTE"
+    group.add_argument(
+        "--transport", default="shm", metavar="NAME", help=f"engine to engine: {transports} (default: %(default)s)"
+    )
     group.add_argument(
         "--data-host",
         default="127.0.0.1",
         metavar="HOST",
-        help="address at which other engines reach this host's with --transport tcp (default: %(default)s)",
+        help="address at which other engines reach this host's, with a transport between hosts (default: %(default)s)",
     )
     group.add_argument("--threads", type=positive, default=1, metavar="N", help="torch's, per engine (%(default)s)")
     group.add_argument(

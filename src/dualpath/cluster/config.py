@@ -7,6 +7,7 @@ import msgspec
 
 from dualpath.core.policy import SYSTEMS, Policy
 from dualpath.spec.cluster_setup import ClusterSetup, ServedCluster
+from dualpath.transfer import TRANSPORTS
 
 _TOPOLOGY = re.compile(r"(\d+)P(\d+)D", re.IGNORECASE)
 
@@ -45,9 +46,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     durable: bool = True
     """fsync every block before it is published."""
     transport: str = "shm"
-    """Engine to engine: ``shm`` on one host, ``tcp`` anywhere."""
+    """How KV moves from engine to engine: a name in `dualpath.transfer.TRANSPORTS`."""
     data_host: str = "127.0.0.1"
-    """Where an engine listens for other engines with the ``tcp`` transport: an address they can reach."""
+    """Where other engines reach this host's, with a transport between hosts."""
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
@@ -84,8 +85,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.system not in SYSTEMS:
             raise ValueError(f"unknown system {self.system!r}; choose one of {', '.join(SYSTEMS)}")
-        if self.transport not in ("shm", "tcp"):
-            raise ValueError(f"unknown transport {self.transport!r}; choose shm or tcp")
+        TRANSPORTS.get(self.transport)  # raises UnknownNameError, which is a ValueError
         if self.device_layers < 3:
             raise ValueError("device_layers must be at least 3: one loading, one computing, one leaving")
 

@@ -13,7 +13,7 @@ A page is in one of three states::
                             └──quarantine──> quarantined ──release_quarantine──> free
 
 Quarantine is for pages of a failed attempt that a peer might still write into: nobody may hold them until the channel
-is proven quiet (`ChannelServer.quiesce`), since a late write into a page that was handed on would corrupt a stranger.
+is proven quiet (`Server.quiesce`), since a late write into a page that was handed on would corrupt a stranger.
 
 The creator keeps an exclusive `flock` on the file as long as it lives. The kernel drops the lock on any death, so
 `sweep_dead_pools` can tell an orphan from a living pool without trusting pids, which are reused and differ between

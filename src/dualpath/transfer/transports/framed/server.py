@@ -1,4 +1,4 @@
-"""`ChannelServer`: lets peers read and write an engine's buffer pool, and knows when one of them no longer does."""
+"""`FramedServer`: lets peers read and write an engine's pool, and knows when one of them no longer does."""
 
 import contextlib
 import logging
@@ -6,19 +6,90 @@ import socket
 import threading
 import time
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from dualpath.transfer import local, tcp
-from dualpath.transfer.channel import Address
 from dualpath.transfer.pool import MappedPages
-from dualpath.transfer.quiet import InFlight
-from dualpath.transfer.served import ServedConnection
-from dualpath.transfer.stream import Stream
 from dualpath.transfer.traffic import TrafficManager
-from dualpath.transfer.wire import ProtocolError
+from dualpath.transfer.transport import TransferCause, TransferError
+from dualpath.transfer.transports.framed.connection import Connection
+from dualpath.transfer.transports.framed.frames import ProtocolError
+
+if TYPE_CHECKING:
+    from dualpath.transfer.transports.framed import FramedTransport
 
 _log = logging.getLogger(__name__)
+
+Key = tuple[int, int]
+"""(connection, operation); operation 0 is the connection itself."""
+MAX_PER_PEER = 4_096
+
+
+class InFlight:
+    """Which operations are in flight, by peer. Thread-safe.
+
+    A barrier waits for what is in flight when it is asked for, not for what comes later.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._keys: dict[str, set[Key]] = {}
+        self._barriers: list[tuple[set[Key], Future[None]]] = []
+
+    def begin(self, peer_tag: str, key: Key) -> bool:
+        """False if `key` is in flight already, or too much of the peer is."""
+        with self._lock:
+            keys = self._keys.setdefault(peer_tag, set())
+            if key in keys or len(keys) >= MAX_PER_PEER:
+                return False
+            keys.add(key)
+            return True
+
+    def end(self, peer_tag: str, *ended: Key) -> None:
+        """`ended` are over; those that never began are ignored."""
+        with self._lock:
+            keys = self._keys.get(peer_tag, set())
+            keys.difference_update(ended)
+            if not keys:
+                self._keys.pop(peer_tag, None)
+            for pending, _ in self._barriers:
+                pending.difference_update(ended)
+            reached = [future for pending, future in self._barriers if not pending]
+            self._barriers = [barrier for barrier in self._barriers if barrier[0]]
+        for future in reached:
+            future.set_result(None)
+
+    def end_connection(self, peer_tag: str, connection: int) -> None:
+        """Everything of `connection` is over."""
+        with self._lock:
+            keys = [key for key in self._keys.get(peer_tag, ()) if key[0] == connection]
+        self.end(peer_tag, *keys)
+
+    def barrier(self, peer_tag: str, with_connections: bool) -> "Future[None]":
+        """Ends when the peer's operations in flight now (and its connections, if so wished) are over."""
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            pending = {key for key in self._keys.get(peer_tag, ()) if with_connections or key[1]}
+            if pending:
+                self._barriers.append((pending, future))
+        if not pending:
+            future.set_result(None)
+        return future
+
+    def fail_barriers(self) -> None:
+        """The server is gone and will not see the rest end."""
+        with self._lock:
+            failed, self._barriers = self._barriers, []
+        for _, future in failed:
+            text = "the server closed before its peer was proven quiet"
+            future.set_exception(TransferError(TransferCause.PEER_CLOSED, text))
+
+    def count(self) -> int:
+        """Operations in flight, connections not counted."""
+        with self._lock:
+            return sum(1 for keys in self._keys.values() for key in keys if key[1])
 
 
 class ServerStatistics(msgspec.Struct, frozen=True, gc=False):
@@ -32,23 +103,30 @@ class ServerStatistics(msgspec.Struct, frozen=True, gc=False):
     ops_rejected: int
 
 
-class ChannelServer:
-    """Listens at `address` (``shm:<path>``, or ``tcp://host:port`` with port 0 for any), for one pool.
+class FramedServer:
+    """Listens at an address of `transport`, for one pool.
 
     Whoever can connect can read and write the pool: the socket's directory, or the network, must be trusted. Raises
     ValueError for an address that is none and OSError for one that cannot be listened at.
     """
 
-    def __init__(self, pool: MappedPages, traffic: TrafficManager, address: str, *, max_connections: int = 256) -> None:
+    def __init__(
+        self,
+        transport: "FramedTransport",
+        pool: MappedPages,
+        traffic: TrafficManager,
+        address: str,
+        *,
+        max_connections: int = 256,
+    ) -> None:
         self.pool = pool
         self.traffic = traffic
         self.in_flight = InFlight()
-        parsed = Address.parse(address)
-        self._kind = local if parsed.path else tcp
-        self._listener, self._address = self._kind.listen(parsed)
+        self._transport = transport
+        self._listener, self._address = transport.listen(address)
         self._max_connections = max_connections
         self._lock = threading.Lock()
-        self._connections: dict[int, ServedConnection] = {}
+        self._connections: dict[int, Connection] = {}
         self._accepted = self._refused = self._protocol_errors = self._rejected = 0
         self._closing = False
         self._acceptor = threading.Thread(target=self._accept_all, name="channel acceptor", daemon=True)
@@ -56,17 +134,10 @@ class ChannelServer:
 
     @property
     def address(self) -> str:
-        """What peers give to `connect`."""
-        return str(self._address)
+        return self._address
 
     def quiesce(self, peer_tag: str, *, disconnect: bool = False) -> "Future[None]":
-        """A future that ends when every operation `peer_tag` has in flight on this server *now* is over.
-
-        What the peer begins later, or has on its way to us, is not waited for. For a peer that is lost, `disconnect`
-        ends its connections as well, and then the future proves that nothing the peer ever posted can touch the pool.
-        A live peer must cooperate in that over shared memory, so the caller bounds its wait. Raises, in the future,
-        TransferError when the server closes first.
-        """
+        """As `Server.quiesce`. A peer over shared memory must cooperate in a disconnection, or die."""
         future = self.in_flight.barrier(peer_tag, with_connections=disconnect)
         if disconnect:
             with self._lock:
@@ -97,7 +168,7 @@ class ChannelServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._acceptor.join()
         self._listener.close()
-        self._kind.unlisten(self._address)
+        self._transport.unlisten(self._address)
         for connection in connections:
             connection.hang_up()
         deadline_s = time.monotonic() + grace_s
@@ -126,7 +197,7 @@ class ChannelServer:
                 connected.close()
                 return
             self._accepted += 1
-            connection = self._kind.Served(self._accepted, Stream(connected, self.traffic.clock), self, connected)
+            connection = self._transport.connection(self._accepted, connected, self)
             self._connections[self._accepted] = connection
         connection.start()
 
@@ -136,13 +207,13 @@ class ChannelServer:
         with self._lock:
             self._rejected += 1
 
-    def violated(self, connection: ServedConnection, error: Exception) -> None:
+    def violated(self, connection: Connection, error: Exception) -> None:
         with self._lock:
             self._protocol_errors += 1
         expected = isinstance(error, (ProtocolError, msgspec.MsgspecError, ValueError))
         peer = connection.peer_tag or "a stranger"
         _log.warning("%s: hanging up on %s: %s", self._address, peer, error, exc_info=None if expected else error)
 
-    def gone(self, connection: ServedConnection) -> None:
+    def gone(self, connection: Connection) -> None:
         with self._lock:
             self._connections.pop(connection.number, None)
