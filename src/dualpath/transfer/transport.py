@@ -120,12 +120,11 @@ class Server(Protocol):
         """What `Transport.connect` of any peer takes."""
         ...
 
-    def quiesce(self, peer_tag: str, *, disconnect: bool = False) -> "Future[None]":
-        """A future that ends when every operation that `peer_tag` has in flight *now* can touch the pool no more.
+    def quiesce(self, peer_tag: str) -> "Future[None]":
+        """Disconnect a peer; the future ends when nothing that it posted by then can touch the pool any more.
 
-        What the peer begins later is not waited for. `disconnect` ends its channels as well: then nothing that it ever
-        posted can touch the pool. It may connect again. Never blocks; the future ends by proof, however long that
-        takes, or with TransferError when the server closes first.
+        Never blocks. The future ends by proof, however long that takes, or with TransferError when the server closes
+        first. A peer of which nothing is known is quiet. It may connect again, also before the future ends.
         """
         ...
 

@@ -136,8 +136,12 @@ class FramedServer:
     def address(self) -> str:
         return self._address
 
-    def quiesce(self, peer_tag: str, *, disconnect: bool = False) -> "Future[None]":
-        """As `Server.quiesce`. A peer over shared memory must cooperate in a disconnection, or die."""
+    def quiesce(self, peer_tag: str, *, disconnect: bool = True) -> "Future[None]":
+        """As `Server.quiesce`; a peer over shared memory must cooperate in its disconnection, or die.
+
+        Not disconnected, a peer is waited for until every operation that it has in flight here *now* is over; what it
+        begins later, or has on its way, is not waited for.
+        """
         future = self.in_flight.barrier(peer_tag, with_connections=disconnect)
         if disconnect:
             with self._lock:
