@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -48,7 +48,7 @@ Row = dict[str, object]
 def serve(kind: str, rate: int | None) -> None:
     """The server process: until its input ends."""
     name = f"benchmark-{time.monotonic_ns()}"
-    with BufferPool.create(name, PAGE_BYTES, PAGES) as pool:
+    with closing(BufferPool.create(name, PAGE_BYTES, PAGES)) as pool:
         traffic = TrafficManager(cnic_bytes_per_s=rate)
         server = TRANSPORTS.get(kind).serve(pool, traffic, host="127.0.0.1", name=name)
         print(server.address, flush=True)

@@ -56,7 +56,7 @@ class Channel:
 
     def __init__(self, to: Address, traffic: TrafficManager, traffic_class: TrafficClass, tag: str, ops: int) -> None:
         self._memory = os.open(f"/proc/{to.pid}/mem", os.O_RDWR)  # stays this process's, whoever gets its pid later
-        self._lease = to.procmem / f"{quote(tag, safe='')}.{uuid.uuid4().hex}"
+        self._lease = to.procmem / f"{quote(tag, safe='')}@{uuid.uuid4().hex}"
         try:
             if os.pread(self._memory, 16, to.token_at).hex() != to.token:
                 raise ProcessLookupError("another one has its pid now")
@@ -179,13 +179,13 @@ class Server:
         self.address = msgspec.json.encode(address, enc_hook=str).decode()
 
     def quiesce(self, peer_tag: str) -> "Future[None]":
-        return self._disconnect(f"{quote(peer_tag, safe='')}.*")
+        return self._disconnect(f"{quote(peer_tag, safe='')}@*")
 
     def close(self) -> None:
         if self._closed.is_set():
             return
         try:
-            self._disconnect("*.*").result(CLOSE_GRACE_S)
+            self._disconnect("*@*").result(CLOSE_GRACE_S)
         except TimeoutError:
             _not_quiet.append(self._memory)
         self._closed.set()

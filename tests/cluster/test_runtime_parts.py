@@ -140,11 +140,14 @@ def test_extended_leases_never_reach_into_the_future() -> None:
 
 
 def test_transports_are_found_by_name() -> None:
-    assert ClusterConfig(model="m", store="s", transport="dualpath.transfer.transports.tcp:TcpTransport")
-    with pytest.raises(ValueError, match=r"unknown transport 'rdma'; choose from shm, tcp"):
-        ClusterConfig(model="m", store="s", transport="rdma")
-    with pytest.raises(ValueError, match=r"transport 'no_such_package:IT' .*can't be loaded: No module"):
-        ClusterConfig(model="m", store="s", transport="no_such_package:IT")
+    for name, complaint in (
+        ("rdma", r"unknown transport 'rdma'; choose from shm, tcp"),
+        ("no_such_package:IT", r"transport 'no_such_package:IT' .*can't be loaded: No module"),
+        ("dualpath.transfer:TRANSPORTS", "is no transport: it has no serve and no connect and no sweep"),
+        ("dualpath.transfer.transports.tcp:TcpTransport", "is a class; name an object of it"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            ClusterConfig(model="m", store="s", transport=name)
 
 
 def test_a_process_that_ends_is_told_once_and_its_end_is_watched_no_more() -> None:

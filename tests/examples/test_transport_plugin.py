@@ -1,4 +1,4 @@
-"""Somebody else's transport (``examples/transport_plugin``), installed and named on the command line, serves a cluster."""
+"""Somebody else's transport (``examples/transport_plugin``), installed and named in a command, serves a cluster."""
 
 import json
 import os

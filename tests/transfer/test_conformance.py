@@ -367,7 +367,7 @@ def test_a_peer_of_which_nothing_is_known_is_quiet(pair):
 def test_a_disconnected_peer_touches_the_pool_no_more_and_may_come_back(pair):
     pair.serve(cnic_bytes_per_s=SLOW)
     pair.traffic = TrafficManager(cnic_bytes_per_s=SLOW)
-    channel, bystander = pair.connect(peer_tag="7"), pair.connect(peer_tag="77")
+    channel, *bystanders = (pair.connect(peer_tag=tag) for tag in ("7", "77", "7.7", "*"))
     source = np.full(PAGE_BYTES, 5, np.uint8)
     future = channel.write([WHOLE], [source], deadline_ns())
     until(lambda: pair.pool.view(0)[0] == 5, "the write has begun")
@@ -378,8 +378,8 @@ def test_a_disconnected_peer_touches_the_pool_no_more_and_may_come_back(pair):
     channel.close()
     assert np.array_equal(pair.pool.view(0), snapshot)
     assert 0 < (snapshot == 5).sum() < PAGE_BYTES
-    works(pair, bystander)
-    works(pair, pair.connect(peer_tag="7"))
+    for one in (*bystanders, pair.connect(peer_tag="7")):
+        works(pair, one)
 
 
 SERVER = """

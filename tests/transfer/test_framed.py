@@ -497,9 +497,9 @@ def test_ranges_of_one_write_land_in_their_order_and_pings_pass_between_operatio
         pair.connect(max_ops_in_flight=1025)
 
 
-def test_connections_beyond_the_bound_are_refused(pair):
+def test_connections_beyond_the_bound_are_refused(pair, monkeypatch):
+    monkeypatch.setattr("dualpath.transfer.transports.framed.server.MAX_CONNECTIONS", 1)
     server = pair.serve()
-    server._max_connections = 1
     kept = pair.connect()
     with pytest.raises(TransferError, match="did not welcome us") as failure:
         pair.connect()

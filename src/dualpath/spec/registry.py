@@ -23,12 +23,16 @@ class Registry(Generic[Thing]):
     """Things of one kind. `ours` maps names to functions that import and return a thing, so that listing is cheap.
 
     ``kind`` is what messages call one ("store"), ``group`` the entry-point group ("dualpath.stores"). Two packages that
-    add one name, or a package that takes one of ours, are an error when that name is asked for.
+    add one name, or a package that takes one of ours, are an error when that name is asked for. Where `methods` are
+    given, a loaded thing is an object that has them.
     """
 
-    def __init__(self, kind: str, group: str, ours: Mapping[str, Callable[[], Thing]]) -> None:
+    def __init__(
+        self, kind: str, group: str, ours: Mapping[str, Callable[[], Thing]], methods: tuple[str, ...] = ()
+    ) -> None:
         self.kind = kind
         self.group = group
+        self._methods = methods
         self._ours = dict(ours)
         self._added: dict[str, Thing] = {}
 
@@ -62,4 +66,9 @@ class Registry(Generic[Thing]):
             thing: Thing = point.load()
         except Exception as error:  # another package's code may raise anything
             raise UnknownNameError(f"{self.kind} {point.name!r} ({point.value}) can't be loaded: {error}") from error
+        missing = [method for method in self._methods if not callable(getattr(thing, method, None))]
+        if missing:
+            raise UnknownNameError(f"{point.value} is no {self.kind}: it has no {' and no '.join(missing)}")
+        if self._methods and isinstance(thing, type):
+            raise UnknownNameError(f"{point.value} is a class; name an object of it")
         return thing

@@ -41,5 +41,7 @@ def _tcp() -> "Transport":
     return TcpTransport()
 
 
-TRANSPORTS: "Registry[Transport]" = Registry("transport", "dualpath.transports", {"shm": _shm, "tcp": _tcp})
+TRANSPORTS: "Registry[Transport]" = Registry(
+    "transport", "dualpath.transports", {"shm": _shm, "tcp": _tcp}, methods=("serve", "connect", "sweep")
+)
 """``shm`` within a host, ``tcp`` anywhere, and those of other packages. Importing this imports no numpy."""

@@ -29,7 +29,6 @@ import struct
 import threading
 from collections.abc import Hashable, Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import msgspec
@@ -200,14 +199,6 @@ class BufferPool(MappedPages):
             self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _take_from(self, owner: Owner, pages: Iterable[int]) -> list[int]:
         """Remove `pages` from what `owner` holds, or raise with nothing changed."""

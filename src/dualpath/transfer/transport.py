@@ -86,9 +86,10 @@ class Channel(Protocol):
     """An initiator's connection to one server's pool in one traffic class. Any thread may call; only `close` blocks.
 
     A posted operation ends with the number of bytes moved or with TransferError, at `deadline_ns` (of
-    `TrafficManager.clock`) at the latest, but for a copy of one chunk. It cannot be cancelled. Operations in flight
-    together are in no order: where two overlap, wait for one before posting the other. A deadline ends an operation,
-    not the channel. Futures' callbacks run on a thread of the channel; they are quick, and may post.
+    `TrafficManager.clock`) at the latest, but for the chunk that is being moved: where that can't be stopped, memory
+    safety comes before punctuality. A deadline ends an operation, not the channel; nobody can cancel one. Operations in
+    flight together are in no order, nor are ranges of one: where two overlap, wait for one before posting the other.
+    Futures' callbacks run on a thread of the channel; they are quick, and may post.
 
     `read` and `write` raise nothing but ChannelBusy, at once, when the bound on operations in flight is reached;
     everything else comes with the future. An operation counts until the transport is done with it, ended or not.
@@ -134,9 +135,10 @@ class Server(Protocol):
 
 
 class Transport(Protocol):
-    """A way to connect engines. Its package's entry point, or `TRANSPORTS`, names an object with these methods.
+    """A way to connect engines; one cluster has one. An entry point names an object with these methods, not a class.
 
-    The object is made once per process; every method may be called from any thread. One cluster has one transport.
+    The object may keep what its servers and channels in a process share, such as a NIXL agent made when first needed.
+    Every method may be called from any thread.
     """
 
     def serve(self, pool: BufferPool, traffic: TrafficManager, *, host: str, name: str) -> Server:

@@ -24,7 +24,7 @@ from dualpath.transfer.transports.framed import FramedTransport
 from dualpath.transfer.transports.framed.channel import FramedChannel
 from dualpath.transfer.transports.framed.connection import Connection
 from dualpath.transfer.transports.framed.frames import Frame, FrameKind, Stream, Welcome
-from dualpath.transfer.transports.framed.operations import Cursor, Operation
+from dualpath.transfer.transports.framed.operations import Cursor, Operation, cursor_over
 
 PREFIX = "shm:"
 MAX_PATH_BYTES = 107
@@ -41,8 +41,7 @@ class SharedMemoryChannel(FramedChannel):
         super().__init__(stream, welcome, traffic, traffic_class, max_ops)
 
     def _prepare(self, op: Operation) -> None:
-        pages = self._pages
-        op.remote = Cursor([pages.view(one.page)[one.offset : one.offset + one.n_bytes] for one in op.ranges])
+        op.remote = cursor_over(self._pages, op.ranges)
 
     def _put(self, op: Operation, frame: Frame) -> None:
         _copy(op.local.take(frame.n_bytes), op.remote.take(frame.n_bytes))

@@ -17,7 +17,7 @@ import msgspec
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.transfer.pool import Bytes
 from dualpath.transfer.traffic import DeadlineExceeded
-from dualpath.transfer.transport import PageRange, TransferCause, TransferError, check_ranges
+from dualpath.transfer.transport import TransferCause, TransferError, check_ranges
 from dualpath.transfer.transports.framed.frames import (
     CAUSES,
     RANGE_BYTES,
@@ -31,7 +31,7 @@ from dualpath.transfer.transports.framed.frames import (
     Welcome,
     unpack_ranges,
 )
-from dualpath.transfer.transports.framed.operations import Cursor
+from dualpath.transfer.transports.framed.operations import Cursor, cursor_over
 
 if TYPE_CHECKING:
     from dualpath.transfer.transports.framed.server import FramedServer
@@ -180,8 +180,10 @@ class Connection:
         if not self._server.in_flight.begin(self.peer_tag, (self.number, frame.op)):
             raise ProtocolError(f"operation {frame.op} is in flight already, or too many are")
         deadline_ns = self._server.traffic.clock() + frame.timeout_ns
+        pool = self._server.pool
         try:
-            cursor: Cursor | None = self._cursor(ranges)
+            check_ranges(ranges, pool.page_bytes, pool.pages)
+            cursor: Cursor | None = cursor_over(pool, ranges)
         except TransferError as error:
             cursor = None
             self._answer_error(frame.op, error)
@@ -192,11 +194,6 @@ class Connection:
             self._replies.put(transfer)
         else:
             self._pushed(frame.op)
-
-    def _cursor(self, ranges: list[PageRange]) -> Cursor:
-        pool = self._server.pool
-        check_ranges(ranges, pool.page_bytes, pool.pages)
-        return Cursor([pool.view(one.page)[one.offset : one.offset + one.n_bytes] for one in ranges])
 
     def _receive_chunk(self, frame: Frame) -> None:
         write = self._writes.get(frame.op)

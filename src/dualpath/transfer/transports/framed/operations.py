@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from dualpath.transfer.pool import Bytes
+from dualpath.transfer.pool import Bytes, MappedPages
 from dualpath.transfer.transport import ChannelBusy, PageRange, TransferCause, TransferError
 from dualpath.transfer.transports.framed.frames import FrameKind
 
@@ -43,6 +43,11 @@ class Cursor:
                 self._index += 1
                 self._offset = 0
         return slices
+
+
+def cursor_over(pool: MappedPages, ranges: Sequence[PageRange]) -> Cursor:
+    """Raises ValueError where the pool is closed. The ranges must have passed `check_ranges`."""
+    return Cursor([pool.view(one.page)[one.offset : one.offset + one.n_bytes] for one in ranges])
 
 
 class Operation:

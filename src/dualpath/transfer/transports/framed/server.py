@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 Key = tuple[int, int]
 """(connection, operation); operation 0 is the connection itself."""
 MAX_PER_PEER = 4_096
+MAX_CONNECTIONS = 256
 
 
 class InFlight:
@@ -110,31 +111,18 @@ class FramedServer:
     ValueError for an address that is none and OSError for one that cannot be listened at.
     """
 
-    def __init__(
-        self,
-        transport: "FramedTransport",
-        pool: MappedPages,
-        traffic: TrafficManager,
-        address: str,
-        *,
-        max_connections: int = 256,
-    ) -> None:
+    def __init__(self, transport: "FramedTransport", pool: MappedPages, traffic: TrafficManager, address: str) -> None:
         self.pool = pool
         self.traffic = traffic
         self.in_flight = InFlight()
         self._transport = transport
-        self._listener, self._address = transport.listen(address)
-        self._max_connections = max_connections
+        self._listener, self.address = transport.listen(address)
         self._lock = threading.Lock()
         self._connections: dict[int, Connection] = {}
         self._accepted = self._refused = self._protocol_errors = self._rejected = 0
         self._closing = False
         self._acceptor = threading.Thread(target=self._accept_all, name="channel acceptor", daemon=True)
         self._acceptor.start()
-
-    @property
-    def address(self) -> str:
-        return self._address
 
     def quiesce(self, peer_tag: str, *, disconnect: bool = True) -> "Future[None]":
         """As `Server.quiesce`; a peer over shared memory must cooperate in its disconnection, or die.
@@ -172,7 +160,7 @@ class FramedServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._acceptor.join()
         self._listener.close()
-        self._transport.unlisten(self._address)
+        self._transport.unlisten(self.address)
         for connection in connections:
             connection.hang_up()
         deadline_s = time.monotonic() + grace_s
@@ -189,14 +177,14 @@ class FramedServer:
             except OSError as error:
                 if self._closing:
                     return
-                _log.warning("%s: accept failed, trying again: %s", self._address, error)
+                _log.warning("%s: accept failed, trying again: %s", self.address, error)
                 time.sleep(0.05)
                 continue
             self._admit(connected)
 
     def _admit(self, connected: socket.socket) -> None:
         with self._lock:
-            if self._closing or len(self._connections) >= self._max_connections:
+            if self._closing or len(self._connections) >= MAX_CONNECTIONS:
                 self._refused += 1
                 connected.close()
                 return
@@ -216,7 +204,7 @@ class FramedServer:
             self._protocol_errors += 1
         expected = isinstance(error, (ProtocolError, msgspec.MsgspecError, ValueError))
         peer = connection.peer_tag or "a stranger"
-        _log.warning("%s: hanging up on %s: %s", self._address, peer, error, exc_info=None if expected else error)
+        _log.warning("%s: hanging up on %s: %s", self.address, peer, error, exc_info=None if expected else error)
 
     def gone(self, connection: Connection) -> None:
         with self._lock:
