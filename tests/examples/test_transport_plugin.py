@@ -1,54 +1,33 @@
 """Somebody else's transport (``examples/transport_plugin``), installed and named in a command, serves a cluster."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 
 from dualpath.model.checkpoint import make_checkpoint
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "transport_plugin"
+Install = Callable[[str], dict[str, str]]
 START_S, STOP_S = 60.0, 20.0
 PROMPT = list(range(10, 220))
 TURNS = (PROMPT, [*PROMPT, *range(40, 140)])
 """The second turn hits the first one's blocks."""
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an installer would write of the example's pyproject.toml: its metadata, with the entry point."""
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
-    site = tmp_path_factory.mktemp("site")
-    information = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
-    lines = [f"{name} = {value}\n" for name, value in project["entry-points"]["dualpath.transports"].items()]
-    (information / "entry_points.txt").write_text("[dualpath.transports]\n" + "".join(lines))
-    return site
-
-
-def environment(site: Path, where: Path) -> dict[str, str]:
-    path = os.pathsep.join([str(site), str(EXAMPLE), *filter(None, sys.path)])
-    return os.environ | {"PYTHONPATH": path, "TMPDIR": str(where)}
-
-
 @contextmanager
-def serving(model: Path, where: Path, site: Path, transport: str) -> Iterator[str]:
+def serving(model: Path, where: Path, environment: dict[str, str], transport: str) -> Iterator[str]:
     ready = where / "ready.json"
     options = ("--transport", transport, "--system", "de-only", "--buffer", "64MiB", "--hbm", "64MiB", "--port", "0")
     process = subprocess.Popen(
         [sys.executable, "-m", "dualpath", "serve", "--model", str(model), "--store", str(where / "store"),
          "--ready-file", str(ready), *options],
-        env=environment(site, where),
+        env=environment | {"TMPDIR": str(where)},
     )  # fmt: skip
     try:
         deadline = time.monotonic() + START_S
@@ -65,13 +44,14 @@ def serving(model: Path, where: Path, site: Path, transport: str) -> Iterator[st
             raise
 
 
-def test_tokens_are_those_over_shared_memory(installed: Path, tmp_path: Path) -> None:
+def test_tokens_are_those_over_shared_memory(install: Install, tmp_path: Path) -> None:
+    environment = install("transport_plugin")
     model = make_checkpoint(tmp_path / "model", "qwen3", seed=7)
     said: dict[str, list[list[int]]] = {}
     for transport, left in (("shm", "dualpath-*.sock"), ("procmem", "dualpath-procmem-*")):
         where = tmp_path / transport
         where.mkdir()
-        with serving(model, where, installed, transport) as url:
+        with serving(model, where, environment, transport) as url:
             assert len(list(where.glob(left))) == 2, "each engine's server, and nothing of another transport"
             assert len(list(where.glob("dualpath-*"))) == 2
             (card,) = httpx.get(f"{url}/v1/models").json()["data"]
@@ -90,10 +70,12 @@ def test_tokens_are_those_over_shared_memory(installed: Path, tmp_path: Path) ->
     assert [len(tokens) for tokens in said["shm"]] == [9, 9]
 
 
-def test_help_and_errors_know_it(installed: Path, tmp_path: Path) -> None:
+def test_help_and_errors_know_it(install: Install, tmp_path: Path) -> None:
+    environment = install("transport_plugin")
+
     def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "dualpath", "serve", *arguments]
-        return subprocess.run(command, env=environment(installed, tmp_path), capture_output=True, text=True)
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     assert "shm, tcp, procmem, or MODULE:ATTRIBUTE" in " ".join(serve("--help").stdout.split())
     (tmp_path / "config.json").write_text("{}")

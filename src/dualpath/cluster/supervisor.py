@@ -15,7 +15,6 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.engines.entry import engine_entry
 from dualpath.cluster.messages import EngineConfig
 from dualpath.core.vocabulary import Role
 from dualpath.transfer import TRANSPORTS
@@ -38,7 +37,7 @@ class Supervisor:
         """Start every engine of the topology."""
         self._sweep()
         topology = self._config.topology
-        for role, count in ((Role.PREFILL, topology.prefill_engines), (Role.DECODE, topology.decode_engines)):
+        for role, count in ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes)):
             for rank in range(count):
                 self._start_engine(role, f"{role.value}-{rank}")
 
@@ -103,3 +102,10 @@ class Supervisor:
         """Remove what killed engines, of whatever cluster of this transport, have left behind."""
         sweep_dead_pools()
         TRANSPORTS.get(self._config.transport).sweep()
+
+
+def engine_entry(config: EngineConfig) -> None:
+    """Run one engine in this process."""
+    from dualpath.cluster.engines.main import run_engine
+
+    run_engine(config)
