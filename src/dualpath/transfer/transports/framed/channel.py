@@ -118,6 +118,8 @@ class FramedChannel:
             return op.future
         if op.total_bytes == 0:
             op.future.set_result(0)
+        elif op.deadline_ns <= self._traffic.clock():  # the collector might expire it too late
+            op.future.set_exception(late_error(op))
         else:
             self._table.add(op)
         return op.future
