@@ -67,7 +67,7 @@ class DecodeWorker:
             case m.AbortAttempt():
                 self._abort(message)
             case m.PeerLost():
-                self._host.server.quiesce(str(message.engine), disconnect=True)
+                self._host.server.quiesce(str(message.engine))
             case _:
                 raise TypeError(f"a decode engine was sent {type(message).__name__}")
 
@@ -227,7 +227,7 @@ class DecodeWorker:
         A peer that hangs with our memory mapped proves nothing until it dies; the pages spend the time until then in
         quarantine. `Released` waits as well, so core goes on to count the blocks as held.
         """
-        quiet = asyncio.wrap_future(self._host.server.quiesce(str(peer), disconnect=True))
+        quiet = asyncio.wrap_future(self._host.server.quiesce(str(peer)))
         if not (await asyncio.wait([quiet], timeout=QUIET_TIMEOUT_S))[0]:
             self._host.pool.quarantine(attempt.owner, list(attempt.pages.values()))
             self._host.log(f"{len(attempt.pages)} pages are quarantined: engine {peer} is not known to be quiet")

@@ -17,11 +17,12 @@ import zmq.asyncio
 
 from dualpath.cluster import messages as m
 from dualpath.cluster.engines.block_io import BlockIO
-from dualpath.cluster.engines.data_address import data_bind_address
 from dualpath.core.vocabulary import EngineId
 from dualpath.kv.layout import KVLayout
 from dualpath.thread_names import COMPUTE_THREAD, named_threads
-from dualpath.transfer import BufferPool, ChannelServer, TrafficManager
+from dualpath.transfer import TRANSPORTS
+from dualpath.transfer.pool import BufferPool
+from dualpath.transfer.traffic import TrafficManager
 
 JOIN_TIMEOUT_S = 600.0
 """How long an engine waits to be welcomed: for the coordinator to start, or for the first prefill engine to join."""
@@ -40,7 +41,8 @@ class EngineHost:
         self.traffic = TrafficManager(snic_bytes_per_s=cluster.snic_rate, cnic_bytes_per_s=cluster.cnic_rate)
         name = uuid.uuid4().hex[:12]
         self.pool = BufferPool.create(name, layout.full_block_bytes, buffer_blocks)
-        self.server = ChannelServer(self.pool, self.traffic, data_bind_address(cluster, name))
+        self.transport = TRANSPORTS.get(cluster.transport)
+        self.server = self.transport.serve(self.pool, self.traffic, host=cluster.data_host, name=name)
         self.blocks = BlockIO(cluster, layout, self.pool, self.traffic)
         self.compute = named_threads(1, COMPUTE_THREAD)
         self.engine: EngineId | None = None

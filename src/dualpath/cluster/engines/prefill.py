@@ -18,7 +18,7 @@ from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import Cause, Leg, Side
 from dualpath.kv.store import StoreError
 from dualpath.model import LayerIOTimeoutError, LayerwisePrefill, LoadedModel, PrefillItem, PrefillOutput
-from dualpath.transfer import ChannelBusy, TransferCause, TransferError
+from dualpath.transfer.transport import ChannelBusy, TransferCause, TransferError
 
 PROBE_HIT_TOKENS = 2048
 PROBE_NEW_TOKENS = 64
