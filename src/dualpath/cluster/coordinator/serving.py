@@ -10,11 +10,11 @@ them.
 import time
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.generator import GenerateRequest, ModelFacts, RequestError
 from dualpath.cluster.coordinator.driver import SchedulerDriver
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.live_request import LiveRequest, order
 from dualpath.cluster.coordinator.prefixes import Prefixes
+from dualpath.cluster.generator import GenerateRequest, ModelFacts, RequestError
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import (
     BLOCK_TOKENS,
@@ -33,6 +33,8 @@ from dualpath.core.vocabulary import (
     RequestId,
     Resubmit,
 )
+from dualpath.spec import metrics
+from dualpath.spec.metrics import Figures
 
 
 class Serving:
@@ -233,10 +235,10 @@ class Serving:
         self.prefixes.unpin(live.request)
         live.end(outcome)
 
-    def gauges(self) -> dict[str, float]:
+    def gauges(self) -> Figures:
         return {
-            "dualpath_requests_live": float(len(self._requests)),
-            "dualpath_stale_messages_total": float(self.stale_messages),
+            metrics.REQUESTS_LIVE(): float(len(self._requests)),
+            metrics.STALE_MESSAGES(): float(self.stale_messages),
             **self.prefixes.gauges(),
         }
 
