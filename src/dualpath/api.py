@@ -117,7 +117,7 @@ async def _value(read: Any) -> Any:
 
 
 def ask(url: str, prompt: str | Sequence[int], *, api_key: str | None = None, **fields: Any) -> Answer:
-    """One completion of text or token ids. `fields` are the API's (``max_tokens=8, temperature=0``). Raises AskError."""
+    """One completion of text or token ids; `fields` are the API's (``max_tokens=8``). Raises AskError."""
     body = {"prompt": prompt if isinstance(prompt, str) else list(prompt)} | fields
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     request = urllib.request.Request(f"{url}/completions", msgspec.json.encode(body), headers)
@@ -151,7 +151,8 @@ def replay(
 ) -> ReplayResult:
     """Run agents against an OpenAI server, all at once, each turn as soon as the one before is answered.
 
-    With `measured_from` 1 every agent's first turn is answered before the clock starts. Raises client.replay.ReplayError.
+    With `measured_from` 1 every agent's first turn is answered before the clock starts. Raises ReplayError
+    (`dualpath.client.replay`).
     """
     chosen = options or ReplayOptions()
     if measured_from not in (0, 1):

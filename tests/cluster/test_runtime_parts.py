@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dualpath.cluster.generator import GenerateRequest, RequestError
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.driver import UNLIMITED_BYTES_PER_S, scheduler_constants, scheduler_limits
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.live_request import LiveRequest
 from dualpath.cluster.coordinator.serving import request_error
 from dualpath.cluster.engines.data_address import data_bind_address, sweep_dead_sockets
+from dualpath.cluster.generator import GenerateRequest, RequestError
 from dualpath.cluster.messages import Draw, Shutdown
 from dualpath.cluster.supervisor import Supervisor
 from dualpath.core.vocabulary import Cause, Role
