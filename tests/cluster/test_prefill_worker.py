@@ -10,6 +10,7 @@ import pytest
 from dualpath.cluster import messages as m
 from dualpath.core.vocabulary import Cause, Leg, Role, Side
 from dualpath.kv.posix_store import PosixStore
+from dualpath.spec import metrics
 from dualpath.spec.sampling import SamplingParams
 from dualpath.transfer.pool import BufferPool
 from dualpath.transfer.traffic import TrafficManager
@@ -88,7 +89,7 @@ def test_stale_messages_are_dropped_and_counted(checkpoint: Checkpoint, tmp_path
             await engine.hears(m.PrefillDone)
         await asyncio.sleep(0.05)
         assert len(engine.said(m.PrefillDone)) == 1
-        assert engine.host.counters["stale_messages"] == 2
+        assert engine.host.counters[metrics.ENGINE_STALE_MESSAGES()] == 2
 
     on_bench(checkpoint, tmp_path, work)
 
