@@ -11,8 +11,9 @@ import msgspec
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.local import Cluster
-from dualpath.kv.store import StoreError
+from dualpath.kv import StoreError
 from dualpath.server import create_app, load_tokenizer, serve
+from dualpath.spec.whole_file import write_whole
 
 
 def run(config: ClusterConfig, local_engines: bool = True) -> int:
@@ -69,6 +70,4 @@ def _announce(config: ClusterConfig, cluster: Cluster, port: int) -> None:
             "engines": engines,
             "control_address": cluster.coordinator.control_address,
         }
-        temporary = Path(f"{config.ready_file}.tmp")
-        temporary.write_bytes(msgspec.json.encode(facts))
-        temporary.replace(config.ready_file)
+        write_whole(Path(config.ready_file), msgspec.json.encode(facts))

@@ -12,7 +12,7 @@ from dualpath.cluster.config import Topology
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.membership import Membership
 from dualpath.core.vocabulary import Role
-from dualpath.kv.store import StoreError
+from dualpath.kv import StoreError
 
 from .fake_engine import Head, head, join_message
 

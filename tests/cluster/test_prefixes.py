@@ -9,10 +9,8 @@ import pytest
 
 from dualpath.cluster.coordinator.prefixes import Prefixes
 from dualpath.cluster.messages import BlockFaultReport, StoredBlock
-from dualpath.kv.keys import BlockKey, block_keys
-from dualpath.kv.layout import KVLayout, KVPart
-from dualpath.kv.posix_store import PosixStore
-from dualpath.kv.store import StoreError
+from dualpath.kv import BlockKey, KVLayout, KVPart, PosixStore, StoreError, block_keys
+from dualpath.kv.stores.block_file import PAGE_BYTES
 
 LAYOUT = KVLayout(layers=2, parts=(KVPart("kv", 1, 4),), dtype="float32")
 
@@ -28,12 +26,18 @@ class Storage:
     def store(self, token_ids: list[int], tenant: str = "") -> list[BlockKey]:
         """Write all blocks of a prompt as a decode engine does, and publish each."""
         space = self.prefixes.namespace_of(tenant)
-        files = PosixStore(self.where, LAYOUT, space, durable=False)
+        files = PosixStore(self.where, durable=False)
         keys = block_keys(space.root, token_ids)
         for parent, key in zip([space.root, *keys], keys, strict=False):
-            self.block_bytes = files.write(key, parent, bytes(LAYOUT.full_block_bytes))
+            self.block_bytes = files.write(space, key, parent, bytes(LAYOUT.full_block_bytes))
             self.prefixes.publish([StoredBlock(key, parent, self.block_bytes)])
         return keys
+
+    def damage(self, key: BlockKey) -> None:
+        (path,) = self.where.rglob(f"{key.hex()}.kv")
+        with path.open("r+b") as file:
+            file.seek(PAGE_BYTES)
+            file.write(b"wrong")
 
     def files(self) -> set[str]:
         return {path.stem for path in self.where.rglob("*.kv")}
@@ -112,8 +116,8 @@ def test_a_block_whose_parent_has_gone_is_deleted(tmp_path: Path) -> None:
     async def work(storage: Storage) -> None:
         space = storage.prefixes.namespace_of("")
         keys = block_keys(space.root, prompt(1, 2))
-        files = PosixStore(tmp_path, LAYOUT, space, durable=False)
-        n_bytes = files.write(keys[1], keys[0], bytes(LAYOUT.full_block_bytes))
+        files = PosixStore(tmp_path, durable=False)
+        n_bytes = files.write(space, keys[1], keys[0], bytes(LAYOUT.full_block_bytes))
         storage.prefixes.publish([StoredBlock(keys[1], keys[0], n_bytes)])
         await storage.prefixes.settle()
         assert storage.files() == set()
@@ -126,9 +130,9 @@ def test_a_fault_reported_twice_sets_one_file_aside(tmp_path: Path) -> None:
 
     async def work(storage: Storage) -> None:
         keys = storage.store(prompt(1, 3))
-        space = storage.prefixes.namespace_of("")
+        storage.damage(keys[1])
         for _ in range(2):
-            storage.prefixes.report_faults(space, [BlockFaultReport(keys[1], "checksum")])
+            storage.prefixes.report_faults([BlockFaultReport(keys[1], "checksum")])
         await storage.prefixes.settle()
         assert storage.files() == {keys[0].hex()}
         assert [path.name for path in tmp_path.rglob("bad/*")] == [f"{keys[1].hex()}.checksum"]
@@ -144,7 +148,7 @@ def test_a_block_stored_anew_survives_the_fault_before_it(tmp_path: Path) -> Non
     async def work(storage: Storage) -> None:
         keys = storage.store(prompt(1, 2))
         storage.prefixes._files.submit(time.sleep, 0.1)  # the disk is busy
-        storage.prefixes.report_faults(storage.prefixes.namespace_of(""), [BlockFaultReport(keys[0], "checksum")])
+        storage.prefixes.report_faults([BlockFaultReport(keys[0], "checksum")])
         storage.store(prompt(1, 2))
         await storage.prefixes.settle()
         assert storage.files() == {key.hex() for key in keys}
@@ -163,7 +167,7 @@ def test_file_work_that_fails_is_counted(
     async def work(storage: Storage) -> None:
         keys = storage.store(prompt(1, 2))
         monkeypatch.setattr(PosixStore, "quarantine", refuse)
-        storage.prefixes.report_faults(storage.prefixes.namespace_of(""), [BlockFaultReport(keys[1], "io")])
+        storage.prefixes.report_faults([BlockFaultReport(keys[1], "io")])
         await storage.prefixes.settle()
         assert storage.gauge("file_errors_total") == 1
         assert "read-only file system" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from dualpath.cluster.config import Topology
 from dualpath.core.journal import replay
 from dualpath.core.vocabulary import Cause, Role, Side
 from dualpath.kv.keys import block_keys, namespace
-from dualpath.kv.posix_store import PosixStore
+from dualpath.kv import PosixStore
 from dualpath.spec.sampling import SamplingParams
 
 from .fake_engine import LAYOUT, FakeEngine, Head, head
@@ -83,9 +83,9 @@ def with_pair(store: Path, work: Callable[[Pair], Awaitable[None]], **settings: 
 def stored(store: Path, blocks: int) -> None:
     """The first blocks of PROMPT, in the store before the cluster starts."""
     space = namespace("model", "", LAYOUT)
-    files = PosixStore(store, LAYOUT, space, durable=False)
+    files = PosixStore(store, durable=False)
     for parent, key in itertools.pairwise([space.root, *block_keys(space.root, PROMPT)[:blocks]]):
-        files.write(key, parent, bytes(LAYOUT.full_block_bytes))
+        files.write(space, key, parent, bytes(LAYOUT.full_block_bytes))
 
 
 def test_the_messages_of_a_hit_request(tmp_path: Path) -> None:

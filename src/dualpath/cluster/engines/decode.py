@@ -18,7 +18,7 @@ from dualpath.cluster.engines.draws import draw_message
 from dualpath.cluster.engines.host import EngineHost, Owner
 from dualpath.cluster.engines.persisting import Persister
 from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, EngineId, Side
-from dualpath.kv.store import StoreError
+from dualpath.kv import StoreError
 from dualpath.model import DecodeEngine, LoadedModel, StepOutput
 from dualpath.spec.sampling import SamplingParams
 from dualpath.thread_names import named_threads

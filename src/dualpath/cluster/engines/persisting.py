@@ -10,7 +10,7 @@ import numpy as np
 from dualpath.cluster import messages as m
 from dualpath.cluster.engines.decode_attempt import DecodeAttempt
 from dualpath.cluster.engines.host import EngineHost
-from dualpath.kv.store import StoreError
+from dualpath.kv import StoreError
 from dualpath.model import DecodeEngine
 
 
