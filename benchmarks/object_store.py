@@ -18,10 +18,10 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-
-from dualpath.kv import BlockKey, KVLayout, KVPart, PosixStore, Store, block_keys, namespace
 from dualpath.kv.bucket import Bucket
 from dualpath.kv.object_store import ObjectStore
+
+from dualpath.kv import BlockKey, KVLayout, KVPart, PosixStore, Store, block_keys, namespace
 from dualpath.lab.testbed.object_server import ObjectServer, free_port
 
 LAYOUT = KVLayout(8, (KVPart("k", 4, 64), KVPart("v", 4, 64)), "float32")

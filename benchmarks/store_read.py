@@ -17,10 +17,10 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from dualpath.kv.block_file import CHUNK_BYTES, PAGE_BYTES
 from numpy.typing import NDArray
 
 from dualpath.kv import BlockKey, KVLayout, KVPart, PosixStore, block_keys, namespace
-from dualpath.kv.block_file import CHUNK_BYTES, PAGE_BYTES
 
 LAYOUTS = {
     "small: 12 layers × 16 KiB": KVLayout(12, (KVPart("k", 1, 64), KVPart("v", 1, 64)), "bfloat16"),

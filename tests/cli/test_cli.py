@@ -8,9 +8,9 @@ import pytest
 
 from dualpath import cli
 from dualpath.cli.arguments import SYSTEMS as NAMED_SYSTEMS
+from dualpath.kv import PosixStore
 from dualpath.kv.keys import block_keys, namespace
 from dualpath.kv.layout import KVLayout, KVPart
-from dualpath.kv import PosixStore
 
 
 def python(code, *arguments):

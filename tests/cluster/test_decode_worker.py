@@ -9,8 +9,7 @@ import pytest
 
 from dualpath.cluster import messages as m
 from dualpath.core.vocabulary import Leg, Role, Side
-from dualpath.kv import PosixStore
-from dualpath.kv import StoreWriteError
+from dualpath.kv import PosixStore, StoreWriteError
 from dualpath.model import StepOutput
 from dualpath.model.sampling import TokenDraw
 

@@ -12,8 +12,8 @@ from dualpath.cluster.api import GeneratedTokens, GenerateRequest, RequestError
 from dualpath.cluster.config import Topology
 from dualpath.core.journal import replay
 from dualpath.core.vocabulary import Cause, Role, Side
-from dualpath.kv.keys import block_keys, namespace
 from dualpath.kv import PosixStore
+from dualpath.kv.keys import block_keys, namespace
 from dualpath.spec.sampling import SamplingParams
 
 from .fake_engine import LAYOUT, FakeEngine, Head, head
@@ -178,6 +178,8 @@ def test_faults_leave_the_index_and_the_next_attempt_does_without(tmp_path: Path
         prepare = await pair.prepare(0)
         assert prepare.hit_tokens == 192
         load = await pair.prefill.hears(m.LoadLeg)
+        (path,) = tmp_path.rglob(f"{prepare.keys[1].hex()}.kv")
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
         pair.prefill.say(m.LoadFailed(load.request, 0, Side.PE, [m.BlockFaultReport(prepare.keys[1], "checksum")]))
         for engine in (pair.prefill, pair.decode):
             await engine.hears(m.AbortAttempt)

@@ -25,6 +25,7 @@ from dualpath.kv import (
     block_keys,
     namespace,
 )
+from dualpath.kv.stores import conformance
 from dualpath.kv.stores.block_file import CHUNK_BYTES, PAGE_BYTES
 from dualpath.kv.stores.bucket import Bucket
 from dualpath.kv.stores.naming import MAX_QUARANTINED_FILES
@@ -67,6 +68,11 @@ def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
 @pytest.fixture
 def store(open_store: OpenStore, layout: KVLayout, space: Namespace) -> Store:
     return open_store()
+
+
+@pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
+def test_what_every_store_must_do(open_store: OpenStore, check: Callable[[OpenStore], None]) -> None:
+    check(open_store)
 
 
 def drafts(directory: Path) -> list[Path]:

@@ -72,7 +72,8 @@ def ancestors(store: Store, record: BlockRecord, known: Container[BlockKey]) -> 
         found = store.find(record.root, [record.parent])
         if not found or record.parent in above:  # gone; or forged headers that lead in a circle
             return None
-        record = above[record.parent] = found[0]
+        record = found[0]
+        above[record.key] = record
     return list(above.values())[::-1]
 
 
