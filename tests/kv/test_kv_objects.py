@@ -1,5 +1,6 @@
 """What only stores of objects can get wrong: servers that go away or keep something else, URLs, the way back."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from obstore.store import HTTPStore, MemoryStore
+from obstore.store import HTTPStore, LocalStore, MemoryStore
 
 from dualpath.kv import (
     BlockError,
@@ -25,7 +26,8 @@ from dualpath.kv import (
     rebuild,
 )
 from dualpath.kv.stores.block_file import PAGE_BYTES
-from dualpath.kv.stores.bucket import COOL_S, Body, Bucket
+from dualpath.kv.stores.bucket import COOL_S, Body, Bucket, ObjectRecord
+from dualpath.kv.stores.conformance import LAYOUT
 from dualpath.kv.stores.inspection import fsck
 from dualpath.kv.stores.objects import ObjectStore
 from dualpath.lab.testbed.object_server import ObjectServer, free_port, missing_parts
@@ -235,6 +237,54 @@ def test_blocks_in_s3(
         assert [record.key for record in store.scan()] == keys[:2]
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("removed", ["shards", "all"])
+def test_objects_removed_under_a_live_store(
+    tmp_path: Path, space: Namespace, payload_of: PayloadOf, monkeypatch: pytest.MonkeyPatch, removed: str
+) -> None:
+    """They are misses, and can be written again; so is the description, after a while."""
+    store = ObjectStore(Bucket(LocalStore(tmp_path), "bucket"))
+    keys = block_keys(space.root, range(16 * 40), 16)
+
+    def write_all() -> None:
+        for key, parent in zip(keys, [space.root, *keys], strict=False):
+            store.write(space, key, parent, payload_of(key))
+
+    write_all()
+    assert [record.key for record in store.find(space.root, keys)] == keys
+    for path in tmp_path.glob("*/??" if removed == "shards" else "*"):
+        shutil.rmtree(path)
+    assert store.find(space.root, keys) == [] and not store.delete(space.root, keys[0])
+    assert store.quarantine(space.root, keys[0]) is None
+    with pytest.raises(BlockError, match="missing"):
+        store.read(space, keys[0], bytearray(768))
+    monkeypatch.setattr("dualpath.kv.stores.objects.DESCRIBE_S", 0.0)
+    write_all()
+    assert [record.key for record in store.find(space.root, keys)] == keys
+    assert fsck(store).is_clean
+
+
+def test_a_look_for_a_block_that_is_not_there_is_one_request(space: Namespace) -> None:
+    class Counting(Bucket):
+        asked = 0
+
+        def record(self, name: str) -> ObjectRecord | None:
+            self.asked += 1
+            return super().record(name)
+
+    bucket = Counting(MemoryStore(), "memory://")
+    assert ObjectStore(bucket).find(space.root, block_keys(space.root, range(16 * 100), 16)) == []
+    assert bucket.asked == 1
+
+
+def test_without_obstore_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("dualpath.kv.stores.find_spec", lambda name: None)
+    with pytest.raises(StoreLocationError, match=r"pip install 'dualpath\[s3\]'"):
+        open_store("s3://bucket/prefix")
+    open_store(tmp_path)
+    open_store(f"file://{tmp_path}").prepare(namespace("model", "1", LAYOUT))
+    assert list(tmp_path.iterdir())
 
 
 def test_importing_the_stores_starts_no_object_library() -> None:
