@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from dualpath.kv import (
     BadFile,
@@ -44,10 +44,10 @@ class SqliteStore:
 
     def __init__(self, location: str, *, durable: bool) -> None:
         self.location = location
-        self._path = Path(unquote(urlsplit(location).path))
+        self._path = Path(unquote(location.partition("://")[2]))
         self._synchronous = "FULL" if durable else "OFF"
         self._thread = threading.local()
-        if urlsplit(location).netloc or not self._path.name:
+        if not self._path.is_absolute():
             raise StoreLocationError(f"{location} names no file; write sqlite:///path/to/file")
 
     def prepare(self, space: Namespace) -> None:

@@ -73,6 +73,18 @@ def test_a_store_that_cannot_be_opened_says_where(tmp_path: Path, space: Namespa
         PosixStore(tmp_path / "file").prepare(space)
 
 
+def test_a_store_out_of_reach_is_no_fault_of_its_blocks(
+    store: PosixStore, space: Namespace, tmp_path: Path, write_chain: WriteChain
+) -> None:
+    """A file system that is not mounted here must not empty the index of those who see it."""
+    (key,) = write_chain(1)
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="store cannot be opened: there is no such directory"):
+        store.read(space, key, bytearray(768))
+    (tmp_path / "elsewhere").rename(tmp_path / "store")
+    store.read(space, key, bytearray(768))
+
+
 def test_a_block_found_in_place_is_only_reported_once_its_name_is_durable(
     store: PosixStore, write_chain: WriteChain, payload_of: PayloadOf, monkeypatch: pytest.MonkeyPatch, space: Namespace
 ) -> None:

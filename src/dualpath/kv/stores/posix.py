@@ -34,6 +34,7 @@ from dualpath.kv.stores.protocol import (
     BlockBuffer,
     BlockRecord,
     NamespaceDescription,
+    StoreError,
     StoreWriteError,
     bytes_of_block,
     check_keys,
@@ -87,9 +88,14 @@ class PosixStore:
     def read(self, space: Namespace, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
         """See `Store.read`. `pace` counts payload bytes; the header comes on top."""
         view = room_for_block(into, space.layout)
-        with open_block(self._files.block_path(space.root, key), key) as fd:
-            header = check_namespace(read_header(fd, key), space)
-            read_payload(fd, header, view, pace, verify=self._verify_reads)
+        try:
+            with open_block(self._files.block_path(space.root, key), key) as fd:
+                header = check_namespace(read_header(fd, key), space)
+                read_payload(fd, header, view, pace, verify=self._verify_reads)
+        except BlockError as error:
+            if error.cause in (BlockFault.MISSING, BlockFault.IO) and not self._files.path.is_dir():
+                raise StoreError(f"{self.location} cannot be opened: there is no such directory") from error
+            raise
 
     def find(self, root: BlockKey, keys: Sequence[BlockKey]) -> list[BlockRecord]:
         """See `Store.find`. A look is one failed open; a find reads one page."""
