@@ -54,4 +54,5 @@ class Persister:
             self._host.counters["store_write_errors"] += 1
             self._host.log(f"block {key.hex()} could not be stored: {error}")
             return
-        self._host.send(m.Stored([m.StoredBlock(key, parent, physical_bytes)]))
+        if attempt.storing:  # a step may have failed while this block was written
+            self._host.send(m.Stored([m.StoredBlock(key, parent, physical_bytes)]))
