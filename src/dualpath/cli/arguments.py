@@ -5,6 +5,7 @@ Nothing heavy is imported here: ``--help`` must be quick.
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dualpath.spec.units import parse_bytes, parse_duration_ns, parse_rate
@@ -23,6 +24,13 @@ def add_source(parser: Any) -> None:
     parser.add_argument("--trace", nargs="+", default=["64K"], metavar="TRACE", help=f"{SOURCES_HELP} (default: 64K)")
     parser.add_argument("--model", metavar="MODEL", help="instead of the cluster's: a name, or a config.json")
     parser.add_argument("--max-context", type=positive, metavar="N", help="end recorded agents here")
+
+
+def add_profile(parser: Any) -> None:
+    """What the cluster's engines were measured to do."""
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="measured step times and rates (dualpath profile, or by hand)"
+    )
 
 
 def command(
