@@ -1,7 +1,7 @@
 """A profile: what one engine and its links were measured to do. One JSON file, made by `dualpath profile` or by hand.
 
-`version`, `model` and a few samples of either kind must be there (docs/design/profile.md has an example); a rate that is
-left out is the cluster's own. A profile is for one model on one kind of engine: `applied` puts it in the place of the
+`version`, `model` and a few samples of either kind must be there (docs/design/profile.md has an example); a rate left
+out is the cluster's own. A profile is for one model on one kind of engine: `applied` puts it in the place of the
 roofline of a cluster.
 """
 

@@ -5,17 +5,15 @@ share the host's cores (`Machine.full_speed_engines`). What HTTP, processes and 
 not modelled.
 """
 
-import re
-import statistics
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.config import ClusterConfig, Topology
 from dualpath.core.policy import SYSTEMS
 from dualpath.core.vocabulary import BLOCK_TOKENS, EngineFacts, Role
-from dualpath.lab.experiments.assemble import ideal_ratio, snic_max_over_avg
+from dualpath.lab.experiments.assemble import snic_max_over_avg
 from dualpath.lab.facts.profile import Profile, ProfileError
 from dualpath.lab.sim.costs import SECOND_NS, measured_costs
 from dualpath.lab.sim.machine import BatchLimits, Machine, constants_for, limits_for
@@ -29,7 +27,6 @@ from dualpath.spec.cluster_setup import ClusterSetup
 from dualpath.traces.trajectory import Trajectory
 from dualpath.traces.turn_table import Agents, TurnTable
 
-_TOPOLOGY = re.compile(r"([1-9]\d*)P([1-9]\d*)D")
 _UNLIMITED_BYTES_PER_S = 1e12
 _SERVE = ClusterConfig(model="", store="")
 """What `dualpath serve` has where it is not told; a result file does not repeat it."""
@@ -37,13 +34,12 @@ _SERVE = ClusterConfig(model="", store="")
 
 def predict(measured: ResultFile, profile: Profile, where: str, command: str = "") -> ResultFile:
     """The same runs in the same order, of kind ``prediction``. Raises ProfileError naming the run, or `where`."""
-    runs = [_predicted(measured, number, profile, where) for number in range(len(measured.runs))]
     machine = f"simulated with {where}, a profile of {profile.model} on {profile.machine.device or 'some device'}"
     return ResultFile(
         kind="prediction",
         name=measured.name,
         trajectories=measured.trajectories,
-        runs=[_with_ratios(run, runs) for run in runs],
+        runs=[_predicted(measured, number, profile, where) for number in range(len(measured.runs))],
         configuration=msgspec.structs.replace(measured.configuration, machine=machine),
         command=command,
         workload=measured.workload,
@@ -58,16 +54,19 @@ def _predicted(result: ResultFile, number: int, profile: Profile, where: str) ->
             f"{name} does not say what its {'cluster was' if run.cluster is None else 'agents asked'}; results of "
             "dualpath demo and experiment do, and of replays against dualpath serve"
         )
-    topology = _TOPOLOGY.fullmatch(run.topology)
-    if topology is None or run.system not in SYSTEMS or run.agents_per_s is not None or len(run.parts) > 1:
+    late = result.kind == "replay" and (run.agents_per_s is not None or len(run.parts) > 1)
+    if late or run.system not in SYSTEMS:
         raise ProfileError(
-            f"{name}: only runs of dualpath's systems on a topology such as 1P2D can be simulated, whose agents all "
-            "start at once and which were not resumed"
+            f"{name}: only runs of dualpath's systems can be simulated, and of replays "
+            "those whose agents all start at once, not resumed"
         )
     _check(name, run.cluster, Path(result.configuration.model).name, profile, where)
-    trajectories = result.trajectories[run.trajectories]
-    machine = _machine(run.topology, int(topology[1]), int(topology[2]), run.cluster, profile)
-    return _simulated(run, machine, trajectories, name)
+    try:
+        machine = _machine(Topology.parse(run.topology), run.cluster, profile)
+        agents = _agents(result.trajectories[run.trajectories], run.first_round, run.gap_scale)
+    except ValueError as error:
+        raise ProfileError(f"{name} can't be simulated: {error}") from error
+    return _simulated(run, machine, agents, [one.id for one in result.trajectories[run.trajectories]])
 
 
 def _check(name: str, cluster: ClusterSetup, model: str, profile: Profile, where: str) -> None:
@@ -82,9 +81,8 @@ def _check(name: str, cluster: ClusterSetup, model: str, profile: Profile, where
             raise ProfileError(f"{name} has {ran!r} as its {what}, {where} has {measured!r}; give a profile of that")
 
 
-def _machine(name: str, prefill: int, decode: int, cluster: ClusterSetup, profile: Profile) -> Machine:
-    kv_bytes, rates, engine = cluster.kv_bytes_per_token, profile.rates, profile.engine()
-    costs = measured_costs(engine, cluster.layers, kv_bytes)
+def _machine(topology: Topology, cluster: ClusterSetup, profile: Profile) -> Machine:
+    kv_bytes, rates, prefill = cluster.kv_bytes_per_token, profile.rates, topology.prefill_engines
     block_bytes = kv_bytes * BLOCK_TOKENS
     engines = tuple(
         EngineFacts(
@@ -95,12 +93,12 @@ def _machine(name: str, prefill: int, decode: int, cluster: ClusterSetup, profil
             buffer_blocks=_SERVE.buffer_bytes // block_bytes,
             hbm_blocks=0 if number < prefill else _SERVE.hbm_bytes // block_bytes,
         )
-        for number in range(prefill + decode)
+        for number in range(prefill + topology.decode_engines)
     )
     return Machine(
-        name=name,
+        name=str(topology),
         engines=engines,
-        costs=costs,
+        costs=measured_costs(profile.engine(), cluster.layers, kv_bytes),
         synchronised=False,
         snic_bytes_per_s=_slower(cluster.snic_bytes_per_s, rates.store_read_bytes_per_s),
         cnic_bytes_per_s=_slower(cluster.cnic_bytes_per_s, rates.transfer_bytes_per_s),
@@ -120,12 +118,9 @@ def _slower(link: float | None, measured: float | None) -> float:
     return min(link or _UNLIMITED_BYTES_PER_S, measured or _UNLIMITED_BYTES_PER_S)
 
 
-def _agents(trajectories: list[Trajectory], first_round: int, gap_scale: float, name: str) -> Agents:
-    """What is measured: the rounds from `first_round` on; what comes before is stored."""
-    try:
-        whole = TurnTable.from_trajectories(trajectories)
-    except ValueError as error:
-        raise ProfileError(f"{name} can't be simulated: {error}") from error
+def _agents(trajectories: list[Trajectory], first_round: int, gap_scale: float) -> Agents:
+    """What is measured: the rounds from `first_round` on; what comes before is stored. Raises ValueError."""
+    whole = TurnTable.from_trajectories(trajectories)
     kept = [position for start, end in zip(whole.starts[:-1], whole.starts[1:], strict=True)
             for position in range(start + first_round, end)]  # fmt: skip
     starts = whole.starts - first_round * np.arange(len(whole) + 1)
@@ -135,24 +130,23 @@ def _agents(trajectories: list[Trajectory], first_round: int, gap_scale: float, 
     )
 
 
-def _simulated(run: Run, machine: Machine, trajectories: list[Trajectory], name: str) -> Run:
-    agents = _agents(trajectories, run.first_round, run.gap_scale, name)
+def _simulated(run: Run, machine: Machine, agents: Agents, names: list[str]) -> Run:
     # The runtime's oracle moves its bytes too, as fast as it can.
     policy = msgspec.structs.replace(SYSTEMS[run.system], free_io=False)
     simulator = Simulator(machine, policy, constants_for(machine, *typical_turn(agents)), limits_for(len(agents)))
     turns: list[TurnResult] = []
     simulator.on_turn = lambda turn: turns.append(
-        _turn(turn, trajectories[turn.agent.number].id, run.first_round + turn.agent.taken, simulator.events.now)
+        _turn(turn, names[turn.agent.number], run.first_round + turn.agent.taken, simulator.events.now)
     )
-    simulator.arrive(agents)
+    # An agent's first measured turn comes when its pause is over.
+    simulator.arrive(agents, agents.table.gap_ns[agents.table.starts[:-1]].tolist())
     with without_garbage_collection():
         simulator.run()
-    if simulator.measured.failed:
-        raise ProfileError(f"{name} can't be simulated: the cluster refuses turns ({simulator.measured.failed})")
+    failed = sum(simulator.measured.failed.values())
     jct_s = simulator.events.now / 1e9
     prefill = len(machine.of_role(Role.PREFILL))
-    names = [f"PE{n}" if n < prefill else f"DE{n - prefill}" for n in range(machine.nodes)]
-    snic_bytes = dict(zip(names, simulator.storage.read_bytes, strict=True))
+    engines = [f"PE{n}" if n < prefill else f"DE{n - prefill}" for n in range(machine.nodes)]
+    snic_bytes = dict(zip(engines, simulator.storage.read_bytes, strict=True))
     return Run(
         **{field: getattr(run, field) for field in SET_UP},
         turn_results=turns,
@@ -162,7 +156,7 @@ def _simulated(run: Run, machine: Machine, trajectories: list[Trajectory], name:
         ratio_to_ideal=None,
         snic_max_over_avg=snic_max_over_avg(run.system, snic_bytes),
         snic_bytes=snic_bytes,
-        **ReplayResult(jct_s=jct_s, turns=tuple(turns), failures=()).figures(),
+        **ReplayResult(jct_s=jct_s, turns=tuple(turns), failures=()).figures() | {"errors": failed},
     )
 
 
@@ -186,22 +180,4 @@ def _turn(turn: LiveTurn, trajectory: str, round_index: int, now: int) -> TurnRe
         loaded_tokens=turn.hit_tokens,
         generated_tokens=generated,
         output_digest="",
-    )
-
-
-def _with_ratios(run: Run, runs: list[Run]) -> Run:
-    """Set against basic and oracle of the same topology and parameters, as a measured run is."""
-
-    def median_s(system: str) -> float | None:
-        place = (run.topology, run.parameters, system)
-        times_s = [other.jct_s for other in runs if (other.topology, other.parameters, other.system) == place]
-        return statistics.median_low(times_s) if times_s else None
-
-    basic_s = median_s("basic")
-    if basic_s is None:
-        return run
-    ratio, ideal = basic_s / run.jct_s, ideal_ratio(run.topology, basic_s, median_s("oracle"))
-    described = run.system not in ("basic", "oracle")
-    return msgspec.structs.replace(
-        run, ratio_to_basic=ratio, ideal_ratio=ideal, ratio_to_ideal=ratio / ideal if described else None
     )

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from dualpath.cluster.engines.prefill import NoTransfers
 from dualpath.lab.facts.step_times import DecodeSample, PrefillSample
 from dualpath.model import DecodeEngine, LayerwisePrefill, LoadedModel, PrefillItem
-from dualpath.model.layers import Bytes
 from dualpath.spec.sampling import SamplingParams
 
 PREFILL_SHAPES = (
@@ -30,16 +30,6 @@ RUNS = 10
 GENERATE = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 
 Advance = Callable[[], None]
-
-
-class NoTransfers:
-    """`LayerIO` that leaves hit rows as they are."""
-
-    def load_layer(self, _layer: int, destinations: list[Bytes | None]) -> list[Exception | None]:
-        return [None] * len(destinations)
-
-    def ship_layer(self, _layer: int, rows: list[Bytes | None]) -> list[Exception | None]:
-        return [None] * len(rows)
 
 
 def measure_prefill(model: LoadedModel, advance: Advance) -> list[PrefillSample]:
