@@ -96,16 +96,18 @@ def test_pauses_and_overheads_are_part_of_the_time():
             ]
         },
     )
-    plain_s, paused_s, late_s = (
+    plain_s, paused_s, late_s, slow_s = (
         predict(one, profile, "").runs[0].jct_s
         for one, profile in (
             (result, small_profile()),
             (paused, small_profile()),
             (result, small_profile(request_ns=1e9)),
+            (result, small_profile(token_ns=1e8)),
         )
     )
     assert paused_s == pytest.approx(plain_s + 10)  # before the first measured turn as well
     assert late_s == pytest.approx(plain_s + 2)
+    assert slow_s == pytest.approx(plain_s + 2 * 7 * 0.1)  # two turns of eight tokens, of which prefill makes one
 
 
 def test_nothing_that_was_measured_is_used():
@@ -129,6 +131,15 @@ def test_a_link_of_the_file_is_no_faster_than_the_profile():
     result = small_result(("basic",))
     runs = [predict(result, profile, "").runs[0] for profile in (small_profile(), slow)]
     assert runs[1].jct_s == pytest.approx(2 * runs[0].jct_s, rel=0.05)
+
+
+def test_whole_prompts_are_copied_at_the_measured_rate():
+    result = small_result(("basic",), agents=1, rounds=2)
+    (fast,), (slow,) = (
+        predict(result, small_profile(rates=Rates(copy_bytes_per_s=rate)), "").runs for rate in (None, RATE)
+    )
+    copied_s = fast.turn_results[0].loaded_tokens * KV_BYTES / RATE
+    assert slow.turn_results[0].ttft_s == pytest.approx(fast.turn_results[0].ttft_s + copied_s, rel=0.1)
 
 
 def test_the_command_says_how_far_off_and_writes_what_report_reads(tmp_path, capsys):

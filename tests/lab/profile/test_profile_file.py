@@ -1,6 +1,7 @@
 """Profiles as files: round trips, by hand, wrong ones; and what the lines through their samples say."""
 
 import json
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -35,6 +36,13 @@ def test_a_profile_by_hand_needs_samples_only(tmp_path):
         assert times.prefill_ns(sample["cached_tokens"], sample["new_tokens"]) == pytest.approx(sample["ns"], rel=1e-6)
     assert times.decode_ns(32, 30_000) == pytest.approx(80e6, rel=1e-6)
     assert 24e6 < times.decode_ns(16, 30_000) < 80e6
+
+
+def test_the_example_in_the_documentation_is_a_profile(tmp_path):
+    text = (Path(__file__).parents[3] / "docs" / "design" / "profile.md").read_text()
+    path = tmp_path / "profile.json"
+    path.write_text(text.partition("```json\n")[2].partition("```")[0])
+    assert len(load_profile(path).prefill) == 3
 
 
 def without(field):

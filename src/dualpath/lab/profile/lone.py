@@ -17,8 +17,9 @@ WARM_UP = 4
 
 
 def measure_lone(model: Path, store: Path, serve: tuple[str, ...], times: StepTimes) -> tuple[float, float]:
-    """Nanoseconds of (a request up to its first token, each later token) beyond steps by `times`; medians.
+    """Nanoseconds of (a request up to its first token, each later token) beyond steps by `times`.
 
+    Lower quartiles: others on the machine only ever make them later.
     Starts `dualpath serve` with the options `serve`, its store in a new folder of `store`. Raises ClusterError,
     ReplayError.
     """
@@ -51,4 +52,8 @@ async def _ask(model: Path, folder: Path, serve: tuple[str, ...]) -> tuple[float
         raise OSError(f"a request to an idle cluster failed: {result.failures[0].message}")
     turns = result.turns[WARM_UP:]
     tpot_s = [turn.tpot_s for turn in turns if turn.tpot_s is not None]
-    return statistics.median(turn.ttft_s for turn in turns), statistics.median(tpot_s)
+    return _quartile([turn.ttft_s for turn in turns]), _quartile(tpot_s)
+
+
+def _quartile(values: list[float]) -> float:
+    return statistics.quantiles(values, n=4)[0]
