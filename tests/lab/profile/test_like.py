@@ -5,7 +5,7 @@ import json
 import msgspec
 import numpy as np
 import pytest
-from small_profile import KV_BYTES, RATE, small_profile, small_result, written
+from small_profile import KV_BYTES, RATE, prefill_ns, small_profile, small_result, written
 
 from dualpath.cli import main
 from dualpath.cluster.config import ClusterConfig
@@ -83,6 +83,26 @@ def test_engines_that_share_cores_take_longer():
 
     assert jct_s(cores=1) == pytest.approx(2 * jct_s(cores=8), rel=0.1)
     assert jct_s(cores=2) == pytest.approx(jct_s(cores=8), rel=0.1)
+
+
+def test_prefill_engines_that_share_cores_take_longer():
+    rounds = (Round(append_tokens=1000, generate_tokens=1),) * 5
+    agents = [Trajectory(id=str(n), rounds=rounds) for n in range(8)]
+
+    def jct_s(cores):
+        result = small_result(("oracle",), "2P1D", cores=cores)
+        return (
+            predict(msgspec.structs.replace(result, trajectories={"agents": agents}), small_profile(), "").runs[0].jct_s
+        )
+
+    assert 1.5 * jct_s(8) < jct_s(1) < 2.1 * jct_s(8)
+
+
+def test_a_lone_first_token_takes_what_its_batch_takes():
+    (run,) = predict(small_result(("oracle",), agents=1), small_profile(), "").runs
+    for turn in run.turn_results:
+        expected_ns = prefill_ns(turn.loaded_tokens, turn.prompt_tokens - turn.loaded_tokens)
+        assert turn.ttft_s == pytest.approx(expected_ns / 1e9, abs=1e-4)
 
 
 def test_pauses_and_overheads_are_part_of_the_time():
