@@ -26,6 +26,10 @@ def qwen(factor=1.0, **changed):
     return FAST | {"prefill": prefill, "decode": decode} | changed
 
 
+def plus(ns, samples):
+    return [sample | {"ns": sample["ns"] + ns} for sample in samples]
+
+
 def outcome(tmp_path, command, document, *argv):
     out = tmp_path / "out.json"
     profile = () if document is None else ("--profile", str(written(tmp_path, document)))
@@ -44,8 +48,14 @@ def test_a_plan_has_measured_steps_and_rates(tmp_path, capsys):
     new, seen = load["miss_tokens"], load["miss_pairs"]
     # n·c of the samples as pairs: the half of a chunk's own pairs is taken from the token's price.
     assert compute[0]["per_turn"] == pytest.approx((new * 5e4 + seen) / 1e9, rel=0.1)
-    (half, twice) = plans[1]["sensitivity"]
-    assert half["dualpath_agents_per_s"] <= twice["dualpath_agents_per_s"]
+    late, fixed = (
+        outcome(tmp_path, "plan", document)
+        for document in (qwen(request_ns=5e6 + 1e8), qwen(prefill=plus(1e9, qwen()["prefill"]), rates={}))
+    )
+    assert late["unloaded_ttft_s"] == pytest.approx(plans[1]["unloaded_ttft_s"] + 0.1)
+    assert fixed["unloaded_ttft_s"] == pytest.approx(compute[0]["per_turn"] + 1 + 5e-3, rel=0.02)
+    half, twice = outcome(tmp_path, "plan", qwen(30, rates={}))["sensitivity"]
+    assert twice["dualpath_agents_per_s"] == pytest.approx(4 * half["dualpath_agents_per_s"], rel=1e-6)
     assert "ms" in capsys.readouterr().out
 
 

@@ -98,6 +98,11 @@ def test_another_models_profile_is_refused(tmp_path):
         applied(cluster, msgspec.structs.replace(profile, kv_bytes_per_token=7), "p.json")
 
 
+def test_another_model_on_the_cluster_loses_the_profile(tmp_path):
+    measured = applied(load_cluster("qwen32b-1p2d"), load_profile(written(tmp_path, BY_HAND)), "")
+    assert measured.measured is not None and measured.with_model("deepseek-v3.2").measured is None
+
+
 def test_a_link_is_as_fast_as_the_slower_of_cluster_and_profile(tmp_path):
     profile, cluster = load_profile(written(tmp_path, BY_HAND)), load_cluster("qwen32b-1p2d")
     for rate, usable in ((1e9, 1e9), (1e15, cluster.snic_bytes_per_s)):
@@ -140,6 +145,16 @@ def test_a_fit_says_how_far_off_it_is():
     assert times.prefill_fit.samples == 2
     assert 0.2 < times.prefill_fit.max_error < 0.5
     assert 1e6 < times.prefill_ns(0, 64) < 2e6
+
+
+def test_what_samples_can_not_tell_apart_goes_to_one_coefficient():
+    prefill = [PrefillSample(cached_tokens=0, new_tokens=100, ns=1e7)]
+    decode = [DecodeSample(batch=batch, context_tokens=1000, ns=1e7 + batch * 1e6) for batch in (1, 8)]
+    times = fit_step_times(prefill, decode)
+    assert times.prefill_ns(0, 200) == pytest.approx(2e7)
+    assert times.decode_ns(4, 2000) == pytest.approx(1e7 + 4 * 2e6)
+    lone = [PrefillSample(cached_tokens=0, new_tokens=n, ns=1e7 + n * 1e4) for n in (100, 500)]
+    assert fit_step_times(lone, decode).prefill_ns(0, 100, items=5) == pytest.approx(1e7 + 5 * 100 * 1e4)
 
 
 def test_pairs_are_those_a_new_token_sees():

@@ -91,11 +91,15 @@ class MeasuredEngine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fit_step_times(prefill: Sequence[PrefillSample], decode: Sequence[DecodeSample]) -> StepTimes:
-    """The lines through the samples, at least one of either kind."""
-    rows = [(1, s.items, s.items * s.new_tokens, s.items * pairs(s.cached_tokens, s.new_tokens)) for s in prefill]
-    (fixed, chunk, token, pair), prefill_fit = _fit(rows, [sample.ns for sample in prefill])
-    steps = [(1, s.batch, s.batch * s.context_tokens) for s in decode]
-    (step, request, context_token), decode_fit = _fit(steps, [sample.ns for sample in decode])
+    """The lines through the samples, at least one of either kind.
+
+    What samples can't tell apart goes to one coefficient: of prefill first to the token, then to the batch, the pair
+    and last the chunk; of decode first to the step, then to the context token and last the request.
+    """
+    rows = [(s.items * s.new_tokens, 1, s.items * pairs(s.cached_tokens, s.new_tokens), s.items) for s in prefill]
+    (token, fixed, pair, chunk), prefill_fit = _fit(rows, [sample.ns for sample in prefill])
+    steps = [(1, s.batch * s.context_tokens, s.batch) for s in decode]
+    (step, context_token, request), decode_fit = _fit(steps, [sample.ns for sample in decode])
     return StepTimes(
         prefill_fixed_ns=fixed,
         prefill_chunk_ns=chunk,
@@ -115,13 +119,18 @@ def pairs(cached_tokens: float, new_tokens: float) -> float:
 
 
 def _fit(rows: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[list[float], Fit]:
-    """Coefficients c ≥ 0 with ``rows · c ≈ values``; the most negative one is left out until none is negative."""
+    """Coefficients c ≥ 0 with ``rows · c ≈ values``; the most negative one is left out until none is negative.
+
+    Columns that depend on those before them have none.
+    """
     measured = np.asarray(values, float)
     design = np.asarray(rows, float)
     relative = design / measured[:, None]
     scale = np.abs(relative).max(axis=0)
-    scale[scale == 0] = 1.0
-    kept = list(range(design.shape[1]))
+    kept: list[int] = []
+    for column in range(design.shape[1]):
+        if np.linalg.matrix_rank(relative[:, [*kept, column]] / scale[[*kept, column]], tol=1e-6) > len(kept):
+            kept.append(column)
     solution: NDArray[np.float64] = np.zeros(design.shape[1])
     while kept:
         found, *_ = np.linalg.lstsq(relative[:, kept] / scale[kept], np.ones(len(measured)), rcond=None)
