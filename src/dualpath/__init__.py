@@ -17,10 +17,15 @@ _HOMES = {
     "dualpath.core.policy": ("Policy",),
     "dualpath.core.read_path": ("READ_PATHS", "PathFacts", "ReadPath"),
     "dualpath.core.systems": ("SYSTEMS", "System", "find_system"),
+    "dualpath.lab.facts.profile": ("Profile", "load_profile"),
+    "dualpath.lab.planning": ("CapacityPlan", "plan"),
+    "dualpath.lab.sim.result": ("SimulationResult",),
+    "dualpath.lab.sim.simulate": ("simulate",),
     "dualpath.model.checkpoint": ("DEMO_MODEL", "make_checkpoint"),
     "dualpath.results.turns": ("ReplayResult", "TurnResult"),
     "dualpath.spec.topology": ("Topology",),
     "dualpath.traces.generate": ("AgentMix", "generate_trajectories"),
+    "dualpath.traces.sources": ("load_source",),
     "dualpath.traces.trajectory": ("Round", "Trajectory"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -33,10 +38,15 @@ if TYPE_CHECKING:
     from dualpath.core.policy import Policy
     from dualpath.core.read_path import READ_PATHS, PathFacts, ReadPath
     from dualpath.core.systems import SYSTEMS, System, find_system
+    from dualpath.lab.facts.profile import Profile, load_profile
+    from dualpath.lab.planning import CapacityPlan, plan
+    from dualpath.lab.sim.result import SimulationResult
+    from dualpath.lab.sim.simulate import simulate
     from dualpath.model.checkpoint import DEMO_MODEL, make_checkpoint
     from dualpath.results.turns import ReplayResult, TurnResult
     from dualpath.spec.topology import Topology
     from dualpath.traces.generate import AgentMix, generate_trajectories
+    from dualpath.traces.sources import load_source
     from dualpath.traces.trajectory import Round, Trajectory
 
 __all__ = [
@@ -47,15 +57,18 @@ __all__ = [
     "AgentMix",
     "Answer",
     "AskError",
+    "CapacityPlan",
     "ClusterConfig",
     "PathFacts",
     "Policy",
+    "Profile",
     "ReadPath",
     "ReplayOptions",
     "ReplayResult",
     "Round",
     "RoundRobin",
     "Server",
+    "SimulationResult",
     "System",
     "Topology",
     "Trajectory",
@@ -65,8 +78,12 @@ __all__ = [
     "ask",
     "find_system",
     "generate_trajectories",
+    "load_profile",
+    "load_source",
     "make_checkpoint",
+    "plan",
     "replay",
+    "simulate",
 ]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from smallest import RECORDS
 
 from dualpath.cli import main
-from dualpath.lab.planning.traces import load_of
+from dualpath.lab.planning.plan import load_of
 from dualpath.lab.sim.workloads import agents_of
 from dualpath.traces.formats import BY_NAME
 from dualpath.traces.reading import TraceError

@@ -8,7 +8,7 @@ from smallest import RECORDS
 
 import dualpath.traces
 from dualpath.cli import arguments
-from dualpath.lab.planning.traces import load_of
+from dualpath.lab.planning.plan import load_of
 from dualpath.lab.sim.workloads import agents_of
 from dualpath.traces.formats import FORMATS, PAPER_ROWS, SOURCES_HELP
 from dualpath.traces.paper import PAPER_TRACES

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from dualpath.lab.planning.traces import load_of
+from dualpath.lab.planning.plan import load_of
 from dualpath.lab.sim.workloads import agents_of
 from dualpath.traces.limits import TraceLimits
 from dualpath.traces.reading import TraceError

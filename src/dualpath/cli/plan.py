@@ -34,21 +34,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what a cluster can do for a workload."""
     import msgspec
 
-    from dualpath.lab.facts.cluster import ClusterError, load_cluster
-    from dualpath.lab.facts.profile import ProfileError, applied, load_profile
-    from dualpath.lab.planning import PlanError, Slo, plan_capacity
-    from dualpath.lab.planning.traces import load_of
+    from dualpath.lab.planning import plan
     from dualpath.lab.report.plan import plan_sentences, resource_table, split_table
-    from dualpath.traces.reading import TraceError
+    from dualpath.results.online import Slo
 
-    slo = Slo(ttft_s=arguments.ttft / 1e9, tpot_s=arguments.tpot / 1e9)
-    with usage_errors(ClusterError, ProfileError, TraceError, PlanError):
-        cluster = load_cluster(arguments.cluster)
-        if arguments.model is not None:
-            cluster = cluster.with_model(arguments.model)
-        if arguments.profile is not None:
-            cluster = applied(cluster, load_profile(arguments.profile), str(arguments.profile))
-        answer = plan_capacity(cluster, load_of(arguments.trace, arguments.max_context), slo, arguments.aps)
+    with usage_errors(ValueError):
+        answer = plan(
+            arguments.cluster,
+            arguments.trace,
+            model=arguments.model,
+            profile=arguments.profile,
+            slo=Slo(ttft_s=arguments.ttft / 1e9, tpot_s=arguments.tpot / 1e9),
+            agents_per_s=arguments.aps,
+            max_context_tokens=arguments.max_context,
+        )
     write_json(arguments.json, answer)
     document = msgspec.to_builtins(answer)
     console = new_console()

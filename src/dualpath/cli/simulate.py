@@ -1,8 +1,10 @@
 """``dualpath simulate``."""
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dualpath.cli.arguments import (
     CLUSTER_HELP,
@@ -16,6 +18,11 @@ from dualpath.cli.arguments import (
     positive_number,
 )
 from dualpath.cli.outcome import UsageError, command_errors, new_console, usage_errors, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dualpath.lab.sim.simulator import Simulator
 
 EXAMPLES = f"""\
 {CLUSTER_HELP} Agents all start at once, unless --aps says how many arrive a second.
@@ -59,15 +66,48 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("name a CLUSTER, or give a result file with --like; one of the two")
     if arguments.like is not None:
         return _like(arguments)
-    from dualpath.lab.sim.command import SimulationError, run_command
+    from dualpath.lab.sim.simulate import SimulationError, simulate
     from dualpath.lab.sim.table import result_table
 
     console = new_console()
-    with usage_errors(SimulationError), command_errors(OSError):
-        result = run_command(arguments, console)
+    with usage_errors(SimulationError), command_errors(OSError), _progress(console, arguments) as show:
+        result = simulate(
+            arguments.cluster,
+            arguments.trace,
+            system=arguments.system,
+            agents=arguments.agents,
+            agents_per_s=arguments.aps,
+            duration_s=None if arguments.duration is None else arguments.duration / 1e9,
+            model=arguments.model,
+            profile=arguments.profile,
+            append_scale=arguments.append_scale,
+            generate_scale=arguments.generate_scale,
+            max_context_tokens=arguments.max_context,
+            seed=arguments.seed,
+            faults=arguments.fault,
+            exact=arguments.exact,
+            timeline=arguments.trace_out,
+            on_progress=show,
+        )
     write_json(arguments.json, result)
     console.print(result_table(result))
     return 1 if result.failed else 0
+
+
+@contextmanager
+def _progress(console: "Console", arguments: argparse.Namespace) -> "Iterator[Callable[[Simulator, int], None]]":
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    share = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[simulated]}"))
+    columns = (TextColumn("{task.description}"), *share, TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"{arguments.cluster} {arguments.system}", simulated="")
+
+        def show(at: "Simulator", turns: int) -> None:
+            simulated = f"{at.events.now / 1e9:,.0f} s simulated"
+            progress.update(task, total=turns, completed=at.measured.finished, simulated=simulated)
+
+        yield show
 
 
 def _like(arguments: argparse.Namespace) -> int:

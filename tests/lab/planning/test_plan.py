@@ -14,12 +14,13 @@ from dualpath.lab.facts.bottleneck import bottleneck_free
 from dualpath.lab.facts.cluster import load_cluster
 from dualpath.lab.facts.hardware import GPUS
 from dualpath.lab.facts.models import MODELS
-from dualpath.lab.planning import PlanError, Slo, TurnLoad, plan_capacity, turn_load
+from dualpath.lab.planning import PlanError, TurnLoad, plan_capacity, turn_load
 from dualpath.lab.planning.decode import decode_rate, step_s
 from dualpath.lab.planning.demand import balanced_share, demands, prefill_flops
-from dualpath.lab.planning.traces import load_of
+from dualpath.lab.planning.plan import load_of
 from dualpath.lab.planning.turn_load import trajectory_load
 from dualpath.lab.report.plan import plan_sentences, resource_table, split_table
+from dualpath.results.online import Slo
 from dualpath.traces.trajectory import Round, Trajectory
 from dualpath.traces.turn_table import TurnTable
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from dualpath.lab.facts.cluster import ClusterSpec
+from dualpath.lab.facts.cluster import ClusterSpec, load_cluster
 from dualpath.lab.facts.step_times import DecodeSample, MeasuredEngine, PrefillSample, StepTimes, fit_step_times
 
 Rate = Annotated[float, msgspec.Meta(gt=0)] | None
@@ -89,6 +89,22 @@ def load_profile(path: Path) -> Profile:
         raise ProfileError(f"{path} is not a profile of version 1: {error}") from error
     except msgspec.DecodeError as error:
         raise ProfileError(f"{path} is not JSON: {error}") from error
+
+
+def find_cluster(
+    cluster: str | Path | ClusterSpec, model: str | None = None, profile: Path | Profile | None = None
+) -> ClusterSpec:
+    """A preset, a TOML file or a record, with another model and measured steps where they are given.
+
+    Raises ClusterError, ModelConfigError, ProfileError.
+    """
+    spec = cluster if isinstance(cluster, ClusterSpec) else load_cluster(cluster)
+    if model is not None:
+        spec = spec.with_model(model)
+    if profile is None:
+        return spec
+    where = f"the profile of {profile.model}" if isinstance(profile, Profile) else str(profile)
+    return applied(spec, profile if isinstance(profile, Profile) else load_profile(profile), where)
 
 
 def applied(cluster: ClusterSpec, profile: Profile, where: str) -> ClusterSpec:

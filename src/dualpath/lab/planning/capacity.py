@@ -17,6 +17,7 @@ from dualpath.lab.facts.cluster import ClusterSpec
 from dualpath.lab.planning.decode import DecodeRate, decode_rate, step_s
 from dualpath.lab.planning.demand import Demand, balanced_share, demands, prefill_flops, prefill_s
 from dualpath.lab.planning.turn_load import TurnLoad
+from dualpath.results.online import Slo
 
 COMPUTE_FACTORS = (0.5, 2.0)
 """Of the effective compute, for `Sensitivity`."""
@@ -24,13 +25,6 @@ COMPUTE_FACTORS = (0.5, 2.0)
 
 class PlanError(ValueError):
     """A question without an answer: the message says what doesn't fit."""
-
-
-class Slo(msgspec.Struct, frozen=True, kw_only=True):
-    """Service level objective; the paper's by default (§9)."""
-
-    ttft_s: float = 4.0
-    tpot_s: float = 0.05
 
 
 class SystemPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +78,7 @@ class WorkingSet(msgspec.Struct, frozen=True, kw_only=True):
     """Of all nodes."""
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class CapacityPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything `dualpath plan` says. Rates are upper bounds."""
 
     cluster: str
@@ -122,7 +116,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def plan_capacity(
     cluster: ClusterSpec, load: TurnLoad, slo: Slo | None = None, agents_per_s: float | None = None
-) -> Plan:
+) -> CapacityPlan:
     """Plan `cluster` for `load`; `agents_per_s` is the rate of the working set (default: the dual-path upper bound).
 
     Raises PlanError where weights or one context don't fit a GPU, or the SLO can't be met by one request alone.
@@ -134,7 +128,7 @@ def plan_capacity(
     splits = _splits(cluster, load, slo)
     flops = prefill_flops(cluster, load)
     hit_bytes = load.hit_tokens * cluster.kv_bytes_per_token
-    return Plan(
+    return CapacityPlan(
         cluster=cluster.name,
         model=cluster.model.name,
         gpu=cluster.gpu.name,
