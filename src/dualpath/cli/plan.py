@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dualpath.lab.facts.cluster import ClusterError, load_cluster
     from dualpath.lab.planning import PlanError, Slo, plan_capacity
     from dualpath.lab.planning.traces import load_of
-    from dualpath.lab.report.plan import plan_sentences, resource_table, split_table
+    from dualpath.lab.report.capacity_plan import plan_sentences, resource_table, split_table
     from dualpath.traces.limits import TraceError
 
     slo = Slo(ttft_s=arguments.ttft / 1e9, tpot_s=arguments.tpot / 1e9)

@@ -26,7 +26,7 @@ examples:
 
 def add(commands: Any) -> None:
     parser = command(commands, "replay", "send agents to an OpenAI server and measure it", EXAMPLES, run)
-    parser.argument_default = argparse.SUPPRESS  # ReplaySettings has the defaults
+    parser.argument_default = argparse.SUPPRESS  # ReplayRequest has the defaults
     parser.add_argument("url", metavar="URL", help="of the server, /v1 optional")
     group = parser.add_argument_group("agents")
     group.add_argument("--trace", nargs="+", dest="traces", metavar="TRACE", help=SOURCES_HELP)
@@ -95,14 +95,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Replay; print what came of it. Exit code 1 if a turn failed, or if no rate of a search held."""
     from dualpath.client.replay import ReplayError
     from dualpath.client.resume import JournalError
-    from dualpath.lab.replay.agents import source_of
-    from dualpath.lab.replay.run import run_replay
-    from dualpath.lab.replay.settings import ReplaySettings
-    from dualpath.lab.replay.table import replay_sentences, replay_table
-    from dualpath.results.online import Slo
+    from dualpath.lab.replay.options import ReplayRequest, source_of
+    from dualpath.lab.replay.replay_table import replay_sentences, replay_table
+    from dualpath.lab.replay.replaying import run_replay
+    from dualpath.results import Slo
 
     given = vars(arguments)
-    fields = {name: value for name, value in given.items() if name in ReplaySettings.__struct_fields__}
+    fields = {name: value for name, value in given.items() if name in ReplayRequest.__struct_fields__}
     fields |= {
         f"{name}_s": given[name] / 1e9 for name in ("gap", "duration", "window", "turn_timeout") if name in given
     }
@@ -110,16 +109,16 @@ def run(arguments: argparse.Namespace) -> int:
     fields["slo"] = Slo(**{f"{name}_s": given[name] / 1e9 for name in ("ttft", "tpot") if name in given})
     console = new_console()
     with usage_errors(ValueError):
-        settings = ReplaySettings(**fields)
-        settings.options()
-        source = source_of(settings)
+        request = ReplayRequest(**fields)
+        request.client_options()
+        source = source_of(request)
     with command_errors(ReplayError, JournalError, OSError):
-        result = run_replay(settings, source, console)
+        result = run_replay(request, source, console)
     write_json(arguments.json, result)
     console.print(replay_table(result))
     console.print(*replay_sentences(result), sep="\n", highlight=False, soft_wrap=True)
-    page = write_report_beside(settings.out / "replay.json", result)
-    console.print(f"\nwritten: {settings.out}/replay.json, {page}", highlight=False)
+    page = write_report_beside(request.out / "replay.json", result)
+    console.print(f"\nwritten: {request.out}/replay.json, {page}", highlight=False)
     if result.capacity is not None:
         return int(result.capacity.holds_agents_per_s is None)
     return int(any(one.errors for one in result.runs))

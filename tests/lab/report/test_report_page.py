@@ -14,7 +14,8 @@ from synthetic_results import RATE, synthetic
 
 from dualpath.cli import main
 from dualpath.lab.report.html import render, write_report
-from dualpath.results.file import ResultFileError, decode
+from dualpath.results import ResultFileError
+from dualpath.results.file import decode
 
 ROOT = Path(__file__).parents[3]
 
@@ -70,7 +71,7 @@ def test_a_sweep_is_summed_up_by_its_range(result):
     page = render([swept])
     ((_, figure, caption),) = cards(page)
     assert figure == f"{min(ratios):.2f} – {max(ratios):.2f}×" and caption == "over 2 settings"
-    assert f"at 1P1D, agents 6 ({max(ratios):.2f}×), least at 1P1D, agents 2 ({min(ratios):.2f}×)" in page
+    assert f"at 1P1D, 6 agents ({max(ratios):.2f}×), least at 1P1D, 2 agents ({min(ratios):.2f}×)" in page
 
 
 def test_nothing_in_the_page_points_elsewhere(result):
@@ -275,6 +276,6 @@ def test_the_command_says_what_it_can_not_use(tmp_path, capsys):
 def test_a_wheel_holds_the_templates(tmp_path):
     (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     names = set(zipfile.ZipFile(wheel).namelist())
-    templates = ROOT / "src" / "dualpath" / "report" / "templates"
-    ours = {f"dualpath/report/templates/{path.name}" for path in templates.iterdir()}
+    templates = ROOT / "src" / "dualpath" / "lab" / "report" / "templates"
+    ours = {f"dualpath/lab/report/templates/{path.name}" for path in templates.iterdir()}
     assert ours and ours <= names

@@ -1,11 +1,24 @@
-"""The columns of the page's two tables, and the rows of the table of runs."""
+"""The runs of a page: each with its place and label, and the table of runs."""
 
 from collections.abc import Sequence
 
 import msgspec
 
 from dualpath.lab.report.html.chart import Value
-from dualpath.lab.report.html.settings import Entry
+from dualpath.results.cells import Cell, Setting, cells_of, settings_of
+from dualpath.results.file import ResultFile, Run
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A run with its place on the page."""
+
+    number: int
+    source: int
+    """Index of its result file."""
+    setting: Setting
+    run: Run
+    label: str
+    """``1P2D dualpath``, with the number of the repeat where there are several."""
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -40,30 +53,29 @@ RUN_COLUMNS = [
     Column("same", "same tokens %", 1),
 ]
 
-TURN_COLUMNS = [
-    Column("run", "run"),
-    Column("agent", "agent"),
-    Column("round", "round", 0),
-    Column("start", "start s", 2),
-    Column("ttft", "TTFT ms", 0),
-    Column("ttst", "TTST ms", 1),
-    Column("tpot", "TPOT ms", 1),
-    Column("latency", "latency ms", 0),
-    Column("prompt", "prompt tokens", 0),
-    Column("loaded", "loaded tokens", 0),
-    Column("generated", "generated tokens", 0),
-    Column("pe", "PE"),
-    Column("de", "DE"),
-    Column("pe_read", "read by PE tokens", 0),
-    Column("de_read", "read by DE tokens", 0),
-    Column("scheduling", "scheduling ms", 1),
-    Column("allocation", "allocation ms", 1),
-    Column("read", "read ms", 0),
-    Column("prefill", "prefill ms", 0),
-    Column("decode", "decode ms", 0),
-    Column("tries", "tries", 0),
-    Column("attempts", "attempts", 0),
-]
+
+def entries_of(results: Sequence[ResultFile]) -> list[Entry]:
+    """Every run, in the order of the files and of their runs."""
+    entries: list[Entry] = []
+    for source, result in enumerate(results):
+        repeated = any(run.repeat for run in result.runs)
+        for run, setting in zip(result.runs, settings_of(result, source_name(results, source)), strict=True):
+            label = f"{setting.label} {run.system}" + (f" #{run.repeat + 1}" if repeated else "")
+            entries.append(Entry(len(entries), source, setting, run, label))
+    return entries
+
+
+def cells_of_files(results: Sequence[ResultFile]) -> list[Cell]:
+    """The cells of each file, one file after another."""
+    return [cell for at, result in enumerate(results) for cell in cells_of(result, source_name(results, at))]
+
+
+def source_name(results: Sequence[ResultFile], index: int) -> str:
+    """What a file is called on the page: nothing if it is the only one; numbered where two have the same name."""
+    names = [result.name for result in results]
+    if len(names) == 1:
+        return ""
+    return names[index] if names.count(names[index]) == 1 else f"{names[index]} ({index + 1})"
 
 
 def run_rows(entries: Sequence[Entry]) -> list[list[Value]]:
