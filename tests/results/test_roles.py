@@ -45,12 +45,9 @@ def test_the_foremost_is_the_headline_or_the_last_of_ours_or_any(systems, expect
     assert foremost(systems) == expected
 
 
-def test_another_packages_free_io_is_an_oracle():
+def test_another_packages_free_io_is_an_oracle(monkeypatch):
     assert not is_oracle("their-bound")
-    known = dict(SYSTEMS._known)
-    try:
-        SYSTEMS.add("their-bound", System(name="their-bound", summary="", policy=Policy(free_io=True)))
-        assert is_oracle("their-bound") and oracle_among(["basic", "their-bound"]) == "their-bound"
-        assert contenders(["basic", "their-bound"]) == []
-    finally:
-        SYSTEMS._known = known
+    bound = System(name="their-bound", summary="", policy=Policy(free_io=True))
+    monkeypatch.setitem(SYSTEMS._known, "their-bound", bound)
+    assert is_oracle("their-bound") and oracle_among(["basic", "their-bound"]) == "their-bound"
+    assert contenders(["basic", "their-bound"]) == []

@@ -6,17 +6,20 @@ bytes, so shapes can be compared with the paper's, absolute times can't.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from dualpath.core.systems import BASELINE, HEADLINE
 from dualpath.lab.experiments import findings
 from dualpath.lab.experiments.conditions import DEMO, Conditions
 from dualpath.lab.report.summary import explain, gains
 from dualpath.results.file import ResultFile
 
 Draw = Callable[[ResultFile, Path], None]
+BOTH = (BASELINE, HEADLINE)
 QUICK: dict[str, Any] = {"agents": 3, "turns": 2, "context_tokens": 700, "snic_bytes_per_s": 20_000_000}
 """So little that it shows that an experiment works, and nothing else."""
 
@@ -50,8 +53,6 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
 
     def draw(self, result: ResultFile, path: Path) -> None:
         """Write the figure. Raises ValueError where `result` has nothing to draw."""
-        from importlib import import_module
-
         module, _, function = self.figure.partition(".")
         draw: Draw = getattr(import_module(f"dualpath.lab.experiments.figures.{module}"), function)
         draw(result, path)
@@ -76,7 +77,7 @@ EXPERIMENTS = (
         expect="dualpath over basic grows with contexts and agents until storage binds, then stays at (P + D) / P",
         minutes=15,
         conditions=Conditions(axes={"agents": (4, 8, 16), "context_tokens": (1000, 2000, 4000)}),
-        quick=QUICK | {"axes": {"agents": (2, 4), "context_tokens": (600,)}, "systems": ("basic", "dualpath")},
+        quick=QUICK | {"axes": {"agents": (2, 4), "context_tokens": (600,)}, "systems": BOTH},
         figure="sweep.draw_sweep",
         find=gains,
     ),
@@ -87,7 +88,7 @@ EXPERIMENTS = (
         expect="basic 1P1D ties with basic 1P2D, dualpath 1P1D with basic 2P1D, dualpath 2P1D with dualpath 1P2D",
         minutes=6,
         conditions=Conditions(topologies=("1P1D", "2P1D", "1P2D"), agents=12),
-        quick=QUICK | {"systems": ("basic", "dualpath")},
+        quick=QUICK | {"systems": BOTH},
         figure="bars.draw_topologies",
         find=findings.pairs,
     ),
@@ -98,7 +99,7 @@ EXPERIMENTS = (
         expect="basic approaches dualpath as appends grow: computing takes over from reading",
         minutes=8,
         conditions=Conditions(topologies=("1P2D",), axes={"append_tokens": (16, 64, 192, 512)}),
-        quick=QUICK | {"axes": {"append_tokens": (16, 128)}, "systems": ("basic", "dualpath")},
+        quick=QUICK | {"axes": {"append_tokens": (16, 128)}, "systems": BOTH},
         figure="sweep.draw_sweep",
         find=gains,
     ),
@@ -109,7 +110,7 @@ EXPERIMENTS = (
         expect="basic approaches dualpath as generations grow: decoding takes over from reading",
         minutes=8,
         conditions=Conditions(topologies=("1P2D",), axes={"generate_tokens": (4, 16, 64, 160)}),
-        quick=QUICK | {"axes": {"generate_tokens": (4, 32)}, "systems": ("basic", "dualpath")},
+        quick=QUICK | {"axes": {"generate_tokens": (4, 32)}, "systems": BOTH},
         figure="sweep.draw_sweep",
         find=gains,
     ),
@@ -119,7 +120,7 @@ EXPERIMENTS = (
         mirrors="online serving, agents per second",
         expect="basic's TTFT takes off at a lower rate than dualpath's; TPOT stays",
         minutes=9,
-        conditions=Conditions(systems=("basic", "dualpath"), agents=14, axes={"agents_per_s": (0.15, 0.3, 0.45, 0.6)}),
+        conditions=Conditions(systems=BOTH, agents=14, axes={"agents_per_s": (0.15, 0.3, 0.45, 0.6)}),
         quick=QUICK | {"axes": {"agents_per_s": (0.5, 2.0)}},
         figure="latencies.draw_arrivals",
         find=findings.arrivals,
@@ -192,7 +193,7 @@ EXPERIMENTS = (
             max_context_tokens=3072,
             snic_bytes_per_s=15_000_000,
         ),
-        quick={"agents": 3, "turns": 3, "topologies": ("1P1D",), "systems": ("basic", "dualpath")},
+        quick={"agents": 3, "turns": 3, "topologies": ("1P1D",), "systems": BOTH},
         figure="bars.draw_topologies",
         find=findings.real_sessions,
         needs_traces=True,

@@ -7,6 +7,7 @@ probes that have.
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -69,17 +70,38 @@ async def _offline(request: ReplayRequest, source: Source, console: Console) -> 
 
 async def _online(request: ReplayRequest, source: Source, console: Console) -> ResultFile:
     assert request.agents_per_s is not None
-    options, arrivals = request.client_options(), _arrivals(request, request.agents_per_s)
-    journal = Journal.create(request.journal, identity_of(source.trajectories, options))
+    name = f"{request.agents_per_s:g} APS"
+    measured = await _measure(request, source, console, name, request.agents_per_s, "agent", request.journal)
+    return _online_result(request, source, [measured], {AGENTS: _arrived(source, measured, "agent")})
+
+
+async def _measure(
+    request: ReplayRequest,
+    source: Source,
+    console: Console,
+    name: str,
+    agents_per_s: float,
+    prefix: str,
+    path: Path,
+    probe: bool = False,
+) -> OnlineResult:
+    """One measurement at a rate; agents are named with `prefix`, and the journal is at `path`."""
+    options, window_s = request.client_options(), request.window_s or request.duration_s / WINDOWS
+    arrivals = Arrivals(agents_per_s=agents_per_s, duration_s=request.duration_s, window_s=window_s, seed=request.seed)
+    journal = Journal.create(path, identity_of(source.trajectories, options))
     with contextlib.closing(journal), TurnProgress(console) as progress:
-        progress.begin(f"{request.agents_per_s:g} APS", None)
+        progress.begin(name, None)
         progress.clock_starts()
-        measured = await replay_online(
-            request.url, source.agent, options, arrivals, request.slo, on_turn=progress.turn, journal=journal
+        return await replay_online(
+            request.url,
+            lambda agent: source.agent(agent, prefix),
+            options,
+            arrivals,
+            request.slo,
+            probe=probe,
+            on_turn=progress.turn,
+            journal=journal,
         )
-    agents = _arrived(source, measured, "agent")
-    run = _arrivals_run(request, measured, AGENTS)
-    return _result(request, source, [run], [measured.replay], {AGENTS: agents})
 
 
 class _Search:
@@ -97,37 +119,19 @@ class _Search:
         return msgspec.structs.replace(self._result(probes), capacity=capacity)
 
     async def _probe(self, number: int, agents_per_s: float) -> OnlineResult:
-        request, source = self._request, self._source
+        request, name, prefix = self._request, f"{agents_per_s:.3g} APS", _prefix(number)
         if number:
             await asyncio.sleep(SETTLE_S)
-        arrivals = _arrivals(request, agents_per_s)
         path = request.journal.with_stem(f"turns-probe-{number}")
-        journal = Journal.create(path, identity_of(source.trajectories, request.client_options()))
-        name = f"{agents_per_s:.3g} APS"
-        with contextlib.closing(journal), TurnProgress(self._console) as progress:
-            progress.begin(name, None)
-            progress.clock_starts()
-            found = await replay_online(
-                request.url,
-                lambda agent: source.agent(agent, _prefix(number)),
-                request.client_options(),
-                arrivals,
-                request.slo,
-                probe=True,
-                on_turn=progress.turn,
-                journal=journal,
-            )
+        found = await _measure(request, self._source, self._console, name, agents_per_s, prefix, path, probe=True)
         self._probes.append(found)
         self._say(name, found)
         write_results(self._result(self._probes), request.out / RESULT_FILE)
         return found
 
-    def _result(self, probes: list[OnlineResult]) -> ResultFile:
-        agents, runs = {}, []
-        for number, one in enumerate(probes):
-            agents[f"probe-{number}"] = _arrived(self._source, one, _prefix(number))
-            runs.append(_arrivals_run(self._request, one, f"probe-{number}", probe=number))
-        return _result(self._request, self._source, runs, [one.replay for one in probes], agents)
+    def _result(self, probes: Sequence[OnlineResult]) -> ResultFile:
+        agents = {f"probe-{at}": _arrived(self._source, one, _prefix(at)) for at, one in enumerate(probes)}
+        return _online_result(self._request, self._source, probes, agents)
 
     def _say(self, name: str, found: OnlineResult) -> None:
         last = found.windows[-1]
@@ -143,11 +147,6 @@ class _Search:
 
 def _prefix(probe: int) -> str:
     return f"probe-{probe}-agent"
-
-
-def _arrivals(request: ReplayRequest, agents_per_s: float) -> Arrivals:
-    window_s = request.window_s or request.duration_s / WINDOWS
-    return Arrivals(agents_per_s=agents_per_s, duration_s=request.duration_s, window_s=window_s, seed=request.seed)
 
 
 def _arrived(source: Source, measured: OnlineResult, prefix: str) -> list[Trajectory]:
@@ -166,16 +165,25 @@ def _run(request: ReplayRequest, replayed: ReplayResult, agents: str = AGENTS, *
     )
 
 
-def _arrivals_run(request: ReplayRequest, measured: OnlineResult, agents: str, **varied: float) -> Run:
-    return _run(
-        request,
-        measured.replay,
-        agents,
-        parameters={"agents_per_s": measured.agents_per_s} | varied,
-        agents_per_s=measured.agents_per_s,
-        windows=list(measured.windows),
-        verdict=measured.verdict,
-    )
+def _online_result(
+    request: ReplayRequest, source: Source, measured: Sequence[OnlineResult], agents: dict[str, list[Trajectory]]
+) -> ResultFile:
+    """The result of one measurement, or of every probe of a search."""
+    runs = []
+    for number, (key, one) in enumerate(zip(agents, measured, strict=True)):
+        probe = {} if request.find_agents_per_s is None else {"probe": number}
+        runs.append(
+            _run(
+                request,
+                one.replay,
+                key,
+                parameters={"agents_per_s": one.agents_per_s} | probe,
+                agents_per_s=one.agents_per_s,
+                windows=list(one.windows),
+                verdict=one.verdict,
+            )
+        )
+    return _result(request, source, runs, [one.replay for one in measured], agents)
 
 
 def _result(
