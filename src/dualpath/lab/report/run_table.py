@@ -8,8 +8,8 @@ from dualpath.results.file import ResultFile, Run
 from dualpath.results.roles import foremost
 
 Rows = tuple[list[str], list[list[str]]]
-"""Headings, and the texts of each row."""
-TEXT_COLUMNS = ("system", "GB by SNIC PE | DE")
+"""Headings, broken where a terminal's should be, and the texts of each row."""
+TRAFFIC = "GB by SNIC\nPE | DE"
 
 
 def terminal_table(result: ResultFile) -> Table:
@@ -17,14 +17,11 @@ def terminal_table(result: ResultFile) -> Table:
     headings, texts = _rows(result)
     left = headings.index("system")
     headline = foremost(systems_of(cells_of(result)))
-    table = Table(
-        title=_title(result), title_justify="left", title_style="", header_style="bold", box=SIMPLE_HEAD, padding=0
-    )
+    table = Table(title=_title(result), title_justify="left", title_style="", header_style="bold", box=SIMPLE_HEAD)
+    table.padding, table.collapse_padding = (0, 0), True
     for index, heading in enumerate(headings):
-        text = index <= left or heading in TEXT_COLUMNS
-        # A heading breaks after its first words: a column is then as wide as what is in it.
-        table.add_column(heading.replace(" ", "\n", 1) if " " in heading else heading, no_wrap=True)
-        table.columns[-1].justify = "left" if text else "right"
+        left_justified = index <= left or heading == TRAFFIC
+        table.add_column(heading, justify="left" if left_justified else "right", no_wrap=True)
     before: list[str] | None = None
     for row in texts:
         again = row[:left] == before
@@ -40,7 +37,8 @@ def markdown_table(result: ResultFile) -> str:
     """The same in Markdown."""
     headings, texts = _rows(result)
     lines = [headings, ["---"] * len(headings), *texts]
-    return "\n".join(f"| {' | '.join(text.replace('|', '/') for text in line)} |" for line in lines)
+    plain = [[text.replace("|", "/").replace("\n", " ") for text in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in plain)
 
 
 def _rows(result: ResultFile) -> Rows:
@@ -48,9 +46,9 @@ def _rows(result: ResultFile) -> Rows:
     cells = cells_of(result)
     names = list(dict.fromkeys(name for cell in cells for name, _ in cell.setting.parameters))
     failed = any(run.errors for run in result.runs)
-    headings = ["nodes", *(name.replace("_", " ") for name in names), "system", "JCT s", "over basic", "of ideal"]
-    headings += ["TTFT s p50 / p99", "TTST ms p50 / p99", "TPOT ms p50 / p99", "hit rate", "SNIC max/avg"]
-    headings += ([] if names else ["GB by SNIC PE | DE"]) + (["failed turns"] if failed else [])
+    headings = ["nodes", *(name.replace("_", "\n") for name in names), "system", "JCT s", "over\nbasic", "of ideal"]
+    headings += ["TTFT s\np50/p99", "TTST ms\np50/p99", "TPOT ms\np50/p99", "hit\nrate", "SNIC\nmax/avg"]
+    headings += ([] if names else [TRAFFIC]) + (["failed\nturns"] if failed else [])
     rows = []
     for cell in cells:
         parameters = dict(cell.setting.parameters)
@@ -75,9 +73,9 @@ def _figures(cell: Cell) -> list[str]:
         f"{run.jct_s:.1f}{spread}",
         _median(cell.spread(lambda one: one.ratio_to_basic), "{:.2f}×") if offline else "–",
         "" if run.ratio_to_ideal is None or not offline else f"{run.ratio_to_ideal:.0%} of {run.ideal_ratio:.2f}×",
-        f"{_seconds(run.ttft_p50_s)} / {_seconds(run.ttft_p99_s)}",
-        f"{_milliseconds(run.ttst_p50_s)} / {_milliseconds(run.ttst_p99_s)}",
-        f"{_milliseconds(run.tpot_p50_s)} / {_milliseconds(run.tpot_p99_s)}",
+        f"{_seconds(run.ttft_p50_s)}/{_seconds(run.ttft_p99_s)}",
+        f"{_milliseconds(run.ttst_p50_s)}/{_milliseconds(run.ttst_p99_s)}",
+        f"{_milliseconds(run.tpot_p50_s)}/{_milliseconds(run.tpot_p99_s)}",
         f"{run.hit_rate:.1%}",
         _median(cell.spread(lambda one: one.snic_max_over_avg), "{:.2f}"),
     ]
