@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from dualpath.lab.report.run_table import LATENCY_HEADINGS, latency_texts
 from dualpath.results.file import ResultFile, Run
 from dualpath.results.turns import Percentiles
 
@@ -18,7 +19,7 @@ _SAYS = {
 
 
 def replay_table(result: ResultFile) -> Table:
-    """JCT, latencies (p50 / p99) and how punctual the client was."""
+    """JCT, latencies (p50/p99) and how punctual the client was."""
     work = result.workload
     title = f"{work.source}: {work.agents} agents, {work.turns} turns, {work.prompt_tokens:,} prompt tokens in all"
     table = Table(
@@ -29,11 +30,9 @@ def replay_table(result: ResultFile) -> Table:
         *(("agents\nper s", "SLO") if arriving else ("JCT s",)),
         "turns",
         "failed",
-        "TTFT s\np50 / p99",
-        "TTST ms\np50 / p99",
-        "TPOT ms\np50 / p99",
+        *LATENCY_HEADINGS,
         "hit\nrate",
-        "pacing ms\np50 / p99",
+        "pacing ms\np50/p99",
     ]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -84,17 +83,11 @@ def _cells(run: Run) -> tuple[str, ...]:
     return (
         str(run.turns),
         f"[red]{run.errors}[/red]" if run.errors else "0",
-        _pair(run.ttft_p50_s, run.ttft_p99_s, 1, "{:.2f}"),
-        _pair(run.ttst_p50_s, run.ttst_p99_s, 1e3, "{:.0f}"),
-        _pair(run.tpot_p50_s, run.tpot_p99_s, 1e3, "{:.0f}"),
+        *latency_texts(run),
         f"{run.hit_rate:.1%}" if reports else "–",
         _pacing(run.pacing or run.start_pacing),
     )
 
 
 def _pacing(pacing: Percentiles | None) -> str:
-    return "–" if pacing is None else _pair(pacing.p50_s, pacing.p99_s, 1e3, "{:.1f}")
-
-
-def _pair(p50: float | None, p99: float | None, factor: float, form: str) -> str:
-    return "–" if p50 is None or p99 is None else f"{form.format(p50 * factor)} / {form.format(p99 * factor)}"
+    return "–" if pacing is None else f"{pacing.p50_s * 1e3:.1f}/{pacing.p99_s * 1e3:.1f}"

@@ -9,6 +9,7 @@ from dualpath.results.roles import foremost
 
 Rows = tuple[list[str], list[list[str]]]
 """Headings, broken where a terminal's should be, and the texts of each row."""
+LATENCY_HEADINGS = ("TTFT s\np50/p99", "TTST ms\np50/p99", "TPOT ms\np50/p99")
 TRAFFIC = "GB by SNIC\nPE | DE"
 
 
@@ -47,7 +48,7 @@ def _rows(result: ResultFile) -> Rows:
     names = list(dict.fromkeys(name for cell in cells for name, _ in cell.setting.parameters))
     failed = any(run.errors for run in result.runs)
     headings = ["nodes", *(name.replace("_", "\n") for name in names), "system", "JCT s", "over\nbasic", "of ideal"]
-    headings += ["TTFT s\np50/p99", "TTST ms\np50/p99", "TPOT ms\np50/p99", "hit\nrate", "SNIC\nmax/avg"]
+    headings += [*LATENCY_HEADINGS, "hit\nrate", "SNIC\nmax/avg"]
     headings += ([] if names else [TRAFFIC]) + (["failed\nturns"] if failed else [])
     rows = []
     for cell in cells:
@@ -73,11 +74,18 @@ def _figures(cell: Cell) -> list[str]:
         f"{run.jct_s:.1f}{spread}",
         _median(cell.spread(lambda one: one.ratio_to_basic), "{:.2f}×") if offline else "–",
         "" if run.ratio_to_ideal is None or not offline else f"{run.ratio_to_ideal:.0%} of {run.ideal_ratio:.2f}×",
+        *latency_texts(run),
+        f"{run.hit_rate:.1%}",
+        _median(cell.spread(lambda one: one.snic_max_over_avg), "{:.2f}"),
+    ]
+
+
+def latency_texts(run: Run) -> list[str]:
+    """A text for each of LATENCY_HEADINGS."""
+    return [
         f"{_seconds(run.ttft_p50_s)}/{_seconds(run.ttft_p99_s)}",
         f"{_milliseconds(run.ttst_p50_s)}/{_milliseconds(run.ttst_p99_s)}",
         f"{_milliseconds(run.tpot_p50_s)}/{_milliseconds(run.tpot_p99_s)}",
-        f"{run.hit_rate:.1%}",
-        _median(cell.spread(lambda one: one.snic_max_over_avg), "{:.2f}"),
     ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, rounded
+from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, line, rounded
 from dualpath.lab.report.palette import STAGE_COLOURS, colour_of
 from dualpath.results.cells import Cell, comparisons
 from dualpath.results.turns import STAGES, TTFT_STAGES, mean_stages_s
@@ -44,17 +44,8 @@ def _distribution(cells: list[Cell], key: str) -> Variant | None:
         if not values.size:
             continue
         x, y = _steps(values)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": cell.system,
-                "x": x,
-                "y": y,
-                "line": {"color": colour_of(cell.system), "width": 2, "shape": "hv"},
-                "hovertemplate": f"<b>{cell.system}</b> %{{y:.1%}} within %{{x:.3g}} {unit}<extra></extra>",
-            }
-        )
+        hover = f"%{{y:.1%}} within %{{x:.3g}} {unit}"
+        traces.append(line(cell.system, colour_of(cell.system), x, y, hover, shape="hv"))
         p50, p90, p99 = np.percentile(values, [50, 90, 99]).tolist()
         rows.append([cell.system, int(values.size), *map(rounded, (float(values.mean()), p50, p90, p99))])
     if not traces:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dualpath.core.systems import BASELINE
-from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, rounded
+from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, line, rounded
 from dualpath.lab.report.palette import colour_of
 from dualpath.results.cells import Cell, comparisons, systems_of, unit_of
 from dualpath.results.file import Run
@@ -159,19 +159,10 @@ def _lines(key: str, cells: list[Cell], unit: str, figure: Callable[[Cell], floa
         return None
     traces = []
     for system in systems_of(cell for _, cell, _ in known):
-        line = [(x, y) for x, cell, y in known if cell.system == system]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": system,
-                "x": [x for x, _ in line],
-                "y": [rounded(y) for _, y in line],
-                "line": {"color": colour_of(system), "width": 2},
-                "marker": {"color": colour_of(system), "size": 8},
-                "hovertemplate": f"{unit_of(key)} %{{x}}<br><b>{system}</b> %{{y:.3f}} {unit}<extra></extra>",
-            }
-        )
+        own = [(x, y) for x, cell, y in known if cell.system == system]
+        hover = f"at %{{x}}: %{{y:.3f}} {unit}"
+        drawn = line(system, colour_of(system), [x for x, _ in own], [y for _, y in own], hover)
+        traces.append(drawn | {"mode": "lines+markers", "marker": {"color": colour_of(system), "size": 8}})
     rows: list[list[Value]] = [[x, cell.system, rounded(y)] for x, cell, y in known]
     words = all(isinstance(x, str) for x, _, _ in known)
     x_axis = axis(unit_of(key), type="category" if words else "linear")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dualpath.lab.report.balance import balance_of, prefill_first, snic_windows
-from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, rounded
+from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, line, rounded
 from dualpath.lab.report.html.runs import Entry
 from dualpath.lab.report.palette import ENGINE_COLOURS, colour_of
 from dualpath.results.cells import Cell, comparisons
@@ -81,7 +81,7 @@ def _balance(cells: list[Cell]) -> Variant | None:
         known = sorted(ratio for ratio in ratios if ratio is not None)
         if not known:
             continue
-        traces.append(_line(cell.system, colour_of(cell.system), windows.ends_s, ratios, "%{y:.2f}"))
+        traces.append(line(cell.system, colour_of(cell.system), windows.ends_s, ratios, "to %{x:.1f} s: %{y:.2f}"))
         rows.append(
             [cell.system, rounded(windows.width_s), len(known), rounded(known[len(known) // 2]), rounded(known[-1])]
         )
@@ -108,7 +108,7 @@ def _rates(entry: Entry, results: Sequence[ResultFile]) -> Variant | None:
     for at, engine in enumerate(windows.engines):
         rates = windows.work[at] / windows.width_s / 1e6
         colour = ENGINE_COLOURS[at % len(ENGINE_COLOURS)]
-        traces.append(_line(engine, colour, windows.ends_s, rates.round(3).tolist(), "%{y:.1f} MB/s"))
+        traces.append(line(engine, colour, windows.ends_s, rates.round(3).tolist(), "to %{x:.1f} s: %{y:.1f} MB/s"))
         rows.append([engine, rounded(float(rates.mean()), 2), rounded(float(rates.max()), 2)])
     layout: dict[str, Any] = {"xaxis": axis("seconds from the run's start"), "yaxis": axis("MB/s", rangemode="tozero")}
     limit = _rate_limit(entry, results)
@@ -121,16 +121,3 @@ def _rate_limit(entry: Entry, results: Sequence[ResultFile]) -> int | None:
     if entry.run.cluster is not None:
         return entry.run.cluster.snic_bytes_per_s
     return None if is_oracle(entry.run.system) else results[entry.source].configuration.snic_bytes_per_s
-
-
-def _line(name: str, colour: str, ends_s: Sequence[float], y: Sequence[float | None], hover: str) -> dict[str, Any]:
-    """Values of windows, each drawn where its window ends."""
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": name,
-        "x": [round(end_s, 3) for end_s in ends_s],
-        "y": [rounded(value) for value in y],
-        "line": {"color": colour, "width": 2},
-        "hovertemplate": f"<b>{name}</b> to %{{x:.1f}} s: {hover}<extra></extra>",
-    }
