@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from dualpath.core.systems import BASELINE
-from dualpath.results.cells import parameters_of
+from dualpath.results.cells import Setting, parameters_of
 from dualpath.results.file import Run, Workload
 from dualpath.results.roles import contenders, oracle_among, readers
 from dualpath.results.turns import ReplayResult
@@ -41,10 +41,11 @@ def run_of(
 
 def compared(runs: Sequence[Run]) -> list[Run]:
     """The runs with their ratios to the baseline and to the ideal, each within its topology and parameters."""
-    groups: dict[tuple[str, tuple[tuple[str, float | str], ...]], list[Run]] = {}
-    for run in runs:
-        groups.setdefault(_setting(run), []).append(run)
-    return [_compared(run, groups[_setting(run)]) for run in runs]
+    settings = [Setting(run.topology, tuple(parameters_of(run).items())) for run in runs]
+    groups: dict[Setting, list[Run]] = {}
+    for run, setting in zip(runs, settings, strict=True):
+        groups.setdefault(setting, []).append(run)
+    return [_compared(run, groups[setting]) for run, setting in zip(runs, settings, strict=True)]
 
 
 def snic_max_over_avg(system: str, snic_bytes: Mapping[str, int]) -> float | None:
@@ -83,10 +84,6 @@ def machine() -> str:
         f"{len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.machine()}, "
         f"Python {platform.python_version()}, load average of {os.getloadavg()[0]:.1f} from other jobs"
     )
-
-
-def _setting(run: Run) -> tuple[str, tuple[tuple[str, float | str], ...]]:
-    return run.topology, tuple(parameters_of(run).items())
 
 
 def _compared(run: Run, peers: Sequence[Run]) -> Run:

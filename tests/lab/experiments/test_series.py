@@ -8,7 +8,7 @@ import pytest
 from dualpath.core.systems import SYSTEMS
 from dualpath.lab.experiments.catalog import EXPERIMENTS, definition
 from dualpath.lab.experiments.conditions import Bench, Conditions
-from dualpath.lab.experiments.series import Point, agents_under, arriving, runs_of, series_of, warm_ups
+from dualpath.lab.experiments.series import PlannedRun, agents_under, arriving, series_of, warm_ups
 from dualpath.traces.limits import TraceError
 from dualpath.traces.trajectory import totals
 
@@ -22,16 +22,16 @@ def session(tmp_path):
 
 
 def test_systems_alternate_within_a_point():
-    points = [Point(topology=name, systems=("basic", "dualpath"), agents="a") for name in ("1P1D", "1P2D")]
-    assert [run.name for run in runs_of(points, 2)] == [
+    asked = Conditions(topologies=("1P1D", "1P2D"), systems=("basic", "dualpath"), agents=1)
+    assert [run.name for run in series_of("n", asked, 0, 2).runs] == [
         *("1P1D basic", "1P1D dualpath", "1P1D basic #2", "1P1D dualpath #2"),
         *("1P2D basic", "1P2D dualpath", "1P2D basic #2", "1P2D dualpath #2"),
     ]
 
 
 def test_a_run_is_named_by_all_that_sets_it_apart():
-    point = Point(topology="1P1D", systems=("basic",), agents="a", parameters={"agents": 8.0, "kind": "x"})
-    assert runs_of([point], 1)[0].name == "1P1D agents=8 kind=x basic"
+    run = PlannedRun(topology="1P1D", system="basic", agents="a", parameters={"agents": 8.0, "kind": "x"})
+    assert run.name == "1P1D agents=8 kind=x basic"
 
 
 def test_axes_are_combined_on_every_topology():
@@ -40,7 +40,7 @@ def test_axes_are_combined_on_every_topology():
     assert list(series.trajectories) == [f"agents={n}, context_tokens={c}" for n in (2, 4) for c in (100, 200)]
     assert [len(agents) for agents in series.trajectories.values()] == [2, 2, 4, 4]
     assert len(series.runs) == 4 * 2 * 3
-    assert series.runs[-1].point.parameters == {"agents": 4, "context_tokens": 200}
+    assert series.runs[-1].parameters == {"agents": 4, "context_tokens": 200}
     assert series.agents_of(series.runs[-1]) is series.trajectories["agents=4, context_tokens=200"]
 
 

@@ -128,7 +128,7 @@ class _Invocation:
         return result_of(self._runs, self._series, self._bench, self._machine)
 
     def _group(self, run: PlannedRun) -> int:
-        return next(i for i, one in enumerate(self._warm_ups) if run.point.agents in one.keys)
+        return next(i for i, one in enumerate(self._warm_ups) if run.agents in one.keys)
 
     def _forget(self, done: int) -> None:
         """Remove the store of the run's warm-up if no later run needs it."""
@@ -162,9 +162,8 @@ class _Invocation:
         agents, limited = self._series.agents_of(run), not is_oracle(run.system)
         store = linked_copy(warm.store, self._work / "run")
         progress.begin(run.name, measured_turns(agents))
-        point = run.point
         async with (
-            self._launcher.cluster(run.name, point.topology, run.system, store, limited) as cluster,
+            self._launcher.cluster(run.name, run.topology, run.system, store, limited) as cluster,
             nic_meter(cluster.url) as meter,
         ):
             before = await cluster.run(meter.settled())
@@ -178,12 +177,12 @@ class _Invocation:
             after = await cluster.run(meter.settled())
         return run_of(
             result,
-            topology=point.topology,
+            topology=run.topology,
             system=run.system,
             repeat=run.repeat,
-            parameters=point.parameters,
-            agents_per_s=point.agents_per_s,
-            trajectories=point.agents,
+            parameters=run.parameters,
+            agents_per_s=run.agents_per_s,
+            trajectories=run.agents,
             first_round=1,
             snic_bytes=after.snic_received_since(before),
             snic_samples=snic_samples(readings, before, started_s),

@@ -97,7 +97,6 @@ class LocalLauncher:
 
 class _Ready(msgspec.Struct):
     url: str
-    pid: int
 
 
 class ClusterProcess:

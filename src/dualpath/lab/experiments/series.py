@@ -5,7 +5,8 @@ there they alternate, so that a machine that slows down slows all of them. Agent
 recorded ones do not pause.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Literal
 
 import msgspec
@@ -22,30 +23,23 @@ FIRST_ANSWER_TOKENS = 16
 """Generated in the first turn, whatever is generated in later ones: sweeps then begin alike and share a warm-up."""
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """One place at which systems are compared."""
+class PlannedRun(msgspec.Struct, frozen=True, kw_only=True):
+    """One replay on one fresh cluster."""
 
     topology: str
-    systems: tuple[str, ...]
+    system: str
     agents: str
     """Key of its agents in `Series.trajectories`."""
     parameters: Parameters = {}
     agents_per_s: float | None = None
     """Told in the result: the agents' first measured turns are that far apart already."""
-
-
-class PlannedRun(msgspec.Struct, frozen=True):
-    """One replay on one fresh cluster."""
-
-    point: Point
-    system: str
     repeat: int = 0
 
     @property
     def name(self) -> str:
         """``1P1D agents=8 basic #2``."""
-        varied = "".join(f" {name}={number(value)}" for name, value in self.point.parameters.items())
-        return f"{self.point.topology}{varied} {self.system}" + (f" #{self.repeat + 1}" if self.repeat else "")
+        varied = "".join(f" {name}={number(value)}" for name, value in self.parameters.items())
+        return f"{self.topology}{varied} {self.system}" + (f" #{self.repeat + 1}" if self.repeat else "")
 
 
 class Series(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,36 +52,32 @@ class Series(msgspec.Struct, frozen=True, kw_only=True):
     runs: list[PlannedRun]
 
     def agents_of(self, run: PlannedRun) -> list[Trajectory]:
-        return self.trajectories[run.point.agents]
+        return self.trajectories[run.agents]
 
 
 def series_of(name: str, conditions: Conditions, seed: int, repeats: int) -> Series:
-    """Every point of `conditions`. Raises TraceError; ValueError where there is nothing to measure."""
+    """Point by point of `conditions`; in each, every system once, then all of them again for the next repeat.
+
+    Raises TraceError; ValueError where there is nothing to measure.
+    """
     trajectories: dict[str, list[Trajectory]] = {}
-    points: list[Point] = []
+    runs: list[PlannedRun] = []
     for parameters, here in conditions.points():
         key = ", ".join(f"{axis}={number(value)}" for axis, value in parameters.items()) or "agents"
         trajectories[key] = agents_under(here, seed)
-        points += [
-            Point(
+        runs += [
+            PlannedRun(
                 topology=topology,
-                systems=conditions.systems,
+                system=system,
                 agents=key,
                 parameters=parameters,
                 agents_per_s=here.agents_per_s,
+                repeat=repeat,
             )
-            for topology in conditions.topologies
+            for topology, repeat, system in product(conditions.topologies, range(repeats), conditions.systems)
         ]
-    runs = runs_of(points, repeats)
     kind: Literal["demo", "experiment"] = "demo" if name == "demo" else "experiment"
     return Series(kind=kind, name=name, conditions=conditions, trajectories=trajectories, runs=runs)
-
-
-def runs_of(points: Iterable[Point], repeats: int) -> list[PlannedRun]:
-    """Point by point; in each, every system once, then all of them again."""
-    return [
-        PlannedRun(point, system, repeat) for point in points for repeat in range(repeats) for system in point.systems
-    ]
 
 
 def agents_under(conditions: Conditions, seed: int) -> list[Trajectory]:

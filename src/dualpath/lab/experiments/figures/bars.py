@@ -83,7 +83,7 @@ def _draw_bar(axes: Any, x: float, cell: Cell, headline: str | None, size: float
     if cell.system == headline and run.ideal_s is not None:
         axes.hlines(run.ideal_s, x - 0.5, x + 0.5, color="white", lw=3.2)
         axes.hlines(run.ideal_s, x - 0.5, x + 0.5, color=INK, lw=1.5, ls=(0, (3, 1.5)))
-        label = f"ideal\n{run.ideal_ratio:.2f}×"
+        label = f"ideal\n{run.ideal_ratio:.2f}×" if size > 10 else ""
         axes.annotate(label, (x, run.ideal_s), (0, -5), color="white", ha="center", va="top", **OFFSET)
 
 

@@ -1,6 +1,6 @@
 """The runs of a page: each with its place and label, and the table of runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -31,27 +31,28 @@ class Column(msgspec.Struct, frozen=True):
     """After the decimal point; None for text."""
 
 
-RUN_COLUMNS = [
-    Column("setting", "setting"),
-    Column("system", "system"),
-    Column("repeat", "repeat", 0),
-    Column("jct", "JCT s", 2),
-    Column("over", "over basic", 2),
-    Column("ideal", "of ideal %", 0),
-    Column("ttft50", "TTFT p50 s", 3),
-    Column("ttft99", "TTFT p99 s", 3),
-    Column("ttst50", "TTST p50 ms", 1),
-    Column("ttst99", "TTST p99 ms", 1),
-    Column("tpot50", "TPOT p50 ms", 1),
-    Column("tpot99", "TPOT p99 ms", 1),
-    Column("hit", "hit rate %", 1),
-    Column("maxavg", "SNIC max/avg", 3),
-    Column("gb", "SNIC GB", 3),
-    Column("turns", "turns", 0),
-    Column("retries", "retries", 0),
-    Column("failed", "failed turns", 0),
-    Column("same", "same tokens %", 1),
+_RUN_FIGURES: list[tuple[Column, Callable[[Entry], Value]]] = [
+    (Column("setting", "setting"), lambda entry: entry.setting.label),
+    (Column("system", "system"), lambda entry: entry.run.system),
+    (Column("repeat", "repeat", 0), lambda entry: entry.run.repeat + 1),
+    (Column("jct", "JCT s", 2), lambda entry: entry.run.jct_s),
+    (Column("over", "over basic", 2), lambda entry: entry.run.ratio_to_basic),
+    (Column("ideal", "of ideal %", 0), lambda entry: _times(entry.run.ratio_to_ideal, 100)),
+    (Column("ttft50", "TTFT p50 s", 3), lambda entry: entry.run.ttft_p50_s),
+    (Column("ttft99", "TTFT p99 s", 3), lambda entry: entry.run.ttft_p99_s),
+    (Column("ttst50", "TTST p50 ms", 1), lambda entry: _times(entry.run.ttst_p50_s, 1e3)),
+    (Column("ttst99", "TTST p99 ms", 1), lambda entry: _times(entry.run.ttst_p99_s, 1e3)),
+    (Column("tpot50", "TPOT p50 ms", 1), lambda entry: _times(entry.run.tpot_p50_s, 1e3)),
+    (Column("tpot99", "TPOT p99 ms", 1), lambda entry: _times(entry.run.tpot_p99_s, 1e3)),
+    (Column("hit", "hit rate %", 1), lambda entry: entry.run.hit_rate * 100),
+    (Column("maxavg", "SNIC max/avg", 3), lambda entry: entry.run.snic_max_over_avg),
+    (Column("gb", "SNIC GB", 3), lambda entry: sum(entry.run.snic_bytes.values()) / 1e9),
+    (Column("turns", "turns", 0), lambda entry: entry.run.turns),
+    (Column("retries", "retries", 0), lambda entry: entry.run.retries),
+    (Column("failed", "failed turns", 0), lambda entry: entry.run.errors),
+    (Column("same", "same tokens %", 1), lambda entry: _times(entry.run.same_tokens_as_basic, 100)),
 ]
+RUN_COLUMNS = [column for column, _ in _RUN_FIGURES]
 
 
 def entries_of(results: Sequence[ResultFile]) -> list[Entry]:
@@ -80,30 +81,7 @@ def source_name(results: Sequence[ResultFile], index: int) -> str:
 
 def run_rows(entries: Sequence[Entry]) -> list[list[Value]]:
     """A row for each run, a value for each of `RUN_COLUMNS`."""
-    rows: list[list[Value]] = []
-    for entry in entries:
-        run = entry.run
-        rows.append(
-            [
-                entry.setting.label,
-                run.system,
-                run.repeat + 1,
-                run.jct_s,
-                run.ratio_to_basic,
-                _times(run.ratio_to_ideal, 100),
-                run.ttft_p50_s,
-                run.ttft_p99_s,
-                *(_times(s, 1e3) for s in (run.ttst_p50_s, run.ttst_p99_s, run.tpot_p50_s, run.tpot_p99_s)),
-                run.hit_rate * 100,
-                run.snic_max_over_avg,
-                sum(run.snic_bytes.values()) / 1e9,
-                run.turns,
-                run.retries,
-                run.errors,
-                _times(run.same_tokens_as_basic, 100),
-            ]
-        )
-    return rows
+    return [[figure(entry) for _, figure in _RUN_FIGURES] for entry in entries]
 
 
 def _times(value: float | None, factor: float) -> float | None:
