@@ -6,7 +6,7 @@ probes that have.
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,99 +41,57 @@ def run_replay(request: ReplayRequest, source: Source, console: Console) -> Resu
     Raises ReplayError, JournalError, OSError, or KeyboardInterrupt once everything is written that can be.
     """
     request.out.mkdir(parents=True, exist_ok=True)
-    if request.find_agents_per_s is not None:
-        work = _Search(request, source, console).run()
-    else:
-        work = _online(request, source, console) if request.online else _offline(request, source, console)
-    result = asyncio.run(until_terminated(work))
+    result = asyncio.run(until_terminated(_Replay(request, source, console).run()))
     write_results(result, request.out / RESULT_FILE)
     return result
 
 
-async def _offline(request: ReplayRequest, source: Source, console: Console) -> ResultFile:
-    options, agents = request.client_options(), source.trajectories
-    turns = totals(agents).rounds
-    open_journal = Journal.resume if request.resume else Journal.create
-    journal = open_journal(request.journal, identity_of(agents, options))
-    with contextlib.closing(journal), TurnProgress(console) as progress:
-        progress.begin("replay", turns)
-        progress.clock_starts()
-        try:
-            replayed = await replay(request.url, agents, options, on_turn=progress.turn, journal=journal)
-        except asyncio.CancelledError:
-            done = len(journal.answered) + journal.turns
-            again = request.command.replace(" --resume", "")
-            console.print(f"{done} of {turns} turns are in {journal.path}; to go on: {again} --resume", highlight=False)
-            raise
-    return _result(request, source, [_run(request, replayed)], [replayed], {AGENTS: source.trajectories})
-
-
-async def _online(request: ReplayRequest, source: Source, console: Console) -> ResultFile:
-    assert request.agents_per_s is not None
-    name = f"{request.agents_per_s:g} APS"
-    measured = await _measure(request, source, console, name, request.agents_per_s, "agent", request.journal)
-    return _online_result(request, source, [measured], {AGENTS: _arrived(source, measured, "agent")})
-
-
-async def _measure(
-    request: ReplayRequest,
-    source: Source,
-    console: Console,
-    name: str,
-    agents_per_s: float,
-    prefix: str,
-    path: Path,
-    probe: bool = False,
-) -> OnlineResult:
-    """One measurement at a rate; agents are named with `prefix`, and the journal is at `path`."""
-    options, window_s = request.client_options(), request.window_s or request.duration_s / WINDOWS
-    arrivals = Arrivals(agents_per_s=agents_per_s, duration_s=request.duration_s, window_s=window_s, seed=request.seed)
-    journal = Journal.create(path, identity_of(source.trajectories, options))
-    with contextlib.closing(journal), TurnProgress(console) as progress:
-        progress.begin(name, None)
-        progress.clock_starts()
-        return await replay_online(
-            request.url,
-            lambda agent: source.agent(agent, prefix),
-            options,
-            arrivals,
-            request.slo,
-            probe=probe,
-            on_turn=progress.turn,
-            journal=journal,
-        )
-
-
-class _Search:
-    """One search for the highest rate: its probes, each with agents of its own."""
+class _Replay:
+    """One invocation: a replay, a measurement at one rate, or a search whose probes have agents of their own."""
 
     def __init__(self, request: ReplayRequest, source: Source, console: Console) -> None:
         self._request = request
+        self._options = request.client_options()
         self._source = source
         self._console = console
-        self._probes: list[OnlineResult] = []
+        self._machine = f"client: {machine()}"
+        self._runs: list[Run] = []
+        self._agents: dict[str, list[Trajectory]] = {}
+        """By key of the run that they are of."""
+        self._model = ""
 
     async def run(self) -> ResultFile:
-        assert self._request.find_agents_per_s is not None
-        capacity, probes = await find_capacity(self._probe, *self._request.find_agents_per_s)
-        return msgspec.structs.replace(self._result(probes), capacity=capacity)
+        if self._request.find_agents_per_s is not None:
+            capacity, _ = await find_capacity(self._probe, *self._request.find_agents_per_s)
+            return msgspec.structs.replace(self._result(), capacity=capacity)
+        if self._request.agents_per_s is not None:
+            name = f"{self._request.agents_per_s:g} APS"
+            await self._measure(name, self._request.agents_per_s, AGENTS, "agent", self._request.journal)
+        else:
+            self._keep(await self._all_at_once(), AGENTS, self._source.trajectories)
+        return self._result()
+
+    async def _all_at_once(self) -> ReplayResult:
+        request, agents = self._request, self._source.trajectories
+        turns = totals(agents).rounds
+        open_journal = Journal.resume if request.resume else Journal.create
+        journal = open_journal(request.journal, identity_of(agents, self._options))
+        with contextlib.closing(journal), self._progress("replay", turns) as progress:
+            try:
+                return await replay(request.url, agents, self._options, on_turn=progress.turn, journal=journal)
+            except asyncio.CancelledError:
+                done, again = len(journal.answered) + journal.turns, request.command.replace(" --resume", "")
+                told = f"{done} of {turns} turns are in {journal.path}; to go on: {again} --resume"
+                self._console.print(told, highlight=False)
+                raise
 
     async def _probe(self, number: int, agents_per_s: float) -> OnlineResult:
-        request, name, prefix = self._request, f"{agents_per_s:.3g} APS", _prefix(number)
         if number:
             await asyncio.sleep(SETTLE_S)
-        path = request.journal.with_stem(f"turns-probe-{number}")
-        found = await _measure(request, self._source, self._console, name, agents_per_s, prefix, path, probe=True)
-        self._probes.append(found)
-        self._say(name, found)
-        write_results(self._result(self._probes), request.out / RESULT_FILE)
-        return found
-
-    def _result(self, probes: Sequence[OnlineResult]) -> ResultFile:
-        agents = {f"probe-{at}": _arrived(self._source, one, _prefix(at)) for at, one in enumerate(probes)}
-        return _online_result(self._request, self._source, probes, agents)
-
-    def _say(self, name: str, found: OnlineResult) -> None:
+        key, name = f"probe-{number}", f"{agents_per_s:.3g} APS"
+        journal = self._request.journal.with_stem(f"turns-{key}")
+        found = await self._measure(name, agents_per_s, key, f"{key}-agent", journal, probe=number)
+        write_results(self._result(), self._request.out / RESULT_FILE)
         last = found.windows[-1]
         ttft = "–" if last.ttft_s is None else f"{last.ttft_s:.2f} s"
         tpot = "–" if last.tpot_s is None else f"{last.tpot_s * 1e3:.0f} ms"
@@ -143,75 +101,78 @@ class _Search:
             f"last window TTFT {ttft}, TPOT {tpot}",
             highlight=False,
         )
+        return found
 
+    async def _measure(
+        self, name: str, agents_per_s: float, key: str, prefix: str, path: Path, probe: int | None = None
+    ) -> OnlineResult:
+        """One measurement at a rate, kept under `key`; agents are named with `prefix`, and the journal is at `path`."""
+        request, source = self._request, self._source
+        arrivals = Arrivals(
+            agents_per_s=agents_per_s,
+            duration_s=request.duration_s,
+            window_s=request.window_s or request.duration_s / WINDOWS,
+            seed=request.seed,
+        )
+        journal = Journal.create(path, identity_of(source.trajectories, self._options))
+        with contextlib.closing(journal), self._progress(name, None) as progress:
+            found = await replay_online(
+                request.url,
+                lambda agent: source.agent(agent, prefix),
+                self._options,
+                arrivals,
+                request.slo,
+                probe=probe is not None,
+                on_turn=progress.turn,
+                journal=journal,
+            )
+        varied = {"agents_per_s": found.agents_per_s} | ({} if probe is None else {"probe": probe})
+        more = {"agents_per_s": found.agents_per_s, "windows": list(found.windows), "verdict": found.verdict}
+        agents = [source.agent(number, prefix) for number in range(found.agents)]
+        self._keep(found.replay, key, agents, parameters=varied, **more)
+        return found
 
-def _prefix(probe: int) -> str:
-    return f"probe-{probe}-agent"
+    @contextlib.contextmanager
+    def _progress(self, name: str, turns: int | None) -> Iterator[TurnProgress]:
+        with TurnProgress(self._console) as progress:
+            progress.begin(name, turns)
+            progress.clock_starts()
+            yield progress
 
-
-def _arrived(source: Source, measured: OnlineResult, prefix: str) -> list[Trajectory]:
-    return [source.agent(number, prefix) for number in range(measured.agents)]
-
-
-def _run(request: ReplayRequest, replayed: ReplayResult, agents: str = AGENTS, **more: Any) -> Run:
-    served = replayed.cluster
-    return run_of(
-        replayed,
-        topology=UNKNOWN_TOPOLOGY if served is None else served.topology,
-        system=replayed.server if served is None else served.system,
-        trajectories=agents,
-        gap_scale=request.client_options().gap_scale,
-        **more,
-    )
-
-
-def _online_result(
-    request: ReplayRequest, source: Source, measured: Sequence[OnlineResult], agents: dict[str, list[Trajectory]]
-) -> ResultFile:
-    """The result of one measurement, or of every probe of a search."""
-    runs = []
-    for number, (key, one) in enumerate(zip(agents, measured, strict=True)):
-        probe = {} if request.find_agents_per_s is None else {"probe": number}
-        runs.append(
-            _run(
-                request,
-                one.replay,
-                key,
-                parameters={"agents_per_s": one.agents_per_s} | probe,
-                agents_per_s=one.agents_per_s,
-                windows=list(one.windows),
-                verdict=one.verdict,
+    def _keep(self, replayed: ReplayResult, key: str, agents: list[Trajectory], **more: Any) -> None:
+        served = replayed.cluster
+        self._model = replayed.model
+        self._agents[key] = agents
+        self._runs.append(
+            run_of(
+                replayed,
+                topology=UNKNOWN_TOPOLOGY if served is None else served.topology,
+                system=replayed.server if served is None else served.system,
+                trajectories=key,
+                gap_scale=self._options.gap_scale,
+                **more,
             )
         )
-    return _result(request, source, runs, [one.replay for one in measured], agents)
 
-
-def _result(
-    request: ReplayRequest,
-    source: Source,
-    runs: list[Run],
-    replayed: Sequence[ReplayResult],
-    agents: dict[str, list[Trajectory]],
-) -> ResultFile:
-    """The result file; `agents` are those of each run, under the run's key."""
-    setup = runs[0].cluster
-    every = [agent for those in agents.values() for agent in those]
-    return ResultFile(
-        kind="replay",
-        name="replay",
-        trajectories=agents,
-        runs=runs,
-        configuration=Configuration(
-            model=replayed[0].model,
-            topologies=[runs[0].topology],
-            systems=[runs[0].system],
-            snic_bytes_per_s=None if setup is None else setup.snic_bytes_per_s,
-            cnic_bytes_per_s=None if setup is None else setup.cnic_bytes_per_s,
-            repeats=1,
-            seed=request.seed,
-            machine=f"client: {machine()}",
-        ),
-        command=request.command,
-        workload=workload_of(every, source.description, warmed=False),
-        slo=request.slo if request.online else None,
-    )
+    def _result(self) -> ResultFile:
+        request, setup = self._request, self._runs[0].cluster
+        every = [agent for agents in self._agents.values() for agent in agents]
+        return ResultFile(
+            kind="replay",
+            name="replay",
+            trajectories=self._agents,
+            runs=self._runs,
+            configuration=Configuration(
+                model=self._model,
+                topologies=[self._runs[0].topology],
+                systems=[self._runs[0].system],
+                snic_bytes_per_s=None if setup is None else setup.snic_bytes_per_s,
+                cnic_bytes_per_s=None if setup is None else setup.cnic_bytes_per_s,
+                repeats=1,
+                seed=request.seed,
+                machine=self._machine,
+            ),
+            command=request.command,
+            workload=workload_of(every, self._source.description, warmed=False),
+            slo=request.slo if request.online else None,
+        )
