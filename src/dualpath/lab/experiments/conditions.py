@@ -109,7 +109,6 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     """Stores are made, and removed again, under here: a few GB."""
     serve_command: tuple[str, ...] = (sys.executable, "-m", "dualpath", "serve")
     start_timeout_s: float = 180.0
-    turn_timeout_s: float = 300.0
     command: str = ""
     """As typed; kept in the result file."""
 

@@ -36,8 +36,6 @@ from dualpath.results.turns import ReplayResult
 from dualpath.spec.cluster_setup import ClusterSetup
 from dualpath.traces.trajectory import totals
 
-TOKEN_IDS_BELOW = 256
-"""The byte tokens of the demo checkpoint's tokenizer; below the vocabulary of any other."""
 WARM_SYSTEM = HEADLINE
 
 
@@ -95,9 +93,7 @@ class _Invocation:
         self._series = series
         self._bench = bench
         self._console = console
-        self._replay_options = ReplayOptions(
-            seed=bench.seed, token_ids_below=TOKEN_IDS_BELOW, turn_timeout_s=bench.turn_timeout_s, gap_scale=1.0
-        )
+        self._replay_options = ReplayOptions(seed=bench.seed, gap_scale=1.0)
         self._work = bench.work / series.name
         self._logs = bench.out / "logs" / series.name
         self._launcher = make_launcher(series.conditions, bench, self._logs, self._work)
