@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from dualpath.cluster.api import GenerateRequest
 from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.generator import GenerateRequest
 from dualpath.cluster.local import Cluster
 from dualpath.model.checkpoint import make_checkpoint
 from dualpath.spec.sampling import SamplingParams

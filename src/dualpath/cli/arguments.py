@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 from dualpath.core.systems import HEADLINE, SYSTEMS, System, find_system
 from dualpath.spec.topology import Topology
 from dualpath.spec.units import parse_bytes, parse_duration_ns, parse_rate
+from dualpath.traces.formats import SOURCES_HELP as SOURCES_HELP
 
 Value = TypeVar("Value")
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[1] / "lab" / "facts" / "presets").glob("*.toml"))
 CLUSTER_HELP = f"CLUSTER is a TOML file, or a preset:\n  {', '.join(PRESETS)}"
-
-SOURCES_HELP = "32K, 48K, 64K (the paper's), a Mooncake .jsonl, files or directories of WEKA or mini-SWE-agent sessions"
 
 
 def systems_help() -> str:

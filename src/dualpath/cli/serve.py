@@ -44,6 +44,6 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run a cluster and its server until it is told to stop; with --join-address, engines come from elsewhere."""
     config = cluster_config(arguments)
-    from dualpath import serve
+    from dualpath import serving
 
-    return serve.run(config, local_engines=arguments.control_address == DEFAULTS["control_address"])
+    return serving.run(config, local_engines=arguments.control_address == DEFAULTS["control_address"])

@@ -8,10 +8,8 @@ loads are only noted; `settle`, the end of every input, serves the buffer lines 
 older requests get freed blocks before newer ones are placed.
 """
 
-from collections import defaultdict
-
-from dualpath.core.aborts import Aborts
-from dualpath.core.deadlines import Deadlines
+from dualpath.core.counts import COUNTS
+from dualpath.core.deadlines import Aborts, Deadlines
 from dualpath.core.engines import Fleet
 from dualpath.core.ledger import Ledger
 from dualpath.core.placement import PLACEMENTS
@@ -21,7 +19,9 @@ from dualpath.core.request import ACCEPTS, NEVER_NS, Event, Request, State
 from dualpath.core.vocabulary import (
     Cause,
     Command,
+    Decode,
     EngineId,
+    Finish,
     Leg,
     Load,
     Prefill,
@@ -49,7 +49,7 @@ class Lifecycle:
         self.deadlines = Deadlines(self.requests)
         self.aborts = Aborts(limits.release_ns)
         self.outbox: list[Command] = []
-        self.counts: defaultdict[str, int] = defaultdict(int)
+        self.counts = dict.fromkeys(COUNTS, 0)
         self.now = 0
         self.next_fetch_ns = 0
         self.changed = False
@@ -152,6 +152,29 @@ class Lifecycle:
                 request.commanded = (prefill, decode)
             self.move(request, Event.LOAD)
             self.outbox.append(Prefill(request.id, request.attempt, prefill, decode))
+
+    def prefilled(self, request: Request) -> None:
+        """The PE holds nothing any more; the DE takes over."""
+        prefill, decode = request.prefill_engine, request.decode_engine
+        assert prefill is not None and decode is not None
+        self.fleet.prefill.end(prefill, request.facts.prompt_tokens)
+        self.ledger.give_back(prefill, request.key)
+        self.freed(prefill)
+        request.prefill_engine = None
+        request.commanded = (decode,)
+        self.move(request, Event.PREFILL)
+        self.outbox.append(Decode(request.id, request.attempt, decode))
+
+    def finished(self, request: Request) -> None:
+        """The DE holds nothing any more."""
+        decode = request.decode_engine
+        assert decode is not None
+        self.fleet.decode.end(decode, request.facts.prompt_tokens)
+        self.ledger.give_back(decode, request.key)
+        self.freed(decode)
+        self.counts["finished"] += 1
+        self.end(request, Event.FINISH)
+        self.outbox.append(Finish(request.id))
 
     def _place(self, request: Request) -> None:
         """Both engines are known: choose the read path and line up for DE buffer."""

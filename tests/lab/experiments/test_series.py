@@ -9,7 +9,7 @@ from dualpath.core.systems import SYSTEMS
 from dualpath.lab.experiments.catalog import EXPERIMENTS, definition
 from dualpath.lab.experiments.conditions import Bench, Conditions
 from dualpath.lab.experiments.series import PlannedRun, agents_under, arriving, series_of, warm_ups
-from dualpath.traces.limits import TraceError
+from dualpath.traces.reading import TraceError
 from dualpath.traces.trajectory import totals
 
 

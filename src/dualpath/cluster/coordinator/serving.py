@@ -10,18 +10,17 @@ them.
 import time
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.api import GenerateRequest, ModelFacts, RequestError
 from dualpath.cluster.coordinator.driver import SchedulerDriver
-from dualpath.cluster.coordinator.failures import request_error
 from dualpath.cluster.coordinator.links import EngineLinks
-from dualpath.cluster.coordinator.live_request import LiveRequest
-from dualpath.cluster.coordinator.orders import order
+from dualpath.cluster.coordinator.live_request import LiveRequest, order
 from dualpath.cluster.coordinator.prefixes import Prefixes
+from dualpath.cluster.generator import GenerateRequest, ModelFacts, RequestError
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import (
     BLOCK_TOKENS,
     Abort,
     Cancelled,
+    Cause,
     Command,
     Decode,
     EngineId,
@@ -34,6 +33,9 @@ from dualpath.core.vocabulary import (
     RequestId,
     Resubmit,
 )
+from dualpath.kv import BlockKey
+from dualpath.spec import metrics
+from dualpath.spec.metrics import Figures
 
 
 class Serving:
@@ -67,11 +69,14 @@ class Serving:
         arrived_ns = time.monotonic_ns()
         self._check(asked)
         space = await self.prefixes.open(asked.tenant)
+        keys = self.prefixes.keys(space, asked.prompt_token_ids)
+        if self._prefix_cache:
+            await self.prefixes.look_beyond(space, keys[: _most_hit_blocks(asked.prompt_token_ids)])
         if self._ended is not None:
             raise self._ended
         live = LiveRequest(self._next_request, asked, space, arrived_ns)
         self._next_request += 1
-        facts = self._begin(live, 0)
+        facts = self._begin(live, 0, keys)
         self._requests[live.request] = live
         self._driver.input(lambda s, now: s.submit(now, facts))
         return live
@@ -104,16 +109,15 @@ class Serving:
                 f"model's {self.model.max_model_len_tokens}; shorten the prompt or lower max_tokens",
             )
 
-    def _begin(self, live: LiveRequest, attempt: int) -> RequestFacts:
+    def _begin(self, live: LiveRequest, attempt: int, keys: list[BlockKey] | None = None) -> RequestFacts:
         """Match the prompt plus what was generated against storage and pin what was found for this attempt."""
         prompt = live.asked.prompt_token_ids + live.generated
-        keys = self.prefixes.keys(live.namespace, prompt)
+        if keys is None:
+            keys = self.prefixes.keys(live.namespace, prompt)
         self.prefixes.unpin(live.request)
         hit_blocks = 0
         if self._prefix_cache and not live.recompute:
-            # At least one prompt token is computed: the first new token comes out of its logits.
-            most_blocks = (len(prompt) - 1) // BLOCK_TOKENS
-            hit_blocks = self.prefixes.match_and_pin(live.request, keys, most_blocks)
+            hit_blocks = self.prefixes.match_and_pin(live.request, keys, _most_hit_blocks(prompt))
         return live.begin(attempt, prompt, keys, hit_blocks)
 
     # ── what engines report ─────────────────────────────────────────────────────────────────────────────────────────
@@ -165,7 +169,7 @@ class Serving:
                 attempt.stages.loaded()
                 self._driver.input(lambda s, now: s.loaded(now, *ids, message.side))
             case m.LoadFailed():
-                self.prefixes.report_faults(live.namespace, message.faults)
+                self.prefixes.report_faults(message.faults)
                 live.recompute |= not message.faults
                 self._driver.input(lambda s, now: s.load_failed(now, *ids, message.side))
             case m.PrefillDone():
@@ -234,9 +238,38 @@ class Serving:
         self.prefixes.unpin(live.request)
         live.end(outcome)
 
-    def gauges(self) -> dict[str, float]:
+    def gauges(self) -> Figures:
         return {
-            "dualpath_requests_live": float(len(self._requests)),
-            "dualpath_stale_messages_total": float(self.stale_messages),
+            metrics.REQUESTS_LIVE(): float(len(self._requests)),
+            metrics.STALE_MESSAGES(): float(self.stale_messages),
             **self.prefixes.gauges(),
         }
+
+
+def _most_hit_blocks(prompt: list[int]) -> int:
+    """At least one prompt token is computed: the first new token comes out of its logits."""
+    return (len(prompt) - 1) // BLOCK_TOKENS
+
+
+def request_error(cause: Cause, prompt_tokens: int) -> RequestError:
+    """The HTTP status, code and advice for a request that core has given up."""
+    match cause:
+        case Cause.OVERLOADED:
+            return RequestError(429, "overloaded", "too many requests are waiting; try again shortly", 1.0)
+        case Cause.NO_ENGINE:
+            return RequestError(
+                503, "no_engine", "no prefill engine or no decode engine is left to serve this request", 5.0
+            )
+        case Cause.TOO_LARGE:
+            return RequestError(
+                400,
+                "context_length_exceeded",
+                f"the KV-cache of {prompt_tokens} prompt tokens and those to generate fits no engine of this cluster; "
+                "shorten the prompt, lower max_tokens, or serve with a larger --buffer and --hbm",
+            )
+        case Cause.TIMEOUT:
+            return RequestError(504, "deadline_exceeded", "the request was not served within its deadline", 5.0)
+        case _:
+            return RequestError(
+                503, cause.value, f"the request failed on every attempt, last because of {cause.value}", 1.0
+            )

@@ -1,0 +1,92 @@
+"""The runtime's public face: what a server, or a test, asks of a cluster and what it gets back."""
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+import msgspec
+
+from dualpath.spec.cluster_setup import ServedCluster
+from dualpath.spec.metrics import Figures
+from dualpath.spec.sampling import SamplingParams
+from dualpath.spec.timings import Timings
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One generation, already tokenised and validated."""
+
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    tenant: str = ""
+    """Salt of the prefix namespace: requests of different tenants never share KV."""
+    return_timings: bool = False
+    """Whether its steps carry `GeneratedTokens.timings`."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """Log-probability of one token at one position."""
+
+    token_id: int
+    logprob: float
+
+
+class GeneratedTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of the stream. The last one has a `finish_reason` and may carry no tokens."""
+
+    token_ids: list[int]
+    logprobs: list[list[TokenLogprob]] | None = None
+    """For each token: the chosen one first, then the most likely ones, when asked for."""
+    finish_reason: str | None = None
+    """``"stop"`` (a stop token, included in `token_ids`), ``"length"``, or None while more is to come."""
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was read from storage in the attempt that produced the first token (`loaded`)."""
+    timings: Timings | None = None
+    """Up to this step, where the request asked for them."""
+
+
+class RequestError(Exception):
+    """A request that ends without its tokens. The server turns it into an OpenAI-shaped error.
+
+    `status` is HTTP's, `code` a stable word for programs, the message says what to do; `retry_after_s` is given where
+    waiting helps.
+    """
+
+    def __init__(self, status: int, code: str, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server must know of the model it fronts."""
+
+    name: str
+    path: str
+    max_model_len_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    cluster: ServedCluster | None = None
+    """Who serves it."""
+
+
+class Generator(Protocol):
+    """A running cluster as the server sees it."""
+
+    @property
+    def model(self) -> ModelFacts: ...
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[GeneratedTokens, None]:
+        """Stream tokens as engines produce them. Closing it (`aclose`) cancels the request and frees all it holds.
+
+        Raises RequestError: 429 when admission is full, 503 when no engine is left, 400 when it can never fit, 504 on a
+        deadline.
+        """
+        ...
+
+    def health(self) -> dict[str, object]:
+        """``{"status": "ok" | "degraded" | "unavailable", "engines": [...]}``; unavailable: no PE or no DE is alive."""
+        ...
+
+    def gauges(self) -> Figures:
+        """The numbers of /metrics. One that the catalogue lacks is counted and not shown."""
+        ...

@@ -1,0 +1,258 @@
+"""The file of one Full Block: a header of whole pages, then the payload at a page-aligned offset.
+
+::
+
+    0        fixed fields: magic, version, header bytes, layers, layer block bytes, namespace, key, parent key
+    80       one xxh3_64 per layer, of that layer's byte range of the payload
+    …        zeros
+    H - 8    xxh3_64 of the header's first H - 8 bytes                      H = 4096, or more 4096s for > 501 layers
+    H        payload: the Full Block, layer after layer, exactly layers × layer_block_bytes
+
+The payload starts on a page so that it can be read straight into a page-aligned buffer. The checksums find decay and
+torn writes; they are not meant against someone who forges files. Anything amiss is a `BlockError`.
+"""
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import xxhash
+
+from dualpath.kv.keys import BlockKey, Namespace
+
+PAGE_BYTES = 4096
+CHUNK_BYTES = 1 << 20
+"""Most bytes read, written or hashed at once: small enough to pace, large enough to amortise a system call."""
+
+Pace = Callable[[int], None]
+"""Called with a number of payload bytes before they move; blocks until they may. What it raises is passed on."""
+
+_MAGIC = b"DPKVBLK\n"
+_VERSION = 1
+_MAX_LAYERS = 1 << 16
+_FIXED = struct.Struct("<8sIIIIQ16s16s16s")
+_CHECKSUM = struct.Struct("<Q")
+
+
+class BlockFault(Enum):
+    """What is wrong with a stored block. The value is what metrics and reports show."""
+
+    MISSING = "missing"
+    TRUNCATED = "truncated"
+    CHECKSUM = "checksum"
+    HEADER = "header"
+    """Not a block file of ours, or of another key, namespace or layout, or damaged in its header."""
+    IO = "io"
+
+
+class BlockError(Exception):
+    """A stored block that cannot be served: treat it as a miss. `cause` says why."""
+
+    def __init__(self, key: BlockKey, cause: BlockFault, detail: str) -> None:
+        super().__init__(f"block {key.hex()}: {cause.value}: {detail}")
+        self.key = key
+        self.cause = cause
+        self.detail = detail
+
+
+class BlockHeader(msgspec.Struct, frozen=True, gc=False):
+    """What a block file says of itself."""
+
+    namespace: BlockKey
+    key: BlockKey
+    parent: BlockKey
+    layers: int
+    layer_block_bytes: int
+    checksums: tuple[int, ...]
+
+    @classmethod
+    def describing(cls, payload: memoryview, space: Namespace, key: BlockKey, parent: BlockKey) -> "BlockHeader":
+        """Of a Full Block of `space`, with its checksums."""
+        layout = space.layout
+        checksums = payload_checksums(payload, layout.layer_block_bytes)
+        return cls(space.root, key, parent, layout.layers, layout.layer_block_bytes, checksums)
+
+    @property
+    def header_bytes(self) -> int:
+        needed = _FIXED.size + _CHECKSUM.size * (self.layers + 1)
+        return -(-needed // PAGE_BYTES) * PAGE_BYTES
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.layers * self.layer_block_bytes
+
+    def encode(self) -> bytes:
+        """The header as it stands in the file, `header_bytes` long."""
+        fixed = _FIXED.pack(
+            _MAGIC,
+            _VERSION,
+            self.header_bytes,
+            self.layers,
+            0,
+            self.layer_block_bytes,
+            self.namespace,
+            self.key,
+            self.parent,
+        )
+        body = fixed + np.array(self.checksums, dtype="<u8").tobytes()
+        body = body.ljust(self.header_bytes - _CHECKSUM.size, b"\0")
+        return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
+
+
+def payload_checksums(payload: memoryview, layer_block_bytes: int) -> tuple[int, ...]:
+    """xxh3_64 of each layer's range of a Full Block."""
+    starts = range(0, len(payload), layer_block_bytes)
+    return tuple(xxhash.xxh3_64_intdigest(payload[start : start + layer_block_bytes]) for start in starts)
+
+
+@contextmanager
+def io_faults(key: BlockKey) -> Iterator[None]:
+    """Turn an OSError of the block under it into a BlockError: MISSING where there is no file, else IO."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BlockError(key, BlockFault.MISSING, str(error)) from error
+    except OSError as error:
+        raise BlockError(key, BlockFault.IO, str(error)) from error
+
+
+@contextmanager
+def open_block(path: Path, key: BlockKey) -> Iterator[int]:
+    """The file of `key`, open for reading while the context lasts. Raises BlockError: MISSING, IO."""
+    with io_faults(key):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_header(fd: int, key: BlockKey) -> BlockHeader:
+    """`decode_header` of an open file that should hold `key`. Raises BlockError: TRUNCATED, HEADER, IO."""
+    with io_faults(key):
+        n_bytes = os.fstat(fd).st_size
+
+    def head(wanted_bytes: int) -> bytes:
+        with io_faults(key):
+            return os.pread(fd, wanted_bytes, 0)
+
+    return decode_header(key, n_bytes, head)
+
+
+def decode_header(key: BlockKey, n_bytes: int, head: Callable[[int], bytes]) -> BlockHeader:
+    """Header of a file or object of `n_bytes` that should hold `key`, checked against itself, `key` and that size.
+
+    `head` gives as many of its first bytes as asked for, or all there are. Raises BlockError: TRUNCATED, HEADER.
+    """
+    header = _decode(key, head)
+    if header.key != key:
+        raise BlockError(key, BlockFault.HEADER, f"the file holds block {header.key.hex()}")
+    expected_bytes = header.header_bytes + header.payload_bytes
+    if n_bytes < expected_bytes:
+        raise BlockError(key, BlockFault.TRUNCATED, f"{n_bytes} of {expected_bytes} bytes are there")
+    if n_bytes > expected_bytes:
+        raise BlockError(key, BlockFault.HEADER, f"{n_bytes - expected_bytes} bytes follow the payload")
+    return header
+
+
+def check_root(header: BlockHeader, root: BlockKey) -> BlockHeader:
+    """`header`, if it is that of a block below `root`. Raises BlockError: HEADER."""
+    if header.namespace != root:
+        raise BlockError(header.key, BlockFault.HEADER, f"the file is of namespace {header.namespace.hex()}")
+    return header
+
+
+def check_namespace(header: BlockHeader, space: Namespace) -> BlockHeader:
+    """`header`, if it is that of a block of `space` and has its geometry. Raises BlockError: HEADER."""
+    check_root(header, space.root)
+    layout = space.layout
+    if (header.layers, header.layer_block_bytes) != (layout.layers, layout.layer_block_bytes):
+        raise BlockError(
+            header.key,
+            BlockFault.HEADER,
+            f"{header.layers} layers of {header.layer_block_bytes} bytes instead of {layout.layers} of "
+            f"{layout.layer_block_bytes}",
+        )
+    return header
+
+
+def _decode(key: BlockKey, head: Callable[[int], bytes]) -> BlockHeader:
+    def wrong(detail: str) -> BlockError:
+        return BlockError(key, BlockFault.HEADER, detail)
+
+    raw = _whole(key, head, PAGE_BYTES)
+    magic, version, header_bytes, layers, _, layer_block_bytes, space, own_key, parent = _FIXED.unpack_from(raw)
+    if magic != _MAGIC:
+        raise wrong(f"starts with {magic!r} instead of {_MAGIC!r}")
+    if version != _VERSION:
+        raise wrong(f"format version {version}, this program reads version {_VERSION}")
+    if not (0 < layers <= _MAX_LAYERS and layer_block_bytes > 0):
+        raise wrong(f"{layers} layers of {layer_block_bytes} bytes make no block")
+    header = BlockHeader(space, own_key, parent, layers, layer_block_bytes, ())
+    if header_bytes != header.header_bytes:
+        raise wrong(f"a header of {header_bytes} bytes does not fit {layers} layers")
+    if header_bytes > PAGE_BYTES:
+        raw = _whole(key, head, header_bytes)
+    body, (checksum,) = raw[: header_bytes - _CHECKSUM.size], _CHECKSUM.unpack(raw[-_CHECKSUM.size :])
+    if xxhash.xxh3_64_intdigest(body) != checksum:
+        raise wrong("the header's checksum does not match")
+    checksums = np.frombuffer(body, dtype="<u8", count=layers, offset=_FIXED.size)
+    return msgspec.structs.replace(header, checksums=tuple(checksums.tolist()))
+
+
+def _whole(key: BlockKey, head: Callable[[int], bytes], header_bytes: int) -> bytes:
+    raw = head(header_bytes)
+    if len(raw) < header_bytes:
+        raise BlockError(key, BlockFault.TRUNCATED, f"{len(raw)} bytes, the header alone has {header_bytes}")
+    return raw
+
+
+def read_payload(fd: int, header: BlockHeader, into: memoryview, pace: Pace, *, verify: bool = True) -> None:
+    """Read the payload into `into` (exactly `payload_bytes`, writable bytes), chunk by chunk; hash layers as they fill.
+
+    Raises BlockError: TRUNCATED, CHECKSUM, IO. After an error `into` holds rubbish.
+    """
+    filled, layers = 0, LayerChecks(header, into)
+    while filled < len(into):
+        stop = min(filled + CHUNK_BYTES, len(into))
+        pace(stop - filled)
+        while filled < stop:
+            with io_faults(header.key):
+                got = os.preadv(fd, [into[filled:stop]], header.header_bytes + filled)
+            if got == 0:
+                raise BlockError(header.key, BlockFault.TRUNCATED, f"the file ended after {filled} payload bytes")
+            filled += got
+        if verify:
+            layers.check(filled)
+
+
+class LayerChecks:
+    """Holds each layer of a payload against its checksum, as soon as it is there."""
+
+    def __init__(self, header: BlockHeader, payload: memoryview) -> None:
+        self._header = header
+        self._payload = payload
+        self._checked_layers = 0
+
+    def check(self, filled_bytes: int) -> None:
+        """Check the layers that lie in the first `filled_bytes` and were not checked yet. Raises BlockError."""
+        n_bytes = self._header.layer_block_bytes
+        while (self._checked_layers + 1) * n_bytes <= filled_bytes:
+            layer, start = self._checked_layers, self._checked_layers * n_bytes
+            if xxhash.xxh3_64_intdigest(self._payload[start : start + n_bytes]) != self._header.checksums[layer]:
+                raise BlockError(self._header.key, BlockFault.CHECKSUM, f"layer {layer} does not match its checksum")
+            self._checked_layers += 1
+
+
+def physical_bytes(status: os.stat_result) -> int:
+    """Bytes a file takes on the disk: its blocks, or its length where a file system has not settled the blocks yet."""
+    return max(status.st_blocks * 512, status.st_size)
+
+
+def unpaced(_n_bytes: int) -> None:
+    """The pace of someone who need not wait."""

@@ -1,0 +1,137 @@
+"""``tcp``, between hosts: the payload follows its DATA frame, `sendmsg` and `recvmsg_into` straight from and to pages.
+
+The connection carries its class in the IP header, on both ends: DSCP EF for the high class, so that a kernel or a
+switch can keep the two apart (`TrafficManager` does it where none does).
+"""
+
+import contextlib
+import socket
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from dualpath.core.vocabulary import TrafficClass
+from dualpath.transfer.pool import Bytes
+from dualpath.transfer.transports.framed import FramedTransport
+from dualpath.transfer.transports.framed.channel import FramedChannel
+from dualpath.transfer.transports.framed.connection import Connection
+from dualpath.transfer.transports.framed.frames import Frame
+from dualpath.transfer.transports.framed.operations import Cursor, Operation, late_error
+
+if TYPE_CHECKING:
+    from dualpath.transfer.transports.framed.server import FramedServer
+
+TOS = {TrafficClass.HIGH: 0xB8, TrafficClass.LOW: 0x00}
+_PEER_DEAD_AFTER_MS = 30_000
+"""A host that acknowledges nothing for so long is gone."""
+
+
+class TcpChannel(FramedChannel):
+    """The initiator's side."""
+
+    def _put(self, op: Operation, frame: Frame) -> None:
+        def let_go() -> None:
+            self._table.end(op, late_error(op))
+            self._table.end_touch(op)
+
+        self._stream.send(frame, [part.data for part in op.local.take(frame.n_bytes)], op.deadline_ns, let_go)
+
+    def _get(self, op: Operation, n_bytes: int) -> None:
+        if not self._table.begin_touch(op):
+            self._discard(n_bytes)
+            return
+        try:
+            rest = self._receive([part.data for part in op.local.take(n_bytes)], lambda: not op.decided)
+        finally:
+            self._table.end_touch(op)
+        self._discard(sum(map(len, rest)))
+
+    def _discard(self, n_bytes: int) -> None:
+        scratch = memoryview(bytearray(min(n_bytes, 65_536)))
+        while n_bytes:
+            piece = scratch[:n_bytes]
+            self._receive([piece])
+            n_bytes -= len(piece)
+
+    def _interrupt(self) -> None:
+        self._stream.shutdown()
+
+
+class TcpConnection(Connection):
+    """The server's side."""
+
+    def __init__(self, number: int, connected: socket.socket, server: "FramedServer") -> None:
+        super().__init__(number, connected, server)
+        self._connected = connected
+        _configure(connected)
+
+    def hang_up(self) -> None:
+        # Nothing of the peer's can come through any more once our own receiver has stopped.
+        self._stream.shutdown()
+
+    def _pull(self, n_bytes: int, cursor: Cursor | None) -> None:
+        if cursor is None:
+            self._stream.discard(n_bytes)
+        else:
+            self._stream.receive_all([part.data for part in cursor.take(n_bytes)])
+
+    def _push(self, frame: Frame, slices: list[Bytes]) -> None:
+        self._stream.send(frame, [part.data for part in slices])
+
+    def _mark_class(self, traffic_class: TrafficClass) -> None:
+        _mark(self._connected, traffic_class)
+
+
+class TcpTransport(FramedTransport):
+    """Its addresses are ``tcp://host:port``; a port of 0 takes any."""
+
+    channel = TcpChannel
+    connection = TcpConnection
+
+    def bind_address(self, host: str, name: str) -> str:  # noqa: ARG002
+        return _address(host, 0)
+
+    def listen(self, address: str) -> tuple[socket.socket, str]:
+        host, port = _host_and_port(address)
+        if host in {"0.0.0.0", "::"}:
+            raise ValueError(f"{address}: peers are given this address; write the one they reach this host by")
+        try:
+            family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = socket.create_server((str(where[0]), port), family=family, backlog=128)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen at {address}: {error.strerror}") from error
+        return listener, _address(host, listener.getsockname()[1])
+
+    def dial(self, address: str, traffic_class: TrafficClass, timeout_s: float) -> socket.socket:
+        connected = socket.create_connection(_host_and_port(address), timeout_s)
+        _configure(connected)
+        _mark(connected, traffic_class)
+        return connected
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    with contextlib.suppress(ValueError):  # a port that is no number
+        parts = urlsplit(address)
+        if parts.scheme == "tcp" and parts.hostname and parts.port is not None and not parts.path:
+            return parts.hostname, parts.port
+    raise ValueError(f"{address!r} is no address of transport tcp; one is tcp://10.0.0.1:7000")
+
+
+def _address(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def _configure(connected: socket.socket) -> None:
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _PEER_DEAD_AFTER_MS)
+
+
+def _mark(connected: socket.socket, traffic_class: TrafficClass) -> None:
+    with contextlib.suppress(OSError):  # a container may forbid it; the traffic manager does not depend on it
+        if connected.family == socket.AF_INET6:
+            connected.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, TOS[traffic_class])
+        else:
+            connected.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, TOS[traffic_class])
