@@ -5,6 +5,7 @@ from typing import Any
 
 from dualpath.cli.arguments import command
 from dualpath.cli.series_options import add_series_options
+from dualpath.lab.experiments.conditions import DEMO, DEMO_OUT
 
 EXAMPLES = """\
 Each cluster is real: its own processes, real tokens, real bytes in a real store, its NICs held to the given rates.
@@ -18,8 +19,6 @@ examples:
 
 
 def add(commands: Any) -> None:
-    from dualpath.lab.experiments.conditions import DEMO, DEMO_OUT
-
     parser = command(commands, "demo", "run systems side by side on real clusters and compare them", EXAMPLES, run)
     add_series_options(parser, DEMO, DEMO_OUT)
 
@@ -29,7 +28,6 @@ def run(arguments: argparse.Namespace) -> int:
     from dualpath.cli.experiment import run_series_of, show
     from dualpath.cli.outcome import new_console
     from dualpath.lab.experiments.catalog import definition
-    from dualpath.lab.experiments.conditions import DEMO_OUT
 
     chosen, console = definition("demo"), new_console()
     result, out = run_series_of(chosen, arguments, console, DEMO_OUT)
