@@ -96,6 +96,16 @@ def test_runs_are_compared_under_one_setting_only():
     assert [run.ratio_to_basic for run in compared(runs)] == [1.0, 2.0, None, None]
 
 
+def test_simulated_turns_which_have_no_digests_are_said_to_agree_with_nothing():
+    runs = compared([measured("basic", 40.0, ("", "")), measured("dualpath", 20.0, ("", ""))])
+    assert [run.same_tokens_as_basic for run in runs] == [None, None]
+    assert runs[1].ratio_to_basic == 2.0
+
+
+def test_fields_that_are_given_win_over_the_replays():
+    assert measured("dualpath", 20.0, errors=3, first_round=1).errors == 3
+
+
 def test_a_workload_leaves_out_the_turns_that_come_before_the_clock_starts():
     mix = AgentMix(turns=3, first_context_tokens=200, append_tokens=70, generate_tokens=4)
     agents = generate_trajectories(mix, 3, 0)

@@ -109,10 +109,13 @@ def _median_jct_s(peers: Sequence[Run], system: str | None) -> float | None:
 
 
 def _same_tokens(run: Run, peers: Sequence[Run]) -> float | None:
-    """Share of turns that generated what the baseline's first run did; None for that run itself."""
+    """Share of turns that generated what the baseline's first run did; None for that run itself.
+
+    None too where nothing was generated: simulated turns have no digests.
+    """
     basic = next((peer for peer in peers if peer.system == BASELINE), None)
-    if basic is None or basic is run or not run.turn_results:
+    told = [turn for turn in run.turn_results if turn.output_digest]
+    if basic is None or basic is run or not told:
         return None
     expected = {(turn.trajectory, turn.round_index): turn.output_digest for turn in basic.turn_results}
-    same = sum(expected.get((t.trajectory, t.round_index)) == t.output_digest for t in run.turn_results)
-    return same / len(run.turn_results)
+    return sum(expected.get((turn.trajectory, turn.round_index)) == turn.output_digest for turn in told) / len(told)

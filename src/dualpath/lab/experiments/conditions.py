@@ -15,6 +15,7 @@ from dualpath.spec.topology import Topology
 
 AXES = ("agents", "turns", "context_tokens", "append_tokens", "generate_tokens", "spread", "agents_per_s")
 GENERATED_AGENTS = 12
+SERVE = (sys.executable, "-m", "dualpath", "serve")
 Parameters = dict[str, float | str]
 
 
@@ -107,7 +108,7 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     """The result file, its figure and the clusters' logs go here."""
     work: Path = Path(".store")
     """Stores are made, and removed again, under here: a few GB."""
-    serve_command: tuple[str, ...] = (sys.executable, "-m", "dualpath", "serve")
+    serve_command: tuple[str, ...] = SERVE
     start_timeout_s: float = 180.0
     command: str = ""
     """As typed; kept in the result file."""
