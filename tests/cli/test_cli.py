@@ -60,8 +60,8 @@ def test_help_imports_nothing_heavy():
 
 def test_the_demo_and_store_commands_import_no_torch():
     code = (
-        "import sys; import dualpath.lab.experiments.demo.run, dualpath.lab.report.store, dualpath.lab.report.table;"
-        "import dualpath.kv.stores.inspection;"
+        "import sys; import dualpath.lab.experiments.execution, dualpath.lab.report.store;"
+        "import dualpath.lab.report.run_table, dualpath.kv.stores.inspection;"
         "print('torch' in sys.modules)"
     )
     assert python(code).stdout == "False\n"
@@ -141,36 +141,6 @@ def test_what_serve_is_not_told_is_the_configurations_default(served, model):
 
     assert cli.main(["serve", "--model", model, "--store", "kv"]) == 7
     assert served == [(ClusterConfig(model=model, store="kv"), True)]
-
-
-def test_an_interruption_is_one_line_and_an_exit_code(monkeypatch, capsys):
-    from dualpath.lab.experiments.demo import run as demo_run
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo_run, "run_demo", interrupted)
-    assert cli.main(["demo"]) == 130
-    assert capsys.readouterr().err == "dualpath: interrupted\n"
-
-
-def test_demo_takes_only_what_is_given_and_keeps_the_command(monkeypatch, capsys, tmp_path):
-    from dualpath.lab.experiments.cluster_process import ClusterError
-    from dualpath.lab.experiments.demo import run as demo_run
-
-    asked = []
-
-    def fail(options, trajectories, console):
-        asked.append(options)
-        raise ClusterError("no cluster here")
-
-    monkeypatch.setattr(demo_run, "run_demo", fail)
-    assert cli.main(["demo", "--agents", "2", "--snic-rate", "unlimited", "--repeat", "3", "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "dualpath demo: no cluster here\n"
-    (options,) = asked
-    assert (options.agents, options.snic_bytes_per_s, options.repeats, options.out) == (2, None, 3, tmp_path)
-    assert (options.cnic_bytes_per_s, options.systems) == (320_000_000, ("basic", "dualpath", "oracle"))
-    assert options.command == f"dualpath demo --agents 2 --snic-rate unlimited --repeat 3 --out {tmp_path}"
 
 
 @pytest.fixture

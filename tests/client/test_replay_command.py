@@ -6,9 +6,8 @@ import msgspec
 import pytest
 
 from dualpath.cli import main
-from dualpath.lab.replay.table import replay_sentences
-from dualpath.results.file import load
-from dualpath.results.online import Capacity
+from dualpath.lab.replay.replay_table import replay_sentences
+from dualpath.results import Capacity, load_results
 from dualpath.results.turns import Part
 
 
@@ -20,7 +19,7 @@ def replay(fake, tmp_path, capsys):
         code = main(["replay", url, "--out", str(tmp_path / "out"), *map(str, arguments)])
         said = capsys.readouterr()
         path = tmp_path / "out" / "replay.json"
-        return code, load(path) if path.exists() else None, said.out, said.err
+        return code, load_results(path) if path.exists() else None, said.out, said.err
 
     return run
 
@@ -83,7 +82,7 @@ def test_a_search_keeps_every_probe_and_says_what_ended_it(replay, fake):
 
 
 def test_a_search_whose_highest_rate_holds_says_so(replay, monkeypatch):
-    monkeypatch.setattr("dualpath.lab.replay.run.SETTLE_S", 0.0)
+    monkeypatch.setattr("dualpath.lab.replay.replaying.SETTLE_S", 0.0)
     code, result, said, _ = replay(*SMALL, "--find-aps", "4:9", "--duration", "1s", "--tpot", "30s", "--ttft", "30s")
     assert code == 0
     assert [run.agents_per_s for run in result.runs] == [4, 9]

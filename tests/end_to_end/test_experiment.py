@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dualpath.model.checkpoint import make_checkpoint
-from dualpath.results.file import load
+from dualpath.results import load_results
 
 DEADLINE_S = 280.0
 
@@ -21,7 +21,7 @@ def test_a_quick_experiment_compares_systems_turn_by_turn(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "dualpath", "experiment", "ttft-breakdown", *options, *places]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
-    result = load(tmp_path / "out" / "ttft-breakdown.json")
+    result = load_results(tmp_path / "out" / "ttft-breakdown.json")
     assert (tmp_path / "out" / "ttft-breakdown.html").exists()
     basic, dualpath = result.runs
     assert (basic.system, dualpath.system, basic.topology) == ("basic", "dualpath", "1P2D")

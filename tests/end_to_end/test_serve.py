@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from dualpath.model.checkpoint import make_checkpoint
-from dualpath.results.file import load
+from dualpath.results import load_results
 
 START_S = 60.0
 STOP_S = 20.0
@@ -108,7 +108,7 @@ def test_a_replay_notes_what_it_takes_to_predict_it(model: Path, tmp_path: Path)
     with serving(model, tmp_path, "--topology", "1P2D", "--system", "basic", "--snic-rate", "400MB/s") as (url, _):
         agents = ("--agents", "2", "--turns", "2", "--context", "200", "--append", "70", "--generate", "4")
         subprocess.run(command("replay", f"{url}/v1", *agents, "--out", tmp_path / "out"), check=True)
-    (run,) = load(tmp_path / "out" / "replay.json").runs
+    (run,) = load_results(tmp_path / "out" / "replay.json").runs
     assert (run.topology, run.system, run.gap_scale, run.turns) == ("1P2D", "basic", 0, 4)
     assert run.cluster.snic_bytes_per_s == 400_000_000 and run.cluster.cnic_bytes_per_s is None
     assert run.cluster.layers == 5 and run.cluster.kv_bytes_per_token > 0

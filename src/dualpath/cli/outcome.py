@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dualpath.results.file import ResultFile
+    from dualpath.results import ResultFile
 
 MIN_CONSOLE_WIDTH = 110
 """Of output that goes to no terminal: wide enough for the demo's table."""

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     import msgspec
 
     from dualpath.lab.planning import plan
-    from dualpath.lab.report.plan import plan_sentences, resource_table, split_table
+    from dualpath.lab.report.capacity_plan import plan_sentences, resource_table, split_table
     from dualpath.results.online import Slo
 
     with usage_errors(ValueError):

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from dualpath.client.replay import ReplayError
-    from dualpath.lab.experiments.cluster_process import ClusterError
+    from dualpath.lab.experiments.local_cluster import LaunchError
     from dualpath.lab.profile.measure import ProfileOptions, measure_profile
     from dualpath.lab.profile.tables import profile_tables
     from dualpath.model import UnsupportedModelError
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with (
         usage_errors(UnsupportedModelError, ValueError),
-        command_errors(ClusterError, ReplayError, OSError),
+        command_errors(LaunchError, ReplayError, OSError),
         Progress(*columns, console=console, transient=True) as progress,
     ):
         task = progress.add_task("", total=1)

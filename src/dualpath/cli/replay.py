@@ -26,58 +26,52 @@ examples:
 
 def add(commands: Any) -> None:
     parser = command(commands, "replay", "send agents to an OpenAI server and measure it", EXAMPLES, run)
-    parser.argument_default = argparse.SUPPRESS  # ReplaySettings has the defaults
+    parser.argument_default = argparse.SUPPRESS  # ReplayRequest has the defaults
     parser.add_argument("url", metavar="URL", help="of the server, /v1 optional")
-    group = parser.add_argument_group("agents")
-    group.add_argument("--trace", nargs="+", dest="traces", metavar="TRACE", help=SOURCES_HELP)
-    group.add_argument("--agents", type=positive, metavar="N", help="(default: 12 generated, or one per recording)")
-    group.add_argument("--turns", type=positive, metavar="N", help="of an agent; at most, of a trace (default: 4)")
-    _lengths(group)
-    group.add_argument("--gap", type=duration_ns, metavar="TIME", help="mean pause of generated agents (default: 0)")
-    group.add_argument("--scale", type=positive_number, metavar="X", help="divide a trace's token counts by this")
-    group.add_argument("--max-context", type=positive, dest="max_context_tokens", metavar="N", help="cut a trace here")
-    group.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json to count a trace's texts with")
-    group.add_argument("--seed", type=not_negative, metavar="N", help="(default: 0)")
-    group.add_argument(
-        "--token-ids-below", type=positive, metavar="N", help="ids sent; keep it within the vocabulary (default: 256)"
-    )
-    group.add_argument(
-        "--gap-scale", type=_not_negative_number, metavar="X", help="times every pause (default: 0; arriving: 1)"
-    )
+    _agents(parser.add_argument_group("agents"))
     _arrivals(parser.add_argument_group("arrivals"))
     _client(parser.add_argument_group("client and results"))
 
 
-def _lengths(group: Any) -> None:
-    for name, to, what in (
+def _agents(group: Any) -> None:
+    add = group.add_argument
+    add("--trace", nargs="+", dest="traces", metavar="TRACE", help=SOURCES_HELP)
+    add("--agents", type=positive, metavar="N", help="(default: 12 generated, or one per recording)")
+    add("--turns", type=positive, metavar="N", help="of an agent; at most, of a trace (default: 4)")
+    for name, field, what in (
         ("--context", "first_context_tokens", "tokens at first (default: 2800)"),
         ("--append", "append_tokens", "tokens a turn adds (default: 64)"),
         ("--generate", "generate_tokens", "tokens generated (default: 16)"),
     ):
-        group.add_argument(name, type=positive, dest=to, metavar="N", help=f"mean of generated agents: {what}")
+        add(name, type=positive, dest=field, metavar="N", help=f"mean of generated agents: {what}")
+    add("--gap", type=duration_ns, metavar="TIME", help="mean pause of generated agents (default: 0)")
+    add("--scale", type=positive_number, metavar="X", help="divide a trace's token counts by this")
+    add("--max-context", type=positive, dest="max_context_tokens", metavar="N", help="cut a trace here")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json to count a trace's texts with")
+    add("--seed", type=not_negative, metavar="N", help="(default: 0)")
+    add("--token-ids-below", type=positive, metavar="N", help="ids sent; within the vocabulary (default: 256)")
+    add("--gap-scale", type=_not_negative_number, metavar="X", help="times every pause (default: 0; arriving: 1)")
 
 
 def _arrivals(group: Any) -> None:
-    group.add_argument("--aps", type=positive_number, dest="agents_per_s", metavar="RATE", help="agents a second")
-    group.add_argument(
-        "--find-aps", type=_range, dest="find_agents_per_s", metavar="LOW:HIGH", help="find the highest that holds"
-    )
-    group.add_argument("--duration", type=duration_ns, metavar="TIME", help="of it, or of a probe (default: 2min)")
-    group.add_argument("--window", type=duration_ns, metavar="TIME", help="(default: a twelfth of the duration)")
-    group.add_argument("--ttft", type=duration_ns, metavar="TIME", help="SLO, mean over a window (default: 4s)")
-    group.add_argument("--tpot", type=duration_ns, metavar="TIME", help="SLO, mean over a window (default: 50ms)")
+    add = group.add_argument
+    add("--aps", type=positive_number, dest="agents_per_s", metavar="RATE", help="agents a second")
+    add("--find-aps", type=_range, dest="find_agents_per_s", metavar="LOW:HIGH", help="find the highest that holds")
+    add("--duration", type=duration_ns, metavar="TIME", help="of it, or of a probe (default: 2min)")
+    add("--window", type=duration_ns, metavar="TIME", help="(default: a twelfth of the duration)")
+    add("--ttft", type=duration_ns, metavar="TIME", help="SLO, mean over a window (default: 4s)")
+    add("--tpot", type=duration_ns, metavar="TIME", help="SLO, mean over a window (default: 50ms)")
 
 
 def _client(group: Any) -> None:
-    group.add_argument(
-        "--server", choices=("dualpath", "vllm", "sglang", "other"), help="(default: what it says it is)"
-    )
-    group.add_argument("--api-key", metavar="KEY")
-    group.add_argument("--retries", type=not_negative, metavar="N", help="of a turn (default: 2)")
-    group.add_argument("--turn-timeout", type=duration_ns, metavar="TIME", help="of one try (default: 5min)")
-    group.add_argument("--out", type=Path, metavar="DIR", help="for replay.json and turns.jsonl (default: results)")
-    group.add_argument("--resume", action="store_true", help="go on with the turns.jsonl that is there")
-    group.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the result here too")
+    add = group.add_argument
+    add("--server", choices=("dualpath", "vllm", "sglang", "other"), help="(default: what it says it is)")
+    add("--api-key", metavar="KEY")
+    add("--retries", type=not_negative, metavar="N", help="of a turn (default: 2)")
+    add("--turn-timeout", type=duration_ns, metavar="TIME", help="of one try (default: 5min)")
+    add("--out", type=Path, metavar="DIR", help="for replay.json and turns.jsonl (default: results)")
+    add("--resume", action="store_true", help="go on with the turns.jsonl that is there")
+    add("--json", type=Path, default=None, metavar="FILE", help="write the result here too")
 
 
 def _not_negative_number(text: str) -> float:
@@ -95,14 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Replay; print what came of it. Exit code 1 if a turn failed, or if no rate of a search held."""
     from dualpath.client.replay import ReplayError
     from dualpath.client.resume import JournalError
-    from dualpath.lab.replay.agents import source_of
-    from dualpath.lab.replay.run import run_replay
-    from dualpath.lab.replay.settings import ReplaySettings
-    from dualpath.lab.replay.table import replay_sentences, replay_table
-    from dualpath.results.online import Slo
+    from dualpath.lab.replay.options import ReplayRequest, source_of
+    from dualpath.lab.replay.replay_table import replay_sentences, replay_table
+    from dualpath.lab.replay.replaying import run_replay
+    from dualpath.results import Slo
 
     given = vars(arguments)
-    fields = {name: value for name, value in given.items() if name in ReplaySettings.__struct_fields__}
+    fields = {name: value for name, value in given.items() if name in ReplayRequest.__struct_fields__}
     fields |= {
         f"{name}_s": given[name] / 1e9 for name in ("gap", "duration", "window", "turn_timeout") if name in given
     }
@@ -110,16 +103,16 @@ def run(arguments: argparse.Namespace) -> int:
     fields["slo"] = Slo(**{f"{name}_s": given[name] / 1e9 for name in ("ttft", "tpot") if name in given})
     console = new_console()
     with usage_errors(ValueError):
-        settings = ReplaySettings(**fields)
-        settings.options()
-        source = source_of(settings)
+        request = ReplayRequest(**fields)
+        request.client_options()
+        source = source_of(request)
     with command_errors(ReplayError, JournalError, OSError):
-        result = run_replay(settings, source, console)
+        result = run_replay(request, source, console)
     write_json(arguments.json, result)
     console.print(replay_table(result))
     console.print(*replay_sentences(result), sep="\n", highlight=False, soft_wrap=True)
-    page = write_report_beside(settings.out / "replay.json", result)
-    console.print(f"\nwritten: {settings.out}/replay.json, {page}", highlight=False)
+    page = write_report_beside(request.out / "replay.json", result)
+    console.print(f"\nwritten: {request.out}/replay.json, {page}", highlight=False)
     if result.capacity is not None:
         return int(result.capacity.holds_agents_per_s is None)
     return int(any(one.errors for one in result.runs))

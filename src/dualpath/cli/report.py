@@ -39,11 +39,11 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Read the result files; write the page."""
     from dualpath.lab.report.html import write_report
-    from dualpath.results.file import ResultFileError, load
+    from dualpath.results import ResultFileError, load_results
 
     with usage_errors(ResultFileError):
-        results = [load(path) for path in arguments.results]
-        prediction = None if arguments.prediction is None else load(arguments.prediction)
+        results = [load_results(path) for path in arguments.results]
+        prediction = None if arguments.prediction is None else load_results(arguments.prediction)
     out: Path = arguments.out
     if not out.parent.is_dir():
         raise CommandError(f"{out.parent} is not a directory; make it, or give another --out")

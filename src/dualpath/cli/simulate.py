@@ -116,11 +116,11 @@ def _like(arguments: argparse.Namespace) -> int:
     from dualpath.lab.facts.profile import ProfileError, load_profile
     from dualpath.lab.profile.like import predict
     from dualpath.lab.profile.tables import comparison_table
-    from dualpath.results.file import ResultFileError, load
+    from dualpath.results import ResultFileError, load_results
 
     console = new_console()
     with usage_errors(ProfileError, ResultFileError), console.status("simulating"):
-        measured, profile = load(arguments.like), load_profile(arguments.profile)
+        measured, profile = load_results(arguments.like), load_profile(arguments.profile)
         predicted = predict(measured, profile, str(arguments.profile), " ".join(arguments.command_line))
     write_json(arguments.json, predicted)
     console.print(comparison_table(measured, predicted))

@@ -121,14 +121,14 @@ def _run(arguments: argparse.Namespace) -> int:
     """A cluster in the testbed, until Ctrl-C or until a command has ended."""
     if not (arguments.model / "config.json").is_file():
         raise UsageError(f"--model: {arguments.model} has no config.json; give a Hugging Face checkpoint's directory")
-    from dualpath.lab.experiments.cluster_process import ClusterError
+    from dualpath.lab.experiments.local_cluster import LaunchError
     from dualpath.lab.testbed.failure import TestbedError
     from dualpath.lab.testbed.iproute import check_tools
     from dualpath.lab.testbed.network import load
     from dualpath.lab.testbed.serving import serve_inside
 
     then = arguments.then[1:] if arguments.then[:1] == ["--"] else arguments.then
-    with command_errors(TestbedError, ClusterError, OSError):
+    with command_errors(TestbedError, LaunchError, OSError):
         check_tools()
         testbed = load(arguments.name)
         plan = testbed.plan

@@ -1,11 +1,11 @@
-"""The result file of a demo, an experiment, a replay or a prediction: what it holds, and reading it back.
+"""The result file of a demo, an experiment, a replay or a prediction: what it holds, writing it and reading it back.
 
-Times in seconds, rates in bytes per second. A prediction (`dualpath simulate --like`) is a result file too, with the
-runs of the measurement it predicts, in their order.
+Times are in seconds, rates in bytes per second. A prediction is a result file too, with the runs of the measurement it
+predicts, in their order. Files of earlier versions lack newer fields, which then have their defaults.
 """
 
-import statistics
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import msgspec
@@ -63,12 +63,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     repeat: int = 0
     jct_s: float
     """Job completion time: all agents start, all have ended."""
-    ratio_to_basic: float | None
+    ratio_to_basic: float | None = None
     """Basic's median JCT on this topology over this JCT; None where either lost turns or basic was not run."""
-    ideal_ratio: float | None
-    """min((P + D) / P, basic's JCT over oracle's): what pooling every storage NIC could give at best."""
-    ratio_to_ideal: float | None
-    """`ratio_to_basic` over `ideal_ratio`; None for basic and oracle, which the ideal does not describe."""
+    ideal_ratio: float | None = None
+    """min((P + D) / P, basic's JCT over oracle's): the most that pooling every storage NIC could give."""
+    ratio_to_ideal: float | None = None
+    """`ratio_to_basic` over `ideal_ratio`; None for the baseline and oracles, which the ideal does not describe."""
     ttft_p50_s: float | None
     ttft_p99_s: float | None
     ttst_p50_s: float | None
@@ -89,6 +89,16 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     error_messages: list[str] = []
     same_tokens_as_basic: float | None = None
     """Share of turns whose generated tokens equal those of basic's first run on this topology."""
+
+    @property
+    def ideal_s(self) -> float | None:
+        """The JCT that `ideal_ratio` stands for; None where the run is compared with nothing."""
+        return self.jct_s * self.ratio_to_basic / self.ideal_ratio if self.ratio_to_basic and self.ideal_ratio else None
+
+    @property
+    def mean_ttft_s(self) -> float | None:
+        """None where the file does not keep the run's turns."""
+        return fmean(turn.ttft_s for turn in self.turn_results) if self.turn_results else None
 
 
 class Configuration(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,18 +144,6 @@ class ResultFile(msgspec.Struct, frozen=True, kw_only=True):
     """Of a search for the most agents a second."""
 
 
-class Representative(msgspec.Struct, frozen=True):
-    """The run with the median JCT among the repeats of one topology and system, and the range of their JCTs.
-
-    Repeats that lost turns are left out unless all did.
-    """
-
-    run: Run
-    repeats: int
-    jct_min_s: float
-    jct_max_s: float
-
-
 def decode(document: dict[str, Any], name: str = "result") -> ResultFile:
     """Check and type a decoded document. Raises ResultFileError naming `name` and the field."""
     try:
@@ -154,10 +152,10 @@ def decode(document: dict[str, Any], name: str = "result") -> ResultFile:
         raise ResultFileError(f"{name} is not a result file: {error}") from error
 
 
-def load(path: Path) -> ResultFile:
+def load_results(path: Path | str) -> ResultFile:
     """Read a result file. Raises ResultFileError."""
     try:
-        document = msgspec.json.decode(path.read_bytes())
+        document = msgspec.json.decode(Path(path).read_bytes())
     except OSError as error:
         raise ResultFileError(f"{path} can't be read: {error.strerror}") from error
     except msgspec.DecodeError as error:
@@ -165,21 +163,8 @@ def load(path: Path) -> ResultFile:
     return decode(document, str(path))
 
 
-def representatives(result: ResultFile) -> list[Representative]:
-    """One per topology and system that was run, in the configuration's order."""
-    found = []
-    for topology in result.configuration.topologies:
-        for system in result.configuration.systems:
-            runs = [run for run in result.runs if (run.topology, run.system) == (topology, system)]
-            if not runs:
-                continue
-            found.append(representative(runs))
-    return found
-
-
-def representative(runs: list[Run]) -> Representative:
-    """Of repeats, at least one."""
-    runs = [run for run in runs if not run.errors] or runs
-    times_s = [run.jct_s for run in runs]
-    middle = next(run for run in runs if run.jct_s == statistics.median_low(times_s))
-    return Representative(middle, len(runs), min(times_s), max(times_s))
+def write_results(result: ResultFile, path: Path) -> None:
+    """Write a result file, whole or not at all. Raises OSError."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+    draft.replace(path)

@@ -1,6 +1,6 @@
 """What a replay measured: a record per turn, and the figures over all of them. Times in seconds, lengths in tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -84,7 +84,7 @@ class ReplayResult(msgspec.Struct, frozen=True, kw_only=True):
     turns: tuple[TurnResult, ...]
     failures: tuple[TurnFailure, ...]
     context: Literal["own", "filled"] = "own"
-    """What stood for generated tokens in later prompts: themselves, or ids chosen by the replay (`workload.server`)."""
+    """What stood for generated tokens in later prompts: themselves, or ids chosen by the replay (`client.server`)."""
     server: str = ""
     """Its kind; ``dualpath``, ``vllm``, ``sglang`` or ``other``."""
     model: str = ""
@@ -142,3 +142,39 @@ class ReplayResult(msgspec.Struct, frozen=True, kw_only=True):
             "errors": sum(1 + failure.abandoned_rounds for failure in self.failures),
             "error_messages": [f"{f.trajectory}, turn {f.round_index}: {f.message}" for f in self.failures[:10]],
         }
+
+
+STAGES = {
+    "outside": "the way to the server and back, earlier tries",
+    "scheduling": "until a PE and a DE were chosen",
+    "allocation": "until both had room",
+    "read": "until the hit tokens had come from storage",
+    "prefill": "waiting for the batch, computing, moving KV to the DE",
+    "decode": "from the first token to the last",
+}
+"""Where a turn's time goes, in order. `outside` is what the client saw beyond the server's stages."""
+TTFT_STAGES = tuple(stage for stage in STAGES if stage != "decode")
+
+
+def stages_of(turn: TurnResult) -> dict[str, float]:
+    """Seconds by stage, in the order of `STAGES`; they add up to the turn's latency, as far as clocks agree.
+
+    Without timings there are two stages: `prefill` until the first token, then `decode`.
+    """
+    decode_s = max(0.0, turn.latency_s - turn.ttft_s)
+    timings = turn.timings
+    if timings is None:
+        return dict.fromkeys(STAGES, 0.0) | {"prefill": turn.ttft_s, "decode": decode_s}
+    told = {
+        "scheduling": timings.scheduling_s,
+        "allocation": timings.allocation_s,
+        "read": timings.read_s,
+        "prefill": timings.prefill_s,
+    }
+    return {"outside": max(0.0, turn.ttft_s - sum(told.values())), **told, "decode": decode_s}
+
+
+def mean_stages_s(turns: Sequence[TurnResult]) -> dict[str, float] | None:
+    """Mean seconds by stage before the first token; None where no turn has timings. Turns without are left out."""
+    told = [stages_of(turn) for turn in turns if turn.timings is not None]
+    return {stage: sum(one[stage] for one in told) / len(told) for stage in TTFT_STAGES} if told else None

@@ -1,85 +1,27 @@
-"""Result files read: cells, balances, stages, findings, tables, figures and the page."""
+"""Result files read: findings, tables, figures and the page."""
 
 import itertools
+import struct
 
+import matplotlib as mpl
 import msgspec
 import pytest
-from experiment_results import result, run, turn
+from result_documents import document, full
+from result_documents import run as run_document
+from result_records import result, run, turn
 from rich.console import Console
 
 from dualpath.lab.experiments import findings
-from dualpath.lab.experiments.balance import attention_balance, snic_balance
 from dualpath.lab.experiments.catalog import EXPERIMENTS, definition
-from dualpath.lab.experiments.page import write_figure, write_page
-from dualpath.lab.experiments.stages import STAGES, mean_stages_s
-from dualpath.lab.experiments.tables import markdown_table, terminal_table
-from dualpath.results.cells import cells, measured_points
-from dualpath.results.file import SnicSample
+from dualpath.lab.experiments.figures.bars import draw_traffic
+from dualpath.lab.experiments.readme import write_page
+from dualpath.lab.report.run_table import markdown_table, terminal_table
+from dualpath.results.file import decode
 from dualpath.spec.cluster_setup import ClusterSetup
 
 
 def compared(jct_s, topology="1P1D", system="dualpath", ratio=2.0, ideal=2.0, **more):
     return run(system, jct_s, topology, ratio_to_basic=ratio, ideal_ratio=ideal, ratio_to_ideal=ratio / ideal, **more)
-
-
-def test_a_cell_is_the_median_of_the_repeats_that_lost_nothing():
-    jcts_s = ((5.0, 0), (9.0, 0), (7.0, 0), (1.0, 3))
-    found = result(*(run(jct_s=jct_s, errors=errors, repeat=i) for i, (jct_s, errors) in enumerate(jcts_s)))
-    (cell,) = cells(found)
-    assert (cell.run.jct_s, len(cell.runs), cell.complete) == (7.0, 3, True)
-    spread = cell.spread(lambda one: one.jct_s)
-    assert (spread.median, spread.least, spread.most) == (7.0, 5.0, 9.0)
-    assert cell.spread(lambda one: one.ratio_to_basic) is None
-    (lost,) = cells(result(run(errors=2)))
-    assert not lost.complete and measured_points(result(run(errors=2)))[0].complete("basic") is None
-
-
-def test_points_differ_in_topology_or_parameters():
-    runs = [run(s, parameters={"agents": n}) for n in (2, 4) for s in ("basic", "oracle")]
-    points = measured_points(result(*runs, run(topology="1P2D")))
-    assert [(p.topology, p.parameters, list(p.cells)) for p in points] == [
-        ("1P1D", {"agents": 2}, ["basic", "oracle"]),
-        ("1P1D", {"agents": 4}, ["basic", "oracle"]),
-        ("1P2D", {}, ["basic"]),
-    ]
-
-
-def test_snic_balance_is_window_by_window_where_totals_are_even():
-    """Two NICs take turns at being idle: even in total, as uneven as can be at any time."""
-    samples = [
-        SnicSample(2.0, {"PE0": 100, "DE0": 0}),
-        SnicSample(4.0, {"PE0": 100, "DE0": 100}),
-        SnicSample(6.0, {"PE0": 150, "DE0": 150}),
-        SnicSample(8.0, {"PE0": 151, "DE0": 150}),
-    ]
-    balance = snic_balance(run("dualpath", snic_samples=samples), window_s=2.0)
-    assert balance.ends_s == [2.0, 4.0, 6.0]  # the last window has next to nothing
-    assert balance.max_over_avg == [2.0, 2.0, 1.0]
-    assert balance.overall == pytest.approx((100 + 100 + 50) / (50 + 50 + 50))
-    assert snic_balance(run("basic", snic_samples=samples), window_s=2.0).overall == 1.0  # one side reads
-    assert snic_balance(run("dualpath", snic_samples=samples[:1])) is None
-
-
-def test_attention_counts_new_tokens_times_what_they_attend_to():
-    shared = {"prompt_tokens": 200, "loaded_tokens": 100, "prefill_s": 2.0, "ttft_s": 2.0}
-    turns = [turn(0, prefill_engine="PE0", **shared), turn(1, prefill_engine="PE1", **shared)]
-    even = run("dualpath", topology="2P1D", turn_results=turns)
-    assert attention_balance(even, window_s=2.0).max_over_avg == [1.0]
-    # 100 new tokens after 700 are 100 × 750 pairs, five times 100 × 150.
-    longer = turn(1, prefill_engine="PE1", **(shared | {"prompt_tokens": 800, "loaded_tokens": 700}))
-    uneven = run("dualpath", topology="2P1D", turn_results=[turns[0], longer])
-    assert attention_balance(uneven, window_s=2.0).max_over_avg == [pytest.approx(2 * 5 / 6)]
-    assert attention_balance(run("dualpath")) is None  # one PE
-    untold = [msgspec.structs.replace(one, timings=None) for one in turns]
-    assert attention_balance(run("dualpath", topology="2P1D", turn_results=untold)) is None
-
-
-def test_stages_are_means_and_what_the_server_did_not_see():
-    turns = [turn(0, ttft_s=1.0), turn(1, ttft_s=3.0, read_s=1.5)]
-    stages = mean_stages_s([run(turn_results=turns)])
-    assert tuple(stages) == STAGES
-    assert stages == pytest.approx({"scheduling": 0.1, "allocation": 0.0, "read": 1.0, "prefill": 0.2, "outside": 0.7})
-    assert mean_stages_s([run(turn_results=[])]) is None
 
 
 def test_pairs_of_equal_storage_bandwidth():
@@ -88,7 +30,7 @@ def test_pairs_of_equal_storage_bandwidth():
         *(run("basic", 10.0, "2P1D"), compared(7.0, "2P1D")),
         *(run("basic", 20.2, "1P2D"), compared(9.0, "1P2D")),
     )
-    pairs = findings.equal_bandwidth_pairs(found)
+    pairs = findings.nic_matches(found)
     assert [(pair.first, pair.second, pair.nics, pair.ties) for pair in pairs] == [
         ("basic 1P1D", "basic 1P2D", 1, True),
         ("dualpath 1P1D", "basic 2P1D", 2, True),
@@ -152,25 +94,16 @@ def test_an_ablation_is_told_with_the_papers_figures():
     assert sentences == ["1P1D: dualpath changes basic's time by -40.0 % (paper, DS 660B at 64K: -45.6 %)."]
 
 
-def test_lost_turns_and_other_tokens_are_told():
-    runs = [run(), compared(5.0, same_tokens_as_basic=0.75), compared(5.0, errors=3, same_tokens_as_basic=1.0)]
-    told = findings.soundness(result(*runs))
-    assert told[0].startswith("3 turns failed")
-    assert told[1] == "Generated tokens differ from basic's: in the worst run 75.0% of turns agree."
-    agreed = findings.soundness(result(compared(5.0, same_tokens_as_basic=1.0)))
-    assert agreed == ["Every system generated the same tokens in every turn."]
-
-
 def sample_result(one):
     """What the experiment could have measured."""
-    axes = {name: values[:2] for name, values in one.load.axes.items()}
+    axes = {name: values[:2] for name, values in one.conditions.axes.items()}
     combinations = [{}]
     for name, values in axes.items():
         combinations = [known | {name: value} for known in combinations for value in values]
     runs = []
     for parameters in combinations:
-        for topology in one.load.topologies:
-            for system in one.load.systems:
+        for topology in one.conditions.topologies:
+            for system in one.conditions.systems:
                 jct_s = 20.0 if system == "basic" else 11.0
                 more = {"parameters": parameters, "ratio_to_basic": 20.0 / jct_s, "ideal_ratio": 2.0}
                 engines = [f"PE{i}" for i in range(int(topology[0]))]
@@ -182,8 +115,9 @@ def sample_result(one):
 @pytest.mark.parametrize("one", EXPERIMENTS, ids=lambda one: one.name)
 def test_every_experiment_draws_finds_and_tabulates(one, tmp_path):
     found = sample_result(one)
-    path = write_figure(one, found, tmp_path)
-    assert path.name == f"{one.name}.png" and path.stat().st_size > 10_000
+    path = tmp_path / "figure.png"
+    one.draw(found, path)
+    assert path.stat().st_size > 10_000
     assert one.find(found)
     headings, line, *rows = markdown_table(found).splitlines()
     assert len(rows) == len(found.runs)
@@ -191,19 +125,21 @@ def test_every_experiment_draws_finds_and_tabulates(one, tmp_path):
     console = Console(width=200, record=True)
     console.print(terminal_table(found))
     shown = console.export_text()
-    assert all(system in shown for system in one.load.systems)
+    assert all(system in shown for system in one.conditions.systems)
 
 
 def test_a_figure_of_nothing_is_refused_and_leaves_no_file(tmp_path):
     for name in ("aps", "agents-context", "ttft-breakdown", "snic-balance", "attention-balance"):
         with pytest.raises(ValueError, match="nothing to draw"):
-            write_figure(definition(name), result(run("dualpath", turn_results=[], snic_samples=[])), tmp_path)
+            bare = result(run("dualpath", turn_results=[], snic_samples=[]))
+            definition(name).draw(bare, tmp_path / "figure.png")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_lost_turns_are_hatched_not_measured(tmp_path):
     runs = [run("basic", 20.0, "1P2D", ratio_to_basic=1.0), run("dualpath", 3.0, "1P2D", errors=2)]
-    assert write_figure(definition("ablation"), result(*runs), tmp_path).exists()
+    definition("ablation").draw(result(*runs), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").exists()
     assert "2 |" in markdown_table(result(*runs)).splitlines()[-1][-4:]
 
 
@@ -211,10 +147,51 @@ def test_the_page_has_what_was_run_in_the_catalogs_order(tmp_path):
     for name in ("snic-balance", "pd-ratio"):
         one = definition(name)
         (tmp_path / f"{name}.json").write_bytes(msgspec.json.encode(sample_result(one)))
-    write_figure(definition("pd-ratio"), sample_result(definition("pd-ratio")), tmp_path)
+    definition("pd-ratio").draw(sample_result(definition("pd-ratio")), tmp_path / "pd-ratio.png")
     (tmp_path / "ablation.json").write_text("{")
     text = write_page(tmp_path).read_text()
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert [heading.split(":")[0] for heading in headings] == ["## pd-ratio", "## snic-balance"]
     assert text.count("](pd-ratio.png)") == 1 and "](snic-balance.png)" not in text
     assert "storage NICs at 40 MB/s; 2 cores. `dualpath experiment pd-ratio`" in text
+
+
+def test_the_demos_figure_is_a_png_of_readme_width(tmp_path):
+    draw_traffic(decode(full()), tmp_path / "demo.png")
+    png = (tmp_path / "demo.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">I", png[16:20]) == (1800,)
+
+
+@pytest.mark.parametrize(
+    ("result", "texts", "absent"),
+    [
+        (
+            full(),
+            ["1.85×", "2.48×", "27.0 s", "max/avg", "1.04", "1P1D", "1P2D", "PE0", "DE1", "2.82", "dualpath's ideal"],
+            ["1.00×"],
+        ),
+        (
+            document(run_document("2P1D", "basic-layerwise", 5.0, {})),
+            ["5.0 s", "2P1D", "basic-layerwise"],
+            ["max/avg", "ideal"],
+        ),
+        (document(run_document("1P1D", "oracle", 5.0, {"DE0": 9}, errors=55)), ["55 turns", "lost"], ["5.0 s"]),
+        (
+            document(*[run_document("1P1D", "unheard-of", jct_s, {"PE0": 0}) for jct_s in (3.0, 4.0, 5.0)]),
+            ["4.0 s", "unheard-of"],
+            ["×"],
+        ),
+    ],
+)
+def test_the_demos_figure_says_what_the_file_says(tmp_path, result, texts, absent):
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        draw_traffic(decode(result), tmp_path / "demo.svg")
+    svg = (tmp_path / "demo.svg").read_text()
+    assert [text for text in texts if f">{text}<" not in svg] == []
+    assert [text for text in absent if f"{text}<" in svg] == []
+
+
+def test_no_runs_are_no_figure(tmp_path):
+    with pytest.raises(ValueError, match="no runs"):
+        draw_traffic(decode(document()), tmp_path / "demo.png")

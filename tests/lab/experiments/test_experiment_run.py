@@ -1,4 +1,4 @@
-"""Plans on clusters of the stand-in: what is written, when, and what is left behind."""
+"""Series on clusters of the stand-in: what is written, when, and what is left behind."""
 
 import io
 import os
@@ -13,41 +13,28 @@ import psutil
 import pytest
 from rich.console import Console
 
-from dualpath.lab.experiments import nic_bytes, run
-from dualpath.lab.experiments.cluster_process import ClusterError
-from dualpath.lab.experiments.load import Load, make_plan
-from dualpath.lab.experiments.run import result_path, run_plan
-from dualpath.lab.experiments.settings import Settings
-from dualpath.results.file import load
+from dualpath.lab.experiments import execution, nic_bytes
+from dualpath.lab.experiments.conditions import Conditions
+from dualpath.lab.experiments.execution import result_path, run_series
+from dualpath.lab.experiments.local_cluster import LaunchError
+from dualpath.lab.experiments.series import series_of
+from dualpath.results import load_results
 
-
-@pytest.fixture
-def settings(tmp_path, fake_serve):
-    """Small, fast and away from the checkout; the model is never opened by the stand-in."""
-    model = tmp_path / "model"
-    model.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (model / name).write_text("{}")
-    return Settings(
-        model=model, out=tmp_path / "out", work=tmp_path / "store", serve_command=fake_serve, start_timeout_s=30
-    )
-
-
-SMALL = Load(
+SMALL = Conditions(
     topologies=("1P1D",), systems=("basic", "dualpath"), agents=2, turns=2, context_tokens=200, generate_tokens=4
 )
 
 
-def go(load, settings):
+def go(conditions, bench):
     console = Console(file=io.StringIO(), width=120)
-    return run_plan(make_plan("small", load, 0, 1), settings, console), console.file.getvalue()
+    return run_series(series_of("small", conditions, 0, 1), bench, console), console.file.getvalue()
 
 
-def test_a_result_file_has_every_turn_and_the_agents(settings, monkeypatch):
+def test_a_result_file_has_every_turn_and_the_agents(bench, monkeypatch):
     monkeypatch.setattr(nic_bytes, "SAMPLE_S", 0.05)
-    settings = msgspec.structs.replace(settings, snic_bytes_per_s=20_000_000)
-    result, shown = go(msgspec.structs.replace(SMALL, axes={"agents": (1, 2)}), settings)
-    assert load(result_path("small", settings)) == result
+    small = msgspec.structs.replace(SMALL, axes={"agents": (1, 2)}, snic_bytes_per_s=20_000_000)
+    result, shown = go(small, bench)
+    assert load_results(result_path("small", bench.out)) == result
     assert (result.kind, result.name) == ("experiment", "small")
     assert shown.count("warm-up: starting, 2 turns") == 1
     assert [(one.parameters, one.system) for one in result.runs] == [
@@ -65,30 +52,50 @@ def test_a_result_file_has_every_turn_and_the_agents(settings, monkeypatch):
     times_s = [sample.at_s for sample in last.snic_samples]
     assert times_s == sorted(times_s) and times_s[0] >= 0 and times_s[-1] <= last.jct_s + 1
     assert result.runs[3].ratio_to_basic == result.runs[2].jct_s / result.runs[3].jct_s
-    assert list(settings.work.iterdir()) == []
+    assert list(bench.work.iterdir()) == []
 
 
-def test_what_was_finished_is_kept_when_a_later_run_fails(settings):
-    failing = (*settings.serve_command, "--fail-system", "dualpath")
-    settings = msgspec.structs.replace(settings, serve_command=failing)
-    load_ = msgspec.structs.replace(SMALL, systems=("basic", "oracle", "dualpath"))
+def test_what_was_finished_is_kept_when_a_later_run_fails(bench):
+    failing = (*bench.serve_command, "--fail-system", "dualpath")
+    bench = msgspec.structs.replace(bench, serve_command=failing)
+    asked = msgspec.structs.replace(SMALL, systems=("basic", "oracle", "dualpath"))
     # The warm-up is no system of the comparison: it must not fail with it.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "WARM_SYSTEM", "basic")
-        with pytest.raises(ClusterError, match="1P1D dualpath: the cluster ended by itself"):
-            go(load_, settings)
-    kept = load(result_path("small", settings))
+        patch.setattr(execution, "WARM_SYSTEM", "basic")
+        with pytest.raises(LaunchError, match="1P1D dualpath: the cluster ended by itself"):
+            go(asked, bench)
+    kept = load_results(result_path("small", bench.out))
     assert [one.system for one in kept.runs] == ["basic", "oracle"]
     assert kept.configuration.systems == ["basic", "oracle", "dualpath"]
-    assert list(settings.work.iterdir()) == []
-    assert sorted(path.name for path in settings.out.iterdir()) == ["logs", "small.json"]
+    assert list(bench.work.iterdir()) == []
+    assert sorted(path.name for path in bench.out.iterdir()) == ["logs", "small.json"]
 
 
-def test_a_warm_store_goes_with_the_last_run_that_needs_it(settings, tmp_path):
+def test_a_run_starts_from_the_store_that_the_warm_up_left(bench, tmp_path):
+    spy = tmp_path / "spy.py"
+    seen = tmp_path / "seen"
+    python, fake = bench.serve_command
+    spy.write_text(
+        textwrap.dedent(
+            f"""\
+            import os, pathlib, sys
+            store = pathlib.Path(sys.argv[sys.argv.index("--store") + 1])
+            with open({str(seen)!r}, "a") as out:
+                print(sorted(path.name for path in store.iterdir()), file=out)
+            os.execv({python!r}, [{python!r}, {fake!r}, *sys.argv[1:]])
+            """
+        )
+    )
+    asked = msgspec.structs.replace(SMALL, systems=("basic", "dualpath"))
+    go(asked, msgspec.structs.replace(bench, serve_command=(sys.executable, str(spy))))
+    assert seen.read_text().splitlines() == ["[]", "['block']", "['block']"]
+
+
+def test_a_warm_store_goes_with_the_last_run_that_needs_it(bench, tmp_path):
     """Contexts of two lengths need two; at no time do both lie there."""
     seen = tmp_path / "seen"
     spy = tmp_path / "spy.py"
-    python, fake = settings.serve_command
+    python, fake = bench.serve_command
     spy.write_text(
         textwrap.dedent(
             f"""\
@@ -101,16 +108,30 @@ def test_a_warm_store_goes_with_the_last_run_that_needs_it(settings, tmp_path):
             """
         )
     )
-    settings = msgspec.structs.replace(settings, serve_command=(python, str(spy)))
-    go(msgspec.structs.replace(SMALL, axes={"context_tokens": (150, 200)}, systems=("basic",)), settings)
+    bench = msgspec.structs.replace(bench, serve_command=(python, str(spy)))
+    go(msgspec.structs.replace(SMALL, axes={"context_tokens": (150, 200)}, systems=("basic",)), bench)
     assert seen.read_text().splitlines() == [
         *("warm-0 unlimited", "run warm-0 40000000B/s"),
         *("run warm-1 unlimited", "run warm-1 40000000B/s"),
     ]
 
 
-def test_the_cluster_of_a_run_is_as_the_server_tells_it_with_the_launchers_rates(settings):
-    result, _ = go(msgspec.structs.replace(SMALL, systems=("basic", "oracle"), agents=1, turns=1), settings)
+def test_a_cluster_that_can_not_start_is_shown_with_the_end_of_its_log(bench):
+    bench = msgspec.structs.replace(bench, serve_command=(*bench.serve_command, "--fail-system", "basic"))
+    with pytest.raises(LaunchError, match=r"1P1D basic: the cluster ended by itself, exit code 3") as caught:
+        go(SMALL, bench)
+    assert "out of memory on the fake device" in str(caught.value)
+    assert list(bench.work.iterdir()) == []
+
+
+def test_a_model_that_is_half_there_is_not_overwritten(bench):
+    (bench.model / "model.safetensors").unlink()
+    with pytest.raises(LaunchError, match=r"lacks model\.safetensors"):
+        go(SMALL, bench)
+
+
+def test_the_cluster_of_a_run_is_as_the_server_tells_it_with_the_launchers_rates(bench):
+    result, _ = go(msgspec.structs.replace(SMALL, systems=("basic", "oracle"), agents=1, turns=1), bench)
     basic, oracle = (one.cluster for one in result.runs)
     assert (basic.layers, basic.kv_bytes_per_token, basic.transport) == (5, 2560, "tcp")
     assert (basic.snic_bytes_per_s, basic.cnic_bytes_per_s, basic.links) == (40_000_000, 320_000_000, "emulated")
@@ -118,7 +139,7 @@ def test_the_cluster_of_a_run_is_as_the_server_tells_it_with_the_launchers_rates
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_experiment_keeps_what_it_has(settings, tmp_path, number):
+def test_an_interrupted_experiment_keeps_what_it_has(bench, tmp_path, number):
     """Oracle's NICs have no limit; basic's are so slow that it can only be interrupted."""
     driver = tmp_path / "driver.py"
     driver.write_text(
@@ -127,35 +148,37 @@ def test_an_interrupted_experiment_keeps_what_it_has(settings, tmp_path, number)
             import pathlib, signal, sys
             import msgspec
             from rich.console import Console
-            from dualpath.lab.experiments.load import Load, make_plan
-            from dualpath.lab.experiments.run import run_plan
-            from dualpath.lab.experiments.settings import Settings
+            from dualpath.lab.experiments.conditions import Bench, Conditions
+            from dualpath.lab.experiments.execution import run_series
+            from dualpath.lab.experiments.series import series_of
             signal.signal(signal.SIGINT, signal.default_int_handler)
             given = pathlib.Path(sys.argv[1]).read_bytes()
-            settings = msgspec.json.decode(given, type=Settings, dec_hook=lambda kind, text: kind(text))
-            load = Load(systems=("oracle", "basic"), agents=2, turns=1, context_tokens=200, generate_tokens=4)
+            bench = msgspec.json.decode(given, type=Bench, dec_hook=lambda kind, text: kind(text))
+            asked = Conditions(
+                systems=("oracle", "basic"),
+                snic_bytes_per_s=10_000, agents=2, turns=1, context_tokens=200, generate_tokens=4,
+            )
             try:
-                run_plan(make_plan("small", load, 0, 1), settings, Console(stderr=True))
+                run_series(series_of("small", asked, 0, 1), bench, Console(stderr=True))
             except KeyboardInterrupt:
                 sys.exit(130)
             """
         )
     )
-    given = tmp_path / "settings.json"
-    slow = msgspec.structs.replace(settings, snic_bytes_per_s=10_000)
-    given.write_bytes(msgspec.json.encode(slow, enc_hook=str))
+    given = tmp_path / "bench.json"
+    given.write_bytes(msgspec.json.encode(bench, enc_hook=str))
     process = subprocess.Popen([sys.executable, str(driver), str(given)], start_new_session=True)
     try:
-        basic = settings.out / "logs" / "small" / "1P1D-basic.log"
-        wait_until(lambda: basic.exists() and (settings.work / "small" / "ready.json").exists())
+        basic = bench.out / "logs" / "small" / "1P1D-basic.log"
+        wait_until(lambda: basic.exists() and (bench.work / "small" / "ready.json").exists())
         clusters = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, number)
         assert process.wait(30) == 130
         assert not psutil.wait_procs(clusters, timeout=5)[1]
     finally:
         process.kill()
-    assert [one.system for one in load(result_path("small", settings)).runs] == ["oracle"]
-    assert list(settings.work.iterdir()) == []
+    assert [one.system for one in load_results(result_path("small", bench.out)).runs] == ["oracle"]
+    assert list(bench.work.iterdir()) == []
 
 
 def wait_until(condition, timeout_s=30):

@@ -19,7 +19,7 @@ from dualpath.lab.planning.decode import decode_rate, step_s
 from dualpath.lab.planning.demand import balanced_share, demands, prefill_flops
 from dualpath.lab.planning.plan import load_of
 from dualpath.lab.planning.turn_load import trajectory_load
-from dualpath.lab.report.plan import plan_sentences, resource_table, split_table
+from dualpath.lab.report.capacity_plan import plan_sentences, resource_table, split_table
 from dualpath.results.online import Slo
 from dualpath.traces.trajectory import Round, Trajectory
 from dualpath.traces.turn_table import TurnTable

@@ -1,20 +1,16 @@
 import io
-import struct
 
-import matplotlib as mpl
-import pytest
 from result_documents import document, full, run
 from rich.console import Console
 
-from dualpath.lab.report.figure import draw
+from dualpath.lab.report.run_table import terminal_table
 from dualpath.lab.report.summary import explain
-from dualpath.lab.report.table import run_table
 from dualpath.results.file import decode
 
 
 def printed(result):
     console = Console(file=io.StringIO(), width=130)
-    console.print(run_table(result))
+    console.print(terminal_table(result))
     return console.file.getvalue().splitlines()
 
 
@@ -22,7 +18,7 @@ def test_a_row_shows_the_figures_of_its_run():
     lines = printed(decode(full()))
     (row,) = [line for line in lines if "1.85×" in line]
     assert row.split() == [
-        *("dualpath", "27.0", "1.85×", "93%", "of", "2.00×", "2.70", "/", "5.40", "21", "/", "39", "12", "/", "19"),
+        *("dualpath", "27.0", "1.85×", "93%", "of", "2.00×", "2.70/5.40", "21/39", "12/19"),
         *("96.1%", "1.04", "1.46", "|", "1.36"),
     ]
     assert sum("oracle" in line for line in lines) == 2
@@ -33,7 +29,7 @@ def test_a_row_shows_the_figures_of_its_run():
 
 
 def test_the_table_of_the_demo_fits_110_columns():
-    assert Console(width=200).measure(run_table(decode(full()))).maximum <= 110
+    assert Console(width=200).measure(terminal_table(decode(full()))).maximum <= 110
 
 
 def test_repeats_show_their_range_and_failures_a_column():
@@ -48,9 +44,7 @@ def test_what_was_not_measured_is_a_dash():
     gone = dict.fromkeys(("ttft_p50_s", "ttft_p99_s", "ttst_p50_s", "tpot_p99_s"))
     lines = printed(decode(document(run("1P1D", "dualpath-rr", 5.0, {"PE0": 0, "DE1": 0}, **gone))))
     (row,) = [line for line in lines if "dualpath-rr" in line]
-    assert row.split() == [
-        *("1P1D", "dualpath-rr", "5.0", "–", "–", "/", "–", "–", "/", "39", "12", "/", "–", "96.1%", "–", "0", "|", "0")
-    ]
+    assert row.split() == [*("1P1D", "dualpath-rr", "5.0", "–", "–/–", "–/39", "12/–", "96.1%", "–", "0", "|", "0")]
 
 
 def test_sentences_say_what_bound_what_was_possible_and_what_was_lost():
@@ -96,40 +90,3 @@ def test_a_run_that_lost_turns_is_not_explained_but_named():
     bound, failed = explain(decode(document(*runs)))
     assert bound.startswith("1P1D: under basic the SNIC of PE0")
     assert failed == "3 turns failed: job completion times of the runs that lost turns are not comparable."
-
-
-def test_the_figure_is_a_png_of_readme_width(tmp_path):
-    draw(decode(full()), tmp_path / "demo.png")
-    png = (tmp_path / "demo.png").read_bytes()
-    assert png[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">I", png[16:20]) == (1800,)
-
-
-@pytest.mark.parametrize(
-    ("result", "texts", "absent"),
-    [
-        (
-            full(),
-            ["1.85×", "2.48×", "27.0 s", "max/avg", "1.04", "1P1D", "1P2D", "PE0", "DE1", "2.82", "dualpath's ideal"],
-            ["1.00×"],
-        ),
-        (document(run("2P1D", "basic-layerwise", 5.0, {})), ["5.0 s", "2P1D", "basic-layerwise"], ["max/avg", "ideal"]),
-        (document(run("1P1D", "oracle", 5.0, {"DE0": 9}, errors=55)), ["55 turns", "lost"], ["5.0 s"]),
-        (
-            document(*[run("1P1D", "unheard-of", jct_s, {"PE0": 0}) for jct_s in (3.0, 4.0, 5.0)]),
-            ["4.0 s", "unheard-of"],
-            ["×"],
-        ),
-    ],
-)
-def test_the_figure_says_what_the_file_says(tmp_path, result, texts, absent):
-    with mpl.rc_context({"svg.fonttype": "none"}):
-        draw(decode(result), tmp_path / "demo.svg")
-    svg = (tmp_path / "demo.svg").read_text()
-    assert [text for text in texts if f">{text}<" not in svg] == []
-    assert [text for text in absent if f"{text}<" in svg] == []
-
-
-def test_nothing_to_draw_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no runs"):
-        draw(decode(document()), tmp_path / "demo.png")

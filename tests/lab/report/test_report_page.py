@@ -12,7 +12,8 @@ from synthetic_results import RATE, synthetic
 
 from dualpath.cli import main
 from dualpath.lab.report.html import render, write_report
-from dualpath.results.file import ResultFileError, decode
+from dualpath.results import ResultFileError
+from dualpath.results.file import decode
 
 ROOT = Path(__file__).parents[3]
 
@@ -68,7 +69,7 @@ def test_a_sweep_is_summed_up_by_its_range(result):
     page = render([swept])
     ((_, figure, caption),) = cards(page)
     assert figure == f"{min(ratios):.2f} – {max(ratios):.2f}×" and caption == "over 2 settings"
-    assert f"at 1P1D, agents 6 ({max(ratios):.2f}×), least at 1P1D, agents 2 ({min(ratios):.2f}×)" in page
+    assert f"at 1P1D, 6 agents ({max(ratios):.2f}×), least at 1P1D, 2 agents ({min(ratios):.2f}×)" in page
 
 
 def test_nothing_in_the_page_points_elsewhere(result):

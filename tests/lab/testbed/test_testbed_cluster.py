@@ -11,7 +11,7 @@ import httpx
 import pytest
 from bed import SUBNET
 
-from dualpath.lab.experiments.cluster_process import ClusterError
+from dualpath.lab.experiments.local_cluster import LaunchError
 from dualpath.lab.testbed import iproute, network
 from dualpath.lab.testbed.launcher import TestbedLauncher, temporary_testbed
 from dualpath.lab.testbed.network import Testbed, leftovers, load, status
@@ -112,7 +112,7 @@ def test_an_engine_that_dies_ends_the_cluster(launcher: TestbedLauncher, tmp_pat
     def load_again() -> Testbed:
         return load(launcher.testbed.plan.name)
 
-    with pytest.raises(ClusterError, match="frail: engine de0 ended by itself, exit code -9"):
+    with pytest.raises(LaunchError, match="frail: engine de0 ended by itself, exit code -9"):
         asyncio.run(asyncio.wait_for(scenario(), 200))
     assert not any(node.pids for node in status(launcher.testbed))
 
@@ -125,13 +125,13 @@ def test_an_engine_that_can_not_start_is_told_at_once(launcher: TestbedLauncher,
         async with launcher.cluster("broken", "1P1D", "dualpath", tmp_path / "store", limited=True):
             pytest.fail("there is no such device")
 
-    with pytest.raises(ClusterError, match=r"(?s)broken.*exit code [12].*The end of .*nowhere"):
+    with pytest.raises(LaunchError, match=r"(?s)broken.*exit code [12].*The end of .*nowhere"):
         asyncio.run(asyncio.wait_for(scenario(), 120))
     assert not any(node.pids for node in status(launcher.testbed))
 
 
 def test_more_engines_than_the_testbed_has(launcher: TestbedLauncher, tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match="the testbed has no pe1, which 2P1D needs"):
+    with pytest.raises(LaunchError, match="the testbed has no pe1, which 2P1D needs"):
         launcher.cluster("large", "2P1D", "dualpath", tmp_path / "store", limited=True)
 
 

@@ -1,23 +1,27 @@
 """The experiments: what each varies, which figure of the paper it mirrors, and what to expect.
 
-Loads are sized for two cores and a checkpoint with 16 KiB of KV a token. Generated agents are then bound by 40 MB/s
-storage NICs; recorded sessions append and generate more, and are bound by 15 MB/s ones. Rates are kept on real bytes,
-so shapes can be compared with the paper's, absolute times can't.
+Conditions are sized for two cores and a checkpoint with 16 KiB of KV a token. Generated agents are then bound by
+40 MB/s storage NICs; recorded sessions append and generate more, and are bound by 15 MB/s ones. Rates are kept on real
+bytes, so shapes can be compared with the paper's, absolute times can't.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from dualpath.core.systems import BASELINE, HEADLINE
 from dualpath.lab.experiments import findings
-from dualpath.lab.experiments.load import Load
+from dualpath.lab.experiments.conditions import DEMO, Conditions
+from dualpath.lab.report.summary import explain, gains
 from dualpath.results.file import ResultFile
 
 Draw = Callable[[ResultFile, Path], None]
+BOTH = (BASELINE, HEADLINE)
 QUICK: dict[str, Any] = {"agents": 3, "turns": 2, "context_tokens": 700, "snic_bytes_per_s": 20_000_000}
-"""A load that shows that an experiment works, and little else."""
+"""So little that it shows that an experiment works, and nothing else."""
 
 
 class Definition(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,28 +34,25 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     expect: str
     minutes: int
     """On two cores that do nothing else, once round."""
-    load: Load
+    conditions: Conditions
     quick: dict[str, Any]
-    """What ``--quick`` changes of the load."""
+    """What ``--quick`` changes of the conditions."""
     figure: str
     """Of `dualpath.lab.experiments.figures`: ``module.function``."""
     find: Callable[[ResultFile], list[str]]
     needs_traces: bool = False
 
-    def scaled(self, quick: bool, given: dict[str, Any]) -> Load:
-        """The load with what the user gave; an axis that is given as one value is no axis. Raises ValueError."""
-        load = msgspec.structs.replace(self.load, **self.quick) if quick else self.load
-        fixed = {name: values for name, values in load.axes.items() if name not in given}
-        axes = given.get("axes") or fixed
-        load = msgspec.structs.replace(load, **(given | {"axes": axes}))
-        if self.needs_traces and not load.traces:
+    def under(self, quick: bool, given: dict[str, Any]) -> Conditions:
+        """The conditions with what the user gave; an axis that is given as one value is no axis. Raises ValueError."""
+        own = msgspec.structs.replace(self.conditions, **self.quick) if quick else self.conditions
+        axes = given.get("axes") or {name: values for name, values in own.axes.items() if name not in given}
+        found = msgspec.structs.replace(own, **(given | {"axes": axes}))
+        if self.needs_traces and not found.traces:
             raise ValueError(f"{self.name} replays recorded sessions: give them with --trace FILE …")
-        return load
+        return found
 
     def draw(self, result: ResultFile, path: Path) -> None:
         """Write the figure. Raises ValueError where `result` has nothing to draw."""
-        from importlib import import_module
-
         module, _, function = self.figure.partition(".")
         draw: Draw = getattr(import_module(f"dualpath.lab.experiments.figures.{module}"), function)
         draw(result, path)
@@ -59,15 +60,26 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
 
 EXPERIMENTS = (
     Definition(
+        name="demo",
+        summary="basic, dualpath and oracle side by side: what `dualpath demo` runs",
+        mirrors="the headline of the offline experiments",
+        expect="dualpath over basic comes near (P + D) / P, and storage NICs are read evenly",
+        minutes=4,
+        conditions=DEMO,
+        quick=QUICK,
+        figure="bars.draw_traffic",
+        find=explain,
+    ),
+    Definition(
         name="agents-context",
         summary="job completion time over the number of agents and the length of their contexts",
         mirrors="offline inference, agents × MaxLen",
         expect="dualpath over basic grows with contexts and agents until storage binds, then stays at (P + D) / P",
         minutes=15,
-        load=Load(axes={"agents": (4, 8, 16), "context_tokens": (1000, 2000, 4000)}),
-        quick=QUICK | {"axes": {"agents": (2, 4), "context_tokens": (600,)}, "systems": ("basic", "dualpath")},
+        conditions=Conditions(axes={"agents": (4, 8, 16), "context_tokens": (1000, 2000, 4000)}),
+        quick=QUICK | {"axes": {"agents": (2, 4), "context_tokens": (600,)}, "systems": BOTH},
         figure="sweep.draw_sweep",
-        find=findings.gains,
+        find=gains,
     ),
     Definition(
         name="pd-ratio",
@@ -75,8 +87,8 @@ EXPERIMENTS = (
         mirrors="the P/D sweep of DS 27B",
         expect="basic 1P1D ties with basic 1P2D, dualpath 1P1D with basic 2P1D, dualpath 2P1D with dualpath 1P2D",
         minutes=6,
-        load=Load(topologies=("1P1D", "2P1D", "1P2D"), agents=12),
-        quick=QUICK | {"systems": ("basic", "dualpath")},
+        conditions=Conditions(topologies=("1P1D", "2P1D", "1P2D"), agents=12),
+        quick=QUICK | {"systems": BOTH},
         figure="bars.draw_topologies",
         find=findings.pairs,
     ),
@@ -86,10 +98,10 @@ EXPERIMENTS = (
         mirrors="append-length scaling",
         expect="basic approaches dualpath as appends grow: computing takes over from reading",
         minutes=8,
-        load=Load(topologies=("1P2D",), axes={"append_tokens": (16, 64, 192, 512)}),
-        quick=QUICK | {"axes": {"append_tokens": (16, 128)}, "systems": ("basic", "dualpath")},
+        conditions=Conditions(topologies=("1P2D",), axes={"append_tokens": (16, 64, 192, 512)}),
+        quick=QUICK | {"axes": {"append_tokens": (16, 128)}, "systems": BOTH},
         figure="sweep.draw_sweep",
-        find=findings.gains,
+        find=gains,
     ),
     Definition(
         name="generation-scaling",
@@ -97,10 +109,10 @@ EXPERIMENTS = (
         mirrors="generation-length scaling",
         expect="basic approaches dualpath as generations grow: decoding takes over from reading",
         minutes=8,
-        load=Load(topologies=("1P2D",), axes={"generate_tokens": (4, 16, 64, 160)}),
-        quick=QUICK | {"axes": {"generate_tokens": (4, 32)}, "systems": ("basic", "dualpath")},
+        conditions=Conditions(topologies=("1P2D",), axes={"generate_tokens": (4, 16, 64, 160)}),
+        quick=QUICK | {"axes": {"generate_tokens": (4, 32)}, "systems": BOTH},
         figure="sweep.draw_sweep",
-        find=findings.gains,
+        find=gains,
     ),
     Definition(
         name="aps",
@@ -108,7 +120,7 @@ EXPERIMENTS = (
         mirrors="online serving, agents per second",
         expect="basic's TTFT takes off at a lower rate than dualpath's; TPOT stays",
         minutes=9,
-        load=Load(systems=("basic", "dualpath"), agents=14, axes={"agents_per_s": (0.15, 0.3, 0.45, 0.6)}),
+        conditions=Conditions(systems=BOTH, agents=14, axes={"agents_per_s": (0.15, 0.3, 0.45, 0.6)}),
         quick=QUICK | {"axes": {"agents_per_s": (0.5, 2.0)}},
         figure="latencies.draw_arrivals",
         find=findings.arrivals,
@@ -119,7 +131,7 @@ EXPERIMENTS = (
         mirrors="the TTFT breakdown",
         expect="dualpath's gain is in the read, and in the scheduling that waits for a read queue",
         minutes=4,
-        load=Load(topologies=("1P1D", "1P2D")),
+        conditions=Conditions(topologies=("1P1D", "1P2D")),
         quick=QUICK | {"topologies": ("1P2D",)},
         figure="latencies.draw_stages",
         find=findings.stages,
@@ -130,7 +142,9 @@ EXPERIMENTS = (
         mirrors="the ablation",
         expect="every step is faster than the one before; on so small a machine layerwise gains least",
         minutes=3,
-        load=Load(topologies=("1P2D",), systems=("basic", "basic-layerwise", "dualpath-rr", "dualpath"), spread=0.5),
+        conditions=Conditions(
+            topologies=("1P2D",), systems=("basic", "basic-layerwise", "dualpath-rr", "dualpath"), spread=0.5
+        ),
         quick=QUICK,
         figure="bars.draw_ablation",
         find=findings.ablation,
@@ -141,7 +155,9 @@ EXPERIMENTS = (
         mirrors="SNIC traffic max/avg, there 1.53 round robin and 1.18 scheduled",
         expect="in a window the busiest NIC is further above the average under round robin",
         minutes=3,
-        load=Load(topologies=("1P2D",), systems=("dualpath-rr", "dualpath"), agents=10, turns=8, spread=0.6),
+        conditions=Conditions(
+            topologies=("1P2D",), systems=("dualpath-rr", "dualpath"), agents=10, turns=8, spread=0.6
+        ),
         quick=QUICK | {"turns": 4},
         figure="over_time.draw_snic_balance",
         find=findings.snic,
@@ -152,7 +168,7 @@ EXPERIMENTS = (
         mirrors="attention time max/avg in an EP group, there 1.06 scheduled",
         expect="prefill engines differ less when the scheduler chooses between them by their tokens",
         minutes=3,
-        load=Load(
+        conditions=Conditions(
             topologies=("2P1D",),
             systems=("dualpath-rr", "dualpath"),
             agents=10,
@@ -170,14 +186,14 @@ EXPERIMENTS = (
         mirrors="the offline experiments, on sessions that anybody can get",
         expect="90 % of the ideal where storage binds, no loss where it does not, and ties of equal storage bandwidth",
         minutes=10,
-        load=Load(
+        conditions=Conditions(
             topologies=("1P1D", "2P1D", "1P2D"),
             agents=16,
             turns=3,
             max_context_tokens=3072,
             snic_bytes_per_s=15_000_000,
         ),
-        quick={"agents": 3, "turns": 3, "topologies": ("1P1D",), "systems": ("basic", "dualpath")},
+        quick={"agents": 3, "turns": 3, "topologies": ("1P1D",), "systems": BOTH},
         figure="bars.draw_topologies",
         find=findings.real_sessions,
         needs_traces=True,

@@ -1,39 +1,44 @@
-"""Progress of a plan on the terminal: a line for each cluster, with its turns and the time that is left."""
+"""Progress of replays on the terminal: a line for each, with its turns and the time that is left."""
 
+import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as RemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from dualpath.results.turns import TurnFailure, TurnResult
 
+PLAIN_EVERY_S = 30.0
 
-class RunProgress:
+
+class TurnProgress:
     """A context manager. One phase is under way at a time; a phase that has ended keeps its line.
 
-    Where the output is no terminal, a phase is a line when it begins and a line with what it came to.
+    `total_turns` of all phases adds a line for their sum. Where the output is no terminal, a phase is a line when it
+    begins, one now and then, and one with what it came to.
     """
 
-    def __init__(self, console: Console, total_turns: int) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("turns"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            RemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+    def __init__(self, console: Console, total_turns: int | None = None) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("turns"))
+        ahead = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        self._progress = Progress(*columns, *ahead, console=console, disable=not console.is_terminal)
         self._console = console
-        self._overall = self._progress.add_task("[bold]all runs", total=total_turns, note="")
+        self._overall: TaskID | None = None
+        if total_turns is not None:
+            self._overall = self._progress.add_task("[bold]all runs", total=total_turns, note="")
         self._phase: TaskID | None = None
         self._failed = 0
+        self._said_at_s = 0.0
 
-    def __enter__(self) -> "RunProgress":
+    def __enter__(self) -> "TurnProgress":
         self._progress.start()
         return self
 
@@ -42,10 +47,10 @@ class RunProgress:
     ) -> None:
         self._progress.stop()
 
-    def begin(self, name: str, turns: int) -> None:
-        """A phase of `turns` turns begins: its cluster is being started."""
+    def begin(self, name: str, turns: int | None) -> None:
+        """A phase of `turns` turns begins (None: nobody knows how many): its cluster is being started."""
         self._failed = 0
-        self._plain(f"{name}: starting, {turns} turns")
+        self._plain(f"{name}: starting" + ("" if turns is None else f", {turns} turns"))
         self._phase = self._progress.add_task(name, total=turns, note="starting")
 
     def note(self, text: str) -> None:
@@ -55,17 +60,13 @@ class RunProgress:
             self._progress.update(self._phase, note=text + failed)
             self._plain(f"{self._progress.tasks[self._phase].description}: {text}{failed}")
 
-    def _plain(self, text: str) -> None:
-        if not self._console.is_terminal:
-            self._console.print(text, highlight=False)
-
     def clock_starts(self) -> None:
         """The phase's cluster is up: time from here."""
         if self._phase is not None:
             self._progress.reset(self._phase, note="")
 
     def turn(self, outcome: TurnResult | TurnFailure) -> None:
-        """A turn has ended."""
+        """A turn has ended; a failed one takes those after it along."""
         assert self._phase is not None, "a turn outside any phase"
         ended = 1
         if isinstance(outcome, TurnFailure):
@@ -73,4 +74,14 @@ class RunProgress:
             self._failed += ended
             self._progress.update(self._phase, note=f"[red]{self._failed} failed[/red]")
         self._progress.advance(self._phase, ended)
-        self._progress.advance(self._overall, ended)
+        if self._overall is not None:
+            self._progress.advance(self._overall, ended)
+        if time.monotonic() - self._said_at_s > PLAIN_EVERY_S:
+            task = self._progress.tasks[self._phase]
+            of = "" if task.total is None else f" of {task.total:g}"
+            self._plain(f"{task.description}: {task.completed:g}{of} turns, {self._failed} failed")
+
+    def _plain(self, text: str) -> None:
+        self._said_at_s = time.monotonic()
+        if not self._console.is_terminal:
+            self._console.print(text, highlight=False)

@@ -13,7 +13,6 @@ import numpy as np
 from dualpath.cluster.config import ClusterConfig
 from dualpath.core.systems import SYSTEMS, find_system
 from dualpath.core.vocabulary import BLOCK_TOKENS, EngineFacts, Role
-from dualpath.lab.experiments.assemble import snic_max_over_avg
 from dualpath.lab.facts.profile import Profile, ProfileError
 from dualpath.lab.sim.costs import SECOND_NS, measured_costs
 from dualpath.lab.sim.machine import BatchLimits, Machine, constants_for, limits_for
@@ -21,6 +20,7 @@ from dualpath.lab.sim.run import without_garbage_collection
 from dualpath.lab.sim.simulator import Simulator
 from dualpath.lab.sim.turns import LiveTurn
 from dualpath.lab.sim.workloads import typical_turn
+from dualpath.results.build import compared, run_of
 from dualpath.results.file import ResultFile, Run
 from dualpath.results.turns import ReplayResult, TurnResult
 from dualpath.spec.cluster_setup import ClusterSetup
@@ -40,7 +40,7 @@ def predict(measured: ResultFile, profile: Profile, where: str, command: str = "
         kind="prediction",
         name=measured.name,
         trajectories=measured.trajectories,
-        runs=[_predicted(measured, number, profile, where) for number in range(len(measured.runs))],
+        runs=compared([_predicted(measured, number, profile, where) for number in range(len(measured.runs))]),
         configuration=msgspec.structs.replace(measured.configuration, machine=machine),
         command=command,
         workload=measured.workload,
@@ -148,16 +148,11 @@ def _simulated(run: Run, machine: Machine, agents: Agents, names: list[str]) -> 
     prefill = len(machine.of_role(Role.PREFILL))
     engines = [f"PE{n}" if n < prefill else f"DE{n - prefill}" for n in range(machine.nodes)]
     snic_bytes = dict(zip(engines, simulator.storage.read_bytes, strict=True))
-    return Run(
+    return run_of(
+        ReplayResult(jct_s=jct_s, turns=tuple(turns), failures=()),
         **{field: getattr(run, field) for field in SET_UP},
-        turn_results=turns,
-        jct_s=jct_s,
-        ratio_to_basic=None,
-        ideal_ratio=None,
-        ratio_to_ideal=None,
-        snic_max_over_avg=snic_max_over_avg(run.system, snic_bytes),
         snic_bytes=snic_bytes,
-        **ReplayResult(jct_s=jct_s, turns=tuple(turns), failures=()).figures() | {"errors": failed},
+        errors=failed,
     )
 
 

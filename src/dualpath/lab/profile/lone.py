@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 from dualpath.client.replay import ReplayOptions, replay
-from dualpath.lab.experiments.launcher import SERVE, LocalLauncher
+from dualpath.lab.experiments.conditions import SERVE, Bench, Conditions
+from dualpath.lab.experiments.local_cluster import LocalLauncher
 from dualpath.lab.facts.step_times import StepTimes
 from dualpath.traces.trajectory import Round, Trajectory
 
@@ -20,7 +21,7 @@ def measure_lone(model: Path, store: Path, serve: tuple[str, ...], times: StepTi
     """Nanoseconds of (a request up to its first token, each later token) beyond steps by `times`.
 
     Lower quartiles: others on the machine only ever make them later.
-    Starts `dualpath serve` with the options `serve`, its store in a new folder of `store`. Raises ClusterError,
+    Starts `dualpath serve` with the options `serve`, its store in a new folder of `store`. Raises LaunchError,
     ReplayError.
     """
     with tempfile.TemporaryDirectory(prefix="profile-", dir=store) as folder:
@@ -31,14 +32,8 @@ def measure_lone(model: Path, store: Path, serve: tuple[str, ...], times: StepTi
 
 
 async def _ask(model: Path, folder: Path, serve: tuple[str, ...]) -> tuple[float, float]:
-    launcher = LocalLauncher(
-        model=model,
-        snic_bytes_per_s=None,
-        cnic_bytes_per_s=None,
-        logs=folder,
-        ready_file=folder / "ready.json",
-        serve_command=(*SERVE, *serve),
-    )
+    unlimited = Conditions(snic_bytes_per_s=None, cnic_bytes_per_s=None)
+    launcher = LocalLauncher(unlimited, Bench(model=model, serve_command=(*SERVE, *serve)), logs=folder, work=folder)
     agent = Trajectory(
         id="lone",
         # An agent that forgets everything: every prompt is new and short.

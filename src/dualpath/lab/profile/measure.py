@@ -34,7 +34,7 @@ class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure_profile(options: ProfileOptions, on_progress: Progress) -> Profile:
-    """Raises ClusterError, ReplayError; ValueError, OSError, UnsupportedModelError for what is no model."""
+    """Raises LaunchError, ReplayError; ValueError, OSError, UnsupportedModelError for what is no model."""
     load_average = os.getloadavg()[0]
     done = 0
 

@@ -4,8 +4,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dualpath.lab.facts.profile import Profile
-from dualpath.lab.report.html.predictions import mean_ttft_s
-from dualpath.lab.report.html.settings import parameters_of
+from dualpath.results.cells import parameters_of
 from dualpath.results.file import ResultFile, Run
 from dualpath.spec.units import format_rate
 
@@ -43,7 +42,7 @@ def comparison_table(measured: ResultFile, predicted: ResultFile) -> Table:
     for column in ("mean TTFT", "simulated", "off"):
         table.add_column(column, justify="right")
     for one, other in zip(measured.runs, predicted.runs, strict=True):
-        ttft_s, predicted_s = mean_ttft_s(one), mean_ttft_s(other)
+        ttft_s, predicted_s = one.mean_ttft_s, other.mean_ttft_s
         ttft = _seconds(ttft_s, predicted_s) if ttft_s and predicted_s else ("–", "–", "–")
         jct = ("lost turns", f"{other.jct_s:.2f} s", "–") if one.errors else _seconds(one.jct_s, other.jct_s)
         table.add_row(_name(one), *jct, *ttft)

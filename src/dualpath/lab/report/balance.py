@@ -1,6 +1,8 @@
-"""How evenly the storage NICs were read: over a run, and over windows of its time.
+"""How evenly work was spread over engines, window by window: bytes through storage NICs, attention over PEs.
 
-Samples count what a NIC had received since the run's start; a window's bytes are interpolated between them.
+A job's totals hide what happens while it runs: two engines that take turns at being idle end up even. So time is cut
+into windows, and in each the busiest engine is set against the average. A summary over windows weighs each by its work:
+``sum of the busiest / sum of the averages``.
 """
 
 from collections.abc import Sequence
@@ -9,56 +11,94 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from dualpath.core.read_path import find_read_path
-from dualpath.core.systems import system_or_unknown
-from dualpath.results.file import SnicSample
+from dualpath.results.file import Run, SnicSample
+from dualpath.results.roles import readers
 
-IDLE_SHARE = 0.02
-"""A window in which the NICs moved less than this share of their busiest window's bytes has no balance."""
+LEAST_SHARE = 0.2
+"""A window with less than this share of the median window's work has no balance: the job starts, ends or pauses."""
 
 
 class Windows(msgspec.Struct, frozen=True):
-    """Equal spans of a run's time."""
+    """Equal spans of a run's time, from its start, and the work that each engine did in them."""
 
     width_s: float
-    starts_s: NDArray[np.float64]
-    """[windows]"""
     engines: list[str]
-    bytes_per_s: NDArray[np.float64]
-    """[engines, windows]"""
+    work: NDArray[np.float64]
+    """[engines, windows]: bytes, or pairs of tokens."""
+
+    @property
+    def ends_s(self) -> list[float]:
+        return [(at + 1) * self.width_s for at in range(self.work.shape[1])]
+
+    def of(self, engines: Sequence[str]) -> "Windows":
+        """The same of some engines."""
+        return Windows(self.width_s, list(engines), self.work[[self.engines.index(name) for name in engines]])
 
 
-def readers(system: str, engines: Sequence[str]) -> list[str]:
-    """The engines whose storage NICs `system` may use."""
-    side = find_read_path(system_or_unknown(system).policy.read_path).readers
-    return [engine for engine in engines if side == "both" or engine.startswith(side)]
+class Balance(msgspec.Struct, frozen=True):
+    """The busiest engine's work over the average."""
+
+    max_over_avg: list[float | None]
+    """By window; None where next to nothing was done."""
+    overall: float
+    """Weighted by work; 1 where nothing was done."""
 
 
-def windows_of(samples: Sequence[SnicSample], at_most: int) -> Windows | None:
-    """Windows no shorter than the samples' mean distance, `at_most` of them; None for fewer than two samples."""
-    times_s = np.array([sample.at_s for sample in samples])
-    if len(times_s) < 2 or times_s[-1] <= times_s[0]:
+def snic_windows(samples: Sequence[SnicSample], width_s: float, at_most: int | None = None) -> Windows | None:
+    """Bytes each NIC received, interpolated between samples; wider windows where there would be more than `at_most`.
+
+    None for fewer than two samples, or where no time passes.
+    """
+    if len(samples) < 2 or samples[-1].at_s <= samples[0].at_s:
         return None
-    count = max(1, min(at_most, len(times_s) - 1))
-    edges_s = np.linspace(times_s[0], times_s[-1], count + 1)
+    last_s = samples[-1].at_s
+    width_s = min(width_s if at_most is None else max(width_s, last_s / at_most), last_s)
+    edges_s = np.arange(int(last_s / width_s + 1e-9) + 1) * width_s
+    at_s = [0.0, *(sample.at_s for sample in samples)]
     engines = sorted({name for sample in samples for name in sample.received_bytes}, key=prefill_first)
-    received = np.array(
-        [np.interp(edges_s, times_s, [one.received_bytes.get(name, 0) for one in samples]) for name in engines]
-    )
-    width_s = float(edges_s[1] - edges_s[0])
-    return Windows(width_s, edges_s[:-1], engines, np.diff(received, axis=1) / width_s)
+    received = [[0, *(sample.received_bytes.get(name, 0) for sample in samples)] for name in engines]
+    return Windows(width_s, engines, np.array([np.diff(np.interp(edges_s, at_s, one)) for one in received]))
 
 
-def max_over_avg(windows: Windows, system: str) -> list[float | None]:
-    """By window, over the NICs that `system` reads with; None where they were next to idle."""
-    read = readers(system, windows.engines)
-    rates = windows.bytes_per_s[[windows.engines.index(name) for name in read]] if read else np.zeros((1, 1))
-    totals = rates.sum(axis=0)
-    busy = totals > IDLE_SHARE * totals.max(initial=0.0)
-    return [float(rates[:, at].max() * len(rates) / totals[at]) if busy[at] else None for at in range(rates.shape[1])]
+def snic_balance(run: Run, width_s: float, at_most: int | None = None) -> Balance | None:
+    """Balance of the bytes received from storage, over the NICs that the run's system may read with."""
+    windows = snic_windows(run.snic_samples, width_s, at_most)
+    engines = [] if windows is None else readers(run.system, windows.engines)
+    return balance_of(windows.of(engines)) if windows is not None and engines else None
+
+
+def attention_balance(run: Run, width_s: float) -> Balance | None:
+    """Balance of attention in prefill over the PEs; None where the server told no timings or there is one PE.
+
+    A turn's attention is its new tokens times the tokens they attend to (hit tokens, and half of the new ones), and is
+    spread evenly over the time its PE took from having everything read to the first token.
+    """
+    engines = sorted(engine for engine in run.snic_bytes if engine.startswith("PE"))
+    timed = [(turn, turn.timings) for turn in run.turn_results if turn.timings is not None]
+    if len(engines) < 2 or not timed:
+        return None
+    edges_s = np.arange(0.0, max(turn.start_s + turn.ttft_s for turn, _ in timed) + width_s, width_s)
+    work = np.zeros((len(engines), len(edges_s) - 1))
+    for turn, timings in timed:
+        new_tokens = turn.prompt_tokens - turn.loaded_tokens
+        pairs = new_tokens * (turn.loaded_tokens + new_tokens / 2)
+        ends_s = turn.start_s + turn.ttft_s
+        starts_s = ends_s - timings.prefill_s
+        done = np.interp(edges_s, [starts_s, max(ends_s, starts_s + 1e-6)], [0.0, pairs])
+        work[engines.index(timings.prefill_engine)] += np.diff(done)
+    return balance_of(Windows(width_s, engines, work))
+
+
+def balance_of(windows: Windows) -> Balance:
+    """Max over average of every window, and over all that were not next to idle."""
+    total = windows.work.sum(axis=0)
+    busy = total > LEAST_SHARE * np.median(total[total > 0]) if (total > 0).any() else np.zeros(len(total), bool)
+    most, average = windows.work.max(axis=0, initial=0.0), windows.work.mean(axis=0)
+    ratios = [float(m / a) if b else None for m, a, b in zip(most, average, busy, strict=True)]
+    return Balance(ratios, float(most[busy].sum() / average[busy].sum()) if busy.any() else 1.0)
 
 
 def prefill_first(engine: str) -> tuple[bool, int, str]:
-    """Sorts engines: PE0, PE1, …, DE0, …"""
+    """A key that sorts engines: PE0, PE1, …, DE0, …"""
     digits = engine.lstrip("PDE")
     return (not engine.startswith("PE"), int(digits) if digits.isdecimal() else 0, engine)

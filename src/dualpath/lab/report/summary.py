@@ -7,7 +7,12 @@ The busiest storage NIC can't finish before its bytes have passed at its rate, s
         + the rest                      that NIC idle: compute, decode, scheduling, start and end of the job
 """
 
-from dualpath.results.file import ResultFile, Run, representatives
+from collections.abc import Callable, Iterable, Iterator
+
+from dualpath.core.systems import BASELINE
+from dualpath.results.cells import Cell, Comparison, cells_of, comparisons
+from dualpath.results.file import ResultFile, Run
+from dualpath.results.roles import contenders, oracle_among, readers
 from dualpath.spec.topology import Topology
 
 BOUND_SHARE = 0.8
@@ -15,43 +20,56 @@ BOUND_SHARE = 0.8
 
 
 def explain(result: ResultFile) -> list[str]:
-    """Sentences in topology order, then what concerns all runs; none for a topology that lacks basic."""
-    sentences: list[str] = []
-    for topology in result.configuration.topologies:
-        runs = {row.run.system: row.run for row in representatives(result) if row.run.topology == topology}
-        complete = {system: run for system, run in runs.items() if not run.errors}
-        basic, dualpath = complete.get("basic"), complete.get("dualpath")
-        rate = result.configuration.snic_bytes_per_s
-        if basic is not None and rate is not None:
-            sentences.append(_bottleneck(topology, basic, rate))
-        if dualpath is not None and dualpath.ratio_to_basic is not None:
-            sentences.append(_gain(topology, dualpath, complete.get("oracle")))
-            if rate is not None:
-                sentences.append(_losses(topology, dualpath, rate))
-    sentences += _agreement(result)
+    """Sentences in topology order, then what concerns all runs; none for a topology that lacks the baseline."""
+    rate = result.configuration.snic_bytes_per_s
+    sentences = [sentence for one in comparisons(cells_of(result)) for sentence in _comparison(one, rate)]
+    return [*sentences, *soundness(result)]
+
+
+def soundness(result: ResultFile) -> list[str]:
+    """Whether the systems generated the same tokens (none may trade a right answer for a fast one), and turns lost."""
+    agreed = [(cell, same) for cell in cells_of(result) if (same := cell.spread(lambda run: run.same_tokens_as_basic))]
+    sentences = [
+        f"{cell.setting.label}: {cell.system} generated {BASELINE}'s tokens in {same.least:.1%} of its turns."
+        for cell, same in agreed
+        if same.least < 1
+    ]
+    if agreed and not sentences:
+        sentences = ["Every system generated the same tokens in every turn."]
     failed = sum(run.errors for run in result.runs)
     if failed:
         sentences.append(f"{failed} turns failed: job completion times of the runs that lost turns are not comparable.")
     return sentences
 
 
-def _agreement(result: ResultFile) -> list[str]:
-    """Whether the systems generated the same tokens: none may trade a right answer for a fast one."""
-    compared = [run for run in result.runs if run.same_tokens_as_basic is not None]
-    differing = [run for run in compared if run.same_tokens_as_basic != 1]
-    if compared and not differing:
-        return ["Every system generated the same tokens in every turn."]
-    return [
-        f"{run.topology}: {run.system} generated basic's tokens in {run.same_tokens_as_basic:.1%} of its turns."
-        for run in differing
-    ]
+def gains(result: ResultFile) -> list[str]:
+    """Every contender against the baseline under every setting, and against the ideal."""
+    return [_gain(one, cell) for one, cell in _gaining(comparisons(cells_of(result)))] + soundness(result)
+
+
+def _gaining(found: Iterable[Comparison]) -> Iterator[tuple[Comparison, Cell]]:
+    """The contenders whose times mean something: all turns answered, all agents started at once."""
+    for one in found:
+        for system in contenders(one.cells):
+            run = one.complete(system)
+            if run is not None and run.ratio_to_basic is not None and run.agents_per_s is None:
+                yield one, one.cells[system]
+
+
+def _comparison(one: Comparison, rate: int | None) -> list[str]:
+    basic = one.complete(BASELINE)
+    sentences = [] if basic is None or rate is None else [_bottleneck(one.setting.label, basic, rate)]
+    for _, cell in _gaining([one]):
+        sentences.append(_gain(one, cell))
+        sentences += [] if rate is None else [_losses(one.setting.label, cell.median, rate)]
+    return sentences
 
 
 def _busiest(run: Run) -> tuple[str, int]:
     return max(run.snic_bytes.items(), key=lambda item: item[1], default=("no engine", 0))
 
 
-def _bottleneck(topology: str, basic: Run, rate: int) -> str:
+def _bottleneck(where: str, basic: Run, rate: int) -> str:
     engine, n_bytes = _busiest(basic)
     busy_s = n_bytes / rate
     share = busy_s / basic.jct_s
@@ -61,37 +79,39 @@ def _bottleneck(topology: str, basic: Run, rate: int) -> str:
         else f"less than {BOUND_SHARE:.0%}, so storage reads alone do not bound the job"
     )
     return (
-        f"{topology}: under basic the SNIC of {engine} received {n_bytes / 1e9:.2f} GB, {busy_s:.1f} s at its rate and "
-        f"{share:.0%} of the job's {basic.jct_s:.1f} s; {verdict}."
+        f"{where}: under {basic.system} the SNIC of {engine} received {n_bytes / 1e9:.2f} GB, {busy_s:.1f} s at its "
+        f"rate and {share:.0%} of the job's {basic.jct_s:.1f} s; {verdict}."
     )
 
 
-def _gain(topology: str, dualpath: Run, oracle: Run | None) -> str:
-    gained = f"{topology}: dualpath is {dualpath.ratio_to_basic:.2f}× basic"
-    if dualpath.ideal_ratio is None or dualpath.ratio_to_ideal is None:
+def _gain(one: Comparison, cell: Cell) -> str:
+    run, oracle = cell.median, one.complete(oracle_among(one.cells))
+    ratio = f"{run.ratio_to_basic:.2f}× {BASELINE}{range_text(cell, lambda repeat: repeat.ratio_to_basic)}"
+    gained = f"{one.setting.label}: {run.system} is {ratio}"
+    if run.ideal_ratio is None or run.ratio_to_ideal is None:
         return f"{gained}."
-    by_nics = Topology.parse(topology).pooled
     reason = (
         "set by the number of storage NICs"
-        if oracle is None or dualpath.ideal_ratio >= by_nics
-        else f"set by compute: oracle, which pays nothing for I/O, takes {oracle.jct_s:.1f} s"
+        if oracle is None or run.ideal_ratio >= Topology.parse(run.topology).pooled
+        else f"set by compute: {oracle.system}, which pays nothing for I/O, takes {oracle.jct_s:.1f} s"
     )
+    return f"{gained}, {run.ratio_to_ideal:.0%} of the most that pooling could give ({run.ideal_ratio:.2f}×, {reason})."
+
+
+def range_text(cell: Cell, figure: Callable[[Run], float | None]) -> str:
+    """`` (1.81–1.93 over 3 runs)``; empty for a single run."""
+    found = cell.spread(figure)
+    if found is None or len(cell.counted) < 2:
+        return ""
+    return f" ({found.least:.2f}–{found.most:.2f} over {len(cell.counted)} runs)"
+
+
+def _losses(where: str, run: Run, rate: int) -> str:
+    received = {engine: run.snic_bytes[engine] for engine in readers(run.system, list(run.snic_bytes))}
+    most, average = _busiest(run)[1], sum(received.values()) / max(1, len(received))
+    balance = "–" if run.snic_max_over_avg is None else f"{run.snic_max_over_avg:.2f}"
     return (
-        f"{gained}, {dualpath.ratio_to_ideal:.0%} of the most that pooling could give ({dualpath.ideal_ratio:.2f}×, "
-        f"{reason})."
+        f"{where}: of {run.system}'s {run.jct_s:.1f} s, {average / rate:.1f} s are the reads spread evenly over "
+        f"{len(received)} SNICs, {(most - average) / rate:.1f} s their imbalance (max/avg {balance}), and in "
+        f"{max(0.0, run.jct_s - most / rate):.1f} s the busiest SNIC waited for compute, decode or scheduling."
     )
-
-
-def _losses(topology: str, dualpath: Run, rate: int) -> str:
-    most = _busiest(dualpath)[1]
-    average = sum(dualpath.snic_bytes.values()) / max(1, len(dualpath.snic_bytes))
-    return (
-        f"{topology}: of dualpath's {dualpath.jct_s:.1f} s, {average / rate:.1f} s are the reads spread evenly over "
-        f"{len(dualpath.snic_bytes)} SNICs, {(most - average) / rate:.1f} s their imbalance (max/avg "
-        f"{_ratio(dualpath.snic_max_over_avg)}), and in {max(0.0, dualpath.jct_s - most / rate):.1f} s the busiest "
-        "SNIC waited for compute, decode or scheduling."
-    )
-
-
-def _ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"

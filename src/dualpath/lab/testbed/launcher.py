@@ -19,9 +19,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from dualpath.lab.experiments.cluster_process import ClusterError, ClusterProcess, log_tail
-from dualpath.lab.experiments.launcher import ClusterLauncher, LaunchedCluster, log_path
-from dualpath.lab.experiments.settings import Settings
+from dualpath.lab.experiments.conditions import Bench, Conditions
+from dualpath.lab.experiments.local_cluster import (
+    ClusterLauncher,
+    ClusterProcess,
+    LaunchedCluster,
+    LaunchError,
+    log_path,
+    log_tail,
+)
 from dualpath.lab.testbed import network
 from dualpath.lab.testbed.failure import TestbedError
 from dualpath.lab.testbed.iproute import inside
@@ -97,7 +103,7 @@ class TestbedCluster:
         )
         self._engines = list(_engines(self._plan.nodes, topology))
         self._processes: dict[str, asyncio.subprocess.Process] = {}
-        self._exits: asyncio.Task[ClusterError] | None = None
+        self._exits: asyncio.Task[LaunchError] | None = None
         self._serve = ClusterProcess(
             name, self._serve_command(), launcher.work / "ready.json", self._log(), launcher.start_timeout_s
         )
@@ -113,7 +119,7 @@ class TestbedCluster:
         return await self._unless_an_engine_ends(self._serve.run(work))
 
     async def __aenter__(self) -> "TestbedCluster":
-        """Raises ClusterError."""
+        """Raises LaunchError."""
         self._launcher.work.mkdir(parents=True, exist_ok=True)
         try:
             await self._start()
@@ -138,7 +144,7 @@ class TestbedCluster:
             await asyncio.to_thread(network.set_rates, self._launcher.testbed, self._rates)
             await asyncio.to_thread(server.__enter__)
         except TestbedError as error:
-            raise ClusterError(f"{self.name}: {error}") from error
+            raise LaunchError(f"{self.name}: {error}") from error
         self._stack.push_async_callback(asyncio.to_thread, server.__exit__)
         self._stack.push_async_callback(self._end_engines)
         for node, role in self._engines:
@@ -147,7 +153,7 @@ class TestbedCluster:
         await self._unless_an_engine_ends(self._stack.enter_async_context(self._serve))
 
     async def _unless_an_engine_ends(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """`work`'s result. Raises ClusterError, cancelling `work`, when an engine ends before it."""
+        """`work`'s result. Raises LaunchError, cancelling `work`, when an engine ends before it."""
         assert self._exits is not None, "the cluster has been entered"
         working = asyncio.ensure_future(work)
         try:
@@ -177,7 +183,7 @@ class TestbedCluster:
                 env=_environment(),
             )
 
-    async def _first_exit(self) -> ClusterError:
+    async def _first_exit(self) -> LaunchError:
         """Why the cluster is not one any more, once an engine has ended."""
         waits = {asyncio.create_task(process.wait()): name for name, process in self._processes.items()}
         try:
@@ -187,7 +193,7 @@ class TestbedCluster:
                 wait.cancel()
         ended = next(iter(done))
         name = waits[ended]
-        return ClusterError(
+        return LaunchError(
             f"{self.name}: engine {name} ended by itself, exit code {ended.result()}.{log_tail(self._log(name))}"
         )
 
@@ -224,8 +230,8 @@ class TestbedCluster:
 @contextmanager
 def temporary_testbed(
     topologies: Sequence[str], rates: Rates, name: str = "run", subnet: str = SUBNET
-) -> Iterator[Callable[[Settings, Path, Path], ClusterLauncher]]:
-    """A testbed for as long as the context lasts, large enough for all `topologies`: what `run_plan` takes.
+) -> Iterator[Callable[[Conditions, Bench, Path, Path], ClusterLauncher]]:
+    """A testbed for as long as the context lasts, large enough for all `topologies`: what `run_series` takes.
 
     Raises TestbedError; ValueError for what is no topology.
     """
@@ -233,13 +239,13 @@ def temporary_testbed(
     plan = make_plan(name, max(prefill for prefill, _ in sizes), max(decode for _, decode in sizes), subnet)
     testbed = network.up(plan, rates)
     try:
-        yield lambda settings, logs, work: TestbedLauncher(
+        yield lambda conditions, bench, logs, work: TestbedLauncher(
             testbed,
-            model=settings.model,
-            rates=Rates(settings.snic_bytes_per_s, settings.cnic_bytes_per_s, rates.storage_node),
+            model=bench.model,
+            rates=Rates(conditions.snic_bytes_per_s, conditions.cnic_bytes_per_s, rates.storage_node),
             logs=logs,
             work=work,
-            start_timeout_s=settings.start_timeout_s,
+            start_timeout_s=bench.start_timeout_s,
         )
     finally:
         network.down(name)
@@ -256,13 +262,13 @@ def _size(topology: str) -> tuple[int, int]:
 
 
 def _engines(nodes: Sequence[Node], topology: str) -> Iterator[tuple[Node, str]]:
-    """The nodes that `topology` takes, and their roles. Raises ClusterError where there are too few."""
+    """The nodes that `topology` takes, and their roles. Raises LaunchError where there are too few."""
     by_name = {node.name: node for node in nodes}
     prefill, decode = _size(topology)
     for kind, role, count in (("pe", "prefill", prefill), ("de", "decode", decode)):
         for rank in range(count):
             if f"{kind}{rank}" not in by_name:
-                raise ClusterError(
+                raise LaunchError(
                     f"the testbed has no {kind}{rank}, which {topology} needs: dualpath testbed up {topology}"
                 )
             yield by_name[f"{kind}{rank}"], role

@@ -17,7 +17,7 @@ def serve_inside(
     """Serve until SIGINT or SIGTERM, or until the command `then`, which finds the server's address in ``DUALPATH_URL``,
     has ended. → its exit code, or 0.
 
-    Raises ClusterError, OSError; ValueError for what is no topology.
+    Raises LaunchError, OSError; ValueError for what is no topology.
     """
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dualpath-testbed-") as work:

@@ -15,10 +15,10 @@ from dualpath.lab.experiments.figures.panels import (
     system_legend,
     ticks_at,
 )
-from dualpath.lab.experiments.stages import STAGES, mean_stages_s
 from dualpath.lab.report.palette import STAGE_COLOURS
-from dualpath.results.cells import MeasuredPoint, Spread, cells, measured_points, place, systems_of
-from dualpath.results.file import ResultFile, Run
+from dualpath.results.cells import Cell, cells_of, systems_of
+from dualpath.results.file import ResultFile
+from dualpath.results.turns import TTFT_STAGES, mean_stages_s
 
 LATENCIES = (
     ("Time to first token (s)", "ttft", 1.0),
@@ -31,51 +31,55 @@ LEGIBLE_SHARE = 0.07
 
 def draw_arrivals(result: ResultFile, path: Path) -> None:
     """TTFT, TTST and TPOT over agents a second: medians, and the 99th percentiles dashed."""
-    points = [point for point in measured_points(result) if "agents_per_s" in point.parameters]
-    if not points:
+    cells = [cell for cell in cells_of(result) if "agents_per_s" in dict(cell.setting.parameters) and cell.whole]
+    if not cells:
         raise ValueError("nothing to draw: no run has agents_per_s as a parameter")
     with canvas(path, 1, len(LATENCIES), 4.0) as (figure, panels):
         for axes, (title, name, factor) in zip(panels, LATENCIES, strict=True):
-            for system in systems_of(points):
-                line(axes, system, _percentiles(points, system, f"{name}_p50_s", factor))
-                tail = _percentiles(points, system, f"{name}_p99_s", factor)
-                line(axes, system, tail, ls=DASHES, lw=1.2, alpha=0.75)
-            ticks_at(axes, (float(point.parameters["agents_per_s"]) for point in points))
+            for system in systems_of(cells):
+                own = [cell for cell in cells if cell.system == system]
+                _draw_percentile(axes, own, f"{name}_p50_s", factor)
+                _draw_percentile(axes, own, f"{name}_p99_s", factor, ls=DASHES, lw=1.2, alpha=0.75)
+            ticks_at(axes, (_rate(cell) for cell in cells))
             axes.set_title(title)
             axes.set_xlabel("agents a second")
             grid(axes)
             from_zero(axes)
-        system_legend(figure, systems_of(points), [dashed("99th percentile")])
+        system_legend(figure, systems_of(cells), [dashed("99th percentile")])
 
 
-def _percentiles(points: list[MeasuredPoint], system: str, field: str, factor: float) -> list[tuple[float, Spread]]:
-    """`field` of a run times `factor` by agents a second, where the system lost no turn."""
+def _draw_percentile(axes: Any, cells: list[Cell], field: str, factor: float, **style: Any) -> None:
+    """`field` of one system's runs, in seconds times `factor`, by agents a second."""
+    scaled = [
+        (cell, cell.spread(lambda run: None if getattr(run, field) is None else getattr(run, field) * factor))
+        for cell in cells
+    ]
+    line(axes, cells[0].system, [(_rate(cell), spread) for cell, spread in scaled if spread is not None], **style)
 
-    def figure(run: Run) -> float | None:
-        value = getattr(run, field)
-        return None if value is None else value * factor
 
-    spreads = [(point, point.cells[system].spread(figure)) for point in points if point.complete(system) is not None]
-    return [(float(point.parameters["agents_per_s"]), spread) for point, spread in spreads if spread is not None]
+def _rate(cell: Cell) -> float:
+    return float(dict(cell.setting.parameters)["agents_per_s"])
 
 
 def draw_stages(result: ResultFile, path: Path) -> None:
     """A bar per topology and system: mean seconds in each stage before the first token."""
-    rows = [(cell, stages) for cell in cells(result) if (stages := mean_stages_s(cell.runs)) is not None]
+    rows = [
+        (cell, means_s)
+        for cell in cells_of(result)
+        if (means_s := mean_stages_s([turn for run in cell.counted for turn in run.turn_results])) is not None
+    ]
     if not rows:
         raise ValueError("nothing to draw: no run has timings")
     with canvas(path, 1, 1, 1.4 + 0.5 * len(rows)) as (figure, (axes,)):
-        longest_s = max(sum(stages.values()) for _, stages in rows)
-        for y, (_, stages) in enumerate(reversed(rows)):
-            _draw_stack(axes, y, stages, longest_s)
-        axes.set_yticks(
-            range(len(rows)), [f"{place(cell.topology, cell.parameters)}  {cell.system}" for cell, _ in reversed(rows)]
-        )
+        longest_s = max(sum(means_s.values()) for _, means_s in rows)
+        for y, (_, means_s) in enumerate(reversed(rows)):
+            _draw_stack(axes, y, means_s, longest_s)
+        axes.set_yticks(range(len(rows)), [f"{cell.setting.label}  {cell.system}" for cell, _ in reversed(rows)])
         axes.set_xlim(0, longest_s * 1.12)
         axes.tick_params(length=0)
         axes.set_xticks([])
         axes.set_title("Mean time to first token (s), by where it went")
-        handles = [Patch(color=STAGE_COLOURS[stage], label=stage) for stage in STAGES]
+        handles = [Patch(color=STAGE_COLOURS[stage], label=stage) for stage in TTFT_STAGES]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 
 

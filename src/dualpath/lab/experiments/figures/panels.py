@@ -13,15 +13,29 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from dualpath.lab.report.figure import STYLE
 from dualpath.lab.report.palette import colour_of
 from dualpath.results.cells import Spread
 
-DPI = 150
+DPI = 180
 WIDTH_IN = 10.0
 INK = "#222222"
 FAINT = "#DDDDDD"
 DASHES: Any = (0, (3, 1.5))
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+}
 
 
 @contextmanager
@@ -39,18 +53,14 @@ def canvas(path: Path, rows: int, columns: int, height_in: float, **layout: Any)
             plt.close(figure)
 
 
-def colour(system: str) -> str:
-    return colour_of(system)
-
-
 def line(axes: Any, system: str, points: Sequence[tuple[float, Spread]], **style: Any) -> None:
     """Medians joined, the range over repeats as a whisker."""
     xs = [x for x, _ in points]
     middle = [spread.median for _, spread in points]
-    axes.plot(xs, middle, marker="o", ms=5, color=colour(system), **({"lw": 2} | style))
+    axes.plot(xs, middle, marker="o", ms=5, color=colour_of(system), **({"lw": 2} | style))
     for x, spread in points:
         if spread.most > spread.least:
-            axes.vlines(x, spread.least, spread.most, color=colour(system), lw=1.2)
+            axes.vlines(x, spread.least, spread.most, color=colour_of(system), lw=1.2)
 
 
 def grid(axes: Any) -> None:
@@ -79,9 +89,9 @@ def ticks_at(axes: Any, values: Iterable[float]) -> None:
 def system_legend(figure: Any, systems: Iterable[str], more: Sequence[Any] = (), *, lines: bool = True) -> None:
     """Under everything."""
     handles = [
-        Line2D([], [], color=colour(one), marker="o", ms=5, lw=2, label=one)
+        Line2D([], [], color=colour_of(one), marker="o", ms=5, lw=2, label=one)
         if lines
-        else Patch(color=colour(one), label=one)
+        else Patch(color=colour_of(one), label=one)
         for one in systems
     ]
     handles += more

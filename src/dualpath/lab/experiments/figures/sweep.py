@@ -15,24 +15,22 @@ from dualpath.lab.experiments.figures.panels import (
     system_legend,
     ticks_at,
 )
-from dualpath.results.cells import UNITS, MeasuredPoint, measured_points, parameter_names, place, systems_of
+from dualpath.results.cells import Cell, cells_of, systems_of, unit_of
 from dualpath.results.file import ResultFile
-
-Panel = tuple[str, list[MeasuredPoint]]
-"""Title, and points that differ in the first parameter only."""
+from dualpath.results.roles import foremost, is_oracle
 
 
 def draw_sweep(result: ResultFile, path: Path) -> None:
     """The first parameter is the x axis; every combination of topology and other parameters has a column."""
-    names = parameter_names(result)
-    points = measured_points(result)
-    if not names or not points:
+    cells = cells_of(result)
+    names = list(dict.fromkeys(name for cell in cells for name, _ in cell.setting.parameters))
+    if not names:
         raise ValueError("nothing to draw: no run has a parameter that varies")
-    panels = split(points, names[0])
+    panels = split(cells, names[0])
     alone = len(panels) == 1
     rows, columns = (1, 2) if alone else (2, len(panels))
     with canvas(path, rows, columns, 4.2 if alone else 6.4) as (figure, axes):
-        for index, (title, members) in enumerate(panels):
+        for index, (title, members) in enumerate(panels.items()):
             times, ratios = axes[index], axes[index + (1 if alone else columns)]
             _draw_times(times, members, names[0])
             _draw_ratios(ratios, members, names[0])
@@ -40,53 +38,51 @@ def draw_sweep(result: ResultFile, path: Path) -> None:
                 "Job completion time (s), lower is better" if alone else title, fontsize=11 if alone else 9.5
             )
             ratios.set_title("Times faster than basic" if alone else "")
-            ratios.set_xlabel(UNITS.get(names[0], names[0]))
-            if alone:
-                times.set_xlabel(UNITS.get(names[0], names[0]))
+            for one in (times, ratios) if alone else (ratios,):
+                one.set_xlabel(unit_of(names[0]))
         from_zero(*axes[: len(panels)])
         from_zero(*axes[len(panels) :])
         if not alone:
             axes[0].set_ylabel("job completion time (s)")
             axes[columns].set_ylabel("times faster than basic")
-        system_legend(figure, systems_of(points), [dashed("the most that pooling storage NICs could give")])
+        system_legend(figure, systems_of(cells), [dashed("the most that pooling storage NICs could give")])
 
 
-def split(points: list[MeasuredPoint], axis: str) -> list[Panel]:
+def split(cells: list[Cell], axis: str) -> dict[str, list[Cell]]:
     """Panels by topology and all parameters but `axis`."""
-    panels: dict[str, list[MeasuredPoint]] = {}
-    for point in points:
-        others = {name: value for name, value in point.parameters.items() if name != axis}
-        panels.setdefault(place(point.topology, others), []).append(point)
-    return list(panels.items())
+    panels: dict[str, list[Cell]] = {}
+    for cell in cells:
+        panels.setdefault(cell.setting.label_without(axis), []).append(cell)
+    return panels
 
 
-def _draw_times(axes: Any, points: list[MeasuredPoint], axis: str) -> None:
-    for system in systems_of(points):
-        found = [
-            (float(point.parameters[axis]), spread)
-            for point in points
-            if point.complete(system) and (spread := point.cells[system].spread(lambda run: run.jct_s))
-        ]
-        line(axes, system, found)
-    ticks_at(axes, (float(point.parameters[axis]) for point in points))
+def _draw_times(axes: Any, cells: list[Cell], axis: str) -> None:
+    for system in systems_of(cells):
+        own = [cell for cell in cells if cell.system == system and cell.whole]
+        line(
+            axes, system, [(_at(cell, axis), spread) for cell in own if (spread := cell.spread(lambda run: run.jct_s))]
+        )
+    ticks_at(axes, (_at(cell, axis) for cell in cells))
     grid(axes)
 
 
-def _draw_ratios(axes: Any, points: list[MeasuredPoint], axis: str) -> None:
-    ideals = []
-    for system in systems_of(points):
-        found = [
-            (float(point.parameters[axis]), spread)
-            for point in points
-            if system != "oracle" and (spread := point.cells[system].spread(lambda run: run.ratio_to_basic))
-        ]
+def _draw_ratios(axes: Any, cells: list[Cell], axis: str) -> None:
+    headline = foremost(systems_of(cells))
+    for system in systems_of(cells):
+        own = [] if is_oracle(system) else [cell for cell in cells if cell.system == system]
+        found = [(_at(cell, axis), spread) for cell in own if (spread := cell.spread(lambda run: run.ratio_to_basic))]
         line(axes, system, found)
-        for x, spread in found if system == "dualpath" else ():
+        for x, spread in found if system == headline else ():
             label_above(axes, x, spread.median, f"{spread.median:.2f}×", lift=-16)
-    for point in points:
-        run = point.complete("dualpath")
-        if run is not None and run.ideal_ratio is not None:
-            ideals.append((float(point.parameters[axis]), run.ideal_ratio))
+    ideals = [
+        (_at(cell, axis), cell.median.ideal_ratio)
+        for cell in cells
+        if cell.system == headline and cell.whole and cell.median.ideal_ratio is not None
+    ]
     axes.plot([x for x, _ in ideals], [ratio for _, ratio in ideals], color=INK, lw=1.4, ls=DASHES)
-    ticks_at(axes, (float(point.parameters[axis]) for point in points))
+    ticks_at(axes, (_at(cell, axis) for cell in cells))
     grid(axes)
+
+
+def _at(cell: Cell, axis: str) -> float:
+    return float(dict(cell.setting.parameters)[axis])

@@ -3,6 +3,7 @@
 The page's script adds what depends on the theme; the table is for readers of screens, paper and precise values.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -50,3 +51,18 @@ def axis(title: str, **other: Any) -> dict[str, Any]:
 
 def rounded(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else round(value, digits)
+
+
+def line(
+    name: str, colour: str, x: Sequence[Value], y: Sequence[float | None], hover: str, **more: Any
+) -> dict[str, Any]:
+    """The trace of a line; `hover` is its hover text after the name. `more` goes into its ``line``."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "x": list(x),
+        "y": [rounded(value) for value in y],
+        "line": {"color": colour, "width": 2} | more,
+        "hovertemplate": f"<b>{name}</b> {hover}<extra></extra>",
+    }

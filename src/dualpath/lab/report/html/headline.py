@@ -4,11 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from dualpath.lab.report.html.predictions import mean_ttft_s
-from dualpath.lab.report.html.settings import Cell, settings_of, source_name
-from dualpath.lab.report.palette import colour_of, foremost
+from dualpath.core.systems import BASELINE
+from dualpath.lab.report.html.runs import source_name
+from dualpath.lab.report.palette import colour_of
 from dualpath.lab.report.summary import explain
+from dualpath.results.cells import Cell, Comparison, comparisons, systems_of
 from dualpath.results.file import ResultFile, Run
+from dualpath.results.roles import contenders, foremost, oracle_among
 
 ENOUGH_REPEATS = 3
 COMPUTE_BOUND = 1.15
@@ -31,60 +33,56 @@ class Card(msgspec.Struct, frozen=True):
 
 def cards_of(cells: Sequence[Cell]) -> list[Card]:
     """A card for each topology of each file."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
+    groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.setting.source, cell.setting.topology), []).append(cell)
-    return [_card(" ".join(filter(None, name)), group) for name, group in groups.items()]
+        groups.setdefault(cell.setting.place, []).append(cell)
+    return [_card(title, group) for title, group in groups.items()]
 
 
 def _card(title: str, cells: list[Cell]) -> Card:
-    compared = {cell.system for cell in cells if cell.median.run.ratio_to_basic is not None}
-    system = foremost(compared)
+    compared = [cell for cell in cells if cell.median.ratio_to_basic is not None]
+    system = foremost(systems_of(compared))
     if system is None:
         return _time_card(title, cells)
-    chosen = [cell for cell in cells if cell.system == system and cell.median.run.ratio_to_basic is not None]
-    runs = [cell.median.run for cell in chosen]
-    facts = [("SNIC max/avg", _span([run.snic_max_over_avg for run in runs], "{:.2f}"))]
-    facts.insert(0, ("ideal", _ideal(runs)))
-    facts.append(("hit rate", _span([run.hit_rate for run in runs], "{:.1%}")))
-    facts.append(("JCT", _span([run.jct_s for run in runs], "{:.1f}", " s")))
+    chosen = [cell for cell in compared if cell.system == system]
+    runs = [cell.median for cell in chosen]
+    balance, hits = _balance_and_hits(runs)
     if all(run.agents_per_s is not None for run in runs):
-        gains = [_ttft_gain(cells, cell) for cell in chosen]
-        figure, what = _span(gains, "{:.2f}", "×"), f"basic's mean TTFT over {system}'s"
+        gains = [_ttft_gain(one.cells[system], one) for one in comparisons(cells) if system in one.cells]
+        what, caption = f"{BASELINE}'s mean TTFT over {system}'s", f"agents arriving, over {len(chosen)} settings"
         return Card(
-            f"{title}: {what}", figure, f"agents arriving, over {len(chosen)} settings", colour_of(system), facts[1:]
+            f"{title}: {what}", _span(gains, "{:.2f}", "×"), caption, colour_of(system), [balance, hits, _jct(runs)]
         )
     figure = _span([run.ratio_to_basic for run in runs], "{:.2f}", "×")
-    return Card(f"{title}: {system} over basic", figure, _repeats(chosen), colour_of(system), facts)
+    facts = [("ideal", _ideal(runs)), balance, hits, _jct(runs)]
+    return Card(f"{title}: {system} over {BASELINE}", figure, _repeats(chosen), colour_of(system), facts)
 
 
-def _ttft_gain(cells: Sequence[Cell], cell: Cell) -> float | None:
+def _ttft_gain(cell: Cell, peers: Comparison) -> float | None:
     """What agents that arrive at a rate see; how long they take in all is up to the rate."""
-    basic = _peer(cells, cell, "basic")
-    if basic is None:
-        return None
-    slow_s, fast_s = mean_ttft_s(basic.median.run), mean_ttft_s(cell.median.run)
+    basic = peers.cells.get(BASELINE)
+    slow_s, fast_s = None if basic is None else basic.median.mean_ttft_s, cell.median.mean_ttft_s
     return slow_s / fast_s if slow_s and fast_s else None
 
 
 def _time_card(title: str, cells: list[Cell]) -> Card:
-    """Where nothing can be compared with basic: the time of the last system that was run."""
-    system = foremost({cell.system for cell in cells}) or cells[-1].system
-    runs = [cell.median.run for cell in cells if cell.system == system]
-    facts = [
-        ("TTFT p50", _span([run.ttft_p50_s for run in runs], "{:.2f}", " s")),
-        ("SNIC max/avg", _span([run.snic_max_over_avg for run in runs], "{:.2f}")),
-        ("hit rate", _span([run.hit_rate for run in runs], "{:.1%}")),
-        ("turns", _span([float(run.turns) for run in runs], "{:,.0f}")),
-    ]
-    caption = _repeats([cell for cell in cells if cell.system == system])
-    return Card(
-        f"{title}: JCT of {system}",
-        _span([run.jct_s for run in runs], "{:.1f}", " s"),
-        caption,
-        colour_of(system),
-        facts,
-    )
+    """Where nothing can be compared with the baseline: the time of the last system that was run."""
+    system = foremost(systems_of(cells)) or cells[-1].system
+    chosen = [cell for cell in cells if cell.system == system]
+    runs = [cell.median for cell in chosen]
+    ttft = ("TTFT p50", _span([run.ttft_p50_s for run in runs], "{:.2f}", " s"))
+    turns = ("turns", _span([float(run.turns) for run in runs], "{:,.0f}"))
+    facts = [ttft, *_balance_and_hits(runs), turns]
+    return Card(f"{title}: JCT of {system}", _jct(runs)[1], _repeats(chosen), colour_of(system), facts)
+
+
+def _balance_and_hits(runs: list[Run]) -> tuple[tuple[str, str], tuple[str, str]]:
+    balance = _span([run.snic_max_over_avg for run in runs], "{:.2f}")
+    return ("SNIC max/avg", balance), ("hit rate", _span([run.hit_rate for run in runs], "{:.1%}"))
+
+
+def _jct(runs: list[Run]) -> tuple[str, str]:
+    return "JCT", _span([run.jct_s for run in runs], "{:.1f}", " s")
 
 
 def _ideal(runs: list[Run]) -> str:
@@ -122,7 +120,7 @@ def meanings(results: Sequence[ResultFile], cells: Sequence[Cell]) -> list[str]:
     for at, result in enumerate(results):
         name = source_name(results, at)
         own = [cell for cell in cells if cell.setting.source == name]
-        if len(settings_of(own)) == len({cell.setting.topology for cell in own}):
+        if len(comparisons(own)) == len({cell.setting.topology for cell in own}):
             sentences += [f"{name}: {sentence}" if name else sentence for sentence in explain(result)]
         else:
             sentences += _extremes(own)
@@ -131,20 +129,19 @@ def meanings(results: Sequence[ResultFile], cells: Sequence[Cell]) -> list[str]:
 
 def _extremes(cells: list[Cell]) -> Iterator[str]:
     for topology in dict.fromkeys(cell.setting.topology for cell in cells):
-        known = [
-            (cell.median.run.ratio_to_basic, cell)
-            for cell in cells
-            if cell.system == "dualpath"
-            and cell.setting.topology == topology
-            and cell.median.run.ratio_to_basic
-            and cell.median.run.agents_per_s is None
-        ]
-        if known:
-            least, most = min(known, key=lambda one: one[0] or 0), max(known, key=lambda one: one[0] or 0)
-            yield (
-                f"dualpath gains most over basic at {most[1].setting.label} ({most[0]:.2f}×), least at "
-                f"{least[1].setting.label} ({least[0]:.2f}×)."
-            )
+        own = [cell for cell in cells if cell.setting.topology == topology]
+        for system in contenders(systems_of(own)):
+            known = [
+                (ratio, cell.setting.label)
+                for cell in own
+                if cell.system == system and (ratio := cell.median.ratio_to_basic) and cell.median.agents_per_s is None
+            ]
+            if known:
+                least, most = min(known), max(known)
+                yield (
+                    f"{system} gains most over {BASELINE} at {most[1]} ({most[0]:.2f}×), least at {least[1]} "
+                    f"({least[0]:.2f}×)."
+                )
 
 
 def cautions(results: Sequence[ResultFile], cells: Sequence[Cell]) -> list[str]:
@@ -187,41 +184,37 @@ def _few_repeats(cells: Sequence[Cell]) -> list[str]:
 
 def _overlaps(cells: Sequence[Cell]) -> list[str]:
     found = []
-    for cell in cells:
-        basic = _peer(cells, cell, "basic")
-        if basic is None or cell.system != "dualpath" or min(len(basic.whole), len(cell.whole)) < 2:
-            continue
-        if cell.median.jct_max_s >= basic.median.jct_min_s and cell.median.jct_min_s <= basic.median.jct_max_s:
-            found.append(
-                f"{cell.setting.label}: the repeats of dualpath and basic overlap; their difference may be chance."
-            )
+    for one in comparisons(cells):
+        basic = one.cells.get(BASELINE)
+        for system in contenders(one.cells) if basic is not None else ():
+            cell = one.cells[system]
+            if basic is None or min(len(basic.whole), len(cell.whole)) < 2:
+                continue
+            if cell.jct.most >= basic.jct.least and cell.jct.least <= basic.jct.most:
+                found.append(
+                    f"{one.setting.label}: the repeats of {system} and {BASELINE} overlap; their difference may be "
+                    "chance."
+                )
     return found
 
 
 def _compute_bound(cells: Sequence[Cell]) -> list[str]:
     found = []
-    for cell in cells:
-        oracle = _peer(cells, cell, "oracle")
-        if cell.system != "basic" or oracle is None or cell.median.run.errors or oracle.median.run.errors:
-            continue
-        gain = cell.median.run.jct_s / oracle.median.run.jct_s
-        if gain < COMPUTE_BOUND:
+    for one in comparisons(cells):
+        basic, oracle = one.complete(BASELINE), one.complete(oracle_among(one.cells))
+        if basic is not None and oracle is not None and basic.jct_s / oracle.jct_s < COMPUTE_BOUND:
             found.append(
-                f"{cell.setting.label}: oracle, whose I/O is free, is only {gain:.2f}× basic; the job waits for "
-                "compute, not for storage, and there is little for dual-path to gain."
+                f"{one.setting.label}: {oracle.system}, whose I/O is free, is only {basic.jct_s / oracle.jct_s:.2f}× "
+                f"{BASELINE}; the job waits for compute, not for storage, and there is little for dual-path to gain."
             )
     return found
 
 
 def _beyond_ideal(cells: Sequence[Cell]) -> list[str]:
-    beyond = [(cell, cell.median.run.ratio_to_ideal) for cell in cells]
+    beyond = [(cell, cell.median.ratio_to_ideal) for cell in cells]
     return [
-        f"{cell.setting.label}: {cell.system} beats its ideal by {share - 1:.0%}; its runs and basic's can't have been "
-        "under the same conditions."
+        f"{cell.setting.label}: {cell.system} beats its ideal by {share - 1:.0%}; its runs and {BASELINE}'s can't have "
+        "been under the same conditions."
         for cell, share in beyond
         if share is not None and share > BEYOND_IDEAL
     ]
-
-
-def _peer(cells: Sequence[Cell], cell: Cell, system: str) -> Cell | None:
-    return next((other for other in cells if (other.setting, other.system) == (cell.setting, system)), None)

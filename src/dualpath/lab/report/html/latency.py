@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, rounded
-from dualpath.lab.report.html.settings import Cell, settings_of
-from dualpath.lab.report.html.stages import STAGES, TTFT_STAGES, stages_of
+from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, line, rounded
 from dualpath.lab.report.palette import STAGE_COLOURS, colour_of
-from dualpath.results.turns import TurnResult
+from dualpath.results.cells import Cell, comparisons
+from dualpath.results.turns import STAGES, TTFT_STAGES, mean_stages_s
 
 MAX_CDF_POINTS = 240
+Bar = tuple[str, int, dict[str, float]]
+"""Label, turns, and mean seconds by stage."""
 LATENCIES = {
     "ttft": ("Time to first token", "s", 1.0),
     "ttst": ("First to second token", "ms", 1e3),
@@ -23,15 +24,14 @@ LATENCIES = {
 
 def latency_section(cells: Sequence[Cell]) -> Section:
     """By setting: the share of turns that took at most so long, all repeats together."""
-    timed = [cell for cell in cells if any(run.turn_results for run in cell.runs)]
-    settings = settings_of(timed)
-    groups = [[cell for cell in timed if cell.setting == setting] for setting in settings]
+    found = comparisons(cell for cell in cells if any(run.turn_results for run in cell.runs))
+    groups = [list(one.cells.values()) for one in found]
     charts = [
         Chart(f"cdf-{key}", title, "", [_distribution(group, key) for group in groups])
         for key, (title, _, _) in LATENCIES.items()
     ]
     text = "Share of the turns that took at most so long, of all repeats together. The further left, the better."
-    return Section("latency", "Latencies", text, "setting", [setting.label for setting in settings], charts)
+    return Section("latency", "Latencies", text, "setting", [one.setting.label for one in found], charts)
 
 
 def _distribution(cells: list[Cell], key: str) -> Variant | None:
@@ -44,17 +44,8 @@ def _distribution(cells: list[Cell], key: str) -> Variant | None:
         if not values.size:
             continue
         x, y = _steps(values)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": cell.system,
-                "x": x,
-                "y": y,
-                "line": {"color": colour_of(cell.system), "width": 2, "shape": "hv"},
-                "hovertemplate": f"<b>{cell.system}</b> %{{y:.1%}} within %{{x:.3g}} {unit}<extra></extra>",
-            }
-        )
+        hover = f"%{{y:.1%}} within %{{x:.3g}} {unit}"
+        traces.append(line(cell.system, colour_of(cell.system), x, y, hover, shape="hv"))
         p50, p90, p99 = np.percentile(values, [50, 90, 99]).tolist()
         rows.append([cell.system, int(values.size), *map(rounded, (float(values.mean()), p50, p90, p99))])
     if not traces:
@@ -73,41 +64,35 @@ def _steps(values: NDArray[np.float64]) -> tuple[list[float], list[float]]:
 
 def breakdown_section(cells: Sequence[Cell]) -> Section:
     """By topology: the mean time to first token in its stages, as the server tells it."""
-    groups: dict[str, list[Cell]] = {}
+    groups: dict[str, list[Bar]] = {}
     for cell in cells:
-        if any(turn.timings is not None for run in cell.runs for turn in run.turn_results):
-            groups.setdefault(f"{cell.setting.source} {cell.setting.topology}".strip(), []).append(cell)
-    note = "Means over the turns of all repeats. " + "; ".join(
-        f"{name}: {meaning}" for name, meaning in STAGES.items() if name in TTFT_STAGES
-    )
+        told = [turn for run in cell.runs for turn in run.turn_results if turn.timings is not None]
+        means_s = mean_stages_s(told)
+        if means_s is not None:
+            bar = (f"{cell.setting.label} {cell.system}", len(told), means_s)
+            groups.setdefault(cell.setting.place, []).append(bar)
+    note = "Means over the turns of all repeats. " + "; ".join(f"{name}: {STAGES[name]}" for name in TTFT_STAGES)
     chart = Chart("breakdown", "Where it goes", note + ".", [*map(_breakdown, groups.values())])
     return Section("breakdown", "Time to first token", "", "topology", list(groups), [chart])
 
 
-def _breakdown(cells: list[Cell]) -> Variant:
-    labels = [f"{cell.setting.label} {cell.system}" for cell in cells]
-    turns = [[turn for run in cell.runs for turn in run.turn_results if turn.timings is not None] for cell in cells]
-    means = _means_s(turns)
+def _breakdown(bars: list[Bar]) -> Variant:
+    labels = [label for label, _, _ in bars]
     traces = [
         {
             "type": "bar",
             "orientation": "h",
             "name": stage,
             "y": labels,
-            "x": means[stage],
+            "x": [rounded(means_s[stage]) for _, _, means_s in bars],
             "marker": {"color": STAGE_COLOURS[stage]},
             "hovertemplate": f"%{{y}}<br><b>{stage}</b> %{{x:.3f}} s<extra></extra>",
         }
         for stage in TTFT_STAGES
     ]
     rows: list[list[Value]] = [
-        [
-            label,
-            len(group),
-            *(means[stage][at] for stage in TTFT_STAGES),
-            rounded(sum(means[stage][at] for stage in TTFT_STAGES)),
-        ]
-        for at, (label, group) in enumerate(zip(labels, turns, strict=True))
+        [label, turns, *map(rounded, means_s.values()), rounded(sum(means_s.values()))]
+        for label, turns, means_s in bars
     ]
     layout = {
         "barmode": "stack",
@@ -116,11 +101,3 @@ def _breakdown(cells: list[Cell]) -> Variant:
         "height": 110 + 34 * len(labels),
     }
     return Variant(traces, layout, ["", "turns", *(f"{stage} s" for stage in TTFT_STAGES), "sum s"], rows)
-
-
-def _means_s(groups: list[list[TurnResult]]) -> dict[str, list[float]]:
-    """By stage, the mean of each group."""
-    stages = [[stages_of(turn) for turn in group] for group in groups]
-    return {
-        stage: [round(float(np.mean([one[stage] for one in group])), 4) for group in stages] for stage in TTFT_STAGES
-    }

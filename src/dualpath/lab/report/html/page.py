@@ -27,18 +27,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dualpath.lab.report.html.chart import Section
-from dualpath.lab.report.html.facts import facts
 from dualpath.lab.report.html.headline import cards_of, cautions, meanings
 from dualpath.lab.report.html.latency import breakdown_section, latency_section
 from dualpath.lab.report.html.predictions import Pair, pairs_of, prediction_section, prediction_sentence
-from dualpath.lab.report.html.runs import RUN_COLUMNS, TURN_COLUMNS, run_rows
-from dualpath.lab.report.html.settings import Cell, Entry, cells_of, entries_of, source_name
-from dualpath.lab.report.html.stages import STAGES
+from dualpath.lab.report.html.provenance import provenance
+from dualpath.lab.report.html.runs import RUN_COLUMNS, Entry, cells_of_files, entries_of, run_rows, source_name
 from dualpath.lab.report.html.times import sweep_section, times_section
 from dualpath.lab.report.html.traffic import rates_section, traffic_section
-from dualpath.lab.report.html.turns import MAX_TURNS, Turns, turns_of
+from dualpath.lab.report.html.turn_columns import MAX_TURNS, TURN_COLUMNS, Turns, turns_of
 from dualpath.lab.report.palette import STAGE_COLOURS
+from dualpath.results.cells import Cell
 from dualpath.results.file import ResultFile
+from dualpath.results.turns import STAGES
 
 SCRIPTS = ("table.js", "charts.js", "timeline_view.js", "timeline.js", "page.js")
 
@@ -62,7 +62,7 @@ def render(results: Sequence[ResultFile], prediction: ResultFile | None = None, 
     entries = entries_of(results)
     if not entries:
         raise ValueError("nothing to report: the result files have no runs")
-    cells = cells_of(entries, results)
+    cells = cells_of_files(results)
     pairs = pairs_of(cells, prediction)
     turns = turns_of(entries, at_most)
     sections = _sections(entries, cells, pairs, results)
@@ -80,7 +80,7 @@ def render(results: Sequence[ResultFile], prediction: ResultFile | None = None, 
         meanings=meanings(results, cells) + ([said] if said else []),
         cautions=cautions(results, cells) + _sampling(turns),
         sections=sections,
-        facts=facts,
+        provenance=provenance,
         results=[(source_name(results, at), result) for at, result in enumerate(results)],
         prediction=prediction,
         failures=[(entry.label, message) for entry in entries for message in entry.run.error_messages],

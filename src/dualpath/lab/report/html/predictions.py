@@ -9,11 +9,9 @@ import msgspec
 import numpy as np
 
 from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, rounded
-from dualpath.lab.report.html.settings import Cell, parameters_of
 from dualpath.lab.report.palette import colour_of
-from dualpath.results.file import ResultFile, ResultFileError, Run, representative
-
-Key = tuple[str, str, tuple[tuple[str, float | str], ...]]
+from dualpath.results.cells import Cell, cells_of
+from dualpath.results.file import ResultFile, ResultFileError, Run
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -25,34 +23,26 @@ class Pair(msgspec.Struct, frozen=True):
     @property
     def jct_error(self) -> float:
         """Predicted over measured, less one."""
-        return self.predicted.jct_s / self.cell.median.run.jct_s - 1
+        return self.predicted.jct_s / self.cell.median.jct_s - 1
 
     @property
     def ttft_error(self) -> float | None:
-        measured_s, predicted_s = mean_ttft_s(self.cell.median.run), mean_ttft_s(self.predicted)
+        measured_s, predicted_s = self.cell.median.mean_ttft_s, self.predicted.mean_ttft_s
         return predicted_s / measured_s - 1 if measured_s and predicted_s is not None else None
-
-
-def mean_ttft_s(run: Run) -> float | None:
-    """None where the run's file does not keep its turns."""
-    return float(np.mean([turn.ttft_s for turn in run.turn_results])) if run.turn_results else None
 
 
 def pairs_of(cells: Sequence[Cell], prediction: ResultFile | None) -> list[Pair]:
     """Of every cell that lost no turns and is predicted. Raises ResultFileError for a prediction of other runs."""
     if prediction is None:
         return []
-    predicted: dict[Key, list[Run]] = {}
-    for run in prediction.runs:
-        predicted.setdefault(_key(run), []).append(run)
-    known = [cell for cell in cells if _key(cell.runs[0]) in predicted]
+    predicted = {_key(cell): cell for cell in cells_of(prediction)}
+    known = [cell for cell in cells if _key(cell) in predicted]
     if not known:
         raise ResultFileError(
             f"the prediction {prediction.name!r} has none of the measured runs' topologies, systems and parameters; "
             "give one made from this measurement (dualpath simulate --like)"
         )
-    pairs = [Pair(cell, representative(predicted[_key(cell.runs[0])]).run) for cell in known]
-    return [pair for pair in pairs if not pair.cell.median.run.errors and not pair.predicted.errors]
+    return [Pair(cell, predicted[_key(cell)].median) for cell in known if cell.whole and predicted[_key(cell)].whole]
 
 
 def prediction_sentence(pairs: Sequence[Pair]) -> str | None:
@@ -73,8 +63,8 @@ def _off(errors: Sequence[float]) -> str:
 
 def prediction_section(pairs: Sequence[Pair]) -> Section:
     """Measured (filled) and predicted (outlined) bars, with the error of each."""
-    jct = [(pair, pair.cell.median.run.jct_s, pair.predicted.jct_s) for pair in pairs]
-    ttft = [(pair, mean_ttft_s(pair.cell.median.run), mean_ttft_s(pair.predicted)) for pair in pairs]
+    jct = [(pair, pair.cell.median.jct_s, pair.predicted.jct_s) for pair in pairs]
+    ttft = [(pair, pair.cell.median.mean_ttft_s, pair.predicted.mean_ttft_s) for pair in pairs]
     known = [(pair, measured_s, predicted_s) for pair, measured_s, predicted_s in ttft if measured_s and predicted_s]
     charts = [
         Chart("predicted-jct", "Job completion time", "", [_side_by_side(jct)]),
@@ -119,5 +109,5 @@ def _side_by_side(rows: Sequence[tuple[Pair, float, float]]) -> Variant | None:
     return Variant([measured, predicted], layout, ["setting", "system", "measured s", "predicted s", "error"], table)
 
 
-def _key(run: Run) -> Key:
-    return (run.topology, run.system, tuple(sorted(parameters_of(run).items())))
+def _key(cell: Cell) -> tuple[str, str, frozenset[tuple[str, float | str]]]:
+    return cell.setting.topology, cell.system, frozenset(cell.setting.parameters)

@@ -1,11 +1,24 @@
-"""The columns of the page's two tables, and the rows of the table of runs."""
+"""The runs of a page: each with its place and label, and the table of runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from dualpath.lab.report.html.chart import Value
-from dualpath.lab.report.html.settings import Entry
+from dualpath.results.cells import Cell, Setting, cells_of, settings_of
+from dualpath.results.file import ResultFile, Run
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A run with its place on the page."""
+
+    number: int
+    source: int
+    """Index of its result file."""
+    setting: Setting
+    run: Run
+    label: str
+    """``1P2D dualpath``, with the number of the repeat where there are several."""
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -18,80 +31,57 @@ class Column(msgspec.Struct, frozen=True):
     """After the decimal point; None for text."""
 
 
-RUN_COLUMNS = [
-    Column("setting", "setting"),
-    Column("system", "system"),
-    Column("repeat", "repeat", 0),
-    Column("jct", "JCT s", 2),
-    Column("over", "over basic", 2),
-    Column("ideal", "of ideal %", 0),
-    Column("ttft50", "TTFT p50 s", 3),
-    Column("ttft99", "TTFT p99 s", 3),
-    Column("ttst50", "TTST p50 ms", 1),
-    Column("ttst99", "TTST p99 ms", 1),
-    Column("tpot50", "TPOT p50 ms", 1),
-    Column("tpot99", "TPOT p99 ms", 1),
-    Column("hit", "hit rate %", 1),
-    Column("maxavg", "SNIC max/avg", 3),
-    Column("gb", "SNIC GB", 3),
-    Column("turns", "turns", 0),
-    Column("retries", "retries", 0),
-    Column("failed", "failed turns", 0),
-    Column("same", "same tokens %", 1),
+_RUN_FIGURES: list[tuple[Column, Callable[[Entry], Value]]] = [
+    (Column("setting", "setting"), lambda entry: entry.setting.label),
+    (Column("system", "system"), lambda entry: entry.run.system),
+    (Column("repeat", "repeat", 0), lambda entry: entry.run.repeat + 1),
+    (Column("jct", "JCT s", 2), lambda entry: entry.run.jct_s),
+    (Column("over", "over basic", 2), lambda entry: entry.run.ratio_to_basic),
+    (Column("ideal", "of ideal %", 0), lambda entry: _times(entry.run.ratio_to_ideal, 100)),
+    (Column("ttft50", "TTFT p50 s", 3), lambda entry: entry.run.ttft_p50_s),
+    (Column("ttft99", "TTFT p99 s", 3), lambda entry: entry.run.ttft_p99_s),
+    (Column("ttst50", "TTST p50 ms", 1), lambda entry: _times(entry.run.ttst_p50_s, 1e3)),
+    (Column("ttst99", "TTST p99 ms", 1), lambda entry: _times(entry.run.ttst_p99_s, 1e3)),
+    (Column("tpot50", "TPOT p50 ms", 1), lambda entry: _times(entry.run.tpot_p50_s, 1e3)),
+    (Column("tpot99", "TPOT p99 ms", 1), lambda entry: _times(entry.run.tpot_p99_s, 1e3)),
+    (Column("hit", "hit rate %", 1), lambda entry: entry.run.hit_rate * 100),
+    (Column("maxavg", "SNIC max/avg", 3), lambda entry: entry.run.snic_max_over_avg),
+    (Column("gb", "SNIC GB", 3), lambda entry: sum(entry.run.snic_bytes.values()) / 1e9),
+    (Column("turns", "turns", 0), lambda entry: entry.run.turns),
+    (Column("retries", "retries", 0), lambda entry: entry.run.retries),
+    (Column("failed", "failed turns", 0), lambda entry: entry.run.errors),
+    (Column("same", "same tokens %", 1), lambda entry: _times(entry.run.same_tokens_as_basic, 100)),
 ]
+RUN_COLUMNS = [column for column, _ in _RUN_FIGURES]
 
-TURN_COLUMNS = [
-    Column("run", "run"),
-    Column("agent", "agent"),
-    Column("round", "round", 0),
-    Column("start", "start s", 2),
-    Column("ttft", "TTFT ms", 0),
-    Column("ttst", "TTST ms", 1),
-    Column("tpot", "TPOT ms", 1),
-    Column("latency", "latency ms", 0),
-    Column("prompt", "prompt tokens", 0),
-    Column("loaded", "loaded tokens", 0),
-    Column("generated", "generated tokens", 0),
-    Column("pe", "PE"),
-    Column("de", "DE"),
-    Column("pe_read", "read by PE tokens", 0),
-    Column("de_read", "read by DE tokens", 0),
-    Column("scheduling", "scheduling ms", 1),
-    Column("allocation", "allocation ms", 1),
-    Column("read", "read ms", 0),
-    Column("prefill", "prefill ms", 0),
-    Column("decode", "decode ms", 0),
-    Column("tries", "tries", 0),
-    Column("attempts", "attempts", 0),
-]
+
+def entries_of(results: Sequence[ResultFile]) -> list[Entry]:
+    """Every run, in the order of the files and of their runs."""
+    entries: list[Entry] = []
+    for source, result in enumerate(results):
+        repeated = any(run.repeat for run in result.runs)
+        for run, setting in zip(result.runs, settings_of(result, source_name(results, source)), strict=True):
+            label = f"{setting.label} {run.system}" + (f" #{run.repeat + 1}" if repeated else "")
+            entries.append(Entry(len(entries), source, setting, run, label))
+    return entries
+
+
+def cells_of_files(results: Sequence[ResultFile]) -> list[Cell]:
+    """The cells of each file, one file after another."""
+    return [cell for at, result in enumerate(results) for cell in cells_of(result, source_name(results, at))]
+
+
+def source_name(results: Sequence[ResultFile], index: int) -> str:
+    """What a file is called on the page: nothing if it is the only one; numbered where two have the same name."""
+    names = [result.name for result in results]
+    if len(names) == 1:
+        return ""
+    return names[index] if names.count(names[index]) == 1 else f"{names[index]} ({index + 1})"
 
 
 def run_rows(entries: Sequence[Entry]) -> list[list[Value]]:
     """A row for each run, a value for each of `RUN_COLUMNS`."""
-    rows: list[list[Value]] = []
-    for entry in entries:
-        run = entry.run
-        rows.append(
-            [
-                entry.setting.label,
-                run.system,
-                run.repeat + 1,
-                run.jct_s,
-                run.ratio_to_basic,
-                _times(run.ratio_to_ideal, 100),
-                run.ttft_p50_s,
-                run.ttft_p99_s,
-                *(_times(s, 1e3) for s in (run.ttst_p50_s, run.ttst_p99_s, run.tpot_p50_s, run.tpot_p99_s)),
-                run.hit_rate * 100,
-                run.snic_max_over_avg,
-                sum(run.snic_bytes.values()) / 1e9,
-                run.turns,
-                run.retries,
-                run.errors,
-                _times(run.same_tokens_as_basic, 100),
-            ]
-        )
-    return rows
+    return [[figure(entry) for _, figure in _RUN_FIGURES] for entry in entries]
 
 
 def _times(value: float | None, factor: float) -> float | None:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, rounded
-from dualpath.lab.report.html.predictions import mean_ttft_s
-from dualpath.lab.report.html.settings import Cell, Parameters, Setting, name_of, settings_of
+from dualpath.core.systems import BASELINE
+from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, line, rounded
 from dualpath.lab.report.palette import colour_of
+from dualpath.results.cells import Cell, comparisons, systems_of, unit_of
 from dualpath.results.file import Run
+from dualpath.results.roles import foremost
 
 ROOMY = 4
 """Settings in a chart whose bars have room for seconds too."""
@@ -20,13 +21,13 @@ def times_section(cells: Sequence[Cell]) -> Section:
     if len(cells) < 2:
         return Section("times", "Job completion time", "", "", [], [])
     groups: dict[str, list[Cell]] = {"all": list(cells)}
-    if len(settings_of(cells)) > MAX_TOGETHER:
+    if len(comparisons(cells)) > MAX_TOGETHER:
         groups = {}
         for cell in cells:
-            groups.setdefault(f"{cell.setting.source} {cell.setting.topology}".strip(), []).append(cell)
+            groups.setdefault(cell.setting.place, []).append(cell)
     note = (
         "Lower is better. Bars are medians, whiskers the range of the repeats, × the ratio to basic. The short line is "
-        "dualpath's ideal: what pooling every storage NIC could give at best. A hatched run lost turns; its time "
+        "the ideal: what pooling every storage NIC could give at best. A hatched run lost turns; its time "
         "compares with nothing."
     )
     chart = Chart(
@@ -36,21 +37,20 @@ def times_section(cells: Sequence[Cell]) -> Section:
 
 
 def _bars(cells: list[Cell]) -> Variant:
-    systems = list(dict.fromkeys(cell.system for cell in cells))
-    brief = len(settings_of(cells)) > ROOMY
+    systems = systems_of(cells)
+    brief = len(comparisons(cells)) > ROOMY
     traces: list[dict[str, Any]] = []
     for system in systems:
         own = [cell for cell in cells if cell.system == system]
         traces += [_bar(own), _figures_on_bar(own, brief)]
-    ideal = [(cell, *_ideal_of(cell.median.run)) for cell in cells if cell.system == "dualpath"]
-    known = [(cell, jct_s, ratio) for cell, jct_s, ratio in ideal if jct_s is not None]
+    known = [cell for cell in cells if cell.system == foremost(systems) and cell.median.ideal_s is not None]
     if known:
         traces.append(_ideal_trace(known))
     rows: list[list[Value]] = []
     for cell in cells:
-        run = cell.median.run
-        figures = (run.jct_s, cell.median.jct_min_s, cell.median.jct_max_s, run.ratio_to_basic, run.ratio_to_ideal)
-        rows.append([cell.setting.label, cell.system, *map(rounded, figures), cell.median.repeats, run.errors])
+        run, jct = cell.median, cell.jct
+        figures = (run.jct_s, jct.least, jct.most, run.ratio_to_basic, run.ratio_to_ideal)
+        rows.append([cell.setting.label, cell.system, *map(rounded, figures), len(cell.counted), run.errors])
     columns = ["setting", "system", "JCT s", "least s", "most s", "over basic", "of ideal", "repeats", "lost turns"]
     layout = {
         "barmode": "group",
@@ -62,23 +62,23 @@ def _bars(cells: list[Cell]) -> Variant:
 
 
 def _bar(cells: list[Cell]) -> dict[str, Any]:
-    rows = [cell.median for cell in cells]
+    times = [cell.jct for cell in cells]
     return {
         "type": "bar",
         "name": cells[0].system,
         "offsetgroup": cells[0].system,
         "x": [_tick(cell) for cell in cells],
-        "y": [rounded(row.run.jct_s) for row in rows],
+        "y": [rounded(one.median) for one in times],
         "error_y": {
             "type": "data",
             "symmetric": False,
-            "array": [rounded(row.jct_max_s - row.run.jct_s) for row in rows],
-            "arrayminus": [rounded(row.run.jct_s - row.jct_min_s) for row in rows],
-            "visible": any(row.repeats > 1 for row in rows),
+            "array": [rounded(one.most - one.median) for one in times],
+            "arrayminus": [rounded(one.median - one.least) for one in times],
+            "visible": any(len(cell.counted) > 1 for cell in cells),
         },
         "marker": {
             "color": colour_of(cells[0].system),
-            "pattern": {"shape": ["/" if row.run.errors else "" for row in rows]},
+            "pattern": {"shape": ["/" if cell.median.errors else "" for cell in cells]},
         },
         "hovertemplate": "%{x}<br><b>%{fullData.name}</b> %{y:.2f} s<extra></extra>",
     }
@@ -97,8 +97,8 @@ def _figures_on_bar(cells: list[Cell], brief: bool) -> dict[str, Any]:
         "hoverinfo": "skip",
         "offsetgroup": cells[0].system,
         "x": [_tick(cell) for cell in cells],
-        "y": [rounded(cell.median.jct_max_s) for cell in cells],
-        "text": [_on_bar(cell.median.run, brief) for cell in cells],
+        "y": [rounded(cell.jct.most) for cell in cells],
+        "text": [_on_bar(cell.median, brief) for cell in cells],
         "textposition": "top center",
         "cliponaxis": False,
     }
@@ -107,41 +107,34 @@ def _figures_on_bar(cells: list[Cell], brief: bool) -> dict[str, Any]:
 def _on_bar(run: Run, brief: bool) -> str:
     if run.errors:
         return f"{run.errors} lost"
-    ratio = "" if run.ratio_to_basic is None or run.system == "basic" else f"<b>{run.ratio_to_basic:.2f}×</b>"
+    ratio = "" if run.ratio_to_basic is None or run.system == BASELINE else f"<b>{run.ratio_to_basic:.2f}×</b>"
     return ratio if brief else "<br>".join(filter(None, [ratio, f"{run.jct_s:.1f} s"]))
 
 
-def _ideal_of(run: Run) -> tuple[float | None, float | None]:
-    """The JCT and the ratio that the ideal stands for."""
-    if not run.ideal_ratio or not run.ratio_to_basic:
-        return None, None
-    return run.jct_s * run.ratio_to_basic / run.ideal_ratio, run.ideal_ratio
-
-
-def _ideal_trace(known: list[tuple[Cell, float, float | None]]) -> dict[str, Any]:
+def _ideal_trace(cells: list[Cell]) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": "dualpath's ideal",
-        "offsetgroup": "dualpath",
-        "x": [_tick(cell) for cell, _, _ in known],
-        "y": [rounded(jct_s) for _, jct_s, _ in known],
-        "customdata": [rounded(ratio, 3) for _, _, ratio in known],
+        "name": f"{cells[0].system}'s ideal",
+        "offsetgroup": cells[0].system,
+        "x": [_tick(cell) for cell in cells],
+        "y": [rounded(cell.median.ideal_s) for cell in cells],
+        "customdata": [rounded(cell.median.ideal_ratio, 3) for cell in cells],
         "marker": {"symbol": "line-ew", "size": 26, "line": {"width": 3}},
         "hovertemplate": "%{x}<br>ideal %{y:.2f} s (%{customdata:.2f}×)<extra></extra>",
     }
 
 
 SWEPT: dict[str, tuple[str, Callable[[Cell], float | None]]] = {
-    "Job completion time": ("seconds", lambda cell: cell.median.run.jct_s),
-    "Over basic": ("×", lambda cell: cell.median.run.ratio_to_basic),
-    "Mean time to first token": ("seconds", lambda cell: mean_ttft_s(cell.median.run)),
+    "Job completion time": ("seconds", lambda cell: cell.median.jct_s),
+    "Over basic": ("×", lambda cell: cell.median.ratio_to_basic),
+    "Mean time to first token": ("seconds", lambda cell: cell.median.mean_ttft_s),
 }
 
 
 def sweep_section(cells: Sequence[Cell]) -> Section:
     """Lines along each parameter with more than one value, what else varies held fixed."""
-    sweeps = _sweeps([cell for cell in cells if not cell.median.run.errors])
+    sweeps = _sweeps([cell for cell in cells if not cell.median.errors])
     charts = [
         Chart(f"sweep-{index}", title, "", [_lines(key, group, unit, figure) for (key, _), group in sweeps.items()])
         for index, (title, (unit, figure)) in enumerate(SWEPT.items())
@@ -152,20 +145,11 @@ def sweep_section(cells: Sequence[Cell]) -> Section:
 
 def _sweeps(cells: list[Cell]) -> dict[tuple[str, str], list[Cell]]:
     found: dict[tuple[str, str], list[Cell]] = {}
-    for key in dict.fromkeys(key for cell in cells for key, _ in cell.setting.parameters):
+    for name in dict.fromkeys(name for cell in cells for name in cell.setting.varying):
         for cell in cells:
-            if key in dict(cell.setting.parameters):
-                found.setdefault((key, f"{name_of(key)}: {_fixed(cell.setting, key)}"), []).append(cell)
-    return {name: group for name, group in found.items() if len({cell.setting for cell in group}) > 1}
-
-
-def _fixed(setting: Setting, key: str) -> str:
-    others: Parameters = tuple(item for item in setting.parameters if item[0] != key)
-    texts = (
-        f"{name_of(name)} {value:g}" if isinstance(value, float | int) else f"{name_of(name)} {value}"
-        for name, value in others
-    )
-    return ", ".join([" ".join(filter(None, [setting.source, setting.topology])), *texts])
+            if name in dict(cell.setting.parameters):
+                found.setdefault((name, f"{unit_of(name)}: {cell.setting.label_without(name)}"), []).append(cell)
+    return {name: group for name, group in found.items() if len(comparisons(group)) > 1}
 
 
 def _lines(key: str, cells: list[Cell], unit: str, figure: Callable[[Cell], float | None]) -> Variant | None:
@@ -174,22 +158,13 @@ def _lines(key: str, cells: list[Cell], unit: str, figure: Callable[[Cell], floa
     if not known:
         return None
     traces = []
-    for system in dict.fromkeys(cell.system for _, cell, _ in known):
-        line = [(x, y) for x, cell, y in known if cell.system == system]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": system,
-                "x": [x for x, _ in line],
-                "y": [rounded(y) for _, y in line],
-                "line": {"color": colour_of(system), "width": 2},
-                "marker": {"color": colour_of(system), "size": 8},
-                "hovertemplate": f"{name_of(key)} %{{x}}<br><b>{system}</b> %{{y:.3f}} {unit}<extra></extra>",
-            }
-        )
+    for system in systems_of(cell for _, cell, _ in known):
+        own = [(x, y) for x, cell, y in known if cell.system == system]
+        hover = f"at %{{x}}: %{{y:.3f}} {unit}"
+        drawn = line(system, colour_of(system), [x for x, _ in own], [y for _, y in own], hover)
+        traces.append(drawn | {"mode": "lines+markers", "marker": {"color": colour_of(system), "size": 8}})
     rows: list[list[Value]] = [[x, cell.system, rounded(y)] for x, cell, y in known]
     words = all(isinstance(x, str) for x, _, _ in known)
-    x_axis = axis(name_of(key), type="category" if words else "linear")
+    x_axis = axis(unit_of(key), type="category" if words else "linear")
     layout = {"xaxis": x_axis, "yaxis": axis(unit, rangemode="tozero")}
-    return Variant(traces, layout, [name_of(key), "system", unit], rows)
+    return Variant(traces, layout, [unit_of(key), "system", unit], rows)

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dualpath.lab.report.balance import Windows, max_over_avg, prefill_first, readers, windows_of
-from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, rounded
-from dualpath.lab.report.html.settings import Cell, Entry, settings_of
+from dualpath.lab.report.balance import balance_of, prefill_first, snic_windows
+from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, line, rounded
+from dualpath.lab.report.html.runs import Entry
 from dualpath.lab.report.palette import ENGINE_COLOURS, colour_of
-from dualpath.results.file import ResultFile, Run
+from dualpath.results.cells import Cell, comparisons
+from dualpath.results.file import ResultFile
+from dualpath.results.roles import is_oracle, readers
 
 MAX_POINTS = 240
 """Windows in a chart of rates: as many as a screen can show apart."""
@@ -18,8 +20,8 @@ longer runs have wider windows, so that there are at most `MAX_POINTS`."""
 
 def traffic_section(cells: Sequence[Cell]) -> Section:
     """By setting: what each engine's SNIC received, and max/avg over windows of each system's median run."""
-    settings = settings_of(cells)
-    groups = [[cell for cell in cells if cell.setting == setting] for setting in settings]
+    found = comparisons(cells)
+    groups = [list(one.cells.values()) for one in found]
     bytes_note = (
         "GB that each engine's storage NIC received, in the median run. max/avg, in the legend, is over the engines "
         "that the system may read with; 1.00 is a perfect balance."
@@ -32,16 +34,16 @@ def traffic_section(cells: Sequence[Cell]) -> Section:
         Chart("snic-bytes", "Bytes from storage by engine", bytes_note, [_bytes(group) for group in groups]),
         Chart("snic-balance", "Balance over time", balance_note, [_balance(group) for group in groups]),
     ]
-    return Section("traffic", "Storage NICs", "", "setting", [setting.label for setting in settings], charts)
+    return Section("traffic", "Storage NICs", "", "setting", [one.setting.label for one in found], charts)
 
 
 def _bytes(cells: list[Cell]) -> Variant | None:
-    engines = sorted({name for cell in cells for name in cell.median.run.snic_bytes}, key=prefill_first)
+    engines = sorted({name for cell in cells for name in cell.median.snic_bytes}, key=prefill_first)
     if not engines:
         return None
     traces, rows = [], []
     for cell in cells:
-        run = cell.median.run
+        run = cell.median
         gigabytes = [rounded(run.snic_bytes.get(name, 0) / 1e9) for name in engines]
         ratio = "" if run.snic_max_over_avg is None else f" (max/avg {run.snic_max_over_avg:.2f})"
         traces.append(
@@ -70,17 +72,16 @@ def _balance(cells: list[Cell]) -> Variant | None:
     traces: list[dict[str, Any]] = []
     rows: list[list[Value]] = []
     for cell in cells:
-        run = cell.median.run
-        if len(readers(cell.system, list(run.snic_bytes))) < 2:
+        run = cell.median
+        windows = snic_windows(run.snic_samples, WINDOW_S, MAX_POINTS)
+        engines = [] if windows is None else readers(cell.system, windows.engines)
+        if windows is None or len(engines) < 2:
             continue
-        windows = _windows(run)
-        if windows is None:
-            continue
-        ratios = max_over_avg(windows, cell.system)
+        ratios = balance_of(windows.of(engines)).max_over_avg
         known = sorted(ratio for ratio in ratios if ratio is not None)
         if not known:
             continue
-        traces.append(_line(cell.system, colour_of(cell.system), windows, ratios, "%{y:.2f}"))
+        traces.append(line(cell.system, colour_of(cell.system), windows.ends_s, ratios, "to %{x:.1f} s: %{y:.2f}"))
         rows.append(
             [cell.system, rounded(windows.width_s), len(known), rounded(known[len(known) // 2]), rounded(known[-1])]
         )
@@ -99,15 +100,15 @@ def rates_section(entries: Sequence[Entry], results: Sequence[ResultFile]) -> Se
 
 
 def _rates(entry: Entry, results: Sequence[ResultFile]) -> Variant | None:
-    windows = _windows(entry.run)
+    windows = snic_windows(entry.run.snic_samples, WINDOW_S, MAX_POINTS)
     if windows is None:
         return None
     traces: list[dict[str, Any]] = []
     rows: list[list[Value]] = []
     for at, engine in enumerate(windows.engines):
-        rates = windows.bytes_per_s[at] / 1e6
+        rates = windows.work[at] / windows.width_s / 1e6
         colour = ENGINE_COLOURS[at % len(ENGINE_COLOURS)]
-        traces.append(_line(engine, colour, windows, [round(float(rate), 3) for rate in rates], "%{y:.1f} MB/s"))
+        traces.append(line(engine, colour, windows.ends_s, rates.round(3).tolist(), "to %{x:.1f} s: %{y:.1f} MB/s"))
         rows.append([engine, rounded(float(rates.mean()), 2), rounded(float(rates.max()), 2)])
     layout: dict[str, Any] = {"xaxis": axis("seconds from the run's start"), "yaxis": axis("MB/s", rangemode="tozero")}
     limit = _rate_limit(entry, results)
@@ -116,27 +117,7 @@ def _rates(entry: Entry, results: Sequence[ResultFile]) -> Variant | None:
     return Variant(traces, layout, ["engine", "mean MB/s", "most MB/s"], rows)
 
 
-def _windows(run: Run) -> Windows | None:
-    samples = run.snic_samples
-    if len(samples) < 2:
-        return None
-    seconds = samples[-1].at_s - samples[0].at_s
-    return windows_of(samples, at_most=max(1, min(MAX_POINTS, int(seconds / WINDOW_S))))
-
-
 def _rate_limit(entry: Entry, results: Sequence[ResultFile]) -> int | None:
     if entry.run.cluster is not None:
         return entry.run.cluster.snic_bytes_per_s
-    return None if entry.run.system == "oracle" else results[entry.source].configuration.snic_bytes_per_s
-
-
-def _line(name: str, colour: str, windows: Windows, y: Sequence[float | None], hover: str) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": name,
-        "x": [round(float(start), 3) for start in windows.starts_s + windows.width_s / 2],
-        "y": [rounded(value) for value in y],
-        "line": {"color": colour, "width": 2},
-        "hovertemplate": f"<b>{name}</b> %{{x:.1f}} s: {hover}<extra></extra>",
-    }
+    return None if is_oracle(entry.run.system) else results[entry.source].configuration.snic_bytes_per_s

@@ -1,0 +1,46 @@
+"""Results as pandas data frames, for a notebook."""
+
+from importlib import import_module
+from typing import Any, Literal
+
+import msgspec
+
+from dualpath.results.cells import parameters_of
+from dualpath.results.file import ResultFile, Run
+
+NESTED = {
+    *("parameters", "turn_results", "failures", "snic_samples", "snic_bytes", "parts", "windows", "cluster"),
+    *("error_messages", "pacing", "start_pacing"),
+}
+"""Fields of a run that are no single value."""
+
+
+def to_dataframe(result: ResultFile, what: Literal["runs", "turns"] = "runs") -> Any:
+    """A `pandas.DataFrame` with a row for each run, or for each answered turn. Units are in the columns' names.
+
+    A parameter is a column of its own; bytes by engine are ``snic_bytes.PE0``, a turn's stages ``timings.read_s``.
+    Raises ImportError where pandas is missing, ValueError for another `what`.
+    """
+    if what not in ("runs", "turns"):
+        raise ValueError(f"what must be 'runs' or 'turns', not {what!r}")
+    try:
+        pandas = import_module("pandas")
+    except ImportError as error:
+        raise ImportError("to_dataframe needs pandas, which dualpath does not install: pip install pandas") from error
+    return pandas.DataFrame([row for run in result.runs for row in ([_run(run)] if what == "runs" else _turns(run))])
+
+
+def _run(run: Run) -> dict[str, Any]:
+    plain = {name: value for name, value in msgspec.structs.asdict(run).items() if name not in NESTED}
+    return plain | parameters_of(run) | {f"snic_bytes.{engine}": n for engine, n in run.snic_bytes.items()}
+
+
+def _turns(run: Run) -> list[dict[str, Any]]:
+    shared = {"topology": run.topology, "system": run.system, "repeat": run.repeat} | parameters_of(run)
+    rows = []
+    for turn in run.turn_results:
+        row: dict[str, Any] = shared | msgspec.structs.asdict(turn)
+        told = {} if turn.timings is None else msgspec.structs.asdict(turn.timings)
+        del row["timings"]
+        rows.append(row | {f"timings.{name}": value for name, value in told.items()})
+    return rows
