@@ -11,7 +11,7 @@ from dualpath.cli import main
 from dualpath.lab.facts.profile import Machine, ProfileError, Rates, load_profile
 from dualpath.lab.profile.like import predict
 from dualpath.lab.report.html import render
-from dualpath.results.file import load
+from dualpath.results.file import load_results
 from dualpath.traces.trajectory import Round, Trajectory
 
 FAST = {"version": 1, "model": "qwen2.5-32b", "rates": {"store_read_bytes_per_s": 2e9}, "request_ns": 5e6}
@@ -175,11 +175,11 @@ def test_the_command_says_how_far_off_and_writes_what_report_reads(tmp_path, cap
     profile = written(tmp_path, small_profile())
     assert main(["simulate", "--like", str(measured), "--profile", str(profile), "--json", str(out)]) == 0
     said = capsys.readouterr().out
-    predicted = load(out)
+    predicted = load_results(out)
     error = predicted.runs[0].jct_s / 10 - 1
     assert f"{error:+.1%}" in said and "mean TTFT" in said and "1P1D dualpath" in said
     assert predicted.kind == "prediction"
-    assert "Predicted job completion times are off by" in render([load(measured)], predicted)
+    assert "Predicted job completion times are off by" in render([load_results(measured)], predicted)
 
 
 def changed_run(**fields):
