@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dualpath.model import DecodeEngine, LayerwisePrefill, LoadedModel, PrefillItem, make_checkpoint
+from dualpath.model import LayerwisePrefill, LoadedModel, PagedDecode, PrefillItem, make_checkpoint
 from dualpath.model.checkpoint import DEMO_MODEL
 from dualpath.spec.sampling import SamplingParams
 from dualpath.spec.units import format_bytes, format_rate
@@ -71,11 +71,11 @@ def overlap(model: LoadedModel, name: str, layerwise: bool, load_to_compute: flo
     engine = LayerwisePrefill(model, layerwise=layerwise)
     engine.run(items, PacedIO(None, zeros=True))
     compute_s = min(measure_prefill(engine, items, None)["wall_s"] for _ in range(3))
-    cached_bytes = sum(item.cached_tokens for item in items) * model.layout.token_bytes * model.layout.layers
+    cached_bytes = sum(item.past_tokens for item in items) * model.layout.token_bytes * model.layout.layers
     rate = cached_bytes / (compute_s * load_to_compute)
     pairs = [(measure_prefill(engine, items, None), measure_prefill(engine, items, rate)) for _ in range(PAIRS)]
     engine.close()
-    batch_layer_bytes = sum(item.cached_tokens + len(item.token_ids) for item in items) * model.layout.token_bytes
+    batch_layer_bytes = sum(item.past_tokens + len(item.token_ids) for item in items) * model.layout.token_bytes
     rows = [
         {
             "compute_s": alone["wall_s"],
@@ -96,13 +96,13 @@ def short_chunk(model: LoadedModel) -> dict[str, float]:
     engine.run(items, PacedIO(None, zeros=True))
     wall_s = min(measure_prefill(engine, items, None)["wall_s"] for _ in range(8))
     engine.close()
-    return {"new_tokens": 64, "cached_tokens": 4096, "prefill_ms": 1e3 * wall_s}
+    return {"new_tokens": 64, "past_tokens": 4096, "prefill_ms": 1e3 * wall_s}
 
 
 def decode_step(model: LoadedModel, sequences: int, context_tokens: int) -> dict[str, float]:
     """Milliseconds of a step and of the process's CPU time; the KV is noise, which costs the same."""
     blocks = -(-(context_tokens + 64) // 64)
-    decode = DecodeEngine(model, blocks * sequences)
+    decode = PagedDecode(model, blocks * sequences)
     page = np.random.default_rng(0).standard_normal(model.layout.full_block_bytes // 4, dtype=np.float32).view(np.uint8)
     for sequence in range(sequences):
         decode.admit(sequence, context_tokens, first_token=1, sampling=GREEDY)
@@ -167,7 +167,7 @@ def show(results: dict[str, Any]) -> None:
     console.print(table)
     chunk = results["prefill"]
     console.print(
-        f"prefill of {chunk['new_tokens']} new on {chunk['cached_tokens']} cached: {chunk['prefill_ms']:.1f} ms"
+        f"prefill of {chunk['new_tokens']} new on {chunk['past_tokens']} cached: {chunk['prefill_ms']:.1f} ms"
     )
 
 

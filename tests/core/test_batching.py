@@ -164,19 +164,19 @@ def test_every_token_goes_out_once_in_order_within_the_quota(
         batch = queue.next_batch()
         assert 1 <= len(batch) <= max_requests
         tokens = sum(chunk.new_tokens for chunk in batch)
-        spent = fixed + sum(cost.chunk_ns(chunk.cached_tokens, chunk.new_tokens) for chunk in batch)
+        spent = fixed + sum(cost.chunk_ns(chunk.past_tokens, chunk.new_tokens) for chunk in batch)
         assert tokens <= max_tokens
         assert spent <= quota or tokens == 1
         assert [chunk.request for chunk in batch] == sorted(left)[: len(batch)], "first come, first served"
         for chunk in batch:
             cached, new = left.pop(chunk.request)
-            assert chunk.cached_tokens == cached
+            assert chunk.past_tokens == cached
             assert chunk.last == (chunk.new_tokens == new)
             if not chunk.last:
                 assert chunk is batch[-1]
                 left[chunk.request] = (cached + chunk.new_tokens, new - chunk.new_tokens)
                 more = fixed + cost.chunk_ns(cached, chunk.new_tokens + 1)
-                more += sum(cost.chunk_ns(other.cached_tokens, other.new_tokens) for other in batch[:-1])
+                more += sum(cost.chunk_ns(other.past_tokens, other.new_tokens) for other in batch[:-1])
                 assert more > quota or tokens == max_tokens, "the cut is not the largest that fits"
             assert queue.chunk_done(chunk.request, 0)
         assert queue.waiting_tokens == sum(new for _, new in left.values())

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from dualpath.kv.layout import KVLayout
-from dualpath.model import DecodeEngine, LayerwisePrefill, LoadedModel, PrefillItem, PrefillOutput
+from dualpath.model import LayerwisePrefill, LoadedModel, PagedDecode, PrefillItem, PrefillOutput
 from dualpath.spec.sampling import SamplingParams
 
 BLOCK = 64
@@ -66,7 +66,7 @@ class BufferIO:
         for i, destination in enumerate(destinations):
             if destination is not None:
                 self.addresses.add(destination.ctypes.data)
-                destination[:] = self.buffers[i].rows(layer)[: self.items[i].cached_tokens].reshape(-1)
+                destination[:] = self.buffers[i].rows(layer)[: self.items[i].past_tokens].reshape(-1)
         return [self.load_errors.get((layer, i)) for i in range(len(destinations))]
 
     def ship_layer(self, layer: int, rows: list[np.ndarray | None]) -> list[Exception | None]:
@@ -75,10 +75,10 @@ class BufferIO:
             if span is None:
                 continue
             item, buffer = self.items[i], self.buffers[i]
-            cached_bytes = item.cached_tokens * buffer.layout.token_bytes
-            assert np.array_equal(span[:cached_bytes], buffer.rows(layer)[: item.cached_tokens].reshape(-1))
-            assert span.nbytes == (item.cached_tokens + len(item.token_ids)) * buffer.layout.token_bytes
-            buffer.write(layer, item.cached_tokens, span[cached_bytes:])
+            cached_bytes = item.past_tokens * buffer.layout.token_bytes
+            assert np.array_equal(span[:cached_bytes], buffer.rows(layer)[: item.past_tokens].reshape(-1))
+            assert span.nbytes == (item.past_tokens + len(item.token_ids)) * buffer.layout.token_bytes
+            buffer.write(layer, item.past_tokens, span[cached_bytes:])
         return [None] * len(rows)
 
 
@@ -112,9 +112,7 @@ def prefill(
     return [outputs[i] for i in range(len(buffers))]
 
 
-def enter(
-    decode: DecodeEngine, sequence: int, buffer: DeBuffer, first: PrefillOutput, sampling: SamplingParams
-) -> None:
+def enter(decode: PagedDecode, sequence: int, buffer: DeBuffer, first: PrefillOutput, sampling: SamplingParams) -> None:
     """What a DE does with a complete buffer."""
     assert first.token is not None
     decode.admit(sequence, len(buffer.prompt), first.token.token_id, sampling)
@@ -124,7 +122,7 @@ def enter(
     decode.join(sequence)
 
 
-def persist(decode: DecodeEngine, sequence: int, tokens: list[int], store: BlockStore) -> None:
+def persist(decode: PagedDecode, sequence: int, tokens: list[int], store: BlockStore) -> None:
     """Copy every Full Block of a sequence whose prompt and output are `tokens` into the store."""
     for block in range(decode.full_blocks(sequence)):
         page = np.empty(decode.model.layout.full_block_bytes, dtype=np.uint8)
@@ -132,7 +130,7 @@ def persist(decode: DecodeEngine, sequence: int, tokens: list[int], store: Block
         store.pages[tuple(tokens[: (block + 1) * BLOCK])] = page
 
 
-def drain(decode: DecodeEngine) -> dict[int, list[int]]:
+def drain(decode: PagedDecode) -> dict[int, list[int]]:
     """Step until nobody is left; the tokens of each sequence."""
     tokens: dict[int, list[int]] = {}
     while outputs := decode.step():
@@ -144,7 +142,7 @@ def drain(decode: DecodeEngine) -> dict[int, list[int]]:
 
 def turn(
     engine: LayerwisePrefill,
-    decode: DecodeEngine,
+    decode: PagedDecode,
     prompts: list[list[int]],
     max_tokens: int,
     store: BlockStore | None = None,

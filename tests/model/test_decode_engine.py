@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from engine_world import DeBuffer, Engines, drain, enter, greedy, prefill, random_tokens
 
-from dualpath.model import DecodeEngine, LayerwisePrefill, OutOfBlocksError
+from dualpath.model import LayerwisePrefill, OutOfBlocksError, PagedDecode
 
 Prefills = Callable[..., LayerwisePrefill]
 
 
-def entered(engines: Engines, prefill_of: Prefills, decode: DecodeEngine, sequence: int, **params: object) -> list[int]:
+def entered(engines: Engines, prefill_of: Prefills, decode: PagedDecode, sequence: int, **params: object) -> list[int]:
     """A sequence of 70 prompt tokens that has joined; its reference tokens."""
     prompt = random_tokens(70, seed=sequence)
     sampling = greedy(**{"max_tokens": 20} | params)
@@ -23,8 +23,8 @@ def entered(engines: Engines, prefill_of: Prefills, decode: DecodeEngine, sequen
 
 
 def test_a_stop_token_ends_a_sequence_and_is_part_of_it(qwen: Engines, prefill_of: Prefills) -> None:
-    decode = DecodeEngine(qwen.model, blocks=4)
-    expected = entered(qwen, prefill_of, DecodeEngine(qwen.model, blocks=4), 5)
+    decode = PagedDecode(qwen.model, blocks=4)
+    expected = entered(qwen, prefill_of, PagedDecode(qwen.model, blocks=4), 5)
     stop = expected[6]
     entered(qwen, prefill_of, decode, 5, stop_token_ids=(stop,))
     outputs = []
@@ -37,8 +37,8 @@ def test_a_stop_token_ends_a_sequence_and_is_part_of_it(qwen: Engines, prefill_o
 
 
 def test_stop_tokens_wait_for_min_tokens(qwen: Engines, prefill_of: Prefills) -> None:
-    expected = entered(qwen, prefill_of, DecodeEngine(qwen.model, blocks=4), 5)
-    decode = DecodeEngine(qwen.model, blocks=4)
+    expected = entered(qwen, prefill_of, PagedDecode(qwen.model, blocks=4), 5)
+    decode = PagedDecode(qwen.model, blocks=4)
     entered(qwen, prefill_of, decode, 5, stop_token_ids=(expected[2],), min_tokens=5)
     outputs = []
     while step := decode.step():
@@ -49,7 +49,7 @@ def test_stop_tokens_wait_for_min_tokens(qwen: Engines, prefill_of: Prefills) ->
 
 
 def test_a_first_token_may_be_all_there_is(qwen: Engines) -> None:
-    decode = DecodeEngine(qwen.model, blocks=4)
+    decode = PagedDecode(qwen.model, blocks=4)
     assert decode.admit(1, 64, first_token=7, sampling=greedy(1)) == "length"
     assert decode.admit(2, 64, first_token=7, sampling=greedy(5, stop_token_ids=(7,))) == "stop"
     assert decode.join(1) == "length"
@@ -63,12 +63,12 @@ def test_a_first_token_may_be_all_there_is(qwen: Engines) -> None:
 
 def test_a_retried_attempt_goes_on_counting(qwen: Engines, prefill_of: Prefills) -> None:
     """The lost attempt gave 8 of 20 tokens; they are now part of the prompt."""
-    lost = DecodeEngine(qwen.model, blocks=4)
+    lost = PagedDecode(qwen.model, blocks=4)
     expected = entered(qwen, prefill_of, lost, 3)
     prompt = random_tokens(70, seed=3) + expected[:8]
     buffer = DeBuffer(qwen.model.layout, prompt)
     (first,) = prefill(prefill_of(qwen.model), [buffer], [greedy(20)])
-    decode = DecodeEngine(qwen.model, blocks=2)
+    decode = PagedDecode(qwen.model, blocks=2)
     assert decode.blocks_for(len(prompt), greedy(20), generated_so_far=8) == 2
     decode.admit(0, len(prompt), first.token.token_id, greedy(20), generated_so_far=8)
     for block, page in enumerate(buffer.pages):
@@ -78,7 +78,7 @@ def test_a_retried_attempt_goes_on_counting(qwen: Engines, prefill_of: Prefills)
 
 
 def test_blocks_are_taken_for_all_a_sequence_may_become(qwen: Engines) -> None:
-    decode = DecodeEngine(qwen.model, blocks=5)
+    decode = PagedDecode(qwen.model, blocks=5)
     decode.admit(1, 100, first_token=0, sampling=greedy(28))
     assert decode.free_blocks == 3
     with pytest.raises(OutOfBlocksError, match="4 blocks asked for, 3 of 5 are free"):
@@ -91,7 +91,7 @@ def test_blocks_are_taken_for_all_a_sequence_may_become(qwen: Engines) -> None:
 
 
 def test_wrong_use_is_refused(qwen: Engines, prefill_of: Prefills) -> None:
-    decode = DecodeEngine(qwen.model, blocks=8)
+    decode = PagedDecode(qwen.model, blocks=8)
     page = np.zeros(qwen.model.layout.full_block_bytes, dtype=np.uint8)
     decode.admit(1, 70, first_token=0, sampling=greedy(5))
     with pytest.raises(ValueError, match="admitted already"):
@@ -118,7 +118,7 @@ def test_wrong_use_is_refused(qwen: Engines, prefill_of: Prefills) -> None:
 
 
 def test_damaged_kv_ends_its_own_sequence_only(qwen: Engines, prefill_of: Prefills) -> None:
-    decode = DecodeEngine(qwen.model, blocks=8)
+    decode = PagedDecode(qwen.model, blocks=8)
     expected = entered(qwen, prefill_of, decode, 1)
     damaged = np.full(qwen.model.layout.full_block_bytes, 0xFF, dtype=np.uint8)
     decode.admit(2, 64, first_token=0, sampling=greedy(20))
@@ -131,7 +131,7 @@ def test_damaged_kv_ends_its_own_sequence_only(qwen: Engines, prefill_of: Prefil
 
 
 def test_release_waits_for_the_step_and_is_refused_during_a_copy(qwen: Engines, prefill_of: Prefills) -> None:
-    decode = DecodeEngine(qwen.model, blocks=8)
+    decode = PagedDecode(qwen.model, blocks=8)
     entered(qwen, prefill_of, decode, 1)
     expected = entered(qwen, prefill_of, decode, 2)
     inside, go_on, released = threading.Event(), threading.Event(), threading.Event()

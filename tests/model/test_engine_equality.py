@@ -5,13 +5,13 @@ from collections.abc import Callable
 import pytest
 from engine_world import BlockStore, DeBuffer, Engines, drain, enter, greedy, persist, prefill, random_tokens, turn
 
-from dualpath.model import DecodeEngine, LayerwisePrefill
+from dualpath.model import LayerwisePrefill, PagedDecode
 
 Prefills = Callable[..., LayerwisePrefill]
 
 
 def test_turns_of_an_agent_with_its_kv_in_storage(engines: Engines, prefill_of: Prefills) -> None:
-    engine, decode, store = prefill_of(engines.model), DecodeEngine(engines.model, blocks=16), BlockStore()
+    engine, decode, store = prefill_of(engines.model), PagedDecode(engines.model, blocks=16), BlockStore()
     context: list[int] = []
     hits = []
     for number, appended in enumerate((150, 37, 91, 5)):
@@ -25,14 +25,14 @@ def test_turns_of_an_agent_with_its_kv_in_storage(engines: Engines, prefill_of: 
 
 def test_without_storage(engines: Engines, prefill_of: Prefills) -> None:
     context = random_tokens(230, seed=11)
-    (output,), hits = turn(prefill_of(engines.model), DecodeEngine(engines.model, blocks=8), [context], 60)
+    (output,), hits = turn(prefill_of(engines.model), PagedDecode(engines.model, blocks=8), [context], 60)
     assert hits == [0]
     assert output == engines.reference.generate(context, 60)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 23, 64, 100])
 def test_chunked_prefill(engines: Engines, prefill_of: Prefills, chunk_tokens: int) -> None:
-    engine, decode, store = prefill_of(engines.model), DecodeEngine(engines.model, blocks=8), BlockStore()
+    engine, decode, store = prefill_of(engines.model), PagedDecode(engines.model, blocks=8), BlockStore()
     context = random_tokens(140, seed=21)
     turn(engine, decode, [context], 2, store)
     context += random_tokens(110, seed=22)
@@ -42,7 +42,7 @@ def test_chunked_prefill(engines: Engines, prefill_of: Prefills, chunk_tokens: i
 
 
 def test_many_requests_in_one_batch(engines: Engines, prefill_of: Prefills) -> None:
-    engine, decode, store = prefill_of(engines.model), DecodeEngine(engines.model, blocks=40), BlockStore()
+    engine, decode, store = prefill_of(engines.model), PagedDecode(engines.model, blocks=40), BlockStore()
     shared = random_tokens(200, seed=31)
     turn(engine, decode, [shared], 2, store)
     prompts = [
@@ -58,7 +58,7 @@ def test_many_requests_in_one_batch(engines: Engines, prefill_of: Prefills) -> N
 
 
 def test_sequences_join_and_leave_while_others_decode(engines: Engines, prefill_of: Prefills) -> None:
-    engine, decode = prefill_of(engines.model), DecodeEngine(engines.model, blocks=12)
+    engine, decode = prefill_of(engines.model), PagedDecode(engines.model, blocks=12)
     lengths = {0: (90, 25), 1: (64, 4), 2: (130, 33)}
     prompts = {i: random_tokens(tokens, seed=40 + i) for i, (tokens, _) in lengths.items()}
     outputs: dict[int, list[int]] = {}
@@ -76,7 +76,7 @@ def test_sequences_join_and_leave_while_others_decode(engines: Engines, prefill_
 
 
 def test_fragmented_device_memory(engines: Engines, prefill_of: Prefills) -> None:
-    engine, decode, store = prefill_of(engines.model), DecodeEngine(engines.model, blocks=15), BlockStore()
+    engine, decode, store = prefill_of(engines.model), PagedDecode(engines.model, blocks=15), BlockStore()
     for i in range(15):
         decode.admit(100 + i, prompt_tokens=60, first_token=0, sampling=greedy(2))
     for i in (0, 1, 3, 6, 7, 9, 13):
@@ -94,7 +94,7 @@ def test_fragmented_device_memory(engines: Engines, prefill_of: Prefills) -> Non
 
 
 def test_whole_context_on_the_device(engines: Engines, prefill_of: Prefills) -> None:
-    engine, decode = prefill_of(engines.model, layerwise=False), DecodeEngine(engines.model, blocks=12)
+    engine, decode = prefill_of(engines.model, layerwise=False), PagedDecode(engines.model, blocks=12)
     store = BlockStore()
     context = random_tokens(140, seed=61)
     turn(engine, decode, [context], 2, store)
@@ -105,7 +105,7 @@ def test_whole_context_on_the_device(engines: Engines, prefill_of: Prefills) -> 
 
 
 def test_blocks_persisted_while_decoding_are_those_of_the_end(qwen: Engines, prefill_of: Prefills) -> None:
-    engine, decode = prefill_of(qwen.model), DecodeEngine(qwen.model, blocks=4)
+    engine, decode = prefill_of(qwen.model), PagedDecode(qwen.model, blocks=4)
     prompt = random_tokens(100, seed=71)
     buffer = DeBuffer(qwen.model.layout, prompt)
     (first,) = prefill(engine, [buffer], [greedy(60)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from engine_world import BufferIO, DeBuffer, Engines, drain, enter, random_tokens
 
-from dualpath.model import DecodeEngine, LayerwisePrefill, PrefillItem
+from dualpath.model import LayerwisePrefill, PagedDecode, PrefillItem
 from dualpath.spec.sampling import SamplingParams
 
 Prefills = Callable[..., LayerwisePrefill]
@@ -19,7 +19,7 @@ def sampled(
     buffer = DeBuffer(engines.model.layout, prompt)
     items = [PrefillItem(prompt, 0, params, generated_so_far=so_far)]
     (first,) = prefill_of(engines.model).run(items, BufferIO([buffer], items))
-    decode = DecodeEngine(engines.model, blocks=4)
+    decode = PagedDecode(engines.model, blocks=4)
     if so_far:
         decode.admit(0, len(prompt), first.token.token_id, params, generated_so_far=so_far)
         for block, page in enumerate(buffer.pages):
@@ -46,7 +46,7 @@ def test_logprobs_are_those_of_transformers(engines: Engines, prefill_of: Prefil
     buffer = DeBuffer(engines.model.layout, prompt)
     items = [PrefillItem(prompt, 0, params)]
     (first,) = prefill_of(engines.model).run(items, BufferIO([buffer], items))
-    decode = DecodeEngine(engines.model, blocks=2)
+    decode = PagedDecode(engines.model, blocks=2)
     enter(decode, 0, buffer, first, params)
     draws = [first.token]
     while outputs := decode.step():

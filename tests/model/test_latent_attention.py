@@ -4,7 +4,7 @@ import pytest
 import torch
 from engine_world import DeBuffer, Engines, drain, enter, greedy, prefill, random_tokens
 
-from dualpath.model import DecodeEngine, LayerwisePrefill
+from dualpath.model import LayerwisePrefill, PagedDecode
 from dualpath.model.attention import LatentForm
 from dualpath.model.spans import PackedSequence
 
@@ -26,7 +26,7 @@ def test_both_forms_agree(value_dim: int) -> None:
     torch.nn.init.normal_(Layer.kv_b_proj.weight, generator=generator)
     rows = torch.randn(100, 16, generator=generator)
     query = torch.randn(3, 9, 11, generator=generator)
-    sequence = PackedSequence(0, new_tokens=9, cached_tokens=60, extents=((13, 69),))
+    sequence = PackedSequence(0, new_tokens=9, past_tokens=60, extents=((13, 69),))
     with torch.no_grad():
         absorbed, expanded = (how(Layer, query, rows, sequence, 0.3) for how in (form._absorbed, form._expanded))
     assert absorbed.shape == (9, 3, value_dim)
@@ -39,7 +39,7 @@ def test_decode_never_expands_its_context(engines_of, monkeypatch: pytest.Monkey
     buffer, engine = DeBuffer(engines.model.layout, prompt), LayerwisePrefill(engines.model)
     (first,) = prefill(engine, [buffer], [greedy(10)])
     engine.close()
-    decode = DecodeEngine(engines.model, blocks=2)
+    decode = PagedDecode(engines.model, blocks=2)
     enter(decode, 0, buffer, first, greedy(10))
 
     def refuse(*arguments: object) -> None:

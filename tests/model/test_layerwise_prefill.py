@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_world import BlockStore, BufferIO, DeBuffer, Engines, greedy, random_tokens, turn
 
-from dualpath.model import DecodeEngine, LayerIOTimeoutError, LayerwisePrefill, PrefillItem
+from dualpath.model import LayerIOTimeoutError, LayerwisePrefill, PagedDecode, PrefillItem
 
 Prefills = Callable[..., LayerwisePrefill]
 
@@ -16,11 +16,11 @@ Prefills = Callable[..., LayerwisePrefill]
 def batch_with_hits(engines: Engines, prefill_of: Prefills, count: int = 3) -> tuple[list[DeBuffer], list[PrefillItem]]:
     """`count` prompts of different lengths whose first 128 tokens are hits."""
     store, shared = BlockStore(), random_tokens(130, seed=1)
-    turn(prefill_of(engines.model), DecodeEngine(engines.model, blocks=4), [shared], 2, store)
+    turn(prefill_of(engines.model), PagedDecode(engines.model, blocks=4), [shared], 2, store)
     prompts = [shared[:128] + random_tokens(10 + 17 * i, seed=2 + i) for i in range(count)]
     buffers = [DeBuffer(engines.model.layout, prompt, store) for prompt in prompts]
     items = [PrefillItem(b.prompt[b.hit_tokens :], b.hit_tokens, greedy(8)) for b in buffers]
-    assert all(item.cached_tokens == 128 for item in items)
+    assert all(item.past_tokens == 128 for item in items)
     return buffers, items
 
 

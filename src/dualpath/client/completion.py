@@ -15,7 +15,7 @@ import msgspec
 
 from dualpath.client.http_client import HttpClient, HttpError, Pieces, Response
 from dualpath.client.prompt import Prompt
-from dualpath.client.server import Server
+from dualpath.client.server import ServedModel
 from dualpath.spec.timings import Timings
 
 
@@ -86,7 +86,7 @@ def open_client(url: str, api_key: str | None = None) -> HttpClient:
 
 async def complete(
     client: HttpClient,
-    server: Server,
+    server: ServedModel,
     prompt: Prompt,
     generate_tokens: int,
     timeout_s: float,
@@ -109,7 +109,7 @@ async def complete(
     return _read(response, server, generate_tokens)
 
 
-async def asked_for_token_ids(client: HttpClient, server: Server, prompt: Prompt, timeout_s: float) -> Server:
+async def asked_for_token_ids(client: HttpClient, server: ServedModel, prompt: Prompt, timeout_s: float) -> ServedModel:
     """`server`, with what one token asked for shows about its token ids. Raises CompletionError where it is ill."""
     if server.returns_token_ids:
         return server
@@ -123,7 +123,7 @@ async def asked_for_token_ids(client: HttpClient, server: Server, prompt: Prompt
     return asking
 
 
-def _fields(server: Server, generate_tokens: int) -> Iterator[tuple[str, object]]:
+def _fields(server: ServedModel, generate_tokens: int) -> Iterator[tuple[str, object]]:
     yield "model", server.model
     yield "max_tokens", generate_tokens
     yield "min_tokens", generate_tokens
@@ -137,7 +137,7 @@ def _fields(server: Server, generate_tokens: int) -> Iterator[tuple[str, object]
         yield "return_timings", True
 
 
-def _read(response: Response, server: Server, generate_tokens: int) -> Completion:
+def _read(response: Response, server: ServedModel, generate_tokens: int) -> Completion:
     token_ids: list[int] = []
     arrived_at_s: list[float] = []
     usage: _Usage | None = None
@@ -185,7 +185,7 @@ def _events(pieces: Pieces) -> Iterator[tuple[float, _Event]]:
 
 
 def _check_length(
-    server: Server, token_ids: list[int], arrived_at_s: list[float], usage: _Usage, generate_tokens: int
+    server: ServedModel, token_ids: list[int], arrived_at_s: list[float], usage: _Usage, generate_tokens: int
 ) -> None:
     if server.returns_token_ids and len(token_ids) != generate_tokens:
         raise CompletionError(

@@ -25,7 +25,7 @@ from dualpath.client.open_files import OpenFilesError, allow_open_files
 from dualpath.client.prompt import Prompt
 from dualpath.client.resume import Journal, JournalError
 from dualpath.client.rollout import OnTurn, ReplayOptions, Rollout
-from dualpath.client.server import Server, ServerError, find_server
+from dualpath.client.server import ServedModel, ServerError, find_server
 from dualpath.client.token_ids import append_tokens, fill_tokens
 from dualpath.results.turns import ReplayResult
 from dualpath.traces.trajectory import Trajectory
@@ -86,7 +86,7 @@ async def replay(
 
 
 @contextlib.asynccontextmanager
-async def connected(url: str, agents: int, options: ReplayOptions) -> AsyncIterator[tuple[HttpClient, Server]]:
+async def connected(url: str, agents: int, options: ReplayOptions) -> AsyncIterator[tuple[HttpClient, ServedModel]]:
     """A client for `agents` connections, and the server it found. Raises ReplayError."""
     try:
         allow_open_files(agents)
@@ -105,7 +105,7 @@ async def connected(url: str, agents: int, options: ReplayOptions) -> AsyncItera
 
 
 @contextlib.asynccontextmanager
-async def recorded(journal: Journal | None, server: Server) -> AsyncIterator[None]:
+async def recorded(journal: Journal | None, server: ServedModel) -> AsyncIterator[None]:
     """A part of `journal`, where there is one. Raises ReplayError for what goes wrong in writing it."""
     failed: JournalError | None = None
     if journal is None:

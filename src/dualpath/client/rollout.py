@@ -17,7 +17,7 @@ from dualpath.client.completion import Completion, CompletionError, complete
 from dualpath.client.http_client import HttpClient
 from dualpath.client.prompt import Prompt
 from dualpath.client.resume import Journal
-from dualpath.client.server import Server, ServerKind
+from dualpath.client.server import ServedModel, ServerKind
 from dualpath.client.token_ids import append_tokens, digest, fill_tokens
 from dualpath.results.turns import Part, ReplayResult, TurnFailure, TurnResult
 from dualpath.traces.trajectory import Round, Trajectory
@@ -58,7 +58,7 @@ class Rollout:
     def __init__(
         self,
         client: HttpClient,
-        server: Server,
+        server: ServedModel,
         options: ReplayOptions,
         on_turn: OnTurn | None = None,
         journal: Journal | None = None,

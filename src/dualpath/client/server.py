@@ -34,7 +34,7 @@ class ServerError(Exception):
     """No OpenAI server answers."""
 
 
-class Server(msgspec.Struct, frozen=True):
+class ServedModel(msgspec.Struct, frozen=True):
     """A server and the model it serves."""
 
     model: str
@@ -62,7 +62,7 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
-async def find_server(client: HttpClient, url: str, kind: ServerKind | None = None) -> Server:
+async def find_server(client: HttpClient, url: str, kind: ServerKind | None = None) -> ServedModel:
     """The first model listed, and the kind of its server: `kind`, or what `owned_by` says. Raises ServerError.
 
     Whether it returns token ids is what is known of its kind; `dualpath.client.completion.asked_for_token_ids` finds
@@ -82,7 +82,9 @@ async def find_server(client: HttpClient, url: str, kind: ServerKind | None = No
     owner = models[0].owned_by.lower()
     found: ServerKind = next((known for known in _KINDS if known == owner), "other")
     found = kind or found
-    return Server(models[0].id, found, returns_token_ids=found in ("dualpath", "vllm"), cluster=_cluster(models[0]))
+    return ServedModel(
+        models[0].id, found, returns_token_ids=found in ("dualpath", "vllm"), cluster=_cluster(models[0])
+    )
 
 
 def _cluster(model: _Model) -> ServedCluster | None:

@@ -29,37 +29,37 @@ class AttentionCost(msgspec.Struct, frozen=True):
     flops_per_pair: float
     """Scores and values: per pair of a new token and a token it attends to."""
 
-    def chunk_ns(self, cached_tokens: int, new_tokens: int) -> float:
+    def chunk_ns(self, past_tokens: int, new_tokens: int) -> float:
         """Time that a chunk adds to its batch; `fixed_ns` is the batch's, paid once. New token i sees cached+i+1."""
-        pairs = new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2
+        pairs = new_tokens * past_tokens + new_tokens * (new_tokens + 1) // 2
         return (new_tokens * self.flops_per_token + pairs * self.flops_per_pair) * self.ns_per_flop
 
-    def fitting_tokens(self, cached_tokens: int, most_tokens: int, budget_ns: float) -> int:
+    def fitting_tokens(self, past_tokens: int, most_tokens: int, budget_ns: float) -> int:
         """The largest chunk of at most `most_tokens` whose `chunk_ns` is within the budget; 0 where none is.
 
         Solves the quadratic in `chunk_ns`, then looks at the neighbours of the root, which is rounded.
         """
-        if self.chunk_ns(cached_tokens, most_tokens) <= budget_ns:
+        if self.chunk_ns(past_tokens, most_tokens) <= budget_ns:
             return most_tokens
         if budget_ns <= 0:
             return 0
-        linear = self.flops_per_token + self.flops_per_pair * (cached_tokens + 0.5)
+        linear = self.flops_per_token + self.flops_per_pair * (past_tokens + 0.5)
         flops = budget_ns / self.ns_per_flop
         root = 2 * flops / (linear + sqrt(linear * linear + 2 * self.flops_per_pair * flops))
         tokens = min(int(root), most_tokens)
-        while self.chunk_ns(cached_tokens, tokens) > budget_ns:
+        while self.chunk_ns(past_tokens, tokens) > budget_ns:
             tokens -= 1
-        while tokens < most_tokens and self.chunk_ns(cached_tokens, tokens + 1) <= budget_ns:
+        while tokens < most_tokens and self.chunk_ns(past_tokens, tokens + 1) <= budget_ns:
             tokens += 1
         return tokens
 
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):
-    """Compute tokens ``[cached_tokens, cached_tokens + new_tokens)`` of a request; `last` ends its prompt."""
+    """Compute tokens ``[past_tokens, past_tokens + new_tokens)`` of a request; `last` ends its prompt."""
 
     request: RequestId
     attempt: int
-    cached_tokens: int
+    past_tokens: int
     new_tokens: int
     last: bool
 
@@ -67,12 +67,12 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
 class _Line:
     """A request in the queue: what is computed, what is not, and whether a chunk of it is out."""
 
-    __slots__ = ("attempt", "cached_tokens", "in_flight", "new_tokens", "request")
+    __slots__ = ("attempt", "in_flight", "new_tokens", "past_tokens", "request")
 
-    def __init__(self, request: RequestId, attempt: int, cached_tokens: int, new_tokens: int) -> None:
+    def __init__(self, request: RequestId, attempt: int, past_tokens: int, new_tokens: int) -> None:
         self.request = request
         self.attempt = attempt
-        self.cached_tokens = cached_tokens
+        self.past_tokens = past_tokens
         self.new_tokens = new_tokens
         self.in_flight = False
 
@@ -109,14 +109,14 @@ class PrefillQueue:
         self.waiting_requests = 0
         """Requests with tokens not yet given out. To read only."""
 
-    def push(self, request: RequestId, attempt: int, cached_tokens: int, new_tokens: int) -> None:
-        """Queue a prompt of which `cached_tokens` are in the buffers. Raises ValueError on an empty or known one."""
-        if new_tokens < 1 or cached_tokens < 0:
-            raise ValueError(f"request {request} attempt {attempt}: {new_tokens} new tokens after {cached_tokens}")
+    def push(self, request: RequestId, attempt: int, past_tokens: int, new_tokens: int) -> None:
+        """Queue a prompt of which `past_tokens` are in the buffers. Raises ValueError on an empty or known one."""
+        if new_tokens < 1 or past_tokens < 0:
+            raise ValueError(f"request {request} attempt {attempt}: {new_tokens} new tokens after {past_tokens}")
         key = (request, attempt)
         if key in self._lines:
             raise ValueError(f"request {request} attempt {attempt} is already queued")
-        self._lines[key] = _Line(request, attempt, cached_tokens, new_tokens)
+        self._lines[key] = _Line(request, attempt, past_tokens, new_tokens)
         self.waiting_tokens += new_tokens
         self.waiting_requests += 1
 
@@ -156,10 +156,10 @@ class PrefillQueue:
             if len(batch) == self._max_batch_requests or (batch and self._over_kv(kv_tokens, line)):
                 break
             most_tokens = line.new_tokens if line.new_tokens < left_tokens else left_tokens
-            new_tokens, spent_ns = most_tokens, cost.chunk_ns(line.cached_tokens, most_tokens)
+            new_tokens, spent_ns = most_tokens, cost.chunk_ns(line.past_tokens, most_tokens)
             if spent_ns > left_ns:
-                new_tokens = cost.fitting_tokens(line.cached_tokens, most_tokens, left_ns) or (0 if batch else 1)
-                spent_ns = cost.chunk_ns(line.cached_tokens, new_tokens)
+                new_tokens = cost.fitting_tokens(line.past_tokens, most_tokens, left_ns) or (0 if batch else 1)
+                spent_ns = cost.chunk_ns(line.past_tokens, new_tokens)
             if not new_tokens:
                 break
             left_ns -= spent_ns
@@ -170,17 +170,17 @@ class PrefillQueue:
             if not chunk.last:
                 break
             self.waiting_requests -= 1
-            kv_tokens += line.cached_tokens
+            kv_tokens += line.past_tokens
         return tuple(batch)
 
     def _over_kv(self, kv_tokens: int, line: _Line) -> bool:
         limit = self._max_batch_kv_tokens
-        return limit is not None and kv_tokens + line.cached_tokens + line.new_tokens > limit
+        return limit is not None and kv_tokens + line.past_tokens + line.new_tokens > limit
 
 
 def _take(line: _Line, new_tokens: int) -> Chunk:
-    chunk = Chunk(line.request, line.attempt, line.cached_tokens, new_tokens, new_tokens == line.new_tokens)
-    line.cached_tokens += new_tokens
+    chunk = Chunk(line.request, line.attempt, line.past_tokens, new_tokens, new_tokens == line.new_tokens)
+    line.past_tokens += new_tokens
     line.new_tokens -= new_tokens
     line.in_flight = True
     return chunk

@@ -34,32 +34,32 @@ class TokenRange(msgspec.Struct, frozen=True, gc=False):
 
 
 class ChunkPlan(msgspec.Struct, frozen=True):
-    """Per layer: `loads` tile ``[0, cached_tokens)`` in order; `ships` are what the DE buffer still lacks, in order."""
+    """Per layer: `loads` tile ``[0, past_tokens)`` in order; `ships` are what the DE buffer still lacks, in order."""
 
     loads: tuple[Segment, ...]
     ships: tuple[TokenRange, ...]
 
 
-def chunk_plan(legs: tuple[Leg, ...], hit_tokens: int, cached_tokens: int, new_tokens: int) -> ChunkPlan:
-    """Plan for the chunk that computes tokens ``[cached_tokens, cached_tokens + new_tokens)``.
+def chunk_plan(legs: tuple[Leg, ...], hit_tokens: int, past_tokens: int, new_tokens: int) -> ChunkPlan:
+    """Plan for the chunk that computes tokens ``[past_tokens, past_tokens + new_tokens)``.
 
     `legs` tile the hit blocks, in any order. Raises ValueError where they don't, where the chunk is empty or where it
     starts inside the hit tokens.
     """
-    if new_tokens < 1 or cached_tokens < hit_tokens:
+    if new_tokens < 1 or past_tokens < hit_tokens:
         raise ValueError(
-            f"chunk of {new_tokens} new tokens after {cached_tokens} cached, with {hit_tokens} hit: a chunk has at "
+            f"chunk of {new_tokens} new tokens after {past_tokens} cached, with {hit_tokens} hit: a chunk has at "
             "least one new token and starts after the hit tokens"
         )
     loads = _hit_segments(legs, hit_tokens)
     ships = [TokenRange(part.first_token, part.tokens) for part in loads if part.side is Side.PE]
-    if cached_tokens > hit_tokens:
+    if past_tokens > hit_tokens:
         ships = []
-        _append_segment(loads, Segment(Side.DE, hit_tokens, cached_tokens - hit_tokens))
-    if ships and ships[-1].first_token + ships[-1].tokens == cached_tokens:
+        _append_segment(loads, Segment(Side.DE, hit_tokens, past_tokens - hit_tokens))
+    if ships and ships[-1].first_token + ships[-1].tokens == past_tokens:
         ships[-1] = TokenRange(ships[-1].first_token, ships[-1].tokens + new_tokens)
     else:
-        ships.append(TokenRange(cached_tokens, new_tokens))
+        ships.append(TokenRange(past_tokens, new_tokens))
     return ChunkPlan(tuple(loads), tuple(ships))
 
 

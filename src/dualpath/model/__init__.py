@@ -6,7 +6,7 @@ Knows nothing of transport, policy or processes: the runtime hands it tokens and
 from dualpath.model.attention import UnsupportedModelError
 from dualpath.model.batch import PrefillItem, PrefillOutput
 from dualpath.model.checkpoint import make_checkpoint, model_fingerprint
-from dualpath.model.decode import DecodeEngine, StepOutput
+from dualpath.model.decode import PagedDecode, StepOutput
 from dualpath.model.layers import LayerIOTimeoutError
 from dualpath.model.model import LoadedModel
 from dualpath.model.paged import OutOfBlocksError
@@ -15,12 +15,12 @@ from dualpath.model.profiling import profile_attention
 from dualpath.model.sampling import TokenDraw
 
 __all__ = [
-    "DecodeEngine",
     "LayerIO",
     "LayerIOTimeoutError",
     "LayerwisePrefill",
     "LoadedModel",
     "OutOfBlocksError",
+    "PagedDecode",
     "PrefillItem",
     "PrefillOutput",
     "PrefillStatistics",

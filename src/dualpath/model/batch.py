@@ -13,11 +13,11 @@ from dualpath.spec.sampling import SamplingParams, finish_reason
 
 
 class PrefillItem(msgspec.Struct, frozen=True):
-    """One chunk of one request: `token_ids` are computed at positions `cached_tokens` onwards."""
+    """One chunk of one request: `token_ids` are computed at positions `past_tokens` onwards."""
 
     token_ids: list[int]
     """The chunk's own tokens, at least one; not those whose KV is loaded."""
-    cached_tokens: int
+    past_tokens: int
     """Tokens before the chunk, whose KV `load_layer` provides: hits and earlier chunks."""
     sampling: SamplingParams | None = None
     """Given for a prompt's last chunk: draw the next token."""
@@ -40,7 +40,7 @@ class PrefillBatch:
     def __init__(self, items: list[PrefillItem], rows: int) -> None:
         self.items, self.rows = items, rows
         self.errors: list[Exception | None] = [None] * len(items)
-        self.lengths = [item.cached_tokens + len(item.token_ids) for item in items]
+        self.lengths = [item.past_tokens + len(item.token_ids) for item in items]
         self.first_rows: list[int] = []
         self.token_ids: list[int] = []
         self.positions: list[int] = []
@@ -53,12 +53,12 @@ class PrefillBatch:
         for index, (item, length) in enumerate(zip(items, self.lengths, strict=True)):
             extent = (first_row, length)
             sequences.append(
-                PackedSequence(len(self.token_ids), len(item.token_ids), item.cached_tokens, extents=(extent,))
+                PackedSequence(len(self.token_ids), len(item.token_ids), item.past_tokens, extents=(extent,))
             )
             self.first_rows.append(first_row)
             self.token_ids += item.token_ids
-            self.positions += range(item.cached_tokens, length)
-            self.new_rows += range(first_row + item.cached_tokens, first_row + length)
+            self.positions += range(item.past_tokens, length)
+            self.new_rows += range(first_row + item.past_tokens, first_row + length)
             if item.sampling is not None:
                 self.sampled.append(index)
                 self.sampled_rows.append(len(self.token_ids) - 1)

@@ -41,7 +41,7 @@ class StepOutput(msgspec.Struct, frozen=True):
     error: Exception | None = None
 
 
-class DecodeEngine:
+class PagedDecode:
     """A model and the device blocks its running sequences share. See the module for who may call what."""
 
     def __init__(self, model: LoadedModel, blocks: int) -> None:
@@ -236,7 +236,7 @@ class _Sequence:
             if left > 0:
                 extents.append((first_row, min(rows, left)))
             left -= rows
-        return PackedSequence(first_query=query, new_tokens=1, cached_tokens=self.kv_tokens, extents=tuple(extents))
+        return PackedSequence(first_query=query, new_tokens=1, past_tokens=self.kv_tokens, extents=tuple(extents))
 
 
 def _advance(index: int, sequence: _Sequence, token: TokenDraw | Exception) -> StepOutput:

@@ -115,7 +115,7 @@ class _Probe(PackedPass):
     """Two tokens through every layer; notes what each layer hands over."""
 
     def __init__(self, model: LoadedModel) -> None:
-        sequence = PackedSequence(first_query=0, new_tokens=2, cached_tokens=0, extents=((0, 2),))
+        sequence = PackedSequence(first_query=0, new_tokens=2, past_tokens=0, extents=((0, 2),))
         super().__init__(model.form, (sequence,), torch.arange(2, device=model.device))
         self._model = model
         self._buffer = torch.zeros(2, model.token_elems, dtype=model.dtype, device=model.device)

@@ -41,7 +41,7 @@ class LayerIO(Protocol):
     """
 
     def load_layer(self, layer: int, destinations: list[Bytes | None]) -> list[Exception | None]:
-        """Loader thread: fill ``destinations[i]``, ``cached_tokens_i × token_bytes`` bytes, None where there is nothing
+        """Loader thread: fill ``destinations[i]``, ``past_tokens_i × token_bytes`` bytes, None where there is nothing
         to load or the item has failed. Not called for a layer where all are None."""
         ...
 
@@ -110,12 +110,12 @@ class LayerwisePrefill:
     def _checked_tokens(self, items: list[PrefillItem]) -> int:
         total = 0
         for index, item in enumerate(items):
-            if not item.token_ids or item.cached_tokens < 0:
+            if not item.token_ids or item.past_tokens < 0:
                 raise ValueError(
-                    f"item {index} has {len(item.token_ids)} tokens to compute after {item.cached_tokens} cached ones; "
+                    f"item {index} has {len(item.token_ids)} tokens to compute after {item.past_tokens} cached ones; "
                     "at least one is needed, after zero or more"
                 )
-            length = item.cached_tokens + len(item.token_ids)
+            length = item.past_tokens + len(item.token_ids)
             if length > self.model.max_length_tokens:
                 raise ValueError(
                     f"item {index} reaches {length} tokens; the model takes {self.model.max_length_tokens}"
@@ -152,9 +152,9 @@ class LayerwisePrefill:
     def _load_all(self, batch: PrefillBatch, io: LayerIO, progress: LayerProgress) -> None:
         for layer in range(progress.layers):
             progress.wait_slot(layer)
-            wanted = [i for i in batch.alive() if batch.items[i].cached_tokens]
+            wanted = [i for i in batch.alive() if batch.items[i].past_tokens]
             destinations: list[Bytes | None] = [None] * len(batch.items)
-            spans = [(batch.first_rows[i], batch.items[i].cached_tokens) for i in wanted]
+            spans = [(batch.first_rows[i], batch.items[i].past_tokens) for i in wanted]
             for i, span in zip(wanted, spans, strict=True):
                 destinations[i] = self._device.destination(layer, *span)
             if wanted:

@@ -49,7 +49,7 @@ class _OneLayer(PackedPass):
     """A chunk of one sequence, alone with one layer's buffer."""
 
     def __init__(self, model: LoadedModel, cached: int, new: int) -> None:
-        sequence = PackedSequence(first_query=0, new_tokens=new, cached_tokens=cached, extents=((0, cached + new),))
+        sequence = PackedSequence(first_query=0, new_tokens=new, past_tokens=cached, extents=((0, cached + new),))
         super().__init__(model.form, (sequence,), torch.arange(cached, cached + new, device=model.device))
         self._buffer = torch.randn(cached + new, model.token_elems, device=model.device).to(model.dtype)
 

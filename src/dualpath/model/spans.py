@@ -27,7 +27,7 @@ class PackedSequence(msgspec.Struct, frozen=True):
 
     first_query: int
     new_tokens: int
-    cached_tokens: int
+    past_tokens: int
     extents: tuple[tuple[int, int], ...]
     """Runs of buffer rows ``(first_row, rows)``, in token order, covering cached then new tokens. A chunk of more than
     one new token has a single extent."""
@@ -74,8 +74,8 @@ def _spans(sequence: PackedSequence, span_rows: int | None) -> tuple[list[tuple[
     causal = None
     if sequence.new_tokens > 1:
         first, _ = sequence.extents[0]
-        causal = (first + sequence.cached_tokens, sequence.new_tokens)
-        whole = [(first, sequence.cached_tokens)] if sequence.cached_tokens else []
+        causal = (first + sequence.past_tokens, sequence.new_tokens)
+        whole = [(first, sequence.past_tokens)] if sequence.past_tokens else []
     if span_rows is not None:
         whole = [
             (start, min(span_rows, first + count - start))

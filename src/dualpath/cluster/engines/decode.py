@@ -17,7 +17,7 @@ from dualpath.cluster.engines.decode_attempt import DecodeAttempt, Persister
 from dualpath.cluster.engines.host import EngineHost, Owner
 from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, EngineId, Side
 from dualpath.kv import StoreError
-from dualpath.model import DecodeEngine, LoadedModel, StepOutput
+from dualpath.model import LoadedModel, PagedDecode, StepOutput
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
 from dualpath.spec.sampling import SamplingParams
@@ -32,7 +32,7 @@ class DecodeWorker:
 
     def __init__(self, host: EngineHost, model: LoadedModel, hbm_blocks: int) -> None:
         self._host = host
-        self._engine = DecodeEngine(model, hbm_blocks)
+        self._engine = PagedDecode(model, hbm_blocks)
         self._copies = named_threads(1, "copies")
         self._persister = Persister(host, self._engine, self._copies)
         self._attempts: dict[Owner, DecodeAttempt] = {}

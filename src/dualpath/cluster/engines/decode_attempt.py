@@ -15,7 +15,7 @@ from dualpath.cluster.messages import PrepareDecode
 from dualpath.core.vocabulary import BLOCK_TOKENS
 from dualpath.kv import StoreError
 from dualpath.kv.keys import BlockKey, Namespace, block_keys
-from dualpath.model import DecodeEngine
+from dualpath.model import PagedDecode
 from dualpath.spec import metrics
 
 
@@ -65,7 +65,7 @@ class DecodeAttempt:
 class Persister:
     """Writes the blocks of one attempt at a time in order; attempts beside each other."""
 
-    def __init__(self, host: EngineHost, engine: DecodeEngine, copies: Executor) -> None:
+    def __init__(self, host: EngineHost, engine: PagedDecode, copies: Executor) -> None:
         self._host = host
         self._engine = engine
         self._copies = copies

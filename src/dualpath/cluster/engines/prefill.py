@@ -79,7 +79,7 @@ class PrefillWorker:
         """Prompt tokens a second, hit ones included, of an agent's typical turn; the second of two runs, warm."""
         new_tokens = min(PROBE_NEW_TOKENS, self._model.max_length_tokens)
         hit_tokens = min(PROBE_HIT_TOKENS, self._model.max_length_tokens - new_tokens)
-        item = PrefillItem(token_ids=[0] * new_tokens, cached_tokens=hit_tokens)
+        item = PrefillItem(token_ids=[0] * new_tokens, past_tokens=hit_tokens)
         elapsed_ns = 0
         for _ in range(2):
             started_ns = time.monotonic_ns()
@@ -191,16 +191,16 @@ class PrefillWorker:
         for chunk, attempt in zip(chunks, attempts, strict=True):
             start = attempt.start
             assert start is not None
-            first = chunk.cached_tokens - start.hit_tokens
+            first = chunk.past_tokens - start.hit_tokens
             items.append(
                 PrefillItem(
                     token_ids=start.miss_token_ids[first : first + chunk.new_tokens],
-                    cached_tokens=chunk.cached_tokens,
+                    past_tokens=chunk.past_tokens,
                     sampling=start.sampling if chunk.last else None,
                     generated_so_far=start.generated_tokens,
                 )
             )
-            plan = chunk_plan(tuple(start.legs), start.hit_tokens, chunk.cached_tokens, chunk.new_tokens)
+            plan = chunk_plan(tuple(start.legs), start.hit_tokens, chunk.past_tokens, chunk.new_tokens)
             transfers.append(
                 ItemTransfers(
                     plan,

@@ -12,7 +12,7 @@ import msgspec
 from dualpath.lab.paper.items import ITEMS
 from dualpath.lab.paper.rows import Row
 from dualpath.lab.paper.runner import Runner
-from dualpath.lab.paper.sensitivity import Sensitivity
+from dualpath.lab.paper.sensitivity import WhatIf
 from dualpath.lab.sim.costs import Calibration
 
 FILE_NAME = "paper.json"
@@ -24,14 +24,14 @@ class Archive(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[Row]
     calibration: Calibration
     scale: float
-    sensitivity: list[Sensitivity]
+    sensitivity: list[WhatIf]
 
 
 class ArchiveError(ValueError):
     """The results directory's file can't be read. The message names it."""
 
 
-def merged(directory: Path, rows: Sequence[Row], what_if: Sequence[Sensitivity], runner: Runner) -> Archive:
+def merged(directory: Path, rows: Sequence[Row], what_if: Sequence[WhatIf], runner: Runner) -> Archive:
     """`rows` and `what_if` in place of what the directory has of their items. Raises ArchiveError."""
     known = _read(directory / FILE_NAME)
     if known is None or (known.calibration, known.scale) != (runner.calibration, runner.scale):

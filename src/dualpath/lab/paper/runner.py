@@ -27,7 +27,7 @@ BALANCE_WINDOW_S = 10.0
 """Over which the traffic of storage NICs is compared. The paper does not say."""
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
+class PaperRun(msgspec.Struct, frozen=True, kw_only=True):
     """What distinguishes one simulation from another."""
 
     preset: str
@@ -85,14 +85,14 @@ class Runner:
     ) -> SimulationResult:
         """All agents at once; `simulated_s` is the JCT."""
         scaled = max(8, round(agents * self.scale))
-        run = Run(preset=preset, system=system, agents=scaled, trace=trace, append_scale=append_scale)
+        run = PaperRun(preset=preset, system=system, agents=scaled, trace=trace, append_scale=append_scale)
         return self.run(run).result
 
     def online(self, preset: str, system: str, agents_per_s: float, duration_s: float = ONLINE_S) -> Outcome:
         """Poisson arrivals of 64K agents."""
         agents = round(agents_per_s * duration_s * 1.2) + 20
         return self.run(
-            Run(preset=preset, system=system, agents=agents, agents_per_s=agents_per_s, duration_s=duration_s)
+            PaperRun(preset=preset, system=system, agents=agents, agents_per_s=agents_per_s, duration_s=duration_s)
         )
 
     def sustains(self, preset: str, system: str, agents_per_s: float) -> bool:
@@ -105,14 +105,14 @@ class Runner:
         """Another one, with nothing simulated yet."""
         return Runner(self.scale, self._announce, calibration, self._pool, self._on_done)
 
-    def run(self, run: Run) -> Outcome:
+    def run(self, run: PaperRun) -> Outcome:
         """The outcome, simulated now or before."""
         outcome: Outcome = self._once(run, _name(run), simulate, run, self.calibration)
         return outcome
 
     def runs(self) -> list[SimulationResult]:
         """Every result so far, in the order in which they were asked for."""
-        return [future.result().result for key, future in self._known.items() if isinstance(key, Run)]
+        return [future.result().result for key, future in self._known.items() if isinstance(key, PaperRun)]
 
     def _once(self, key: object, name: str, work: Callable[..., Any], *arguments: object) -> Any:
         with self._lock:
@@ -138,7 +138,7 @@ def process_pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("forkserver"))
 
 
-def simulate(run: Run, calibration: Calibration) -> Outcome:
+def simulate(run: PaperRun, calibration: Calibration) -> Outcome:
     """One simulation."""
     agents = agents_of([run.trace], run.agents, append_scale=run.append_scale)
     scenario = Scenario(
@@ -174,7 +174,7 @@ def _sustains(preset: str, system: str, agents_per_s: float, calibration: Calibr
     return sustains(prepare(scenario))
 
 
-def _name(run: Run) -> str:
+def _name(run: PaperRun) -> str:
     how = f"{run.agents:,} agents at once" if run.agents_per_s is None else f"{run.agents_per_s:g} agents a second"
     scaled = "" if run.append_scale == 1 else f", appends times {run.append_scale:g}"
     return f"{run.preset}, {run.system}, {run.trace}, {how}{scaled}"

@@ -16,7 +16,7 @@ SNIC_BYTES_PER_S = (43e9, 50e9)
 """What 3FS reports of a 400 Gb/s NIC, and all of it."""
 
 
-class Sensitivity(msgspec.Struct, frozen=True, kw_only=True):
+class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
     """DS 660B, 1,024 agents of 64K at once."""
 
     prefill_pflop_per_s: float
@@ -29,7 +29,7 @@ class Sensitivity(msgspec.Struct, frozen=True, kw_only=True):
         return self.basic_jct_s / self.dualpath_jct_s
 
 
-def sensitivity(runner: Runner) -> list[Sensitivity]:
+def sensitivity(runner: Runner) -> list[WhatIf]:
     """The fitted point, then one constant at a time at the ends of its range."""
     fitted = runner.calibration
     nic = 50e9
@@ -42,7 +42,7 @@ def sensitivity(runner: Runner) -> list[Sensitivity]:
         at = runner if changed == fitted else runner.with_calibration(changed)
         jct = [at.offline(DS660B, system, AGENTS_660B[0]).simulated_s for system in ("basic", "dualpath")]
         answers.append(
-            Sensitivity(
+            WhatIf(
                 prefill_pflop_per_s=flop_per_s / 1e15,
                 snic_gb_per_s=snic / 1e9,
                 basic_jct_s=jct[0],
@@ -52,7 +52,7 @@ def sensitivity(runner: Runner) -> list[Sensitivity]:
     return answers
 
 
-def sensitivity_page(answers: Sequence[Sensitivity]) -> str:
+def sensitivity_page(answers: Sequence[WhatIf]) -> str:
     """As a section of the results page."""
     lines = [
         "\n## Sensitivity",

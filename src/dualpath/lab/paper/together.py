@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dualpath.lab.paper.items import ITEMS, SENSITIVITY
 from dualpath.lab.paper.rows import Row
 from dualpath.lab.paper.runner import Runner
-from dualpath.lab.paper.sensitivity import Sensitivity, sensitivity
+from dualpath.lab.paper.sensitivity import WhatIf, sensitivity
 
-Found = tuple[list[Row], list[Sensitivity]]
+Found = tuple[list[Row], list[WhatIf]]
 
 
 def together(names: Sequence[str], runner: Runner) -> Iterator[Found]:

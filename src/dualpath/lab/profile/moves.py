@@ -20,7 +20,7 @@ from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side, TrafficClass
 from dualpath.kv import KVLayout, block_keys, namespace
 from dualpath.lab.facts.profile import Rates
-from dualpath.model import DecodeEngine, LoadedModel
+from dualpath.model import LoadedModel, PagedDecode
 from dualpath.spec.sampling import SamplingParams
 from dualpath.transfer import TRANSPORTS
 from dualpath.transfer.pool import BufferPool
@@ -109,7 +109,7 @@ def _transfer_rate(layout: KVLayout) -> float:
 
 def _copy_rate(model: LoadedModel) -> float:
     """Full Blocks from a buffer to the device."""
-    engine = DecodeEngine(model, BLOCKS + 1)
+    engine = PagedDecode(model, BLOCKS + 1)
     tokens = model.layout.block_tokens
     page = np.zeros(model.layout.full_block_bytes, np.uint8)
     engine.admit(0, min(BLOCKS * tokens, model.max_length_tokens - 1), 0, ONE_TOKEN)

@@ -13,7 +13,7 @@ import torch
 
 from dualpath.cluster.engines.prefill import NoTransfers
 from dualpath.lab.facts.step_times import DecodeSample, PrefillSample
-from dualpath.model import DecodeEngine, LayerwisePrefill, LoadedModel, PrefillItem
+from dualpath.model import LayerwisePrefill, LoadedModel, PagedDecode, PrefillItem
 from dualpath.spec.sampling import SamplingParams
 
 PREFILL_SHAPES = (
@@ -57,7 +57,7 @@ def measure_decode(model: LoadedModel, advance: Advance) -> list[DecodeSample]:
     """Steps of the `DECODE_SHAPES` that the model can hold; likewise."""
     shapes = [shape for shape in DECODE_SHAPES if shape[1] + GENERATE.max_tokens <= model.max_length_tokens]
     block_tokens = model.layout.block_tokens
-    engine = DecodeEngine(model, max(n * -(-(c + GENERATE.max_tokens) // block_tokens) for n, c in shapes))
+    engine = PagedDecode(model, max(n * -(-(c + GENERATE.max_tokens) // block_tokens) for n, c in shapes))
 
     def run(shape: tuple[int, ...]) -> int:
         batch, context = shape

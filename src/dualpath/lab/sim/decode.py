@@ -23,12 +23,12 @@ from dualpath.lab.sim.turns import LiveTurn
 _EPSILON = 1e-6
 
 
-class DecodeEngine:
+class SimulatedDecodeEngine:
     """One DE's running batch."""
 
     __slots__ = ("context_base", "engine", "group", "requests")
 
-    def __init__(self, engine: EngineId, group: "DecodeGroup") -> None:
+    def __init__(self, engine: EngineId, group: "SimulatedDecodeGroup") -> None:
         self.engine = engine
         self.group = group
         self.requests = 0
@@ -36,13 +36,13 @@ class DecodeEngine:
         """Tokens of context less requests * steps."""
 
 
-class DecodeGroup:
+class SimulatedDecodeGroup:
     """Engines that step together, and who leaves when."""
 
     __slots__ = ("armed_ns", "engines", "leavers", "peak", "requests", "since_ns", "step_ns", "steps")
 
     def __init__(self) -> None:
-        self.engines: list[DecodeEngine] = []
+        self.engines: list[SimulatedDecodeEngine] = []
         self.steps = 0.0
         self.since_ns = 0
         """When `steps` was last brought up to date."""
@@ -52,10 +52,10 @@ class DecodeGroup:
         self.leavers: list[tuple[int, int, int, LiveTurn]] = []
         """Heap of (step, request, attempt, turn)."""
         self.armed_ns = 0
-        self.peak: DecodeEngine | None = None
+        self.peak: SimulatedDecodeEngine | None = None
 
 
-class Decode:
+class DecodePart:
     """All decode engines. Calls `on_end(turn)` when its last token is out."""
 
     def __init__(self, events: Events, costs: StepCosts, on_end: Callable[[LiveTurn], None]) -> None:
@@ -65,8 +65,8 @@ class Decode:
         self._request_ns = costs.decode_request_ns
         self._context_token_ns = costs.decode_context_token_ns
         self._on_end = on_end
-        self.engines: dict[EngineId, DecodeEngine] = {}
-        self.groups: list[DecodeGroup] = []
+        self.engines: dict[EngineId, SimulatedDecodeEngine] = {}
+        self.groups: list[SimulatedDecodeGroup] = []
         self.tokens = 0
         """Generated in all."""
         self.stretch: Callable[[], float] | None = None
@@ -78,10 +78,10 @@ class Decode:
 
     def add_group(self, engines: list[EngineId]) -> None:
         """Engines that step together."""
-        group = DecodeGroup()
+        group = SimulatedDecodeGroup()
         self.groups.append(group)
         for engine in engines:
-            self.engines[engine] = DecodeEngine(engine, group)
+            self.engines[engine] = SimulatedDecodeEngine(engine, group)
             group.engines.append(self.engines[engine])
 
     def join(self, turn: LiveTurn) -> None:
@@ -126,18 +126,18 @@ class Decode:
         lost.group.engines.remove(lost)
         self._find_peak(lost.group)
 
-    def _advance(self, group: DecodeGroup) -> None:
+    def _advance(self, group: SimulatedDecodeGroup) -> None:
         now = self._events.now
         if group.step_ns:
             group.steps += (now - group.since_ns) / group.step_ns
         group.since_ns = now
 
-    def _load_ns(self, engine: DecodeEngine) -> float:
+    def _load_ns(self, engine: SimulatedDecodeEngine) -> float:
         requests = engine.requests
         context_tokens = engine.context_base + requests * engine.group.steps
         return requests * self._request_ns + context_tokens * self._context_token_ns
 
-    def _pace(self, group: DecodeGroup) -> None:
+    def _pace(self, group: SimulatedDecodeGroup) -> None:
         if group.requests:
             assert group.peak is not None
             group.step_ns = self._fixed_ns + self._load_ns(group.peak)
@@ -146,7 +146,7 @@ class Decode:
         else:
             group.step_ns = 0.0
 
-    def _arm(self, group: DecodeGroup) -> None:
+    def _arm(self, group: SimulatedDecodeGroup) -> None:
         """See to it that an event is posted at or before the time the next one leaves."""
         leavers = group.leavers
         while leavers:
@@ -161,7 +161,7 @@ class Decode:
             group.armed_ns = at_ns
             self._events.at(at_ns, self._fire, (group, at_ns))
 
-    def _fire(self, armed: tuple[DecodeGroup, int]) -> None:
+    def _fire(self, armed: tuple[SimulatedDecodeGroup, int]) -> None:
         group, at_ns = armed
         if group.armed_ns != at_ns:
             return  # an earlier event was posted since
@@ -192,5 +192,5 @@ class Decode:
         if engine is group.peak:
             self._find_peak(group)
 
-    def _find_peak(self, group: DecodeGroup) -> None:
+    def _find_peak(self, group: SimulatedDecodeGroup) -> None:
         group.peak = max(group.engines, key=self._load_ns, default=None)

@@ -1,6 +1,6 @@
 """The slow parts: every block read, every layer, every decode step is an event, and compute NICs share max-min fairly.
 
-They take the place of `storage.Storage`, `fabric.Fabric`, `prefill.Prefill` and `decode.Decode` in a `Simulator` that
+They take the place of `storage.Storage`, `fabric.Fabric`, `prefill.PrefillPart` and `decode.DecodePart` in a `Simulator` that
 is made with ``exact=True``, and exist to hold those against (within 2 % on small cases, tests/sim/test_exact.py): they
 share their interface and the cost model's totals, not their shortcuts. Traffic comes from `core.load_plan`, as in the
 runtime.
@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, Leg, NodeId, Side
 from dualpath.lab.sim.costs import StepCosts
-from dualpath.lab.sim.decode import DecodeEngine, DecodeGroup
+from dualpath.lab.sim.decode import SimulatedDecodeEngine, SimulatedDecodeGroup
 from dualpath.lab.sim.events import Action, Events
 from dualpath.lab.sim.fabric import Fabric
 from dualpath.lab.sim.maxmin import SharedLinks
-from dualpath.lab.sim.prefill import Batch, Prefill, PrefillGroup, StepRecord
+from dualpath.lab.sim.prefill import Batch, PrefillGroup, PrefillPart, StepRecord
 from dualpath.lab.sim.storage import Storage
 from dualpath.lab.sim.turns import LiveTurn
 
@@ -105,7 +105,7 @@ class _Step:
         """Prompts that end with this step, once it has ended."""
 
 
-class ExactPrefill(Prefill):
+class ExactPrefill(PrefillPart):
     """Layer by layer: load the next while one is computed, ship what was. Or, not layerwise, all of each in turn."""
 
     _fabric: ExactFabric
@@ -124,7 +124,7 @@ class ExactPrefill(Prefill):
         for engine, chunks in step.batch:
             for chunk in chunks:
                 turn = self._lives[chunk.request]
-                plan = chunk_plan(_legs(turn), turn.hit_tokens, chunk.cached_tokens, chunk.new_tokens)
+                plan = chunk_plan(_legs(turn), turn.hit_tokens, chunk.past_tokens, chunk.new_tokens)
                 if kind == "load":
                     for part in plan.loads:
                         source = engine.engine if part.side is Side.PE else turn.decode_engine
@@ -212,23 +212,23 @@ class ExactDecode:
         self._events = events
         self._costs = costs
         self._on_end = on_end
-        self.engines: dict[EngineId, DecodeEngine] = {}
-        self.groups: list[DecodeGroup] = []
+        self.engines: dict[EngineId, SimulatedDecodeEngine] = {}
+        self.groups: list[SimulatedDecodeGroup] = []
         self.tokens = 0
         self._running: dict[EngineId, list[_Running]] = {}
         self._stepping: set[int] = set()
 
     def add_group(self, engines: list[EngineId]) -> None:
-        """See `decode.Decode.add_group`."""
-        group = DecodeGroup()
+        """See `decode.DecodePart.add_group`."""
+        group = SimulatedDecodeGroup()
         self.groups.append(group)
         for engine in engines:
-            self.engines[engine] = DecodeEngine(engine, group)
+            self.engines[engine] = SimulatedDecodeEngine(engine, group)
             self._running[engine] = []
             group.engines.append(self.engines[engine])
 
     def join(self, turn: LiveTurn) -> None:
-        """See `decode.Decode.join`."""
+        """See `decode.DecodePart.join`."""
         if turn.generate_tokens == 1:
             self._on_end(turn)
             return
@@ -246,7 +246,7 @@ class ExactDecode:
         """Never called, see `remove`."""
         raise AssertionError(f"engine {engine} is lost in the exact mode, which knows no faults")
 
-    def _step(self, group: DecodeGroup) -> None:
+    def _step(self, group: SimulatedDecodeGroup) -> None:
         batch = [(engine.engine, list(self._running[engine.engine])) for engine in group.engines]
         if not any(running for _, running in batch):
             self._stepping.discard(id(group))
@@ -257,7 +257,7 @@ class ExactDecode:
         group.step_ns = step_ns
         self._events.at(self._events.now + round(step_ns), self._stepped, (group, batch))
 
-    def _stepped(self, step: tuple[DecodeGroup, list[tuple[EngineId, list[_Running]]]]) -> None:
+    def _stepped(self, step: tuple[SimulatedDecodeGroup, list[tuple[EngineId, list[_Running]]]]) -> None:
         group, batch = step
         ended: list[LiveTurn] = []
         for engine, running in batch:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from dualpath.core.batching import PrefillQueue
 from dualpath.core.policy import Policy
 from dualpath.core.vocabulary import BLOCK_TOKENS, RequestId, Role
-from dualpath.lab.sim.decode import Decode
+from dualpath.lab.sim.decode import DecodePart
 from dualpath.lab.sim.events import Action, Events
 from dualpath.lab.sim.exact import ExactDecode, ExactFabric, ExactPrefill, ExactStorage
 from dualpath.lab.sim.fabric import Fabric
 from dualpath.lab.sim.machine import Machine
-from dualpath.lab.sim.prefill import Prefill
+from dualpath.lab.sim.prefill import PrefillPart
 from dualpath.lab.sim.storage import Storage
 from dualpath.lab.sim.turns import LiveTurn
 
@@ -33,8 +33,8 @@ class Parts:
 
     storage: Storage
     fabric: Fabric
-    prefill: Prefill
-    decode: Decode | ExactDecode
+    prefill: PrefillPart
+    decode: DecodePart | ExactDecode
 
 
 def make_parts(
@@ -61,8 +61,8 @@ def make_parts(
         )
     else:
         closed_form = Fabric(events, *cnics)
-        prefill = Prefill(events, machine.costs, closed_form, *ends)
-        decode = Decode(events, machine.costs, hooks.on_decoded)
+        prefill = PrefillPart(events, machine.costs, closed_form, *ends)
+        decode = DecodePart(events, machine.costs, hooks.on_decoded)
         parts = Parts(Storage(events, *snics), closed_form, prefill, decode)
         if machine.full_speed_engines is not None:
             _share_cores(prefill, decode, machine.full_speed_engines)
@@ -70,7 +70,7 @@ def make_parts(
     return parts
 
 
-def _share_cores(prefill: Prefill, decode: Decode, engines: float) -> None:
+def _share_cores(prefill: PrefillPart, decode: DecodePart, engines: float) -> None:
     """Stretch what begins to compute by the engines that do; what computes already is not looked at again."""
 
     def stretch() -> float:

@@ -63,7 +63,7 @@ class StepRecord:
         """What it pulls from DEs while it lasts."""
 
 
-class Prefill:
+class PrefillPart:
     """All prefill engines. Calls `on_first_token(turn)` at a prompt's end, `on_done(turns)` once its KV is shipped."""
 
     def __init__(
@@ -145,7 +145,7 @@ class Prefill:
             self.chunks += len(chunks)
             attention_ns = len(chunks) * self._costs.prefill_chunk_ns
             for chunk in chunks:
-                attention_ns += chunk_ns(chunk.cached_tokens, chunk.new_tokens)
+                attention_ns += chunk_ns(chunk.past_tokens, chunk.new_tokens)
                 new_tokens += chunk.new_tokens
             total_ns += attention_ns
             if attention_ns > peak_ns:
@@ -187,7 +187,7 @@ class Prefill:
         return max(load * ns_per_byte, copies_ns) + compute_ns + ship * ns_per_byte, 0.0
 
     def _submissions_ns(self, chunks: tuple[Chunk, ...]) -> float:
-        return sum(-(-chunk.cached_tokens // BLOCK_TOKENS) for chunk in chunks) * self._costs.copy_ns_per_block
+        return sum(-(-chunk.past_tokens // BLOCK_TOKENS) for chunk in chunks) * self._costs.copy_ns_per_block
 
     def _move(
         self, engine: EngineId, chunks: tuple[Chunk, ...], pulls: list[tuple[EngineId, int]]
@@ -200,11 +200,11 @@ class Prefill:
         read = write = ship = 0
         for chunk in chunks:
             turn = self._lives[chunk.request]
-            decode, cached_tokens = turn.decode_engine, chunk.cached_tokens
+            decode, past_tokens = turn.decode_engine, chunk.past_tokens
             pe_bytes = turn.pe_tokens * kv_bytes
-            de_bytes = cached_tokens * kv_bytes - pe_bytes
+            de_bytes = past_tokens * kv_bytes - pe_bytes
             ship_bytes = chunk.new_tokens * kv_bytes
-            if cached_tokens == turn.hit_tokens:
+            if past_tokens == turn.hit_tokens:
                 ship_bytes += pe_bytes
             if de_bytes:
                 pulls.append((decode, de_bytes))

@@ -8,9 +8,9 @@ here.
 ```
  agent ── submit ─> Scheduler ─┬─ Prepare ─> prepared
    ^                           ├─ Load ────> storage.Storage ....... loaded
-   |                           ├─ Prefill ─> prefill.Prefill ....... first token, prefill_done
+   |                           ├─ Prefill ─> prefill.PrefillPart ... first token, prefill_done
    |                           ├─ Decode ──> fabric (copy) ......... buffer_freed
-   +---- Finish <──────────────┴─            decode.Decode ......... finished
+   +---- Finish <──────────────┴─            decode.DecodePart ..... finished
 ```
 
 A turn costs about three events, whatever its length.
