@@ -1,8 +1,9 @@
 """The slow parts: every block read, every layer, every decode step is an event, and compute NICs share max-min fairly.
 
-They take the place of `storage.Storage`, `fabric.Fabric`, `prefill.PrefillPart` and `decode.DecodePart` in a `Simulator` that
-is made with ``exact=True``, and exist to hold those against (within 2 % on small cases, tests/sim/test_exact.py): they
-share their interface and the cost model's totals, not their shortcuts. Traffic comes from `core.load_plan`, as in the
+With ``exact=True`` they take the place of `storage.Storage`, `fabric.Fabric`, `prefill.PrefillPart` and
+`decode.DecodePart` in a `Simulator`, to hold those against (within 2 % on small cases, tests/lab/sim/test_sim_exact.py).
+They share their interface and the cost model's totals, not their shortcuts. Traffic comes from `core.load_plan`, as in
+the
 runtime.
 """
 
