@@ -1,10 +1,9 @@
 """The slow parts: every block read, every layer, every decode step is an event, and compute NICs share max-min fairly.
 
 With ``exact=True`` they take the place of `storage.Storage`, `fabric.Fabric`, `prefill.PrefillPart` and
-`decode.DecodePart` in a `Simulator`, to hold those against (within 2 % on small cases, tests/lab/sim/test_sim_exact.py).
-They share their interface and the cost model's totals, not their shortcuts. Traffic comes from `core.load_plan`, as in
-the
-runtime.
+`decode.DecodePart` in a `Simulator`, to hold those against (within 2 % on small cases, test_sim_exact.py). They share
+their interface and the cost model's totals, not their shortcuts. As in the runtime, traffic comes from
+`core.load_plan`.
 """
 
 from collections import deque
