@@ -11,7 +11,6 @@ import pytest
 from dualpath.cluster.api import GenerateRequest
 from dualpath.cluster.config import ClusterConfig, Topology
 from dualpath.cluster.local import Cluster
-from dualpath.model.checkpoint import make_checkpoint
 from dualpath.spec.sampling import SamplingParams
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3")
@@ -29,6 +28,8 @@ class Answer(msgspec.Struct):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Path of a tiny checkpoint of an architecture, made on first use."""
+    from dualpath.model.checkpoint import make_checkpoint  # not above: it needs torch
+
     made: dict[str, Path] = {}
 
     def make(architecture: str) -> Path:

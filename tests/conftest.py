@@ -1,0 +1,58 @@
+"""Which tests run where, and in what order."""
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+NEEDS_TORCH = "needs torch (`make setup` installs it)"
+
+
+def _lacks_torch(error: BaseException | None) -> bool:
+    """Whether torch is what `error`, or what caused it, could not import."""
+    while error is not None:
+        if isinstance(error, ImportError) and "torch" in (error.name, str(error).lower()):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class _Module(pytest.Module):
+    """A module that only torch's absence keeps from being imported is skipped."""
+
+    def _getobj(self) -> object:
+        try:
+            return super()._getobj()
+        except self.CollectError as error:
+            if not HAS_TORCH and _lacks_torch(error):
+                pytest.skip(NEEDS_TORCH, allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: object, parent: pytest.Collector) -> pytest.Module:
+    return _Module.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    return (yield from _skipping_what_needs_torch())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    return (yield from _skipping_what_needs_torch())
+
+
+def _skipping_what_needs_torch() -> Iterator[None]:
+    try:
+        return (yield)
+    except ImportError as error:
+        if not HAS_TORCH and _lacks_torch(error):
+            pytest.skip(NEEDS_TORCH)
+        raise
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first, so that none is left for the end when its neighbours' processors are idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
