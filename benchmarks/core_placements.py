@@ -12,8 +12,9 @@ import time
 from collections import deque
 from pathlib import Path
 
-from dualpath.core.policy import SYSTEMS, Constants, Limits
+from dualpath.core.policy import Constants, Limits
 from dualpath.core.scheduler import Scheduler
+from dualpath.core.systems import SYSTEMS, find_system
 from dualpath.core.vocabulary import (
     BLOCK_TOKENS,
     Command,
@@ -36,7 +37,7 @@ class Cluster:
 
     def __init__(self, engines: int, system: str) -> None:
         constants = Constants.from_rates(snic_tokens_per_s=1_000_000, prefill_tokens_per_s=20_000)
-        self.scheduler = Scheduler(SYSTEMS[system], constants, Limits(max_waiting=1 << 20))
+        self.scheduler = Scheduler(find_system(system).policy, constants, Limits(max_waiting=1 << 20))
         self.decoding: deque[tuple[int, int]] = deque()
         self.finished = 0
         node_engines = min(NODE_ENGINES, engines // 3)
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--placements", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--systems", nargs="+", default=["dualpath", "basic"], choices=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", default=["dualpath", "basic"], choices=list(SYSTEMS.names()))
     arguments = parser.parse_args()
     rows = []
     print(f"{'system':<16}{'engines':>8}{'placements':>12}{'CPU s':>8}{'per CPU-s':>11}{'fetches':>9}")

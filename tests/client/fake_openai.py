@@ -48,6 +48,20 @@ def generated(prompt, count):
     return tokens
 
 
+SETUP = {
+    "layers": 5,
+    "kv_bytes_per_token": 2560,
+    "snic_bytes_per_s": None,
+    "cnic_bytes_per_s": None,
+    "compute_quota_s": 0.3,
+    "threads": 1,
+    "cores": 2,
+    "dtype": "float32",
+    "transport": "tcp",
+}
+"""What the command says of its cluster."""
+
+
 class FakeServer:
     """State of the server; `faults` is a list of what goes wrong with the next completions, one entry each."""
 
@@ -189,6 +203,8 @@ def main():
     roles = ["prefill"] * prefill + ["decode"] * decode
     reads = [role == "prefill" or not arguments.system.startswith("basic") for role in roles]
     server = FakeServer(tuple((role, i, rate if reads[i] else False) for i, role in enumerate(roles)))
+    server.owned_by = "dualpath"
+    server.cluster = {"topology": arguments.topology, "system": arguments.system, "setup": SETUP}
     pathlib.Path(arguments.store, "block").write_text("a block")
     asyncio.run(serve(server, arguments))
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from dualpath.cluster.api import GenerateRequest
-from dualpath.cluster.config import ClusterConfig, Topology
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.generator import GenerateRequest
 from dualpath.cluster.local import Cluster
 from dualpath.spec.sampling import SamplingParams
+from dualpath.spec.topology import Topology
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3")
 ANSWER_DEADLINE_S = 60.0

@@ -11,10 +11,11 @@ import zmq
 import zmq.asyncio
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.config import ClusterConfig, Topology
+from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.coordinator import Coordinator
 from dualpath.core.vocabulary import Role
 from dualpath.kv.layout import KVLayout, KVPart
+from dualpath.spec.topology import Topology
 
 LAYOUT = KVLayout(layers=2, parts=(KVPart("k", 1, 2), KVPart("v", 1, 2)), dtype="float32")
 WAIT_S = 10.0

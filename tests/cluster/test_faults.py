@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dualpath.cluster.api import GenerateRequest, RequestError
+from dualpath.cluster.generator import GenerateRequest, RequestError
 from dualpath.cluster.local import Cluster
 from dualpath.core.journal import replay
 from dualpath.spec.sampling import SamplingParams

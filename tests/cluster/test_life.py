@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from dualpath.cluster.api import GenerateRequest
+from dualpath.cluster.generator import GenerateRequest
 from dualpath.cluster.local import Cluster
 from dualpath.core.journal import replay
 from dualpath.spec.sampling import SamplingParams

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.api import GeneratedTokens, GenerateRequest, RequestError
-from dualpath.cluster.config import Topology
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, RequestError
 from dualpath.core.journal import replay
 from dualpath.core.vocabulary import Cause, Role, Side
 from dualpath.kv.keys import block_keys, namespace
 from dualpath.kv.posix_store import PosixStore
 from dualpath.spec.sampling import SamplingParams
+from dualpath.spec.topology import Topology
 
 from .fake_engine import LAYOUT, FakeEngine, Head, head
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.api import GeneratedTokens, GenerateRequest
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest
 from dualpath.cluster.local import Cluster
 from dualpath.core.vocabulary import Cause, Role, Side
 from dualpath.spec.sampling import SamplingParams
@@ -24,7 +24,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0
-        for module in ("stages", "live_request", "serving"):
+        for module in ("live_request", "serving"):
             monkeypatch.setattr(f"dualpath.cluster.coordinator.{module}.time", self)
 
     def monotonic_ns(self) -> int:

@@ -6,15 +6,18 @@ import msgspec
 import pytest
 
 from dualpath.core.journal import INPUTS, Difference, JournaledScheduler, ReplayReport, decode_entry, replay
-from dualpath.core.policy import SYSTEMS, Constants, Limits
+from dualpath.core.policy import Constants, Limits
 from dualpath.core.scheduler import Scheduler
+from dualpath.core.systems import find_system
 from dualpath.core.vocabulary import Cancelled, Cause, EngineFacts, Prefill, RequestFacts, Role, Side
 
 PE, DE = 1, 2
 
 
 def new_scheduler() -> Scheduler:
-    return Scheduler(SYSTEMS["dualpath-split"], Constants(alpha_tokens=1_000, beta_tokens=9_000), Limits(max_waiting=7))
+    return Scheduler(
+        find_system("dualpath-split").policy, Constants(alpha_tokens=1_000, beta_tokens=9_000), Limits(max_waiting=7)
+    )
 
 
 def journal() -> list[bytes]:

@@ -3,12 +3,13 @@
 import msgspec
 import pytest
 
-from dualpath.core.policy import SYSTEMS, Constants, Limits, Policy
+from dualpath.core.policy import Constants, Limits, Policy
+from dualpath.core.systems import find_system
 
 
 def test_the_ablation_goes_one_step_at_a_time() -> None:
     def changed(before: str, after: str) -> set[str]:
-        a, b = (msgspec.structs.asdict(SYSTEMS[name]) for name in (before, after))
+        a, b = (msgspec.structs.asdict(find_system(name).policy) for name in (before, after))
         return {name for name in a if a[name] != b[name]}
 
     assert changed("basic", "basic-layerwise") == {"layerwise"}

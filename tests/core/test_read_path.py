@@ -1,22 +1,15 @@
 """Path choice: each way by example, and what holds for all of them."""
 
-from typing import get_args
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpath.core.policy import ReadPath
-from dualpath.core.read_path import MIN_SPLIT_BLOCKS, choose_legs
+from dualpath.core.read_path import MIN_SPLIT_BLOCKS, READ_PATHS, PathFacts, ReadPath, choose_legs, find_read_path
 from dualpath.core.vocabulary import Leg, Side
 
 
-def legs(
-    read_path: ReadPath, blocks: int, pe: int = 0, de: int = 0, *, buffer: int = 1_000, turn: int = 0
-) -> tuple[Leg, ...]:
-    return choose_legs(
-        read_path, hit_blocks=blocks, pe_queue_tokens=pe, de_queue_tokens=de, pe_buffer_blocks=buffer, turn=turn
-    )
+def legs(name: str, blocks: int, pe: int = 0, de: int = 0, *, buffer: int = 1_000, turn: int = 0) -> tuple[Leg, ...]:
+    return choose_legs(find_read_path(name), PathFacts(blocks, pe, de, buffer, turn))
 
 
 def test_basic_reads_on_the_pe_side_whatever_the_queues() -> None:
@@ -73,15 +66,15 @@ def test_split_fills_a_small_pe_buffer_and_leaves_the_rest_to_the_de() -> None:
 
 @settings(deadline=None, derandomize=True)
 @given(
-    st.sampled_from(get_args(ReadPath)),
-    st.integers(0, 2_000),
+    st.sampled_from(READ_PATHS.names()),
+    st.integers(1, 2_000),
     st.integers(0, 10**6),
     st.integers(0, 10**6),
     st.integers(1, 2_000),
     st.integers(0, 1_000),
 )
 def test_legs_tile_the_hit_in_order_and_fit(
-    read_path: ReadPath, blocks: int, pe: int, de: int, buffer: int, turn: int
+    read_path: str, blocks: int, pe: int, de: int, buffer: int, turn: int
 ) -> None:
     found = legs(read_path, blocks, pe, de, buffer=buffer, turn=turn)
     assert [leg.first_block for leg in found] == [sum(leg.blocks for leg in found[:i]) for i in range(len(found))]
@@ -98,3 +91,18 @@ def test_split_queues_end_within_a_block_of_each_other(blocks: int, pe: int, de:
     found = legs("split", blocks, pe, de, buffer=10**6)
     if len(found) == 2:
         assert abs((pe + 64 * found[0].blocks) - (de + 64 * found[1].blocks)) <= 64
+
+
+def a_third(facts: PathFacts) -> int:
+    return facts.hit_blocks // 3
+
+
+def test_a_function_elsewhere_is_a_read_path_of_both_sides() -> None:
+    assert find_read_path(f"{__name__}:a_third") == ReadPath(a_third, "both")
+    assert legs(f"{__name__}:a_third", 9) == (Leg(Side.PE, 0, 3), Leg(Side.DE, 3, 6))
+
+
+@pytest.mark.parametrize("blocks", [-1, 10])
+def test_a_rule_that_gives_less_than_none_or_more_than_all_is_named(blocks: int) -> None:
+    with pytest.raises(ValueError, match=f"gives the PE {blocks} of 9 hit blocks"):
+        choose_legs(ReadPath(lambda _: blocks), PathFacts(9, 0, 0, 100, 0))

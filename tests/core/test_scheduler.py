@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from dualpath.core.policy import FOREVER_NS, SYSTEMS, Constants, Limits
+from dualpath.core.policy import FOREVER_NS, Constants, Limits
 from dualpath.core.scheduler import EngineLoad, Scheduler
+from dualpath.core.systems import find_system
 from dualpath.core.vocabulary import (
     Abort,
     Cancelled,
@@ -54,7 +55,7 @@ class Cluster:
         limits: Limits = LIMITS,
     ) -> None:
         constants = Constants(alpha_tokens=10_000, beta_tokens=beta_tokens)
-        self.core = Scheduler(SYSTEMS[system], constants, limits)
+        self.core = Scheduler(find_system(system).policy, constants, limits)
         self.now = 0
         for engine in prefill:
             self.join(engine, Role.PREFILL, buffer_blocks)
@@ -179,7 +180,7 @@ def test_dualpath_split_loads_on_both_sides_and_waits_for_both() -> None:
 
 def test_the_oracle_decides_like_dualpath() -> None:
     oracle, dualpath = Cluster("oracle"), Cluster("dualpath")
-    assert SYSTEMS["oracle"].free_io and not SYSTEMS["dualpath"].free_io
+    assert find_system("oracle").policy.free_io and not find_system("dualpath").policy.free_io
     assert [oracle.submit(request) for request in range(5)] == [dualpath.submit(request) for request in range(5)]
 
 

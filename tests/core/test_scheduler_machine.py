@@ -14,7 +14,8 @@ from hypothesis.stateful import (
 from model_cluster import ModelCluster
 
 from dualpath.core.journal import replay
-from dualpath.core.policy import SYSTEMS, Constants, Limits
+from dualpath.core.policy import Constants, Limits
+from dualpath.core.systems import SYSTEMS, find_system
 from dualpath.core.vocabulary import Cause, Role, Side
 
 INTERVAL_NS = 5_000
@@ -30,7 +31,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     steps = 0
     outcomes: dict[str, int] = {}  # noqa: RUF012 (shared on purpose: it counts over all examples)
 
-    @initialize(system=st.sampled_from(sorted(SYSTEMS)), tight=st.booleans())
+    @initialize(system=st.sampled_from(sorted(SYSTEMS.names())), tight=st.booleans())
     def start(self, system: str, tight: bool) -> None:
         constants = Constants(
             alpha_tokens=500 if tight else 5_000,
@@ -46,7 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             decode_ns_per_token=100,
             release_ns=SECOND_NS,
         )
-        self.cluster = ModelCluster(SYSTEMS[system], constants, limits)
+        self.cluster = ModelCluster(find_system(system).policy, constants, limits)
         for role in (Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE):
             self.cluster.join(role, 24, 40)
 

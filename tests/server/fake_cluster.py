@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dualpath.cluster.api import GeneratedTokens, GenerateRequest, ModelFacts, TokenLogprob
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, ModelFacts, TokenLogprob
 from dualpath.server import create_app, serve
 
 CHATML = (

@@ -9,8 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from dualpath.server.codec import TextCodec
-from dualpath.server.detokenize import IncrementalDetokenizer, StopMatcher
+from dualpath.server.codec import IncrementalDetokenizer, StopMatcher, TextCodec
 
 CODEC = TextCodec(TOKENIZER)
 

@@ -7,7 +7,7 @@ import pytest
 from fake_cluster import EOS, MAX_MODEL_LEN_TOKENS, FakeGenerator, ids, running_server, says
 from openai import OpenAI
 
-from dualpath.cluster.api import GeneratedTokens
+from dualpath.cluster.generator import GeneratedTokens
 
 
 def client(url: str, **options: Any) -> OpenAI:

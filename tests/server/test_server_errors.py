@@ -11,7 +11,7 @@ import pytest
 from fake_cluster import FakeGenerator, running_server, says
 from openai import OpenAI
 
-from dualpath.cluster.api import GeneratedTokens, RequestError
+from dualpath.cluster.generator import GeneratedTokens, RequestError
 from dualpath.server import ServerLimits
 
 

@@ -16,10 +16,10 @@ from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from dualpath import __version__
-from dualpath.cluster.api import GeneratedTokens, TokenLogprob
+from dualpath.cluster.generator import GeneratedTokens, TokenLogprob
 from dualpath.server import ServerLimits, create_app, load_tokenizer, serve
 from dualpath.server.codec import TextCodec
-from dualpath.server.listen import _bind
+from dualpath.server.http import _bind
 from dualpath.server.metrics import format_gauges
 
 

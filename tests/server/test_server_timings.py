@@ -8,7 +8,7 @@ import pytest
 from fake_cluster import FakeGenerator, running_server, says
 from openai import OpenAI
 
-from dualpath.cluster.api import GenerateRequest
+from dualpath.cluster.generator import GenerateRequest
 from dualpath.spec.timings import Timings
 
 TIMINGS = Timings(

@@ -3,8 +3,9 @@ import json
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dualpath.traces.limits import TraceError
-from dualpath.traces.miniswe import load_tokenizer, read_miniswe
+from dualpath.traces.miniswe import read_miniswe
+from dualpath.traces.reading import ReadOptions, TraceError
+from dualpath.traces.texts import load_tokenizer
 from dualpath.traces.trajectory import Round
 
 
@@ -74,7 +75,9 @@ def test_tokens_are_counted_with_the_given_tokenizer(file, tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     count = load_tokenizer(tmp_path / "tokenizer.json")
-    (one,) = read_miniswe(write(file, line(1, "a b a ", "b b"), line(2, "a b a b b a a")), count)
+    (one,) = read_miniswe(
+        write(file, line(1, "a b a ", "b b"), line(2, "a b a b b a a")), ReadOptions(count_tokens=count)
+    )
     assert one.rounds == (
         Round(append_tokens=3, generate_tokens=2),
         Round(append_tokens=2, generate_tokens=1, gap_s=1.0),
@@ -87,11 +90,11 @@ def test_tokens_are_counted_with_the_given_tokenizer(file, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no requests"),
+        ("", "the file is empty"),
         ('{"timestamp": 1}\n', r"line 1: not a request of a mini-SWE-agent session: .*session_id"),
         ("\n{broken\n", "line 2: not a request"),
-        (json.dumps(line(-1, "a")), "line 1: timestamp -1 is below zero"),
-        (json.dumps(line(1, "")), "session 's' has an empty prompt"),
+        (json.dumps(line(-1, "a")), r"line 1: .*Expected `float` >= 0.0 - at `\$\.timestamp`"),
+        (json.dumps(line(1, "")), "line 1: the prompt is empty"),
         (json.dumps(line(1, 7)), r"\$\.input"),
     ],
 )

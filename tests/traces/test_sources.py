@@ -5,9 +5,12 @@ import pathlib
 
 import pytest
 
-from dualpath.traces.limits import TraceError, TraceLimits
-from dualpath.traces.sources import kind_of, load_source, renamed
-from dualpath.traces.trajectory import Round, Trajectory, totals
+from dualpath.lab.planning.traces import load_of
+from dualpath.lab.sim.workloads import agents_of
+from dualpath.traces.limits import TraceLimits
+from dualpath.traces.reading import TraceError
+from dualpath.traces.sources import format_of, load_source
+from dualpath.traces.trajectory import Round, Trajectory, renamed, totals
 
 TRACES = pathlib.Path(os.environ.get("DUALPATH_TRACES", pathlib.Path(__file__).parents[3] / "shared" / "traces"))
 WEKA = {
@@ -33,7 +36,7 @@ def files(tmp_path):
 
 
 def test_formats_are_told_from_content(files):
-    kinds = {path.name: kind_of(path) for path in files.iterdir()}
+    kinds = {path.name: format_of(path).name for path in files.iterdir()}
     assert kinds == {"weka.json": "weka", "weka-pretty": "weka", "mooncake.jsonl": "mooncake", "mini.jsonl": "miniswe"}
 
 
@@ -41,10 +44,16 @@ def test_files_and_directories_of_any_format_give_agents(files):
     source = load_source([str(files)])
     assert [one.id for one in source.trajectories] == ["s", "chain-00000", "chain-00001", "w"]
     assert source.description == (
-        "4 agents of mini-SWE-agent sessions and a Mooncake trace and WEKA sessions, tokens of texts counted as bytes "
+        "4 agents of mini-SWE-agent sessions and Mooncake traces and WEKA sessions, tokens of texts counted as bytes "
         "over 4"
     )
     assert len(load_source([str(files / "weka.json"), str(files / "mini.jsonl")]).trajectories) == 2
+
+
+def test_columns_take_every_context_as_an_agent(files):
+    agents = agents_of([str(files / "weka.json")])
+    assert agents.table.prompt_tokens.tolist() == [640, 700, 64] and agents.turns.tolist() == [2, 1]
+    assert load_of([str(files / "weka.json")]).turns_per_agent == 3
 
 
 def test_the_papers_statistics_are_a_source_too():
@@ -86,11 +95,11 @@ def test_renamed_names_every_subagent_at_every_depth():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no format known here"),
-        (b"not json\n", "no format known here"),
-        (b'{"a": 1}\n', "no format known here"),
-        (b"[1, 2]\n", "no format known here"),
-        (b"\xff\xfe\x00", "no format known here"),
+        (b"", "the file is empty"),
+        (b"\nnot json\n", "line 2: not a trace"),
+        (b'{"a": 1}\n', "are none of a format known here: WEKA sessions"),
+        (b"[1, 2]\n", r"not a trace: .*\$\[0\]"),
+        (b"\xff\xfe\x00", "line 1: not a trace"),
         (b'{"requests": 7}', "not a WEKA session"),
         (b'{"hash_ids": [], "input_length": -1, "timestamp": 0, "output_length": 1}\n', "line 1"),
     ],

@@ -24,6 +24,7 @@ from dualpath.cli import (
 )
 from dualpath.cli.arguments import parser_of
 from dualpath.cli.outcome import CommandError, UsageError
+from dualpath.spec.extras import how_to_install
 
 COMMANDS = (
     demo,
@@ -75,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except CommandError as error:
         print(f"dualpath {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        hint = how_to_install(error)
+        if hint is None:
+            raise
+        print(f"dualpath {arguments.command}: {hint}", file=sys.stderr)
         return 1
     return code
 

@@ -5,17 +5,34 @@ Nothing heavy is imported here: ``--help`` must be quick.
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
+from dualpath.core.systems import HEADLINE, SYSTEMS, System, find_system
+from dualpath.spec.topology import Topology
 from dualpath.spec.units import parse_bytes, parse_duration_ns, parse_rate
+from dualpath.traces.formats import SOURCES_HELP as SOURCES_HELP
 
 Value = TypeVar("Value")
-SYSTEMS = ("basic", "basic-layerwise", "dualpath-rr", "dualpath", "dualpath-split", "de-only", "oracle")
-CLUSTER_HELP = """\
-CLUSTER is a preset (ds660b-2p4d, ds660b-44p88d, ds660b-48p96d, ds27b-1p1d, ds27b-2p1d, ds27b-1p2d, qwen32b-1p2d) or a
-TOML file."""
+PRESETS = sorted(path.stem for path in (Path(__file__).parents[1] / "lab" / "facts" / "presets").glob("*.toml"))
+CLUSTER_HELP = f"CLUSTER is a TOML file, or a preset:\n  {', '.join(PRESETS)}"
 
-SOURCES_HELP = "32K, 48K, 64K (the paper's), a Mooncake .jsonl, files or directories of WEKA or mini-SWE-agent sessions"
+
+def systems_help() -> str:
+    """A line for every system there is."""
+    return "\n".join(["systems:", *(f"  {name:<16}  {_summary(name)}" for name in SYSTEMS.names())])
+
+
+def _summary(name: str) -> str:
+    try:
+        found: System = find_system(name)
+    except ValueError as error:
+        return str(error)
+    return found.summary
+
+
+def add_system(parser: Any) -> None:
+    parser.add_argument("--system", type=system, metavar="NAME", default=HEADLINE, help="(default: %(default)s)")
 
 
 def add_source(parser: Any) -> None:
@@ -81,11 +98,12 @@ def _parse_names(text: str) -> tuple[str, ...]:
 
 
 def _parse_systems(text: str) -> tuple[str, ...]:
-    names = _parse_names(text)
-    unknown = [name for name in names if name not in SYSTEMS]
-    if unknown:
-        raise ValueError(f"unknown system {unknown[0]!r}; choose from {', '.join(SYSTEMS)}")
-    return names
+    return tuple(_parse_system(name) for name in _parse_names(text))
+
+
+def _parse_system(text: str) -> str:
+    find_system(text)
+    return text
 
 
 rate = _argument(parse_rate)
@@ -95,5 +113,9 @@ positive = _whole(1, None, "a whole number from 1 up")
 not_negative = _whole(0, None, "a whole number from 0 up")
 port = _whole(0, 65535, "a port, 0 to 65535")
 positive_number = _argument(_parse_positive_number)
-names = _argument(_parse_names)
+system = _argument(_parse_system)
+topology = _argument(Topology.parse)
+topologies = _argument(lambda text: tuple(str(Topology.parse(name)) for name in _parse_names(text)))
+milliseconds = _argument(lambda text: round(_parse_positive_number(text) * 1_000_000))
+"""To nanoseconds."""
 systems = _argument(_parse_systems)

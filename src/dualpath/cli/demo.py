@@ -6,7 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dualpath.cli.arguments import SOURCES_HELP, command, names, not_negative, positive, positive_number, rate, systems
+from dualpath.cli.arguments import (
+    SOURCES_HELP,
+    command,
+    not_negative,
+    positive,
+    positive_number,
+    rate,
+    systems,
+    topologies,
+)
 from dualpath.cli.outcome import command_errors, new_console, usage_errors, write_json, write_report_beside
 
 EXAMPLES = """\
@@ -25,7 +34,7 @@ def add(commands: Any) -> None:
     # What is not given stays out of the namespace: DemoOptions has the defaults, and None means no limit.
     parser.argument_default = argparse.SUPPRESS
     group = parser.add_argument_group("what to run")
-    group.add_argument("--topologies", type=names, metavar="LIST", help="(default: 1P1D,1P2D)")
+    group.add_argument("--topologies", type=topologies, metavar="LIST", help="(default: 1P1D,1P2D)")
     group.add_argument("--systems", type=systems, metavar="LIST", help="(default: basic,dualpath,oracle)")
     group.add_argument(
         "--snic-rate", type=rate, metavar="RATE", dest="snic_bytes_per_s", help="of each storage NIC (default: 40MB/s)"

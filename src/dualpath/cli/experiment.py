@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualpath.cli.arguments import command, names, not_negative, positive, positive_number, rate, systems
+from dualpath.cli.arguments import command, not_negative, positive, positive_number, rate, systems, topologies
 from dualpath.cli.outcome import UsageError, command_errors, new_console, usage_errors, write_json, write_report_beside
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _add_load(group: Any) -> None:
     def option(flag: str, field: str, kind: Any, metavar: str, text: str, **more: Any) -> None:
         group.add_argument(flag, dest=field, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text, **more)
 
-    option("--topologies", "topologies", names, "LIST", "such as 1P1D,2P1D")
+    option("--topologies", "topologies", topologies, "LIST", "such as 1P1D,2P1D")
     option("--systems", "systems", systems, "LIST", "such as basic,dualpath,oracle")
     option("--agents", "agents", positive, "N", "agents")
     option("--turns", "turns", positive, "N", "measured turns of an agent")

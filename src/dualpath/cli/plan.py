@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dualpath.lab.planning import PlanError, Slo, plan_capacity
     from dualpath.lab.planning.traces import load_of
     from dualpath.lab.report.plan import plan_sentences, resource_table, split_table
-    from dualpath.traces.limits import TraceError
+    from dualpath.traces.reading import TraceError
 
     slo = Slo(ttft_s=arguments.ttft / 1e9, tpot_s=arguments.tpot / 1e9)
     with usage_errors(ClusterError, TraceError, PlanError):

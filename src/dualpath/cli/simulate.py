@@ -6,8 +6,8 @@ from typing import Any
 
 from dualpath.cli.arguments import (
     CLUSTER_HELP,
-    SYSTEMS,
     add_source,
+    add_system,
     command,
     duration_ns,
     not_negative,
@@ -31,7 +31,7 @@ examples:
 def add(commands: Any) -> None:
     parser = command(commands, "simulate", "the scheduler under a virtual clock, on any cluster", EXAMPLES, run)
     parser.add_argument("cluster", metavar="CLUSTER", help="a preset or a TOML file, see below")
-    parser.add_argument("--system", choices=SYSTEMS, default="dualpath", help="(default: %(default)s)")
+    add_system(parser)
     add_source(parser)
     parser.add_argument("--agents", type=positive, metavar="N", help="(default: 500, or one per recorded agent)")
     parser.add_argument("--aps", type=positive_number, metavar="RATE", help="agents per second, Poisson")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualpath.cli.arguments import SYSTEMS, command, positive, positive_number, rate
+from dualpath.cli.arguments import add_system, command, positive, positive_number, rate
 from dualpath.cli.outcome import UsageError, command_errors, new_console, usage_errors, write_json
 
 if TYPE_CHECKING:
@@ -58,18 +58,18 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint")
     parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="what the object server serves")
     parser.add_argument("--topology", metavar="T", help="a part of the testbed (default: all of it)")
-    parser.add_argument("--system", choices=SYSTEMS, default="dualpath", help="(default: %(default)s)")
+    add_system(parser)
     parser.add_argument("--logs", type=Path, default=Path("results/logs/testbed"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("then", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="run it, with DUALPATH_URL set")
 
 
 def _plan(arguments: argparse.Namespace, topology: str) -> "Plan":
-    from dualpath.cluster.config import Topology
     from dualpath.lab.testbed.plan import make_plan
+    from dualpath.spec.topology import Topology
 
     with usage_errors(ValueError):
         size = Topology.parse(topology)
-        return make_plan(arguments.name, size.prefill_engines, size.decode_engines, arguments.subnet)
+        return make_plan(arguments.name, size.prefill_nodes, size.decode_nodes, arguments.subnet)
 
 
 def _up(arguments: argparse.Namespace) -> int:

@@ -1,31 +1,14 @@
 """What a cluster is made of: one record, filled from the command line, sent to every engine that joins."""
 
 import os
-import re
 
 import msgspec
 
-from dualpath.core.policy import SYSTEMS, Policy
+from dualpath.core.batching import QUOTA_NS
+from dualpath.core.policy import Policy
+from dualpath.core.systems import HEADLINE, find_system
 from dualpath.spec.cluster_setup import ClusterSetup, ServedCluster
-
-_TOPOLOGY = re.compile(r"(\d+)P(\d+)D", re.IGNORECASE)
-
-
-class Topology(msgspec.Struct, frozen=True):
-    """``1P2D``: one prefill node and two decode nodes (paper §2); here a node has one engine, one SNIC and one CNIC."""
-
-    prefill_engines: int
-    decode_engines: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Topology":
-        match = _TOPOLOGY.fullmatch(text.strip())
-        if match is None or int(match[1]) < 1 or int(match[2]) < 1:
-            raise ValueError(f"{text!r} is not a topology; write prefill and decode nodes like 1P1D or 1P2D")
-        return cls(int(match[1]), int(match[2]))
-
-    def __str__(self) -> str:
-        return f"{self.prefill_engines}P{self.decode_engines}D"
+from dualpath.spec.topology import Topology
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +17,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     store: str
     topology: Topology = Topology(1, 1)
-    system: str = "dualpath"
+    system: str = HEADLINE
+    rules: Policy | None = None
+    """Of the system; found by its name where it is not given, so that engines need not know the name."""
     snic_bytes_per_s: int | None = None
     cnic_bytes_per_s: int | None = None
     buffer_bytes: int = 2**30
@@ -51,7 +36,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
-    quota_ns: int = 300_000_000
+    quota_ns: int = QUOTA_NS
     """Compute quota of a prefill batch: predicted attention-layer time (paper §6.2)."""
     max_batch_tokens: int = 8192
     """New tokens in a prefill batch at most."""
@@ -82,8 +67,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     weights_version: str = ""
 
     def __post_init__(self) -> None:
-        if self.system not in SYSTEMS:
-            raise ValueError(f"unknown system {self.system!r}; choose one of {', '.join(SYSTEMS)}")
+        if self.rules is None:
+            msgspec.structs.force_setattr(self, "rules", find_system(self.system).policy)
         if self.transport not in ("shm", "tcp"):
             raise ValueError(f"unknown transport {self.transport!r}; choose shm or tcp")
         if self.device_layers < 3:
@@ -91,7 +76,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def policy(self) -> Policy:
-        return SYSTEMS[self.system]
+        assert self.rules is not None
+        return self.rules
 
     @property
     def snic_rate(self) -> int | None:

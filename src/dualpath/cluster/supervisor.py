@@ -16,7 +16,6 @@ from multiprocessing.process import BaseProcess
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.engines.data_address import sweep_dead_sockets
-from dualpath.cluster.engines.entry import engine_entry
 from dualpath.cluster.messages import EngineConfig
 from dualpath.core.vocabulary import Role
 from dualpath.transfer import sweep_dead_pools
@@ -38,7 +37,7 @@ class Supervisor:
         """Start every engine of the topology."""
         _sweep()
         topology = self._config.topology
-        for role, count in ((Role.PREFILL, topology.prefill_engines), (Role.DECODE, topology.decode_engines)):
+        for role, count in ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes)):
             for rank in range(count):
                 self._start_engine(role, f"{role.value}-{rank}")
 
@@ -104,3 +103,10 @@ def _sweep() -> None:
     """Remove what killed engines, of whatever cluster, have left behind."""
     sweep_dead_pools()
     sweep_dead_sockets()
+
+
+def engine_entry(config: EngineConfig) -> None:
+    """Run one engine in this process."""
+    from dualpath.cluster.engines.main import run_engine
+
+    run_engine(config)

@@ -10,17 +10,19 @@ older requests get freed blocks before newer ones are placed.
 
 from collections import defaultdict
 
-from dualpath.core.aborts import Aborts
-from dualpath.core.deadlines import Deadlines
+from dualpath.core.deadlines import Aborts, Deadlines
 from dualpath.core.engines import Fleet
 from dualpath.core.ledger import Ledger
+from dualpath.core.placement import PLACEMENTS
 from dualpath.core.policy import FOREVER_NS, Constants, Limits, Policy
-from dualpath.core.read_path import choose_legs, least_pe_blocks
+from dualpath.core.read_path import PathFacts, choose_legs, find_read_path, least_pe_blocks
 from dualpath.core.request import ACCEPTS, NEVER_NS, Event, Request, State
 from dualpath.core.vocabulary import (
     Cause,
     Command,
+    Decode,
     EngineId,
+    Finish,
     Leg,
     Load,
     Prefill,
@@ -36,11 +38,14 @@ class Lifecycle:
 
     def __init__(self, policy: Policy, constants: Constants, limits: Limits) -> None:
         self.policy = policy
+        self._read_path = find_read_path(policy.read_path)
         self.constants = constants
         self.limits = limits
         self.fleet = Fleet()
         self.ledger = Ledger(self.fleet.decode)
-        self.waiting = WaitingRoom(policy, constants, self.fleet, self.ledger)
+        self.waiting = WaitingRoom(
+            PLACEMENTS.get(policy.placement)(constants), self._read_path, self.fleet, self.ledger
+        )
         self.requests: dict[RequestId, Request] = {}
         self.deadlines = Deadlines(self.requests)
         self.aborts = Aborts(limits.release_ns)
@@ -94,7 +99,7 @@ class Lifecycle:
 
     def refusal(self, request: Request) -> Cause | None:
         """Why no engine could ever take the request; None where some could."""
-        pe_blocks = least_pe_blocks(self.policy.read_path, request.hit_blocks)
+        pe_blocks = least_pe_blocks(self._read_path, request.hit_blocks)
         return self.fleet.refusal(pe_blocks, request.prompt_blocks, request.hbm_blocks)
 
     def enqueue(self, request: Request) -> None:
@@ -149,19 +154,44 @@ class Lifecycle:
             self.move(request, Event.LOAD)
             self.outbox.append(Prefill(request.id, request.attempt, prefill, decode))
 
+    def prefilled(self, request: Request) -> None:
+        """The PE holds nothing any more; the DE takes over."""
+        prefill, decode = request.prefill_engine, request.decode_engine
+        assert prefill is not None and decode is not None
+        self.fleet.prefill.end(prefill, request.facts.prompt_tokens)
+        self.ledger.give_back(prefill, request.key)
+        self.freed(prefill)
+        request.prefill_engine = None
+        request.commanded = (decode,)
+        self.move(request, Event.PREFILL)
+        self.outbox.append(Decode(request.id, request.attempt, decode))
+
+    def finished(self, request: Request) -> None:
+        """The DE holds nothing any more."""
+        decode = request.decode_engine
+        assert decode is not None
+        self.fleet.decode.end(decode, request.facts.prompt_tokens)
+        self.ledger.give_back(decode, request.key)
+        self.freed(decode)
+        self.counts["finished"] += 1
+        self.end(request, Event.FINISH)
+        self.outbox.append(Finish(request.id))
+
     def _place(self, request: Request) -> None:
         """Both engines are known: choose the read path and line up for DE buffer."""
         prefill, decode = request.prefill_engine, request.decode_engine
         assert prefill is not None and decode is not None
         fleet = self.fleet
-        request.legs = request.unloaded = choose_legs(
-            self.policy.read_path,
-            hit_blocks=request.hit_blocks,
-            pe_queue_tokens=fleet.read_queue_tokens(prefill),
-            de_queue_tokens=fleet.read_queue_tokens(decode),
-            pe_buffer_blocks=fleet.facts[prefill].buffer_blocks,
-            turn=self._turn,
-        )
+        if request.hit_blocks:
+            facts = PathFacts(
+                request.hit_blocks,
+                fleet.read_queue_tokens(prefill),
+                fleet.read_queue_tokens(decode),
+                fleet.facts[prefill].buffer_blocks,
+                self._turn,
+            )
+            request.legs = request.unloaded = choose_legs(self._read_path, facts)
+            self._turn += 1
         for leg in request.legs:
             if leg.side is Side.PE:
                 fleet.start_read(prefill, leg)
@@ -169,7 +199,6 @@ class Lifecycle:
             else:
                 fleet.start_read(decode, leg)
                 self.counts["de_read_blocks"] += leg.blocks
-        self._turn += request.hit_blocks > 0
         self.counts["placed"] += 1
         self.move(request, Event.PLACE)
         if self.ledger.line_up(decode, request.key, request.prompt_blocks):

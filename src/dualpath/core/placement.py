@@ -19,11 +19,13 @@ the smallest `seq_e`, else the high one with the smallest `tok_e`, else stop. Pl
 first sum to the second, so Z holds for a whole pass.
 
 All functions are pure: they read the columns, which must not be empty, and return an engine, or None. Ties go to the
-smallest id.
+smallest id. The waiting room asks a `Placement`: `TwoLevels` is the paper's, `RoundRobin` the other. To add one,
+subclass the first or write a class like the second, and name it in `PLACEMENTS` and in a system.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import numpy as np
 
@@ -31,6 +33,7 @@ from dualpath.core.engines import Column, DecodeEngines, DecodeGroup, PrefillEng
 from dualpath.core.policy import Constants
 from dualpath.core.request import Request
 from dualpath.core.vocabulary import EngineFacts, EngineId, GroupId
+from dualpath.spec.registry import Registry
 
 _NEVER = np.iinfo(np.int64).max
 
@@ -130,3 +133,74 @@ def next_decode_engine(
         if part.any():
             return engines.facts[first + int(part.argmax())]
     return None
+
+
+class TwoLevels:
+    """§6.1's: a group for every request first, then an engine of the group. Override a method to change one choice."""
+
+    def __init__(self, constants: Constants) -> None:
+        self._constants = constants
+
+    def prefill_engine(self, engines: PrefillEngines, buffer_blocks: int) -> EngineId | None:
+        return choose_prefill_engine(engines, self._constants, buffer_blocks)
+
+    def decode_group(self, engines: DecodeEngines, buffer_blocks: int, hbm_blocks: int) -> GroupId:
+        """Phase 1: whose private queue the request joins."""
+        return choose_group(engines, buffer_blocks, hbm_blocks)
+
+    def z_tokens(self, group: DecodeGroup, queue: Iterable[Request]) -> float:
+        """Phase 2's Z, once for a pass over the group's queue."""
+        return z_tokens(group, queue, self._constants.z_factor)
+
+    def group_engine(
+        self, group: DecodeGroup, prompt_tokens: int, z: float, buffer_blocks: int, hbm_blocks: int
+    ) -> EngineId | None:
+        """Phase 2: the engine for the head of the group's queue; None lets the queue wait."""
+        return choose_decode_engine(group, prompt_tokens, z, buffer_blocks, hbm_blocks)
+
+
+class OneLine(Protocol):
+    """A placement without groups: one line for the DEs of the whole fleet, served from the head."""
+
+    def __init__(self, constants: Constants) -> None: ...
+
+    def prefill_engine(self, engines: PrefillEngines, buffer_blocks: int) -> EngineId | None:
+        """The PE for the head of the line; its buffer must be able to hold `buffer_blocks`, at capacity. None: wait."""
+        ...
+
+    def decode_engine(
+        self, engines: DecodeEngines, prompt_tokens: int, buffer_blocks: int, hbm_blocks: int
+    ) -> EngineId | None:
+        """The DE for the head of the line: `hbm_blocks` must be free there, `buffer_blocks` fit at capacity."""
+        ...
+
+
+class RoundRobin:
+    """Engines in turn, as `OneLine`."""
+
+    def __init__(self, _constants: Constants) -> None:
+        self._last_prefill: EngineId | None = None
+        self._last_decode: EngineFacts | None = None
+
+    def prefill_engine(self, engines: PrefillEngines, buffer_blocks: int) -> EngineId | None:
+        engine = next_prefill_engine(engines, self._last_prefill, buffer_blocks)
+        if engine is not None:
+            self._last_prefill = engine
+        return engine
+
+    def decode_engine(
+        self, engines: DecodeEngines, _prompt_tokens: int, buffer_blocks: int, hbm_blocks: int
+    ) -> EngineId | None:
+        facts = next_decode_engine(engines, self._last_decode, buffer_blocks, hbm_blocks)
+        if facts is None:
+            return None
+        self._last_decode = facts
+        return facts.engine
+
+
+Placement = TwoLevels | OneLine
+
+PLACEMENTS: Registry[Callable[[Constants], Placement]] = Registry(
+    "placement", None, known={"paper": TwoLevels, "round_robin": RoundRobin}
+)
+"""Classes by name, made anew for every scheduler; deterministic, with no state but what they chose before."""

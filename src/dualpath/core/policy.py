@@ -1,10 +1,8 @@
-"""Which decisions a system makes, and the numbers they are made with.
+"""What the scheduler is told: which rules it decides by, with which numbers, and within which bounds.
 
-A `Policy` names the alternatives; `SYSTEMS` are the combinations the paper compares (§7.2, ablation of §7.5) and one of
-ours. `Constants` are the scheduler's (§6.1); `Limits` bound every queue, every state and every retry.
+A `Policy` names the rules; `systems` lists the policies that have a name. `Constants` are the scheduler's (§6.1);
+`Limits` bound every queue, every state and every retry.
 """
-
-from typing import Literal
 
 import msgspec
 
@@ -12,31 +10,18 @@ SECOND_NS = 1_000_000_000
 FOREVER_NS = 10**18
 """Thirty years: a limit of so long is none, and costs nothing to watch."""
 
-Placement = Literal["paper", "round_robin"]
-ReadPath = Literal["pe_only", "de_only", "shorter_queue", "alternate", "split"]
-
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a system does. The scheduler reads `placement` and `read_path`; its driver reads the other two."""
+    """Rules by name, so that a policy is data: journals and messages carry it. Names may be ``module:attribute``."""
 
-    placement: Placement = "paper"
-    read_path: ReadPath = "shorter_queue"
+    placement: str = "paper"
+    """Who prefills and who decodes: of `placement.PLACEMENTS`."""
+    read_path: str = "shorter_queue"
+    """Whose storage NIC reads: of `read_path.READ_PATHS`."""
     layerwise: bool = True
     """Load, compute and ship layer by layer (§5); False: load everything, compute, ship everything."""
     free_io: bool = False
     """Drivers make storage reads, host-device copies and PE-DE transfers cost nothing (§7.2, Oracle)."""
-
-
-SYSTEMS: dict[str, Policy] = {
-    "basic": Policy(placement="round_robin", read_path="pe_only", layerwise=False),
-    "basic-layerwise": Policy(placement="round_robin", read_path="pe_only"),
-    "dualpath-rr": Policy(placement="round_robin", read_path="alternate"),
-    "de-only": Policy(read_path="de_only"),
-    "dualpath": Policy(),
-    "dualpath-split": Policy(read_path="split"),
-    "oracle": Policy(free_io=True),
-}
-"""By name: the paper's Basic, its ablation steps, DualPath and Oracle; `de-only` and `dualpath-split` are ours."""
 
 
 class Constants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -31,13 +31,10 @@ from dualpath.core.lifecycle import Lifecycle
 from dualpath.core.policy import Constants, Limits, Policy
 from dualpath.core.request import Event, Request, State, check_facts
 from dualpath.core.vocabulary import (
-    Cancelled,
     Cause,
     Command,
-    Decode,
     EngineFacts,
     EngineId,
-    Finish,
     RequestFacts,
     RequestId,
     Side,
@@ -134,10 +131,7 @@ class Scheduler:
         if live is None:
             life.counts["dropped_cancel"] += 1
             return
-        withdrawal.withdraw(life, live)
-        life.counts["cancelled"] += 1
-        life.end(live, Event.CANCEL)
-        life.outbox.append(Cancelled(request))
+        withdrawal.cancel(life, live)
         life.settle()
 
     # ── what engines answer ─────────────────────────────────────────────────────────────────────────────────────────
@@ -177,15 +171,7 @@ class Scheduler:
         live = life.accept(now, "prefill_done", request, attempt)
         if live is None:
             return
-        prefill, decode = live.prefill_engine, live.decode_engine
-        assert prefill is not None and decode is not None
-        life.fleet.prefill.end(prefill, live.facts.prompt_tokens)
-        life.ledger.give_back(prefill, live.key)
-        life.freed(prefill)
-        live.prefill_engine = None
-        live.commanded = (decode,)
-        life.move(live, Event.PREFILL)
-        life.outbox.append(Decode(request, attempt, decode))
+        life.prefilled(live)
         life.settle()
 
     def buffer_freed(self, now: int, request: RequestId, attempt: int, blocks: int) -> None:
@@ -210,13 +196,7 @@ class Scheduler:
         live = life.accept(now, "finished", request, attempt)
         if live is None:
             return
-        assert live.decode_engine is not None
-        life.fleet.decode.end(live.decode_engine, live.facts.prompt_tokens)
-        life.ledger.give_back(live.decode_engine, live.key)
-        life.freed(live.decode_engine)
-        life.counts["finished"] += 1
-        life.end(live, Event.FINISH)
-        life.outbox.append(Finish(request))
+        life.finished(live)
         life.settle()
 
     def attempt_failed(self, now: int, request: RequestId, attempt: int, engine: EngineId, cause: Cause) -> None:

@@ -14,18 +14,10 @@ from collections import deque
 
 from dualpath.core.engines import Fleet
 from dualpath.core.ledger import Ledger
-from dualpath.core.placement import (
-    choose_decode_engine,
-    choose_group,
-    choose_prefill_engine,
-    next_decode_engine,
-    next_prefill_engine,
-    z_tokens,
-)
-from dualpath.core.policy import Constants, Policy
-from dualpath.core.read_path import least_pe_blocks
+from dualpath.core.placement import OneLine, Placement, TwoLevels
+from dualpath.core.read_path import ReadPath, least_pe_blocks
 from dualpath.core.request import Request
-from dualpath.core.vocabulary import EngineFacts, EngineId, GroupId, RequestId
+from dualpath.core.vocabulary import EngineId, GroupId, RequestId
 
 Line = deque[Request]
 """In order of arrival. Leaving from the middle is O(line), and rare: cancelled, or lost with an engine."""
@@ -34,9 +26,9 @@ Line = deque[Request]
 class WaitingRoom:
     """All QUEUED requests, in order of arrival."""
 
-    def __init__(self, policy: Policy, constants: Constants, fleet: Fleet, ledger: Ledger) -> None:
-        self._policy = policy
-        self._constants = constants
+    def __init__(self, placement: Placement, read_path: ReadPath, fleet: Fleet, ledger: Ledger) -> None:
+        self._placement = placement
+        self._read_path = read_path
         self._fleet = fleet
         self._ledger = ledger
         self.requests: dict[RequestId, Request] = {}
@@ -44,8 +36,6 @@ class WaitingRoom:
         self.for_decode: Line = deque()
         self.private: dict[GroupId, Line] = {}
         """Private queues that are not empty."""
-        self._last_prefill: EngineId | None = None
-        self._last_decode: EngineFacts | None = None
 
     def join(self, request: Request) -> None:
         self.requests[request.id] = request
@@ -82,41 +72,35 @@ class WaitingRoom:
         """Place what can be placed; who now has both a PE and a DE, in the order in which that came about."""
         placed: list[Request] = []
         self._fetch_prefill(placed)
-        if self._policy.placement == "paper":
-            self._share_out()
+        if isinstance(self._placement, TwoLevels):
+            self._share_out(self._placement)
             for group in list(self.private):
-                self._fetch_group(group, placed)
+                self._fetch_group(self._placement, group, placed)
         else:
-            self._fetch_decode_in_turn(placed)
+            self._fetch_one_line(self._placement, placed)
         for request in placed:
             del self.requests[request.id]
         return placed
 
     def _fetch_prefill(self, placed: list[Request]) -> None:
-        engines, read_path = self._fleet.prefill, self._policy.read_path
-        by_load = self._policy.placement == "paper"
+        engines, placement, read_path = self._fleet.prefill, self._placement, self._read_path
         line = self.for_prefill
         while line:
             request = line[0]
-            blocks = least_pe_blocks(read_path, request.hit_blocks)
-            if by_load:
-                engine = choose_prefill_engine(engines, self._constants, blocks)
-            else:
-                engine = next_prefill_engine(engines, self._last_prefill, blocks)
+            engine = placement.prefill_engine(engines, least_pe_blocks(read_path, request.hit_blocks))
             if engine is None:
                 return
-            self._last_prefill = engine
             line.popleft()
             engines.start(engine, request.facts.prompt_tokens)
             request.prefill_engine = engine
             if request.decode_engine is not None:
                 placed.append(request)
 
-    def _share_out(self) -> None:
+    def _share_out(self, placement: TwoLevels) -> None:
         """DE choice, phase 1: each request of the global queue to a group."""
         decode, private = self._fleet.decode, self.private
         for request in self.for_decode:
-            group = choose_group(decode, request.prompt_blocks, request.hbm_blocks)
+            group = placement.decode_group(decode, request.prompt_blocks, request.hbm_blocks)
             request.group = group
             decode.queue(group, request.facts.prompt_tokens)
             if group in private:
@@ -125,17 +109,17 @@ class WaitingRoom:
                 private[group] = deque((request,))
         self.for_decode.clear()
 
-    def _fetch_group(self, group_id: GroupId, placed: list[Request]) -> None:
+    def _fetch_group(self, placement: TwoLevels, group_id: GroupId, placed: list[Request]) -> None:
         """DE choice, phase 2: the group's private queue from its head."""
         decode, line = self._fleet.decode, self.private[group_id]
         group = decode.groups[group_id]
         if group.short_of_blocks:
             return  # as stuck as it was
-        z = z_tokens(group, line, self._constants.z_factor)
+        z = placement.z_tokens(group, line)
         while line:
             request = line[0]
             tokens = request.facts.prompt_tokens
-            engine = choose_decode_engine(group, tokens, z, request.prompt_blocks, request.hbm_blocks)
+            engine = placement.group_engine(group, tokens, z, request.prompt_blocks, request.hbm_blocks)
             if engine is None:
                 group.short_of_blocks = request.hbm_blocks
                 return
@@ -144,16 +128,16 @@ class WaitingRoom:
             self._give_decode(request, engine, placed)
         del self.private[group_id]
 
-    def _fetch_decode_in_turn(self, placed: list[Request]) -> None:
+    def _fetch_one_line(self, placement: OneLine, placed: list[Request]) -> None:
         decode, line = self._fleet.decode, self.for_decode
         while line:
             request = line[0]
-            engine = next_decode_engine(decode, self._last_decode, request.prompt_blocks, request.hbm_blocks)
+            tokens = request.facts.prompt_tokens
+            engine = placement.decode_engine(decode, tokens, request.prompt_blocks, request.hbm_blocks)
             if engine is None:
                 return
             line.popleft()
-            self._last_decode = engine
-            self._give_decode(request, engine.engine, placed)
+            self._give_decode(request, engine, placed)
 
     def _give_decode(self, request: Request, engine: EngineId, placed: list[Request]) -> None:
         request.decode_engine = engine

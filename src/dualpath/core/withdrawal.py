@@ -5,10 +5,10 @@ an Abort and keeps its blocks until it answers (`aborts`); what nobody was told 
 tried again (`retry`), fails, or is cancelled.
 """
 
-from dualpath.core.aborts import AttemptAt
+from dualpath.core.deadlines import AttemptAt
 from dualpath.core.lifecycle import Lifecycle
 from dualpath.core.request import Event, Request, State
-from dualpath.core.vocabulary import Cause, EngineId, Fail, Resubmit
+from dualpath.core.vocabulary import Cancelled, Cause, EngineId, Fail, Resubmit
 
 
 def withdraw(life: Lifecycle, request: Request, lost: EngineId | None = None) -> None:
@@ -18,6 +18,14 @@ def withdraw(life: Lifecycle, request: Request, lost: EngineId | None = None) ->
         life.changed = True
     elif request.state is not State.RETRYING:
         _abort(life, request, lost)
+
+
+def cancel(life: Lifecycle, request: Request) -> None:
+    """The client went away."""
+    withdraw(life, request)
+    life.counts["cancelled"] += 1
+    life.end(request, Event.CANCEL)
+    life.outbox.append(Cancelled(request.id))
 
 
 def fail_attempt(life: Lifecycle, request: Request, cause: Cause) -> None:

@@ -21,6 +21,11 @@ class TokenDraw(msgspec.Struct, frozen=True, gc=False):
     top: tuple[tuple[int, float], ...] = ()
     """The most likely ``(token_id, logprob)``, best first, as many as asked for."""
 
+    @property
+    def logprobs(self) -> list[tuple[int, float]] | None:
+        """The chosen token's comes first, then the most likely ones'; None unless asked for."""
+        return None if self.logprob is None else [(self.token_id, self.logprob), *self.top]
+
 
 def draw(
     logits: torch.Tensor, params: list[SamplingParams], generated_tokens: list[int]

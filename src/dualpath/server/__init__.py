@@ -2,6 +2,6 @@
 
 from dualpath.server.app import ServerLimits, create_app
 from dualpath.server.codec import load_tokenizer
-from dualpath.server.listen import serve
+from dualpath.server.http import serve
 
 __all__ = ["ServerLimits", "create_app", "load_tokenizer", "serve"]

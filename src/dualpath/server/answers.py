@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from dualpath.cluster.api import TokenLogprob
+from dualpath.cluster.generator import TokenLogprob
 from dualpath.server.codec import TextCodec
 from dualpath.server.generation import Piece, Usage
-from dualpath.server.planning import Plan
+from dualpath.server.requests import CheckedRequest
 from dualpath.spec.timings import Timings
 
 DONE = b"data: [DONE]\n\n"
@@ -84,13 +84,13 @@ class _Answer:
     chunk_object: str
     id_prefix: str
 
-    def __init__(self, model: str, plan: Plan, codec: TextCodec) -> None:
+    def __init__(self, model: str, checked: CheckedRequest, codec: TextCodec) -> None:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
-        self._plan = plan
+        self._checked = checked
         self._codec = codec
-        self._begun = [False] * len(plan.choices)
+        self._begun = [False] * len(checked.choices)
 
     def usage_event(self, usage: Usage) -> bytes:
         return b"data: %b\n\n" % _encode(self._last(self.chunk_object, [], usage))
@@ -108,10 +108,10 @@ class _Answer:
         )
 
     def _chunk(self, choice: ChoiceBody) -> AnswerBody:
-        return self._body(self.chunk_object, [choice], None if self._plan.include_usage else UNSET)
+        return self._body(self.chunk_object, [choice], None if self._checked.include_usage else UNSET)
 
     def _choice(self, piece: Piece) -> ChoiceBody:
-        token_ids = piece.token_ids if self._plan.return_token_ids else UNSET
+        token_ids = piece.token_ids if self._checked.return_token_ids else UNSET
         return ChoiceBody(index=piece.choice, finish_reason=piece.finish_reason, token_ids=token_ids)
 
     def _is_first(self, choice: int) -> bool:
@@ -120,7 +120,7 @@ class _Answer:
 
     def _folded(self, pieces: list[Piece]) -> Iterator[Piece]:
         """One piece per choice, with everything of it."""
-        of_choice: list[list[Piece]] = [[] for _ in self._plan.choices]
+        of_choice: list[list[Piece]] = [[] for _ in self._checked.choices]
         for piece in pieces:
             of_choice[piece.choice].append(piece)
         for choice, own in enumerate(of_choice):
@@ -140,9 +140,9 @@ class CompletionWriter(_Answer):
     object = chunk_object = "text_completion"
     id_prefix = "cmpl"
 
-    def __init__(self, model: str, plan: Plan, codec: TextCodec) -> None:
-        super().__init__(model, plan, codec)
-        self._offsets = [0] * len(plan.choices)
+    def __init__(self, model: str, checked: CheckedRequest, codec: TextCodec) -> None:
+        super().__init__(model, checked, codec)
+        self._offsets = [0] * len(checked.choices)
 
     def event(self, piece: Piece) -> bytes:
         return b"data: %b\n\n" % _encode(self._chunk(self._choice(piece)))
@@ -154,9 +154,9 @@ class CompletionWriter(_Answer):
     def _choice(self, piece: Piece) -> ChoiceBody:
         choice = super()._choice(piece)
         choice.text = piece.text
-        if self._is_first(piece.choice) and self._plan.return_token_ids:
-            choice.prompt_token_ids = self._plan.choices[piece.choice].request.prompt_token_ids
-        if self._plan.logprobs is not None:
+        if self._is_first(piece.choice) and self._checked.return_token_ids:
+            choice.prompt_token_ids = self._checked.choices[piece.choice].request.prompt_token_ids
+        if self._checked.logprobs is not None:
             choice.logprobs = self._logprobs(piece)
         return choice
 
@@ -199,21 +199,21 @@ class ChatWriter(_Answer):
             choice.message = {"role": "assistant", "content": piece.text, "refusal": None}
             choices.append(choice)
         body = self._last(self.object, choices, usage)
-        if self._plan.return_token_ids:
-            body.prompt_token_ids = self._plan.prompts[0]
+        if self._checked.return_token_ids:
+            body.prompt_token_ids = self._checked.prompts[0]
         return _encode(body)
 
     def _opening(self, choice: int) -> bytes:
         """The event that names the role before any text."""
         delta = {"role": "assistant", "content": ""}
         chunk = self._chunk(ChoiceBody(index=choice, delta=delta, finish_reason=None))
-        if self._plan.return_token_ids:
-            chunk.prompt_token_ids = self._plan.prompts[0]
+        if self._checked.return_token_ids:
+            chunk.prompt_token_ids = self._checked.prompts[0]
         return b"data: %b\n\n" % _encode(chunk)
 
     def _choice(self, piece: Piece) -> ChoiceBody:
         choice = super()._choice(piece)
-        if self._plan.logprobs is not None:
+        if self._checked.logprobs is not None:
             choice.logprobs = {"content": [self._logprob(entry) for entry in piece.logprobs or []], "refusal": None}
         return choice
 

@@ -20,13 +20,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from dualpath import __version__
-from dualpath.cluster.api import Generator, RequestError
+from dualpath.cluster.generator import Generator, RequestError
 from dualpath.server.answers import DONE, ChatWriter, CompletionWriter, Writer
 from dualpath.server.codec import TextCodec
 from dualpath.server.errors import INTERNAL, ApiError, as_api_error, bad_parameter
-from dualpath.server.generation import Usage, run_plan
+from dualpath.server.generation import Usage, run_request
+from dualpath.server.http import EventStream, Gate, read_body, while_connected
 from dualpath.server.metrics import GenerationTimer, ServerMetrics
-from dualpath.server.planning import Plan, Planner
 from dualpath.server.protocol import (
     Body,
     ChatRequest,
@@ -35,7 +35,7 @@ from dualpath.server.protocol import (
     TokenizeRequest,
     decode_body,
 )
-from dualpath.server.transport import EventStream, Gate, read_body, while_connected
+from dualpath.server.requests import CheckedRequest, RequestChecker
 
 logger = logging.getLogger(__name__)
 
@@ -98,36 +98,38 @@ class _Api:
         self._generator = generator
         self._codec = codec
         self._limits = limits
-        self._planner = Planner(generator.model, codec, limits.max_choices)
+        self._checker = RequestChecker(generator.model, codec, limits.max_choices)
         self._metrics = ServerMetrics(generator.model.name)
         self._created = int(time.time())
 
     async def completions(self, request: Request) -> Response:
         arrived_s = time.perf_counter()
-        plan = await self._planner.completion(await self._body(request, CompletionRequest))
+        checked = await self._checker.completion(await self._body(request, CompletionRequest))
         return await self._answer(
-            request, plan, CompletionWriter(self._generator.model.name, plan, self._codec), arrived_s
+            request, checked, CompletionWriter(self._generator.model.name, checked, self._codec), arrived_s
         )
 
     async def chat(self, request: Request) -> Response:
         arrived_s = time.perf_counter()
-        plan = await self._planner.chat(await self._body(request, ChatRequest))
-        return await self._answer(request, plan, ChatWriter(self._generator.model.name, plan, self._codec), arrived_s)
+        checked = await self._checker.chat(await self._body(request, ChatRequest))
+        return await self._answer(
+            request, checked, ChatWriter(self._generator.model.name, checked, self._codec), arrived_s
+        )
 
     async def models(self, _request: Request) -> Response:
         return _json({"object": "list", "data": [self._model_card()]})
 
     async def model(self, request: Request) -> Response:
-        self._planner.check_model(request.path_params["name"])
+        self._checker.check_model(request.path_params["name"])
         return _json(self._model_card())
 
     async def tokenize(self, request: Request) -> Response:
         asked = await self._body(request, TokenizeRequest)
-        self._planner.check_model(asked.model)
+        self._checker.check_model(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise bad_parameter("prompt", "give either prompt or messages")
         if asked.messages is not None:
-            tokens = await self._planner.chat_prompt(asked, asked.messages)
+            tokens = await self._checker.chat_prompt(asked, asked.messages)
         else:
             special = asked.add_special_tokens is not False
             tokens = await self._codec.encode(asked.prompt or "", add_special_tokens=special)
@@ -136,8 +138,8 @@ class _Api:
 
     async def detokenize(self, request: Request) -> Response:
         asked = await self._body(request, DetokenizeRequest)
-        self._planner.check_model(asked.model)
-        self._planner.check_token_ids(asked.tokens, "tokens")
+        self._checker.check_model(asked.model)
+        self._checker.check_token_ids(asked.tokens, "tokens")
         return _json({"prompt": self._codec.decode(asked.tokens, skip_special_tokens=False)})
 
     async def health(self, _request: Request) -> Response:
@@ -167,12 +169,14 @@ class _Api:
         body = await read_body(request, self._limits.max_body_bytes, self._limits.body_timeout_s)
         return decode_body(body, kind)
 
-    async def _answer(self, request: Request, plan: Plan, writer: Writer, arrived_s: float) -> Response:
+    async def _answer(self, request: Request, checked: CheckedRequest, writer: Writer, arrived_s: float) -> Response:
         path = request.url.path
-        pieces = run_plan(self._generator, self._codec, plan, partial(GenerationTimer, self._metrics, path, arrived_s))
-        usage = Usage(plan)
-        if plan.stream:
-            events = self._events(pieces, plan, writer, usage)
+        pieces = run_request(
+            self._generator, self._codec, checked, partial(GenerationTimer, self._metrics, path, arrived_s)
+        )
+        usage = Usage(checked)
+        if checked.stream:
+            events = self._events(pieces, checked, writer, usage)
             on_failure = partial(self._failed_midway, path)
             return EventStream(events, on_failure, self._limits.write_timeout_s)
         return await while_connected(request.receive, self._whole(pieces, writer, usage))
@@ -187,14 +191,14 @@ class _Api:
         return Response(writer.whole(collected, usage), media_type="application/json")
 
     async def _events(
-        self, pieces: AsyncGenerator[Any, None], plan: Plan, writer: Writer, usage: Usage
+        self, pieces: AsyncGenerator[Any, None], checked: CheckedRequest, writer: Writer, usage: Usage
     ) -> AsyncGenerator[bytes, None]:
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 usage.add(piece)
                 yield writer.event(piece)
         self._count(usage)
-        yield writer.usage_event(usage) + DONE if plan.include_usage or plan.return_timings else DONE
+        yield writer.usage_event(usage) + DONE if checked.include_usage or checked.return_timings else DONE
 
     def _count(self, usage: Usage) -> None:
         self._metrics.answered(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)

@@ -11,12 +11,11 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 
-from dualpath.cluster.api import GeneratedTokens, Generator, TokenLogprob
-from dualpath.server.codec import TextCodec
-from dualpath.server.detokenize import IncrementalDetokenizer, StopMatcher
+from dualpath.cluster.generator import GeneratedTokens, Generator, TokenLogprob
+from dualpath.server.codec import IncrementalDetokenizer, StopMatcher, TextCodec
 from dualpath.server.errors import INTERNAL, ApiError
 from dualpath.server.metrics import GenerationTimer
-from dualpath.server.planning import Choice, Plan
+from dualpath.server.requests import CheckedRequest, Choice
 from dualpath.spec.timings import Timings
 
 logger = logging.getLogger(__name__)
@@ -83,10 +82,10 @@ class ChoiceText:
 
 
 async def run_choice(
-    generator: Generator, codec: TextCodec, plan: Plan, choice: Choice, timer: GenerationTimer
+    generator: Generator, codec: TextCodec, checked: CheckedRequest, choice: Choice, timer: GenerationTimer
 ) -> AsyncGenerator[Piece, None]:
     """Pieces of one choice. Raises RequestError as the cluster does, ApiError if it stops short of a finish reason."""
-    text = ChoiceText(codec, choice, plan.stop, plan.skip_special_tokens)
+    text = ChoiceText(codec, choice, checked.stop, checked.skip_special_tokens)
     steps = generator.generate(choice.request)
     try:
         async for step in steps:
@@ -102,11 +101,11 @@ async def run_choice(
     raise ApiError(500, "the generation ended without a finish reason; please report it", code=INTERNAL)
 
 
-async def run_plan(
-    generator: Generator, codec: TextCodec, plan: Plan, new_timer: Callable[[], GenerationTimer]
+async def run_request(
+    generator: Generator, codec: TextCodec, checked: CheckedRequest, new_timer: Callable[[], GenerationTimer]
 ) -> AsyncGenerator[Piece, None]:
     """Pieces of all choices as they come. The first failure ends all of them."""
-    sources = [run_choice(generator, codec, plan, choice, new_timer()) for choice in plan.choices]
+    sources = [run_choice(generator, codec, checked, choice, new_timer()) for choice in checked.choices]
     async with contextlib.aclosing(sources[0] if len(sources) == 1 else _merged(sources)) as pieces:
         async for piece in pieces:
             yield piece
@@ -149,10 +148,10 @@ async def _close(steps: AsyncGenerator[GeneratedTokens, None]) -> None:
 class Usage:
     """Tokens of a request: each prompt counts once, however many choices answer it; and its timings."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._prompt_of = [choice.prompt_index for choice in plan.choices]
-        self._cached_tokens = [0] * len(plan.prompts)
-        self.prompt_tokens = sum(map(len, plan.prompts))
+    def __init__(self, checked: CheckedRequest) -> None:
+        self._prompt_of = [choice.prompt_index for choice in checked.choices]
+        self._cached_tokens = [0] * len(checked.prompts)
+        self.prompt_tokens = sum(map(len, checked.prompts))
         self.completion_tokens = 0
         self.timings: Timings | None = None
 

@@ -20,46 +20,52 @@ class UnknownNameError(ValueError):
 
 
 class Registry(Generic[Thing]):
-    """Things of one kind. `ours` maps names to functions that import and return a thing, so that listing is cheap.
+    """Things of one kind: what messages call one ("store"), the entry-point group ("dualpath.stores"), and ours.
 
-    ``kind`` is what messages call one ("store"), ``group`` the entry-point group ("dualpath.stores"). Two packages that
-    add one name, or a package that takes one of ours, are an error when that name is asked for.
+    `known` holds things themselves, `lazy` functions that import and return one, so that listing stays cheap. Ours and
+    those added here win over installed ones. Without a group there are no installed ones.
     """
 
-    def __init__(self, kind: str, group: str, ours: Mapping[str, Callable[[], Thing]]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        group: str | None,
+        lazy: Mapping[str, Callable[[], Thing]] | None = None,
+        known: Mapping[str, Thing] | None = None,
+    ) -> None:
         self.kind = kind
-        self.group = group
-        self._ours = dict(ours)
-        self._added: dict[str, Thing] = {}
+        self._group = group
+        self._lazy = dict(lazy or {})
+        self._known = dict(known or {})
 
     def names(self) -> tuple[str, ...]:
-        """Ours in their order, then added ones, then those of installed packages by name."""
-        installed = sorted({point.name for point in entry_points(group=self.group)})
-        return tuple(dict.fromkeys((*self._ours, *self._added, *installed)))
+        """Ours in their order, then those of installed packages by name."""
+        installed = sorted({point.name for point in entry_points(group=self._group)}) if self._group else []
+        return tuple(dict.fromkeys((*self._lazy, *self._known, *installed)))
 
     def add(self, name: str, thing: Thing) -> None:
-        """For this process alone. Raises ValueError for a name that is taken."""
-        if name in self.names() and self._added.get(name) is not thing:
-            raise ValueError(f"{self.kind} {name!r} exists already")
-        self._added[name] = thing
+        """For this process alone. Raises ValueError where another thing has the name."""
+        if name in self._lazy or self._known.get(name, thing) is not thing:
+            raise ValueError(f"{self.kind} {name!r} exists already; choose another name")
+        self._known[name] = thing
 
     def get(self, name: str) -> Thing:
         """Raises UnknownNameError."""
-        if name in self._added:
-            return self._added[name]
-        installed = list(entry_points(group=self.group, name=name))
-        if name in self._ours and not installed:
-            return self._ours[name]()
-        if len(installed) + (name in self._ours) > 1:
+        if name in self._known:
+            return self._known[name]
+        if name in self._lazy:
+            return self._lazy[name]()
+        installed = list(entry_points(group=self._group, name=name)) if self._group else []
+        if len(installed) > 1:
             offers = ", ".join(point.value for point in installed)
-            raise UnknownNameError(f"{self.kind} {name!r} is offered more than once: {offers}; uninstall one")
+            raise UnknownNameError(f"{self.kind} {name!r} is offered more than once: {offers}; uninstall all but one")
         if not installed and ":" not in name:
             raise UnknownNameError(f"unknown {self.kind} {name!r}; choose from {', '.join(self.names())}")
-        return self._load(installed[0] if installed else EntryPoint(name, name, self.group))
+        return self._load(installed[0] if installed else EntryPoint(name, name, self._group or ""))
 
     def _load(self, point: EntryPoint) -> Thing:
         try:
             thing: Thing = point.load()
         except Exception as error:  # another package's code may raise anything
-            raise UnknownNameError(f"{self.kind} {point.name!r} ({point.value}) can't be loaded: {error}") from error
+            raise UnknownNameError(f"{self.kind} {point.name!r} can't be loaded: {error}") from error
         return thing

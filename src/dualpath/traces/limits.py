@@ -9,10 +9,6 @@ import msgspec
 from dualpath.traces.trajectory import Round, Trajectory
 
 
-class TraceError(ValueError):
-    """A trace that can't be read. The message names the file, the field and what was wrong."""
-
-
 class TraceLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How much of a session to take."""
 
@@ -36,6 +32,8 @@ NO_LIMITS = TraceLimits()
 
 def limited(trajectory: Trajectory, limits: TraceLimits) -> Trajectory | None:
     """What `limits` leave of a trajectory, its subagents each on their own; None where no turn is left."""
+    if limits == NO_LIMITS:
+        return trajectory
     rounds: list[Round] = []
     context_tokens = 0
     for round_, span in zip(trajectory.rounds[: limits.max_turns], trajectory.spans(), strict=False):

@@ -8,126 +8,64 @@ put in order of time. What a prompt has in common with the one before is the lon
 * else the context shrinks to what they share. Recordings whose prompts leave out the agent's own answers are all of
   this kind: each prompt is the one before and the tool's output, and what was generated between them is dropped.
 
-Tokens are counted with a `tokenizers` tokenizer, or, where none is given, as UTF-8 bytes over `BYTES_PER_TOKEN`;
-a chat's messages are joined without the marks of a template. Pauses are the times between requests, so they include the
-recorded service time of the request before.
+Pauses are the times between requests, so they include the recorded service time of the request before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
-from dualpath.traces.limits import TraceError
+from dualpath.traces.reading import MAX_SECONDS, NO_OPTIONS, CountTokens, ReadOptions, TraceError, records
+from dualpath.traces.sharing import next_round, shared_prefix
+from dualpath.traces.texts import Message
 from dualpath.traces.trajectory import Round, Trajectory
-
-BYTES_PER_TOKEN = 4
-
-CountTokens = Callable[[str], int]
-
-
-def tokens_of_bytes(text: str) -> int:
-    return -(-len(text.encode()) // BYTES_PER_TOKEN)
-
-
-class _Message(msgspec.Struct):
-    content: str | list[dict[str, object]] | None = None
-
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return "".join(str(part.get("text", "")) for part in self.content)
-        return self.content or ""
 
 
 class _Line(msgspec.Struct, frozen=True):
-    timestamp: float
+    timestamp: Annotated[float, Meta(ge=0, le=MAX_SECONDS * 1e9)]
     session_id: str
-    input: str | list[_Message]
+    input: str | list[Message]
     output: str
 
     @property
     def prompt(self) -> str:
-        return self.input if isinstance(self.input, str) else "".join(message.text() for message in self.input)
+        return self.input if isinstance(self.input, str) else "".join(message.text for message in self.input)
 
 
-def load_tokenizer(path: Path) -> CountTokens:
-    """Of a ``tokenizer.json``. Raises TraceError."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise TraceError(f"{path}: not a tokenizer.json: {error}") from error
-
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False).ids)
-
-    return count
-
-
-def read_miniswe(path: Path, count_tokens: CountTokens = tokens_of_bytes) -> list[Trajectory]:
+def read_miniswe(path: Path, options: ReadOptions = NO_OPTIONS) -> list[Trajectory]:
     """The sessions in `path`, in order of their first requests. Raises TraceError."""
     sessions: dict[str, list[_Line]] = {}
-    for line in _lines(path):
-        sessions.setdefault(line.session_id, []).append(line)
-    if not sessions:
-        raise TraceError(f"{path}: holds no requests")
-    in_order = sorted(sessions.items(), key=lambda item: min(line.timestamp for line in item[1]))
-    return [_trajectory(path, name, lines, count_tokens) for name, lines in in_order]
-
-
-def _lines(path: Path) -> Iterator[_Line]:
-    decoder = msgspec.json.Decoder(_Line)
-    number = 0
-    try:
-        with path.open("rb") as file:
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    line = decoder.decode(text)
-                    if line.timestamp < 0:
-                        raise TraceError(f"{path}: line {number}: timestamp {line.timestamp:g} is below zero")
-                    yield line
-    except OSError as error:
-        raise TraceError(f"{path}: can't be read: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
-        raise TraceError(f"{path}: line {number}: not a request of a mini-SWE-agent session: {error}") from error
-
-
-def _trajectory(path: Path, name: str, lines: list[_Line], count_tokens: CountTokens) -> Trajectory:
-    rounds: list[Round] = []
-    before: _Line | None = None
-    context_tokens = 0
-    for line in sorted(lines, key=lambda line: line.timestamp):
+    for where, line in records(path, _Line, "a request of a mini-SWE-agent session"):
         if not line.prompt:
-            raise TraceError(f"{path}: session {name!r} has an empty prompt at timestamp {line.timestamp:.0f}")
-        kept_tokens = 0
-        if before is not None:
-            whole = line.prompt.startswith(before.prompt + before.output)
-            kept_tokens = context_tokens if whole else min(context_tokens, count_tokens(_shared(before, line)))
-        append_tokens = max(0, count_tokens(line.prompt) - kept_tokens)
-        generate_tokens = max(1, count_tokens(line.output))
-        rounds.append(
-            Round(
-                append_tokens=append_tokens,
-                generate_tokens=generate_tokens,
-                gap_s=0.0 if before is None else _seconds(line.timestamp) - _seconds(before.timestamp),
-                keep_tokens=None if kept_tokens == context_tokens else kept_tokens,
-            )
-        )
-        context_tokens = kept_tokens + append_tokens + generate_tokens
-        before = line
+            raise TraceError(f"{path}: {where}: the prompt is empty")
+        sessions.setdefault(line.session_id, []).append(line)
+    in_order = sorted(sessions.items(), key=lambda item: min(line.timestamp for line in item[1]))
+    return [_trajectory(name, lines, options.count_tokens) for name, lines in in_order]
+
+
+def _trajectory(name: str, lines: list[_Line], count_tokens: CountTokens) -> Trajectory:
+    rounds: list[Round] = []
+    before_prompt = before_output = ""
+    before_s, context_tokens = 0.0, 0
+    for line in sorted(lines, key=lambda line: line.timestamp):
+        prompt = line.prompt
+        kept_tokens, at_s = 0, _seconds(line.timestamp)
+        if rounds:
+            shared = prompt[: shared_prefix(before_prompt, prompt)]
+            whole = prompt.startswith(before_prompt + before_output)
+            kept_tokens = context_tokens if whole else min(context_tokens, count_tokens(shared))
+        # A tokenizer may see nothing in a text of spaces; a prompt has at least one token all the same.
+        prompt_tokens = max(1, count_tokens(prompt))
+        gap_s = max(0.0, at_s - before_s) if rounds else 0.0
+        made = next_round(context_tokens, kept_tokens, prompt_tokens, count_tokens(line.output), gap_s)
+        rounds.append(made)
+        context_tokens = kept_tokens + made.append_tokens + made.generate_tokens
+        before_prompt, before_output, before_s = prompt, line.output, at_s
     return Trajectory(id=name, rounds=tuple(rounds))
-
-
-def _shared(before: _Line, line: _Line) -> str:
-    """The longest prefix of both prompts."""
-    if line.prompt.startswith(before.prompt):
-        return before.prompt
-    pairs = zip(before.prompt, line.prompt, strict=False)
-    differs = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
-    return line.prompt if differs is None else line.prompt[:differs]
 
 
 def _seconds(timestamp: float) -> float:

@@ -1,143 +1,166 @@
-"""Reader of Mooncake's traces: JSON lines of requests, without sessions.
+"""Reader of Mooncake's traces: JSON lines of requests.
 
-A line has `timestamp` (ms, of arrival), `input_length` and `output_length` (tokens), and `hash_ids`, one id for each
-block of 512 prompt tokens, the last perhaps not full. An id names its block *and all before it*, so two prompts that
-share an id share everything up to it.
+A line has `input_length` and `output_length` (tokens), and `hash_ids`, one id for each block of the prompt, the last
+perhaps not full. An id names its block *and all before it*, so two prompts that share an id share everything up to it.
+`timestamp` is the arrival, in ms. Mooncake's own blocks have 512 tokens; `_block_tokens` finds out what a file's have.
 
-Sessions are put together from that: a request continues an earlier one if its prompt begins with *all full blocks* of
-that one's prompt. Of several such, the one with most blocks, then the latest; each is continued at most once (what
-comes second was a fork: it starts a trajectory of its own). Prompts of fewer than `MIN_SHARED_BLOCKS` full blocks are
-never continued, as one block is what a system prompt alone looks like::
+Where lines have a `session_id`, the lines of one are a trajectory, in their order; `delay` (ms) is the pause before a
+request, else the time between arrivals. A line without one is then a trajectory by itself.
+
+Where no line has one, sessions are put together from the ids: a request continues an earlier one if its prompt begins
+with *all full blocks* of that one's prompt. Of several such, the one with most blocks, then the latest; each is
+continued at most once (what comes second was a fork: it starts a trajectory of its own). Prompts of fewer than
+`MIN_SHARED_BLOCKS` full blocks are never continued, as one block is what a system prompt alone looks like::
 
     A  [b0 b1 b2 ~b3]  → answer        3 full blocks
     B  [b0 b1 b2 b4 b5 ~b6]            continues A: same first 3 blocks, and then the answer and a new question
 
 If B's prompt has room for A's whole context (prompt and answer), B keeps it and appends the rest. Otherwise the answer
-was changed, and B keeps the shared blocks only (a compaction). Pauses are the times between arrivals, so they include
-the recorded service time of the request before.
+was changed, and B keeps the shared blocks only (a compaction). Times between arrivals include the recorded service time
+of the request before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from dualpath.traces.limits import TraceError
+from dualpath.traces.reading import NO_OPTIONS, Milliseconds, PromptTokens, ReadOptions, Tokens, TraceError, records
+from dualpath.traces.sharing import next_round, shared_prefix
 from dualpath.traces.trajectory import Round, Trajectory
 
 BLOCK_TOKENS = 512
 MIN_SHARED_BLOCKS = 2
 
 
-class MooncakeTrace(msgspec.Struct, frozen=True, kw_only=True):
-    """Trajectories in order of their first arrival."""
-
-    trajectories: tuple[Trajectory, ...]
-    arrivals_s: tuple[float, ...]
-    """Of each trajectory's first request, from the first of all."""
-
-
 class _Line(msgspec.Struct, frozen=True, gc=False):
-    timestamp: float
-    input_length: int
-    output_length: int
+    input_length: PromptTokens
+    output_length: Tokens
     hash_ids: list[int]
+    timestamp: Milliseconds | None = None
+    session_id: str | int | None = None
+    delay: Milliseconds | None = None
 
 
 class _Chain(msgspec.Struct):
     """A trajectory being put together, and its last request."""
 
-    number: int
-    arrival_ms: float
-    last: _Line
-    context_tokens: int
-    rounds: list[Round]
+    id: str
+    block_tokens: int
+    last: _Line | None = None
+    context_tokens: int = 0
+    rounds: list[Round] = msgspec.field(default_factory=list)
+
+    @property
+    def full_blocks(self) -> int:
+        """Of the last prompt."""
+        return 0 if self.last is None else self.last.input_length // self.block_tokens
+
+    def add(self, line: _Line, shared_blocks: int) -> None:
+        """`line` begins with so many blocks of the last prompt."""
+        kept_tokens, gap_ms = 0, 0.0
+        if self.last is not None:
+            whole = shared_blocks >= self.full_blocks and line.input_length >= self.context_tokens
+            kept_tokens = self.context_tokens if whole else min(shared_blocks * self.block_tokens, line.input_length)
+            gap_ms = _gap_ms(self.last, line)
+        made = next_round(self.context_tokens, kept_tokens, line.input_length, line.output_length, gap_ms / 1000)
+        self.rounds.append(made)
+        self.context_tokens = kept_tokens + made.append_tokens + made.generate_tokens
+        self.last = line
 
 
-def read_mooncake(path: Path) -> MooncakeTrace:
-    """The trace in `path`. Raises TraceError."""
-    chains: list[_Chain] = []
-    open_tails: dict[int, _Chain] = {}
-    """By the id of the last full block of a chain's last prompt: the chain to continue from there."""
-    for line in _lines(path):
-        chain = _continued(line, open_tails)
-        if chain is None:
-            chain = _Chain(len(chains), line.timestamp, line, 0, [])
-            chains.append(chain)
-            round_ = Round(append_tokens=line.input_length, generate_tokens=max(1, line.output_length))
-        else:
-            round_ = _next_round(chain, line)
-        kept_tokens = chain.context_tokens if round_.keep_tokens is None else round_.keep_tokens
-        chain.context_tokens = kept_tokens + round_.append_tokens + round_.generate_tokens
-        chain.rounds.append(round_)
-        chain.last = line
-        full_blocks = line.input_length // BLOCK_TOKENS
-        if full_blocks >= MIN_SHARED_BLOCKS:
-            open_tails[line.hash_ids[full_blocks - 1]] = chain
-    if not chains:
-        raise TraceError(f"{path}: holds no requests")
-    return MooncakeTrace(
-        trajectories=tuple(Trajectory(id=f"chain-{chain.number:05d}", rounds=tuple(chain.rounds)) for chain in chains),
-        arrivals_s=tuple((chain.arrival_ms - chains[0].arrival_ms) / 1000 for chain in chains),
+def read_mooncake(path: Path, options: ReadOptions = NO_OPTIONS) -> list[Trajectory]:
+    """The trajectories in `path`, in order of their first requests. Raises TraceError."""
+    lines = list(records(path, _Line, "a request of a Mooncake trace"))
+    block_tokens = _block_tokens(path, lines, options.block_tokens)
+    given = any(line.session_id is not None for _, line in lines)
+    chains = _sessions(path, lines, block_tokens) if given else _chains(path, lines, block_tokens)
+    return [Trajectory(id=chain.id, rounds=tuple(chain.rounds)) for chain in chains]
+
+
+def _block_tokens(path: Path, lines: list[tuple[str, _Line]], given: int | None) -> int:
+    """Tokens of a block: as `given`; else 512 where every line allows it, or the only size (power of two) that fits."""
+    least, most = (1, None) if given is None else (given, given)
+    for where, line in lines:
+        blocks, tokens = len(line.hash_ids), line.input_length
+        low = max(least, -(-tokens // blocks)) if blocks else tokens + 1
+        high = most if blocks <= 1 else min(most or tokens, (tokens - 1) // (blocks - 1))
+        if not blocks or (high is not None and low > high):
+            raise TraceError(
+                f"{path}: {where}: hash_ids names {blocks} blocks, but input_length is {tokens}: that fits no block "
+                f"size of {_span(least, most)} tokens{', as the lines above have' if given is None else ''}"
+            )
+        least, most = low, high
+    if given is not None or (least <= BLOCK_TOKENS and (most is None or most >= BLOCK_TOKENS)):
+        return given or BLOCK_TOKENS
+    powers = [2**n for n in range(31) if least <= 2**n and (most is None or 2**n <= most)]
+    if least == most or len(powers) == 1:
+        return least if least == most else powers[0]
+    raise TraceError(
+        f"{path}: blocks of {_span(least, most)} tokens all fit; say which these are, such as "
+        f"mooncake@{powers[0] if powers else least}:{path}"
     )
 
 
-def _lines(path: Path) -> Iterator[_Line]:
-    """Checked lines in order of arrival."""
-    decoder = msgspec.json.Decoder(_Line)
-    before_ms = 0.0
-    try:
-        with path.open("rb") as file:
-            for number, text in enumerate(file, 1):
-                if not text.strip():
-                    continue
-                line = decoder.decode(text)
-                problem = _problem(line, before_ms)
-                if problem:
-                    raise TraceError(f"{path}: line {number}: {problem}")
-                before_ms = line.timestamp
-                yield line
-    except OSError as error:
-        raise TraceError(f"{path}: can't be read: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
-        raise TraceError(f"{path}: line {number}: not a request of a Mooncake trace: {error}") from error
+def _span(least: int, most: int | None) -> str:
+    return f"{least} or more" if most is None else str(least) if least == most else f"{least} to {most}"
 
 
-def _problem(line: _Line, before_ms: float) -> str | None:
-    if line.input_length < 1 or line.output_length < 0:
-        return f"input_length {line.input_length} must be at least 1 and output_length {line.output_length} at least 0"
-    if len(line.hash_ids) != -(-line.input_length // BLOCK_TOKENS):
-        return (
-            f"hash_ids names {len(line.hash_ids)} blocks of {BLOCK_TOKENS} tokens; a prompt of {line.input_length} "
-            f"tokens has {-(-line.input_length // BLOCK_TOKENS)}"
-        )
-    if line.timestamp < before_ms:
-        return f"timestamp {line.timestamp:g} is before the line above ({before_ms:g}); sort the file by timestamp"
-    return None
+def _sessions(path: Path, lines: list[tuple[str, _Line]], block_tokens: int) -> list[_Chain]:
+    chains: dict[str | int, _Chain] = {}
+    for number, (where, line) in enumerate(lines):
+        name = f"request-{number:05d}" if line.session_id is None else line.session_id
+        chain = chains.setdefault(name, _Chain(str(name), block_tokens))
+        shared_blocks = 0
+        if chain.last is not None:
+            _check_order(f"{path}: {where}", chain.last, line)
+            shared_blocks = min(shared_prefix(chain.last.hash_ids, line.hash_ids), chain.full_blocks)
+        chain.add(line, shared_blocks)
+    return list(chains.values())
+
+
+def _chains(path: Path, lines: list[tuple[str, _Line]], block_tokens: int) -> list[_Chain]:
+    chains: list[_Chain] = []
+    open_tails: dict[int, _Chain] = {}
+    """By the id of the last full block of a chain's last prompt: the chain to continue from there."""
+    before: _Line | None = None
+    for where, line in lines:
+        if line.timestamp is None:
+            raise TraceError(f"{path}: {where}: timestamp is missing; a request without a session_id needs it")
+        if before is not None:
+            _check_order(f"{path}: {where}", before, line)
+        before = line
+        chain = _continued(line, open_tails)
+        if chain is None:
+            chain = _Chain(f"chain-{len(chains):05d}", block_tokens)
+            chains.append(chain)
+        chain.add(line, chain.full_blocks)
+        if chain.full_blocks >= MIN_SHARED_BLOCKS:
+            open_tails[line.hash_ids[chain.full_blocks - 1]] = chain
+    return chains
 
 
 def _continued(line: _Line, open_tails: dict[int, _Chain]) -> _Chain | None:
     """The chain that `line` continues, no longer open, or None."""
     for blocks in range(len(line.hash_ids), MIN_SHARED_BLOCKS - 1, -1):
         chain = open_tails.get(line.hash_ids[blocks - 1])
-        if chain is not None and blocks == chain.last.input_length // BLOCK_TOKENS:
+        if chain is not None and blocks == chain.full_blocks:
             return open_tails.pop(line.hash_ids[blocks - 1])
     return None
 
 
-def _next_round(chain: _Chain, line: _Line) -> Round:
-    last = chain.last
-    gap_s = (line.timestamp - last.timestamp) / 1000
-    generate_tokens = max(1, line.output_length)
-    if line.input_length >= chain.context_tokens:
-        append_tokens = line.input_length - chain.context_tokens
-        return Round(append_tokens=append_tokens, generate_tokens=generate_tokens, gap_s=gap_s)
-    shared_tokens = last.input_length // BLOCK_TOKENS * BLOCK_TOKENS
-    return Round(
-        append_tokens=line.input_length - shared_tokens,
-        generate_tokens=generate_tokens,
-        gap_s=gap_s,
-        keep_tokens=shared_tokens,
-    )
+def _check_order(place: str, before: _Line, line: _Line) -> None:
+    if line.timestamp is not None and before.timestamp is not None and line.timestamp < before.timestamp:
+        raise TraceError(
+            f"{place}: timestamp {line.timestamp:g} is before {before.timestamp:g}, of the request that it follows; "
+            "sort the file by timestamp"
+        )
+
+
+def _gap_ms(before: _Line, line: _Line) -> float:
+    if line.delay is not None:
+        return line.delay
+    if line.timestamp is None or before.timestamp is None:
+        return 0.0
+    return line.timestamp - before.timestamp

@@ -1,28 +1,30 @@
 """What a user names as agents → trajectories: one loader for every command that takes them.
 
 A name is ``32K``, ``48K`` or ``64K`` (agents with the statistics of the paper's traces), a file, or a directory of
-files. What a file holds is told from its content:
-
-* one JSON object with ``requests``: a WEKA session (`dualpath.traces.weka`);
-* JSON lines with ``hash_ids`` and ``input_length``: a Mooncake trace (`dualpath.traces.mooncake`);
-* JSON lines with ``session_id`` and ``input``: mini-SWE-agent sessions with their text (`dualpath.traces.miniswe`).
+``.json`` and ``.jsonl`` files. What a file holds is told from the keys of its first record (`dualpath.traces.formats`);
+``sharegpt:FILE`` says it instead, and ``mooncake@64:FILE`` also how many tokens a block of its hash ids has.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
-from dualpath.traces.limits import NO_LIMITS, TraceError, TraceLimits, limited
-from dualpath.traces.miniswe import BYTES_PER_TOKEN, load_tokenizer, read_miniswe, tokens_of_bytes
-from dualpath.traces.mooncake import read_mooncake
-from dualpath.traces.paper import PAPER_TRACES, paper_agents
-from dualpath.traces.trajectory import Trajectory
-from dualpath.traces.weka import read_weka
-
-SOURCES_HELP = "32K, 48K or 64K (the paper's), or files: WEKA or mini-SWE-agent sessions, a Mooncake trace"
-PAPER_AGENTS = 500
-_DETECT_BYTES = 1 << 16
+from dualpath.traces.formats import BY_NAME, FORMATS, PAPER_ROWS, SOURCES_HELP, Format
+from dualpath.traces.limits import NO_LIMITS, TraceLimits, limited
+from dualpath.traces.paper import PAPER_TRAJECTORIES, paper_agents
+from dualpath.traces.reading import (
+    BYTES_PER_TOKEN,
+    CountTokens,
+    ReadOptions,
+    TraceError,
+    records,
+    tokens_of_bytes,
+)
+from dualpath.traces.texts import load_tokenizer
+from dualpath.traces.trajectory import Trajectory, renamed
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +42,12 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
         return [self.agent(number) for number in range(count or len(self.trajectories))]
 
 
+class _File(NamedTuple):
+    path: Path
+    format: Format
+    block_tokens: int | None
+
+
 def load_source(
     names: Sequence[str],
     limits: TraceLimits = NO_LIMITS,
@@ -52,18 +60,16 @@ def load_source(
 
     Of the paper's, `agents` are made (500 where None), so that they differ; `tokenizer` counts the tokens of texts.
     """
-    if not names:
-        raise TraceError(f"no source is named: give {SOURCES_HELP}")
-    if len(names) == 1 and names[0] in PAPER_TRACES:
-        made = paper_agents(names[0], agents or PAPER_AGENTS, seed)
+    row = paper_row(names)
+    if row is not None:
+        made = paper_agents(row, agents or PAPER_TRAJECTORIES, seed)
         found = [made.trajectory(number) for number in range(len(made))]
-        what = f"the paper's {names[0]} statistics, seed {seed}"
+        what = f"the paper's {row} statistics, seed {seed}"
     else:
-        files = list(_files(names))
-        count = tokens_of_bytes if tokenizer is None else load_tokenizer(tokenizer)
-        kinds = {path: kind_of(path) for path in files}
-        found = [one for path in files for one in _READERS[kinds[path]](path, count)]
-        what = _described(kinds, len(found), tokenizer)
+        files = [file for name in names for file in _files(name)]
+        count_tokens = tokens_of_bytes if tokenizer is None else load_tokenizer(tokenizer)
+        found = _with_own_ids([one for file in files for one in _read(file, count_tokens)])
+        what = _described(files, len(found), tokenizer)
     cut = [limited(one, limits) for one in found]
     kept = [one for one in cut if one is not None]
     if not kept:
@@ -74,74 +80,91 @@ def load_source(
     return Source(trajectories=kept, description=what + _limits_described(limits, len(found) - len(kept)))
 
 
-def kind_of(path: Path) -> str:
-    """``weka``, ``mooncake`` or ``miniswe``, from the content of `path`. Raises TraceError."""
-    try:
-        with path.open("rb") as file:
-            first = next((line for line in file if line.strip()), b"")
-            start = first + file.read(_DETECT_BYTES)
-    except OSError as error:
-        raise TraceError(f"{path}: can't be read: {error.strerror}") from error
-    try:
-        keys = set(msgspec.json.decode(first, type=dict[str, msgspec.Raw]))
-    except msgspec.MsgspecError:  # an object over many lines, or no JSON at all
-        keys = {"requests"} if start.lstrip()[:1] == b"{" and b'"requests"' in start else set()
-    for kind, needed in _KEYS.items():
-        if needed <= keys:
-            return kind
-    raise TraceError(
-        f"{path}: no format known here: neither a WEKA session (an object with requests), nor lines of a Mooncake "
-        "trace (hash_ids, input_length) or of mini-SWE-agent sessions (session_id, input)"
-    )
+def paper_row(names: Sequence[str]) -> str | None:
+    """The row of the paper's table that `names` name; None where they name files.
 
-
-def renamed(trajectory: Trajectory, identity: str) -> Trajectory:
-    """The trajectory under a name of its own, so that two agents of one recording have tokens of their own."""
-    rounds = tuple(
-        msgspec.structs.replace(
-            round_,
-            subagents=tuple(
-                renamed(subagent, f"{identity}/{index}.{number}") for number, subagent in enumerate(round_.subagents)
-            ),
-        )
-        if round_.subagents
-        else round_
-        for index, round_ in enumerate(trajectory.rounds)
-    )
-    return Trajectory(id=identity, rounds=rounds)
-
-
-_Reader = Callable[[Path, Callable[[str], int]], list[Trajectory]]
-_READERS: dict[str, _Reader] = {
-    "mooncake": lambda path, _count: list(read_mooncake(path).trajectories),
-    "weka": lambda path, _count: [read_weka(path)],
-    "miniswe": read_miniswe,
-}
-_KEYS = {"mooncake": {"hash_ids", "input_length"}, "weka": {"requests"}, "miniswe": {"session_id", "input"}}
-_NAMES = {"mooncake": "a Mooncake trace", "weka": "WEKA sessions", "miniswe": "mini-SWE-agent sessions"}
-
-
-def _files(names: Sequence[str]) -> Iterator[Path]:
+    Raises TraceError for no names, and for rows beside others.
+    """
+    if not names:
+        raise TraceError(f"no source is named: give {SOURCES_HELP}")
+    if len(names) == 1:
+        return names[0] if names[0] in PAPER_ROWS else None
     for name in names:
-        path = Path(name)
+        if name in PAPER_ROWS:
+            raise TraceError(f"{name} can't be mixed with other sources: give it alone, or files")
+    return None
+
+
+def format_of(path: Path) -> Format:
+    """The format of `path`, from the keys of its first record. Raises TraceError."""
+    _, first = next(records(path, dict[str, msgspec.Raw], "a trace"), ("", {}))
+    fits = [one for one in FORMATS if one.keys <= first.keys()]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise TraceError(
+            f"{path}: may be {' or '.join(one.title for one in fits)}: say which, such as {fits[0].name}:{path}"
+        )
+    known = "; ".join(f"{one.title} ({', '.join(sorted(one.keys))})" for one in FORMATS)
+    raise TraceError(f"{path}: the keys of its first record are none of a format known here: {known}")
+
+
+def _files(name: str) -> Iterator[_File]:
+    """The files that `name` names, each with its format."""
+    try:
+        path, kind, block_tokens = _split(name)
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
             if not inside:
                 raise TraceError(f"{path}: a directory without .json or .jsonl files")
-            yield from inside
-        elif path.is_file():
-            yield path
+        elif path.is_file() or path.is_symlink():
+            inside = [path]
         else:
             raise TraceError(f"no trace {name!r}: give {SOURCES_HELP}")
+    except OSError as error:
+        raise TraceError(f"{name}: can't be read: {error.strerror}") from error
+    for file in inside:
+        yield _File(file, kind or format_of(file), block_tokens)
 
 
-def _described(kinds: dict[Path, str], sessions: int, tokenizer: Path | None) -> str:
-    names = " and ".join(_NAMES[kind] for kind in dict.fromkeys(kinds.values()))
+def _split(name: str) -> tuple[Path, Format | None, int | None]:
+    """``mooncake@64:FILE`` → path, format and tokens of a block. A file of that very name comes first."""
+    head, colon, rest = name.partition(":")
+    kind, at, tokens = head.partition("@")
+    if not colon or kind not in BY_NAME or Path(name).exists():
+        return Path(name), None, None
+    if at and not BY_NAME[kind].blocks:
+        raise TraceError(f"{name}: {kind} has no blocks to give the size of; write {kind}:{rest}")
+    if at and not (tokens.isdecimal() and tokens.isascii() and int(tokens[:10])):
+        raise TraceError(f"{name}: a block has a whole number of tokens from 1 up, not {tokens!r}")
+    return Path(rest), BY_NAME[kind], int(tokens[:10]) if at else None
+
+
+def _read(file: _File, count_tokens: CountTokens) -> list[Trajectory]:
+    options = ReadOptions(count_tokens=count_tokens, block_tokens=file.block_tokens)
+    found = file.format.load_reader()(file.path, options)
+    if not found:
+        raise TraceError(f"{file.path}: holds no requests")
+    return found
+
+
+def _with_own_ids(found: list[Trajectory]) -> list[Trajectory]:
+    """The same, where several have one id all but the first renamed: an id seeds an agent's tokens."""
+    seen: Counter[str] = Counter()
+    own = []
+    for one in found:
+        seen[one.id] += 1
+        own.append(one if seen[one.id] == 1 else renamed(one, f"{one.id}~{seen[one.id]}"))
+    return own
+
+
+def _described(files: list[_File], sessions: int, tokenizer: Path | None) -> str:
+    formats = list(dict.fromkeys(file.format for file in files))
     counted = ""
-    if "miniswe" in kinds.values():
+    if any(one.texts for one in formats):
         by = f"with {tokenizer.name}" if tokenizer else f"as bytes over {BYTES_PER_TOKEN}"
         counted = f", tokens of texts counted {by}"
-    return f"{sessions} agents of {names}{counted}"
+    return f"{sessions} agents of {' and '.join(one.title for one in formats)}{counted}"
 
 
 def _limits_described(limits: TraceLimits, dropped: int) -> str:

@@ -100,6 +100,28 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
             for subagent in round_.subagents:
                 yield from subagent.walk()
 
+    def contexts(self) -> Iterator[Trajectory]:
+        """This trajectory, then its subagents at every depth, each without subagents: a context by itself."""
+        for one in self.walk():
+            rounds = tuple(msgspec.structs.replace(round_, subagents=()) for round_ in one.rounds)
+            yield Trajectory(id=one.id, rounds=rounds)
+
+
+def renamed(trajectory: Trajectory, identity: str) -> Trajectory:
+    """The trajectory under a name of its own, so that two agents of one recording have tokens of their own."""
+    rounds = tuple(
+        msgspec.structs.replace(
+            round_,
+            subagents=tuple(
+                renamed(subagent, f"{identity}/{index}.{number}") for number, subagent in enumerate(round_.subagents)
+            ),
+        )
+        if round_.subagents
+        else round_
+        for index, round_ in enumerate(trajectory.rounds)
+    )
+    return Trajectory(id=identity, rounds=rounds)
+
 
 def totals(trajectories: Iterable[Trajectory]) -> Totals:
     """Sum `trajectories` and their subagents."""

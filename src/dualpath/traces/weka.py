@@ -1,141 +1,197 @@
-"""Reader of WEKA's agent sessions: JSON recordings of coding agents, one file a session.
+"""Reader of WEKA's agent sessions: recordings of coding agents, a JSON object each; one a file, or one a line.
 
 An entry of ``requests`` is a turn: ``in`` prompt tokens, ``out`` generated ones, ``hash_ids`` one id per full block of
-the prompt, ``think_time`` seconds of pause before it. What the prompt shares with the turn before is the longest common
-prefix of their ``hash_ids``:
+the prompt, ``t`` its start and ``api_time`` how long it took (seconds), ``think_time`` the pause before it. Where that
+is missing, the pause is the time from the end of what ran before to ``t``.
+
+What a prompt shares with the turn before is the longest common prefix of their ``hash_ids``:
 
 * it reaches the end of the prompt before (give or take a block): the context was kept, generated tokens included, and
   the rest of ``in`` is the append;
 * it falls short: a compaction; the context shrinks to the shared blocks.
 
+A turn may continue an earlier context instead, past requests that share little with it (a title for the session, a
+detour)::
+
+    A  [b0 b1 b2 b3]           A' continues A and not B, so B is set aside: it becomes a subagent of A,
+    B  [b9 b8]                 which A' waits for
+    A' [b0 b1 b2 b3 b4]
+
 An entry of type ``subagent`` is a nested session in ``requests`` of its own, with a fresh context; its parent waits for
-it. Subagents that follow one another ran together.
+it. Subagents that follow one another ran together. A session or a subagent without turns is nothing.
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
-from dualpath.traces.limits import NO_LIMITS, TraceError, TraceLimits, limited
+from dualpath.traces.reading import (
+    MAX_SECONDS,
+    NO_OPTIONS,
+    PromptTokens,
+    ReadOptions,
+    Seconds,
+    Tokens,
+    TraceError,
+    records,
+)
+from dualpath.traces.sharing import next_round, shared_prefix
 from dualpath.traces.trajectory import Round, Trajectory
 
 _SLACK_BLOCKS = 1
 """A prompt's last block may hash differently once the generation follows it; more than this is a compaction."""
+_MAX_DEPTH = 32
+"""Of subagents in subagents."""
 
 
 class _Entry(msgspec.Struct):
     type: str
-    prompt_tokens: int | None = msgspec.field(name="in", default=None)
-    generate_tokens: int | None = msgspec.field(name="out", default=None)
+    prompt_tokens: PromptTokens | None = msgspec.field(name="in", default=None)
+    generate_tokens: Tokens | None = msgspec.field(name="out", default=None)
     hash_ids: list[int] | None = None
-    think_time: float | None = None
+    t: Seconds | None = None
+    api_time: Seconds | None = None
+    think_time: Annotated[float, Meta(ge=-MAX_SECONDS, le=MAX_SECONDS)] | None = None
+    """Clocks that differ make small negative ones."""
     requests: list["_Entry"] | None = None
+
+    @property
+    def end(self) -> float | None:
+        """When it was answered; a subagent's: when its last request was. None where that was not recorded."""
+        if self.type == "subagent":
+            return max((one.end for one in self.requests or () if one.end is not None), default=None)
+        return None if self.t is None else self.t + (self.api_time or 0.0)
 
 
 class _Session(msgspec.Struct):
     id: str
     requests: list[_Entry]
-    block_size: int = 64
+    block_size: Annotated[int, Meta(ge=1)] = 64
 
 
-def read_weka(path: Path, limits: TraceLimits = NO_LIMITS) -> Trajectory:
-    """What `limits` leave of the session in `path`; its id is the session's. Raises TraceError."""
-    try:
-        session = msgspec.json.decode(path.read_bytes(), type=_Session)
-    except OSError as error:
-        raise TraceError(f"{path}: can't be read: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
-        raise TraceError(f"{path}: not a WEKA session: {error}") from error
-    if session.block_size < 1:
-        raise TraceError(f"{path}: block_size is {session.block_size}; it must be at least 1")
-    whole = _SessionReader(path, session.block_size).trajectory(session.id, session.requests, "requests")
-    trajectory = limited(whole, limits)
-    if trajectory is None:
-        raise TraceError(
-            f"{path}: requests: no turn fits max_context_tokens={limits.max_context_tokens} at scale {limits.scale:g}; "
-            "raise the cap or the scale"
-        )
-    return trajectory
+class _Turn(msgspec.Struct, kw_only=True):
+    number: int
+    """Of its entry."""
+    prompt_tokens: int
+    generate_tokens: int
+    hash_ids: list[int]
+    gap_s: float
+    subagents: list[Trajectory]
+
+    @property
+    def context_tokens(self) -> int:
+        return self.prompt_tokens + max(1, self.generate_tokens)
+
+    def continues(self, before: "_Turn") -> bool:
+        """Whether the prompt begins with all of `before`'s."""
+        blocks = max(1, len(before.hash_ids) - _SLACK_BLOCKS)
+        return len(before.hash_ids) > 0 and self.hash_ids[:blocks] == before.hash_ids[:blocks]
+
+    def round_after(self, before: "_Turn | None", block_tokens: int) -> Round:
+        kept_tokens = context_tokens = 0
+        if before is not None:
+            context_tokens = before.context_tokens
+            kept_tokens = shared_prefix(self.hash_ids, before.hash_ids) * block_tokens
+            if self.continues(before):
+                kept_tokens = context_tokens
+        kept_tokens = min(kept_tokens, self.prompt_tokens)
+        made = next_round(context_tokens, kept_tokens, self.prompt_tokens, self.generate_tokens, self.gap_s)
+        return msgspec.structs.replace(made, subagents=tuple(self.subagents))
+
+
+def read_weka(path: Path, _options: ReadOptions = NO_OPTIONS) -> list[Trajectory]:
+    """The sessions in `path`; their ids are the sessions'. Raises TraceError."""
+    found = []
+    for where, session in records(path, _Session, "a WEKA session"):
+        reader = _SessionReader(f"{path}: {where}: ", session.block_size)
+        found.append(reader.trajectory(session.id, session.requests, "requests"))
+    return [one for one in found if one is not None]
 
 
 class _SessionReader:
-    """Turns entries into rounds; `where` is the path of a field inside the file, for errors."""
+    """Turns entries into trajectories; `at` is the path of a field inside the session, for errors."""
 
-    def __init__(self, path: Path, block_tokens: int) -> None:
-        self._path = path
+    def __init__(self, place: str, block_tokens: int) -> None:
+        self._place = place
         self._block_tokens = block_tokens
 
-    def trajectory(self, identity: str, entries: list[_Entry], where: str) -> Trajectory:
-        if not entries:
-            raise TraceError(f"{self._path}: {where} is empty; a session has at least one turn")
-        rounds: list[Round] = []
-        subagents: list[list[Trajectory]] = []
-        before: _Turn | None = None
+    def trajectory(self, identity: str, entries: list[_Entry], at: str, depth: int = 0) -> Trajectory | None:
+        """None for one without turns."""
+        if depth > _MAX_DEPTH:
+            raise TraceError(f"{self._place}{at} is a subagent {depth} levels deep; at most {_MAX_DEPTH} are read")
+        turns: list[_Turn] = []
+        ended_s: float | None = None
         for index, entry in enumerate(entries):
-            here = f"{where}[{index}]"
+            here = f"{at}[{index}]"
             if entry.type == "subagent":
-                if before is None:
-                    raise TraceError(f"{self._path}: {here}.type is subagent before any turn of its parent")
-                subagents[-1].append(self.trajectory(f"{identity}/{index}", entry.requests or [], f"{here}.requests"))
-                continue
-            before = self._turn(entry, before, here)
-            rounds.append(before.round)
-            subagents.append([])
-        joined = (msgspec.structs.replace(r, subagents=tuple(s)) for r, s in zip(rounds, subagents, strict=True))
-        return Trajectory(id=identity, rounds=tuple(joined))
+                inner = self.trajectory(f"{identity}/{index}", entry.requests or [], f"{here}.requests", depth + 1)
+                if inner is None:
+                    continue
+                if not turns:
+                    raise TraceError(f"{self._place}{here}.type is subagent before any turn of its parent")
+                turns[-1].subagents.append(inner)
+                ended_s = max((end for end in (ended_s, entry.end) if end is not None), default=None)
+            else:
+                turns.append(self._turn(index, entry, ended_s, here))
+                ended_s = entry.end
+        return self._joined(identity, turns) if turns else None
 
-    def _turn(self, entry: _Entry, before: "_Turn | None", where: str) -> "_Turn":
-        prompt, generated, hash_ids = self._checked(entry, where)
-        kept_tokens = self._kept_tokens(prompt, hash_ids, before)
-        whole = before is None or kept_tokens == before.context_tokens
+    def _turn(self, number: int, entry: _Entry, ended_s: float | None, at: str) -> _Turn:
+        prompt, generated, hash_ids = entry.prompt_tokens, entry.generate_tokens, entry.hash_ids
+        if prompt is None or generated is None or hash_ids is None:
+            name = "in" if prompt is None else "out" if generated is None else "hash_ids"
+            raise TraceError(f"{self._place}{at}.{name} is missing; a turn of type {entry.type!r} needs it")
+        if (len(hash_ids) - 1) * self._block_tokens >= prompt:
+            raise TraceError(
+                f"{self._place}{at}.hash_ids names {len(hash_ids)} blocks of {self._block_tokens} tokens, more than a "
+                f"prompt of {prompt} tokens has"
+            )
+        gap_s = entry.think_time
+        if gap_s is None:
+            gap_s = 0.0 if entry.t is None or ended_s is None else entry.t - ended_s
         return _Turn(
-            round=Round(
-                append_tokens=prompt - kept_tokens,
-                generate_tokens=max(1, generated),
-                gap_s=max(0.0, entry.think_time or 0.0),
-                keep_tokens=None if whole else kept_tokens,
-            ),
+            number=number,
+            prompt_tokens=prompt,
+            generate_tokens=generated,
             hash_ids=hash_ids,
-            context_tokens=prompt + max(1, generated),
+            gap_s=max(0.0, gap_s),
+            subagents=[],
         )
 
-    def _checked(self, entry: _Entry, where: str) -> tuple[int, int, list[int]]:
-        for name, value in (
-            ("in", entry.prompt_tokens),
-            ("out", entry.generate_tokens),
-            ("hash_ids", entry.hash_ids),
-        ):
-            if value is None:
-                raise TraceError(f"{self._path}: {where}.{name} is missing; a turn of type {entry.type!r} needs it")
-        assert entry.prompt_tokens is not None and entry.generate_tokens is not None and entry.hash_ids is not None
-        if entry.prompt_tokens < 1:
-            raise TraceError(f"{self._path}: {where}.in is {entry.prompt_tokens}; a prompt has at least 1 token")
-        if entry.generate_tokens < 0:
-            raise TraceError(f"{self._path}: {where}.out is {entry.generate_tokens}; it can't be below 0")
-        if (len(entry.hash_ids) - 1) * self._block_tokens >= entry.prompt_tokens:
-            raise TraceError(
-                f"{self._path}: {where}.hash_ids names {len(entry.hash_ids)} blocks of {self._block_tokens} tokens, "
-                f"more than a prompt of {entry.prompt_tokens} tokens has"
-            )
-        return entry.prompt_tokens, entry.generate_tokens, entry.hash_ids
+    def _joined(self, identity: str, turns: list[_Turn]) -> Trajectory:
+        """The trajectory of `turns`; those that were asked on the side are set aside as subagents."""
+        thread: list[_Turn] = []
+        breaks: list[int] = []
+        """Where in the thread a context ended that the next turn did not continue."""
+        for turn in turns:
+            if thread and not turn.continues(thread[-1]):
+                at = _continued(turn, thread, breaks)
+                if at is None:
+                    breaks.append(len(thread) - 1)
+                else:
+                    aside = thread[at + 1 :]
+                    thread[at].subagents.append(self._linear(f"{identity}/{aside[0].number}", aside))
+                    del thread[at + 1 :]
+                    breaks = [one for one in breaks if one < at]
+            thread.append(turn)
+        return self._linear(identity, thread)
 
-    def _kept_tokens(self, prompt: int, hash_ids: list[int], before: "_Turn | None") -> int:
-        """Recorded tokens of the context that `prompt` begins with."""
-        if before is None:
-            return 0
-        shared = 0
-        for ours, theirs in zip(hash_ids, before.hash_ids, strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        if shared < len(before.hash_ids) - _SLACK_BLOCKS:
-            return min(prompt, shared * self._block_tokens)
-        return min(prompt, before.context_tokens)
+    def _linear(self, identity: str, turns: list[_Turn]) -> Trajectory:
+        befores = [None, *turns[:-1]]
+        rounds = (turn.round_after(before, self._block_tokens) for before, turn in zip(befores, turns, strict=True))
+        return Trajectory(id=identity, rounds=tuple(rounds))
 
 
-class _Turn(msgspec.Struct, frozen=True, kw_only=True):
-    """A turn, and what the next one's prefix is told from."""
+def _continued(turn: _Turn, thread: list[_Turn], breaks: list[int]) -> int | None:
+    """The place of the last ended context that `turn` continues; None where setting aside what followed costs more.
 
-    round: Round
-    hash_ids: list[int]
-    context_tokens: int
+    It costs what the first of those turns shares with that context, as a subagent's context is a fresh one.
+    """
+    found = next((at for at in reversed(breaks) if turn.continues(thread[at])), None)
+    if found is None:
+        return None
+    old, aside, last = thread[found], thread[found + 1], thread[-1]
+    gain = shared_prefix(turn.hash_ids, old.hash_ids) - shared_prefix(turn.hash_ids, last.hash_ids)
+    return found if gain > shared_prefix(aside.hash_ids, old.hash_ids) else None

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dualpath.client.replay import replay
 from dualpath.client.rollout import ReplayOptions
-from dualpath.cluster.api import GeneratedTokens, ModelFacts, RequestError
+from dualpath.cluster.generator import GeneratedTokens, ModelFacts, RequestError
 from dualpath.lab.experiments.nic_bytes import NicBytes, nic_meter
 from dualpath.server import create_app, serve
 from dualpath.traces.trajectory import Round, Trajectory

@@ -7,7 +7,7 @@ from dualpath.lab.experiments.assemble import describe, measured_turns
 from dualpath.lab.experiments.demo.options import DemoOptions
 from dualpath.lab.experiments.demo.run import plan
 from dualpath.lab.experiments.demo.workload import build_trajectories
-from dualpath.traces.limits import TraceError
+from dualpath.traces.reading import TraceError
 
 
 def test_generated_agents_have_a_warm_up_turn_and_the_turns_asked_for(options):

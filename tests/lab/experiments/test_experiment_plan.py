@@ -5,7 +5,7 @@ import json
 import msgspec
 import pytest
 
-from dualpath.core.policy import SYSTEMS
+from dualpath.core.systems import SYSTEMS
 from dualpath.lab.experiments.agents import arriving, generated_agents
 from dualpath.lab.experiments.catalog import EXPERIMENTS, definition
 from dualpath.lab.experiments.load import Load, agents_of, make_plan
@@ -101,7 +101,7 @@ def test_every_experiment_can_be_planned(one, quick, session):
     given = {"traces": (str(session),)} if one.needs_traces else {}
     load = one.scaled(quick, given)
     plan = make_plan(one.name, load, seed=0, repeats=1)
-    assert set(plan.systems) <= set(SYSTEMS)
+    assert set(plan.systems) <= set(SYSTEMS.names())
     for agents in plan.trajectories.values():
         assert totals(agents).max_context_tokens + 64 < 32_768
     assert len({run.name for run in plan.runs}) == len(plan.runs)  # or their logs would overwrite each other

@@ -3,12 +3,10 @@ import gzip
 import json
 import re
 import statistics
-import zipfile
 from pathlib import Path
 
 import msgspec
 import pytest
-from hatchling.builders.wheel import WheelBuilder
 from result_documents import document, full, run
 from synthetic_results import RATE, synthetic
 
@@ -270,11 +268,3 @@ def test_the_command_says_what_it_can_not_use(tmp_path, capsys):
     source.write_text(json.dumps(document()))
     assert main(["report", str(source), "--out", str(tmp_path / "page.html")]) == 2
     assert "have no runs" in capsys.readouterr().err
-
-
-def test_a_wheel_holds_the_templates(tmp_path):
-    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
-    names = set(zipfile.ZipFile(wheel).namelist())
-    templates = ROOT / "src" / "dualpath" / "report" / "templates"
-    ours = {f"dualpath/report/templates/{path.name}" for path in templates.iterdir()}
-    assert ours and ours <= names

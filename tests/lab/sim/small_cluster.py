@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from dualpath.core.policy import SYSTEMS
+from dualpath.core.systems import find_system
 from dualpath.lab.facts.cluster import load_cluster
 from dualpath.lab.sim.costs import Calibration
 from dualpath.lab.sim.machine import Machine, build_machine, constants_for, limits_for
@@ -47,7 +47,9 @@ def one_agent(*rounds: tuple[int, int]) -> Agents:
 
 
 def simulator_of(machine: Machine, system: str, **options: Any) -> Simulator:
-    return Simulator(machine, SYSTEMS[system], constants_for(machine, 16_000, 15_600), limits_for(1_000), **options)
+    return Simulator(
+        machine, find_system(system).policy, constants_for(machine, 16_000, 15_600), limits_for(1_000), **options
+    )
 
 
 def simulate(machine: Machine, system: str, agents: Agents, **options: Any) -> Simulator:

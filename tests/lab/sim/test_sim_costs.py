@@ -115,7 +115,7 @@ def test_the_typical_turn_is_the_mean_of_what_agents_do() -> None:
 
 def test_questions_that_make_no_sense() -> None:
     cluster, agents = load_cluster("ds27b-1p1d"), agents_of(["32K"], 2)
-    with pytest.raises(ValueError, match="no system 'fast'"):
+    with pytest.raises(ValueError, match="unknown system 'fast'"):
         Scenario(cluster=cluster, agents=agents, system="fast")
     with pytest.raises(TraceError, match=r"no trace 'nothing.jsonl'"):
         agents_of(["nothing.jsonl"])

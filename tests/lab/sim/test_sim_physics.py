@@ -8,7 +8,7 @@ import pytest
 from small_cluster import machine_of, one_agent, simulate, simulator_of, some_agents
 
 from dualpath.core.journal import replay
-from dualpath.core.policy import SYSTEMS
+from dualpath.core.systems import SYSTEMS, find_system
 from dualpath.core.vocabulary import BLOCK_TOKENS, Role
 from dualpath.lab.sim.measure import Measurements
 
@@ -19,7 +19,7 @@ def columns(measured: Measurements) -> bytes:
     return b"".join(bytes(c) for c in (measured.ended_s, measured.ttft_s, measured.ttst_s, measured.tpot_s))
 
 
-@pytest.mark.parametrize("system", [name for name in SYSTEMS if name != "oracle"])
+@pytest.mark.parametrize("system", [name for name in SYSTEMS.names() if name != "oracle"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_bytes_are_conserved(system: str, exact: bool) -> None:
     machine = machine_of("qwen32b-1p2d")
@@ -56,7 +56,7 @@ def test_bytes_are_conserved(system: str, exact: bool) -> None:
     assert written == sum((int(final) - 1) // BLOCK_TOKENS for final in finals) * BLOCK_TOKENS * kv_bytes
 
 
-@pytest.mark.parametrize("system", list(SYSTEMS))
+@pytest.mark.parametrize("system", list(SYSTEMS.names()))
 def test_littles_law(system: str) -> None:
     measured = simulate(machine_of("ds27b-1p1d"), system, some_agents(30, 8)).measured
     assert measured.finished == 240
@@ -114,7 +114,9 @@ def test_a_recorded_run_replays_through_core(system: str) -> None:
     assert report.difference is None
     assert report.entries == len(lines) - 1 > 5 * run.measured.finished
     # The journal does hold the commands: another policy's run of the same inputs differs.
-    header = lines[0].replace(b'"read_path":"' + SYSTEMS[system].read_path.encode(), b'"read_path":"alternate')
+    header = lines[0].replace(
+        b'"read_path":"' + find_system(system).policy.read_path.encode(), b'"read_path":"alternate'
+    )
     assert replay([header, *lines[1:]]).difference is not None
 
 

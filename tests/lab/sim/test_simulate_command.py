@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dualpath.cli import main
-from dualpath.core.policy import SYSTEMS
+from dualpath.core.systems import SYSTEMS
 
 
 def simulated(tmp_path: Path, *argv: str) -> "dict[str, object]":
@@ -17,7 +17,7 @@ def simulated(tmp_path: Path, *argv: str) -> "dict[str, object]":
     return result
 
 
-@pytest.mark.parametrize("system", list(SYSTEMS))
+@pytest.mark.parametrize("system", list(SYSTEMS.names()))
 def test_every_system_finishes_every_turn(tmp_path: Path, system: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = simulated(tmp_path, "ds27b-1p1d", "--agents", "10", "--trace", "32K", "--system", system)
     assert result["agents_finished"] == 10

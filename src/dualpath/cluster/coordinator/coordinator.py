@@ -11,14 +11,13 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.api import GeneratedTokens, GenerateRequest, ModelFacts, RequestError
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.coordinator.constants import scheduler_constants, scheduler_limits
-from dualpath.cluster.coordinator.driver import SchedulerDriver
+from dualpath.cluster.coordinator.driver import SchedulerDriver, scheduler_constants, scheduler_limits
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.membership import Membership
 from dualpath.cluster.coordinator.prefixes import Prefixes
 from dualpath.cluster.coordinator.serving import Serving
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, ModelFacts, RequestError
 from dualpath.core.ledger import Holding
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import EngineFacts, EngineId

@@ -1,17 +1,69 @@
-"""A request as the coordinator holds it: what the client asked, what it got so far, and the attempt under way."""
+"""A request as the coordinator holds it: what the client asked, what it got so far, the attempt under way, its times.
+
+::
+
+    arrival ──► Prepare ──► Prepared, Load to the PE ──► last Loaded ──► first token ──► last token
+       scheduling      allocation                  read           prefill         decode
+
+Core knows these moments too, but a clock is none of its business; each stamp costs one reading of it. `order` makes
+core's commands control messages: core says who is told what, the payload that core knows nothing of is added here.
+"""
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import msgspec
 
-from dualpath.cluster.api import GeneratedTokens, GenerateRequest, RequestError, TokenLogprob
-from dualpath.cluster.coordinator.stages import Stages
+from dualpath.cluster import messages as m
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, RequestError, TokenLogprob
 from dualpath.cluster.messages import Draw
-from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, RequestFacts, RequestId
+from dualpath.core.vocabulary import BLOCK_TOKENS, Decode, Leg, Load, Prefill, Prepare, RequestFacts, RequestId, Side
 from dualpath.kv.keys import BlockKey, Namespace
 from dualpath.spec.sampling import finish_reason
 from dualpath.spec.timings import Timings
+
+
+class Stages(msgspec.Struct):
+    """Of one attempt; the monotonic clock's nanoseconds, 0 for what has not happened."""
+
+    told_ns: int = 0
+    """Its `Prepare` went out."""
+    allocated_ns: int = 0
+    """The later of: the DE said `Prepared`, the last `Load` went out."""
+    loaded_ns: int = 0
+    """The last leg so far arrived."""
+    prefill_engine: str = ""
+    decode_engine: str = ""
+
+    def told(self) -> None:
+        self.told_ns = time.monotonic_ns()
+
+    def allocated(self) -> None:
+        """Some of its blocks are: the last call counts."""
+        self.allocated_ns = time.monotonic_ns()
+
+    def loaded(self) -> None:
+        """One leg is: the last call counts."""
+        self.loaded_ns = time.monotonic_ns()
+
+    def timings(self, arrived_ns: int, legs: Sequence[Leg], attempts: int) -> Timings:
+        """Of an attempt whose first token is out just now."""
+        now_ns = time.monotonic_ns()
+        ready_ns = max(self.allocated_ns, self.loaded_ns)
+        tokens = {side: sum(leg.blocks for leg in legs if leg.side is side) * BLOCK_TOKENS for side in Side}
+        return Timings(
+            scheduling_s=(self.told_ns - arrived_ns) / 1e9,
+            allocation_s=(self.allocated_ns - self.told_ns) / 1e9,
+            read_s=(ready_ns - self.allocated_ns) / 1e9,
+            prefill_s=(now_ns - ready_ns) / 1e9,
+            decode_s=0.0,
+            prefill_engine=self.prefill_engine,
+            decode_engine=self.decode_engine,
+            pe_read_tokens=tokens[Side.PE],
+            de_read_tokens=tokens[Side.DE],
+            attempts=attempts,
+        )
 
 
 class Attempt(msgspec.Struct):
@@ -111,3 +163,39 @@ class LiveRequest:
         else:
             decode_s = (time.monotonic_ns() - self._first_token_ns) / 1e9
             self._timings = msgspec.structs.replace(self._timings, decode_s=decode_s, attempts=attempts)
+
+
+def order(live: LiveRequest, command: Prepare | Load | Prefill | Decode, decode_address: str) -> m.ToEngine:
+    """The message that tells `command.engine` what to do, and what the attempt is to remember of it.
+
+    `decode_address`: of the decode engine's data server, for `Prefill`.
+    """
+    attempt = live.current
+    assert attempt is not None and attempt.attempt == command.attempt
+    ids = (live.request, attempt.attempt)
+    match command:
+        case Prepare():
+            return m.PrepareDecode(
+                *ids, len(attempt.prompt_token_ids), attempt.hit_tokens, live.namespace, attempt.keys
+            )
+        case Load(leg=leg):
+            attempt.legs.append(leg)
+            keys = attempt.keys[leg.first_block : leg.first_block + leg.blocks]
+            return m.LoadLeg(*ids, leg, live.namespace, keys)
+        case Prefill():
+            assert attempt.decode_pages is not None
+            return m.StartPrefill(
+                *ids,
+                attempt.hit_tokens,
+                attempt.prompt_token_ids[attempt.hit_tokens :],
+                attempt.legs,
+                command.decode_engine,
+                decode_address,
+                attempt.decode_pages,
+                live.asked.sampling,
+                live.generated_before,
+            )
+        case Decode():
+            assert attempt.first_draw is not None
+            tail = attempt.prompt_token_ids[len(attempt.keys) * BLOCK_TOKENS :]
+            return m.StartDecode(*ids, attempt.first_draw, tail, live.asked.sampling, live.generated_before)

@@ -76,7 +76,7 @@ class Membership:
 
     def _wanted(self, role: Role) -> int:
         topology = self._config.topology
-        return topology.prefill_engines if role is Role.PREFILL else topology.decode_engines
+        return topology.prefill_nodes if role is Role.PREFILL else topology.decode_nodes
 
     def join(self, identity: bytes, join: m.Join) -> None:
         """An engine offers itself."""

@@ -13,10 +13,8 @@ still finds its prefix next turn. Pages are given back by one task only: `_decod
 import asyncio
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.engines.decode_attempt import DecodeAttempt
-from dualpath.cluster.engines.draws import draw_message
+from dualpath.cluster.engines.decode_attempt import DecodeAttempt, Persister
 from dualpath.cluster.engines.host import EngineHost, Owner
-from dualpath.cluster.engines.persisting import Persister
 from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, EngineId, Side
 from dualpath.kv.store import StoreError
 from dualpath.model import DecodeEngine, LoadedModel, StepOutput
@@ -169,7 +167,7 @@ class DecodeWorker:
             if output.draw is None:
                 self._fail(attempt, output.error)
                 continue
-            step.append(m.StepTokens(*attempt.owner, draw_message(output.draw)))
+            step.append(m.StepTokens(*attempt.owner, m.Draw(output.draw.token_id, output.draw.logprobs)))
             attempt.add_token(output.draw.token_id)
             if output.finish_reason is not None:
                 self._joined.discard(output.sequence)

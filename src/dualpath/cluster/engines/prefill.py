@@ -11,7 +11,6 @@ import time
 
 from dualpath.cluster import messages as m
 from dualpath.cluster.engines.data_channels import DataChannels
-from dualpath.cluster.engines.draws import draw_message
 from dualpath.cluster.engines.host import EngineHost, Owner
 from dualpath.cluster.engines.layer_transfers import BatchTransfers, ItemTransfers, Rows
 from dualpath.core.batching import AttentionCost, Chunk, PrefillQueue
@@ -236,7 +235,7 @@ class PrefillWorker:
         elif chunk.last:
             assert output.token is not None
             self._give_back(attempt)
-            self._host.send(m.PrefillDone(*attempt.owner, draw_message(output.token)))
+            self._host.send(m.PrefillDone(*attempt.owner, m.Draw(output.token.token_id, output.token.logprobs)))
 
     def _fail(self, attempt: PrefillAttempt, error: Exception) -> None:
         """The attempt goes no further; what it holds stays until it is aborted."""

@@ -13,6 +13,7 @@ from dualpath.lab.report.balance import readers
 from dualpath.results.file import Configuration, ResultFile, Run, SnicSample, Workload
 from dualpath.results.turns import ReplayResult
 from dualpath.spec.cluster_setup import ClusterSetup
+from dualpath.spec.topology import Topology
 from dualpath.traces.trajectory import Trajectory, totals
 
 
@@ -86,8 +87,7 @@ def snic_max_over_avg(system: str, snic_bytes: Mapping[str, int]) -> float | Non
 
 def ideal_ratio(topology: str, basic_s: float, oracle_s: float | None) -> float:
     """min((P + D) / P, basic's JCT over oracle's): more NICs can't help beyond their number, nor beyond free I/O."""
-    prefill, decode = (int(count) for count in topology.removesuffix("D").split("P"))
-    pooled = (prefill + decode) / prefill
+    pooled = Topology.parse(topology).pooled
     return pooled if oracle_s is None else min(pooled, basic_s / oracle_s)
 
 

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import msgspec
 
+from dualpath.core.systems import BASELINE
 from dualpath.lab.experiments.balance import WINDOW_S, Balance, attention_balance, snic_balance
 from dualpath.lab.experiments.stages import mean_stages_s
 from dualpath.results.cells import MeasuredPoint, cells, measured_points, place
 from dualpath.results.file import ResultFile, Run
+from dualpath.spec.topology import Topology
 
 TIE_SHARE = 0.1
 """Job completion times within this share of each other tie."""
@@ -47,11 +49,11 @@ def equal_bandwidth_pairs(result: ResultFile) -> list[Pair]:
         ideal = _oracle_bounded_ideal(point)
         if ideal is not None and ideal < BINDS_RATIO:
             continue
-        prefill, decode = (int(count) for count in point.topology.removesuffix("D").split("P"))
+        size = Topology.parse(point.topology)
         for system in NIC_BOUND_SYSTEMS:
             run = point.complete(system)
             if run is not None:
-                nics = prefill if system == "basic" else prefill + decode
+                nics = size.prefill_nodes if system == BASELINE else size.prefill_nodes + size.decode_nodes
                 found.append((f"{system} {point.topology}", nics, run.jct_s))
     return [
         Pair(first, second, nics, first_s / second_s)

@@ -33,11 +33,6 @@ class ClusterLauncher(Protocol):
         """Who keeps the NICs' rates: the engines' traffic manager, or the kernel."""
         ...
 
-    @property
-    def transport(self) -> str:
-        """Engine to engine: ``shm`` or ``tcp``."""
-        ...
-
     def cluster(
         self, name: str, topology: str, system: str, store: Path, limited: bool
     ) -> AbstractAsyncContextManager[LaunchedCluster]:
@@ -53,7 +48,6 @@ class LocalLauncher:
     """Clusters of `dualpath serve` on this host, their NICs held to the rates by the engines themselves."""
 
     links: Literal["emulated", "kernel"] = "emulated"
-    transport = "shm"
 
     def __init__(
         self,

@@ -23,9 +23,9 @@ from rich.console import Console
 from dualpath.client.interrupts import until_terminated
 from dualpath.client.replay import replay, warm_up
 from dualpath.client.rollout import ReplayOptions
+from dualpath.core.systems import HEADLINE, system_or_unknown
 from dualpath.lab.experiments.assemble import Measured, assemble, machine, measured_turns
 from dualpath.lab.experiments.checkpoint import ensure_checkpoint
-from dualpath.lab.experiments.cluster_setup import cluster_setup
 from dualpath.lab.experiments.launcher import ClusterLauncher, LocalLauncher
 from dualpath.lab.experiments.nic_bytes import nic_meter, snic_samples
 from dualpath.lab.experiments.plan import Plan, PlannedRun, WarmUp, warm_ups
@@ -33,10 +33,12 @@ from dualpath.lab.experiments.progress import RunProgress
 from dualpath.lab.experiments.settings import Settings
 from dualpath.lab.experiments.stores import fresh_directory, linked_copy
 from dualpath.results.file import ResultFile
+from dualpath.results.turns import ReplayResult
+from dualpath.spec.cluster_setup import ClusterSetup
 
 TOKEN_IDS_BELOW = 256
 """The byte tokens of the demo checkpoint's tokenizer; below the vocabulary of any other."""
-WARM_SYSTEM = "dualpath"
+WARM_SYSTEM = HEADLINE
 MakeLauncher = Callable[[Settings, Path, Path], ClusterLauncher]
 """From the settings, the directory of logs and a directory of its own to work in."""
 
@@ -155,7 +157,7 @@ class _Invocation:
         return _Warm(store, contexts)
 
     async def _measure(self, run: PlannedRun, warm: _Warm, progress: RunProgress) -> Measured:
-        agents, limited = self._plan.of(run), run.system != "oracle"
+        agents, limited = self._plan.of(run), not system_or_unknown(run.system).policy.free_io
         store = linked_copy(warm.store, self._work / "run")
         progress.begin(run.name, measured_turns(agents))
         point = run.point
@@ -177,5 +179,16 @@ class _Invocation:
             replay=result,
             snic_bytes=after.snic_received_since(before),
             snic_samples=snic_samples(readings, before, started_s),
-            cluster=cluster_setup(self._settings, self._launcher, limited),
+            cluster=self._setup(result, limited),
+        )
+
+    def _setup(self, result: ReplayResult, limited: bool) -> ClusterSetup | None:
+        """As the server told it; rates are the launcher's, which may have the kernel keep them."""
+        if result.cluster is None:
+            return None
+        return msgspec.structs.replace(
+            result.cluster.setup,
+            snic_bytes_per_s=self._settings.snic_bytes_per_s if limited else None,
+            cnic_bytes_per_s=self._settings.cnic_bytes_per_s if limited else None,
+            links=self._launcher.links,
         )

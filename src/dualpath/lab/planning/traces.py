@@ -6,7 +6,7 @@ from pathlib import Path
 from dualpath.lab.planning.turn_load import TurnLoad, trajectory_load, turn_load
 from dualpath.traces.limits import TraceLimits
 from dualpath.traces.paper import PAPER_TRACES, fitted_table
-from dualpath.traces.sources import load_source
+from dualpath.traces.sources import load_source, paper_row
 
 
 def load_of(names: Sequence[str], max_context_tokens: int | None = None, seed: int = 0) -> TurnLoad:
@@ -14,8 +14,9 @@ def load_of(names: Sequence[str], max_context_tokens: int | None = None, seed: i
 
     `max_context_tokens` ends recorded agents before the first turn beyond it. Raises TraceError.
     """
-    if len(names) == 1 and names[0] in PAPER_TRACES:
-        return turn_load(f"the paper's {names[0]} trace", fitted_table(PAPER_TRACES[names[0]], seed=seed))
+    row = paper_row(names)
+    if row is not None:
+        return turn_load(f"the paper's {row} trace", fitted_table(PAPER_TRACES[row], seed=seed))
     trajectories = load_source(names, TraceLimits(max_context_tokens=max_context_tokens)).trajectories
     name = Path(names[0]).name if len(names) == 1 else f"{len(trajectories)} sessions"
     return trajectory_load(name, trajectories)

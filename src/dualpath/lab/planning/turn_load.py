@@ -61,10 +61,5 @@ def turn_load(name: str, table: TurnTable, agents: int | None = None) -> TurnLoa
 
 def trajectory_load(name: str, trajectories: Sequence[Trajectory]) -> TurnLoad:
     """The same of recorded trajectories. A subagent is a context of its own and part of its parent's agent."""
-    each = [_alone(one) for trajectory in trajectories for one in trajectory.walk()]
+    each = [one for trajectory in trajectories for one in trajectory.contexts()]
     return turn_load(name, TurnTable.from_trajectories(each), agents=len(trajectories))
-
-
-def _alone(trajectory: Trajectory) -> Trajectory:
-    rounds = tuple(msgspec.structs.replace(round_, subagents=()) for round_ in trajectory.rounds)
-    return msgspec.structs.replace(trajectory, rounds=rounds)

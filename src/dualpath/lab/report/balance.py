@@ -9,6 +9,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from dualpath.core.read_path import find_read_path
+from dualpath.core.systems import system_or_unknown
 from dualpath.results.file import SnicSample
 
 IDLE_SHARE = 0.02
@@ -27,9 +29,9 @@ class Windows(msgspec.Struct, frozen=True):
 
 
 def readers(system: str, engines: Sequence[str]) -> list[str]:
-    """The engines that `system` may read with: one side's for basic ones and de-only, else all of them."""
-    side = "PE" if system.startswith("basic") else "DE" if system == "de-only" else ""
-    return [engine for engine in engines if engine.startswith(side)]
+    """The engines whose storage NICs `system` may use."""
+    side = find_read_path(system_or_unknown(system).policy.read_path).readers
+    return [engine for engine in engines if side == "both" or engine.startswith(side)]
 
 
 def windows_of(samples: Sequence[SnicSample], at_most: int) -> Windows | None:

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from dualpath.lab.report.palette import COLOURS, OTHER_COLOUR
+from dualpath.lab.report.palette import colour_of
 from dualpath.results.file import Representative, ResultFile, representatives
 
 INK = "#222222"
@@ -54,7 +54,7 @@ def draw(result: ResultFile, path: Path) -> None:
         _draw_times(times, rows)
         _draw_traffic(traffic, rows)
         systems = dict.fromkeys(row.run.system for row in rows)
-        handles: list[Any] = [Patch(color=COLOURS.get(system, OTHER_COLOUR), label=system) for system in systems]
+        handles: list[Any] = [Patch(color=colour_of(system), label=system) for system in systems]
         if any(row.run.system == "dualpath" and row.run.ideal_ratio for row in rows):
             handles.append(Line2D([], [], color=INK, lw=1.6, ls=(0, (3, 1.5)), label="dualpath's ideal"))
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
@@ -71,7 +71,7 @@ def _draw_times(axes: Any, rows: list[Representative]) -> None:
     top_s = HEADROOM * max(row.jct_max_s for row in rows)
     for row, (x,) in zip(rows, positions, strict=True):
         run = row.run
-        colour = COLOURS.get(run.system, OTHER_COLOUR)
+        colour = colour_of(run.system)
         if run.errors:
             axes.bar(x, run.jct_s, width=1, color="white", edgecolor=colour, hatch="///")
             _above(axes, x, row.jct_max_s, f"{run.errors} turns\nlost", size=9)
@@ -109,7 +109,7 @@ def _draw_traffic(axes: Any, rows: list[Representative]) -> None:
     most = max((n_bytes for row in rows for n_bytes in row.run.snic_bytes.values()), default=0) / 1e9
     for row, xs in zip(rows, positions, strict=True):
         heights = [n_bytes / 1e9 for n_bytes in row.run.snic_bytes.values()]
-        colour = COLOURS.get(row.run.system, OTHER_COLOUR)
+        colour = colour_of(row.run.system)
         axes.bar(xs, heights, width=1, color=colour, edgecolor="white", linewidth=1)
         for x, height in zip(xs, heights, strict=True):
             _above(axes, x, height, f"{height:.2f}" if height else "0", size=8.5)

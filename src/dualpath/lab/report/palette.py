@@ -1,19 +1,12 @@
 """The colours of every figure, so that a system looks the same in all of them.
 
-Systems have the Okabe–Ito palette, stages and engines Paul Tol's; all stay distinct under the common kinds
-of colour blindness.
+A system's colour is its own (`core.systems`); stages and engines have Paul Tol's palette. All stay distinct under the
+common kinds of colour blindness.
 """
 
-COLOURS = {
-    "basic": "#8C8C8C",
-    "basic-layerwise": "#CC79A7",
-    "dualpath-rr": "#E69F00",
-    "dualpath": "#0072B2",
-    "dualpath-split": "#56B4E9",
-    "de-only": "#F0E442",
-    "oracle": "#009E73",
-}
-OTHER_COLOUR = "#D55E00"
+from collections.abc import Collection
+
+from dualpath.core.systems import BASELINE, HEADLINE, SYSTEMS, system_or_unknown
 
 STAGE_COLOURS = {
     "outside": "#BBBBBB",
@@ -27,3 +20,15 @@ STAGE_COLOURS = {
 
 ENGINE_COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#999999")
 """By the engine's place in its run; those after the last begin anew."""
+
+
+def colour_of(system: str) -> str:
+    """As the system says; one for all that are not installed here."""
+    return system_or_unknown(system).colour
+
+
+def foremost(systems: Collection[str]) -> str | None:
+    """Whose ratio to basic a card shows: dualpath's, else the last one of ours, else any; None where none competes."""
+    competing = [name for name in systems if name != BASELINE and not system_or_unknown(name).policy.free_io]
+    known = [name for name in SYSTEMS.names() if name in competing]
+    return HEADLINE if HEADLINE in competing else next(reversed(known or competing), None)

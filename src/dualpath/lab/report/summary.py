@@ -8,6 +8,7 @@ The busiest storage NIC can't finish before its bytes have passed at its rate, s
 """
 
 from dualpath.results.file import ResultFile, Run, representatives
+from dualpath.spec.topology import Topology
 
 BOUND_SHARE = 0.8
 """A NIC that is busy for this share of a job is called its bottleneck."""
@@ -69,7 +70,7 @@ def _gain(topology: str, dualpath: Run, oracle: Run | None) -> str:
     gained = f"{topology}: dualpath is {dualpath.ratio_to_basic:.2f}× basic"
     if dualpath.ideal_ratio is None or dualpath.ratio_to_ideal is None:
         return f"{gained}."
-    by_nics = _pooled(topology)
+    by_nics = Topology.parse(topology).pooled
     reason = (
         "set by the number of storage NICs"
         if oracle is None or dualpath.ideal_ratio >= by_nics
@@ -94,8 +95,3 @@ def _losses(topology: str, dualpath: Run, rate: int) -> str:
 
 def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-def _pooled(topology: str) -> float:
-    prefill, decode = (int(count) for count in topology.rstrip("D").split("P"))
-    return (prefill + decode) / prefill

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import msgspec
 import numpy as np
 
-from dualpath.core.policy import SYSTEMS
+from dualpath.core.systems import HEADLINE, find_system
 from dualpath.core.vocabulary import Role
 from dualpath.lab.facts.cluster import ClusterSpec
 from dualpath.lab.sim.costs import Calibration
@@ -30,7 +30,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     agents: Agents
     trace: str = ""
     """Name of the workload, for the record."""
-    system: str = "dualpath"
+    system: str = HEADLINE
     calibration: Calibration = Calibration()
     agents_per_s: float | None = None
     """Poisson arrivals; None: all start at once."""
@@ -46,8 +46,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     """Every block, layer and decode step an event, hundreds of times slower. For small cases, without faults."""
 
     def __post_init__(self) -> None:
-        if self.system not in SYSTEMS:
-            raise ValueError(f"no system {self.system!r}; known are {', '.join(SYSTEMS)}")
+        find_system(self.system)
 
 
 Progress = Callable[[Simulator], None]
@@ -76,7 +75,7 @@ def prepare(scenario: Scenario, journal: Callable[[bytes], object] | None = None
         constants = msgspec.structs.replace(constants, fetch_interval_ns=scenario.fetch_interval_ns)
     simulator = Simulator(
         machine,
-        SYSTEMS[scenario.system],
+        find_system(scenario.system).policy,
         constants,
         limits_for(len(scenario.agents)),
         exact=scenario.exact,

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dualpath.traces.limits import TraceError, TraceLimits
-from dualpath.traces.paper import PAPER_TRACES, paper_agents
-from dualpath.traces.sources import load_source
+from dualpath.traces.limits import TraceLimits
+from dualpath.traces.paper import PAPER_TRAJECTORIES, paper_agents
+from dualpath.traces.reading import TraceError
+from dualpath.traces.sources import load_source, paper_row
 from dualpath.traces.turn_table import Agents, TurnTable
 
 __all__ = ["TraceError", "agents_of", "typical_turn"]
@@ -24,12 +25,14 @@ def agents_of(
     """`names`: one of ``32K``, ``48K``, ``64K``; or files that `dualpath.traces.sources` reads.
 
     `count` agents (500 of the paper's, one each of recorded ones where None); more than were recorded come about by
-    prepending a round, as the paper does (§9). Raises TraceError, and ValueError for scales or counts that can't be.
+    prepending a round, as the paper does (§9). A recorded subagent is an agent of its own here, so its parent does not
+    wait for it. Raises TraceError, and ValueError for scales or counts that can't be.
     """
-    if len(names) == 1 and names[0] in PAPER_TRACES:
-        return paper_agents(names[0], count or 500, seed, append_scale, generate_scale)
+    row = paper_row(names)
+    if row is not None:
+        return paper_agents(row, count or PAPER_TRAJECTORIES, seed, append_scale, generate_scale)
     source = load_source(names, TraceLimits(max_context_tokens=max_context_tokens))
-    table = TurnTable.from_trajectories(source.trajectories)
+    table = TurnTable.from_trajectories([one for agent in source.trajectories for one in agent.contexts()])
     if (append_scale, generate_scale) != (1.0, 1.0):
         table = table.scaled(append_scale, generate_scale, max_context_tokens)
     return Agents.prepended(table, count or len(table), max_context_tokens, seed)

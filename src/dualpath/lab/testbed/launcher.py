@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from dualpath.cluster.config import Topology
 from dualpath.lab.experiments.cluster_process import ClusterError, ClusterProcess, log_tail
 from dualpath.lab.experiments.launcher import ClusterLauncher, LaunchedCluster, log_path
 from dualpath.lab.experiments.settings import Settings
@@ -29,6 +28,7 @@ from dualpath.lab.testbed.iproute import inside
 from dualpath.lab.testbed.network import Testbed
 from dualpath.lab.testbed.object_server import PORT, ObjectServer
 from dualpath.lab.testbed.plan import Node, Rates, make_plan
+from dualpath.spec.topology import Topology
 
 SUBNET = "10.89"
 """Of testbeds that come and go with an experiment."""
@@ -45,7 +45,6 @@ class TestbedLauncher:
 
     __test__ = False
     links: Literal["emulated", "kernel"] = "kernel"
-    transport = "tcp"
 
     def __init__(
         self,
@@ -253,7 +252,7 @@ def _environment() -> Mapping[str, str]:
 
 def _size(topology: str) -> tuple[int, int]:
     parsed = Topology.parse(topology)
-    return parsed.prefill_engines, parsed.decode_engines
+    return parsed.prefill_nodes, parsed.decode_nodes
 
 
 def _engines(nodes: Sequence[Node], topology: str) -> Iterator[tuple[Node, str]]:

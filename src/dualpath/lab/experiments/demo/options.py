@@ -1,12 +1,11 @@
 """What a demo run may be told. The defaults take a few minutes on two cores."""
 
-import re
 import sys
 from pathlib import Path
 
 import msgspec
 
-_TOPOLOGY = re.compile(r"[1-9]\d*P[1-9]\d*D")
+from dualpath.spec.topology import Topology
 
 
 class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,8 +44,10 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for topology in self.topologies:
-            if _TOPOLOGY.fullmatch(topology) is None:
-                raise ValueError(f"--topologies: {topology!r} is not like 1P1D or 1P2D")
+            try:
+                Topology.parse(topology)
+            except ValueError as error:
+                raise ValueError(f"--topologies: {error}") from None
         for name in ("topologies", "systems"):
             given = getattr(self, name)
             if not given or len(set(given)) != len(given):

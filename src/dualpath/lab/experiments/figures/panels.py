@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from dualpath.lab.report.figure import STYLE
-from dualpath.lab.report.palette import COLOURS, OTHER_COLOUR
+from dualpath.lab.report.palette import colour_of
 from dualpath.results.cells import Spread
 
 DPI = 150
@@ -40,7 +40,7 @@ def canvas(path: Path, rows: int, columns: int, height_in: float, **layout: Any)
 
 
 def colour(system: str) -> str:
-    return COLOURS.get(system, OTHER_COLOUR)
+    return colour_of(system)
 
 
 def line(axes: Any, system: str, points: Sequence[tuple[float, Spread]], **style: Any) -> None:

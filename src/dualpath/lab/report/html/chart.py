@@ -7,8 +7,6 @@ from typing import Any
 
 import msgspec
 
-from dualpath.lab.report.palette import COLOURS, OTHER_COLOUR
-
 Value = str | float | int | None
 
 
@@ -44,10 +42,6 @@ class Section(msgspec.Struct, frozen=True):
     @property
     def used(self) -> bool:
         return any(variant is not None for chart in self.charts for variant in chart.variants)
-
-
-def colour_of(system: str) -> str:
-    return COLOURS.get(system, OTHER_COLOUR)
 
 
 def axis(title: str, **other: Any) -> dict[str, Any]:

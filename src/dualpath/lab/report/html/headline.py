@@ -4,14 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from dualpath.lab.report.html.chart import colour_of
 from dualpath.lab.report.html.predictions import mean_ttft_s
 from dualpath.lab.report.html.settings import Cell, settings_of, source_name
+from dualpath.lab.report.palette import colour_of, foremost
 from dualpath.lab.report.summary import explain
 from dualpath.results.file import ResultFile, Run
 
-ORDER = ("dualpath", "dualpath-split", "dualpath-rr", "de-only", "basic-layerwise")
-"""Which system's ratio to basic a card shows: the first of these that was run."""
 ENOUGH_REPEATS = 3
 COMPUTE_BOUND = 1.15
 """Where free I/O would not even gain this, storage is not what the job waits for."""
@@ -41,7 +39,7 @@ def cards_of(cells: Sequence[Cell]) -> list[Card]:
 
 def _card(title: str, cells: list[Cell]) -> Card:
     compared = {cell.system for cell in cells if cell.median.run.ratio_to_basic is not None}
-    system = next((name for name in ORDER if name in compared), None)
+    system = foremost(compared)
     if system is None:
         return _time_card(title, cells)
     chosen = [cell for cell in cells if cell.system == system and cell.median.run.ratio_to_basic is not None]
@@ -71,7 +69,7 @@ def _ttft_gain(cells: Sequence[Cell], cell: Cell) -> float | None:
 
 def _time_card(title: str, cells: list[Cell]) -> Card:
     """Where nothing can be compared with basic: the time of the last system that was run."""
-    system = next((name for name in ORDER if name in {cell.system for cell in cells}), cells[-1].system)
+    system = foremost({cell.system for cell in cells}) or cells[-1].system
     runs = [cell.median.run for cell in cells if cell.system == system]
     facts = [
         ("TTFT p50", _span([run.ttft_p50_s for run in runs], "{:.2f}", " s")),

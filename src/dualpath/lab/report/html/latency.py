@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, colour_of, rounded
+from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, rounded
 from dualpath.lab.report.html.settings import Cell, settings_of
 from dualpath.lab.report.html.stages import STAGES, TTFT_STAGES, stages_of
-from dualpath.lab.report.palette import STAGE_COLOURS
+from dualpath.lab.report.palette import STAGE_COLOURS, colour_of
 from dualpath.results.turns import TurnResult
 
 MAX_CDF_POINTS = 240

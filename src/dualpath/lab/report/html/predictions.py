@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, colour_of, rounded
+from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, rounded
 from dualpath.lab.report.html.settings import Cell, parameters_of
+from dualpath.lab.report.palette import colour_of
 from dualpath.results.file import ResultFile, ResultFileError, Run, representative
 
 Key = tuple[str, str, tuple[tuple[str, float | str], ...]]

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, colour_of, rounded
+from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, rounded
 from dualpath.lab.report.html.predictions import mean_ttft_s
 from dualpath.lab.report.html.settings import Cell, Parameters, Setting, name_of, settings_of
+from dualpath.lab.report.palette import colour_of
 from dualpath.results.file import Run
 
 ROOMY = 4

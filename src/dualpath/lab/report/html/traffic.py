@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dualpath.lab.report.balance import Windows, max_over_avg, prefill_first, readers, windows_of
-from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, colour_of, rounded
+from dualpath.lab.report.html.chart import Chart, Section, Value, Variant, axis, rounded
 from dualpath.lab.report.html.settings import Cell, Entry, settings_of
-from dualpath.lab.report.palette import ENGINE_COLOURS
+from dualpath.lab.report.palette import ENGINE_COLOURS, colour_of
 from dualpath.results.file import ResultFile, Run
 
 MAX_POINTS = 240

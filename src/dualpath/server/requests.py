@@ -1,4 +1,4 @@
-"""From a request body to a plan: prompts as tokens, checked settings, one `GenerateRequest` per choice to be made.
+"""From a request body to a checked request: prompts as tokens, one `GenerateRequest` for each choice to be made.
 
 Everything a client can get wrong is refused here, before the cluster hears of the request.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from dualpath.cluster.api import GenerateRequest, ModelFacts
+from dualpath.cluster.generator import GenerateRequest, ModelFacts
 from dualpath.server.codec import TextCodec
 from dualpath.server.errors import ApiError, bad_parameter
 from dualpath.server.protocol import (
@@ -37,7 +37,7 @@ class Choice(msgspec.Struct, frozen=True):
     request: GenerateRequest
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """All that answering a request takes. `n` choices of each prompt, in order."""
 
     prompts: list[list[int]]
@@ -51,7 +51,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None
 
 
-class Planner:
+class RequestChecker:
     """Checks requests against the model's facts and this server's limits. Every method raises ApiError."""
 
     def __init__(self, model: ModelFacts, codec: TextCodec, max_choices: int) -> None:
@@ -59,7 +59,7 @@ class Planner:
         self._codec = codec
         self._max_choices = max_choices
 
-    async def completion(self, asked: CompletionRequest) -> Plan:
+    async def completion(self, asked: CompletionRequest) -> CheckedRequest:
         self.check_model(asked.model)
         given = decode_prompts(asked.prompt)
         self._check_fan_out(asked, len(given))
@@ -69,9 +69,9 @@ class Planner:
             for prompt in given
         ]
         _check_range("logprobs", asked.logprobs, 0, _MAX_LOGPROBS)
-        return self._plan(asked, prompts, "prompt", asked.max_tokens, _COMPLETION_MAX_TOKENS, asked.logprobs)
+        return self._checked(asked, prompts, "prompt", asked.max_tokens, _COMPLETION_MAX_TOKENS, asked.logprobs)
 
-    async def chat(self, asked: ChatRequest) -> Plan:
+    async def chat(self, asked: ChatRequest) -> CheckedRequest:
         self.check_model(asked.model)
         self._check_fan_out(asked, 1)
         prompt = await self.chat_prompt(asked, asked.messages)
@@ -80,7 +80,7 @@ class Planner:
             raise bad_parameter("top_logprobs", "top_logprobs needs logprobs: true")
         limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        return self._plan(asked, [prompt], "messages", limit, None, logprobs)
+        return self._checked(asked, [prompt], "messages", limit, None, logprobs)
 
     async def chat_prompt(self, asked: ChatRequest | TokenizeRequest, messages: list[ChatMessage]) -> list[int]:
         """Tokens of a chat, as the model's template renders it."""
@@ -132,7 +132,7 @@ class Planner:
                 "may have; send several requests",
             )
 
-    def _plan(
+    def _checked(
         self,
         asked: GenerationRequest,
         prompts: list[list[int]],
@@ -140,7 +140,7 @@ class Planner:
         limit: int | None,
         default: int | None,
         logprobs: int | None,
-    ) -> Plan:
+    ) -> CheckedRequest:
         _check_range("max_tokens", limit, 1, None)
         if asked.stream_options is not None and not asked.stream:
             raise bad_parameter("stream_options", "stream_options needs stream: true")
@@ -157,7 +157,7 @@ class Planner:
                     return_timings=bool(asked.return_timings),
                 )
                 choices.append(Choice(len(choices), prompt_index, request))
-        return Plan(
+        return CheckedRequest(
             prompts=prompts,
             choices=choices,
             stop=_stop_strings(asked.stop),

@@ -1,0 +1,117 @@
+"""A cluster and the OpenAI API in front of it, in this process: what `dualpath serve` and `dualpath.Server` run."""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.local import Cluster
+from dualpath.kv.store import StoreError
+from dualpath.server import create_app, load_tokenizer, serve
+
+StartErrors = (OSError, RuntimeError, StoreError, TimeoutError, ValueError)
+"""What entering a `ClusterServer` raises where there can be no cluster; the message says why."""
+
+
+class ClusterServer:
+    """An async context manager: entered once every engine has joined and the port accepts connections.
+
+    With `local_engines` False engines join from elsewhere (`dualpath engine`). Raises `StartErrors`.
+    """
+
+    def __init__(self, config: ClusterConfig, local_engines: bool = True) -> None:
+        self.config = config
+        self.cluster = Cluster(config, local_engines)
+        self._serving: asyncio.Task[None] | None = None
+        self._port: asyncio.Future[int] | None = None
+
+    @property
+    def url(self) -> str:
+        """``http://host:port``; the API is below ``/v1``."""
+        assert self._port is not None and self._port.done()
+        return f"http://{self.config.host}:{self._port.result()}"
+
+    async def __aenter__(self) -> "ClusterServer":
+        # Beside the engines' own start: importing Transformers takes seconds.
+        tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, self.config.model))
+        await self.cluster.__aenter__()
+        try:
+            app = create_app(self.cluster.coordinator, await tokenizer, api_keys=self.config.api_keys)
+            self._port = asyncio.get_running_loop().create_future()
+            self._serving = asyncio.create_task(
+                serve(app, self.config.host, self.config.port, on_bound=self._port.set_result)
+            )
+            either: list[asyncio.Future[Any]] = [self._port, self._serving]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not self._port.done():
+                await self._serving
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Running requests get a few seconds to end; then the cluster goes."""
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
+        await self.cluster.__aexit__()
+
+    async def ended(self) -> None:
+        """Wait until it can serve no more. Raises RuntimeError saying why."""
+        assert self._serving is not None
+        watched: list[asyncio.Future[Any]] = [self._serving, self.cluster.coordinator.failure]
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        for one in watched:
+            if one.done() and not one.cancelled() and one.exception() is not None:
+                raise RuntimeError(f"the server stopped: {one.exception()!r}") from one.exception()
+
+    def facts(self) -> dict[str, object]:
+        """What the ready file says."""
+        coordinator = self.cluster.coordinator
+        return {
+            "url": self.url,
+            "pid": os.getpid(),
+            "engines": coordinator.health()["engines"],
+            "control_address": coordinator.control_address,
+        }
+
+
+def run(config: ClusterConfig, local_engines: bool = True) -> int:
+    """Serve until SIGINT or SIGTERM; returns the process's exit code."""
+    try:
+        return asyncio.run(_until_signalled(config, local_engines))
+    except StartErrors as error:
+        print(f"dualpath serve: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+async def _until_signalled(config: ClusterConfig, local_engines: bool) -> int:
+    stop = asyncio.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    serving = asyncio.create_task(_serve(config, local_engines))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if not serving.done():
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        return 0
+    await serving
+    return 0
+
+
+async def _serve(config: ClusterConfig, local_engines: bool) -> None:
+    async with ClusterServer(config, local_engines) as server:
+        name = server.cluster.coordinator.model.name
+        print(f"dualpath {config.system} {config.topology} serves {name} at {server.url}/v1", flush=True)
+        if config.ready_file is not None:
+            temporary = Path(f"{config.ready_file}.tmp")
+            temporary.write_bytes(msgspec.json.encode(server.facts()))
+            temporary.replace(config.ready_file)
+        await server.ended()
