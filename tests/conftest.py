@@ -53,6 +53,13 @@ def _skipping_what_needs_torch() -> Iterator[None]:
         raise
 
 
+@pytest.fixture
+def needs_torch() -> None:
+    """For tests that need it in another process."""
+    if not HAS_TORCH:
+        pytest.skip(NEEDS_TORCH)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests come first, so that none is left for the end when its neighbours' processors are idle."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

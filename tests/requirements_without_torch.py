@@ -1,8 +1,9 @@
-"""Prints what the project and its tests require, one a line, without torch."""
+"""Prints all that the project, its extras and its tests require, one a line, but torch."""
 
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-required = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-print(*(one for one in required if not one.startswith("torch")), sep="\n")
+required = chain(project["dependencies"], *project["optional-dependencies"].values())
+print(*(one for one in required if not one.startswith(("torch", project["name"]))), sep="\n")

@@ -134,23 +134,20 @@ def test_killed_engine_under_the_server(model: Path, tmp_path: Path) -> None:
         assert httpx.get(f"{url}/health").status_code == 503
 
 
-def test_engines_join_over_tcp(model: Path, tmp_path: Path) -> None:
-    """A coordinator alone, and engines started by hand that join it, as on several hosts."""
+TCP_ENGINE = ("--transport", "tcp", "--buffer", "64MiB", "--hbm", "64MiB")
+
+
+@pytest.fixture(scope="module")
+def joined(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A coordinator alone, and engines started by hand that join it, as on several hosts: its URL, where to join."""
+    where = tmp_path_factory.mktemp("joined")
     with socket_port() as port:
         address = f"tcp://127.0.0.1:{port}"
-    shared = ("--model", model, "--store", tmp_path / "store", "--transport", "tcp")
-    shared += ("--buffer", "64MiB", "--hbm", "64MiB")
-    engines = [
-        subprocess.Popen(command("engine", "--role", role, "--coordinator", address, *shared))
-        for role in ("prefill", "decode")
-    ]
+    shared = ("--coordinator", address, "--model", model, "--store", where / "store", *TCP_ENGINE)
+    engines = [subprocess.Popen(command("engine", "--role", role, *shared)) for role in ("prefill", "decode")]
     try:
-        with serving(model, tmp_path, "--join-address", address, "--transport", "tcp") as (url, _):
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-            name = client.models.list().data[0].id
-            for expected in (0, 192):
-                answer = client.completions.create(model=name, prompt=list(range(10, 220)), max_tokens=3)
-                assert answer.usage.prompt_tokens_details.cached_tokens == expected
+        with serving(model, where, "--join-address", address, "--transport", "tcp") as (url, _):
+            yield url, address
         assert [engine.wait(STOP_S) for engine in engines] == [0, 0]
     finally:
         for engine in engines:
@@ -158,34 +155,34 @@ def test_engines_join_over_tcp(model: Path, tmp_path: Path) -> None:
             engine.wait()
 
 
-def test_an_engine_that_does_not_fit_is_told_so(model: Path, tmp_path: Path) -> None:
+@pytest.mark.xdist_group("joined")
+def test_engines_join_over_tcp(joined: tuple[str, str]) -> None:
+    client = openai.OpenAI(base_url=f"{joined[0]}/v1", api_key="none", max_retries=0)
+    name = client.models.list().data[0].id
+    for expected in (0, 192):
+        answer = client.completions.create(model=name, prompt=list(range(10, 220)), max_tokens=3)
+        assert answer.usage.prompt_tokens_details.cached_tokens == expected
+
+
+@pytest.mark.xdist_group("joined")
+def test_an_engine_that_does_not_fit_is_told_so(joined: tuple[str, str], model: Path, tmp_path: Path) -> None:
     """Another model's engine, and one whose coordinator's address is none: a line on stderr, exit code 1."""
-    with socket_port() as port:
-        address = f"tcp://127.0.0.1:{port}"
+    _, address = joined
     other = make_checkpoint(tmp_path / "other", "llama", seed=1)
-    shared = ("--store", tmp_path / "store", "--transport", "tcp", "--buffer", "64MiB", "--hbm", "64MiB")
+    cases = ((other, address, "is not the cluster's"), (model, "nonsense", "'nonsense' is no address"))
+    shared = ("engine", "--role", "decode", "--store", tmp_path / "store", *TCP_ENGINE)
     engines = [
-        subprocess.Popen(command("engine", "--role", role, "--coordinator", address, "--model", model, *shared))
-        for role in ("prefill", "decode")
+        subprocess.Popen(
+            command(*shared, "--coordinator", coordinator, "--model", checkpoint), stderr=subprocess.PIPE, text=True
+        )
+        for checkpoint, coordinator, _ in cases
     ]
-    try:
-        with serving(model, tmp_path, "--join-address", address, "--transport", "tcp"):
-            for checkpoint, coordinator, complaint in (
-                (other, address, "is not the cluster's"),
-                (model, "nonsense", "'nonsense' is no address"),
-            ):
-                refused = subprocess.run(
-                    command("engine", "--role", "decode", "--coordinator", coordinator, "--model", checkpoint, *shared),
-                    capture_output=True, text=True, timeout=START_S,
-                )  # fmt: skip
-                assert refused.returncode == 1
-                assert complaint in refused.stderr
-                assert "Traceback" not in refused.stderr
-        assert [engine.wait(STOP_S) for engine in engines] == [0, 0]
-    finally:
-        for engine in engines:
-            engine.kill()
-            engine.wait()
+    for engine, (_, _, complaint) in zip(engines, cases, strict=True):
+        with engine:
+            _, said = engine.communicate(timeout=START_S)
+        assert engine.returncode == 1
+        assert complaint in said
+        assert "Traceback" not in said
 
 
 @pytest.mark.slow
