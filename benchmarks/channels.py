@@ -5,7 +5,7 @@
 Server and initiator are two processes. Every throughput row is measured in turn, round after round, beside a memcpy of
 the same blocks, and medians are kept: look at the ratios, since absolute figures drift with the machine.
 
-1. Throughput of reads and writes without a rate, 16 blocks an operation, 8 operations in flight.
+1. Throughput of reads and writes of every transport without a rate, 16 blocks an operation, 8 operations in flight.
 2. A lane's achieved over configured rate, four threads contending; and a channel's, whose lanes have that rate.
 3. Round trip of a 4 KiB ping: alone; among bulk in the same class, where it queues first-in first-out; and in the high
    class at 99:1 with the bulk low. The bulk is 8 connections that write at the lanes' full rate, 125 MB/s.
@@ -17,18 +17,22 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from dualpath.core.vocabulary import TrafficClass
-from dualpath.transfer import BufferPool, Channel, ChannelServer, Span, TrafficManager, connect
+from dualpath.transfer import TRANSPORTS
+from dualpath.transfer.pool import BufferPool
+from dualpath.transfer.traffic import TrafficManager
+from dualpath.transfer.transport import Channel, PageRange
+from dualpath.transfer.transports.framed.channel import FramedChannel
 
 HIGH, LOW = TrafficClass.HIGH, TrafficClass.LOW
 PAGE_BYTES = 1 << 20
@@ -41,11 +45,12 @@ MINUTE_NS = 60_000_000_000
 Row = dict[str, object]
 
 
-def serve(address: str, rate: int | None) -> None:
+def serve(kind: str, rate: int | None) -> None:
     """The server process: until its input ends."""
     name = f"benchmark-{time.monotonic_ns()}"
-    with BufferPool.create(name, PAGE_BYTES, PAGES) as pool:
-        server = ChannelServer(pool, TrafficManager(cnic_bytes_per_s=rate), address)
+    with closing(BufferPool.create(name, PAGE_BYTES, PAGES)) as pool:
+        traffic = TrafficManager(cnic_bytes_per_s=rate)
+        server = TRANSPORTS.get(kind).serve(pool, traffic, host="127.0.0.1", name=name)
         print(server.address, flush=True)
         sys.stdin.read()
         server.close()
@@ -53,15 +58,19 @@ def serve(address: str, rate: int | None) -> None:
 
 @contextmanager
 def serving(kind: str, rate: int | None) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as directory:
-        address = f"shm:{directory}/benchmark.sock" if kind == "shm" else "tcp://127.0.0.1:0"
-        command = [sys.executable, __file__, "--serve", address, "--rate", str(rate or 0)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.communicate(timeout=30)
+    command = [sys.executable, __file__, "--serve", kind, "--rate", str(rate or 0)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.communicate(timeout=30)
+
+
+def connect(
+    kind: str, address: str, traffic: TrafficManager, traffic_class: TrafficClass = LOW, peer_tag: str = "benchmark"
+) -> Channel:
+    return TRANSPORTS.get(kind).connect(address, traffic, traffic_class=traffic_class, peer_tag=peer_tag)
 
 
 def deadline_ns() -> int:
@@ -88,7 +97,9 @@ def channel_rate(channel: Channel, verb: str, block_bytes: int, seconds: float) 
 
     def post(index: int) -> "Future[int]":
         pages = [(index * BLOCKS_PER_OP + block) % PAGES for block in range(BLOCKS_PER_OP)]
-        return post_one([Span(page, 0, block_bytes) for page in pages], [memory[page] for page in pages], deadline_ns())
+        return post_one(
+            [PageRange(page, 0, block_bytes) for page in pages], [memory[page] for page in pages], deadline_ns()
+        )
 
     return keep_in_flight(post, seconds)
 
@@ -107,11 +118,9 @@ def memcpy_rate(block_bytes: int, seconds: float) -> float:
 
 def measure_throughput(seconds: float, rounds: int) -> list[Row]:
     rates: dict[tuple[str, str, int], list[float]] = {}
-    with serving("shm", None) as shm, serving("tcp", None) as tcp:
-        channels = {
-            kind: connect(address, local_traffic=TrafficManager(), traffic_class=LOW, peer_tag="benchmark")
-            for kind, address in (("shm", shm), ("tcp", tcp))
-        }
+    with ExitStack() as servers:
+        addresses = {kind: servers.enter_context(serving(kind, None)) for kind in TRANSPORTS.names()}
+        channels = {kind: connect(kind, address, TrafficManager()) for kind, address in addresses.items()}
         for _ in range(rounds):
             for block_bytes in (64 * 1024, 1024 * 1024):
                 rates.setdefault(("memcpy", "copy", block_bytes), []).append(memcpy_rate(block_bytes, seconds))
@@ -156,10 +165,10 @@ def measure_efficiency(seconds: float, rounds: int) -> list[Row]:
     for rate in (100_000_000, 800_000_000):
         achieved = statistics.median(lane_rate(rate, seconds) for _ in range(rounds))
         rows.append({"what": "lane, 4 threads", "configured_bytes_per_s": rate, "efficiency": achieved / rate})
-        for kind in ("shm", "tcp"):
+        for kind in TRANSPORTS.names():
             with serving(kind, rate) as address:
                 traffic = TrafficManager(cnic_bytes_per_s=rate)
-                channel = connect(address, local_traffic=traffic, traffic_class=LOW, peer_tag="benchmark")
+                channel = connect(kind, address, traffic)
                 for verb in ("read", "write"):
                     achieved = statistics.median(channel_rate(channel, verb, 64 * 1024, seconds) for _ in range(rounds))
                     what = f"{kind} {verb}"
@@ -168,7 +177,7 @@ def measure_efficiency(seconds: float, rounds: int) -> list[Row]:
     return rows
 
 
-def ping_us(channel: Channel, seconds: float) -> dict[str, float]:
+def ping_us(channel: FramedChannel, seconds: float) -> dict[str, float]:
     begun = time.perf_counter()
     samples = []
     while time.perf_counter() - begun < seconds:
@@ -185,11 +194,10 @@ def measure_classes(seconds: float) -> list[Row]:
         with serving(kind, BULK_BYTES_PER_S) as address:
             traffic = TrafficManager(cnic_bytes_per_s=BULK_BYTES_PER_S)
             low, high = (
-                connect(address, local_traffic=traffic, traffic_class=traffic_class, peer_tag="benchmark")
-                for traffic_class in (LOW, HIGH)
+                cast(FramedChannel, connect(kind, address, traffic, traffic_class)) for traffic_class in (LOW, HIGH)
             )
             rows.append({"kind": kind, "case": "idle", **ping_us(high, seconds)})
-            with bulk(address, traffic) as bulk_bytes:
+            with bulk(kind, address, traffic) as bulk_bytes:
                 for case, channel in (("FIFO", low), ("99:1", high)):
                     before_bytes, begun = bulk_bytes(), time.perf_counter()
                     row: Row = {"kind": kind, "case": case, **ping_us(channel, seconds)}
@@ -201,20 +209,17 @@ def measure_classes(seconds: float) -> list[Row]:
 
 
 @contextmanager
-def bulk(address: str, traffic: TrafficManager) -> Iterator[Callable[[], int]]:
+def bulk(kind: str, address: str, traffic: TrafficManager) -> Iterator[Callable[[], int]]:
     """BULK_CONNECTIONS that write all the time; gives a function that counts low-class bytes sent."""
-    channels = [
-        connect(address, local_traffic=traffic, traffic_class=LOW, peer_tag=f"bulk{index}")
-        for index in range(BULK_CONNECTIONS)
-    ]
+    channels = [connect(kind, address, traffic, peer_tag=f"bulk{index}") for index in range(BULK_CONNECTIONS)]
     stop = threading.Event()
     block = np.zeros(PAGE_BYTES, np.uint8)
 
     def write(page: int, channel: Channel) -> None:
-        pending = [channel.write([Span(page, 0, PAGE_BYTES)], [block], deadline_ns()) for _ in range(2)]
+        pending = [channel.write([PageRange(page, 0, PAGE_BYTES)], [block], deadline_ns()) for _ in range(2)]
         while not stop.is_set():
             pending.pop(0).result()
-            pending.append(channel.write([Span(page, 0, PAGE_BYTES)], [block], deadline_ns()))
+            pending.append(channel.write([PageRange(page, 0, PAGE_BYTES)], [block], deadline_ns()))
         for future in pending:
             future.result()
 

@@ -20,6 +20,7 @@ from dualpath.client.rollout import ReplayOptions
 from dualpath.cluster.config import ClusterConfig
 from dualpath.results.turns import ReplayResult
 from dualpath.serving import ClusterServer
+from dualpath.spec.metrics import Figures
 from dualpath.traces.trajectory import Trajectory
 
 Result = TypeVar("Result")
@@ -88,7 +89,7 @@ class Server:
         """``{"status": "ok" | "degraded" | "unavailable", "engines": […]}``."""
         return self._on_loop(_value(self._server.cluster.coordinator.health), ASK_TIMEOUT_S)
 
-    def gauges(self) -> dict[str, float]:
+    def gauges(self) -> Figures:
         """The numbers of ``/metrics``, by name."""
         return self._on_loop(_value(self._server.cluster.coordinator.gauges), ASK_TIMEOUT_S)
 

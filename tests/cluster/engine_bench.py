@@ -21,7 +21,8 @@ from dualpath.core.vocabulary import Role, TrafficClass
 from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
 from dualpath.model import LoadedModel
 from dualpath.spec.sampling import SamplingParams
-from dualpath.transfer import Channel, TrafficManager, connect
+from dualpath.transfer.traffic import TrafficManager
+from dualpath.transfer.transport import Channel
 
 from .conftest import cluster_config
 
@@ -80,8 +81,8 @@ class Bench:
     @contextmanager
     def peer(self, tag: str) -> Iterator[Channel]:
         """A channel into the engine's buffer, as another engine would open it."""
-        channel = connect(
-            self.host.server.address, local_traffic=TrafficManager(), traffic_class=TrafficClass.LOW, peer_tag=tag
+        channel = self.host.transport.connect(
+            self.host.server.address, TrafficManager(), traffic_class=TrafficClass.LOW, peer_tag=tag
         )
         try:
             yield channel

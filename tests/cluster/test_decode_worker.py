@@ -13,6 +13,7 @@ from dualpath.kv.posix_store import PosixStore
 from dualpath.kv.store import StoreWriteError
 from dualpath.model import StepOutput
 from dualpath.model.sampling import TokenDraw
+from dualpath.spec import metrics
 
 from .engine_bench import Bench, bench
 from .test_token_equality import appended
@@ -41,7 +42,7 @@ def test_warming_up_leaves_nothing_behind(checkpoint: Checkpoint, tmp_path: Path
         await engine.hears(m.Prepared)
         engine.start(0, prompt)
         assert (await engine.hears(m.Finished)).request == 0
-        assert engine.host.counters["decode_steps"] == len(engine.said(m.Tokens))
+        assert engine.host.counters[metrics.DECODE_STEPS()] == len(engine.said(m.Tokens))
 
     on_bench(checkpoint, tmp_path, work)
 
@@ -54,7 +55,7 @@ def test_messages_of_unknown_attempts_are_dropped_and_counted(checkpoint: Checkp
         await asyncio.sleep(0.05)
         engine.worker.handle(m.AbortAttempt(5, 0))
         assert (await engine.hears(m.Released)).request == 5
-        assert engine.host.counters["stale_messages"] == 2
+        assert engine.host.counters[metrics.ENGINE_STALE_MESSAGES()] == 2
 
     on_bench(checkpoint, tmp_path, work)
 
@@ -211,7 +212,7 @@ def test_storage_that_cannot_be_written_or_opened(
         engine.start(0, prompt, max_tokens=70, ignore_eos=True)
         assert (await engine.hears(m.Finished)).finish_reason == "length"
         assert not engine.said(m.Stored)
-        assert engine.host.counters["store_write_errors"] == 1
+        assert engine.host.counters[metrics.STORE_WRITE_ERRORS()] == 1
         engine.prepare(1, prompt, hit_tokens=64)
         engine.worker.handle(m.LoadLeg(1, 0, Leg(Side.DE, 0, 1), engine.space, engine.keys(prompt)[:1]))
         failed = await engine.hears(m.LoadFailed)
@@ -230,7 +231,7 @@ def test_storage_that_cannot_be_written_or_opened(
         engine.start(0, prompt, max_tokens=70, ignore_eos=True)
         await engine.hears(m.Finished)
         assert not engine.said(m.Stored)
-        assert engine.host.counters["store_write_errors"] == 1
+        assert engine.host.counters[metrics.STORE_WRITE_ERRORS()] == 1
 
     on_bench(checkpoint, tmp_path / "store", work_without_space)
 

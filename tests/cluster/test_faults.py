@@ -14,7 +14,7 @@ from dualpath.cluster.local import Cluster
 from dualpath.core.journal import replay
 from dualpath.spec.sampling import SamplingParams
 
-from .conftest import ask, cluster_config, gauge, in_cluster
+from .conftest import ask, cluster_config, in_cluster
 from .test_token_equality import appended
 
 Reference = Callable[[str, list[int], int], list[int]]
@@ -92,7 +92,7 @@ def test_kill_9_under_load(checkpoint: Callable[[str], Path], reference: Referen
             assert answer.token_ids == await asyncio.to_thread(reference, "qwen3", prompt, TOKENS)
         health = cluster.coordinator.health()
         assert health["status"] == "degraded"
-        assert gauge(cluster, "dualpath_scheduler_retried_engine_lost") > 0
+        assert cluster.coordinator.gauges()['dualpath_scheduler_retried_total{cause="engine_lost"}'] > 0
 
     in_cluster(config, work)
 
@@ -126,7 +126,7 @@ def test_an_engine_that_hangs_under_load(
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.token_ids == await asyncio.to_thread(reference, "qwen3", prompt, TOKENS)
         assert victim not in cluster.supervisor.pids
-        assert gauge(cluster, "dualpath_scheduler_retried_engine_lost") > 0
+        assert cluster.coordinator.gauges()['dualpath_scheduler_retried_total{cause="engine_lost"}'] > 0
 
     in_cluster(config, work)
     assert replay(journal.read_bytes().splitlines(keepends=True)).difference is None

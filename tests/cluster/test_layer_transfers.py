@@ -1,7 +1,6 @@
 """One batch's KV on its way, layer by layer: runs cover what a plan says, and bytes arrive where they belong."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,10 @@ from dualpath.cluster.engines.layer_transfers import AttemptCancelledError, Batc
 from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side, TrafficClass
 from dualpath.kv.layout import KVLayout, KVPart
-from dualpath.transfer import BufferPool, Channel, ChannelServer, TrafficManager, TransferError, connect
+from dualpath.transfer import TRANSPORTS
+from dualpath.transfer.pool import BufferPool
+from dualpath.transfer.traffic import TrafficManager
+from dualpath.transfer.transport import Channel, TransferError
 
 LAYOUT = KVLayout(layers=3, parts=(KVPart("k", 1, 2), KVPart("v", 1, 2)), dtype="float32")
 
@@ -37,12 +39,12 @@ def test_runs_cover_the_tokens_once_and_in_order(
 class World:
     """A PE buffer, a DE buffer with its server, and a channel between them."""
 
-    def __init__(self, where: Path, transport: str) -> None:
+    def __init__(self, transport: str) -> None:
+        self.transport = TRANSPORTS.get(transport)
         self.traffic = TrafficManager()
         self.pe = BufferPool.create("transfers-pe", LAYOUT.full_block_bytes, 8)
         self.de = BufferPool.create("transfers-de", LAYOUT.full_block_bytes, 8)
-        address = f"shm:{where}/de.sock" if transport == "shm" else "tcp://127.0.0.1:0"
-        self.server = ChannelServer(self.de, TrafficManager(), address)
+        self.server = self.transport.serve(self.de, TrafficManager(), host="127.0.0.1", name="transfers-de")
         self.channel = self.connect()
         rng = np.random.default_rng(1)
         for pool in (self.pe, self.de):
@@ -50,7 +52,8 @@ class World:
                 pool.view(page)[:] = rng.integers(0, 256, pool.page_bytes, dtype=np.uint8)
 
     def connect(self) -> Channel:
-        return connect(self.server.address, local_traffic=self.traffic, traffic_class=TrafficClass.LOW, peer_tag="0")
+        address = self.server.address
+        return self.transport.connect(address, self.traffic, traffic_class=TrafficClass.LOW, peer_tag="0")
 
     def batch(self, *items: ItemTransfers) -> BatchTransfers:
         return BatchTransfers(LAYOUT, self.pe, self.traffic, list(items))
@@ -62,9 +65,9 @@ class World:
         self.de.close()
 
 
-@pytest.fixture(params=["shm", "tcp"])
-def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
-    made = World(tmp_path, request.param)
+@pytest.fixture(params=TRANSPORTS.names())
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    made = World(request.param)
     yield made
     made.close()
 

@@ -101,8 +101,8 @@ def test_strange_messages_are_counted_and_do_no_harm(tmp_path: Path) -> None:
         prefill.say(m.Released(7, 0))
         prefill.say(m.BufferFreed(7, 0, 1))
         await cluster.becomes("dualpath_stale_messages_total", 5)
-        await cluster.becomes("dualpath_scheduler_dropped_released", 1)
-        await cluster.becomes("dualpath_scheduler_dropped_buffer_freed", 1)
+        await cluster.becomes('dualpath_scheduler_dropped_total{input="released"}', 1)
+        await cluster.becomes('dualpath_scheduler_dropped_total{input="buffer_freed"}', 1)
         await cluster.becomes("dualpath_malformed_messages_total", 1)
         await cluster.becomes("dualpath_strange_messages_total", 1)
 

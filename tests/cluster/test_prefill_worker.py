@@ -10,8 +10,13 @@ import pytest
 from dualpath.cluster import messages as m
 from dualpath.core.vocabulary import Cause, Leg, Role, Side
 from dualpath.kv.posix_store import PosixStore
+from dualpath.spec import metrics
 from dualpath.spec.sampling import SamplingParams
-from dualpath.transfer import BufferPool, ChannelServer, TrafficManager, TransferCause, TransferError
+from dualpath.transfer.pool import BufferPool
+from dualpath.transfer.traffic import TrafficManager
+from dualpath.transfer.transport import Channel, TransferCause, TransferError
+from dualpath.transfer.transports.framed.server import FramedServer
+from dualpath.transfer.transports.shm import SharedMemoryTransport
 
 from .engine_bench import Bench, bench
 from .test_token_equality import appended
@@ -21,11 +26,11 @@ PROMPT = appended(0, 200)
 
 
 @asynccontextmanager
-async def decode_buffer(engine: Bench, where: Path) -> AsyncIterator[ChannelServer]:
+async def decode_buffer(engine: Bench, where: Path) -> AsyncIterator[FramedServer]:
     """A decode engine as far as a prefill engine sees it: a buffer with a server."""
     layout = engine.host.layout
     pool = BufferPool.create(where.name, layout.full_block_bytes, 32)
-    server = ChannelServer(pool, TrafficManager(), f"shm:{where}.sock")
+    server = FramedServer(SharedMemoryTransport(), pool, TrafficManager(), f"shm:{where}.sock")
     try:
         yield server
     finally:
@@ -84,7 +89,7 @@ def test_stale_messages_are_dropped_and_counted(checkpoint: Checkpoint, tmp_path
             await engine.hears(m.PrefillDone)
         await asyncio.sleep(0.05)
         assert len(engine.said(m.PrefillDone)) == 1
-        assert engine.host.counters["stale_messages"] == 2
+        assert engine.host.counters[metrics.ENGINE_STALE_MESSAGES()] == 2
 
     on_bench(checkpoint, tmp_path, work)
 
@@ -137,28 +142,23 @@ def test_a_dead_decode_engine_fails_its_own_requests_only(checkpoint: Checkpoint
     on_bench(checkpoint, tmp_path, work)
 
 
-def test_a_decode_engine_that_hangs_does_not_hold_up_others(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_decode_engine_that_hangs_does_not_hold_up_others(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Its connection takes as long as it takes, off the compute thread; requests for it wait together, once."""
     import threading
 
-    from dualpath.cluster.engines import data_channels
-
     hanging = threading.Event()
     asked: list[str] = []
-    real = data_channels.connect
 
-    def connect(address: str, **options: object) -> object:
-        asked.append(address)
-        if address.endswith("hangs.sock"):
-            hanging.wait(20.0)
-            raise TransferError(TransferCause.PEER_CLOSED, "nobody answers")
-        return real(address, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(data_channels, "connect", connect)
+    class Hanging(SharedMemoryTransport):
+        def connect(self, address: str, *arguments: object, **options: object) -> Channel:  # type: ignore[override]
+            asked.append(address)
+            if address.endswith("hangs.sock"):
+                hanging.wait(20.0)
+                raise TransferError(TransferCause.PEER_CLOSED, "nobody answers")
+            return super().connect(address, *arguments, **options)  # type: ignore[arg-type]
 
     async def work(engine: Bench) -> None:
+        engine.host.transport = Hanging()
         async with decode_buffer(engine, tmp_path / "de") as server:
             start_prefill(engine, 0, f"shm:{tmp_path}/hangs.sock")
             start_prefill(engine, 1, f"shm:{tmp_path}/hangs.sock")
@@ -222,22 +222,19 @@ def test_one_that_cannot_be_connected_to_when_it_joins_is_tried_again_by_its_fir
 
 
 def test_one_that_is_lost_while_it_is_being_connected_to_is_disconnected_then(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     import threading
 
-    from dualpath.cluster.engines import data_channels
-
     lost = threading.Event()
-    real = data_channels.connect
 
-    def connect(address: str, **options: object) -> object:
-        lost.wait(20.0)
-        return real(address, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(data_channels, "connect", connect)
+    class Slow(SharedMemoryTransport):
+        def connect(self, *arguments: object, **options: object) -> Channel:  # type: ignore[override]
+            lost.wait(20.0)
+            return super().connect(*arguments, **options)  # type: ignore[arg-type]
 
     async def work(engine: Bench) -> None:
+        engine.host.transport = Slow()
         async with decode_buffer(engine, tmp_path / "de") as server:
             engine.worker.handle(m.PeerJoined(1, server.address))
             await asyncio.sleep(0)  # it asks for its connection

@@ -1,8 +1,6 @@
 """The small parts: configuration, causes, links, a live request, socket files, supervision."""
 
 import asyncio
-import socket
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +9,6 @@ from dualpath.cluster.coordinator.driver import UNLIMITED_BYTES_PER_S, scheduler
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.live_request import LiveRequest
 from dualpath.cluster.coordinator.serving import request_error
-from dualpath.cluster.engines.data_address import data_bind_address, sweep_dead_sockets
 from dualpath.cluster.generator import GenerateRequest, RequestError
 from dualpath.cluster.messages import Draw, Shutdown
 from dualpath.cluster.supervisor import Supervisor
@@ -143,25 +140,15 @@ def test_extended_leases_never_reach_into_the_future() -> None:
     asyncio.run(run())
 
 
-def test_socket_files_of_dead_servers_are_swept(tmp_path: Path) -> None:
-    dead, living = tmp_path / "dualpath-1-dead.sock", tmp_path / "dualpath-2-living.sock"
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(dead))
-        listener.listen()
-    (tmp_path / "dualpath-notes.txt").write_text("not ours")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(living))
-        listener.listen()
-        assert sweep_dead_sockets(tmp_path) == [dead]
-    assert living.exists()
-
-
-def test_where_engines_listen() -> None:
-    config = ClusterConfig(model="m", store="s", transport="tcp", data_host="10.0.0.1")
-    assert data_bind_address(config, "x") == "tcp://10.0.0.1:0"
-    config = ClusterConfig(model="m", store="s", transport="tcp", data_host="::1")
-    assert data_bind_address(config, "x") == "tcp://[::1]:0"
-    assert data_bind_address(ClusterConfig(model="m", store="s"), "x").endswith("-x.sock")
+def test_transports_are_found_by_name() -> None:
+    for name, complaint in (
+        ("rdma", r"unknown transport 'rdma'; choose from shm, tcp"),
+        ("no_such_package:IT", r"transport 'no_such_package:IT' .*can't be loaded: No module"),
+        ("dualpath.transfer:TRANSPORTS", "is no transport: it has no serve and no connect and no sweep"),
+        ("dualpath.transfer.transports.tcp:TcpTransport", "is a class; name an object of it"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            ClusterConfig(model="m", store="s", transport=name)
 
 
 def test_a_process_that_ends_is_told_once_and_its_end_is_watched_no_more() -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, ModelFacts, TokenLogprob
 from dualpath.server import create_app, serve
+from dualpath.spec.metrics import Figures
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -88,7 +89,7 @@ class FakeGenerator:
         self.all_closed = threading.Event()
         self.all_closed.set()
         self.status = "ok"
-        self.numbers: dict[str, float] = {}
+        self.numbers: Figures = {}
 
     @property
     def model(self) -> ModelFacts:
@@ -127,7 +128,7 @@ class FakeGenerator:
     def health(self) -> dict[str, object]:
         return {"status": self.status, "engines": []}
 
-    def gauges(self) -> dict[str, float]:
+    def gauges(self) -> Figures:
         return self.numbers
 
 

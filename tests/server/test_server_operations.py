@@ -20,7 +20,7 @@ from dualpath.cluster.generator import GeneratedTokens, TokenLogprob
 from dualpath.server import ServerLimits, create_app, load_tokenizer, serve
 from dualpath.server.codec import TextCodec
 from dualpath.server.http import _bind
-from dualpath.server.metrics import format_gauges
+from dualpath.spec.metrics import Sample
 
 
 def samples(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -64,9 +64,9 @@ def test_tokenize_and_detokenize() -> None:
 def test_metrics_count_what_happened() -> None:
     cluster = FakeGenerator(says("abc", cached_tokens=1))
     cluster.numbers = {
-        "vllm:num_requests_running": 3,
-        'dualpath_snic_bytes_total{node="0"}': 10.0,
-        'dualpath_snic_bytes_total{node="1"}': 20.0,
+        Sample("dualpath_requests_live"): 3.0,
+        Sample('dualpath_scheduler_failed_total{cause="timeout"}'): 10.0,
+        Sample('dualpath_scheduler_failed_total{cause="no_engine"}'): 20.0,
     }
     with running_server(cluster) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -91,15 +91,29 @@ def test_metrics_count_what_happened() -> None:
     assert found["dualpath_request_tokens_total", (("kind", "prompt"),)] == 4
     assert found["dualpath_request_tokens_total", (("kind", "cached"),)] == 2
     assert found["dualpath_request_tokens_total", (("kind", "completion"),)] == 4 + 2
-    assert found["vllm:num_requests_running", ()] == 3
-    assert found["dualpath_snic_bytes_total", (("node", "1"),)] == 20
+    assert found["dualpath_requests_live", ()] == 3
+    assert found["dualpath_scheduler_failed_total", (("cause", "no_engine"),)] == 20
 
 
-def test_gauges_have_one_type_line_per_name_and_odd_values_are_legal() -> None:
-    text = format_gauges({'a{x="1"}': 1, "b_total": float("inf"), 'a{x="2"}': float("nan")})
-    assert text == '# TYPE a gauge\na{x="1"} 1.0\na{x="2"} NaN\n# TYPE b_total counter\nb_total +Inf\n'
-    with pytest.raises(ValueError, match="not a name"):
-        format_gauges({"not a name": 1})
+def test_an_engine_of_another_version_does_not_break_metrics() -> None:
+    """What it says is shown as far as this version knows it, and the rest is counted."""
+    cluster = FakeGenerator(says("ok"))
+    labels = 'engine="0",role="decode"'
+    cluster.numbers = {
+        Sample(f"dualpath_decode_steps_total{{{labels}}}"): float("inf"),
+        Sample(f"dualpath_decode_of_tomorrow{{{labels}}}"): 2.0,
+        Sample(f'dualpath_decode_tokens_total{{{labels},kind="new"}}'): 2.0,
+        Sample("not a name"): 2.0,
+        Sample(f"dualpath_hbm_free_blocks{{{labels}}}"): float("nan"),
+    }
+    with running_server(cluster) as url:
+        text = httpx.get(f"{url}/metrics").text
+        found = samples(url)
+    shown = 'dualpath_decode_steps_total{engine="0",role="decode"} +Inf'
+    assert f"# TYPE dualpath_decode_steps_total counter\n{shown}\n" in text
+    assert 'dualpath_hbm_free_blocks{engine="0",role="decode"} NaN\n' in text
+    assert found["dualpath_unknown_series", ()] == 3
+    assert not [name for name, _ in found if "tomorrow" in name or name == "dualpath_decode_tokens_total"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

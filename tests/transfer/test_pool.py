@@ -1,5 +1,6 @@
 """BufferPool: ownership against a model, exhaustion, quarantine, and what is left after a creator's death."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ def unique_name() -> str:
 
 @pytest.fixture
 def pool():
-    with BufferPool.create(unique_name(), 5000, PAGES) as pool:
+    with contextlib.closing(BufferPool.create(unique_name(), 5000, PAGES)) as pool:
         yield pool
 
 

@@ -9,6 +9,7 @@ import msgspec
 from dualpath.cli.arguments import byte_count, milliseconds, positive, rate, system, topology
 from dualpath.cli.outcome import UsageError, usage_errors
 from dualpath.cluster.config import ClusterConfig
+from dualpath.transfer import TRANSPORTS
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in msgspec.structs.fields(ClusterConfig)}
 
@@ -28,8 +29,9 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     option("--buffer", "buffer_bytes", "PE or DE buffer (default: 1GiB)", byte_count, "SIZE")
     option("--hbm", "hbm_bytes", "KV memory of a DE (default: 1GiB)", byte_count, "SIZE")
     option("--store-quota", "store_quota_bytes", "evict beyond this (default: no quota)", byte_count, "SIZE")
-    option("--transport", "transport", "engine to engine (default: %(default)s)", choices=("shm", "tcp"))
-    at = "address at which other engines reach this host's with --transport tcp (default: %(default)s)"
+    transports = f"{', '.join(TRANSPORTS.names())}, or MODULE:ATTRIBUTE"
+    option("--transport", "transport", f"engine to engine: {transports} (default: %(default)s)", metavar="NAME")
+    at = "address at which other engines reach this host's, with a transport between hosts (default: %(default)s)"
     option("--data-host", "data_host", at, metavar="HOST")
     option("--threads", "threads", "torch's, per engine (default: %(default)s)", positive, "N")
     option("--quota-ms", "quota_ns", "compute quota of a prefill batch (default: 300)", milliseconds, "MS")

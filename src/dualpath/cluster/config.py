@@ -9,6 +9,7 @@ from dualpath.core.policy import Policy
 from dualpath.core.systems import HEADLINE, find_system
 from dualpath.spec.cluster_setup import ClusterSetup, ServedCluster
 from dualpath.spec.topology import Topology
+from dualpath.transfer import TRANSPORTS
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,9 +31,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     durable: bool = True
     """fsync every block before it is published."""
     transport: str = "shm"
-    """Engine to engine: ``shm`` on one host, ``tcp`` anywhere."""
+    """How KV moves from engine to engine: a name in `dualpath.transfer.TRANSPORTS`."""
     data_host: str = "127.0.0.1"
-    """Where an engine listens for other engines with the ``tcp`` transport: an address they can reach."""
+    """Where other engines reach this host's, with a transport between hosts."""
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
@@ -69,8 +70,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.rules is None:
             msgspec.structs.force_setattr(self, "rules", find_system(self.system).policy)
-        if self.transport not in ("shm", "tcp"):
-            raise ValueError(f"unknown transport {self.transport!r}; choose shm or tcp")
+        TRANSPORTS.get(self.transport)  # raises UnknownNameError, which is a ValueError
         if self.device_layers < 3:
             raise ValueError("device_layers must be at least 3: one loading, one computing, one leaving")
 

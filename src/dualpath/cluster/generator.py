@@ -6,6 +6,7 @@ from typing import Protocol
 import msgspec
 
 from dualpath.spec.cluster_setup import ServedCluster
+from dualpath.spec.metrics import Figures
 from dualpath.spec.sampling import SamplingParams
 from dualpath.spec.timings import Timings
 
@@ -86,6 +87,6 @@ class Generator(Protocol):
         """``{"status": "ok" | "degraded" | "unavailable", "engines": [...]}``; unavailable: no PE or no DE is alive."""
         ...
 
-    def gauges(self) -> dict[str, float]:
-        """Flat numbers for /metrics: name (may carry ``{label="value"}``) → value."""
+    def gauges(self) -> Figures:
+        """The numbers of /metrics. One that the catalogue lacks is counted and not shown."""
         ...

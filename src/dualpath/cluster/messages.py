@@ -10,6 +10,7 @@ from dualpath.cluster.config import ClusterConfig
 from dualpath.core.vocabulary import Cause, EngineId, Leg, RequestId, Role, Side
 from dualpath.kv.keys import BlockKey, Namespace
 from dualpath.kv.layout import KVLayout
+from dualpath.spec.metrics import Figures
 from dualpath.spec.sampling import SamplingParams
 
 CONTROL_QUEUE_MESSAGES = 100_000
@@ -45,9 +46,9 @@ class Join(msgspec.Struct, frozen=True, tag=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """The engine lives; its gauges, name → value."""
+    """The engine lives; its series. Those of an engine of another version may not be in the catalogue."""
 
-    gauges: dict[str, float]
+    gauges: Figures
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.engines.data_address import sweep_dead_sockets
 from dualpath.cluster.messages import EngineConfig
 from dualpath.core.vocabulary import Role
-from dualpath.transfer import sweep_dead_pools
+from dualpath.transfer import TRANSPORTS
+from dualpath.transfer.pool import sweep_dead_pools
 
 STOP_GRACE_S = 3.0
 """How long engines may take to leave by themselves before they are killed."""
@@ -35,7 +35,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Start every engine of the topology."""
-        _sweep()
+        self._sweep()
         topology = self._config.topology
         for role, count in ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes)):
             for rank in range(count):
@@ -75,7 +75,7 @@ class Supervisor:
                 process.join(1.0)
                 why = f"{self._names[pid]} (pid {pid}) ended with exit code {process.exitcode}"
                 print(f"[supervisor] {why}", file=sys.stderr, flush=True)
-                _sweep()
+                self._sweep()
                 on_exit(pid, why)
         finally:
             for process in watched.values():
@@ -96,13 +96,12 @@ class Supervisor:
         for pid in list(self._processes):
             self.kill(pid)
         self._processes.clear()
-        _sweep()
+        self._sweep()
 
-
-def _sweep() -> None:
-    """Remove what killed engines, of whatever cluster, have left behind."""
-    sweep_dead_pools()
-    sweep_dead_sockets()
+    def _sweep(self) -> None:
+        """Remove what killed engines, of whatever cluster of this transport, have left behind."""
+        sweep_dead_pools()
+        TRANSPORTS.get(self._config.transport).sweep()
 
 
 def engine_entry(config: EngineConfig) -> None:

@@ -2,8 +2,8 @@
 
 import msgspec
 
+from dualpath.core.counts import GAUGES
 from dualpath.core.lifecycle import Lifecycle
-from dualpath.core.request import State
 from dualpath.core.vocabulary import EngineId, Role
 
 
@@ -43,11 +43,11 @@ def load_of(life: Lifecycle, engine: EngineId) -> EngineLoad:
 
 def statistics(life: Lifecycle) -> dict[str, int]:
     """See `Scheduler.statistics`."""
-    gauges = {f"requests_{state.value}": 0 for state in State if not state.is_terminal}
+    gauges = dict.fromkeys(GAUGES, 0)
     for request in life.requests.values():
         gauges[f"requests_{request.state.value}"] += 1
     draining = [holding for holding in life.ledger.holdings() if holding.draining]
     gauges["draining_buffer_blocks"] = sum(holding.buffer_blocks for holding in draining)
     gauges["draining_hbm_blocks"] = sum(holding.hbm_blocks for holding in draining)
     gauges["overdue_releases"] = len(life.aborts.overdue)
-    return dict(life.counts) | gauges
+    return life.counts | gauges

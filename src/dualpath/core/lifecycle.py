@@ -8,8 +8,7 @@ loads are only noted; `settle`, the end of every input, serves the buffer lines 
 older requests get freed blocks before newer ones are placed.
 """
 
-from collections import defaultdict
-
+from dualpath.core.counts import COUNTS
 from dualpath.core.deadlines import Aborts, Deadlines
 from dualpath.core.engines import Fleet
 from dualpath.core.ledger import Ledger
@@ -50,7 +49,7 @@ class Lifecycle:
         self.deadlines = Deadlines(self.requests)
         self.aborts = Aborts(limits.release_ns)
         self.outbox: list[Command] = []
-        self.counts: defaultdict[str, int] = defaultdict(int)
+        self.counts = dict.fromkeys(COUNTS, 0)
         self.now = 0
         self.next_fetch_ns = 0
         self.changed = False

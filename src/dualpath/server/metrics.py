@@ -1,18 +1,15 @@
-"""What /metrics says: the server's own histograms and counters, then the cluster's gauges.
+"""What /metrics says: the server's own histograms and counters, then the cluster's figures."""
 
-Latencies carry the names that external routers read from vLLM; counters are ours.
-"""
-
-import re
 import time
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-_TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256)
-_STEP_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10)
-_E2E_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_SAMPLE = re.compile(r"([A-Za-z_:][A-Za-z0-9_:]*)(\{.*\})?")
+from dualpath.spec import metrics
+from dualpath.spec.metrics import CATALOGUE, Figures, Metric, metric_of
 
 
 class ServerMetrics:
@@ -20,27 +17,10 @@ class ServerMetrics:
 
     def __init__(self, model: str) -> None:
         self._registry = CollectorRegistry()
-        self._ttft = self._histogram(
-            "vllm:time_to_first_token_seconds", "From a request's arrival to its first token", _TTFT_BUCKETS_S, model
+        self._ttft, self._inter_token, self._e2e = (
+            self._histogram(metric).labels(model) for metric in (metrics.TTFT, metrics.INTER_TOKEN, metrics.E2E)
         )
-        self._inter_token = self._histogram(
-            "vllm:inter_token_latency_seconds", "Between a generation's steps", _STEP_BUCKETS_S, model
-        )
-        self._e2e = self._histogram(
-            "vllm:e2e_request_latency_seconds", "From a request's arrival to its last token", _E2E_BUCKETS_S, model
-        )
-        self._requests = Counter(
-            "dualpath_requests_total",
-            "Generations that finished, by finish reason, and requests that failed, by error code",
-            ["endpoint", "finish_reason", "error_code"],
-            registry=self._registry,
-        )
-        self._tokens = Counter(
-            "dualpath_request_tokens_total",
-            "Tokens of answered requests: prompt, cached (of the prompt), completion",
-            ["kind"],
-            registry=self._registry,
-        )
+        self._requests, self._tokens = map(self._counter, (metrics.REQUESTS, metrics.REQUEST_TOKENS))
 
     def failed(self, endpoint: str, code: str) -> None:
         self._requests.labels(endpoint, "", code).inc()
@@ -60,12 +40,15 @@ class ServerMetrics:
         self._e2e.observe(seconds)
         self._requests.labels(endpoint, finish_reason, "").inc()
 
-    def exposition(self, gauges: dict[str, float]) -> bytes:
-        """Prometheus' text format, `gauges` (``name`` or ``name{label="value"}`` → number) included."""
-        return generate_latest(self._registry) + format_gauges(gauges).encode()
+    def exposition(self, gauges: Figures) -> bytes:
+        """Prometheus' text format: what the server has measured, then the cluster's `gauges`."""
+        return generate_latest(_WithoutCreated(self._registry)) + _format(gauges).encode()
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], model: str) -> Histogram:
-        return Histogram(name, text, ["model_name"], buckets=buckets, registry=self._registry).labels(model)
+    def _histogram(self, metric: Metric) -> Histogram:
+        return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self._registry)
+
+    def _counter(self, metric: Metric) -> Counter:
+        return Counter(metric.name, metric.help, metric.labels, registry=self._registry)
 
 
 class GenerationTimer:
@@ -88,22 +71,37 @@ class GenerationTimer:
             self._metrics.finished(self._endpoint, finish_reason, now_s - self._arrived_s)
 
 
+class _WithoutCreated(Collector):
+    """A registry without the time at which each series was made, which prometheus_client shows as more series."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Family]:
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
+
+
+def _format(figures: Figures) -> str:
+    """The series of each metric together. Those that the catalogue does not have are counted instead of shown.
+
+    prometheus_client would sort and escape every label again, which takes three times as long.
+    """
+    lines: dict[str, list[str]] = {}
+    unknown = 0
+    for sample, value in figures.items():
+        metric = metric_of(sample)
+        if metric is None:
+            unknown += 1
+        else:
+            lines.setdefault(metric.name, []).append(f"{sample} {_number(value)}\n")
+    lines[metrics.UNKNOWN_SERIES.name] = [f"{metrics.UNKNOWN_SERIES()} {unknown}\n"]
+    return "".join(
+        f"# HELP {name} {CATALOGUE[name].help}\n# TYPE {name} {CATALOGUE[name].kind}\n{''.join(series)}"
+        for name, series in lines.items()
+    )
+
+
 def _number(value: float) -> str:
     return str(floatToGoString(value))  # type: ignore[no-untyped-call]
-
-
-def format_gauges(gauges: dict[str, float]) -> str:
-    """Text lines, the series of a name together under one ``# TYPE``. A name ending in ``_total`` is a counter.
-
-    Raises ValueError for a name that Prometheus could not read.
-    """
-    families: dict[str, list[str]] = {}
-    for sample, value in gauges.items():
-        match = _SAMPLE.fullmatch(sample)
-        if match is None:
-            raise ValueError(f'{sample!r} is not a metric\'s name; write name or name{{label="value"}}')
-        families.setdefault(match[1], []).append(f"{sample} {_number(value)}\n")
-    return "".join(
-        f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n{''.join(lines)}"
-        for name, lines in families.items()
-    )

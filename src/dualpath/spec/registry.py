@@ -23,7 +23,8 @@ class Registry(Generic[Thing]):
     """Things of one kind: what messages call one ("store"), the entry-point group ("dualpath.stores"), and ours.
 
     `known` holds things themselves, `lazy` functions that import and return one, so that listing stays cheap. Ours and
-    those added here win over installed ones. Without a group there are no installed ones.
+    those added here win over installed ones. Without a group there are no installed ones. Where `methods` are given,
+    what an installed name gives is an object that has them.
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class Registry(Generic[Thing]):
         group: str | None,
         lazy: Mapping[str, Callable[[], Thing]] | None = None,
         known: Mapping[str, Thing] | None = None,
+        methods: tuple[str, ...] = (),
     ) -> None:
         self.kind = kind
         self._group = group
+        self._methods = methods
         self._lazy = dict(lazy or {})
         self._known = dict(known or {})
 
@@ -68,4 +71,9 @@ class Registry(Generic[Thing]):
             thing: Thing = point.load()
         except Exception as error:  # another package's code may raise anything
             raise UnknownNameError(f"{self.kind} {point.name!r} can't be loaded: {error}") from error
+        missing = [method for method in self._methods if not callable(getattr(thing, method, None))]
+        if missing:
+            raise UnknownNameError(f"{point.value} is no {self.kind}: it has no {' and no '.join(missing)}")
+        if self._methods and isinstance(thing, type):
+            raise UnknownNameError(f"{point.value} is a class; name an object of it")
         return thing

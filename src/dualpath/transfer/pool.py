@@ -13,7 +13,7 @@ A page is in one of three states::
                             └──quarantine──> quarantined ──release_quarantine──> free
 
 Quarantine is for pages of a failed attempt that a peer might still write into: nobody may hold them until the channel
-is proven quiet (`ChannelServer.quiesce`), since a late write into a page that was handed on would corrupt a stranger.
+is proven quiet (`Server.quiesce`), since a late write into a page that was handed on would corrupt a stranger.
 
 The creator keeps an exclusive `flock` on the file as long as it lives. The kernel drops the lock on any death, so
 `sweep_dead_pools` can tell an orphan from a living pool without trusting pids, which are reused and differ between
@@ -29,7 +29,6 @@ import struct
 import threading
 from collections.abc import Hashable, Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import msgspec
@@ -200,14 +199,6 @@ class BufferPool(MappedPages):
             self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _take_from(self, owner: Owner, pages: Iterable[int]) -> list[int]:
         """Remove `pages` from what `owner` holds, or raise with nothing changed."""

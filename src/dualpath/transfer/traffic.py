@@ -20,6 +20,7 @@ With a rate of None (real hardware, whose NICs pace themselves) nothing waits an
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
@@ -220,18 +221,9 @@ class Lane:
 class Nic:
     """A full-duplex NIC of one engine."""
 
-    def __init__(
-        self,
-        name: str,
-        rate_bytes_per_s: int | None,
-        clock: Clock,
-        sleep: Sleep,
-        weights: Weights,
-        burst_ns: int,
-        whole_chunks: bool = False,
-    ) -> None:
-        self.rx = Lane(f"{name} rx", rate_bytes_per_s, clock, sleep, weights, burst_ns, whole_chunks)
-        self.tx = Lane(f"{name} tx", rate_bytes_per_s, clock, sleep, weights, burst_ns, whole_chunks)
+    def __init__(self, name: str, lane: Callable[[str], Lane]) -> None:
+        self.rx = lane(f"{name} rx")
+        self.tx = lane(f"{name} tx")
 
     def statistics(self) -> NicStatistics:
         return NicStatistics(self.rx.statistics(), self.tx.statistics())
@@ -259,8 +251,9 @@ class TrafficManager:
         sleep: Sleep = _sleep_ns,
     ) -> None:
         self.clock = clock
-        self.snic = Nic("snic", snic_bytes_per_s, clock, sleep, weights, burst_ns, whole_chunks=True)
-        self.cnic = Nic("cnic", cnic_bytes_per_s, clock, sleep, weights, burst_ns)
+        lane = partial(Lane, clock=clock, sleep=sleep, weights=weights, burst_ns=burst_ns)
+        self.snic = Nic("snic", partial(lane, rate_bytes_per_s=snic_bytes_per_s, whole_chunks=True))
+        self.cnic = Nic("cnic", partial(lane, rate_bytes_per_s=cnic_bytes_per_s, whole_chunks=False))
 
     def local_copy(
         self, n_bytes: int, deadline_ns: int | None = None, traffic_class: TrafficClass = TrafficClass.LOW

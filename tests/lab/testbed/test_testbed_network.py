@@ -128,19 +128,22 @@ def test_our_channels_carry_their_class_on_both_ends(testbed: Testbed) -> None:
 import sys, time
 import numpy as np
 from dualpath.core.vocabulary import TrafficClass
-from dualpath.transfer import BufferPool, ChannelServer, Span, TrafficManager, connect
+from dualpath.transfer.pool import BufferPool
+from dualpath.transfer.traffic import TrafficManager
+from dualpath.transfer.transport import PageRange
+from dualpath.transfer.transports.tcp import TcpTransport
 if sys.argv[1] == "serve":
     pool = BufferPool.create("testbed{os.getpid()}", 1 << 20, 1)
-    server = ChannelServer(pool, TrafficManager(), "tcp://" + sys.argv[2] + ":0")
+    server = TcpTransport().serve(pool, TrafficManager(), host=sys.argv[2], name="testbed")
     print(server.address, flush=True)
     sys.stdin.read()
     server.close(); pool.close()
 else:
     traffic_class = TrafficClass[sys.argv[3]]
-    channel = connect(sys.argv[2], local_traffic=TrafficManager(), traffic_class=traffic_class, peer_tag="t")
+    channel = TcpTransport().connect(sys.argv[2], TrafficManager(), traffic_class=traffic_class, peer_tag="t")
     for _ in range(2):
         into = np.zeros(1 << 20, dtype=np.uint8)
-        channel.read([Span(0, 0, 1 << 20)], [into], time.monotonic_ns() + 20_000_000_000).result()
+        channel.read([PageRange(0, 0, 1 << 20)], [into], time.monotonic_ns() + 20_000_000_000).result()
     channel.close()
 """
     node = testbed.plan.node("de0")

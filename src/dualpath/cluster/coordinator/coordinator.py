@@ -18,11 +18,14 @@ from dualpath.cluster.coordinator.membership import Membership
 from dualpath.cluster.coordinator.prefixes import Prefixes
 from dualpath.cluster.coordinator.serving import Serving
 from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, ModelFacts, RequestError
+from dualpath.core.counts import figures as scheduler_figures
 from dualpath.core.ledger import Holding
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import EngineFacts, EngineId
 from dualpath.kv.keys import BlockKey
 from dualpath.kv.layout import KVLayout
+from dualpath.spec import metrics
+from dualpath.spec.metrics import Figures
 
 FLUSH_S = 0.05
 """How long parting messages to engines get before the control socket closes."""
@@ -147,22 +150,22 @@ class Coordinator:
         ]
         return {"status": self.membership.status, "engines": engines}
 
-    def gauges(self) -> dict[str, float]:
+    def gauges(self) -> Figures:
         """See `runtime.api.Generator.gauges`."""
-        figures: dict[str, float] = {
-            "dualpath_strange_messages_total": float(self.strange_messages),
-            "dualpath_malformed_messages_total": float(self._links.malformed_messages),
-            "dualpath_unroutable_messages_total": float(self._links.unroutable_messages),
+        figures: Figures = {
+            metrics.STRANGE_MESSAGES(): float(self.strange_messages),
+            metrics.MALFORMED_MESSAGES(): float(self._links.malformed_messages),
+            metrics.UNROUTABLE_MESSAGES(): float(self._links.unroutable_messages),
+            metrics.ENGINES_REFUSED(): float(self.membership.refused_engines),
+            metrics.ENGINES_LOST(): float(self.membership.lost_engines),
+            **scheduler_figures(self._driver.statistics()),
         }
-        for name, value in self._driver.statistics().items():
-            figures[f"dualpath_scheduler_{name}"] = float(value)
         if self._serving is not None:
             figures |= self._serving.gauges()
         for link in self._links.by_engine.values():
-            labels = f'engine="{link.engine}",role="{link.join.role.value}"'
-            for name, figure in link.gauges.items():
-                metric, _, more = name.partition("{")
-                figures[f"{metric}{{{labels}{',' + more[:-1] if more else ''}}}"] = figure
+            assert link.engine is not None
+            for sample, figure in link.gauges.items():
+                figures[metrics.of_engine(sample, link.engine, link.join.role.value)] = figure
         return figures
 
     # ── membership ──────────────────────────────────────────────────────────────────────────────────────────────────

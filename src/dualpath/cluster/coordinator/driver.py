@@ -6,6 +6,7 @@ it is reported to whoever can stop the cluster.
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable
 
@@ -101,7 +102,10 @@ class SchedulerDriver:
         self._closed = True
         self._arm(None)
         if self._journal is not None:
-            self._journal.close()
+            try:
+                self._journal.close()
+            except OSError as error:  # the cluster must still be ended
+                print(f"[coordinator] the journal's end could not be written: {error}", file=sys.stderr, flush=True)
 
     def _arm(self, wake_ns: int | None) -> None:
         if self._timer is not None and wake_ns == self._wake_ns:

@@ -24,6 +24,7 @@ from dualpath.cluster.messages import (
     from_engine_decoder,
 )
 from dualpath.core.vocabulary import EngineId, Role
+from dualpath.spec.metrics import Figures
 
 _PREFIX = {Role.PREFILL: "PE", Role.DECODE: "DE"}
 
@@ -37,7 +38,7 @@ class EngineLink(msgspec.Struct):
     engine: EngineId | None = None
     name: str = ""
     """``PE0``, ``DE1``: engines of a role are numbered as they are admitted; no number is used twice."""
-    gauges: dict[str, float] = {}
+    gauges: Figures = {}
 
 
 class EngineLinks:

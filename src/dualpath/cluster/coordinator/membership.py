@@ -48,6 +48,8 @@ class Membership:
         self._first: m.Join | None = None
         self._founding: asyncio.Task[None] | None = None
         self._founded = False
+        self.refused_engines = 0
+        self.lost_engines = 0
         self._complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def complete(self, timeout_s: float) -> None:
@@ -82,6 +84,7 @@ class Membership:
         """An engine offers itself."""
         refusal = self._refusal(join)
         if refusal is not None:
+            self.refused_engines += 1
             self._links.send_to(identity, m.Refusal(refusal))
             return
         self._first = self._first or join
@@ -151,6 +154,7 @@ class Membership:
         self._links.forget(link)
         if link.engine is None:
             return
+        self.lost_engines += 1
         for other in self._links.by_engine:
             self._links.send(other, m.PeerLost(link.engine, link.join.data_address))
         self._members.engine_lost(link.engine)

@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import msgspec
-
 from dualpath.cluster.messages import BlockFaultReport, StoredBlock
 from dualpath.kv.block_file import BlockFault
 from dualpath.kv.catalog import rebuild
@@ -22,6 +20,8 @@ from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
 from dualpath.kv.layout import KVLayout
 from dualpath.kv.storage import Storage
 from dualpath.kv.store import Store, StoreError
+from dualpath.spec import metrics
+from dualpath.spec.metrics import Figures
 
 
 class Prefixes:
@@ -42,7 +42,6 @@ class Prefixes:
         self._files = ThreadPoolExecutor(1, thread_name_prefix="store-files")
         self._file_jobs = 0
         self.faults: Counter[str] = Counter()
-        self.evicted_blocks = 0
         self.file_errors = 0
 
     async def load(self) -> None:
@@ -119,9 +118,7 @@ class Prefixes:
     def _enforce_quota(self) -> None:
         if self._quota_bytes is None:
             return
-        evicted = self._index.evict(self._quota_bytes)
-        self.evicted_blocks += len(evicted)
-        for key in evicted:
+        for key in self._index.evict(self._quota_bytes):
             self._submit(self._delete, key)
 
     def report_faults(self, space: Namespace, faults: list[BlockFaultReport]) -> None:
@@ -164,17 +161,24 @@ class Prefixes:
 
     # ── what to look at ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def gauges(self) -> dict[str, float]:
-        figures = {
-            f"dualpath_store_{name}": float(value)
-            for name, value in msgspec.structs.asdict(self._index.statistics()).items()
+    def gauges(self) -> Figures:
+        index = self._index.statistics()
+        return {
+            metrics.STORE_NAMESPACES(): float(index.namespaces),
+            metrics.STORE_BLOCKS(): float(index.blocks),
+            metrics.STORE_BYTES(): float(index.stored_bytes),
+            metrics.STORE_PINNED_BLOCKS(): float(index.pinned_blocks),
+            metrics.STORE_PIN_OWNERS(): float(index.pin_owners),
+            metrics.STORE_MATCHES(): float(index.matches),
+            metrics.STORE_ASKED_BLOCKS(): float(index.asked_blocks),
+            metrics.STORE_HIT_BLOCKS(): float(index.hit_blocks),
+            metrics.STORE_PUBLISHED_BLOCKS(): float(index.published_blocks),
+            metrics.STORE_EVICTED_BLOCKS(): float(index.evicted_blocks),
+            metrics.STORE_DROPPED_BLOCKS(): float(index.dropped_blocks),
+            metrics.STORE_FILE_ERRORS(): float(self.file_errors),
+            metrics.STORE_FILE_JOBS(): float(self._file_jobs),
+            **{metrics.STORE_FAULTS(fault.value): float(self.faults[fault.value]) for fault in BlockFault},
         }
-        figures["dualpath_store_evicted_blocks_total"] = float(self.evicted_blocks)
-        figures["dualpath_store_file_errors_total"] = float(self.file_errors)
-        figures["dualpath_store_file_jobs_waiting"] = float(self._file_jobs)
-        for fault in BlockFault:
-            figures[f'dualpath_store_faults_total{{cause="{fault.value}"}}'] = float(self.faults[fault.value])
-        return figures
 
     async def settle(self) -> None:
         """Wait until file work queued so far is done."""

@@ -33,6 +33,8 @@ from dualpath.core.vocabulary import (
     RequestId,
     Resubmit,
 )
+from dualpath.spec import metrics
+from dualpath.spec.metrics import Figures
 
 
 class Serving:
@@ -233,10 +235,10 @@ class Serving:
         self.prefixes.unpin(live.request)
         live.end(outcome)
 
-    def gauges(self) -> dict[str, float]:
+    def gauges(self) -> Figures:
         return {
-            "dualpath_requests_live": float(len(self._requests)),
-            "dualpath_stale_messages_total": float(self.stale_messages),
+            metrics.REQUESTS_LIVE(): float(len(self._requests)),
+            metrics.STALE_MESSAGES(): float(self.stale_messages),
             **self.prefixes.gauges(),
         }
 

@@ -19,7 +19,8 @@ from dualpath.kv.layout import KVLayout
 from dualpath.kv.storage import Storage
 from dualpath.kv.store import Store
 from dualpath.thread_names import named_threads
-from dualpath.transfer import BufferPool, TrafficManager
+from dualpath.transfer.pool import BufferPool
+from dualpath.transfer.traffic import TrafficManager
 
 IO_THREADS = 2
 """Threads that read blocks, and as many that write them: enough to keep a NIC busy while one of them verifies a

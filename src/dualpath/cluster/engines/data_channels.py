@@ -9,7 +9,7 @@ import asyncio
 from dualpath.cluster.engines.host import EngineHost
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.thread_names import named_threads
-from dualpath.transfer import Channel, TransferError, connect
+from dualpath.transfer.transport import Channel, TransferError
 
 CONNECT_THREADS = 4
 CONNECT_TIMEOUT_S = 5.0
@@ -65,9 +65,9 @@ class DataChannels:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _connect(self, address: str) -> Channel:
-        return connect(
+        return self._host.transport.connect(
             address,
-            local_traffic=self._host.traffic,
+            self._host.traffic,
             traffic_class=TrafficClass.LOW,
             peer_tag=str(self._host.engine),
             timeout_s=CONNECT_TIMEOUT_S,

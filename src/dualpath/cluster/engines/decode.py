@@ -18,6 +18,8 @@ from dualpath.cluster.engines.host import EngineHost, Owner
 from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, EngineId, Side
 from dualpath.kv.store import StoreError
 from dualpath.model import DecodeEngine, LoadedModel, StepOutput
+from dualpath.spec import metrics
+from dualpath.spec.metrics import Figures
 from dualpath.spec.sampling import SamplingParams
 from dualpath.thread_names import named_threads
 
@@ -59,7 +61,7 @@ class DecodeWorker:
             case m.LoadLeg() | m.StartDecode():
                 attempt = self._attempts.get((message.request, message.attempt))
                 if attempt is None or attempt.aborted or attempt.entered is not None:
-                    self._host.counters["stale_messages"] += 1
+                    self._host.counters[metrics.ENGINE_STALE_MESSAGES()] += 1
                 elif isinstance(message, m.LoadLeg):
                     attempt.loading = self._host.spawn(self._load(attempt, message))
                 else:
@@ -67,7 +69,7 @@ class DecodeWorker:
             case m.AbortAttempt():
                 self._abort(message)
             case m.PeerLost():
-                self._host.server.quiesce(str(message.engine), disconnect=True)
+                self._host.server.quiesce(str(message.engine))
             case _:
                 raise TypeError(f"a decode engine was sent {type(message).__name__}")
 
@@ -158,7 +160,7 @@ class DecodeWorker:
                 self._on_step(outputs)
 
     def _on_step(self, outputs: list[StepOutput]) -> None:
-        self._host.counters["decode_steps"] += 1
+        self._host.counters[metrics.DECODE_STEPS()] += 1
         step = []
         for output in outputs:
             if output.sequence not in self._joined:
@@ -172,7 +174,7 @@ class DecodeWorker:
             if output.finish_reason is not None:
                 self._joined.discard(output.sequence)
                 attempt.end(output.finish_reason)
-        self._host.counters["decode_tokens"] += len(step)
+        self._host.counters[metrics.DECODE_TOKENS()] += len(step)
         if step:
             self._host.send(m.Tokens(step))
 
@@ -201,7 +203,7 @@ class DecodeWorker:
         if attempt is None:
             self._host.send(m.Released(*owner))
         elif attempt.aborted:
-            self._host.counters["stale_messages"] += 1
+            self._host.counters[metrics.ENGINE_STALE_MESSAGES()] += 1
         elif attempt.entered is not None:
             attempt.aborted = True
             self._joined.discard(attempt.sequence)
@@ -227,7 +229,7 @@ class DecodeWorker:
         A peer that hangs with our memory mapped proves nothing until it dies; the pages spend the time until then in
         quarantine. `Released` waits as well, so core goes on to count the blocks as held.
         """
-        quiet = asyncio.wrap_future(self._host.server.quiesce(str(peer), disconnect=True))
+        quiet = asyncio.wrap_future(self._host.server.quiesce(str(peer)))
         if not (await asyncio.wait([quiet], timeout=QUIET_TIMEOUT_S))[0]:
             self._host.pool.quarantine(attempt.owner, list(attempt.pages.values()))
             self._host.log(f"{len(attempt.pages)} pages are quarantined: engine {peer} is not known to be quiet")
@@ -240,11 +242,11 @@ class DecodeWorker:
         self._host.pool.free(attempt.owner, [attempt.pages.pop(block) for block in blocks])
         self._host.send(m.BufferFreed(*attempt.owner, len(blocks)))
 
-    def _gauges(self) -> dict[str, float]:
+    def _gauges(self) -> Figures:
         return {
-            "dualpath_engine_attempts": float(len(self._attempts)),
-            "dualpath_hbm_free_blocks": float(self._engine.free_blocks),
-            "dualpath_decode_running_requests": float(len(self._joined)),
+            metrics.ENGINE_ATTEMPTS(): float(len(self._attempts)),
+            metrics.HBM_FREE_BLOCKS(): float(self._engine.free_blocks),
+            metrics.DECODE_RUNNING_REQUESTS(): float(len(self._joined)),
         }
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from dualpath.core.vocabulary import BLOCK_TOKENS
 from dualpath.kv.keys import BlockKey, Namespace, block_keys
 from dualpath.kv.store import StoreError
 from dualpath.model import DecodeEngine
+from dualpath.spec import metrics
 
 
 class DecodeAttempt:
@@ -98,7 +99,7 @@ class Persister:
         except StoreError as error:
             # Serving goes on without this prefix in storage; the counter and the log say so.
             attempt.storing = False
-            self._host.counters["store_write_errors"] += 1
+            self._host.counters[metrics.STORE_WRITE_ERRORS()] += 1
             self._host.log(f"block {key.hex()} could not be stored: {error}")
             return
         self._host.send(m.Stored([m.StoredBlock(key, parent, physical_bytes)]))

@@ -17,11 +17,14 @@ import zmq.asyncio
 
 from dualpath.cluster import messages as m
 from dualpath.cluster.engines.block_io import BlockIO
-from dualpath.cluster.engines.data_address import data_bind_address
 from dualpath.core.vocabulary import EngineId
 from dualpath.kv.layout import KVLayout
+from dualpath.spec import metrics
+from dualpath.spec.metrics import Figures, Sample
 from dualpath.thread_names import COMPUTE_THREAD, named_threads
-from dualpath.transfer import BufferPool, ChannelServer, TrafficManager
+from dualpath.transfer import TRANSPORTS
+from dualpath.transfer.pool import BufferPool
+from dualpath.transfer.traffic import TrafficManager
 
 JOIN_TIMEOUT_S = 600.0
 """How long an engine waits to be welcomed: for the coordinator to start, or for the first prefill engine to join."""
@@ -40,12 +43,13 @@ class EngineHost:
         self.traffic = TrafficManager(snic_bytes_per_s=cluster.snic_rate, cnic_bytes_per_s=cluster.cnic_rate)
         name = uuid.uuid4().hex[:12]
         self.pool = BufferPool.create(name, layout.full_block_bytes, buffer_blocks)
-        self.server = ChannelServer(self.pool, self.traffic, data_bind_address(cluster, name))
+        self.transport = TRANSPORTS.get(cluster.transport)
+        self.server = self.transport.serve(self.pool, self.traffic, host=cluster.data_host, name=name)
         self.blocks = BlockIO(cluster, layout, self.pool, self.traffic)
         self.compute = named_threads(1, COMPUTE_THREAD)
         self.engine: EngineId | None = None
-        self.counters: Counter[str] = Counter()
-        self.gauge_sources: list[Callable[[], dict[str, float]]] = [self._own_gauges]
+        self.counters: Counter[Sample] = Counter({counter(): 0 for counter in metrics.ENGINE_COUNTERS})
+        self.gauge_sources: list[Callable[[], Figures]] = [self._own_gauges]
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
@@ -116,7 +120,7 @@ class EngineHost:
 
     async def _beat(self) -> None:
         while True:
-            gauges: dict[str, float] = {}
+            gauges: Figures = {}
             for source in self.gauge_sources:
                 gauges |= source()
             self.send(m.Heartbeat(gauges))
@@ -161,20 +165,17 @@ class EngineHost:
 
     # ── gauges ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _own_gauges(self) -> dict[str, float]:
+    def _own_gauges(self) -> Figures:
         pool = self.pool.statistics()
-        figures = {
-            "dualpath_buffer_free_blocks": float(pool.free_pages),
-            "dualpath_buffer_held_blocks": float(pool.held_pages),
-            "dualpath_buffer_quarantined_blocks": float(pool.quarantined_pages),
-            "dualpath_buffer_high_water_blocks": float(pool.high_water_pages),
+        figures: Figures = {
+            metrics.BUFFER_FREE_BLOCKS(): float(pool.free_pages),
+            metrics.BUFFER_HELD_BLOCKS(): float(pool.held_pages),
+            metrics.BUFFER_QUARANTINED_BLOCKS(): float(pool.quarantined_pages),
+            metrics.BUFFER_HIGH_WATER_BLOCKS(): float(pool.high_water_pages),
         }
         traffic = self.traffic.statistics()
         for nic, nic_figures in (("snic", traffic.snic), ("cnic", traffic.cnic)):
             for direction, lane in (("rx", nic_figures.rx), ("tx", nic_figures.tx)):
                 for traffic_class, n_bytes in (("high", lane.high_bytes), ("low", lane.low_bytes)):
-                    labels = f'nic="{nic}",direction="{direction}",traffic_class="{traffic_class}"'
-                    figures[f"dualpath_nic_bytes_total{{{labels}}}"] = float(n_bytes)
-        for name, value in self.counters.items():
-            figures[f"dualpath_{name}_total"] = float(value)
-        return figures
+                    figures[metrics.NIC_BYTES(nic, direction, traffic_class)] = float(n_bytes)
+        return figures | {sample: float(value) for sample, value in self.counters.items()}

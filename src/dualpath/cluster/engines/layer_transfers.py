@@ -15,7 +15,9 @@ import numpy as np
 from dualpath.core.load_plan import ChunkPlan
 from dualpath.core.vocabulary import BLOCK_TOKENS, Side
 from dualpath.kv.layout import KVLayout
-from dualpath.transfer import BufferPool, Channel, Span, TrafficManager
+from dualpath.transfer.pool import BufferPool
+from dualpath.transfer.traffic import TrafficManager
+from dualpath.transfer.transport import Channel, PageRange
 
 TRANSFER_DEADLINE_NS = 60_000_000_000
 """Longest one layer's transfer of one item may take before the attempt is failed."""
@@ -116,15 +118,15 @@ class BatchTransfers:
             return AttemptCancelledError(), None
         if item.channel is None:
             return ConnectionError("no channel to the decode engine"), None
-        spans, local = [], []
+        ranges, local = [], []
         for run in runs:
             start, stop = self._layout.layer_range(layer, run.first_token, run.tokens)
-            spans.append(Span(run.page, start, stop - start))
+            ranges.append(PageRange(run.page, start, stop - start))
             local.append(self._part(rows, run))
         deadline_ns = time.monotonic_ns() + TRANSFER_DEADLINE_NS
         try:
             verb = item.channel.write if write else item.channel.read
-            return None, verb(spans, local, deadline_ns)
+            return None, verb(ranges, local, deadline_ns)
         except Exception as error:  # a closed or overfull channel fails this item alone
             return error, None
 

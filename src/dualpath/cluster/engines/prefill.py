@@ -18,7 +18,9 @@ from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import Cause, Leg, Side
 from dualpath.kv.store import StoreError
 from dualpath.model import LayerIOTimeoutError, LayerwisePrefill, LoadedModel, PrefillItem, PrefillOutput
-from dualpath.transfer import ChannelBusy, TransferCause, TransferError
+from dualpath.spec import metrics
+from dualpath.spec.metrics import Figures
+from dualpath.transfer.transport import ChannelBusy, TransferCause, TransferError
 
 PROBE_HIT_TOKENS = 2048
 PROBE_NEW_TOKENS = 64
@@ -140,7 +142,7 @@ class PrefillWorker:
         attempt = self._attempts.get(owner)
         loads_here = any(leg.side is Side.PE for leg in message.legs)
         if loads_here != (attempt is not None) or (attempt is not None and (attempt.aborted or attempt.start)):
-            self._host.counters["stale_messages"] += 1
+            self._host.counters[metrics.ENGINE_STALE_MESSAGES()] += 1
             return
         if attempt is None:
             attempt = self._attempts[owner] = PrefillAttempt(owner)
@@ -213,7 +215,7 @@ class PrefillWorker:
         return self._prefill.run(items, io)
 
     def _note_batch(self) -> None:
-        self._host.counters["prefill_batches"] += 1
+        self._host.counters[metrics.PREFILL_BATCHES()] += 1
         statistics = self._prefill.statistics
         if statistics is not None:
             self._peak_device_kv_bytes = max(self._peak_device_kv_bytes, statistics.peak_device_kv_bytes)
@@ -221,8 +223,8 @@ class PrefillWorker:
     def _on_chunk(self, chunk: Chunk, attempt: PrefillAttempt, output: PrefillOutput) -> None:
         attempt.busy = False
         self._queue.chunk_done(*attempt.owner)
-        self._host.counters["prefill_chunks"] += 1
-        self._host.counters["prefill_tokens"] += chunk.new_tokens
+        self._host.counters[metrics.PREFILL_CHUNKS()] += 1
+        self._host.counters[metrics.PREFILL_TOKENS()] += chunk.new_tokens
         # A connection that has ended brings nothing more; over one that has not, the rest may still be on its way.
         error = output.error
         attempt.quiet &= not isinstance(error, TransferError) or error.cause is TransferCause.PEER_CLOSED
@@ -264,11 +266,11 @@ class PrefillWorker:
             self._host.pool.free(attempt.owner, attempt.pages)
         del self._attempts[attempt.owner]
 
-    def _gauges(self) -> dict[str, float]:
+    def _gauges(self) -> Figures:
         return {
-            "dualpath_engine_attempts": float(len(self._attempts)),
-            "dualpath_prefill_waiting_tokens": float(self._queue.waiting_tokens),
-            "dualpath_prefill_peak_device_kv_bytes": float(self._peak_device_kv_bytes),
+            metrics.ENGINE_ATTEMPTS(): float(len(self._attempts)),
+            metrics.PREFILL_WAITING_TOKENS(): float(self._queue.waiting_tokens),
+            metrics.PREFILL_PEAK_KV_BYTES(): float(self._peak_device_kv_bytes),
         }
 
     def close(self) -> None:

@@ -9,8 +9,9 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from dualpath.results.file import SnicSample
+from dualpath.spec.metrics import NIC_BYTES
 
-SERIES = "dualpath_nic_bytes_total"
+SERIES = NIC_BYTES.name
 PREFIX = {"prefill": "PE", "decode": "DE"}
 SAMPLE_S = 0.25
 SETTLE_S = 0.6

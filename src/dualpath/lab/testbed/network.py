@@ -21,7 +21,7 @@ from dualpath.lab.testbed import iproute
 from dualpath.lab.testbed.failure import TestbedError
 from dualpath.lab.testbed.plan import NETWORKS, Node, Plan, Rates, host_link, namespace_prefix, rate_of
 from dualpath.lab.testbed.shaping import HIGH_CLASS, LOW_CLASS, Discipline, shaping
-from dualpath.transfer import sweep_dead_pools
+from dualpath.transfer.pool import sweep_dead_pools
 
 STATE_DIRECTORY = Path("/run/dualpath-testbed")
 KILL_S = 5.0

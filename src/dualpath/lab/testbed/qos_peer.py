@@ -27,7 +27,11 @@ import msgspec
 import numpy as np
 
 from dualpath.core.vocabulary import TrafficClass
-from dualpath.transfer import BufferPool, Channel, ChannelServer, Span, TrafficManager, connect
+from dualpath.transfer.pool import BufferPool
+from dualpath.transfer.traffic import TrafficManager
+from dualpath.transfer.transport import PageRange
+from dualpath.transfer.transports.framed.channel import FramedChannel
+from dualpath.transfer.transports.tcp import TcpTransport
 
 MESSAGE_BYTES = 4096
 BLOCK_BYTES = 1 << 20
@@ -68,7 +72,7 @@ class Address(msgspec.Struct, frozen=True):
     address: str
 
 
-def ping(channel: Channel, order: Order) -> RoundTrips:
+def ping(channel: FramedChannel, order: Order) -> RoundTrips:
     """Messages of the high class, one at a time."""
     payload = bytes(MESSAGE_BYTES)
     times_ns: list[int] = []
@@ -83,17 +87,17 @@ def ping(channel: Channel, order: Order) -> RoundTrips:
     return RoundTrips(len(times_ns), p50_ns / 1e3, p99_ns / 1e3, bytes_per_s)
 
 
-def bulk(channels: list[Channel], order: Order) -> Moved:
+def bulk(channels: list[FramedChannel], order: Order) -> Moved:
     """Writes of whole blocks of the low class, as fast as they go."""
     block = np.zeros(BLOCK_BYTES, dtype=np.uint8)
-    flows: list[tuple[int, Channel, deque[Future[int]]]] = [(n, one, deque()) for n, one in enumerate(channels)]
+    flows: list[tuple[int, FramedChannel, deque[Future[int]]]] = [(n, one, deque()) for n, one in enumerate(channels)]
     began = time.monotonic()
     moved_bytes = 0
     while time.monotonic() - began < order.seconds:
         for page, channel, flying in flows:
             while len(flying) < IN_FLIGHT:
                 deadline_ns = time.monotonic_ns() + OP_TIMEOUT_NS
-                flying.append(channel.write([Span(page, 0, BLOCK_BYTES)], [block], deadline_ns))
+                flying.append(channel.write([PageRange(page, 0, BLOCK_BYTES)], [block], deadline_ns))
         for _, _, flying in flows:
             n_bytes = flying.popleft().result()
             if time.monotonic() - began > order.skip_s:
@@ -107,7 +111,7 @@ def bulk(channels: list[Channel], order: Order) -> Moved:
 
 def _serve(host: str) -> None:
     pool = BufferPool.create(uuid.uuid4().hex[:12], BLOCK_BYTES, FLOWS)
-    server = ChannelServer(pool, TrafficManager(), f"tcp://{host}:0")
+    server = TcpTransport().serve(pool, TrafficManager(), host=host, name="qos")
     try:
         _answer(Address(server.address))
         sys.stdin.read()
@@ -117,11 +121,11 @@ def _serve(host: str) -> None:
 
 
 def _client(
-    address: str, traffic_class: TrafficClass, flows: int, do: Callable[[list[Channel], Order], object]
+    address: str, traffic_class: TrafficClass, flows: int, do: Callable[[list[FramedChannel], Order], object]
 ) -> None:
-    traffic = TrafficManager()
+    transport, traffic = TcpTransport(), TrafficManager()
     channels = [
-        connect(address, local_traffic=traffic, traffic_class=traffic_class, peer_tag=f"{traffic_class.name} {n}")
+        transport.connect(address, traffic, traffic_class=traffic_class, peer_tag=f"{traffic_class.name} {n}")
         for n in range(flows)
     ]
     try:

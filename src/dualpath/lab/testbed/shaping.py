@@ -12,7 +12,7 @@ from typing import Literal
 Discipline = Literal["classes", "fifo"]
 HIGH_SHARE = 0.99
 HIGH_TOS = 0xB8
-"""DSCP EF, as `dualpath.transfer.tcp` marks its high class."""
+"""DSCP EF, as `dualpath.transfer.transports.tcp` marks its high class."""
 TOS_MASK = 0xFC
 HIGH_CLASS = "1:10"
 LOW_CLASS = "1:20"

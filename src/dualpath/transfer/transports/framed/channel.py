@@ -1,10 +1,10 @@
-"""The side of a channel that posts operations: the threads and checks that both kinds of channel share.
+"""The side of a channel that posts operations: the threads and checks that both our transports share.
 
 Theory of operation
 -------------------
 Two threads serve a channel. The *poster* takes operations first-in first-out, sends their headers and the chunks of
 writes; the *collector* receives what the server says and the chunks of reads, and ends operations at their deadlines.
-Each charges this engine's CNIC (tx and rx) for a chunk before it touches it. `operation.py` says who may touch what.
+Each charges this engine's CNIC (tx and rx) for a chunk before it touches it. `operations.py` says who may touch what.
 
 The channel breaks when the stream ends, when the server says something impossible, or on `close`: every operation ends
 then, and the stream is shut down only when no thread of ours touches memory any more. A server that sees our end of the
@@ -15,29 +15,28 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-import numpy as np
-
 from dualpath.core.vocabulary import TrafficClass
-from dualpath.transfer.channel import Span, TransferCause, TransferError, check_spans
-from dualpath.transfer.operation import Operation, OperationTable, late_error
 from dualpath.transfer.pool import Bytes
-from dualpath.transfer.stream import Stream, StreamClosed, advance
 from dualpath.transfer.traffic import DeadlineExceeded, TrafficManager
-from dualpath.transfer.wire import (
+from dualpath.transfer.transport import PageRange, TransferCause, TransferError, check_operation
+from dualpath.transfer.transports.framed.frames import (
     CAUSES,
     HEADER_BYTES,
     MAX_PING_BYTES,
-    MAX_SPANS,
     Frame,
     FrameKind,
     ProtocolError,
+    Stream,
+    StreamClosed,
     Welcome,
-    pack_spans,
+    advance,
+    pack_ranges,
     unpack,
 )
+from dualpath.transfer.transports.framed.operations import Operation, OperationTable, late_error
 
 
-class SocketChannel:
+class FramedChannel:
     """`Channel` over a stream. A subclass says how payload travels."""
 
     def __init__(
@@ -62,20 +61,18 @@ class SocketChannel:
         return self._table.broken is None
 
     @property
-    def traffic_class(self) -> TrafficClass:
-        return self._class
-
-    @property
     def ops_in_flight(self) -> int:
+        """Operations posted whose last word from the peer is still to come, ended at their deadline or not."""
         return len(self._table)
 
-    def read(self, remote: Sequence[Span], local: Sequence[Bytes], deadline_ns: int) -> "Future[int]":
+    def read(self, remote: Sequence[PageRange], local: Sequence[Bytes], deadline_ns: int) -> "Future[int]":
         return self._submit(Operation(FrameKind.READ, remote, local, b"", deadline_ns), local)
 
-    def write(self, remote: Sequence[Span], local: Sequence[Bytes], deadline_ns: int) -> "Future[int]":
+    def write(self, remote: Sequence[PageRange], local: Sequence[Bytes], deadline_ns: int) -> "Future[int]":
         return self._submit(Operation(FrameKind.WRITE, remote, local, b"", deadline_ns), local)
 
     def ping(self, payload: bytes, deadline_ns: int) -> "Future[bytes]":
+        """Send up to 64 KiB to the peer and back: what a message of this class takes (`benchmarks`, `lab.testbed`)."""
         op = Operation(FrameKind.PING, (), (), bytes(payload), deadline_ns)
         if op.total_bytes > MAX_PING_BYTES:
             text = f"a ping of {op.total_bytes} bytes is beyond {MAX_PING_BYTES}"
@@ -114,29 +111,18 @@ class SocketChannel:
 
     def _submit(self, op: Operation, local: Sequence[Bytes]) -> "Future[int]":
         try:
-            self._check(op, local)
+            shape = self._welcome.page_bytes, self._welcome.pages
+            check_operation(op.ranges, local, *shape, writes_local=op.kind is FrameKind.READ)
         except TransferError as error:
             op.future.set_exception(error)
             return op.future
         if op.total_bytes == 0:
             op.future.set_result(0)
+        elif op.deadline_ns <= self._traffic.clock():  # the collector might expire it too late
+            op.future.set_exception(late_error(op))
         else:
             self._table.add(op)
         return op.future
-
-    def _check(self, op: Operation, local: Sequence[Bytes]) -> None:
-        if len(op.spans) != len(local) or len(local) > MAX_SPANS:
-            text = f"{len(op.spans)} spans beside {len(local)} arrays; give as many, and at most {MAX_SPANS}"
-            raise TransferError(TransferCause.BAD_DESCRIPTOR, text)
-        check_spans(op.spans, self._welcome.page_bytes, self._welcome.pages)
-        for index, (span, array) in enumerate(zip(op.spans, local, strict=True)):
-            fits = array.dtype == np.uint8 and array.shape == (span.n_bytes,) and array.flags.c_contiguous
-            if not fits or (op.kind is FrameKind.READ and not array.flags.writeable):
-                raise TransferError(
-                    TransferCause.BAD_DESCRIPTOR,
-                    f"array {index} ({array.dtype}, shape {array.shape}, writeable {array.flags.writeable}) must be "
-                    f"{span.n_bytes} contiguous uint8 in one dimension, and writeable to read into",
-                )
 
     def _post_all(self) -> None:
         while (op := self._table.next_queued()) is not None:
@@ -147,14 +133,14 @@ class SocketChannel:
                     self._table.forget(op)
                 continue
             self._prepare(op)
-            self._stream.send(self._opening(op), [pack_spans(op.spans)])
+            self._stream.send(self._opening(op), [pack_ranges(op.ranges)])
             if op.kind is FrameKind.WRITE and not self._post_chunks(op):
                 self._stream.send(Frame(FrameKind.ABORT, op.number))
                 self._table.forget(op)
 
     def _opening(self, op: Operation) -> Frame:
         timeout_ns = max(op.deadline_ns - self._traffic.clock(), 0)
-        return Frame(op.kind, op.number, op.total_bytes, len(op.spans), timeout_ns=timeout_ns)
+        return Frame(op.kind, op.number, op.total_bytes, len(op.ranges), timeout_ns=timeout_ns)
 
     def _post_chunks(self, op: Operation) -> bool:
         """Send a write's payload; False when it ended before all of it was sent."""

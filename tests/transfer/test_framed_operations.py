@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpath.transfer import ChannelBusy, Span, TransferCause, TransferError
-from dualpath.transfer.operation import Operation, OperationTable
-from dualpath.transfer.wire import FrameKind
+from dualpath.transfer.transport import ChannelBusy, PageRange, TransferCause, TransferError
+from dualpath.transfer.transports.framed.frames import FrameKind
+from dualpath.transfer.transports.framed.operations import Operation, OperationTable
 
 LOST = TransferError(TransferCause.PEER_CLOSED, "lost")
 
 
 def operation(deadline_ns: int = 100) -> Operation:
-    return Operation(FrameKind.READ, [Span(0, 0, 4)], [np.zeros(4, np.uint8)], b"", deadline_ns)
+    return Operation(FrameKind.READ, [PageRange(0, 0, 4)], [np.zeros(4, np.uint8)], b"", deadline_ns)
 
 
 def table_with(*ops: Operation, max_ops: int = 8) -> OperationTable:

@@ -1,10 +1,10 @@
-"""What channels do when something goes wrong: deadlines, deaths, nonsense, and the proof that a peer is quiet."""
+"""What only our transports over sockets do: frames, a server that trusts nobody, counts, addresses, and what a future
+waits for when a peer stalls in the middle of a chunk.
+"""
 
 import contextlib
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,47 +12,41 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from channel_pair import PAGE_BYTES, PAGES, Pair, deadline_ns
+from channel_pair import PAGE_BYTES, PAGES, SLOW, WAIT_S, WHOLE, Pair, deadline_ns, random_bytes, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_conformance import SERVER, WRITER, cause_of, child
 
 from dualpath.core.vocabulary import TrafficClass
-from dualpath.transfer import Span, TrafficManager, TransferCause, TransferError, connect
-from dualpath.transfer.channel import Address
-from dualpath.transfer.stream import Stream, StreamClosed
-from dualpath.transfer.wire import CAUSES, VERSION, Frame, FrameKind, Hello, Welcome, pack_spans
+from dualpath.transfer.traffic import TrafficManager
+from dualpath.transfer.transport import PageRange, TransferCause, TransferError
+from dualpath.transfer.transports.framed.frames import (
+    CAUSES,
+    VERSION,
+    Frame,
+    FrameKind,
+    Hello,
+    Stream,
+    StreamClosed,
+    Welcome,
+    pack_ranges,
+)
+from dualpath.transfer.transports.shm import SharedMemoryTransport
+from dualpath.transfer.transports.tcp import TOS, TcpTransport
 
-LOW = TrafficClass.LOW
-WAIT_S = 30
-SLOW = 1_000_000
-WHOLE = Span(0, 0, PAGE_BYTES)
+TRANSPORT_NAMES = ("shm", "tcp")
+HIGH, LOW = TrafficClass.HIGH, TrafficClass.LOW
 
 
-def cause_of(future) -> TransferCause:
-    with pytest.raises(TransferError) as failure:
-        future.result(WAIT_S)
-    return failure.value.cause
-
-
-def until(condition, what: str) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"still not: {what}")
+def connect(address, **options):
+    return TcpTransport().connect(address, TrafficManager(), traffic_class=LOW, peer_tag="pe0", **options)
 
 
 class RawPeer:
     """Speaks frames by hand, to say what our channels never would."""
 
-    def __init__(self, address: str, tag: str = "raw") -> None:
-        parsed = Address.parse(address)
-        if parsed.path:
-            connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connected.connect(parsed.path)
-        else:
-            connected = socket.create_connection((parsed.host, parsed.port))
-        self.socket = connected
+    def __init__(self, pair: Pair, tag: str = "raw") -> None:
+        self.socket = connected = pair.transport.dial(pair.server.address, LOW, WAIT_S)
         self.stream = Stream(connected, time.monotonic_ns)
         if tag:
             body = msgspec.msgpack.encode(Hello(VERSION, tag, LOW))
@@ -64,10 +58,10 @@ class RawPeer:
         assert frame.kind is kind
         return frame
 
-    def open(self, kind: FrameKind, op: int, spans: list[Span], timeout_s: float = 30) -> None:
-        total_bytes = sum(span.n_bytes for span in spans)
-        frame = Frame(kind, op, total_bytes, len(spans), timeout_ns=int(timeout_s * 1e9))
-        self.stream.send(frame, [pack_spans(spans)])
+    def open(self, kind: FrameKind, op: int, ranges: list[PageRange], timeout_s: float = 30) -> None:
+        total_bytes = sum(one.n_bytes for one in ranges)
+        frame = Frame(kind, op, total_bytes, len(ranges), timeout_ns=int(timeout_s * 1e9))
+        self.stream.send(frame, [pack_ranges(ranges)])
 
     def chunk(self, op: int, payload: bytes, inline: bool) -> None:
         self.stream.send(Frame(FrameKind.DATA, op, len(payload)), [payload] if inline else [])
@@ -100,7 +94,7 @@ def test_deadline_ends_an_operation_and_the_channel_goes_on(pair, verb, slow_sid
     after = local.copy()
     local_again = np.zeros(1_000, np.uint8)
     pair.pool.view(1)[:1_000] = 9
-    assert channel.read([Span(1, 0, 1_000)], [local_again], deadline_ns()).result(WAIT_S) == 1_000
+    assert channel.read([PageRange(1, 0, 1_000)], [local_again], deadline_ns()).result(WAIT_S) == 1_000
     assert np.all(local_again == 9)
     until(lambda: channel.ops_in_flight == 0, "the late operation's last frame has come")
     assert np.array_equal(local, after)
@@ -112,7 +106,7 @@ def test_an_operation_that_waits_behind_a_long_one_ends_at_its_own_deadline(pair
     channel = pair.connect()
     source = np.full(PAGE_BYTES, 7, np.uint8)
     long = channel.write([WHOLE], [source], deadline_ns())
-    short = channel.write([Span(1, 0, 100)], [source[:100]], deadline_ns(0.05))
+    short = channel.write([PageRange(1, 0, 100)], [source[:100]], deadline_ns(0.05))
     assert cause_of(short) is TransferCause.DEADLINE
     assert not long.done(), "the short one did not wait for the long one"
     assert long.result(WAIT_S) == PAGE_BYTES
@@ -148,17 +142,17 @@ def silent():
 
 
 def test_memory_of_a_write_to_a_stalled_peer_is_the_callers_again_at_the_deadline(silent):
-    channel = connect(silent.address, local_traffic=TrafficManager(), traffic_class=LOW, peer_tag="pe0")
+    channel = connect(silent.address)
     silent.thread.join()
     channel._stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
     total_bytes = 8 << 20
     memory = np.full(total_bytes, 0x11, np.uint8)
-    future = channel.write([Span(0, 0, total_bytes)], [memory], deadline_ns(0.3))
+    future = channel.write([PageRange(0, 0, total_bytes)], [memory], deadline_ns(0.3))
     assert cause_of(future) is TransferCause.DEADLINE
     memory[:] = 0xEE
     received = []
     opening = silent.stream.receive_frame(deadline_ns())
-    silent.stream.receive_bytes(opening.spans * 24)
+    silent.stream.receive_bytes(opening.ranges * 24)
     while (frame := silent.stream.receive_frame(deadline_ns())).kind is FrameKind.DATA:
         received.append(silent.stream.receive_bytes(frame.n_bytes, deadline_ns()))
     assert frame == Frame(FrameKind.ABORT, opening.op)
@@ -172,10 +166,10 @@ def test_memory_of_a_write_to_a_stalled_peer_is_the_callers_again_at_the_deadlin
 
 
 def test_memory_of_a_read_that_stalls_in_a_chunk_is_the_callers_again_at_the_deadline(silent):
-    channel = connect(silent.address, local_traffic=TrafficManager(), traffic_class=LOW, peer_tag="pe0")
+    channel = connect(silent.address)
     silent.thread.join()
     memory = np.zeros(1_000, np.uint8)
-    future = channel.read([Span(0, 0, 1_000)], [memory], deadline_ns(0.3))
+    future = channel.read([PageRange(0, 0, 1_000)], [memory], deadline_ns(0.3))
     opening = silent.stream.receive_frame(deadline_ns())
     assert opening.kind is FrameKind.READ
     assert 0 < opening.timeout_ns <= 300_000_000
@@ -205,9 +199,9 @@ def test_memory_of_a_read_that_stalls_in_a_chunk_is_the_callers_again_at_the_dea
     ],
 )
 def test_a_server_that_answers_nonsense_breaks_the_channel_not_the_engine(silent, nonsense):
-    channel = connect(silent.address, local_traffic=TrafficManager(), traffic_class=LOW, peer_tag="pe0")
+    channel = connect(silent.address)
     silent.thread.join()
-    future = channel.read([Span(0, 0, 1_000)], [np.zeros(1_000, np.uint8)], deadline_ns())
+    future = channel.read([PageRange(0, 0, 1_000)], [np.zeros(1_000, np.uint8)], deadline_ns())
     silent.stream.receive_frame(deadline_ns())
     silent.stream.send(nonsense, [bytes(nonsense.n_bytes)])
     assert cause_of(future) is TransferCause.PROTOCOL
@@ -219,7 +213,7 @@ def test_connecting_to_what_never_answers_ends_in_time():
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(TransferError, match="did not answer in time") as failure:
-            connect(address, local_traffic=TrafficManager(), traffic_class=LOW, peer_tag="pe0", timeout_s=0.1)
+            connect(address, timeout_s=0.1)
         assert failure.value.cause is TransferCause.PEER_CLOSED
 
 
@@ -228,13 +222,13 @@ def test_connecting_to_what_never_answers_ends_in_time():
 
 def test_server_refuses_bad_descriptors_by_an_error_and_goes_on(pair, raw_peers):
     server = pair.serve()
-    peer = raw_peers(server.address)
+    peer = raw_peers(pair)
     before = [pair.pool.view(page).copy() for page in range(PAGES)]
-    peer.open(FrameKind.READ, 1, [Span(PAGES, 0, 10)])
+    peer.open(FrameKind.READ, 1, [PageRange(PAGES, 0, 10)])
     error = peer.receive(FrameKind.ERROR)
     assert (error.op, CAUSES[error.cause]) == (1, TransferCause.BAD_DESCRIPTOR)
     assert b"page 12" in peer.stream.receive_bytes(error.n_bytes)
-    peer.open(FrameKind.WRITE, 2, [Span(0, PAGE_BYTES - 1, 2_000)])
+    peer.open(FrameKind.WRITE, 2, [PageRange(0, PAGE_BYTES - 1, 2_000)])
     peer.chunk(2, b"\x33" * 1_500, pair.kind == "tcp")
     peer.chunk(2, b"\x33" * 500, pair.kind == "tcp")
     error = peer.receive(FrameKind.ERROR)
@@ -249,23 +243,23 @@ def test_server_refuses_bad_descriptors_by_an_error_and_goes_on(pair, raw_peers)
 
 
 def frames_no_peer_sends() -> list[bytes]:
-    spans = pack_spans([Span(0, 0, 10)])
+    ranges = pack_ranges([PageRange(0, 0, 10)])
     return [
         b"GET / HTTP/1.1\r\nHost: engine\r\n\r\n" + bytes(40),
-        Frame(FrameKind.WRITE, 1, 10**12, 1).pack() + spans,
-        Frame(FrameKind.WRITE, 0, 10, 1).pack() + spans,
+        Frame(FrameKind.WRITE, 1, 10**12, 1).pack() + ranges,
+        Frame(FrameKind.WRITE, 0, 10, 1).pack() + ranges,
         Frame(FrameKind.READ, 1, 0, 0).pack(),
         Frame(FrameKind.READ, 1, 10, 70_000).pack(),
         Frame(FrameKind.DATA, 77, 10).pack() + bytes(10),
-        Frame(FrameKind.WRITE, 5, 10, 1).pack() + spans + Frame(FrameKind.DATA, 5, 11).pack() + bytes(11),
+        Frame(FrameKind.WRITE, 5, 10, 1).pack() + ranges + Frame(FrameKind.DATA, 5, 11).pack() + bytes(11),
         Frame(FrameKind.DATA, 5, 1 << 40).pack(),
         Frame(FrameKind.ABORT, 3).pack(),
         Frame(FrameKind.PONG, 3).pack(),
         Frame(FrameKind.HELLO, n_bytes=3).pack() + b"abc",
         Frame(FrameKind.PING, 3, 1 << 20).pack(),
         Frame(FrameKind.ERROR, 3, cause=200).pack(),
-        (Frame(FrameKind.WRITE, 5, 10, 1).pack() + spans) * 2,
-        b"".join(Frame(FrameKind.WRITE, op, 10, 1).pack() + spans for op in range(1, 5_000)),
+        (Frame(FrameKind.WRITE, 5, 10, 1).pack() + ranges) * 2,
+        b"".join(Frame(FrameKind.WRITE, op, 10, 1).pack() + ranges for op in range(1, 5_000)),
     ]
 
 
@@ -274,7 +268,7 @@ def frames_no_peer_sends() -> list[bytes]:
 def test_a_peer_that_talks_nonsense_is_counted_and_closed(pair, raw_peers, said, tag):
     server = pair.serve()
     good = pair.connect()
-    peer = raw_peers(server.address, tag=tag)
+    peer = raw_peers(pair, tag=tag)
     peer.socket.setblocking(True)
     peer.socket.settimeout(WAIT_S)
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
@@ -292,7 +286,7 @@ def test_a_peer_that_talks_nonsense_is_counted_and_closed(pair, raw_peers, said,
 @given(said=st.binary(min_size=1, max_size=200), greeted=st.booleans())
 def test_random_bytes_do_not_bring_a_server_down(pair, said, greeted):
     server = pair.server or pair.serve()
-    peer = RawPeer(server.address, tag="raw" if greeted else "")
+    peer = RawPeer(pair, tag="raw" if greeted else "")
     peer.socket.setblocking(True)
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
         peer.socket.sendall(said)
@@ -309,40 +303,40 @@ def test_random_bytes_do_not_bring_a_server_down(pair, said, greeted):
 
 def test_quiesce_of_a_peer_with_nothing_in_flight_is_done_at_once(pair):
     server = pair.serve()
-    assert server.quiesce("nobody").done()
+    assert server.quiesce("nobody", disconnect=False).done()
     pair.connect(peer_tag="pe0").ping(b"", deadline_ns()).result(WAIT_S)
-    assert server.quiesce("pe0").done()
+    assert server.quiesce("pe0", disconnect=False).done()
 
 
 def test_quiesce_waits_for_what_is_in_flight_and_not_for_what_comes_later(pair, raw_peers):
     server = pair.serve()
     inline = pair.kind == "tcp"
-    peer = raw_peers(server.address, tag="pe0")
-    peer.open(FrameKind.WRITE, 1, [Span(0, 0, 100)])
+    peer = raw_peers(pair, tag="pe0")
+    peer.open(FrameKind.WRITE, 1, [PageRange(0, 0, 100)])
     until(lambda: server.statistics().ops_in_flight == 1, "the write is open")
-    barrier = server.quiesce("pe0")
-    peer.open(FrameKind.WRITE, 2, [Span(1, 0, 100)])
+    barrier = server.quiesce("pe0", disconnect=False)
+    peer.open(FrameKind.WRITE, 2, [PageRange(1, 0, 100)])
     until(lambda: server.statistics().ops_in_flight == 2, "the second write is open")
-    assert server.quiesce("pe1").done()
+    assert server.quiesce("pe1", disconnect=False).done()
     peer.chunk(1, b"a" * 60, inline)
     assert not barrier.done()
     peer.chunk(1, b"a" * 40, inline)
     barrier.result(WAIT_S)
     assert server.statistics().ops_in_flight == 1
-    second = server.quiesce("pe0")
+    second = server.quiesce("pe0", disconnect=False)
     assert not second.done()
     peer.stream.send(Frame(FrameKind.ABORT, 2))
     second.result(WAIT_S)
 
 
-def test_a_read_over_shared_memory_is_over_when_the_reader_says_so(tmp_path, raw_peers):
-    pair = Pair("shm", tmp_path)
+def test_a_read_over_shared_memory_is_over_when_the_reader_says_so(raw_peers):
+    pair = Pair("shm")
     try:
         server = pair.serve()
-        peer = raw_peers(server.address, tag="pe0")
-        peer.open(FrameKind.READ, 1, [Span(0, 0, 100)])
+        peer = raw_peers(pair, tag="pe0")
+        peer.open(FrameKind.READ, 1, [PageRange(0, 0, 100)])
         assert peer.receive(FrameKind.DATA).n_bytes == 100
-        barrier = server.quiesce("pe0")
+        barrier = server.quiesce("pe0", disconnect=False)
         assert not barrier.done()
         peer.stream.send(Frame(FrameKind.DONE, 1))
         barrier.result(WAIT_S)
@@ -357,7 +351,7 @@ def test_disconnecting_a_peer_ends_its_operations_and_proves_it_quiet(pair):
     source = np.full(PAGE_BYTES, 5, np.uint8)
     future = channel.write([WHOLE], [source], deadline_ns())
     until(lambda: server.statistics().ops_in_flight == 1, "the write is open")
-    server.quiesce("pe0", disconnect=True).result(WAIT_S)
+    server.quiesce("pe0").result(WAIT_S)
     snapshot = pair.pool.view(0).copy()
     assert cause_of(future) is TransferCause.PEER_CLOSED
     channel.close()
@@ -365,14 +359,14 @@ def test_disconnecting_a_peer_ends_its_operations_and_proves_it_quiet(pair):
     assert bystander.ping(b"", deadline_ns()).result(WAIT_S) == b""
 
 
-def test_a_peer_that_never_lets_go_of_shared_memory_is_not_called_quiet(tmp_path, raw_peers):
-    pair = Pair("shm", tmp_path)
+def test_a_peer_that_never_lets_go_of_shared_memory_is_not_called_quiet(raw_peers):
+    pair = Pair("shm")
     try:
         server = pair.serve()
-        peer = raw_peers(server.address, tag="pe0")
-        peer.open(FrameKind.WRITE, 1, [Span(0, 0, 100)])
+        peer = raw_peers(pair, tag="pe0")
+        peer.open(FrameKind.WRITE, 1, [PageRange(0, 0, 100)])
         until(lambda: server.statistics().ops_in_flight == 1, "the write is open")
-        barrier = server.quiesce("pe0", disconnect=True)
+        barrier = server.quiesce("pe0")
         with pytest.raises(StreamClosed):
             peer.stream.receive_frame(deadline_ns())
         assert not barrier.done()
@@ -382,73 +376,15 @@ def test_a_peer_that_never_lets_go_of_shared_memory_is_not_called_quiet(tmp_path
         pair.close()
 
 
-# ── Deaths ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-SERVER = """
-import sys
-from dualpath.transfer import BufferPool, ChannelServer, TrafficManager
-pool = BufferPool.create("victim", 8 << 20, 2)
-pool.view(0)[:] = 0x11
-server = ChannelServer(pool, TrafficManager(cnic_bytes_per_s=4_000_000), sys.argv[1])
-print(pool.path, server.address, flush=True)
-sys.stdin.read()
-"""
-
-WRITER = """
-import sys, time
-import numpy as np
-from dualpath.core.vocabulary import TrafficClass
-from dualpath.transfer import Span, TrafficManager, connect
-traffic = TrafficManager(cnic_bytes_per_s=int(sys.argv[2]))
-channel = connect(sys.argv[1], local_traffic=traffic, traffic_class=TrafficClass.LOW, peer_tag="victim")
-source = np.full(int(sys.argv[3]), 0x11, np.uint8)
-future = channel.write([Span(0, 0, len(source))], [source], time.monotonic_ns() + 60_000_000_000)
-print("posted", flush=True)
-sys.stdin.read()
-"""
+# ── What an initiator that was killed leaves ─────────────────────────────────────────────────────────────────────────
 
 
-@contextlib.contextmanager
-def child(script: str, *args: str):
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
-@pytest.mark.parametrize("verb", ["read", "write"])
-def test_peer_killed_in_the_middle_fails_the_future_and_nothing_is_touched_afterwards(kind, verb, tmp_path):
-    address = f"shm:{tmp_path}/victim.sock" if kind == "shm" else "tcp://127.0.0.1:0"
-    with child(SERVER, address) as server:
-        path, address = server.stdout.readline().split()
-        try:
-            channel = connect(address, local_traffic=TrafficManager(), traffic_class=LOW, peer_tag="pe0")
-            memory = np.zeros(8 << 20, np.uint8)
-            future = getattr(channel, verb)([Span(0, 0, 8 << 20)], [memory], deadline_ns())
-            if verb == "read":
-                until(lambda: memory[0] == 0x11, "the first chunk has come")
-            server.send_signal(signal.SIGKILL)
-            assert cause_of(future) is TransferCause.PEER_CLOSED
-            after = memory.copy()
-            channel.close()
-            assert not channel.is_open
-            assert np.array_equal(memory, after)
-            assert (memory == 0x11).sum() < memory.size
-        finally:
-            Path(path).unlink(missing_ok=True)
-
-
-def test_initiator_killed_in_the_middle_of_a_write_becomes_quiet(pair):
+def test_an_initiator_killed_in_a_write_is_waited_for_without_being_disconnected(pair):
     server = pair.serve()
-    with child(WRITER, server.address, "1000000", str(PAGE_BYTES)) as writer:
+    with child(WRITER, pair.kind, server.address, str(SLOW), str(PAGE_BYTES)) as writer:
         assert writer.stdout.readline() == "posted\n"
         until(lambda: pair.pool.view(0)[0] == 0x11, "the first chunk has come")
-        barrier = server.quiesce("victim")
+        barrier = server.quiesce("victim", disconnect=False)
         assert not barrier.done()
         writer.send_signal(signal.SIGKILL)
         barrier.result(WAIT_S)
@@ -459,23 +395,65 @@ def test_initiator_killed_in_the_middle_of_a_write_becomes_quiet(pair):
         assert server.statistics().protocol_errors == 0
 
 
-def test_server_socket_left_by_a_killed_server_is_replaced(tmp_path):
-    address = f"shm:{tmp_path}/victim.sock"
-    with child(SERVER, address) as server:
-        path, _ = server.stdout.readline().split()
-        server.send_signal(signal.SIGKILL)
-        server.wait(WAIT_S)
-        Path(path).unlink(missing_ok=True)
-    pair = Pair("shm", tmp_path)
+# ── Addresses ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_reconnect_after_the_server_restarted_at_its_address(pair):
+    address = pair.serve().address
+    first = pair.connect()
+    assert first.ping(b"1", deadline_ns()).result(WAIT_S) == b"1"
+    pair.server.close()
+    assert cause_of(first.ping(b"2", deadline_ns())) is TransferCause.PEER_CLOSED
+    with pytest.raises(TransferError, match="cannot connect"):
+        pair.connect()
+    pair.serve(address)
+    assert pair.connect().ping(b"3", deadline_ns()).result(WAIT_S) == b"3"
+    assert not first.is_open
+    with pytest.raises(OSError, match="cannot listen at"):
+        type(pair.server)(pair.transport, pair.pool, pair.traffic, address)
+
+
+def test_server_socket_left_by_a_killed_server_is_replaced():
+    pair = Pair("shm")
     try:
+        with child(SERVER, "shm") as server:
+            address = server.stdout.readline().strip()
+            server.send_signal(signal.SIGKILL)
+            server.wait(WAIT_S)
+        assert Path(address.removeprefix("shm:")).is_socket()
         pair.serve(address)
         assert pair.connect().ping(b"", deadline_ns()).result(WAIT_S) == b""
     finally:
         pair.close()
 
 
-def test_a_shm_peer_whose_pool_is_gone_is_told_so(tmp_path):
-    pair = Pair("shm", tmp_path)
+@pytest.mark.parametrize("address", ["tcp://host", "tcp://:1", "tcp://host:x", "tcp://host:1/path", "http://host:1"])
+def test_tcp_addresses_say_what_one_looks_like(address):
+    with pytest.raises(ValueError, match=r"is no address of transport tcp; one is tcp://10"):
+        connect(address)
+
+
+def test_where_nobody_can_listen(tmp_path):
+    for address, complaint in (
+        ("shm:", "is no address of transport shm; one is shm:"),
+        (f"shm:/{'x' * 120}", "107 bytes"),
+        (f"shm:{tmp_path}/missing/x.sock", "cannot listen at shm:"),
+    ):
+        with pytest.raises((OSError, ValueError), match=complaint):
+            SharedMemoryTransport().listen(address)
+    with pytest.raises(ValueError, match="peers are given this address"):
+        TcpTransport().listen("tcp://0.0.0.0:0")
+
+
+def test_a_host_of_ipv6_is_an_address_too():
+    listener, address = TcpTransport().listen(TcpTransport().bind_address("::1", ""))
+    with contextlib.closing(listener):
+        assert address == f"tcp://[::1]:{listener.getsockname()[1]}"
+        TcpTransport().dial(address, LOW, WAIT_S).close()
+
+
+def test_a_shm_peer_whose_pool_is_gone_is_told_so():
+    pair = Pair("shm")
     try:
         pair.serve()
         pair.pool.path.unlink()
@@ -485,19 +463,60 @@ def test_a_shm_peer_whose_pool_is_gone_is_told_so(tmp_path):
         pair.close()
 
 
-def test_idle_threads_sleep_until_something_happens(pair):
-    """Context switches are counted, not time: a thread that polls in a loop has some, one that waits has none."""
+# ── Counts and bounds ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_byte_that_leaves_one_nic_enters_the_other_in_its_class(pair):
+    pair.serve(cnic_bytes_per_s=500_000_000)
+    low, high = pair.connect(LOW), pair.connect(HIGH)
+    local = [random_bytes(PAGE_BYTES), random_bytes(1_000)]
+    low.write([WHOLE, PageRange(1, 5, 1_000)], local, deadline_ns()).result(WAIT_S)
+    low.read([WHOLE], local[:1], deadline_ns()).result(WAIT_S)
+    high.read([PageRange(1, 5, 1_000)], local[1:], deadline_ns()).result(WAIT_S)
+    high.ping(b"x" * 77, deadline_ns()).result(WAIT_S)
+    ours, theirs = pair.traffic.statistics().cnic, pair.server_traffic.statistics().cnic
+    assert (ours.tx.low_bytes, ours.tx.high_bytes) == (PAGE_BYTES + 1_000, 77)
+    assert (ours.rx.low_bytes, ours.rx.high_bytes) == (PAGE_BYTES, 1_000 + 77)
+    assert (theirs.rx.low_bytes, theirs.rx.high_bytes) == (ours.tx.low_bytes, ours.tx.high_bytes)
+    assert (theirs.tx.low_bytes, theirs.tx.high_bytes) == (ours.rx.low_bytes, ours.rx.high_bytes)
+
+
+def test_ranges_of_one_write_land_in_their_order_and_pings_pass_between_operations(pair):
     pair.serve()
-    channel = pair.connect()
-    channel.ping(b"", deadline_ns()).result(WAIT_S)
-    served = next(iter(pair.server._connections.values()))
-    threads = [*channel._threads, served._receiver, served._replier, pair.server._acceptor]
+    channel = pair.connect(max_ops_in_flight=128)
+    first, second = np.full(PAGE_BYTES, 1, np.uint8), np.full(100, 2, np.uint8)
+    futures = [channel.write([WHOLE, PageRange(0, 50, 100)], [first, second], deadline_ns())]
+    futures += [channel.ping(bytes([n]) * 100, deadline_ns()) for n in range(20)]
+    assert [future.result(WAIT_S) for future in futures[1:]] == [bytes([n]) * 100 for n in range(20)]
+    assert futures[0].result(WAIT_S) == PAGE_BYTES + 100
+    assert np.all(pair.pool.view(0)[50:150] == 2)
+    assert channel.ops_in_flight == 0
+    with pytest.raises(TransferError, match="65537 bytes"):
+        channel.ping(b"x" * 65_537, deadline_ns()).result(WAIT_S)
+    with pytest.raises(ValueError, match="must be 1 to 1024"):
+        pair.connect(max_ops_in_flight=1025)
 
-    def switches() -> list[str]:
-        statuses = [Path(f"/proc/self/task/{thread.native_id}/status").read_text() for thread in threads]
-        return [line for status in statuses for line in status.splitlines() if line.startswith("voluntary")]
 
-    time.sleep(0.1)
-    before = switches()
-    time.sleep(0.3)
-    assert switches() == before
+def test_connections_beyond_the_bound_are_refused(pair, monkeypatch):
+    monkeypatch.setattr("dualpath.transfer.transports.framed.server.MAX_CONNECTIONS", 1)
+    server = pair.serve()
+    kept = pair.connect()
+    with pytest.raises(TransferError, match="did not welcome us") as failure:
+        pair.connect()
+    assert failure.value.cause is TransferCause.PEER_CLOSED
+    assert server.statistics().connections_refused == 1
+    assert kept.ping(b"", deadline_ns()).result(WAIT_S) == b""
+
+
+def test_tcp_marks_both_ends_with_the_class():
+    pair = Pair("tcp")
+    try:
+        pair.serve()
+        for traffic_class in TrafficClass:
+            channel = pair.connect(traffic_class)
+            channel.ping(b"", deadline_ns()).result(WAIT_S)
+            assert channel._stream._socket.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == TOS[traffic_class]
+            served = list(pair.server._connections.values())[-1]
+            assert served._connected.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == TOS[traffic_class]
+    finally:
+        pair.close()

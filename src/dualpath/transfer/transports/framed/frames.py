@@ -1,4 +1,21 @@
-"""A connected socket that carries frames: whole frames out, bytes in, and waits that end at a deadline or on `wake`.
+"""Frames, and the socket that carries them. Both our transports speak them; over TCP a DATA frame's bytes follow it.
+
+::
+
+    initiator                         server
+    HELLO(tag, class)        ──>
+                             <──      WELCOME(shape of the pool)
+    READ(ranges)             ──>
+                             <──      DATA × n          a chunk each, as the server's NIC lets it through
+    DONE (shared memory)     ──>                        the pages are no longer being copied from
+    WRITE(ranges) DATA × n    ──>
+                             <──      DONE
+    WRITE(ranges) DATA ABORT  ──>                        given up: the rest will not come
+                             <──      ERROR(cause)      ends any operation; an ended write's DATA is discarded
+    PING(bytes)              ──>
+                             <──      PONG(bytes)
+
+A header is 32 bytes, little-endian. Operations of one connection are numbered by the initiator and never reused.
 
 The socket is non-blocking; a thread that cannot go on polls. One thread receives, any thread may send, a frame at a
 time: what a frame's sender has begun, its successor does not interleave.
@@ -8,20 +25,117 @@ import contextlib
 import os
 import select
 import socket
+import struct
 import threading
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 
-from dualpath.transfer.wire import HEADER_BYTES, Frame, unpack
+import msgspec
+import numpy as np
+
+from dualpath.transfer.transport import MAX_RANGES, PageRange, TransferCause
+
+VERSION = 1
+HEADER_BYTES = 32
+RANGE_BYTES = 24
+MAX_CHUNK_BYTES = 1 << 20
+MAX_PING_BYTES = 65_536
+MAX_TEXT_BYTES = 4_096
 
 _IOV_MAX = 512
 _LONGEST_POLL_MS = 3_600_000
 _ZEROS = memoryview(bytes(65_536))
-
+_MAGIC = b"DP"
+_HEADER = struct.Struct("<2sBBIQQQ")
+CAUSES = tuple(TransferCause)
 Payload = Sequence[bytes | memoryview]
+
+
+class FrameKind(IntEnum):
+    """What a frame says."""
+
+    HELLO = 1
+    WELCOME = 2
+    READ = 3
+    WRITE = 4
+    DATA = 5
+    DONE = 6
+    ABORT = 7
+    ERROR = 8
+    PING = 9
+    PONG = 10
+
+
+class ProtocolError(Exception):
+    """The peer sent what no peer of ours sends; the connection cannot go on."""
 
 
 class StreamClosed(Exception):  # noqa: N818
     """The connection has ended, in order or not."""
+
+
+class Frame(msgspec.Struct, frozen=True, gc=False):
+    """A frame's header. `n_bytes` counts what the operation (READ, WRITE) or this frame (the others) carries."""
+
+    kind: FrameKind
+    op: int = 0
+    n_bytes: int = 0
+    ranges: int = 0
+    cause: int = 0
+    timeout_ns: int = 0
+    """What is left until the operation's deadline: hosts share no clock."""
+
+    def pack(self) -> bytes:
+        return _HEADER.pack(_MAGIC, self.kind, self.cause, self.ranges, self.op, self.n_bytes, self.timeout_ns)
+
+
+_LIMIT_BYTES = {
+    FrameKind.HELLO: MAX_TEXT_BYTES,
+    FrameKind.WELCOME: MAX_TEXT_BYTES,
+    FrameKind.ERROR: MAX_TEXT_BYTES,
+    FrameKind.DATA: MAX_CHUNK_BYTES,
+    FrameKind.PING: MAX_PING_BYTES,
+    FrameKind.PONG: MAX_PING_BYTES,
+}
+
+
+def unpack(header: bytes | bytearray) -> Frame:
+    """Raises ProtocolError for anything but the header of a known frame within its limits."""
+    magic, kind, cause, ranges, op, n_bytes, timeout_ns = _HEADER.unpack(header)
+    if magic != _MAGIC or kind not in FrameKind._value2member_map_:
+        raise ProtocolError(f"not a frame: {bytes(header[:8])!r}…")
+    frame = Frame(FrameKind(kind), op, n_bytes, ranges, cause, timeout_ns)
+    if n_bytes > _LIMIT_BYTES.get(frame.kind, 1 << 62) or ranges > MAX_RANGES or cause >= len(CAUSES):
+        raise ProtocolError(f"a frame beyond its limits: {frame}")
+    if frame.kind is FrameKind.DATA and n_bytes == 0:
+        raise ProtocolError(f"an empty chunk: {frame}")
+    return frame
+
+
+def pack_ranges(ranges: Sequence[PageRange]) -> bytes:
+    """24 bytes a range. The ranges must have passed `check_ranges`."""
+    return np.array([(one.page, one.offset, one.n_bytes) for one in ranges], "<u8").tobytes()
+
+
+def unpack_ranges(packed: bytes | bytearray) -> list[PageRange]:
+    return [PageRange(*triple) for triple in np.frombuffer(packed, "<u8").reshape(-1, 3).tolist()]
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """Who connects, and in which traffic class."""
+
+    version: int
+    tag: str
+    traffic_class: int
+
+
+class Welcome(msgspec.Struct, frozen=True):
+    """The pool that the ranges of this connection are in; `pool_path` only over shared memory."""
+
+    version: int
+    page_bytes: int
+    pages: int
+    pool_path: str = ""
 
 
 class Stream:

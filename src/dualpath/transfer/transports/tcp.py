@@ -1,4 +1,4 @@
-"""Channels between hosts: the payload follows its DATA frame, `sendmsg` and `recvmsg_into` straight from and to pages.
+"""``tcp``, between hosts: the payload follows its DATA frame, `sendmsg` and `recvmsg_into` straight from and to pages.
 
 The connection carries its class in the IP header, on both ends: DSCP EF for the high class, so that a kernel or a
 switch can keep the two apart (`TrafficManager` does it where none does).
@@ -6,23 +6,26 @@ switch can keep the two apart (`TrafficManager` does it where none does).
 
 import contextlib
 import socket
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from dualpath.core.vocabulary import TrafficClass
-from dualpath.transfer.channel import Address
-from dualpath.transfer.cursor import Cursor
-from dualpath.transfer.initiator import SocketChannel
-from dualpath.transfer.operation import Operation, late_error
 from dualpath.transfer.pool import Bytes
-from dualpath.transfer.served import Host, ServedConnection
-from dualpath.transfer.stream import Stream
-from dualpath.transfer.wire import Frame
+from dualpath.transfer.transports.framed import FramedTransport
+from dualpath.transfer.transports.framed.channel import FramedChannel
+from dualpath.transfer.transports.framed.connection import Connection
+from dualpath.transfer.transports.framed.frames import Frame
+from dualpath.transfer.transports.framed.operations import Cursor, Operation, late_error
+
+if TYPE_CHECKING:
+    from dualpath.transfer.transports.framed.server import FramedServer
 
 TOS = {TrafficClass.HIGH: 0xB8, TrafficClass.LOW: 0x00}
 _PEER_DEAD_AFTER_MS = 30_000
 """A host that acknowledges nothing for so long is gone."""
 
 
-class TcpChannel(SocketChannel):
+class TcpChannel(FramedChannel):
     """The initiator's side."""
 
     def _put(self, op: Operation, frame: Frame) -> None:
@@ -53,11 +56,11 @@ class TcpChannel(SocketChannel):
         self._stream.shutdown()
 
 
-class Served(ServedConnection):
+class TcpConnection(Connection):
     """The server's side."""
 
-    def __init__(self, number: int, stream: Stream, host: Host, connected: socket.socket) -> None:
-        super().__init__(number, stream, host)
+    def __init__(self, number: int, connected: socket.socket, server: "FramedServer") -> None:
+        super().__init__(number, connected, server)
         self._connected = connected
         _configure(connected)
 
@@ -78,32 +81,43 @@ class Served(ServedConnection):
         _mark(self._connected, traffic_class)
 
 
-def listen(address: Address) -> tuple[socket.socket, Address]:
-    """A listening socket, and the address with the port it got."""
-    if address.host in {"0.0.0.0", "::"}:
-        raise ValueError(f"{address}: peers are given this address; write the one they reach this host by")
-    try:
-        family, _, _, _, where = _resolve(address)
-        listener = socket.create_server(where[:2], family=family, backlog=128)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot listen at {address}: {error.strerror}") from error
-    return listener, Address(host=address.host, port=listener.getsockname()[1])
+class TcpTransport(FramedTransport):
+    """Its addresses are ``tcp://host:port``; a port of 0 takes any."""
+
+    channel = TcpChannel
+    connection = TcpConnection
+
+    def bind_address(self, host: str, name: str) -> str:  # noqa: ARG002
+        return _address(host, 0)
+
+    def listen(self, address: str) -> tuple[socket.socket, str]:
+        host, port = _host_and_port(address)
+        if host in {"0.0.0.0", "::"}:
+            raise ValueError(f"{address}: peers are given this address; write the one they reach this host by")
+        try:
+            family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = socket.create_server((str(where[0]), port), family=family, backlog=128)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen at {address}: {error.strerror}") from error
+        return listener, _address(host, listener.getsockname()[1])
+
+    def dial(self, address: str, traffic_class: TrafficClass, timeout_s: float) -> socket.socket:
+        connected = socket.create_connection(_host_and_port(address), timeout_s)
+        _configure(connected)
+        _mark(connected, traffic_class)
+        return connected
 
 
-def unlisten(address: Address) -> None:
-    """Nothing is left of a TCP address."""
+def _host_and_port(address: str) -> tuple[str, int]:
+    with contextlib.suppress(ValueError):  # a port that is no number
+        parts = urlsplit(address)
+        if parts.scheme == "tcp" and parts.hostname and parts.port is not None and not parts.path:
+            return parts.hostname, parts.port
+    raise ValueError(f"{address!r} is no address of transport tcp; one is tcp://10.0.0.1:7000")
 
 
-def dial(address: Address, traffic_class: TrafficClass, timeout_s: float) -> socket.socket:
-    """A connected socket. Raises OSError."""
-    connected = socket.create_connection((address.host, address.port), timeout_s)
-    _configure(connected)
-    _mark(connected, traffic_class)
-    return connected
-
-
-def _resolve(address: Address) -> tuple[int, int, int, str, tuple[str, int]]:
-    return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]  # type: ignore[return-value]
+def _address(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def _configure(connected: socket.socket) -> None:

@@ -15,24 +15,53 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from dualpath.transfer.channel import ChannelBusy, Span, TransferCause, TransferError
-from dualpath.transfer.cursor import Cursor
-from dualpath.transfer.pool import Bytes
-from dualpath.transfer.wire import FrameKind
+from dualpath.transfer.pool import Bytes, MappedPages
+from dualpath.transfer.transport import ChannelBusy, PageRange, TransferCause, TransferError
+from dualpath.transfer.transports.framed.frames import FrameKind
+
+
+class Cursor:
+    """A place in a list of byte arrays; walks from first byte to last."""
+
+    __slots__ = ("_arrays", "_index", "_offset")
+
+    def __init__(self, arrays: Sequence[Bytes]) -> None:
+        self._arrays = arrays
+        self._index = 0
+        self._offset = 0
+
+    def take(self, n_bytes: int) -> list[Bytes]:
+        """The next `n_bytes` as views. There must be as many: the caller keeps count."""
+        slices = []
+        while n_bytes:
+            array = self._arrays[self._index]
+            piece = array[self._offset : self._offset + n_bytes]
+            slices.append(piece)
+            n_bytes -= len(piece)
+            self._offset += len(piece)
+            if self._offset == len(array):
+                self._index += 1
+                self._offset = 0
+        return slices
+
+
+def cursor_over(pool: MappedPages, ranges: Sequence[PageRange]) -> Cursor:
+    """Raises ValueError where the pool is closed. The ranges must have passed `check_ranges`."""
+    return Cursor([pool.view(one.page)[one.offset : one.offset + one.n_bytes] for one in ranges])
 
 
 class Operation:
     """One posted operation. `local` walks the caller's memory; `remote` the mapped pool, over shared memory only."""
 
     def __init__(
-        self, kind: FrameKind, spans: Sequence[Span], local: Sequence[Bytes], payload: bytes, deadline_ns: int
+        self, kind: FrameKind, ranges: Sequence[PageRange], local: Sequence[Bytes], payload: bytes, deadline_ns: int
     ) -> None:
         self.kind = kind
-        self.spans = spans
+        self.ranges = ranges
         self.local = Cursor(local)
         self.remote = Cursor(())
         self.payload = payload
-        self.total_bytes = len(payload) if kind is FrameKind.PING else sum(span.n_bytes for span in spans)
+        self.total_bytes = len(payload) if kind is FrameKind.PING else sum(one.n_bytes for one in ranges)
         self.moved_bytes = 0
         self.deadline_ns = deadline_ns
         self.number = 0

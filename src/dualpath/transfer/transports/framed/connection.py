@@ -8,51 +8,47 @@ what is not the protocol ends the connection, and the queue between the threads 
 
 import contextlib
 import queue
+import socket
 import threading
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from dualpath.core.vocabulary import TrafficClass
-from dualpath.transfer.channel import Span, TransferCause, TransferError, check_spans
-from dualpath.transfer.cursor import Cursor
-from dualpath.transfer.pool import Bytes, MappedPages
-from dualpath.transfer.quiet import InFlight
-from dualpath.transfer.stream import Stream, StreamClosed
-from dualpath.transfer.traffic import DeadlineExceeded, TrafficManager
-from dualpath.transfer.wire import (
+from dualpath.transfer.pool import Bytes
+from dualpath.transfer.traffic import DeadlineExceeded
+from dualpath.transfer.transport import TransferCause, TransferError, check_ranges
+from dualpath.transfer.transports.framed.frames import (
     CAUSES,
-    SPAN_BYTES,
+    RANGE_BYTES,
     VERSION,
     Frame,
     FrameKind,
     Hello,
     ProtocolError,
+    Stream,
+    StreamClosed,
     Welcome,
-    unpack_spans,
+    unpack_ranges,
 )
+from dualpath.transfer.transports.framed.operations import Cursor, cursor_over
+
+if TYPE_CHECKING:
+    from dualpath.transfer.transports.framed.server import FramedServer
 
 MAX_QUEUED_REPLIES = 1024
 HELLO_TIMEOUT_NS = 5_000_000_000
 
 
-class _Read:
-    """A read to be served."""
+class _Transfer(msgspec.Struct):
+    """A read to be served, or a write whose chunks arrive. A write without a cursor was refused; its chunks are neither
+    kept nor counted.
+    """
 
-    def __init__(self, frame: Frame, cursor: Cursor, deadline_ns: int) -> None:
-        self.op = frame.op
-        self.left_bytes = frame.n_bytes
-        self.cursor = cursor
-        self.deadline_ns = deadline_ns
-
-
-class _Write:
-    """A write whose chunks are arriving. Without a cursor it was refused; its chunks are neither kept nor counted."""
-
-    def __init__(self, frame: Frame, cursor: Cursor | None, deadline_ns: int) -> None:
-        self.left_bytes = frame.n_bytes
-        self.cursor = cursor
-        self.deadline_ns = deadline_ns
+    op: int
+    left_bytes: int
+    cursor: Cursor | None
+    deadline_ns: int
 
 
 class _Ping(msgspec.Struct, frozen=True):
@@ -60,38 +56,18 @@ class _Ping(msgspec.Struct, frozen=True):
     payload: bytes
 
 
-class Host(Protocol):
-    """What a connection needs of its server."""
-
-    pool: MappedPages
-    traffic: TrafficManager
-    in_flight: InFlight
-
-    def rejected(self) -> None:
-        """An operation was answered with an error."""
-        ...
-
-    def violated(self, connection: "ServedConnection", error: Exception) -> None:
-        """The peer broke the protocol."""
-        ...
-
-    def gone(self, connection: "ServedConnection") -> None:
-        """The connection is over, and its peer quiet."""
-        ...
-
-
-class ServedConnection:
+class Connection:
     """One accepted connection. A subclass says how payload travels and how to hang up."""
 
-    def __init__(self, number: int, stream: Stream, host: Host) -> None:
+    def __init__(self, number: int, connected: socket.socket, server: "FramedServer") -> None:
         self.number = number
         self.peer_tag = ""
         self._forced = False
         self._class = TrafficClass.LOW
-        self._stream = stream
-        self._host = host
-        self._writes: dict[int, _Write] = {}
-        self._replies: queue.Queue[_Read | _Ping | None] = queue.Queue(MAX_QUEUED_REPLIES)
+        self._stream = Stream(connected, server.traffic.clock)
+        self._server = server
+        self._writes: dict[int, _Transfer] = {}
+        self._replies: queue.Queue[_Transfer | _Ping | None] = queue.Queue(MAX_QUEUED_REPLIES)
         self._replier = threading.Thread(target=self._reply_all, name=f"channel replier {number}", daemon=True)
         self._receiver = threading.Thread(target=self._run, name=f"channel receiver {number}", daemon=True)
 
@@ -140,7 +116,7 @@ class ServedConnection:
         except StreamClosed:
             pass
         except Exception as error:  # whatever it is, it must not take the server along
-            self._host.violated(self, error)
+            self._server.violated(self, error)
             if self.peer_tag:
                 self._part()
         finally:
@@ -150,11 +126,11 @@ class ServedConnection:
                 self._replier.join()
             self._stream.close()
             if not self._forced:
-                self._host.in_flight.end_connection(self.peer_tag, self.number)
-            self._host.gone(self)
+                self._server.in_flight.end_connection(self.peer_tag, self.number)
+            self._server.gone(self)
 
     def _greet(self) -> None:
-        deadline_ns = self._host.traffic.clock() + HELLO_TIMEOUT_NS
+        deadline_ns = self._server.traffic.clock() + HELLO_TIMEOUT_NS
         frame = self._stream.receive_frame(deadline_ns)
         if frame.kind is not FrameKind.HELLO:
             raise ProtocolError(f"expected HELLO: {frame}")
@@ -164,8 +140,8 @@ class ServedConnection:
         self._class = TrafficClass(hello.traffic_class)
         self._mark_class(self._class)
         self.peer_tag = hello.tag
-        self._host.in_flight.begin(self.peer_tag, (self.number, 0))
-        pool = self._host.pool
+        self._server.in_flight.begin(self.peer_tag, (self.number, 0))
+        pool = self._server.pool
         body = msgspec.msgpack.encode(Welcome(VERSION, pool.page_bytes, pool.pages, self._pool_path()))
         self._stream.send(Frame(FrameKind.WELCOME, n_bytes=len(body)), [body])
 
@@ -186,7 +162,7 @@ class ServedConnection:
                     self._open(frame)
                 case FrameKind.PING:
                     payload = self._stream.receive_bytes(frame.n_bytes)
-                    self._host.traffic.cnic.rx.acquire(self._class, frame.n_bytes)
+                    self._server.traffic.cnic.rx.acquire(self._class, frame.n_bytes)
                     self._replies.put(_Ping(frame.op, payload))
                 case FrameKind.ABORT:
                     if self._writes.pop(frame.op, None) is None:
@@ -198,28 +174,26 @@ class ServedConnection:
                     raise ProtocolError(f"a server is not sent {frame.kind.name}")
 
     def _open(self, frame: Frame) -> None:
-        spans = unpack_spans(self._stream.receive_bytes(frame.spans * SPAN_BYTES))
-        if frame.n_bytes != sum(span.n_bytes for span in spans) or not spans or frame.op == 0:
-            raise ProtocolError(f"a total that is not the sum of the spans: {frame}")
-        if not self._host.in_flight.begin(self.peer_tag, (self.number, frame.op)):
+        ranges = unpack_ranges(self._stream.receive_bytes(frame.ranges * RANGE_BYTES))
+        if frame.n_bytes != sum(one.n_bytes for one in ranges) or not ranges or frame.op == 0:
+            raise ProtocolError(f"a total that is not the sum of the ranges: {frame}")
+        if not self._server.in_flight.begin(self.peer_tag, (self.number, frame.op)):
             raise ProtocolError(f"operation {frame.op} is in flight already, or too many are")
-        deadline_ns = self._host.traffic.clock() + frame.timeout_ns
+        deadline_ns = self._server.traffic.clock() + frame.timeout_ns
+        pool = self._server.pool
         try:
-            cursor: Cursor | None = self._cursor(spans)
+            check_ranges(ranges, pool.page_bytes, pool.pages)
+            cursor: Cursor | None = cursor_over(pool, ranges)
         except TransferError as error:
             cursor = None
             self._answer_error(frame.op, error)
+        transfer = _Transfer(frame.op, frame.n_bytes, cursor, deadline_ns)
         if frame.kind is FrameKind.WRITE:
-            self._writes[frame.op] = _Write(frame, cursor, deadline_ns)
+            self._writes[frame.op] = transfer
         elif cursor is not None:
-            self._replies.put(_Read(frame, cursor, deadline_ns))
+            self._replies.put(transfer)
         else:
             self._pushed(frame.op)
-
-    def _cursor(self, spans: list[Span]) -> Cursor:
-        pool = self._host.pool
-        check_spans(spans, pool.page_bytes, pool.pages)
-        return Cursor([pool.view(span.page)[span.offset : span.offset + span.n_bytes] for span in spans])
 
     def _receive_chunk(self, frame: Frame) -> None:
         write = self._writes.get(frame.op)
@@ -227,7 +201,7 @@ class ServedConnection:
             raise ProtocolError(f"a chunk of no open write: {frame}")
         if write.cursor is not None:
             try:
-                self._host.traffic.cnic.rx.acquire(self._class, frame.n_bytes, write.deadline_ns)
+                self._server.traffic.cnic.rx.acquire(self._class, frame.n_bytes, write.deadline_ns)
             except DeadlineExceeded as late:
                 write.cursor = None
                 self._answer_error(frame.op, TransferError(TransferCause.DEADLINE, f"on the receiving side: {late}"))
@@ -248,15 +222,16 @@ class ServedConnection:
                 continue
             try:
                 if isinstance(reply, _Ping):
-                    self._host.traffic.cnic.tx.acquire(self._class, len(reply.payload))
+                    self._server.traffic.cnic.tx.acquire(self._class, len(reply.payload))
                     self._stream.send(Frame(FrameKind.PONG, reply.op, len(reply.payload)), [reply.payload])
                 else:
                     self._reply_read(reply)
             except StreamClosed:
                 connected = False
 
-    def _reply_read(self, read: _Read) -> None:
-        lane = self._host.traffic.cnic.tx
+    def _reply_read(self, read: _Transfer) -> None:
+        lane = self._server.traffic.cnic.tx
+        assert read.cursor is not None
         while read.left_bytes:
             n_bytes = min(lane.chunk_bytes, read.left_bytes)
             try:
@@ -269,7 +244,7 @@ class ServedConnection:
         self._pushed(read.op)
 
     def _answer_error(self, op: int, error: TransferError) -> None:
-        self._host.rejected()
+        self._server.rejected()
         text = str(error).removeprefix(f"{error.cause.value}: ").encode()[:1024]
         self._send(Frame(FrameKind.ERROR, op, len(text), cause=CAUSES.index(error.cause)), [text])
 
@@ -279,4 +254,4 @@ class ServedConnection:
             self._stream.send(frame, payload or ())
 
     def _ended(self, op: int) -> None:
-        self._host.in_flight.end(self.peer_tag, (self.number, op))
+        self._server.in_flight.end(self.peer_tag, (self.number, op))

@@ -1,0 +1,178 @@
+"""Every series that ``/metrics`` shows: the one place where a metric has its name.
+
+Code makes a series by calling a member, ``NIC_BYTES("snic", "rx", "high")``: a name that is not here can't be written.
+What an engine of another version sends is checked against the same catalogue. A new metric is one line here and, where
+it is measured, one increment or figure; then ``python -m dualpath.spec.metrics > docs/metrics.md`` writes the document.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from typing import NewType
+
+import msgspec
+
+Sample = NewType("Sample", str)
+"""One series: ``name`` or ``name{label="value"}``. Only a `Metric` makes one."""
+
+Figures = dict[Sample, float]
+
+_LABELS = re.compile(r'(\w+)="([^"\\\n]*)"')
+_ENGINE_LABELS = ("engine", "role")
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """A family of series. A name that ends in ``_total`` is a counter's; one that has `buckets` is a histogram's."""
+
+    where: str
+    """The file or folder that measures it, under ``src/dualpath``."""
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+    """Without those that the coordinator adds to what engines send."""
+    unit: str = ""
+    """Where the last word of the name does not say it."""
+    by_engine: bool = False
+    buckets: tuple[float, ...] = ()
+
+    def __call__(self, *values: str) -> Sample:
+        """The series with these values of `labels`. Raises ValueError for more or fewer."""
+        return _series(self.name, dict(zip(self.labels, values, strict=True)))
+
+    @property
+    def kind(self) -> str:
+        return "histogram" if self.buckets else "counter" if self.name.endswith("_total") else "gauge"
+
+    @property
+    def shown_labels(self) -> tuple[str, ...]:
+        return (*_ENGINE_LABELS, *self.labels) if self.by_engine else self.labels
+
+    @property
+    def shown_unit(self) -> str:
+        return self.unit or self.name.removesuffix("_total").rpartition("_")[2]
+
+
+_TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+_STEP_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10)
+_E2E_S = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+# The server's. Latencies carry the names that external routers read from vLLM.
+_server = partial(Metric, "server/metrics.py")
+_timed = partial(_server, labels=("model_name",))
+TTFT = _timed("vllm:time_to_first_token_seconds", "From a request's arrival to its first token", buckets=_TTFT_S)
+INTER_TOKEN = _timed("vllm:inter_token_latency_seconds", "Between two steps of a generation", buckets=_STEP_S)
+E2E = _timed("vllm:e2e_request_latency_seconds", "From a request's arrival to its last token", buckets=_E2E_S)
+_ENDED = "Generations that finished, by finish reason, and requests that failed, by error code"
+REQUESTS = _server("dualpath_requests_total", _ENDED, ("endpoint", "finish_reason", "error_code"))
+_TOKENS = "Tokens of answered requests: prompt, cached (of the prompt), completion"
+REQUEST_TOKENS = _server("dualpath_request_tokens_total", _TOKENS, ("kind",))
+UNKNOWN_SERIES = _server("dualpath_unknown_series", "Series that engines send and this version can't show")
+
+# The coordinator's.
+_head = partial(Metric, "cluster/coordinator/coordinator.py")
+STRANGE_MESSAGES = _head("dualpath_strange_messages_total", "Messages of engines that have not joined or are lost")
+MALFORMED_MESSAGES = _head("dualpath_malformed_messages_total", "Messages that the coordinator can't decode")
+UNROUTABLE_MESSAGES = _head("dualpath_unroutable_messages_total", "Messages that the coordinator could not send")
+ENGINES_REFUSED = _head("dualpath_refused_engines_total", "Engines that asked to join and do not fit the cluster")
+ENGINES_LOST = _head("dualpath_lost_engines_total", "Engines that had joined and are gone, for whatever reason")
+_serving = partial(Metric, "cluster/coordinator/serving.py")
+REQUESTS_LIVE = _serving("dualpath_requests_live", "Requests that have not ended", unit="requests")
+STALE_MESSAGES = _serving("dualpath_stale_messages_total", "Reports about a request or an attempt that is over")
+_store = partial(Metric, "cluster/coordinator/prefixes.py")
+STORE_NAMESPACES = _store("dualpath_store_namespaces", "Tenants' namespaces in the prefix index")
+STORE_BLOCKS = _store("dualpath_store_blocks", "Full Blocks in the prefix index")
+STORE_BYTES = _store("dualpath_store_stored_bytes", "What these blocks take in the store")
+STORE_PINNED_BLOCKS = _store("dualpath_store_pinned_blocks", "Blocks that a request needs; they are not evicted")
+STORE_PIN_OWNERS = _store("dualpath_store_pin_owners", "Requests that have pinned blocks", unit="requests")
+STORE_MATCHES = _store("dualpath_store_matches_total", "Times that a prompt was matched against the index")
+STORE_ASKED_BLOCKS = _store("dualpath_store_asked_blocks_total", "Full Blocks of the prompts that were matched")
+STORE_HIT_BLOCKS = _store("dualpath_store_hit_blocks_total", "Those of them that were found")
+STORE_PUBLISHED_BLOCKS = _store("dualpath_store_published_blocks_total", "Blocks that entered the index")
+STORE_EVICTED_BLOCKS = _store("dualpath_store_evicted_blocks_total", "Blocks that left it to keep to the quota")
+STORE_DROPPED_BLOCKS = _store("dualpath_store_dropped_blocks_total", "Blocks that left it with one that can't be read")
+STORE_FILE_ERRORS = _store("dualpath_store_file_errors_total", "Opening, deleting or setting aside files that failed")
+STORE_FILE_JOBS = _store("dualpath_store_file_jobs_waiting", "File jobs that are not done yet", unit="jobs")
+STORE_FAULTS = _store("dualpath_store_faults_total", "Blocks that could not be read, by what is wrong", ("cause",))
+
+# The scheduler's; `core.counts` pairs them with its statistics.
+_core = partial(Metric, "core/counts.py")
+SUBMITTED = _core("dualpath_scheduler_submitted_total", "Requests that came", unit="requests")
+PLACED = _core("dualpath_scheduler_placed_total", "Attempts that got a PE and a DE", unit="attempts")
+FINISHED = _core("dualpath_scheduler_finished_total", "Requests that were answered", unit="requests")
+CANCELLED = _core("dualpath_scheduler_cancelled_total", "Requests whose client went away", unit="requests")
+FETCHES = _core("dualpath_scheduler_fetches_total", "Rounds of placing the requests that wait")
+PE_READ_BLOCKS = _core("dualpath_scheduler_pe_read_blocks_total", "Hit blocks placed to be read by PEs")
+DE_READ_BLOCKS = _core("dualpath_scheduler_de_read_blocks_total", "Hit blocks placed to be read by DEs")
+RETRIED = _core("dualpath_scheduler_retried_total", "Attempts that were followed by another", ("cause",), "attempts")
+FAILED = _core("dualpath_scheduler_failed_total", "Requests that were given up", ("cause",), "requests")
+DROPPED = _core("dualpath_scheduler_dropped_total", "Inputs that came too late to mean anything", ("input",), "inputs")
+SCHEDULED = _core("dualpath_scheduler_requests", "Requests by state", ("state",))
+DRAINING_BUFFER = _core("dualpath_scheduler_draining_buffer_blocks", "Buffer that aborted attempts still hold")
+DRAINING_HBM = _core("dualpath_scheduler_draining_hbm_blocks", "Device memory that aborted attempts still hold")
+OVERDUE_RELEASES = _core("dualpath_scheduler_overdue_releases", "Aborts unanswered past their deadline", unit="aborts")
+
+# The engines'; they come with heartbeats.
+_engine = partial(Metric, "cluster/engines", by_engine=True)
+ENGINE_ATTEMPTS = _engine("dualpath_engine_attempts", "Attempts that the engine has in hand")
+ENGINE_STALE_MESSAGES = _engine("dualpath_engine_stale_messages_total", "Orders for an attempt that is over")
+_host = partial(Metric, "cluster/engines/host.py", by_engine=True)
+BUFFER_FREE_BLOCKS = _host("dualpath_buffer_free_blocks", "Pages of the engine's buffer that nobody holds")
+BUFFER_HELD_BLOCKS = _host("dualpath_buffer_held_blocks", "Pages that an attempt holds")
+BUFFER_QUARANTINED_BLOCKS = _host("dualpath_buffer_quarantined_blocks", "Pages that a lost peer might still write to")
+BUFFER_HIGH_WATER_BLOCKS = _host("dualpath_buffer_high_water_blocks", "The most pages that were taken at one time")
+_NIC = "Bytes through the engine's storage NIC (snic) and compute NIC (cnic)"
+NIC_BYTES = _host("dualpath_nic_bytes_total", _NIC, ("nic", "direction", "traffic_class"))
+_prefill = partial(Metric, "cluster/engines/prefill.py", by_engine=True)
+_decode = partial(Metric, "cluster/engines/decode.py", by_engine=True)
+PREFILL_WAITING_TOKENS = _prefill("dualpath_prefill_waiting_tokens", "Tokens that wait to be prefilled")
+PREFILL_PEAK_KV_BYTES = _prefill("dualpath_prefill_peak_device_kv_bytes", "The most KV on the device at one time")
+PREFILL_BATCHES = _prefill("dualpath_prefill_batches_total", "Batches prefilled")
+PREFILL_CHUNKS = _prefill("dualpath_prefill_chunks_total", "Chunks of prompts in these batches")
+PREFILL_TOKENS = _prefill("dualpath_prefill_tokens_total", "Tokens computed in them (miss tokens)")
+DECODE_RUNNING_REQUESTS = _decode("dualpath_decode_running_requests", "Requests in the running batch")
+DECODE_STEPS = _decode("dualpath_decode_steps_total", "Steps of the running batch")
+DECODE_TOKENS = _decode("dualpath_decode_tokens_total", "Tokens generated in them")
+HBM_FREE_BLOCKS = _decode("dualpath_hbm_free_blocks", "Full Blocks of device memory that nobody holds")
+_writes = partial(Metric, "cluster/engines/decode_attempt.py", by_engine=True)
+STORE_WRITE_ERRORS = _writes("dualpath_store_write_errors_total", "Writes of blocks that failed; generation goes on")
+
+CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in globals().values() if isinstance(metric, Metric)}
+ENGINE_COUNTERS = [m for m in CATALOGUE.values() if m.by_engine and m.kind == "counter" and not m.labels]
+"""They are shown from the start, at 0, so that a rate sees the first."""
+
+
+def of_engine(sample: Sample, engine: int, role: str) -> Sample:
+    """The series that an engine sent, as the cluster shows it. It need not be in the catalogue."""
+    name, _, labels = sample.partition("{")
+    return Sample(f'{name}{{engine="{engine}",role="{role}"{"," if labels else ""}{labels or "}"}')
+
+
+@lru_cache(maxsize=4096)
+def metric_of(sample: Sample) -> Metric | None:
+    """The metric that a series is of; None where the catalogue has none of that name with those labels."""
+    name, _, labels = sample.partition("{")
+    metric, found = CATALOGUE.get(name), dict(_LABELS.findall(labels))
+    if metric is None or tuple(found) != metric.shown_labels or _series(name, found) != sample:
+        return None  # a known series in another spelling could come twice, and nobody could read the answer
+    return metric
+
+
+def _series(name: str, labels: dict[str, str]) -> Sample:
+    inside = ",".join(f'{label}="{value}"' for label, value in labels.items())
+    return Sample(f"{name}{{{inside}}}" if inside else name)
+
+
+def document() -> Iterator[str]:
+    """The lines of ``docs/metrics.md``."""
+    yield "# Metrics\n\nEvery series of `/metrics`. Engines send theirs; the coordinator adds `engine` and `role`."
+    yield "\n`python -m dualpath.spec.metrics > docs/metrics.md` writes this file from"
+    yield "[spec/metrics.py](../src/dualpath/spec/metrics.py).\n"
+    yield "| name | kind | labels | unit | what | measured in |\n|---|---|---|---|---|---|"
+    for metric in CATALOGUE.values():
+        labels = ", ".join(f"`{label}`" for label in metric.shown_labels)
+        file = f"[{metric.where}](../src/dualpath/{metric.where})"
+        yield f"| `{metric.name}` | {metric.kind} | {labels} | {metric.shown_unit} | {metric.help} | {file} |"
+
+
+if __name__ == "__main__":
+    print("\n".join(document()))

@@ -1,0 +1,1 @@
+"""Our transports, one file each; ``framed`` is what the two over sockets share."""

@@ -1,0 +1,99 @@
+"""What transports over a connected socket share: connecting, and the two sides of a connection.
+
+Read `frames.py` (what is said), then `channel.py` (the initiator) and `connection.py` (the server); `operations.py` has
+the rule that keeps the initiator's memory safe, `server.py` the proof that a peer is quiet.
+"""
+
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import msgspec
+
+from dualpath.core.vocabulary import TrafficClass
+from dualpath.transfer.pool import BufferPool
+from dualpath.transfer.traffic import TrafficManager
+from dualpath.transfer.transport import TransferCause, TransferError
+from dualpath.transfer.transports.framed.channel import FramedChannel
+from dualpath.transfer.transports.framed.connection import Connection
+from dualpath.transfer.transports.framed.frames import (
+    VERSION,
+    Frame,
+    FrameKind,
+    Hello,
+    ProtocolError,
+    Stream,
+    StreamClosed,
+    Welcome,
+)
+from dualpath.transfer.transports.framed.server import FramedServer
+
+MAX_OPS_IN_FLIGHT = 1_024
+"""Bound of the bounds: a server keeps a record of each."""
+
+
+class FramedTransport(ABC):
+    """`Transport` over a socket. A subclass says where to listen, how to dial, and how payload travels."""
+
+    channel: Callable[[Stream, Welcome, TrafficManager, TrafficClass, int], FramedChannel]
+    connection: type[Connection]
+
+    @abstractmethod
+    def bind_address(self, host: str, name: str) -> str:
+        """Where to listen by default."""
+
+    @abstractmethod
+    def listen(self, address: str) -> tuple[socket.socket, str]:
+        """A listening socket, and the address that it got. Raises ValueError, OSError."""
+
+    def unlisten(self, address: str) -> None:  # noqa: B027
+        """Remove what is left of an address when its socket is closed."""
+
+    @abstractmethod
+    def dial(self, address: str, traffic_class: TrafficClass, timeout_s: float) -> socket.socket:
+        """A connected socket. Raises ValueError, OSError."""
+
+    def sweep(self) -> list[str]:
+        return []
+
+    def serve(self, pool: BufferPool, traffic: TrafficManager, *, host: str, name: str) -> FramedServer:
+        return FramedServer(self, pool, traffic, self.bind_address(host, name))
+
+    def connect(
+        self,
+        address: str,
+        traffic: TrafficManager,
+        *,
+        traffic_class: TrafficClass,
+        peer_tag: str,
+        max_ops_in_flight: int = 64,
+        timeout_s: float = 5.0,
+    ) -> FramedChannel:
+        if not 1 <= max_ops_in_flight <= MAX_OPS_IN_FLIGHT:
+            raise ValueError(f"max_ops_in_flight is {max_ops_in_flight}; it must be 1 to {MAX_OPS_IN_FLIGHT}")
+        deadline_ns = traffic.clock() + round(timeout_s * 1e9)
+        try:
+            stream = Stream(self.dial(address, traffic_class, timeout_s), traffic.clock)
+        except OSError as error:
+            raise TransferError(TransferCause.PEER_CLOSED, f"cannot connect to {address}: {error}") from error
+        try:
+            welcome = _shake_hands(stream, Hello(VERSION, peer_tag, traffic_class), deadline_ns)
+            return self.channel(stream, welcome, traffic, traffic_class, max_ops_in_flight)
+        except StreamClosed as error:
+            stream.close()
+            raise TransferError(TransferCause.PEER_CLOSED, f"{address} did not welcome us: {error}") from error
+        except (ProtocolError, msgspec.DecodeError, OSError, ValueError) as error:
+            stream.close()
+            raise TransferError(TransferCause.PROTOCOL, f"{address} is no channel server of ours: {error}") from error
+
+
+def _shake_hands(stream: Stream, hello: Hello, deadline_ns: int) -> Welcome:
+    body = msgspec.msgpack.encode(hello)
+    stream.send(Frame(FrameKind.HELLO, n_bytes=len(body)), [body])
+    frame = stream.receive_frame(deadline_ns)
+    if frame.kind is not FrameKind.WELCOME:
+        raise ProtocolError(f"expected WELCOME: {frame}")
+    welcome = msgspec.msgpack.decode(stream.receive_bytes(frame.n_bytes, deadline_ns), type=Welcome)
+    if welcome.version != VERSION:
+        raise ProtocolError(f"expected version {VERSION}: {welcome}")
+    return welcome

@@ -1,0 +1,150 @@
+"""``shm``, between engines of one host: frames over a Unix socket, payload through the mapped pool.
+
+The initiator maps the server's pool and copies itself, chunk by chunk. A chunk of a write passes the initiator's lane,
+is copied, and its DATA frame then tells the server, whose lane it passes as well. For a read it is the other way round:
+the server's lane, DATA, the initiator's lane, the copy. A read ends with the initiator's DONE, because only then are
+the server's pages no longer being copied from.
+
+A server cannot stop the copy of a peer that it disconnects. It stops talking and waits for the peer's end of the socket
+to close, which the peer does when none of its threads copies any more, and the kernel when the peer has died.
+"""
+
+import errno
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from dualpath.core.vocabulary import TrafficClass
+from dualpath.transfer.pool import BufferPool, Bytes
+from dualpath.transfer.traffic import TrafficManager
+from dualpath.transfer.transports.framed import FramedTransport
+from dualpath.transfer.transports.framed.channel import FramedChannel
+from dualpath.transfer.transports.framed.connection import Connection
+from dualpath.transfer.transports.framed.frames import Frame, FrameKind, Stream, Welcome
+from dualpath.transfer.transports.framed.operations import Cursor, Operation, cursor_over
+
+PREFIX = "shm:"
+MAX_PATH_BYTES = 107
+"""What fits into ``sockaddr_un``."""
+
+
+class SharedMemoryChannel(FramedChannel):
+    """The initiator's side."""
+
+    def __init__(
+        self, stream: Stream, welcome: Welcome, traffic: TrafficManager, traffic_class: TrafficClass, max_ops: int
+    ) -> None:
+        self._pages = BufferPool.attach(welcome.pool_path)
+        super().__init__(stream, welcome, traffic, traffic_class, max_ops)
+
+    def _prepare(self, op: Operation) -> None:
+        op.remote = cursor_over(self._pages, op.ranges)
+
+    def _put(self, op: Operation, frame: Frame) -> None:
+        _copy(op.local.take(frame.n_bytes), op.remote.take(frame.n_bytes))
+        self._table.end_touch(op)
+        self._stream.send(frame)
+
+    def _get(self, op: Operation, n_bytes: int) -> None:
+        if self._table.begin_touch(op):
+            try:
+                _copy(op.remote.take(n_bytes), op.local.take(n_bytes))
+            finally:
+                self._table.end_touch(op)
+
+    def _read_over(self, op: Operation) -> None:
+        self._stream.send(Frame(FrameKind.DONE, op.number))
+
+    def _release(self) -> None:
+        super()._release()
+        self._pages.close()
+
+
+class SharedMemoryConnection(Connection):
+    """The server's side: it never touches a payload."""
+
+    def hang_up(self) -> None:
+        self._stream.shutdown(socket.SHUT_WR)
+
+    def _pull(self, n_bytes: int, cursor: Cursor | None) -> None:
+        pass
+
+    def _push(self, frame: Frame, _slices: list[Bytes]) -> None:
+        self._stream.send(frame)
+
+    def _pool_path(self) -> str:
+        return str(self._server.pool.path)
+
+    def _pushed(self, op: int) -> None:
+        """The peer has the last word on a read: DONE."""
+
+
+class SharedMemoryTransport(FramedTransport):
+    """Its addresses are ``shm:<path of a Unix socket>``."""
+
+    channel = SharedMemoryChannel
+    connection = SharedMemoryConnection
+
+    def bind_address(self, host: str, name: str) -> str:  # noqa: ARG002
+        """A socket file of this process; every host is this one."""
+        return f"{PREFIX}{tempfile.gettempdir()}/dualpath-{os.getpid()}-{name}.sock"
+
+    def listen(self, address: str) -> tuple[socket.socket, str]:
+        """Only this user can connect. A dead server's socket file is replaced."""
+        path = _path(address)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            if _is_dead(path):
+                path.unlink()
+            listener.bind(str(path))
+            path.chmod(0o600)
+            listener.listen(128)
+        except OSError as error:
+            listener.close()
+            raise OSError(error.errno, f"cannot listen at {address}: {error.strerror}") from error
+        return listener, address
+
+    def unlisten(self, address: str) -> None:
+        _path(address).unlink(missing_ok=True)
+
+    def dial(self, address: str, traffic_class: TrafficClass, timeout_s: float) -> socket.socket:  # noqa: ARG002
+        path = _path(address)
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connected.settimeout(timeout_s)
+            connected.connect(str(path))
+        except OSError:
+            connected.close()
+            raise
+        return connected
+
+    def sweep(self) -> list[str]:
+        dead = [path for path in sorted(Path(tempfile.gettempdir()).glob("dualpath-*.sock")) if _is_dead(path)]
+        for path in dead:
+            path.unlink(missing_ok=True)
+        return [str(path) for path in dead]
+
+
+def _path(address: str) -> Path:
+    path = address.removeprefix(PREFIX)
+    if path in ("", address):
+        raise ValueError(f"{address!r} is no address of transport shm; one is shm:/run/dualpath/pe0.sock")
+    if len(path.encode()) > MAX_PATH_BYTES:
+        raise ValueError(f"{address!r}: a Unix socket's path has at most {MAX_PATH_BYTES} bytes; use a shorter TMPDIR")
+    return Path(path)
+
+
+def _is_dead(path: Path) -> bool:
+    """The file of a killed server stays behind. Its kernel object does not: connecting to the file is refused at once,
+    which no living server does, whatever state it is in.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        return path.is_socket() and probe.connect_ex(str(path)) == errno.ECONNREFUSED
+
+
+def _copy(sources: list[Bytes], destinations: list[Bytes]) -> None:
+    for source, destination in zip(sources, destinations, strict=True):
+        np.copyto(destination, source)  # lets other threads run, unlike a memoryview's assignment

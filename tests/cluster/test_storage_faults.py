@@ -1,0 +1,62 @@
+"""What is written to disks that fail: the store that somebody removes, the journal whose disk is full."""
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.coordinator.driver import SchedulerDriver, scheduler_limits
+from dualpath.cluster.local import Cluster
+from dualpath.core.policy import Constants, Policy
+from dualpath.core.scheduler import Scheduler
+from dualpath.core.vocabulary import RequestFacts
+
+from .conftest import ask, cluster_config, gauge, in_cluster
+from .test_token_equality import appended
+
+
+def test_a_store_removed_under_the_server_costs_prefixes_and_no_answer(
+    checkpoint: Callable[[str], Path], reference: Callable[[str, list[int], int], list[int]], tmp_path: Path
+) -> None:
+    """Its blocks are missing, one fault each; nothing new is stored; tokens are right."""
+    config = cluster_config(checkpoint("qwen3"), tmp_path / "store")
+    prompt = appended(0, 200)
+
+    async def work(cluster: Cluster) -> None:
+        expected = await asyncio.to_thread(reference, "qwen3", prompt, 4)
+        assert (await ask(cluster, prompt, 4)).token_ids == expected
+        await cluster.coordinator.settle()
+        shutil.rmtree(tmp_path / "store")
+        for _ in range(2):
+            again = await ask(cluster, prompt, 4)
+            assert (again.token_ids, again.cached_tokens) == (expected, 0)
+        assert cluster.coordinator.gauges()['dualpath_store_faults_total{cause="missing"}'] == 3
+        assert gauge(cluster, "dualpath_store_blocks") == 0
+        await asyncio.sleep(2 * config.heartbeat_ns / 1e9)
+        assert gauge(cluster, "dualpath_store_write_errors_total") >= 2
+        assert cluster.coordinator.health()["status"] == "ok"
+
+    in_cluster(config, work)
+
+
+def test_a_journal_whose_disk_is_full_stops_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    """A journal with a gap would replay to something else: whoever asked for one is told at once."""
+
+    async def run() -> None:
+        broken: list[BaseException] = []
+        driver = SchedulerDriver(broken.append, "/dev/full")
+        config = ClusterConfig(model="m", store="s")
+        constants = Constants.from_rates(snic_tokens_per_s=1e3, prefill_tokens_per_s=1e3)
+        driver.begin(Scheduler(Policy(), constants, scheduler_limits(config)), lambda _: None)
+        with pytest.raises(OSError, match="No space left"):
+            for request in range(10_000):
+                facts = RequestFacts(request, 0, 100, 0, 1)
+                driver.input(lambda s, now, facts=facts: s.submit(now, facts))  # type: ignore[misc]
+        assert [type(error) for error in broken] == [OSError]
+        driver.close()  # must not raise: it is the first step of ending the cluster
+        assert "the journal's end could not be written" in capsys.readouterr().err
+
+    asyncio.run(run())
