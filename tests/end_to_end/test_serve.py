@@ -68,6 +68,7 @@ def engine_pids(url: str) -> list[int]:
     return [engine["pid"] for engine in httpx.get(f"{url}/health").json()["engines"]]
 
 
+@pytest.mark.slow
 def test_the_official_client(model: Path, tmp_path: Path) -> None:
     """Chat over turns, streaming with usage, token ids, an error, health and metrics; and a clean end."""
     with serving(model, tmp_path, "--topology", "1P2D", "--api-key", "secret") as (url, _):
@@ -104,6 +105,7 @@ def test_the_official_client(model: Path, tmp_path: Path) -> None:
     assert pools_of(pids) == []
 
 
+@pytest.mark.slow
 def test_a_replay_notes_what_it_takes_to_predict_it(model: Path, tmp_path: Path) -> None:
     with serving(model, tmp_path, "--topology", "1P2D", "--system", "basic", "--snic-rate", "400MB/s") as (url, _):
         agents = ("--agents", "2", "--turns", "2", "--context", "200", "--append", "70", "--generate", "4")
@@ -114,6 +116,7 @@ def test_a_replay_notes_what_it_takes_to_predict_it(model: Path, tmp_path: Path)
     assert run.cluster.layers == 5 and run.cluster.kv_bytes_per_token > 0
 
 
+@pytest.mark.slow
 def test_killed_engine_under_the_server(model: Path, tmp_path: Path) -> None:
     """The only decode engine dies in the middle of a stream: the client learns it at once, and so do later ones."""
     with serving(model, tmp_path) as (url, _):
@@ -155,6 +158,7 @@ def joined(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
             engine.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("joined")
 def test_engines_join_over_tcp(joined: tuple[str, str]) -> None:
     client = openai.OpenAI(base_url=f"{joined[0]}/v1", api_key="none", max_retries=0)
@@ -164,6 +168,7 @@ def test_engines_join_over_tcp(joined: tuple[str, str]) -> None:
         assert answer.usage.prompt_tokens_details.cached_tokens == expected
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("joined")
 def test_an_engine_that_does_not_fit_is_told_so(joined: tuple[str, str], model: Path, tmp_path: Path) -> None:
     """Another model's engine, and one whose coordinator's address is none: a line on stderr, exit code 1."""
@@ -218,11 +223,11 @@ def socket_port() -> Iterator[int]:
     [
         (("--topology", "0P1D"), "not a topology"),
         (("--snic-rate", "fast"), "not a rate"),
-        (("--buffer", "1KiB"), "does not hold one"),
+        pytest.param(("--buffer", "1KiB"), "does not hold one", marks=pytest.mark.slow),
         (("--port", "99999999"), "port"),
         (("--join-address", "nonsense"), "engines can't join at 'nonsense'"),
         (("--journal", "/no/such/directory/journal"), "/no/such/directory/journal"),
-        (("--store", "/dev/null"), "cannot be opened"),
+        pytest.param(("--store", "/dev/null"), "cannot be opened", marks=pytest.mark.slow),
     ],
 )
 def test_bad_settings_are_named(model: Path, tmp_path: Path, arguments: tuple[str, str], complaint: str) -> None:
