@@ -19,13 +19,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from dualpath.kv import BlockKey, KVLayout, KVPart, PosixStore, Store, block_keys, namespace
-from dualpath.kv.bucket import Bucket
-from dualpath.kv.object_store import ObjectStore
+from dualpath.kv import BlockKey, KVLayout, KVPart, PosixStore, Store, block_keys, namespace, open_store
 from dualpath.lab.testbed.object_server import ObjectServer, free_port
 
 LAYOUT = KVLayout(8, (KVPart("k", 4, 64), KVPart("v", 4, 64)), "float32")
 """1 MiB a block."""
+SPACE = namespace("benchmark", "1", LAYOUT)
 THREADS = (2, 4)
 
 
@@ -41,12 +40,12 @@ class Row(msgspec.Struct, frozen=True):
 
 def measure(name: str, store: Store, blocks: int, rounds: int) -> Row:
     """Best of `rounds`."""
-    root = store.namespace.root
+    root = SPACE.root
     keys = block_keys(root, range(blocks * LAYOUT.block_tokens), LAYOUT.block_tokens)
     payload = np.random.default_rng(0).integers(0, 256, LAYOUT.full_block_bytes, dtype=np.uint8)
     began = time.perf_counter()
     for key, parent in zip(keys, [root, *keys], strict=False):
-        store.write(key, parent, payload)
+        store.write(SPACE, key, parent, payload)
     written = blocks / (time.perf_counter() - began)
     read = {threads: max(read_rate(store, keys, threads) for _ in range(rounds)) for threads in THREADS}
     scanned = max(rate(lambda: list(store.scan())) * blocks for _ in range(rounds))
@@ -59,7 +58,7 @@ def read_rate(store: Store, keys: list[BlockKey], threads: int) -> float:
 
     def work(thread: int) -> None:
         for key in keys[thread::threads]:
-            store.read(key, buffers[thread])
+            store.read(SPACE, key, buffers[thread])
 
     with ThreadPoolExecutor(threads) as pool:
         return rate(lambda: list(pool.map(work, range(threads)))) * len(keys) * LAYOUT.full_block_bytes / 1e6
@@ -78,16 +77,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="the best of N (default: 5)")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE as well")
     arguments = parser.parse_args()
-    space = namespace("benchmark", "1", LAYOUT)
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(ObjectServer(home / "objects", home / "nginx", port=free_port()))
         stores: dict[str, Store] = {
-            "files": PosixStore(home / "files", LAYOUT, space, durable=False),
-            "nginx": ObjectStore(Bucket.open(server.url), LAYOUT, space),
+            "files": PosixStore(home / "files", durable=False),
+            "nginx": open_store(server.url),
         }
         if arguments.url:
-            stores["url"] = ObjectStore(Bucket.open(arguments.url), LAYOUT, space)
+            stores["url"] = open_store(arguments.url)
         rows = [measure(name, store, arguments.blocks, arguments.rounds) for name, store in stores.items()]
     print(
         f"{'store':<8}{'written/s':>11}"

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualpath.kv import BlockKey, KVLayout, KVPart, PosixStore, block_keys, namespace
-from dualpath.kv.block_file import CHUNK_BYTES, PAGE_BYTES
+from dualpath.kv.stores.block_file import CHUNK_BYTES, PAGE_BYTES
 
 LAYOUTS = {
     "small: 12 layers × 16 KiB": KVLayout(12, (KVPart("k", 1, 64), KVPart("v", 1, 64)), "bfloat16"),
@@ -43,12 +44,12 @@ class Row(msgspec.Struct):
 def fill(directory: Path, layout: KVLayout, total_bytes: int) -> list[BlockKey]:
     """Write about `total_bytes` of blocks, never flushed; their keys."""
     space = namespace("benchmark", "1", layout)
-    store = PosixStore(directory, layout, space, durable=False, verify_writes=False)
+    store = PosixStore(directory, durable=False, verify_writes=False)
     blocks = max(8, total_bytes // layout.full_block_bytes)
     keys = block_keys(space.root, range(blocks * layout.block_tokens))
     payload = np.random.default_rng(0).integers(0, 256, layout.full_block_bytes, dtype=np.uint8)
     for key, parent in zip(keys, [space.root, *keys], strict=False):
-        store.write(key, parent, payload)
+        store.write(space, key, parent, payload)
     return keys
 
 
@@ -87,8 +88,8 @@ def measure(directory: Path, name: str, layout: KVLayout, total_bytes: int, roun
     space = namespace("benchmark", "1", layout)
     readers: dict[str, Reader] = {
         "preadv": plain_reader(directory, layout),
-        "read, no checksums": PosixStore(directory, layout, space, verify_reads=False).read,
-        "read": PosixStore(directory, layout, space).read,
+        "read, no checksums": partial(PosixStore(directory, verify_reads=False).read, space),
+        "read": partial(PosixStore(directory).read, space),
     }
     pages = -(-layout.full_block_bytes // PAGE_BYTES) * PAGE_BYTES
     pool = np.zeros((4, pages), dtype=np.uint8)  # touched, so that no page fault is measured

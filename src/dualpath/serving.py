@@ -11,8 +11,9 @@ import msgspec
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.local import Cluster
-from dualpath.kv.store import StoreError
+from dualpath.kv import StoreError
 from dualpath.server import create_app, load_tokenizer, serve
+from dualpath.spec.whole_file import write_whole
 
 StartErrors = (OSError, RuntimeError, StoreError, TimeoutError, ValueError)
 """What entering a `ClusterServer` raises where there can be no cluster; the message says why."""
@@ -111,7 +112,5 @@ async def _serve(config: ClusterConfig, local_engines: bool) -> None:
         name = server.cluster.coordinator.model.name
         print(f"dualpath {config.system} {config.topology} serves {name} at {server.url}/v1", flush=True)
         if config.ready_file is not None:
-            temporary = Path(f"{config.ready_file}.tmp")
-            temporary.write_bytes(msgspec.json.encode(server.facts()))
-            temporary.replace(config.ready_file)
+            write_whole(Path(config.ready_file), msgspec.json.encode(server.facts()))
         await server.ended()

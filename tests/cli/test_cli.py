@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from dualpath import cli
+from dualpath.kv import PosixStore
 from dualpath.kv.keys import block_keys, namespace
 from dualpath.kv.layout import KVLayout, KVPart
-from dualpath.kv.posix_store import PosixStore
 
 
 def python(code, *arguments):
@@ -61,7 +61,7 @@ def test_help_imports_nothing_heavy():
 def test_the_demo_and_store_commands_import_no_torch():
     code = (
         "import sys; import dualpath.lab.experiments.demo.run, dualpath.lab.report.store, dualpath.lab.report.table;"
-        "import dualpath.kv.inspect;"
+        "import dualpath.kv.stores.inspection;"
         "print('torch' in sys.modules)"
     )
     assert python(code).stdout == "False\n"
@@ -86,7 +86,7 @@ def test_the_package_runs_as_a_module():
         (["serve", "--model", "/none", "--store", "s"], "--model: /none has no config.json"),
         (["engine", "--role", "prefill"], "required: --coordinator"),
         (["store", "stat", "/none"], "dualpath store: /none is not a directory"),
-        (["store", "fsck", "/none"], "dualpath store: /none is not a directory"),
+        (["store", "fsck", "ftp://none"], "--store ftp://none: unknown kind of store 'ftp'"),
         (["checkpoint", "/tmp"], "/tmp exists"),
         (["demo", "--systems", "basic,fast"], "unknown system 'fast'; choose from basic, "),
         (["demo", "--topologies", "1P1D,big"], "argument --topologies: 'big' is not a topology"),
@@ -178,10 +178,10 @@ def store(tmp_path):
     """A store of three blocks, one after another, and their keys."""
     layout = KVLayout(layers=2, parts=(KVPart("k", 1, 4), KVPart("v", 1, 4)), dtype="float32")
     space = namespace("fingerprint", "v1", layout)
-    opened = PosixStore(tmp_path / "kv", layout, space)
+    opened = PosixStore(tmp_path / "kv")
     keys = block_keys(space.root, list(range(192)))
     for key, parent in zip(keys, [space.root, *keys], strict=False):
-        opened.write(key, parent, np.zeros(layout.full_block_bytes, np.uint8))
+        opened.write(space, key, parent, np.zeros(layout.full_block_bytes, np.uint8))
     return tmp_path / "kv", keys
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from dualpath.cluster import messages as m
 from dualpath.core.vocabulary import Leg, Role, Side
-from dualpath.kv.posix_store import PosixStore
-from dualpath.kv.store import StoreWriteError
+from dualpath.kv import PosixStore, StoreWriteError
 from dualpath.model import StepOutput
 from dualpath.model.sampling import TokenDraw
 from dualpath.spec import metrics
@@ -65,10 +64,10 @@ def test_abort_right_after_each_message(checkpoint: Checkpoint, tmp_path: Path) 
     prompt = appended(0, 200)
 
     async def work(engine: Bench) -> None:
-        store = PosixStore(tmp_path, engine.host.layout, engine.space, durable=False)
+        store = PosixStore(tmp_path, durable=False)
         parent = engine.space.root
         for key in engine.keys(prompt)[:2]:
-            store.write(key, parent, bytes(engine.host.layout.full_block_bytes))
+            store.write(engine.space, key, parent, bytes(engine.host.layout.full_block_bytes))
             parent = key
         for request in range(3):
             engine.prepare(request, prompt, hit_tokens=128)

@@ -11,7 +11,7 @@ from dualpath.cluster import messages as m
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.membership import Membership
 from dualpath.core.vocabulary import Role
-from dualpath.kv.store import StoreError
+from dualpath.kv import StoreError
 from dualpath.spec.topology import Topology
 
 from .fake_engine import Head, head, join_message

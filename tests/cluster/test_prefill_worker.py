@@ -9,7 +9,7 @@ import pytest
 
 from dualpath.cluster import messages as m
 from dualpath.core.vocabulary import Cause, Leg, Role, Side
-from dualpath.kv.posix_store import PosixStore
+from dualpath.kv import PosixStore
 from dualpath.spec import metrics
 from dualpath.spec.sampling import SamplingParams
 from dualpath.transfer.pool import BufferPool
@@ -99,10 +99,10 @@ def test_abort_right_after_each_message(checkpoint: Checkpoint, tmp_path: Path) 
     leg = Leg(Side.PE, 0, 2)
 
     async def work(engine: Bench) -> None:
-        store = PosixStore(tmp_path, engine.host.layout, engine.space, durable=False)
+        store = PosixStore(tmp_path, durable=False)
         parent = engine.space.root
         for key in engine.keys(PROMPT)[:2]:
-            store.write(key, parent, bytes(engine.host.layout.full_block_bytes))
+            store.write(engine.space, key, parent, bytes(engine.host.layout.full_block_bytes))
             parent = key
         async with decode_buffer(engine, tmp_path / "de") as server:
             for request in range(4):

@@ -11,8 +11,8 @@ from dualpath.cluster import messages as m
 from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, RequestError
 from dualpath.core.journal import replay
 from dualpath.core.vocabulary import Cause, Role, Side
+from dualpath.kv import PosixStore
 from dualpath.kv.keys import block_keys, namespace
-from dualpath.kv.posix_store import PosixStore
 from dualpath.spec.sampling import SamplingParams
 from dualpath.spec.topology import Topology
 
@@ -83,9 +83,9 @@ def with_pair(store: Path, work: Callable[[Pair], Awaitable[None]], **settings: 
 def stored(store: Path, blocks: int) -> None:
     """The first blocks of PROMPT, in the store before the cluster starts."""
     space = namespace("model", "", LAYOUT)
-    files = PosixStore(store, LAYOUT, space, durable=False)
+    files = PosixStore(store, durable=False)
     for parent, key in itertools.pairwise([space.root, *block_keys(space.root, PROMPT)[:blocks]]):
-        files.write(key, parent, bytes(LAYOUT.full_block_bytes))
+        files.write(space, key, parent, bytes(LAYOUT.full_block_bytes))
 
 
 def test_the_messages_of_a_hit_request(tmp_path: Path) -> None:
@@ -178,6 +178,8 @@ def test_faults_leave_the_index_and_the_next_attempt_does_without(tmp_path: Path
         prepare = await pair.prepare(0)
         assert prepare.hit_tokens == 192
         load = await pair.prefill.hears(m.LoadLeg)
+        (path,) = tmp_path.rglob(f"{prepare.keys[1].hex()}.kv")
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
         pair.prefill.say(m.LoadFailed(load.request, 0, Side.PE, [m.BlockFaultReport(prepare.keys[1], "checksum")]))
         for engine in (pair.prefill, pair.decode):
             await engine.hears(m.AbortAttempt)

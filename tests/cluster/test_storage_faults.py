@@ -18,10 +18,10 @@ from .conftest import ask, cluster_config, gauge, in_cluster
 from .test_token_equality import appended
 
 
-def test_a_store_removed_under_the_server_costs_prefixes_and_no_answer(
+def test_a_store_removed_under_the_server_comes_back_by_itself(
     checkpoint: Callable[[str], Path], reference: Callable[[str, list[int], int], list[int]], tmp_path: Path
 ) -> None:
-    """Its blocks are missing, one fault each; nothing new is stored; tokens are right."""
+    """The next answer is computed, and what it stores is hit by the one after: no restart."""
     config = cluster_config(checkpoint("qwen3"), tmp_path / "store")
     prompt = appended(0, 200)
 
@@ -30,13 +30,11 @@ def test_a_store_removed_under_the_server_costs_prefixes_and_no_answer(
         assert (await ask(cluster, prompt, 4)).token_ids == expected
         await cluster.coordinator.settle()
         shutil.rmtree(tmp_path / "store")
-        for _ in range(2):
+        for cached_tokens in (0, 192):
             again = await ask(cluster, prompt, 4)
-            assert (again.token_ids, again.cached_tokens) == (expected, 0)
-        assert cluster.coordinator.gauges()['dualpath_store_faults_total{cause="missing"}'] == 3
-        assert gauge(cluster, "dualpath_store_blocks") == 0
-        await asyncio.sleep(2 * config.heartbeat_ns / 1e9)
-        assert gauge(cluster, "dualpath_store_write_errors_total") >= 2
+            assert (again.token_ids, again.cached_tokens) == (expected, cached_tokens)
+            await cluster.coordinator.settle()
+        assert gauge(cluster, "dualpath_store_write_errors_total") == 0
         assert cluster.coordinator.health()["status"] == "ok"
 
     in_cluster(config, work)

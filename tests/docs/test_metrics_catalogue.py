@@ -16,7 +16,7 @@ from dualpath.spec.metrics import CATALOGUE, NIC_BYTES, Metric, Sample, metric_o
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "dualpath"
 MEMBERS = {name: value for name, value in vars(metrics).items() if isinstance(value, Metric)}
-UNITS = """aborts attempts batches blocks bytes chunks engines errors faults fetches inputs jobs matches messages
+UNITS = """aborts attempts batches blocks bytes chunks engines errors faults fetches inputs jobs looks matches messages
 namespaces requests seconds series steps tokens"""
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dualpath.kv import BlockKey, KVLayout, KVPart, Namespace, PosixStore, block_keys, namespace
+from dualpath.kv import BlockKey, KVLayout, KVPart, Namespace, PosixStore, Store, block_keys, namespace
 
 Bytes = NDArray[np.uint8]
 
@@ -24,8 +24,10 @@ def space(layout: KVLayout) -> Namespace:
 
 
 @pytest.fixture
-def store(tmp_path: Path, layout: KVLayout, space: Namespace) -> PosixStore:
-    return PosixStore(tmp_path / "store", layout, space)
+def store(tmp_path: Path, space: Namespace) -> PosixStore:
+    made = PosixStore(tmp_path / "store")
+    made.prepare(space)
+    return made
 
 
 @pytest.fixture
@@ -38,15 +40,17 @@ def payload_of(layout: KVLayout) -> Callable[[BlockKey], Bytes]:
 
 
 @pytest.fixture
-def write_chain(store: PosixStore, payload_of: Callable[[BlockKey], Bytes]) -> Callable[..., list[BlockKey]]:
+def write_chain(
+    store: Store, space: Namespace, payload_of: Callable[[BlockKey], Bytes]
+) -> Callable[..., list[BlockKey]]:
     """Write a chain of `blocks` blocks whose tokens start with `first_token`, below `parent`; their keys."""
 
     def write(blocks: int, first_token: int = 0, parent: BlockKey | None = None) -> list[BlockKey]:
-        above = parent or store.namespace.root
-        tokens = range(first_token, first_token + blocks * store.namespace.layout.block_tokens)
-        keys = block_keys(above, tokens, store.namespace.layout.block_tokens)
+        above = parent or space.root
+        tokens = range(first_token, first_token + blocks * space.layout.block_tokens)
+        keys = block_keys(above, tokens, space.layout.block_tokens)
         for key in keys:
-            store.write(key, above, payload_of(key))
+            store.write(space, key, above, payload_of(key))
             above = key
         return keys
 
@@ -54,6 +58,6 @@ def write_chain(store: PosixStore, payload_of: Callable[[BlockKey], Bytes]) -> C
 
 
 @pytest.fixture
-def path_of(store: PosixStore, tmp_path: Path) -> Callable[[BlockKey], Path]:
+def path_of(space: Namespace, tmp_path: Path) -> Callable[[BlockKey], Path]:
     """Where the documented directory layout says a block's file is."""
-    return lambda key: tmp_path / "store" / store.namespace.hex / key.hex()[:2] / f"{key.hex()}.kv"
+    return lambda key: tmp_path / "store" / space.hex / key.hex()[:2] / f"{key.hex()}.kv"

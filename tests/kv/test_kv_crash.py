@@ -34,11 +34,12 @@ def in_child(work: Callable[[], None]) -> int:
 
 def reopened(directory: Path, space: Namespace = SPACE) -> set[BlockKey]:
     """Blocks that a new process sees; each of them must be right."""
-    store = PosixStore(directory, LAYOUT, space)
+    store = PosixStore(directory)
+    store.prepare(space)
     seen = {record.key for record in store.scan(on_bad=lambda file: pytest.fail(str(file)))}
     into = np.zeros(LAYOUT.full_block_bytes, dtype=np.uint8)
     for key in seen:
-        store.read(key, into)
+        store.read(space, key, into)
         assert (into == payload_of(key)).all()
     assert list(directory.rglob("*.tmp")) == []
     return seen
@@ -71,13 +72,13 @@ def test_killed_at_every_step_of_a_write(tmp_path: Path) -> None:
     key, outcomes = KEYS[0], []
     for step in range(1, 100):
         directory = tmp_path / str(step)
-        PosixStore(directory, LAYOUT, SPACE)
+        PosixStore(directory).prepare(SPACE)
         payload = payload_of(key)
 
         def work(step: int = step, directory: Path = directory, payload: np.ndarray = payload) -> None:
-            store = PosixStore(directory, LAYOUT, SPACE)
+            store = PosixStore(directory)
             die_at_step(step, [])
-            store.write(key, SPACE.root, payload)
+            store.write(SPACE, key, SPACE.root, payload)
             os._exit(0)
 
         status = os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1])
@@ -100,10 +101,10 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         receive, send = os.pipe()
 
         def work(directory: Path = directory, send: int = send) -> None:
-            store = PosixStore(directory, LAYOUT, SPACE)
+            store = PosixStore(directory)
             for n, (key, parent) in enumerate(zip(KEYS, [SPACE.root, *KEYS], strict=False)):
-                store.delete(key)
-                store.write(key, parent, payload_of(key), pace=lambda _: os.write(send, b"c") and None)
+                store.delete(SPACE.root, key)
+                store.write(SPACE, key, parent, payload_of(key), pace=lambda _: os.write(send, b"c") and None)
                 os.write(send, b"%d" % n)
             signal.pause()
 

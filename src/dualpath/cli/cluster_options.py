@@ -51,10 +51,8 @@ def cluster_config(arguments: argparse.Namespace) -> ClusterConfig:
 
 
 def _check_store(location: str) -> None:
-    """A URL that makes no store is better told now than by every engine."""
-    if "://" in location:
-        from dualpath.kv.bucket import Bucket
-        from dualpath.kv.store import StoreError
+    """What makes no store is better told now than by every engine."""
+    from dualpath.kv import StoreLocationError, open_store
 
-        with usage_errors(StoreError):
-            Bucket.open(location)
+    with usage_errors(StoreLocationError):
+        open_store(location)

@@ -50,11 +50,6 @@ def write_report_beside(path: Path, result: "ResultFile") -> Path:
     return page
 
 
-def check_directory(path: Path) -> None:
-    if not path.is_dir():
-        raise UsageError(f"{path} is not a directory; give a store's")
-
-
 @contextmanager
 def file_progress(console: "Console") -> Iterator[Any]:
     from rich.progress import Progress

@@ -1,11 +1,16 @@
 """``dualpath store stat|fsck``."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dualpath.cli.arguments import command
-from dualpath.cli.outcome import check_directory, command_errors, file_progress, new_console, write_json
+from dualpath.cli.outcome import command_errors, file_progress, new_console, usage_errors, write_json
+
+if TYPE_CHECKING:
+    from dualpath.kv import Store
 
 
 def add(commands: Any) -> None:
@@ -21,7 +26,7 @@ def add(commands: Any) -> None:
     )
     fsck.add_argument("--repair", action="store_true", help="repair what is found")
     for action in (stat, fsck):
-        action.add_argument("directory", metavar="DIR", type=Path)
+        action.add_argument("store", metavar="PLACE", help="a directory, or a URL, as for dualpath serve --store")
         action.add_argument("--json", metavar="FILE", type=Path, help="write the report here too")
 
 
@@ -29,13 +34,11 @@ def _stat(arguments: argparse.Namespace) -> int:
     """Print what is in a store."""
     import msgspec
 
-    from dualpath.kv.inspect import stat
-    from dualpath.kv.store import StoreError
+    from dualpath.kv.stores.inspection import stat
     from dualpath.lab.report.store import stat_table
 
-    check_directory(arguments.directory)
-    with command_errors(StoreError):
-        report = stat(arguments.directory)
+    with _opened(arguments.store) as store:
+        report = stat(store)
     write_json(arguments.json, report)
     new_console().print(stat_table(msgspec.to_builtins(report)))
     return 0
@@ -45,14 +48,21 @@ def _fsck(arguments: argparse.Namespace) -> int:
     """Check a store. Exit code 1 if something is bad and was not repaired."""
     import msgspec
 
-    from dualpath.kv.inspect import fsck
-    from dualpath.kv.store import StoreError
+    from dualpath.kv.stores.inspection import fsck
     from dualpath.lab.report.store import fsck_lines
 
-    check_directory(arguments.directory)
     console = new_console()
-    with command_errors(StoreError), file_progress(console) as progress:
-        report = fsck(arguments.directory, repair=arguments.repair, progress=progress)
+    with _opened(arguments.store) as store, file_progress(console) as progress:
+        report = fsck(store, repair=arguments.repair, progress=progress)
     write_json(arguments.json, report)
     console.print(*fsck_lines(msgspec.to_builtins(report)), sep="\n", highlight=False, soft_wrap=True)
     return 0 if report.is_clean or report.repaired else 1
+
+
+@contextmanager
+def _opened(location: str) -> "Iterator[Store]":
+    """What is no store is a bad value; one that can't be read is a failure."""
+    from dualpath.kv import StoreError, StoreLocationError, open_store
+
+    with command_errors(StoreError), usage_errors(StoreLocationError):
+        yield open_store(location)

@@ -1,32 +1,50 @@
 """KV-cache blocks: their keys and layout, the index of what is stored, and the stores that keep them."""
 
-from dualpath.kv.block_file import BlockError, BlockFault
-from dualpath.kv.catalog import RebuildReport, rebuild
-from dualpath.kv.directory import stored_namespaces
-from dualpath.kv.index import IndexStatistics, PrefixIndex
+from dualpath.kv.index import GoneBlock, IndexStatistics, PrefixIndex
 from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
 from dualpath.kv.layout import KVLayout, KVPart
-from dualpath.kv.posix_store import PosixStore
-from dualpath.kv.storage import Storage
-from dualpath.kv.store import Store, StoreError, StoreWriteError
+from dualpath.kv.rebuild import RebuildReport, ancestors, delete_orphan, publish_all, rebuild
+from dualpath.kv.stores import STORES, StoreOpener, open_store
+from dualpath.kv.stores.block_file import BlockError, BlockFault
+from dualpath.kv.stores.posix import PosixStore
+from dualpath.kv.stores.protocol import (
+    BadFile,
+    BlockRecord,
+    Inspectable,
+    NamespaceDescription,
+    Store,
+    StoreError,
+    StoreLocationError,
+    StoreWriteError,
+)
 
 __all__ = [
+    "STORES",
+    "BadFile",
     "BlockError",
     "BlockFault",
     "BlockKey",
+    "BlockRecord",
+    "GoneBlock",
     "IndexStatistics",
+    "Inspectable",
     "KVLayout",
     "KVPart",
     "Namespace",
+    "NamespaceDescription",
     "PosixStore",
     "PrefixIndex",
     "RebuildReport",
-    "Storage",
     "Store",
     "StoreError",
+    "StoreLocationError",
+    "StoreOpener",
     "StoreWriteError",
+    "ancestors",
     "block_keys",
+    "delete_orphan",
     "namespace",
+    "open_store",
+    "publish_all",
     "rebuild",
-    "stored_namespaces",
 ]

@@ -16,6 +16,7 @@ Not thread-safe: it belongs to one thread. What it evicts or drops, the caller d
 
 from collections.abc import Hashable, Sequence
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 import msgspec
 
@@ -38,13 +39,22 @@ class IndexStatistics(msgspec.Struct, frozen=True):
     dropped_blocks: int
 
 
+class GoneBlock(NamedTuple):
+    """A block that has left the index: where its file is, and what it hangs from."""
+
+    root: BlockKey
+    key: BlockKey
+    parent: BlockKey
+
+
 class _Node:
     """A Full Block in the trie, or a root (`parent` is None)."""
 
-    __slots__ = ("children", "key", "parent", "physical_bytes", "pins", "queued", "serial", "tick")
+    __slots__ = ("children", "key", "parent", "physical_bytes", "pins", "queued", "root", "serial", "tick")
 
     def __init__(self, key: BlockKey, parent: "_Node | None", physical_bytes: int, serial: int) -> None:
         self.key = key
+        self.root: BlockKey = parent.root if parent is not None else key
         self.parent = parent
         self.physical_bytes = physical_bytes
         self.serial = serial
@@ -88,6 +98,10 @@ class PrefixIndex:
         self._asked += len(keys)
         self._hits += matched
         return matched
+
+    def reach(self, keys: Sequence[BlockKey]) -> int:
+        """Blocks at the start of `keys` that are published; unlike `match`, nothing is marked or counted."""
+        return next((n for n, key in enumerate(keys) if key not in self._nodes), len(keys))
 
     def pin(self, owner: Hashable, keys: Sequence[BlockKey]) -> None:
         """Keep blocks from eviction until ``unpin(owner)``; what an owner has pinned before stays pinned.
@@ -135,11 +149,10 @@ class PrefixIndex:
         self._queue(node)
         return True
 
-    def drop(self, key: BlockKey) -> list[BlockKey]:
+    def drop(self, key: BlockKey) -> list[GoneBlock]:
         """Forget a block that is gone or bad, pinned or not, with all that hangs below it.
 
-        → what was forgotten, every block after its descendants, ready to be deleted in that order; empty if `key` is
-        not published. Pins on these blocks end.
+        → what was forgotten, every block after its descendants; empty if `key` is not published. Pins on these end.
         """
         top = self._nodes.get(key)
         if top is None:
@@ -148,13 +161,12 @@ class PrefixIndex:
         for node in subtree:
             subtree.extend(node.children.values())
         subtree.reverse()
-        for node in subtree:
-            self._remove(node)
+        gone = [self._remove(node) for node in subtree]
         self._dropped += len(subtree)
         self._shed()
-        return [node.key for node in subtree]
+        return gone
 
-    def evict(self, quota_bytes: int) -> list[BlockKey]:
+    def evict(self, quota_bytes: int) -> list[GoneBlock]:
         """Forget least recently used tips until `stored_bytes` ≤ `quota_bytes` or all that is left is pinned.
 
         → what was forgotten, every block after its descendants; the caller deletes it from the store.
@@ -166,14 +178,18 @@ class PrefixIndex:
             if tick < node.tick:
                 self._queue(node)
             elif self._is_evictable(node):
-                self._remove(node)
-                evicted.append(node.key)
+                evicted.append(self._remove(node))
         self._evicted += len(evicted)
         self._shed()
         return evicted
 
-    def __contains__(self, key: BlockKey) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._nodes
+
+    @property
+    def roots(self) -> list[BlockKey]:
+        """Root keys of the namespaces, in the order they were added."""
+        return list(self._roots)
 
     @property
     def blocks(self) -> int:
@@ -242,7 +258,7 @@ class PrefixIndex:
         self._tips = [(node.tick, node.serial, node) for _, _, node in self._tips if node.queued]
         heapify(self._tips)
 
-    def _remove(self, node: _Node) -> None:
+    def _remove(self, node: _Node) -> GoneBlock:
         """Take a node without children out of the trie; its parent may become a tip."""
         assert node.parent is not None and not node.children
         del self._nodes[node.key]
@@ -251,6 +267,7 @@ class PrefixIndex:
         self._pinned_blocks -= node.pins > 0
         node.parent.tick = max(node.parent.tick, node.tick)
         self._queue(node.parent)
+        return GoneBlock(node.root, node.key, node.parent.key)
 
 
 def _require(holds: bool, invariant: str) -> None:

@@ -90,6 +90,8 @@ STORE_HIT_BLOCKS = _store("dualpath_store_hit_blocks_total", "Those of them that
 STORE_PUBLISHED_BLOCKS = _store("dualpath_store_published_blocks_total", "Blocks that entered the index")
 STORE_EVICTED_BLOCKS = _store("dualpath_store_evicted_blocks_total", "Blocks that left it to keep to the quota")
 STORE_DROPPED_BLOCKS = _store("dualpath_store_dropped_blocks_total", "Blocks that left it with one that can't be read")
+STORE_LOOKS = _store("dualpath_store_looks_total", "Looks at the store for what a neighbour has stored", unit="looks")
+STORE_FOUND_BLOCKS = _store("dualpath_store_found_blocks_total", "Blocks of neighbours that were found so")
 STORE_FILE_ERRORS = _store("dualpath_store_file_errors_total", "Opening, deleting or setting aside files that failed")
 STORE_FILE_JOBS = _store("dualpath_store_file_jobs_waiting", "File jobs that are not done yet", unit="jobs")
 STORE_FAULTS = _store("dualpath_store_faults_total", "Blocks that could not be read, by what is wrong", ("cause",))

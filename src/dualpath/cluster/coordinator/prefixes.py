@@ -1,64 +1,92 @@
 """What the coordinator knows of storage: the prefix index over the block store, per-tenant namespaces, eviction.
 
-The index is in memory and rebuilt from the store at start; a block enters it only when an engine has reported it
-durable and verified. Everything that touches files (rebuilding, opening a namespace, deleting, setting aside) is done
-on one background thread, in order, never on the event loop. A file job that fails is counted and logged: serving does
-not depend on it.
+The index is in memory and rebuilt from the store at start. A block enters it when an engine has reported it durable and
+verified, or when a look at the store finds that a neighbour (another cluster on the same store) has written it. What
+touches files is done on threads, never on the event loop: making room and repairs on one, in order; looks, for which
+requests wait, on others. A file job that fails is counted and logged: serving does not depend on it.
 """
 
 import asyncio
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from dualpath.cluster.messages import BlockFaultReport, StoredBlock
-from dualpath.kv.block_file import BlockFault
-from dualpath.kv.catalog import rebuild
-from dualpath.kv.index import PrefixIndex
-from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
-from dualpath.kv.layout import KVLayout
-from dualpath.kv.storage import Storage
-from dualpath.kv.store import Store, StoreError
+from dualpath.kv import (
+    BlockFault,
+    BlockKey,
+    BlockRecord,
+    GoneBlock,
+    KVLayout,
+    Namespace,
+    PrefixIndex,
+    block_keys,
+    delete_orphan,
+    namespace,
+    open_store,
+    publish_all,
+    rebuild,
+)
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
 
+LOOK_S = 0.25
+"""A request waits this long at most for a look at the store; what comes later is published then."""
+MAX_LOOKS = 4
+"""Looks at a time. A request that finds all of them busy goes without."""
+ABSENT_S = 1.0
+"""A block that was not there is not looked for again within this, nor any while the store does not answer."""
+MAX_ABSENT = 4096
+"""Blocks remembered as not there."""
+
 
 class Prefixes:
-    """Prefix matching for one model. Used from one asyncio thread, `load` first of all."""
+    """Prefix matching for one model. Used from one asyncio thread, `load` first of all. Raises StoreLocationError."""
 
     def __init__(
-        self, location: str, layout: KVLayout, fingerprint: str, weights_version: str, quota_bytes: int | None
+        self,
+        location: str,
+        layout: KVLayout,
+        fingerprint: str,
+        weights_version: str,
+        quota_bytes: int | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._storage = Storage(location, layout)
+        self._store = open_store(location)
         self._layout = layout
         self._fingerprint = fingerprint
         self._weights_version = weights_version
         self._quota_bytes = quota_bytes
+        self._clock = clock
         self._index = PrefixIndex()
-        self._stores: dict[str, Store] = {}
         self._namespaces: dict[str, Namespace] = {}
-        self._opening: dict[str, asyncio.Future[Store]] = {}
+        self._ready: set[BlockKey] = set()
+        self._preparing: dict[BlockKey, asyncio.Future[None]] = {}
         self._files = ThreadPoolExecutor(1, thread_name_prefix="store-files")
+        self._lookout = ThreadPoolExecutor(MAX_LOOKS, thread_name_prefix="store-looks")
+        self._looks: dict[BlockKey, asyncio.Future[list[BlockRecord]]] = {}
+        self._absent_until: dict[BlockKey, float] = {}
+        self._away_until = float("-inf")
         self._file_jobs = 0
         self.faults: Counter[str] = Counter()
         self.file_errors = 0
+        self.looks = 0
+        self.found_blocks = 0
 
     async def load(self) -> None:
-        """Index what the store has, of every tenant, back or not: the quota counts what the disk holds.
+        """Index what the store has, of every tenant and model: the quota counts what the store holds.
 
-        Blocks that nothing can match, or that are bad, are cleaned away. Raises StoreError, OSError.
+        Blocks that nothing can match, or that are bad, are cleaned away. Raises StoreError.
         """
         await asyncio.get_running_loop().run_in_executor(self._files, self._load)
         self._enforce_quota()
 
     def _load(self) -> None:
-        """On the background thread; nobody else has the index yet."""
-        self._storage.open(self.namespace_of(""))  # fails now rather than at the first block
-        for space in self._storage.namespaces():
-            store = self._storage.open(space)
-            rebuild(self._index, store, clean=True)
-            self._stores[space.hex] = store
+        """On the file thread; nobody else has the index yet."""
+        self._store.prepare(self.namespace_of(""))  # fails now rather than at the first block
+        rebuild(self._index, self._store, clean=True)
 
     def namespace_of(self, tenant: str) -> Namespace:
         known = self._namespaces.get(tenant)
@@ -68,31 +96,69 @@ class Prefixes:
         return known
 
     async def open(self, tenant: str) -> Namespace:
-        """The tenant's namespace, ready to match and publish. One whose directory can't be opened matches nothing."""
+        """The tenant's namespace, ready to match and publish. One that the store can't prepare matches nothing."""
         space = self.namespace_of(tenant)
-        if space.hex not in self._stores:
-            opening = self._opening.get(space.hex)
-            if opening is None:
+        if space.root not in self._ready:
+            preparing = self._preparing.get(space.root)
+            if preparing is None:
                 loop = asyncio.get_running_loop()
-                opening = loop.run_in_executor(self._files, self._storage.open, space)
-                self._opening[space.hex] = opening
-                opening.add_done_callback(lambda opened: self._opened(space, opened))
-            await asyncio.wait([opening])
+                preparing = loop.run_in_executor(self._files, self._store.prepare, space)
+                self._preparing[space.root] = preparing
+                preparing.add_done_callback(lambda ended: self._prepared(space, ended))
+            await asyncio.wait([preparing])
         return space
 
-    def _opened(self, space: Namespace, opened: "asyncio.Future[Store]") -> None:
-        """Before anybody who waits goes on."""
-        del self._opening[space.hex]
+    def _prepared(self, space: Namespace, ended: "asyncio.Future[None]") -> None:
+        """Before anybody who waits goes on. What neighbours have written for this tenant is found when it is asked."""
+        del self._preparing[space.root]
         self._index.add_root(space.root)
-        if opened.cancelled():
+        if ended.cancelled():
             return
-        try:
-            store = opened.result()
-            rebuild(self._index, store, clean=True)  # it was not described when `load` looked: it has next to nothing
-        except StoreError as error:
+        error = ended.exception()
+        if error is None:
+            self._ready.add(space.root)
+        else:
+            self._note_file_error(error)
+
+    async def look_beyond(self, space: Namespace, keys: list[BlockKey]) -> None:
+        """Publish blocks of `keys` that the index lacks and the store has: those that neighbours have written.
+
+        New tokens cost one look for one block, and none where the same block was not there a moment ago.
+        """
+        beyond = keys[self._index.reach(keys) :]
+        now = self._clock()
+        if not beyond or now < self._away_until or now < self._absent_until.get(beyond[0], now):
+            return
+        look = self._looks.get(beyond[0])
+        if look is None:
+            if len(self._looks) >= MAX_LOOKS:
+                return
+            self.looks += 1
+            loop = asyncio.get_running_loop()
+            look = loop.run_in_executor(self._lookout, self._store.find, space.root, beyond)
+            self._looks[beyond[0]] = look
+            look.add_done_callback(lambda ended: self._looked(beyond, ended))
+        await asyncio.wait([look], timeout=LOOK_S)
+
+    def _looked(self, beyond: list[BlockKey], ended: "asyncio.Future[list[BlockRecord]]") -> None:
+        """Before anybody who waits goes on."""
+        del self._looks[beyond[0]]
+        if ended.cancelled():
+            return
+        error = ended.exception()
+        if error is not None:
+            self._away_until = self._clock() + ABSENT_S
             self._note_file_error(error)
             return
-        self._stores[space.hex] = store
+        found = ended.result()
+        self.found_blocks += len(found)
+        publish_all(self._index, found)
+        self._enforce_quota()
+        for absent in beyond[len(found) : len(found) + 1]:
+            self._absent_until.pop(absent, None)
+            self._absent_until[absent] = self._clock() + ABSENT_S
+        while len(self._absent_until) > MAX_ABSENT:
+            del self._absent_until[next(iter(self._absent_until))]
 
     def keys(self, space: Namespace, token_ids: list[int]) -> list[BlockKey]:
         return block_keys(space.root, token_ids, self._layout.block_tokens)
@@ -111,30 +177,32 @@ class Prefixes:
         for block in blocks:
             published = self._index.publish(block.key, block.parent, block.physical_bytes)
             if not published and block.key not in self._index:
-                # Its parent has been evicted meanwhile: nothing can ever match it, and nothing would count it.
-                self._submit(self._delete, block.key)
+                # Its parent has been evicted meanwhile: nothing can match it, and nothing would count it.
+                self._submit(
+                    self._delete_orphans, [GoneBlock(root, block.key, block.parent) for root in self._index.roots]
+                )
         self._enforce_quota()
 
     def _enforce_quota(self) -> None:
         if self._quota_bytes is None:
             return
-        for key in self._index.evict(self._quota_bytes):
-            self._submit(self._delete, key)
+        evicted = self._index.evict(self._quota_bytes)
+        if evicted:
+            self._submit(self._delete, evicted)
 
-    def report_faults(self, space: Namespace, faults: list[BlockFaultReport]) -> None:
+    def report_faults(self, faults: list[BlockFaultReport]) -> None:
         """Unreadable blocks: counted by cause, out of the index with all that builds on them, files moved aside."""
         for report in faults:
             self.faults[report.fault] += 1
-            for key in self._index.drop(report.key):
-                if key == report.key:
-                    self._submit(self._set_aside, space, key, BlockFault(report.fault))
-                else:
-                    self._submit(self._delete, key)
+            gone = self._index.drop(report.key)[::-1]
+            if gone:
+                self._submit(self._set_aside, gone[0])
+                self._submit(self._delete_orphans, gone[1:])
 
     # ── the background thread ───────────────────────────────────────────────────────────────────────────────────────
 
     def _submit(self, job: Callable[..., None], *arguments: object) -> None:
-        """Jobs waiting are bounded by the blocks that have been in the index: each is about one that left it."""
+        """Jobs waiting are bounded by the blocks that have been in the index: each is about some that left it."""
         self._file_jobs += 1
         loop = asyncio.get_running_loop()
         done = self._files.submit(job, *arguments)
@@ -150,14 +218,20 @@ class Prefixes:
         self.file_errors += 1
         print(f"[store] {error}", file=sys.stderr, flush=True)
 
-    def _delete(self, key: BlockKey) -> None:
-        if key not in self._index:  # it may have been stored anew meanwhile
-            any(store.delete(key) for store in list(self._stores.values()))
+    def _delete(self, blocks: list[GoneBlock]) -> None:
+        for block in blocks:
+            if block.key not in self._index:  # it may have been stored anew meanwhile
+                self._store.delete(block.root, block.key)
 
-    def _set_aside(self, space: Namespace, key: BlockKey, cause: BlockFault) -> None:
-        store = self._stores.get(space.hex)
-        if store is not None and key not in self._index:
-            store.quarantine(key, cause)
+    def _delete_orphans(self, blocks: list[GoneBlock]) -> None:
+        """Parents first. A neighbour may have written the parent anew: then the block stays, and a look finds it."""
+        for block in blocks:
+            if block.key not in self._index:
+                delete_orphan(self._store, block.root, block.parent, block.key)
+
+    def _set_aside(self, block: GoneBlock) -> None:
+        if block.key not in self._index:
+            self._store.quarantine(block.root, block.key)
 
     # ── what to look at ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -175,6 +249,8 @@ class Prefixes:
             metrics.STORE_PUBLISHED_BLOCKS(): float(index.published_blocks),
             metrics.STORE_EVICTED_BLOCKS(): float(index.evicted_blocks),
             metrics.STORE_DROPPED_BLOCKS(): float(index.dropped_blocks),
+            metrics.STORE_LOOKS(): float(self.looks),
+            metrics.STORE_FOUND_BLOCKS(): float(self.found_blocks),
             metrics.STORE_FILE_ERRORS(): float(self.file_errors),
             metrics.STORE_FILE_JOBS(): float(self._file_jobs),
             **{metrics.STORE_FAULTS(fault.value): float(self.faults[fault.value]) for fault in BlockFault},
@@ -186,5 +262,6 @@ class Prefixes:
         await asyncio.sleep(0)
 
     def close(self) -> None:
-        """Wait for the file work queued so far."""
+        """Wait for the file work queued so far, and for looks under way."""
         self._files.shutdown(wait=True)
+        self._lookout.shutdown(wait=True)

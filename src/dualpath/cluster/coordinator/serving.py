@@ -33,6 +33,7 @@ from dualpath.core.vocabulary import (
     RequestId,
     Resubmit,
 )
+from dualpath.kv import BlockKey
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
 
@@ -68,11 +69,14 @@ class Serving:
         arrived_ns = time.monotonic_ns()
         self._check(asked)
         space = await self.prefixes.open(asked.tenant)
+        keys = self.prefixes.keys(space, asked.prompt_token_ids)
+        if self._prefix_cache:
+            await self.prefixes.look_beyond(space, keys[: _most_hit_blocks(asked.prompt_token_ids)])
         if self._ended is not None:
             raise self._ended
         live = LiveRequest(self._next_request, asked, space, arrived_ns)
         self._next_request += 1
-        facts = self._begin(live, 0)
+        facts = self._begin(live, 0, keys)
         self._requests[live.request] = live
         self._driver.input(lambda s, now: s.submit(now, facts))
         return live
@@ -105,16 +109,15 @@ class Serving:
                 f"model's {self.model.max_model_len_tokens}; shorten the prompt or lower max_tokens",
             )
 
-    def _begin(self, live: LiveRequest, attempt: int) -> RequestFacts:
+    def _begin(self, live: LiveRequest, attempt: int, keys: list[BlockKey] | None = None) -> RequestFacts:
         """Match the prompt plus what was generated against storage and pin what was found for this attempt."""
         prompt = live.asked.prompt_token_ids + live.generated
-        keys = self.prefixes.keys(live.namespace, prompt)
+        if keys is None:
+            keys = self.prefixes.keys(live.namespace, prompt)
         self.prefixes.unpin(live.request)
         hit_blocks = 0
         if self._prefix_cache and not live.recompute:
-            # At least one prompt token is computed: the first new token comes out of its logits.
-            most_blocks = (len(prompt) - 1) // BLOCK_TOKENS
-            hit_blocks = self.prefixes.match_and_pin(live.request, keys, most_blocks)
+            hit_blocks = self.prefixes.match_and_pin(live.request, keys, _most_hit_blocks(prompt))
         return live.begin(attempt, prompt, keys, hit_blocks)
 
     # ── what engines report ─────────────────────────────────────────────────────────────────────────────────────────
@@ -166,7 +169,7 @@ class Serving:
                 attempt.stages.loaded()
                 self._driver.input(lambda s, now: s.loaded(now, *ids, message.side))
             case m.LoadFailed():
-                self.prefixes.report_faults(live.namespace, message.faults)
+                self.prefixes.report_faults(message.faults)
                 live.recompute |= not message.faults
                 self._driver.input(lambda s, now: s.load_failed(now, *ids, message.side))
             case m.PrefillDone():
@@ -241,6 +244,11 @@ class Serving:
             metrics.STALE_MESSAGES(): float(self.stale_messages),
             **self.prefixes.gauges(),
         }
+
+
+def _most_hit_blocks(prompt: list[int]) -> int:
+    """At least one prompt token is computed: the first new token comes out of its logits."""
+    return (len(prompt) - 1) // BLOCK_TOKENS
 
 
 def request_error(cause: Cause, prompt_tokens: int) -> RequestError:

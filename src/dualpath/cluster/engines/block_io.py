@@ -1,11 +1,10 @@
 """Full Blocks between an engine's buffer and storage: through its SNIC, on threads of their own (paper §4.1 ①).
 
-Everything that touches the file system, opening a namespace included, happens on those threads: the main thread only
-handles control messages and must never wait for a disk.
+Everything that touches the store happens on those threads: the main thread only handles control messages and must never
+wait for a disk.
 """
 
 import asyncio
-import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -13,11 +12,7 @@ import numpy as np
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.messages import BlockFaultReport
 from dualpath.core.vocabulary import TrafficClass
-from dualpath.kv.block_file import BlockError
-from dualpath.kv.keys import BlockKey, Namespace
-from dualpath.kv.layout import KVLayout
-from dualpath.kv.storage import Storage
-from dualpath.kv.store import Store
+from dualpath.kv import BlockError, BlockKey, KVLayout, Namespace, open_store
 from dualpath.thread_names import named_threads
 from dualpath.transfer.pool import BufferPool
 from dualpath.transfer.traffic import TrafficManager
@@ -37,9 +32,7 @@ class BlockIO:
         self._traffic = traffic
         self._reads = named_threads(IO_THREADS, "block-reads")
         self._writes = named_threads(IO_THREADS, "block-writes")
-        self._storage = Storage(cluster.store, layout, durable=cluster.durable)
-        self._stores: dict[str, Store] = {}
-        self._opening = threading.Lock()
+        self._store = open_store(cluster.store, durable=cluster.durable)
 
     async def read_leg(
         self, space: Namespace, keys: list[BlockKey], pages: list[int], cancelled: Callable[[], bool]
@@ -77,22 +70,13 @@ class BlockIO:
             return None
         into = self._pool.view(page)[: self._layout.full_block_bytes]
         try:
-            self._store(space).read(key, into, self._pace_read)
+            self._store.read(space, key, into, self._pace_read)
         except BlockError as error:
             return BlockFaultReport(key, error.cause.value)
         return None
 
     def _write(self, space: Namespace, key: BlockKey, parent: BlockKey, payload: np.ndarray) -> int:
-        return self._store(space).write(key, parent, payload, self._pace_write)
-
-    def _store(self, space: Namespace) -> Store:
-        """The namespace's store, opened once; a failure to open is not remembered."""
-        with self._opening:
-            store = self._stores.get(space.hex)
-            if store is None:
-                store = self._storage.open(space)
-                self._stores[space.hex] = store
-            return store
+        return self._store.write(space, key, parent, payload, self._pace_write)
 
     def _pace_read(self, n_bytes: int) -> None:
         self._traffic.snic.rx.acquire(TrafficClass.LOW, n_bytes)

@@ -16,7 +16,7 @@ from dualpath.cluster import messages as m
 from dualpath.cluster.engines.decode_attempt import DecodeAttempt, Persister
 from dualpath.cluster.engines.host import EngineHost, Owner
 from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, EngineId, Side
-from dualpath.kv.store import StoreError
+from dualpath.kv import StoreError
 from dualpath.model import DecodeEngine, LoadedModel, StepOutput
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures

@@ -13,8 +13,8 @@ from dualpath.cluster import messages as m
 from dualpath.cluster.engines.host import EngineHost, Owner
 from dualpath.cluster.messages import PrepareDecode
 from dualpath.core.vocabulary import BLOCK_TOKENS
+from dualpath.kv import StoreError
 from dualpath.kv.keys import BlockKey, Namespace, block_keys
-from dualpath.kv.store import StoreError
 from dualpath.model import DecodeEngine
 from dualpath.spec import metrics
 
@@ -102,4 +102,5 @@ class Persister:
             self._host.counters[metrics.STORE_WRITE_ERRORS()] += 1
             self._host.log(f"block {key.hex()} could not be stored: {error}")
             return
-        self._host.send(m.Stored([m.StoredBlock(key, parent, physical_bytes)]))
+        if attempt.storing:  # a step may have failed while this block was written
+            self._host.send(m.Stored([m.StoredBlock(key, parent, physical_bytes)]))

@@ -18,7 +18,7 @@ from dualpath.cluster.engines.prefill import PrefillWorker
 from dualpath.cluster.messages import EngineConfig, Join
 from dualpath.core.batching import AttentionCost
 from dualpath.core.vocabulary import Role
-from dualpath.kv.store import StoreError
+from dualpath.kv import StoreError
 from dualpath.model import LoadedModel, model_fingerprint, profile_attention
 
 

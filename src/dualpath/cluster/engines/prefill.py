@@ -16,7 +16,7 @@ from dualpath.cluster.engines.layer_transfers import BatchTransfers, ItemTransfe
 from dualpath.core.batching import AttentionCost, Chunk, PrefillQueue
 from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import Cause, Leg, Side
-from dualpath.kv.store import StoreError
+from dualpath.kv import StoreError
 from dualpath.model import LayerIOTimeoutError, LayerwisePrefill, LoadedModel, PrefillItem, PrefillOutput
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures

@@ -15,9 +15,7 @@ MAX_LISTED = 20
 
 def stat_table(report: Mapping[str, Any]) -> Table:
     """One row per namespace: a model's weights, layout and tenant."""
-    table = Table(
-        title=f"store {report['directory']}", title_style="", title_justify="left", box=SIMPLE_HEAD, padding=0
-    )
+    table = Table(title=f"store {report['location']}", title_style="", title_justify="left", box=SIMPLE_HEAD, padding=0)
     for heading, right in (
         ("namespace", False),
         ("model", False),
@@ -49,7 +47,7 @@ def stat_table(report: Mapping[str, Any]) -> Table:
 def fsck_lines(report: Mapping[str, Any]) -> Iterator[str]:
     """What was checked, then what was found, then what came of it."""
     yield (
-        f"{report['directory']}: {report['sound_blocks']:,} of {report['checked_blocks']:,} blocks are sound "
+        f"{report['location']}: {report['sound_blocks']:,} of {report['checked_blocks']:,} blocks are sound "
         f"({format_bytes(report['checked_bytes'])} checked in {report['namespaces']} namespaces)"
     )
     bad = [f"{file['path']}: {file['cause']}: {file['detail']}" for file in report["bad_files"]]
@@ -58,7 +56,7 @@ def fsck_lines(report: Mapping[str, Any]) -> Iterator[str]:
         ("bad files", bad),
         ("orphans: sound blocks that no prefix leads to", report["orphans"]),
         ("leftovers of writers that are gone", report["leftovers"]),
-        ("namespaces without a sound namespace.json", report["undescribed"]),
+        ("namespaces without a sound description", report["undescribed"]),
     ):
         if items:
             found = True

@@ -19,9 +19,8 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import from_url
 
-from dualpath.kv.store import StoreError
+from dualpath.kv.stores.protocol import StoreError, StoreLocationError
 
-SCHEMES = ("s3", "gs", "az", "http", "https")
 REQUEST_S = 60.0
 """Longest life of one request, its body included."""
 CONNECT_S = 5.0
@@ -74,15 +73,15 @@ class Bucket:
         """``s3://bucket/prefix?endpoint=http://host:port&region=…``, ``http://host/prefix``; contacts nobody yet.
 
         The query's names are obstore's configuration; credentials come from the environment (``AWS_ACCESS_KEY_ID``, …).
-        Raises StoreError for a URL that can't be one.
+        Raises StoreLocationError for a URL that can't be one.
         """
         parts = urlsplit(url)
         options = dict(parse_qsl(parts.query))
-        if parts.scheme not in SCHEMES:
-            raise StoreError(f"{url} is no object store; write a directory, or {', '.join(SCHEMES)}://…")
         secret = next((name for name in options if any(word in name for word in _SECRETS)), None)
         if secret is not None:
-            raise StoreError(f"--store: {secret} in a URL shows in process lists; set the environment variable instead")
+            raise StoreLocationError(
+                f"--store: {secret} in a URL shows in process lists; set the environment variable instead"
+            )
         plain = parts._replace(query="", fragment="").geturl().rstrip("/")
         # obstore 0.12 lists a WebDAV server's folders wrongly when its URL has a path: it gets none.
         folder = parts.path.strip("/") if parts.scheme in ("http", "https") else ""
@@ -100,7 +99,7 @@ class Bucket:
                 **config,
             )
         except (BaseError, ValueError, TypeError) as error:
-            raise StoreError(f"the store at {url} cannot be opened: {_summary(error)}") from error
+            raise StoreLocationError(f"the store at {url} cannot be opened: {_summary(error)}") from error
         return cls(objects, plain, folder)
 
     def get(self, name: str) -> Body | None:

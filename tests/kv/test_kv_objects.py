@@ -1,5 +1,6 @@
 """What only stores of objects can get wrong: servers that go away or keep something else, URLs, the way back."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,17 +17,19 @@ from dualpath.kv import (
     KVLayout,
     Namespace,
     PrefixIndex,
-    Storage,
     StoreError,
+    StoreLocationError,
     StoreWriteError,
     block_keys,
     namespace,
+    open_store,
     rebuild,
 )
-from dualpath.kv.block_file import PAGE_BYTES
-from dualpath.kv.bucket import COOL_S, Body, Bucket
-from dualpath.kv.inspect import fsck
-from dualpath.kv.object_store import ObjectStore
+from dualpath.kv.stores.block_file import PAGE_BYTES
+from dualpath.kv.stores.bucket import COOL_S, Body, Bucket, ObjectRecord
+from dualpath.kv.stores.conformance import LAYOUT
+from dualpath.kv.stores.inspection import fsck
+from dualpath.kv.stores.objects import ObjectStore
 from dualpath.lab.testbed.object_server import ObjectServer, free_port, missing_parts
 
 PayloadOf = Callable[[BlockKey], np.ndarray]
@@ -38,8 +41,8 @@ def bucket() -> Bucket:
 
 
 @pytest.fixture
-def store(bucket: Bucket, layout: KVLayout, space: Namespace) -> ObjectStore:
-    return ObjectStore(bucket, layout, space)
+def store(bucket: Bucket) -> ObjectStore:
+    return ObjectStore(bucket)
 
 
 @pytest.fixture
@@ -55,8 +58,8 @@ def server(nginx: None, tmp_path: Path) -> Iterator[ObjectServer]:
         yield running
 
 
-def name_of(store: ObjectStore, key: BlockKey) -> str:
-    return f"{store.namespace.hex}/{key.hex()[:2]}/{key.hex()}.kv"
+def name_of(space: Namespace, key: BlockKey) -> str:
+    return f"{space.hex}/{key.hex()[:2]}/{key.hex()}.kv"
 
 
 class Forgetful(Bucket):
@@ -80,16 +83,16 @@ def test_a_server_that_keeps_something_else_is_found_out(
 ) -> None:
     bucket = Forgetful(MemoryStore(), "memory://")
     bucket.wrong_byte = wrong_byte
-    store = ObjectStore(bucket, layout, space)
+    store = ObjectStore(bucket)
     (key,) = block_keys(space.root, range(16), 16)
     with pytest.raises(StoreWriteError, match=key.hex()) as caught:
-        store.write(key, space.root, payload_of(key))
+        store.write(space, key, space.root, payload_of(key))
     assert isinstance(caught.value.__cause__, BlockError) and caught.value.__cause__.cause is cause
-    assert bucket.record(name_of(store, key)) is None, "what is not known to be sound is not left behind"
-    trusting = ObjectStore(bucket, layout, space, verify_writes=False)
-    trusting.write(key, space.root, payload_of(key))
+    assert bucket.record(name_of(space, key)) is None, "what is not known to be sound is not left behind"
+    trusting = ObjectStore(bucket, verify_writes=False)
+    trusting.write(space, key, space.root, payload_of(key))
     with pytest.raises(BlockError, match=cause.value):
-        trusting.read(key, bytearray(768))
+        trusting.read(space, key, bytearray(768))
 
 
 class Chatty(Bucket):
@@ -111,26 +114,26 @@ def test_an_answer_of_another_length_than_announced(
 ) -> None:
     objects = MemoryStore()
     (key,) = block_keys(space.root, range(16), 16)
-    ObjectStore(Bucket(objects, "memory://"), layout, space).write(key, space.root, payload_of(key))
+    ObjectStore(Bucket(objects, "memory://")).write(space, key, space.root, payload_of(key))
     bucket = Chatty(objects, "memory://")
     bucket.more = more
     with pytest.raises(BlockError, match=message):
-        ObjectStore(bucket, layout, space).read(key, bytearray(768))
+        ObjectStore(bucket).read(space, key, bytearray(768))
 
 
 def test_a_server_that_goes_away_is_no_fault_of_the_blocks(
     nginx: None, tmp_path: Path, layout: KVLayout, space: Namespace, payload_of: PayloadOf
 ) -> None:
     with ObjectServer(tmp_path / "objects", tmp_path / "nginx", port=free_port()) as server:
-        store = Storage(server.url, layout).open(space)
+        store = open_store(server.url)
         first, second = block_keys(space.root, range(32), 16)
-        store.write(first, space.root, payload_of(first))
+        store.write(space, first, space.root, payload_of(first))
     for refused in (
-        lambda: store.read(first, bytearray(768)),
+        lambda: store.read(space, first, bytearray(768)),
         lambda: list(store.scan()),
-        lambda: store.delete(first),
-        lambda: store.quarantine(first, BlockFault.CHECKSUM),
-        lambda: store.write(second, first, payload_of(second)),
+        lambda: store.delete(space.root, first),
+        lambda: store.quarantine(space.root, first),
+        lambda: store.write(space, second, first, payload_of(second)),
     ):
         with pytest.raises(StoreError, match=r"http://127.0.0.1:\d+") as caught:
             refused()
@@ -153,70 +156,60 @@ def test_who_asks_just_after_a_failure_is_told_at_once(
             bucket.head_bytes("any", 1)
         now = COOL_S
         (key,) = block_keys(space.root, range(16), 16)
-        store = ObjectStore(bucket, layout, space)
-        store.write(key, space.root, payload_of(key))
-        store.read(key, bytearray(768))
+        store = ObjectStore(bucket)
+        store.write(space, key, space.root, payload_of(key))
+        store.read(space, key, bytearray(768))
         with pytest.raises(BlockError, match="missing"):
-            store.read(b"0" * 16, bytearray(768))
-        store.read(key, bytearray(768))
+            store.read(space, b"0" * 16, bytearray(768))
+        store.read(space, key, bytearray(768))
 
 
 def test_a_restart_finds_every_namespace_and_block_again(
     server: ObjectServer, layout: KVLayout, space: Namespace, payload_of: PayloadOf
 ) -> None:
     other = namespace("tiny-model", "1", layout, tenant_salt="somebody")
-    before = Storage(f"{server.url}/kv/blocks", layout)
+    before = open_store(f"{server.url}/kv/blocks")
     keys = {}
     for owner in (space, other):
-        store = before.open(owner)
         keys[owner.hex] = block_keys(owner.root, range(16 * 40), 16)
         for key, parent in zip(keys[owner.hex], [owner.root, *keys[owner.hex]], strict=False):
-            store.write(key, parent, payload_of(key))
-    after = Storage(f"{server.url}/kv/blocks/", layout)
-    assert sorted(found.hex for found in after.namespaces()) == sorted([space.hex, other.hex])
+            before.write(owner, key, parent, payload_of(key))
+    after = open_store(f"{server.url}/kv/blocks/")
     index = PrefixIndex()
-    for found in after.namespaces():
-        report = rebuild(index, after.open(found), clean=True)
-        assert (report.published_blocks, report.orphans, report.bad) == (40, (), ())
-        assert index.match(keys[found.hex]) == 40
-    report = fsck(server.directory / "kv" / "blocks")
-    assert report.is_clean and report.sound_blocks == 80, "the files behind the server are a store themselves"
+    report = rebuild(index, after, clean=True)
+    assert (report.published_blocks, report.orphans, report.bad) == (80, (), ())
+    assert [index.match(keys[owner.hex]) for owner in (space, other)] == [40, 40]
+    for where in (after, open_store(server.directory / "kv" / "blocks")):
+        found = fsck(where)
+        assert found.is_clean and found.sound_blocks == 80, "and the files behind the server are a store themselves"
 
 
 def test_rebuilding_cleans_what_is_bad_or_out_of_reach(
-    store: ObjectStore, bucket: Bucket, payload_of: PayloadOf
+    store: ObjectStore, bucket: Bucket, payload_of: PayloadOf, space: Namespace
 ) -> None:
-    keys = block_keys(store.namespace.root, range(16 * 5), 16)
-    for key, parent in zip(keys, [store.namespace.root, *keys], strict=False):
-        store.write(key, parent, payload_of(key))
-    bucket.put(name_of(store, keys[2]), [b"no block"])
+    keys = block_keys(space.root, range(16 * 5), 16)
+    for key, parent in zip(keys, [space.root, *keys], strict=False):
+        store.write(space, key, parent, payload_of(key))
+    bucket.put(name_of(space, keys[2]), [b"no block"])
     report = rebuild(PrefixIndex(), store, clean=True)
     assert report.published_blocks == 2 and report.orphans == (keys[3], keys[4])
     assert [(file.key, file.cause) for file in report.bad] == [(keys[2], BlockFault.TRUNCATED)]
     assert sorted(record.key for record in store.scan()) == sorted(keys[:2])
-    assert bucket.record(f"{store.namespace.hex}/bad/{keys[2].hex()}.truncated") is not None
-
-
-def test_a_directory_is_opened_as_before(tmp_path: Path, layout: KVLayout, space: Namespace) -> None:
-    storage = Storage(tmp_path / "kv", layout, durable=False)
-    assert storage.namespaces() == []
-    storage.open(space)
-    assert storage.namespaces() == [space]
-    assert ObjectStore(Bucket(LocalStore(tmp_path / "kv"), "files"), layout, space).namespace == space
+    assert bucket.record(f"{space.hex}/bad/{keys[2].hex()}.truncated") is not None
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("ftp://host/kv", "no object store; write a directory, or s3, gs, az, http, https"),
+        ("ftp://host/kv", "unknown kind of store 'ftp'; choose from file, s3, gs, az, http, https"),
         ("s3://bucket/kv?secret_access_key=x", "secret_access_key in a URL shows in process lists"),
         ("s3://bucket/kv?colour=blue", "cannot be opened"),
         ("s3://", "cannot be opened"),
     ],
 )
-def test_urls_that_make_no_store(layout: KVLayout, url: str, message: str) -> None:
-    with pytest.raises(StoreError, match=message):
-        Storage(url, layout)
+def test_urls_that_make_no_store(url: str, message: str) -> None:
+    with pytest.raises(StoreLocationError, match=message):
+        open_store(url)
 
 
 def test_blocks_in_s3(
@@ -232,20 +225,66 @@ def test_blocks_in_s3(
     try:
         endpoint = "http://{}:{}".format(*server.get_host_and_port())
         boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="blocks")
-        storage = Storage(f"s3://blocks/some/prefix?endpoint={endpoint}", layout)
-        store = storage.open(space)
+        store = open_store(f"s3://blocks/some/prefix?endpoint={endpoint}")
         keys = block_keys(space.root, range(16 * 3), 16)
         for key, parent in zip(keys, [space.root, *keys], strict=False):
-            assert store.write(key, parent, payload_of(key)) == PAGE_BYTES + 768
+            assert store.write(space, key, parent, payload_of(key)) == PAGE_BYTES + 768
         into = bytearray(768)
-        store.read(keys[1], into)
+        store.read(space, keys[1], into)
         assert into == payload_of(keys[1]).tobytes()
-        assert store.delete(keys[2]) and not store.delete(keys[2])
-        assert store.quarantine(keys[1], BlockFault.CHECKSUM)
-        assert storage.namespaces() == [space]
-        assert [record.key for record in store.scan()] == [keys[0]]
+        assert store.delete(space.root, keys[2]) and not store.delete(space.root, keys[2])
+        assert list(store.descriptions()) == [space.root]
+        assert [record.key for record in store.scan()] == keys[:2]
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("removed", ["shards", "all"])
+def test_objects_removed_under_a_live_store(
+    tmp_path: Path, space: Namespace, payload_of: PayloadOf, monkeypatch: pytest.MonkeyPatch, removed: str
+) -> None:
+    """They are misses, and can be written again; so is the description, after a while."""
+    store = ObjectStore(Bucket(LocalStore(tmp_path), "bucket"))
+    keys = block_keys(space.root, range(16 * 40), 16)
+
+    def write_all() -> None:
+        for key, parent in zip(keys, [space.root, *keys], strict=False):
+            store.write(space, key, parent, payload_of(key))
+
+    write_all()
+    assert [record.key for record in store.find(space.root, keys)] == keys
+    for path in tmp_path.glob("*/??" if removed == "shards" else "*"):
+        shutil.rmtree(path)
+    assert store.find(space.root, keys) == [] and not store.delete(space.root, keys[0])
+    assert store.quarantine(space.root, keys[0]) is None
+    with pytest.raises(BlockError, match="missing"):
+        store.read(space, keys[0], bytearray(768))
+    monkeypatch.setattr("dualpath.kv.stores.objects.DESCRIBE_S", 0.0)
+    write_all()
+    assert [record.key for record in store.find(space.root, keys)] == keys
+    assert fsck(store).is_clean
+
+
+def test_a_look_for_a_block_that_is_not_there_is_one_request(space: Namespace) -> None:
+    class Counting(Bucket):
+        asked = 0
+
+        def record(self, name: str) -> ObjectRecord | None:
+            self.asked += 1
+            return super().record(name)
+
+    bucket = Counting(MemoryStore(), "memory://")
+    assert ObjectStore(bucket).find(space.root, block_keys(space.root, range(16 * 100), 16)) == []
+    assert bucket.asked == 1
+
+
+def test_without_obstore_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("dualpath.kv.stores.find_spec", lambda name: None)
+    with pytest.raises(StoreLocationError, match=r"pip install 'dualpath\[s3\]'"):
+        open_store("s3://bucket/prefix")
+    open_store(tmp_path)
+    open_store(f"file://{tmp_path}").prepare(namespace("model", "1", LAYOUT))
+    assert list(tmp_path.iterdir())
 
 
 def test_importing_the_stores_starts_no_object_library() -> None:

@@ -6,40 +6,39 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from dualpath.kv import BlockFault, BlockKey, PosixStore, StoreError, namespace, stored_namespaces
-from dualpath.kv.block_file import PAGE_BYTES
-from dualpath.kv.inspect import fsck, stat
+from dualpath.kv import BlockFault, BlockKey, Namespace, PosixStore, StoreError, StoreLocationError, namespace
+from dualpath.kv.stores.block_file import PAGE_BYTES
+from dualpath.kv.stores.inspection import fsck, stat
 
 PathOf = Callable[[BlockKey], Path]
 WriteChain = Callable[..., list[BlockKey]]
 
 
 def test_stat_describes_every_namespace(
-    store: PosixStore, tmp_path: Path, write_chain: WriteChain, path_of: PathOf
+    store: PosixStore, space: Namespace, tmp_path: Path, write_chain: WriteChain, path_of: PathOf
 ) -> None:
     trunk = write_chain(3)
     branch = write_chain(4, 1000, trunk[1])
-    store.delete(branch[2])
-    store.quarantine(trunk[2], BlockFault.TRUNCATED)
+    store.delete(space.root, branch[2])
+    damage(path_of(trunk[2]), PAGE_BYTES)
+    assert store.quarantine(space.root, trunk[2]) is BlockFault.CHECKSUM
     (damaged,) = write_chain(1, 5000)
     path_of(damaged).write_bytes(b"")
     sound = [*trunk[:2], *branch[:2], branch[3]]
     for second, key in enumerate(sound, start=10):
         os.utime(path_of(key), (second, second))
-    other_space = namespace("model-b", "7", store.namespace.layout, "salt")
-    PosixStore(tmp_path / "store", store.namespace.layout, other_space)
+    other_space = namespace("model-b", "7", space.layout, "salt")
+    store.prepare(other_space)
 
-    calls: list[tuple[int, int]] = []
-    found = stat(tmp_path / "store", progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(n, 6) for n in range(1, 7)]
-    spaces = {space.namespace: space for space in found.namespaces}
-    assert set(spaces) == {store.namespace.hex, other_space.hex}
-    mine, other = spaces[store.namespace.hex], spaces[other_space.hex]
+    found = stat(store)
+    spaces = {one.namespace: one for one in found.namespaces}
+    assert set(spaces) == {space.hex, other_space.hex}
+    mine, other = spaces[space.hex], spaces[other_space.hex]
     assert (mine.blocks, mine.payload_bytes, mine.unreadable_files, mine.quarantined_files) == (5, 5 * 768, 1, 1)
     assert mine.physical_bytes == found.physical_bytes == sum(record.physical_bytes for record in store.scan())
     assert mine.deepest_chain_blocks == 4, "two of the trunk and two of the branch; the branch's last hangs in the air"
     assert (mine.oldest_mtime_ns, mine.newest_mtime_ns) == (10 * 10**9, 14 * 10**9)
-    assert mine.description is not None and mine.description.layout == store.namespace.layout
+    assert mine.description is not None and mine.description.layout == space.layout
     assert (other.blocks, other.oldest_mtime_ns, other.newest_mtime_ns) == (0, None, None)
     assert other.description is not None
     assert (other.description.model_fingerprint, other.description.salted) == ("model-b", True)
@@ -48,7 +47,7 @@ def test_stat_describes_every_namespace(
 
 def test_a_sound_store_is_clean(store: PosixStore, tmp_path: Path, write_chain: WriteChain) -> None:
     write_chain(4)
-    report = fsck(tmp_path / "store")
+    report = fsck(store)
     assert report.is_clean and not report.repaired
     assert (report.namespaces, report.checked_blocks, report.sound_blocks) == (1, 4, 4)
     assert (report.checked_bytes, report.faults) == (4 * 768, {})
@@ -80,56 +79,61 @@ def test_fsck_finds_and_repairs_each_fault(
     os.utime(leftover, (time.time() - 7200,) * 2)
     leftover.with_name(".y.kv.00000000.1.abcd.tmp").touch()
 
-    report = fsck(tmp_path / "store")
+    def name(path: Path) -> str:
+        return str(path.relative_to(tmp_path / "store"))
+
+    report = fsck(store)
     assert {(file.path, file.cause) for file in report.bad_files} == {
-        (str(path_of(payload[0])), BlockFault.CHECKSUM),
-        (str(path_of(header[1])), BlockFault.HEADER),
-        (str(path_of(truncated[1])), BlockFault.TRUNCATED),
-        (str(path_of(swapped[1])), BlockFault.HEADER),
-        (str(stray), BlockFault.HEADER),
+        (name(path_of(payload[0])), BlockFault.CHECKSUM),
+        (name(path_of(header[1])), BlockFault.HEADER),
+        (name(path_of(truncated[1])), BlockFault.TRUNCATED),
+        (name(path_of(swapped[1])), BlockFault.HEADER),
+        (name(stray), BlockFault.HEADER),
     }
     assert report.faults == {"checksum": 1, "header": 3, "truncated": 1}
-    assert set(report.orphans) == {str(path_of(payload[1])), str(path_of(missing[1]))}
+    assert set(report.orphans) == {name(path_of(payload[1])), name(path_of(missing[1]))}
     assert report.leftovers == (str(leftover),)
     assert (report.checked_blocks, report.sound_blocks, report.quarantined_files) == (12, 7, 0)
     assert not report.is_clean
-    assert fsck(tmp_path / "store") == report, "looking changes nothing"
+    assert fsck(store) == report, "looking changes nothing"
 
-    repaired = fsck(tmp_path / "store", repair=True)
+    repaired = fsck(store, repair=True)
     assert repaired.repaired and repaired.quarantined_files == 5
     assert (repaired.bad_files, repaired.orphans) == (report.bad_files, report.orphans)
-    after = fsck(tmp_path / "store")
+    after = fsck(store)
     assert after.is_clean and (after.checked_blocks, after.quarantined_files) == (5, 5)
     remaining = [header[0], truncated[0], misnamed[0], *sound]
     assert sorted(record.key for record in store.scan()) == sorted(remaining)
     assert [path.name for path in (tmp_path / "store").rglob("*.tmp")] == [".y.kv.00000000.1.abcd.tmp"]
 
 
-def test_fsck_needs_no_description(store: PosixStore, tmp_path: Path, write_chain: WriteChain, path_of: PathOf) -> None:
+def test_fsck_needs_no_description(
+    store: PosixStore, tmp_path: Path, write_chain: WriteChain, path_of: PathOf, space: Namespace
+) -> None:
     keys = write_chain(3)
-    folder = tmp_path / "store" / store.namespace.hex
+    folder = tmp_path / "store" / space.hex
     (folder / "namespace.json").unlink()
     damage(path_of(keys[2]), PAGE_BYTES)
-    report = fsck(tmp_path / "store")
-    assert (report.sound_blocks, report.faults, report.undescribed) == (2, {"checksum": 1}, (str(folder),))
-    assert stat(tmp_path / "store").namespaces[0].description is None
+    report = fsck(store)
+    assert (report.sound_blocks, report.faults, report.undescribed) == (2, {"checksum": 1}, (space.hex,))
+    assert stat(store).namespaces[0].description is None
 
 
-def test_a_description_of_another_namespace_does_not_count(store: PosixStore, tmp_path: Path) -> None:
-    space = namespace("model-b", "1", store.namespace.layout)
-    PosixStore(tmp_path / "store", store.namespace.layout, space)
-    mine = tmp_path / "store" / store.namespace.hex / "namespace.json"
-    mine.write_bytes((tmp_path / "store" / space.hex / "namespace.json").read_bytes())
-    assert fsck(tmp_path / "store").undescribed == (str(mine.parent),)
+def test_a_description_of_another_namespace_does_not_count(store: PosixStore, tmp_path: Path, space: Namespace) -> None:
+    other = namespace("model-b", "1", space.layout)
+    store.prepare(other)
+    mine = tmp_path / "store" / space.hex / "namespace.json"
+    mine.write_bytes((tmp_path / "store" / other.hex / "namespace.json").read_bytes())
+    assert fsck(store).undescribed == (space.hex,)
 
 
 def test_a_description_of_another_geometry_condemns_the_blocks(
-    store: PosixStore, tmp_path: Path, write_chain: WriteChain
+    store: PosixStore, tmp_path: Path, write_chain: WriteChain, space: Namespace
 ) -> None:
     write_chain(1)
-    path = tmp_path / "store" / store.namespace.hex / "namespace.json"
+    path = tmp_path / "store" / space.hex / "namespace.json"
     path.write_text(path.read_text().replace('"layers": 3', '"layers": 4'))
-    (file,) = fsck(tmp_path / "store").bad_files
+    (file,) = fsck(store).bad_files
     assert "geometry" in file.detail
 
 
@@ -144,33 +148,60 @@ def test_a_parent_written_meanwhile_makes_no_orphan(
         if done == total:
             aside.replace(path)
 
-    assert fsck(tmp_path / "store", repair=True, progress=put_back).is_clean
+    assert fsck(store, repair=True, progress=put_back).is_clean
     assert len(list(store.scan())) == 64
 
 
 def test_a_block_that_vanishes_meanwhile_is_passed_over(
-    store: PosixStore, tmp_path: Path, write_chain: WriteChain
+    store: PosixStore, tmp_path: Path, write_chain: WriteChain, space: Namespace
 ) -> None:
     last = max(write_chain(1, 1000 * n)[0] for n in range(20))
-    report = fsck(tmp_path / "store", progress=lambda done, _total: store.delete(last) and None)
+    report = fsck(store, progress=lambda done, _total: store.delete(space.root, last) and None)
     assert report.is_clean and report.checked_blocks == 19
 
 
-def test_namespaces_are_found_again_after_a_restart(store: PosixStore, tmp_path: Path) -> None:
-    layout = store.namespace.layout
-    salted = namespace("tiny-model", "1", layout, "a tenant")
-    wider = msgspec.structs.replace(layout, dtype="float32")
-    PosixStore(tmp_path / "store", layout, salted)
-    PosixStore(tmp_path / "store", wider, namespace("tiny-model", "1", wider))
-    found = stored_namespaces(tmp_path / "store", layout)
-    assert sorted(found, key=lambda space: space.hex) == sorted([store.namespace, salted], key=lambda space: space.hex)
+def test_every_namespace_is_described(store: PosixStore, tmp_path: Path, space: Namespace) -> None:
+    wider = msgspec.structs.replace(space.layout, dtype="float32")
+    salted, other = namespace("tiny-model", "1", space.layout, "a tenant"), namespace("tiny-model", "1", wider)
+    for more in (salted, other):
+        store.prepare(more)
     (tmp_path / "store" / salted.hex / "namespace.json").write_bytes(b"\xff")
-    assert stored_namespaces(tmp_path / "store", layout) == [store.namespace]
-    assert stored_namespaces(tmp_path / "nowhere", layout) == []
+    found = store.descriptions()
+    assert {root: one and one.layout for root, one in found.items()} == {
+        space.root: space.layout,
+        salted.root: None,
+        other.root: wider,
+    }
+
+
+def test_a_block_written_anew_since_it_was_found_bad_is_left_alone(
+    store: PosixStore, space: Namespace, write_chain: WriteChain, path_of: PathOf
+) -> None:
+    """A live server replaces a bad block between fsck's look and its repair."""
+    keys = write_chain(3)
+    damage(path_of(keys[0]), PAGE_BYTES)
+
+    def replace(done: int, total: int) -> None:
+        if done == total:
+            write_chain(1)
+
+    report = fsck(store, repair=True, progress=replace)
+    assert report.faults == {"checksum": 1}
+    assert sorted(record.key for record in store.scan()) == sorted(keys)
+    assert fsck(store).is_clean
+
+
+def test_a_store_that_offers_no_inspection_is_named() -> None:
+    class Bare:
+        location = "bare://place"
+
+    for inspect in (stat, fsck):
+        with pytest.raises(StoreError, match="the store at bare://place can't be inspected"):
+            inspect(Bare())  # type: ignore[arg-type]
 
 
 def test_what_is_no_store_is_an_error(tmp_path: Path) -> None:
     for inspect in (stat, fsck):
-        with pytest.raises(StoreError, match=r"nowhere cannot be inspected: .*give a store's directory"):
-            inspect(tmp_path / "nowhere")
-    assert stat(tmp_path).namespaces == () and fsck(tmp_path).is_clean
+        with pytest.raises(StoreLocationError, match="nowhere is not a directory; give a store's"):
+            inspect(PosixStore(tmp_path / "nowhere"))
+    assert stat(PosixStore(tmp_path)).namespaces == () and fsck(PosixStore(tmp_path)).is_clean

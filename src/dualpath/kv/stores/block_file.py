@@ -160,10 +160,16 @@ def decode_header(key: BlockKey, n_bytes: int, head: Callable[[int], bytes]) -> 
     return header
 
 
-def check_namespace(header: BlockHeader, space: Namespace) -> BlockHeader:
-    """`header`, if it is that of a block of `space`. Raises BlockError: HEADER."""
-    if header.namespace != space.root:
+def check_root(header: BlockHeader, root: BlockKey) -> BlockHeader:
+    """`header`, if it is that of a block below `root`. Raises BlockError: HEADER."""
+    if header.namespace != root:
         raise BlockError(header.key, BlockFault.HEADER, f"the file is of namespace {header.namespace.hex()}")
+    return header
+
+
+def check_namespace(header: BlockHeader, space: Namespace) -> BlockHeader:
+    """`header`, if it is that of a block of `space` and has its geometry. Raises BlockError: HEADER."""
+    check_root(header, space.root)
     layout = space.layout
     if (header.layers, header.layer_block_bytes) != (layout.layers, layout.layer_block_bytes):
         raise BlockError(

@@ -18,12 +18,15 @@ _SUFFIX = ".tmp"
 
 
 def _host() -> str:
-    """Eight hex digits for this host *and* its process-id namespace: process ids mean nothing outside of both."""
-    try:
+    """Eight hex digits for this boot of this host and its process-id namespace: process ids mean nothing outside.
+
+    Cloned machines have one host name, and every first process-id namespace has one number; boots differ.
+    """
+    boot = pids = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         pids = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        pids = ""
-    return blake2b(f"{gethostname()}/{pids}".encode(), digest_size=4).hexdigest()
+    return blake2b(f"{gethostname()}/{boot}/{pids}".encode(), digest_size=4).hexdigest()
 
 
 _HOST = _host()
@@ -66,16 +69,16 @@ class Draft:
             os.close(fd)
 
 
-def write_file(final: Path, data: bytes) -> None:
-    """Put `data` at `final`, whole and durable. Raises OSError."""
+def write_whole(final: Path, data: bytes, *, durable: bool = False) -> None:
+    """Put `data` at `final`, over what is there: readers see the old file or the new one. Raises OSError."""
     draft = Draft(final)
     try:
         draft.append(data)
-        os.fsync(draft.fd)
-        draft.commit(durable=True)
-    except BaseException:
+        if durable:
+            os.fsync(draft.fd)
+        draft.commit(durable=durable)
+    finally:
         draft.discard()
-        raise
 
 
 def fsync_directory(directory: Path) -> None:

@@ -1,0 +1,93 @@
+"""After a restart: fill the prefix index from the headers of the blocks in a store, whoever wrote them.
+
+The store keeps no list of its own that could disagree with its files. A scan reads one page a block; blocks are then
+published parents first, and among themselves by the time they were written, so that the oldest is the least recently
+used. How often a block was read before the restart is not remembered. Blocks of other models and layouts are published
+too: they can't be matched, but they take space, so the quota must count and evict them.
+
+Others may use the store meanwhile. A scan is no picture of one moment: it may see a child and not the parent that was
+renamed into a folder it had already listed. So nothing is called an orphan before `ancestors` has looked for its parent
+again.
+"""
+
+from collections.abc import Container, Iterable
+
+import msgspec
+
+from dualpath.kv.index import PrefixIndex
+from dualpath.kv.keys import BlockKey
+from dualpath.kv.stores.protocol import BadFile, BlockRecord, Store
+
+
+class RebuildReport(msgspec.Struct, frozen=True):
+    """What `rebuild` found. Orphans are sound blocks whose ancestors are not all there: nothing can ever match them."""
+
+    published_blocks: int
+    published_bytes: int
+    orphans: tuple[BlockKey, ...]
+    bad: tuple[BadFile, ...]
+
+
+def rebuild(index: PrefixIndex, store: Store, *, clean: bool = False) -> RebuildReport:
+    """Publish every block of `store` that can be reached from its namespace's root.
+
+    Blocks that `index` has already stay as they are. `clean` deletes orphans and quarantines bad blocks, whose space
+    would otherwise be taken without being counted. Raises StoreError if the store cannot be read or cleaned.
+    """
+    bad: list[BadFile] = []
+    waiting = {record.key: record for record in store.scan(bad.append)}
+    oldest_first = sorted(waiting.values(), key=lambda record: (record.mtime_ns, record.key))
+    blocks_before, bytes_before = index.blocks, index.stored_bytes
+    orphans: dict[BlockKey, BlockRecord] = {}
+    for tip in oldest_first:
+        index.add_root(tip.root)
+        chain = _taken_chain(tip, waiting)
+        above = None if not chain or chain[0].parent in orphans else ancestors(store, chain[0], index)
+        if above is None:
+            orphans |= {record.key: record for record in chain}
+        else:
+            publish_all(index, above + chain)
+    if clean:
+        for record in orphans.values():
+            delete_orphan(store, record.root, record.parent, record.key)
+        for file in bad:
+            if file.key is not None:
+                store.quarantine(file.root, file.key)
+    return RebuildReport(index.blocks - blocks_before, index.stored_bytes - bytes_before, tuple(orphans), tuple(bad))
+
+
+def publish_all(index: PrefixIndex, records: Iterable[BlockRecord]) -> None:
+    """Publish blocks, each after its parent."""
+    for record in records:
+        index.publish(record.key, record.parent, record.physical_bytes)
+
+
+def ancestors(store: Store, record: BlockRecord, known: Container[BlockKey]) -> list[BlockRecord] | None:
+    """Look in `store` for what is between `record` and a root or a block that is `known`: parents first, without them.
+
+    None if one of them is not there: `record` is an orphan. Raises StoreError.
+    """
+    above: dict[BlockKey, BlockRecord] = {}
+    while record.parent != record.root and record.parent not in known:
+        found = store.find(record.root, [record.parent])
+        if not found or record.parent in above:  # gone; or forged headers that lead in a circle
+            return None
+        record = found[0]
+        above[record.key] = record
+    return list(above.values())[::-1]
+
+
+def delete_orphan(store: Store, root: BlockKey, parent: BlockKey, key: BlockKey) -> None:
+    """Delete a block unless its parent is there: somebody may have written it meanwhile. Raises StoreError."""
+    if parent != root and not store.find(root, [parent]):
+        store.delete(root, key)
+
+
+def _taken_chain(tip: BlockRecord, waiting: dict[BlockKey, BlockRecord]) -> list[BlockRecord]:
+    """Take `tip` and its ancestors out of `waiting`, as far as they still are in it; ancestors first."""
+    chain = []
+    record = waiting.pop(tip.key, None)
+    while record is not None:
+        chain.append(record)
+        record = waiting.pop(record.parent, None)
+    return chain[::-1]

@@ -1,0 +1,68 @@
+"""External storage for Full Blocks: what ``--store`` names, and who keeps the bytes.
+
+`protocol` says what a store promises. Ours: `posix` (files of a directory), `objects` (S3, HTTP). Packages add others
+through the entry-point group ``dualpath.stores``: docs/how-to/add-a-store.md.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from dualpath.kv.stores.protocol import Store, StoreLocationError
+from dualpath.spec.registry import Registry, UnknownNameError
+
+
+class StoreOpener(Protocol):
+    """What a scheme stands for: called once in every process that uses the store, with all that ``--store`` said.
+
+    `durable` False: blocks need not survive a power cut. It should contact nobody yet, so that a bad location is told
+    before engines start. Raises StoreLocationError.
+    """
+
+    def __call__(self, location: str, *, durable: bool) -> Store: ...
+
+
+def _posix() -> StoreOpener:
+    from dualpath.kv.stores.posix import PosixStore
+
+    def opened(location: str, *, durable: bool) -> Store:
+        scheme, _, _ = location.partition("://")
+        return PosixStore(Path(unquote(urlsplit(location).path)) if scheme == "file" else location, durable=durable)
+
+    return opened
+
+
+def _objects() -> StoreOpener:
+    """obstore is only imported where it is needed: it starts threads of its own, and is an extra."""
+    if find_spec("obstore") is None:
+        raise StoreLocationError("stores of objects need the package obstore: pip install 'dualpath[s3]'")
+    from dualpath.kv.stores.bucket import Bucket
+    from dualpath.kv.stores.objects import ObjectStore
+
+    def opened(location: str, *, durable: bool) -> Store:  # noqa: ARG001 (a server flushes as it is configured to)
+        return ObjectStore(Bucket.open(location))
+
+    return opened
+
+
+_OURS: dict[str, Callable[[], StoreOpener]] = {
+    "file": _posix,
+    **dict.fromkeys(("s3", "gs", "az", "http", "https"), _objects),
+}
+STORES: Registry[StoreOpener] = Registry("kind of store", "dualpath.stores", _OURS)
+"""Kinds of stores by the scheme of their URL."""
+
+
+def open_store(location: str | Path, *, durable: bool = True) -> Store:
+    """The store that ``--store`` names: a directory, or a URL whose scheme says which kind of store it is.
+
+    Raises StoreLocationError for what can't be one. Nothing is contacted or made yet.
+    """
+    scheme, is_url, _ = str(location).partition("://")
+    try:
+        opener = STORES.get(scheme if is_url else "file")
+    except UnknownNameError as error:
+        raise StoreLocationError(f"--store {location}: {error}; or write a directory") from error
+    return opener(str(location), durable=durable)

@@ -1,0 +1,231 @@
+"""What is in a store and whether it is sound: `stat` reads headers, `fsck` every byte, of any `Inspectable` store.
+
+Both may run beside a live store: a file that vanishes meanwhile is passed over, a draft that is being written is left
+alone, a block is only called an orphan if its parent is still not there when it is looked for again, and only deleted
+if it is not there at that moment either.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+
+import msgspec
+
+from dualpath.kv.keys import BlockKey
+from dualpath.kv.rebuild import ancestors, delete_orphan
+from dualpath.kv.stores.block_file import BlockError, BlockFault
+from dualpath.kv.stores.naming import block_name
+from dualpath.kv.stores.protocol import (
+    BadFile,
+    BlockRecord,
+    Inspectable,
+    NamespaceDescription,
+    Store,
+    StoreError,
+)
+
+Progress = Callable[[int, int], None]
+"""Called with blocks checked and blocks in all, after each block."""
+
+
+class NamespaceStat(msgspec.Struct, frozen=True):
+    """One namespace of a store. `description` is None where ``namespace.json`` is missing or damaged."""
+
+    namespace: str
+    description: NamespaceDescription | None
+    blocks: int
+    payload_bytes: int
+    physical_bytes: int
+    deepest_chain_blocks: int
+    """Blocks of the longest prefix that can be matched."""
+    oldest_mtime_ns: int | None
+    newest_mtime_ns: int | None
+    unreadable_files: int
+    """Files whose header is not sound: `fsck` tells more."""
+    quarantined_files: int
+
+
+class StoreStat(msgspec.Struct, frozen=True):
+    """What `stat` found."""
+
+    location: str
+    namespaces: tuple[NamespaceStat, ...]
+
+    @property
+    def blocks(self) -> int:
+        return sum(space.blocks for space in self.namespaces)
+
+    @property
+    def physical_bytes(self) -> int:
+        return sum(space.physical_bytes for space in self.namespaces)
+
+
+class FsckReport(msgspec.Struct, frozen=True):
+    """What `fsck` found, and what it repaired. Paths are below the store."""
+
+    location: str
+    namespaces: int
+    checked_blocks: int
+    sound_blocks: int
+    checked_bytes: int
+    faults: dict[str, int]
+    """Bad files by `BlockFault` value."""
+    bad_files: tuple[BadFile, ...]
+    orphans: tuple[str, ...]
+    """Sound blocks that no prefix leads to."""
+    leftovers: tuple[str, ...]
+    """Temporary files that nobody writes any more."""
+    undescribed: tuple[str, ...]
+    """Namespaces without a sound ``namespace.json``; opening the store with their model writes it anew."""
+    quarantined_files: int
+    """Files set aside, those of this run included."""
+    repaired: bool
+    """Whether bad files were quarantined, orphans and leftovers deleted."""
+
+    @property
+    def is_clean(self) -> bool:
+        """Nothing was found that needs repair."""
+        return not (self.bad_files or self.orphans or self.leftovers or self.undescribed)
+
+
+def inspectable(store: Store) -> Inspectable:
+    """`store`, if it can be looked into. Raises StoreError."""
+    if not isinstance(store, Inspectable):
+        raise StoreError(
+            f"the store at {store.location} can't be inspected: its package offers no `Inspectable` methods"
+        )
+    return store
+
+
+def stat(store: Store) -> StoreStat:
+    """What is in a store, from headers alone. Raises StoreError if it can't be read or can't be inspected."""
+    store = inspectable(store)
+    descriptions = store.descriptions()
+    records, bad = _scanned(store)
+    return StoreStat(
+        store.location,
+        tuple(
+            _stat_namespace(root, description, records[root], len(bad[root]), store.quarantined(root))
+            for root, description in sorted(descriptions.items())
+        ),
+    )
+
+
+def fsck(store: Store, *, repair: bool = False, progress: Progress | None = None) -> FsckReport:
+    """Check every byte of a store.
+
+    `repair` quarantines bad files and deletes orphans and leftovers. Raises StoreError if the store can't be read,
+    repaired or inspected.
+    """
+    store = inspectable(store)
+    descriptions = store.descriptions()
+    scanned, bad_of = _scanned(store)
+    sound: dict[BlockKey, BlockRecord] = {}
+    bad_files = [file for files in bad_of.values() for file in files]
+    records = [record for of_root in scanned.values() for record in of_root]
+    for done, record in enumerate(records, 1):
+        fault = _fault(store, record, descriptions.get(record.root))
+        if fault is None:
+            sound[record.key] = record
+        elif fault.cause is not BlockFault.MISSING:
+            bad_files.append(fault)
+        if progress is not None:
+            progress(done, len(records))
+    orphans = _orphans(store, sound, {file.key for file in bad_files})
+    if repair:
+        _repair(store, bad_files, orphans)
+    return FsckReport(
+        location=store.location,
+        namespaces=len(descriptions),
+        checked_blocks=len(sound) + len(bad_files),
+        sound_blocks=len(sound),
+        checked_bytes=sum(record.payload_bytes for record in sound.values()),
+        faults={fault.value: n for fault in BlockFault if (n := sum(file.cause is fault for file in bad_files))},
+        bad_files=tuple(bad_files),
+        orphans=tuple(block_name(record.root, record.key) for record in orphans),
+        leftovers=tuple(store.leftovers(remove=repair)),
+        undescribed=tuple(root.hex() for root, description in descriptions.items() if description is None),
+        quarantined_files=sum(map(store.quarantined, descriptions)),
+        repaired=repair,
+    )
+
+
+def _scanned(store: Inspectable) -> tuple[dict[BlockKey, list[BlockRecord]], dict[BlockKey, list[BadFile]]]:
+    """Blocks with a sound header, and the other files, by namespace."""
+    records: dict[BlockKey, list[BlockRecord]] = defaultdict(list)
+    bad: dict[BlockKey, list[BadFile]] = defaultdict(list)
+    for record in store.scan(lambda file: bad[file.root].append(file)):
+        records[record.root].append(record)
+    return records, bad
+
+
+def _fault(store: Inspectable, record: BlockRecord, description: NamespaceDescription | None) -> BadFile | None:
+    """What is wrong with a block, if anything."""
+    detail = "the block's geometry is not that of its namespace's description"
+    cause = BlockFault.HEADER
+    if description is None or record.payload_bytes == description.layout.full_block_bytes:
+        try:
+            store.verify(record.root, record.key)
+        except BlockError as error:
+            cause, detail = error.cause, error.detail
+        else:
+            return None
+    return BadFile(block_name(record.root, record.key), record.root, record.key, cause, detail)
+
+
+def _orphans(store: Store, sound: dict[BlockKey, BlockRecord], bad_keys: set[BlockKey | None]) -> list[BlockRecord]:
+    """Sound blocks below a parent that is no root, not sound and not written meanwhile; and all below them."""
+    children = _children_of(sound.values())
+    orphans = []
+    for parent, below in children.items():
+        if parent in sound or parent == below[0].root:
+            continue
+        if parent in bad_keys or ancestors(store, below[0], sound) is None:
+            orphans += [record for generation in _generations(children, parent) for record in generation]
+    return orphans
+
+
+def _repair(store: Inspectable, bad_files: list[BadFile], orphans: list[BlockRecord]) -> None:
+    """Quarantine what is still bad, and delete orphans whose parent is still not there, parents first."""
+    for file in bad_files:
+        if file.key is None:
+            store.set_aside(file)
+        else:
+            store.quarantine(file.root, file.key)
+    for record in orphans:
+        delete_orphan(store, record.root, record.parent, record.key)
+
+
+def _stat_namespace(
+    root: BlockKey,
+    description: NamespaceDescription | None,
+    records: list[BlockRecord],
+    unreadable_files: int,
+    quarantined_files: int,
+) -> NamespaceStat:
+    return NamespaceStat(
+        namespace=root.hex(),
+        description=description,
+        blocks=len(records),
+        payload_bytes=sum(record.payload_bytes for record in records),
+        physical_bytes=sum(record.physical_bytes for record in records),
+        deepest_chain_blocks=sum(1 for _ in _generations(_children_of(records), root)),
+        oldest_mtime_ns=min((record.mtime_ns for record in records), default=None),
+        newest_mtime_ns=max((record.mtime_ns for record in records), default=None),
+        unreadable_files=unreadable_files,
+        quarantined_files=quarantined_files,
+    )
+
+
+def _children_of(records: Iterable[BlockRecord]) -> dict[BlockKey, list[BlockRecord]]:
+    children: dict[BlockKey, list[BlockRecord]] = defaultdict(list)
+    for record in records:
+        children[record.parent].append(record)
+    return dict(children)
+
+
+def _generations(children: dict[BlockKey, list[BlockRecord]], top: BlockKey) -> Iterator[list[BlockRecord]]:
+    """The children of `top`, their children, and so on."""
+    generation = children.get(top, [])
+    while generation:
+        yield generation
+        generation = [child for record in generation for child in children.get(record.key, ())]

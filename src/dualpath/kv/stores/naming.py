@@ -1,0 +1,70 @@
+"""What lies in a store under which name: files of a directory, objects of a bucket.
+
+::
+
+    <namespace hex>/namespace.json          model and layout, for people and for `dualpath store`
+                    ab/ab…cd.kv             one file per Full Block, 256 shards by the key's first byte
+                    ab/.ab…cd.kv.….tmp      a block being written, or a leftover of a killed process (directories only)
+                    bad/ab…cd.checksum      quarantined files, never served again
+"""
+
+import msgspec
+
+from dualpath.kv.keys import KEY_BYTES, BlockKey, Namespace
+from dualpath.kv.stores.block_file import BlockFault
+from dualpath.kv.stores.protocol import NamespaceDescription
+
+MAX_QUARANTINED_FILES = 64
+"""A namespace keeps this many bad files for inspection; quarantining one more deletes the oldest."""
+DESCRIPTION = "namespace.json"
+BLOCK_SUFFIX = ".kv"
+BAD = "bad"
+
+
+def block_name(root: BlockKey, key: BlockKey) -> str:
+    """Where a block lies in its store."""
+    name = key.hex()
+    return f"{root.hex()}/{name[:2]}/{name}{BLOCK_SUFFIX}"
+
+
+def key_of(name: str) -> BlockKey | None:
+    """The key that a block file's name stands for; None if it is no key or lies in the wrong shard."""
+    shard, stem = name.removesuffix(BLOCK_SUFFIX).split("/")[-2:]
+    return bytes.fromhex(stem) if is_namespace_name(stem) and stem[:2] == shard else None
+
+
+def bad_name(name: str, cause: BlockFault) -> str:
+    """Where the bad file `name`, wherever it lies in its namespace, is set aside."""
+    root, *_, last = name.split("/")
+    return f"{root}/{BAD}/{last.removesuffix(BLOCK_SUFFIX)}.{cause.value}"
+
+
+def is_namespace_name(name: str) -> bool:
+    """Whether a folder may be a namespace: its name is a key in hexadecimal."""
+    return len(name) == 2 * KEY_BYTES and _is_hex(name)
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether block files may lie there: two hexadecimal digits."""
+    return len(name) == 2 and _is_hex(name)
+
+
+def describe(space: Namespace) -> bytes:
+    """What ``namespace.json`` says of a namespace."""
+    description = NamespaceDescription(
+        space.hex, space.model_fingerprint, space.weights_version, space.layout, space.salted
+    )
+    return msgspec.json.format(msgspec.json.encode(description)) + b"\n"
+
+
+def described(text: bytes | None, root: BlockKey) -> NamespaceDescription | None:
+    """What `describe` said of the namespace of `root`; None if `text` is missing, damaged or another's."""
+    try:
+        found = msgspec.json.decode(text or b"", type=NamespaceDescription)
+    except msgspec.DecodeError:
+        return None
+    return found if found.namespace == root.hex() else None
+
+
+def _is_hex(text: str) -> bool:
+    return set(text) <= set("0123456789abcdef")

@@ -1,0 +1,291 @@
+"""`ObjectStore`: Full Blocks as objects of a bucket, one each, named and laid out like the files of `PosixStore`.
+
+Theory of operation. ``<namespace hex>/ab/ab…cd.kv`` holds a header and the payload (see `block_file`); so the directory
+behind a server that keeps objects as files is a store that ``dualpath store fsck`` can check, too.
+
+* **Written** in one PUT, which appears whole or not at all, then read back against its checksums; only then is the
+  caller told, so that nothing is published before it is checked. A crash in between leaves a block that nobody knows of
+  before it is found, and whose every read is checked like any other's.
+* **Read** in one GET. Its pieces are copied to their place in the caller's memory while the rest is under way, and each
+  layer is checked when it is whole.
+* **Found again** by listing: headers are fetched `HEADER_REQUESTS` at a time, since a list tells no parents.
+
+An object that is wrong is a `BlockError`. A server that does not answer is a `StoreError`, and no block is to blame.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from dualpath.kv.keys import BlockKey, Namespace
+from dualpath.kv.stores.block_file import (
+    CHUNK_BYTES,
+    BlockError,
+    BlockFault,
+    BlockHeader,
+    LayerChecks,
+    Pace,
+    check_namespace,
+    check_root,
+    decode_header,
+    unpaced,
+)
+from dualpath.kv.stores.bucket import Body, Bucket, ObjectRecord
+from dualpath.kv.stores.naming import (
+    BAD,
+    BLOCK_SUFFIX,
+    DESCRIPTION,
+    MAX_QUARANTINED_FILES,
+    bad_name,
+    block_name,
+    describe,
+    described,
+    is_namespace_name,
+    is_shard_name,
+    key_of,
+)
+from dualpath.kv.stores.protocol import (
+    BadFile,
+    BlockBuffer,
+    BlockRecord,
+    NamespaceDescription,
+    StoreError,
+    StoreWriteError,
+    bytes_of_block,
+    check_keys,
+    room_for_block,
+)
+
+HEADER_REQUESTS = 16
+"""Headers fetched at a time: a server answers them in the time of a few round trips."""
+DESCRIBE_S = 60.0
+"""A namespace is described again by the first write after this long: somebody may have emptied the bucket."""
+_MAX_DESCRIPTION_BYTES = 1 << 20
+
+
+class ObjectStore:
+    """A `Store` and `Inspectable` in a bucket; the module's docstring tells how it works.
+
+    `verify_writes` reads back what was written, `verify_reads` checks every layer that is read (headers always are).
+    """
+
+    def __init__(self, bucket: Bucket, *, verify_writes: bool = True, verify_reads: bool = True) -> None:
+        self.location = bucket.location
+        self._bucket = bucket
+        self._verify_writes = verify_writes
+        self._verify_reads = verify_reads
+        self._described_s: dict[BlockKey, float] = {}
+
+    # ── what serving asks ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def prepare(self, space: Namespace) -> None:
+        """See `Store.prepare`."""
+        name, text = f"{space.hex}/{DESCRIPTION}", describe(space)
+        if self._bucket.head_bytes(name, len(text) + 1) != text:
+            self._bucket.put(name, [text])
+        self._described_s[space.root] = time.monotonic()
+
+    def write(
+        self, space: Namespace, key: BlockKey, parent: BlockKey, payload: BlockBuffer, pace: Pace = unpaced
+    ) -> int:
+        """See `Store.write`. Only the payload's way out is paced, not checking what is there."""
+        check_keys(key, parent)
+        view = bytes_of_block(payload, space.layout)
+        name = block_name(space.root, key)
+        try:
+            if time.monotonic() - self._described_s.get(space.root, float("-inf")) > DESCRIBE_S:
+                self.prepare(space)
+            present = self._valid_block(space, key)
+        except StoreError as error:
+            raise StoreWriteError(key, name, error) from error
+        if present is not None:
+            return present
+        header = BlockHeader.describing(view, space, key, parent)
+        for start in range(0, len(view), CHUNK_BYTES):
+            pace(min(CHUNK_BYTES, len(view) - start))
+        try:
+            self._bucket.put(name, [header.encode(), view])
+            if self._verify_writes and self._fetch(space, key, memoryview(bytearray(len(view)))) != header:
+                raise BlockError(key, BlockFault.HEADER, "the header that was read back is another")
+        except (StoreError, BlockError) as error:
+            with suppress(StoreError):  # nobody shall find it; where the server is out of reach, readers check it
+                self._bucket.delete(name)
+            raise StoreWriteError(key, f"{self.location}/{name}", error) from error
+        return header.header_bytes + header.payload_bytes
+
+    def read(self, space: Namespace, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
+        """See `Store.read`. `pace` counts payload bytes as they are taken from the connection."""
+        self._fetch(space, key, room_for_block(into, space.layout), pace, verify=self._verify_reads)
+
+    def find(self, root: BlockKey, keys: Sequence[BlockKey]) -> list[BlockRecord]:
+        """See `Store.find`. A look is one HEAD; more are sent together once the first block was there."""
+        records: list[BlockRecord] = []
+        with ThreadPoolExecutor(HEADER_REQUESTS, thread_name_prefix="store-find") as requests:
+            for start, stop in _batches(len(keys)):
+                for found in requests.map(lambda key: self._look(root, key), keys[start:stop]):
+                    if not isinstance(found, BlockRecord):
+                        return records
+                    records.append(found)
+        return records
+
+    def delete(self, root: BlockKey, key: BlockKey) -> bool:
+        """See `Store.delete`."""
+        name = block_name(root, key)
+        if self._bucket.record(name) is None:
+            return False
+        self._bucket.delete(name)
+        return True
+
+    def quarantine(self, root: BlockKey, key: BlockKey) -> BlockFault | None:
+        """See `Store.quarantine`. A namespace keeps the newest `MAX_QUARANTINED_FILES` below ``bad``."""
+        try:
+            self.verify(root, key)
+        except BlockError as error:
+            there = error.cause is not BlockFault.MISSING and self._set_aside(block_name(root, key), error.cause)
+            return error.cause if there else None
+        return None
+
+    def scan(self, on_bad: Callable[[BadFile], None] | None = None) -> Iterator[BlockRecord]:
+        """See `Store.scan`. Fetches one header a block."""
+        with ThreadPoolExecutor(HEADER_REQUESTS, thread_name_prefix="store-scan") as requests:
+            for root in self._roots():
+                for shard in filter(is_shard_name, self._bucket.folder(root.hex())[0]):
+                    objects = self._bucket.folder(f"{root.hex()}/{shard}")[1]
+                    blocks = [found for found in objects if found.name.endswith(BLOCK_SUFFIX)]
+                    for record in requests.map(self._examine, [root] * len(blocks), blocks):
+                        if isinstance(record, BlockRecord):
+                            yield record
+                        elif record is not None and on_bad is not None:
+                            on_bad(record)
+
+    # ── what `dualpath store` asks ──────────────────────────────────────────────────────────────────────────────────
+
+    def descriptions(self) -> dict[BlockKey, NamespaceDescription | None]:
+        """See `Inspectable.descriptions`."""
+        names = {root: f"{root.hex()}/{DESCRIPTION}" for root in self._roots()}
+        texts = {root: self._bucket.head_bytes(name, _MAX_DESCRIPTION_BYTES) for root, name in names.items()}
+        return {root: described(text, root) for root, text in texts.items()}
+
+    def verify(self, root: BlockKey, key: BlockKey) -> None:
+        """See `Inspectable.verify`."""
+        arriving = _Arriving(self._get(root, key))
+        header = check_root(decode_header(key, arriving.n_bytes, arriving.head), root)
+        arriving.payload(header, memoryview(bytearray(header.payload_bytes)), unpaced, verify=True)
+
+    def set_aside(self, file: BadFile) -> None:
+        """See `Inspectable.set_aside`."""
+        self._set_aside(file.path, file.cause)
+
+    def quarantined(self, root: BlockKey) -> int:
+        """See `Inspectable.quarantined`."""
+        return len(self._bucket.folder(f"{root.hex()}/{BAD}")[1])
+
+    def leftovers(self, *, remove: bool = False) -> list[str]:  # noqa: ARG002
+        """See `Inspectable.leftovers`. There are none: a PUT is whole or not at all."""
+        return []
+
+    # ── one object ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _roots(self) -> list[BlockKey]:
+        return [bytes.fromhex(name) for name in self._bucket.folder()[0] if is_namespace_name(name)]
+
+    def _look(self, root: BlockKey, key: BlockKey) -> BlockRecord | BadFile | None:
+        found = self._bucket.record(block_name(root, key))
+        return None if found is None else self._examine(root, found)
+
+    def _examine(self, root: BlockKey, found: ObjectRecord) -> BlockRecord | BadFile | None:
+        """What an object's name and header tell; None if it has vanished. Raises StoreError."""
+        key = key_of(found.name)
+        if key is None:
+            return BadFile(found.name, root, None, BlockFault.HEADER, "the object's name and place fit no key")
+
+        def head(n_bytes: int) -> bytes:
+            raw = self._bucket.head_bytes(found.name, n_bytes) if found.n_bytes else b""
+            if raw is None:
+                raise BlockError(key, BlockFault.MISSING, f"{found.name} has vanished")
+            return raw
+
+        try:
+            header = check_root(decode_header(key, found.n_bytes, head), root)
+        except BlockError as error:
+            gone = error.cause is BlockFault.MISSING
+            return None if gone else BadFile(found.name, root, key, error.cause, error.detail)
+        return BlockRecord(root, key, header.parent, header.payload_bytes, found.n_bytes, found.mtime_ns)
+
+    def _valid_block(self, space: Namespace, key: BlockKey) -> int | None:
+        """The bytes of the block that is there already, if it is sound. Raises StoreError."""
+        try:
+            header = self._fetch(space, key, memoryview(bytearray(space.layout.full_block_bytes)))
+        except BlockError:
+            return None
+        return header.header_bytes + header.payload_bytes
+
+    def _get(self, root: BlockKey, key: BlockKey) -> Body:
+        body = self._bucket.get(block_name(root, key))
+        if body is None:
+            raise BlockError(key, BlockFault.MISSING, f"{self.location}/{block_name(root, key)} is not there")
+        return body
+
+    def _fetch(
+        self, space: Namespace, key: BlockKey, into: memoryview, pace: Pace = unpaced, *, verify: bool = True
+    ) -> BlockHeader:
+        """Header and payload of a block, the latter into `into`. Raises BlockError, StoreError."""
+        arriving = _Arriving(self._get(space.root, key))
+        header = check_namespace(decode_header(key, arriving.n_bytes, arriving.head), space)
+        arriving.payload(header, into, pace, verify=verify)
+        return header
+
+    def _set_aside(self, name: str, cause: BlockFault) -> bool:
+        """Move a bad object into quarantine; False if it is gone already."""
+        body = self._bucket.get(name)
+        if body is None:
+            return False
+        self._bucket.put(bad_name(name, cause), list(body.pieces))
+        self._bucket.delete(name)
+        folder = bad_name(name, cause).rpartition("/")[0]
+        oldest_first = sorted(self._bucket.folder(folder)[1], key=lambda record: record.mtime_ns)
+        for surplus in oldest_first[:-MAX_QUARANTINED_FILES]:
+            self._bucket.delete(surplus.name)
+        return True
+
+
+class _Arriving:
+    """An object on its way: its header first, then its payload."""
+
+    def __init__(self, body: Body) -> None:
+        self.n_bytes = body.n_bytes
+        self._pieces = body.pieces
+        self._raw = b""
+
+    def head(self, n_bytes: int) -> bytes:
+        """Its first `n_bytes`, fewer if it ends before."""
+        while len(self._raw) < n_bytes and (piece := next(self._pieces, None)) is not None:
+            self._raw += piece
+        return self._raw[:n_bytes]
+
+    def payload(self, header: BlockHeader, into: memoryview, pace: Pace, *, verify: bool) -> None:
+        """Put it in its place, holding each layer against its checksum. Raises BlockError, StoreError."""
+        filled, layers = 0, LayerChecks(header, into)
+        for piece in self._after(header.header_bytes):
+            while piece:
+                chunk = piece[: min(CHUNK_BYTES, len(into) - filled)]
+                if not chunk:
+                    raise BlockError(header.key, BlockFault.HEADER, "more bytes came than the server had announced")
+                pace(len(chunk))
+                into[filled : filled + len(chunk)] = chunk
+                filled, piece = filled + len(chunk), piece[len(chunk) :]
+                if verify:
+                    layers.check(filled)
+        if filled < len(into):
+            raise BlockError(header.key, BlockFault.TRUNCATED, f"the object ended after {filled} payload bytes")
+
+    def _after(self, header_bytes: int) -> Iterator[memoryview]:
+        yield memoryview(self._raw)[header_bytes:]
+        yield from self._pieces
+
+
+def _batches(n: int) -> Iterator[tuple[int, int]]:
+    """The first alone, then `HEADER_REQUESTS` at a time."""
+    yield 0, 1
+    yield from ((start, start + HEADER_REQUESTS) for start in range(1, n, HEADER_REQUESTS))

@@ -1,0 +1,255 @@
+"""`PosixStore`: Full Blocks on any mounted file system.
+
+Theory of operation. One file per Full Block (see `block_file`), in a folder per namespace (see `naming`). A block is
+written under a temporary name, flushed, read back against its checksums, and renamed into place: nobody sees it before
+it is whole, checked and durable. A crash leaves a temporary file, which `prepare` removes. Writers of one key each
+rename a valid file. A folder that somebody has removed is made again by the next write.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dualpath.kv.keys import BlockKey, Namespace
+from dualpath.kv.stores.block_file import (
+    CHUNK_BYTES,
+    BlockError,
+    BlockFault,
+    BlockHeader,
+    Pace,
+    check_namespace,
+    check_root,
+    open_block,
+    physical_bytes,
+    read_header,
+    read_payload,
+    unpaced,
+)
+from dualpath.kv.stores.naming import DESCRIPTION, describe, described
+from dualpath.kv.stores.posix_directory import StoreDirectory, store_errors
+from dualpath.kv.stores.protocol import (
+    BadFile,
+    BlockBuffer,
+    BlockRecord,
+    NamespaceDescription,
+    StoreError,
+    StoreWriteError,
+    bytes_of_block,
+    check_keys,
+    room_for_block,
+)
+from dualpath.spec.whole_file import Draft, fsync_directory, write_whole
+
+
+class PosixStore:
+    """A `Store` and `Inspectable` in a directory; the module's docstring tells how it works. Nothing is touched yet.
+
+    `durable` flushes to the disk, `verify_writes` reads back what was written, `verify_reads` checks every layer that
+    is read (headers always are). Turn them off only to measure what they cost.
+    """
+
+    def __init__(
+        self, directory: Path | str, *, durable: bool = True, verify_writes: bool = True, verify_reads: bool = True
+    ) -> None:
+        self.location = str(directory)
+        self._files = StoreDirectory(Path(directory))
+        self._durable = durable
+        self._verify_writes = verify_writes
+        self._verify_reads = verify_reads
+        self._shards_made: set[Path] = set()
+        self._thread = threading.local()
+
+    # ── what serving asks ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def prepare(self, space: Namespace) -> None:
+        """See `Store.prepare`. Removes what killed writers have left in the namespace."""
+        with store_errors(f"the store at {self.location} cannot be opened"):
+            self._prepare(space)
+            for path in self._files.leftovers(space.root):
+                path.unlink(missing_ok=True)
+
+    def write(
+        self, space: Namespace, key: BlockKey, parent: BlockKey, payload: BlockBuffer, pace: Pace = unpaced
+    ) -> int:
+        """See `Store.write`. Only the payload's own way to the disk is paced, not checking what is there."""
+        check_keys(key, parent)
+        view = bytes_of_block(payload, space.layout)
+        try:
+            return self._write(space, key, parent, view, pace)
+        except StoreWriteError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+        # Somebody has removed the folder under us: make it again, once.
+        self._shards_made.discard(self._files.block_path(space.root, key).parent)
+        return self._write(space, key, parent, view, pace)
+
+    def read(self, space: Namespace, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
+        """See `Store.read`. `pace` counts payload bytes; the header comes on top."""
+        view = room_for_block(into, space.layout)
+        try:
+            with open_block(self._files.block_path(space.root, key), key) as fd:
+                header = check_namespace(read_header(fd, key), space)
+                read_payload(fd, header, view, pace, verify=self._verify_reads)
+        except BlockError as error:
+            if error.cause in (BlockFault.MISSING, BlockFault.IO) and not self._files.path.is_dir():
+                raise StoreError(f"{self.location} cannot be opened: there is no such directory") from error
+            raise
+
+    def find(self, root: BlockKey, keys: Sequence[BlockKey]) -> list[BlockRecord]:
+        """See `Store.find`. A look is one failed open; a find reads one page."""
+        records = []
+        for key in keys:
+            found = self._files.examine(root, self._files.block_path(root, key))
+            if not isinstance(found, BlockRecord):
+                break
+            records.append(found)
+        return records
+
+    def delete(self, root: BlockKey, key: BlockKey) -> bool:
+        """See `Store.delete`."""
+        with store_errors(f"block {key.hex()} cannot be deleted"):
+            try:
+                self._files.block_path(root, key).unlink()
+            except FileNotFoundError:
+                return False
+            return True
+
+    def quarantine(self, root: BlockKey, key: BlockKey) -> BlockFault | None:
+        """See `Store.quarantine`. A namespace keeps the newest `MAX_QUARANTINED_FILES` in its ``bad`` folder."""
+        try:
+            self.verify(root, key)
+        except BlockError as error:
+            if error.cause is BlockFault.MISSING:
+                return None
+            with store_errors(f"block {key.hex()} cannot be quarantined"):
+                moved = self._files.set_aside(self._files.block_path(root, key), error.cause)
+            return error.cause if moved else None
+        return None
+
+    def scan(self, on_bad: Callable[[BadFile], None] | None = None) -> Iterator[BlockRecord]:
+        """See `Store.scan`. Reads one page a block."""
+        with store_errors(f"the store at {self.location} cannot be searched"):
+            for root in self._files.roots():
+                for path in self._files.block_paths(root):
+                    found = self._files.examine(root, path)
+                    if isinstance(found, BlockRecord):
+                        yield found
+                    elif found is not None and on_bad is not None:
+                        on_bad(found)
+
+    # ── what `dualpath store` asks ──────────────────────────────────────────────────────────────────────────────────
+
+    def descriptions(self) -> dict[BlockKey, NamespaceDescription | None]:
+        """See `Inspectable.descriptions`."""
+        with store_errors(f"the store at {self.location} cannot be searched"):
+            return {root: described(self._files.description(root), root) for root in self._files.roots()}
+
+    def verify(self, root: BlockKey, key: BlockKey) -> None:
+        """See `Inspectable.verify`."""
+        with open_block(self._files.block_path(root, key), key) as fd:
+            header = check_root(read_header(fd, key), root)
+            read_payload(fd, header, self._scratch(header.payload_bytes), unpaced)
+
+    def set_aside(self, file: BadFile) -> None:
+        """See `Inspectable.set_aside`."""
+        with store_errors(f"{file.path} cannot be quarantined"):
+            self._files.set_aside(self._files.path / file.path, file.cause)
+
+    def quarantined(self, root: BlockKey) -> int:
+        """See `Inspectable.quarantined`."""
+        return len(self._files.quarantined(root))
+
+    def leftovers(self, *, remove: bool = False) -> list[str]:
+        """See `Inspectable.leftovers`."""
+        with store_errors(f"the store at {self.location} cannot be cleaned"):
+            found = [path for root in self._files.roots() for path in self._files.leftovers(root)]
+            for path in found if remove else ():
+                path.unlink(missing_ok=True)
+            return [str(path) for path in found]
+
+    # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _write(self, space: Namespace, key: BlockKey, parent: BlockKey, view: memoryview, pace: Pace) -> int:
+        """One try. Raises StoreWriteError, with FileNotFoundError behind it where a folder was removed meanwhile."""
+        path = self._files.block_path(space.root, key)
+        present = self._valid_block(space, key)
+        with _write_errors(key, path):
+            self._make_shard(space, path.parent)
+            if present is not None:
+                if self._durable:  # whoever renamed it into place may not have flushed the name yet
+                    fsync_directory(path.parent)
+                return present
+            draft = Draft(path)
+        try:
+            header = BlockHeader.describing(view, space, key, parent)
+            with _write_errors(key, path):
+                draft.append(header.encode())
+            for start in range(0, len(view), CHUNK_BYTES):
+                chunk = view[start : start + CHUNK_BYTES]
+                pace(len(chunk))
+                with _write_errors(key, path):
+                    draft.append(chunk)
+            with _write_errors(key, path):
+                return self._commit(draft, header, space)
+        finally:
+            draft.discard()
+
+    def _valid_block(self, space: Namespace, key: BlockKey) -> int | None:
+        try:
+            with open_block(self._files.block_path(space.root, key), key) as fd:
+                header = check_namespace(read_header(fd, key), space)
+                read_payload(fd, header, self._scratch(header.payload_bytes), unpaced)
+                return physical_bytes(os.fstat(fd))
+        except BlockError:
+            return None
+
+    def _commit(self, draft: Draft, header: BlockHeader, space: Namespace) -> int:
+        """Flush, read back, rename. The pages are dropped in between, so that what is checked comes from the disk."""
+        fd = draft.fd
+        if self._durable:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if self._verify_writes:
+            found = check_namespace(read_header(fd, header.key), space)
+            if found != header:
+                raise BlockError(header.key, BlockFault.HEADER, "the header that was read back is another")
+            read_payload(fd, found, self._scratch(found.payload_bytes), unpaced)
+        n_bytes = physical_bytes(os.fstat(fd))
+        draft.commit(durable=self._durable)
+        return n_bytes
+
+    def _prepare(self, space: Namespace) -> None:
+        """Make the namespace's folder and description."""
+        folder = self._files.namespace(space.root)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._durable:
+                fsync_directory(folder.parent)
+        if self._files.description(space.root) != describe(space):
+            write_whole(folder / DESCRIPTION, describe(space), durable=self._durable)
+
+    def _make_shard(self, space: Namespace, shard: Path) -> None:
+        """Every thread flushes the shard's name itself, unless one has done: a block must not outlive its folder."""
+        if shard not in self._shards_made:
+            self._prepare(space)
+            shard.mkdir(exist_ok=True)
+            if self._durable:
+                fsync_directory(shard.parent)
+            self._shards_made.add(shard)
+
+    def _scratch(self, n_bytes: int) -> memoryview:
+        """Room for one Full Block, kept by each thread that checks."""
+        scratch: bytearray = getattr(self._thread, "scratch", bytearray())
+        if len(scratch) < n_bytes:
+            scratch = self._thread.scratch = bytearray(n_bytes)
+        return memoryview(scratch)[:n_bytes]
+
+
+@contextmanager
+def _write_errors(key: BlockKey, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, BlockError) as error:
+        raise StoreWriteError(key, path, error) from error

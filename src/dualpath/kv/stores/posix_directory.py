@@ -1,0 +1,122 @@
+"""`StoreDirectory`: where the files of a POSIX store lie, and what a look at them tells. See `naming`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dualpath.kv.keys import BlockKey
+from dualpath.kv.stores.block_file import (
+    BlockError,
+    BlockFault,
+    check_root,
+    io_faults,
+    open_block,
+    physical_bytes,
+    read_header,
+)
+from dualpath.kv.stores.naming import (
+    BAD,
+    BLOCK_SUFFIX,
+    DESCRIPTION,
+    MAX_QUARANTINED_FILES,
+    bad_name,
+    block_name,
+    is_namespace_name,
+    is_shard_name,
+    key_of,
+)
+from dualpath.kv.stores.protocol import BadFile, BlockRecord, StoreError, StoreLocationError
+from dualpath.spec.whole_file import is_draft, is_leftover
+
+
+class StoreDirectory:
+    """Paths and housekeeping. Methods raise OSError as it comes, unless they say else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def block_path(self, root: BlockKey, key: BlockKey) -> Path:
+        return Path(f"{self.path}/{block_name(root, key)}")
+
+    def namespace(self, root: BlockKey) -> Path:
+        return self.path / root.hex()
+
+    def examine(self, root: BlockKey, path: Path) -> BlockRecord | BadFile | None:
+        """What a block file's name and header tell; None if the file has vanished."""
+        name = str(path.relative_to(self.path))
+        key = key_of(name)
+        if key is None:
+            return BadFile(name, root, None, BlockFault.HEADER, "the file's name and place fit no key")
+        try:
+            with open_block(path, key) as fd:
+                header = check_root(read_header(fd, key), root)
+                with io_faults(key):
+                    status = os.fstat(fd)
+        except BlockError as error:
+            gone = error.cause is BlockFault.MISSING
+            return None if gone else BadFile(name, root, key, error.cause, error.detail)
+        return BlockRecord(root, key, header.parent, header.payload_bytes, physical_bytes(status), status.st_mtime_ns)
+
+    def roots(self) -> list[BlockKey]:
+        """The namespaces, in the order of their names. Raises StoreLocationError where the store is no directory."""
+        try:
+            names = [entry.name for entry in os.scandir(self.path) if entry.is_dir()]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreLocationError(f"{self.path} is not a directory; give a store's") from error
+        return [bytes.fromhex(name) for name in sorted(names) if is_namespace_name(name)]
+
+    def _shards(self, root: BlockKey) -> list[Path]:
+        folder = self.namespace(root)
+        return [folder / name for name in _names(folder) if is_shard_name(name)]
+
+    def block_paths(self, root: BlockKey) -> Iterator[Path]:
+        for shard in self._shards(root):
+            yield from (shard / name for name in _names(shard) if name.endswith(BLOCK_SUFFIX) and not is_draft(name))
+
+    def leftovers(self, root: BlockKey) -> Iterator[Path]:
+        """Temporary files that nobody writes any more."""
+        for folder in (self.namespace(root), *self._shards(root)):
+            yield from (folder / name for name in _names(folder) if is_draft(name) and is_leftover(folder / name))
+
+    def description(self, root: BlockKey) -> bytes | None:
+        try:
+            return (self.namespace(root) / DESCRIPTION).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def quarantined(self, root: BlockKey) -> list[Path]:
+        """Bad files set aside, oldest first."""
+        folder, found = self.namespace(root) / BAD, []
+        for name in _names(folder):
+            with suppress(FileNotFoundError):
+                found.append(((folder / name).stat().st_ctime_ns, folder / name))
+        return [path for _, path in sorted(found)]
+
+    def set_aside(self, path: Path, cause: BlockFault) -> bool:
+        """Move a bad file into quarantine; False if it is gone already."""
+        aside = self.path / bad_name(str(path.relative_to(self.path)), cause)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.replace(aside)
+        except FileNotFoundError:
+            return False
+        for surplus in self.quarantined(bytes.fromhex(aside.parent.parent.name))[:-MAX_QUARANTINED_FILES]:
+            surplus.unlink(missing_ok=True)
+        return True
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(folder))
+    except FileNotFoundError:
+        return []
+
+
+@contextmanager
+def store_errors(what: str) -> Iterator[None]:
+    """Turn an OSError of the block under it into a StoreError."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{what}: {error}; check that the path exists and may be written") from error
