@@ -22,7 +22,7 @@ SPACE = {
     "quarantined_files": 2,
 }
 CLEAN = {
-    "directory": "kv",
+    "location": "kv",
     "namespaces": 1,
     "checked_blocks": 10,
     "sound_blocks": 10,
@@ -37,7 +37,7 @@ CLEAN = {
 
 def test_a_namespace_is_a_row():
     console = Console(file=io.StringIO(), width=130)
-    console.print(stat_table({"directory": "kv", "namespaces": [SPACE, SPACE | {"description": None}]}))
+    console.print(stat_table({"location": "kv", "namespaces": [SPACE, SPACE | {"description": None}]}))
     first, second = [line.split() for line in console.file.getvalue().splitlines() if "abababab" in line]
     assert first == [
         *("abababab", "0123456789ab", "8", "layers,", "k", "4×64", "v", "4×64,", "float32", "1,234", "1.3", "GB"),
