@@ -15,6 +15,7 @@ from dualpath.cli import (
     experiment,
     paper,
     plan,
+    profile,
     replay,
     report,
     serve,
@@ -36,6 +37,7 @@ COMMANDS = (
     store,
     plan,
     simulate,
+    profile,
     paper,
     testbed,
     checkpoint,
@@ -56,6 +58,7 @@ examples:
   dualpath store stat DIR                            what is in a store
   dualpath plan ds660b-2p4d                          what a cluster can do, and what limits it
   dualpath simulate ds660b-2p4d --agents 500         the same scheduler under a virtual clock, any cluster size
+  dualpath profile --model DIR --store DIR           measure this machine, for plan and simulate
   dualpath paper                                     the paper's evaluation, theirs beside ours
   sudo dualpath testbed up 1P2D                      network namespaces, kernel rates, a real object server
   dualpath COMMAND --help                            a command's options, with examples

@@ -42,6 +42,13 @@ def add_source(parser: Any) -> None:
     parser.add_argument("--max-context", type=positive, metavar="N", help="end recorded agents here")
 
 
+def add_profile(parser: Any) -> None:
+    """What the cluster's engines were measured to do."""
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="measured step times and rates (dualpath profile, or by hand)"
+    )
+
+
 def command(
     commands: Any, name: str, summary: str, epilog: str, run: Callable[[argparse.Namespace], int] | None = None
 ) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dualpath.cli.arguments import (
     CLUSTER_HELP,
+    add_profile,
     add_source,
     add_system,
     command,
@@ -14,7 +15,7 @@ from dualpath.cli.arguments import (
     positive,
     positive_number,
 )
-from dualpath.cli.outcome import command_errors, new_console, usage_errors, write_json
+from dualpath.cli.outcome import UsageError, command_errors, new_console, usage_errors, write_json
 
 EXAMPLES = f"""\
 {CLUSTER_HELP} Agents all start at once, unless --aps says how many arrive a second.
@@ -25,12 +26,19 @@ examples:
   dualpath simulate ds27b-1p1d --trace 32K --agents 200 --json result.json --trace-out timeline.json
   dualpath simulate my-cluster.toml --trace session-1.json session-2.json --agents 100
   dualpath simulate ds660b-2p4d --agents 300 --fault engine_lost:5@60s --fault snic:0@30s*0.1
+  dualpath simulate my-cluster.toml --profile profile.json         measured steps instead of a roofline
+  dualpath simulate --like results/demo.json --profile profile.json
+
+--like needs no CLUSTER: it simulates every run of a result file of demo or experiment, or of a replay against
+`dualpath serve`, and says how far off it is. --json then writes a result file, for `dualpath report --prediction`.
 """
 
 
 def add(commands: Any) -> None:
     parser = command(commands, "simulate", "the scheduler under a virtual clock, on any cluster", EXAMPLES, run)
-    parser.add_argument("cluster", metavar="CLUSTER", help="a preset or a TOML file, see below")
+    parser.add_argument("cluster", nargs="?", metavar="CLUSTER", help="a preset or a TOML file, see below")
+    parser.add_argument("--like", type=Path, metavar="RESULT", help="simulate the runs of this result file instead")
+    add_profile(parser)
     add_system(parser)
     add_source(parser)
     parser.add_argument("--agents", type=positive, metavar="N", help="(default: 500, or one per recorded agent)")
@@ -47,6 +55,10 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate a cluster; print what came out. Exit code 1 if a turn failed."""
+    if (arguments.cluster is None) == (arguments.like is None):
+        raise UsageError("name a CLUSTER, or give a result file with --like; one of the two")
+    if arguments.like is not None:
+        return _like(arguments)
     from dualpath.lab.sim.command import SimulationError, run_command
     from dualpath.lab.sim.table import result_table
 
@@ -56,3 +68,20 @@ def run(arguments: argparse.Namespace) -> int:
     write_json(arguments.json, result)
     console.print(result_table(result))
     return 1 if result.failed else 0
+
+
+def _like(arguments: argparse.Namespace) -> int:
+    if arguments.profile is None:
+        raise UsageError("--like needs a --profile of this machine and model; dualpath profile makes one")
+    from dualpath.lab.facts.profile import ProfileError, load_profile
+    from dualpath.lab.profile.like import predict
+    from dualpath.lab.profile.tables import comparison_table
+    from dualpath.results.file import ResultFileError, load
+
+    console = new_console()
+    with usage_errors(ProfileError, ResultFileError), console.status("simulating"):
+        measured, profile = load(arguments.like), load_profile(arguments.profile)
+        predicted = predict(measured, profile, str(arguments.profile), " ".join(arguments.command_line))
+    write_json(arguments.json, predicted)
+    console.print(comparison_table(measured, predicted))
+    return 0

@@ -11,6 +11,7 @@ from dualpath.lab.facts.cluster import preset_names
 from dualpath.lab.facts.hardware import GPUS
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "how-to" / "plan-capacity.md").read_text(encoding="utf-8")
+PROFILES = (Path(__file__).parents[3] / "docs" / "design" / "profile.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.S) for line in block.splitlines() if line]
 
 
@@ -18,6 +19,7 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.S) for
 def test_every_command_of_the_document_runs(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-cluster.toml").write_text(re.search(r"```toml\n(.*?)```", DOCUMENT, re.S)[1], encoding="utf-8")
+    (tmp_path / "profile.json").write_text(re.search(r"```json\n(.*?)```", PROFILES, re.S)[1], encoding="utf-8")
     program, *arguments = shlex.split(command)
     assert program == "dualpath"
     assert main(arguments) == 0

@@ -16,6 +16,7 @@ import msgspec
 from dualpath.lab.facts.hardware import GPUS, NIC_400G_BYTES_PER_S, STORAGE_CLIENT_BYTES_PER_S, GpuSpec
 from dualpath.lab.facts.model_spec import ModelSpec
 from dualpath.lab.facts.models import ModelConfigError, find_model
+from dualpath.lab.facts.step_times import MeasuredEngine
 from dualpath.spec.units import parse_bytes, parse_rate
 
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -27,7 +28,7 @@ class ClusterError(ValueError):
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Usable shares of nominal rates. Priors from published measurements; a calibrated study replaces them."""
+    """Usable shares of nominal rates. Priors from published measurements; a profile replaces them."""
 
     compute: Share = 0.385
     """Of the GPU's bf16 rate, in prefill: 0.38e15 FLOP/s on an H800, the low end of the 0.37 to 0.66e15 that published
@@ -70,6 +71,8 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes_per_parameter: float
     efficiency: Efficiency = Efficiency()
     description: str = ""
+    measured: MeasuredEngine | None = None
+    """From a profile, see `profile.applied`; None: the roofline of `gpu`."""
 
     @property
     def prefill_engines(self) -> int:
@@ -138,6 +141,12 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
         name = f"{self.name} as {prefill_nodes}P{decode_nodes}D"
         return msgspec.structs.replace(self, name=name, prefill_nodes=prefill_nodes, decode_nodes=decode_nodes)
 
+    def with_compute(self, factor: float) -> ClusterSpec:
+        """The same cluster whose engines compute `factor` times as fast; a profile's decode steps stay as they are."""
+        gpu = msgspec.structs.replace(self.gpu, bf16_flop_per_s=self.gpu.bf16_flop_per_s * factor)
+        measured = None if self.measured is None else self.measured.with_prefill(factor)
+        return msgspec.structs.replace(self, gpu=gpu, measured=measured)
+
     def with_model(self, name: str) -> ClusterSpec:
         """The same nodes with another model (see `find_model`), its usual KV dtype and weights. Raises ClusterError."""
         try:
@@ -146,7 +155,7 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise ClusterError(str(error)) from error
         weight_bytes = model.weight_bytes_per_parameter
         return msgspec.structs.replace(
-            self, model=model, kv_dtype=model.kv_dtype, weight_bytes_per_parameter=weight_bytes
+            self, model=model, kv_dtype=model.kv_dtype, weight_bytes_per_parameter=weight_bytes, measured=None
         )
 
     def _weight_bytes(self, nodes: int, group_nodes: int) -> float:

@@ -15,7 +15,7 @@ import msgspec
 from dualpath.lab.facts.bottleneck import BottleneckFree, bottleneck_free
 from dualpath.lab.facts.cluster import ClusterSpec
 from dualpath.lab.planning.decode import DecodeRate, decode_rate, step_s
-from dualpath.lab.planning.demand import Demand, balanced_share, demands, prefill_flops
+from dualpath.lab.planning.demand import Demand, balanced_share, demands, prefill_flops, prefill_s
 from dualpath.lab.planning.turn_load import TurnLoad
 
 COMPUTE_FACTORS = (0.5, 2.0)
@@ -226,8 +226,7 @@ def _split(cluster: ClusterSpec, load: TurnLoad, slo: Slo) -> Split:
 
 
 def _sensitivity(cluster: ClusterSpec, load: TurnLoad, slo: Slo, factor: float) -> Sensitivity:
-    gpu = msgspec.structs.replace(cluster.gpu, bf16_flop_per_s=cluster.gpu.bf16_flop_per_s * factor)
-    basic, dualpath = _systems(msgspec.structs.replace(cluster, gpu=gpu), load, slo)
+    basic, dualpath = _systems(cluster.with_compute(factor), load, slo)
     return Sensitivity(
         compute_factor=factor,
         dualpath_agents_per_s=dualpath.agents_per_s,
@@ -249,7 +248,8 @@ def _range(cluster: ClusterSpec) -> BottleneckFree:
 
 def _unloaded_ttft_s(cluster: ClusterSpec, load: TurnLoad) -> float:
     read_s = load.hit_tokens * cluster.kv_bytes_per_token / cluster.usable_snic_bytes_per_s
-    return max(read_s, prefill_flops(cluster, load) / cluster.prefill_flop_per_s)
+    request_s = cluster.measured.request_ns / 1e9 if cluster.measured is not None else 0.0
+    return request_s + max(read_s, prefill_s(cluster, load, alone=True))
 
 
 def _working_set(cluster: ClusterSpec, load: TurnLoad, slo: Slo, agents_per_s: float) -> WorkingSet:

@@ -5,7 +5,8 @@
 
 The two constants are fitted to the decode latencies that aiconfigurator, a public performance database, gives for
 DeepSeek-V3.2 on H100 in groups of 64 at a context of 32K: 29, 39, 59 and 102 ms for batches of 16, 32, 64 and 128. A
-test holds the formula to these within 4 %. The effective rate is prefill's.
+test holds the formula to these within 4 %. The effective rate is prefill's. A cluster with a profile has its measured
+steps instead.
 """
 
 import msgspec
@@ -33,6 +34,8 @@ class DecodeRate(msgspec.Struct, frozen=True, kw_only=True):
 
 def step_s(cluster: ClusterSpec, batch: float, context_tokens: float) -> float:
     """Duration of a decode step of one engine."""
+    if cluster.measured is not None:
+        return cluster.measured.times.decode_ns(batch, context_tokens) / 1e9
     hbm = cluster.usable_hbm_bytes_per_s
     layers = cluster.model.layers
     read_bytes = cluster.model.decode_read_bytes(context_tokens, cluster.kv_dtype)

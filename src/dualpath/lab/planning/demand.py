@@ -31,7 +31,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 
     resource: str
     unit: str
-    """``bytes``, ``FLOP`` or ``tokens``."""
+    """``bytes``, ``FLOP``, ``tokens``, or ``s`` of an engine's time."""
     per_turn: float
     capacity_per_s: float
     """Usable."""
@@ -59,7 +59,7 @@ def demands(cluster: ClusterSpec, load: TurnLoad, decode: DecodeRate, pe_share: 
         _demand("DE CNIC write", by_pe + miss + to_decode_gpu, de_cnic),
         _demand("PE DRAM", 2 * by_pe, p_nodes * dram),
         _demand("DE DRAM", 2 * by_de + by_pe + miss + to_decode_gpu + miss + generated, d_nodes * dram),
-        _demand("prefill compute", prefill_flops(cluster, load), _prefill_flop_per_s(cluster), "FLOP"),
+        _prefill_demand(cluster, load),
         _demand("decode", load.generate_tokens, cluster.decode_engines * decode.tokens_per_s, "tokens"),
     )
 
@@ -89,9 +89,20 @@ def prefill_flops(cluster: ClusterSpec, load: TurnLoad) -> float:
     return load.miss_tokens * (cluster.model.dense_flops_per_token + per_token) + load.miss_pairs * per_pair
 
 
-def _prefill_flop_per_s(cluster: ClusterSpec) -> float:
-    fits = cluster.prefill_kv_bytes > 0
-    return cluster.prefill_engines * cluster.prefill_flop_per_s if fits else 0.0
+def prefill_s(cluster: ClusterSpec, load: TurnLoad, alone: bool = False) -> float:
+    """Of one engine's time, per mean turn. What a batch costs whatever is in it is shared, unless the turn is alone."""
+    if cluster.measured is None:
+        return prefill_flops(cluster, load) / cluster.prefill_flop_per_s
+    times = cluster.measured.times
+    fixed_ns = times.prefill_fixed_ns if alone else 0.0
+    return (fixed_ns + times.chunk_ns(load.miss_tokens, load.miss_pairs)) / 1e9
+
+
+def _prefill_demand(cluster: ClusterSpec, load: TurnLoad) -> Demand:
+    engines = cluster.prefill_engines if cluster.prefill_kv_bytes > 0 else 0
+    if cluster.measured is None:
+        return _demand("prefill compute", prefill_flops(cluster, load), engines * cluster.prefill_flop_per_s, "FLOP")
+    return _demand("prefill compute", prefill_s(cluster, load), engines, "s")
 
 
 def _demand(resource: str, per_turn: float, capacity_per_s: float, unit: str = "bytes") -> Demand:

@@ -180,6 +180,8 @@ def _amount(basic: Mapping[str, Any], dualpath: Mapping[str, Any]) -> str:
 def _quantity(demand: Mapping[str, Any]) -> str:
     if demand["unit"] == "bytes":
         return format_bytes(demand["per_turn"])
+    if demand["unit"] == "s":
+        return f"{demand['per_turn'] * 1e3:,.1f} ms"
     if demand["unit"] == "FLOP":
         return f"{demand['per_turn'] / 1e12:.1f} TFLOP"
     return f"{demand['per_turn']:,.0f} {demand['unit']}"

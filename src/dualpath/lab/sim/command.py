@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dualpath.lab.facts.cluster import ClusterError, ClusterSpec, load_cluster
 from dualpath.lab.facts.models import ModelConfigError
+from dualpath.lab.facts.profile import applied, load_profile
 from dualpath.lab.sim.calibration import calibration_for
 from dualpath.lab.sim.chrome_trace import ChromeTrace
 from dualpath.lab.sim.faults import Fault
@@ -32,6 +33,8 @@ def run_command(arguments: argparse.Namespace, console: Console) -> SimulationRe
         cluster = load_cluster(arguments.cluster)
         if arguments.model is not None:
             cluster = cluster.with_model(arguments.model)
+        if arguments.profile is not None:
+            cluster = applied(cluster, load_profile(arguments.profile), str(arguments.profile))
         scenario = _scenario(arguments, cluster, _agents(arguments))
         simulator = prepare(scenario)
     except (ClusterError, ModelConfigError, TraceError, MachineError, ValueError) as error:

@@ -20,7 +20,9 @@ figures or taken from published measurements, each as its docstring says (docs/d
 import msgspec
 
 from dualpath.core.batching import AttentionCost
+from dualpath.core.vocabulary import BLOCK_TOKENS
 from dualpath.lab.facts.cluster import ClusterSpec
+from dualpath.lab.facts.step_times import MeasuredEngine
 
 SECOND_NS = 1e9
 
@@ -82,6 +84,8 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
     prefill_floor_ns: float
     """Reading the weights from HBM."""
     prefill_fixed_ns: float
+    prefill_chunk_ns: float = 0.0
+    """What a chunk adds to its batch, whatever its length."""
     decode_fixed_ns: float
     """Weights and launches of a decode step."""
     decode_request_ns: float
@@ -89,6 +93,8 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
     copy_ns_per_block: float
     """Submitting the copies of one Full Block, layer by layer."""
     loop_steps: float
+    request_ns: float = 0.0
+    """From a request's arrival to its placement."""
 
     def prefill_ns(self, slowest_attention_ns: float, mean_tokens: float) -> float:
         """A group's compute time for a step, without I/O; `mean_tokens` are new tokens per engine of the group."""
@@ -101,8 +107,11 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def step_costs(cluster: ClusterSpec, calibration: Calibration) -> StepCosts:
-    """Costs of the cluster's model on its GPUs."""
+    """Costs of the cluster's model on its GPUs, or as they were measured."""
     model = cluster.model
+    kv_bytes_per_token = model.kv_bytes_per_token(cluster.kv_dtype, index_keys=calibration.index_keys)
+    if cluster.measured is not None:
+        return measured_costs(cluster.measured, model.layers, kv_bytes_per_token)
     ns_per_flop = SECOND_NS / calibration.prefill_flop_per_s
     flops_per_token, flops_per_pair = model.attention_line()
     hbm_ns_per_byte = SECOND_NS / cluster.usable_hbm_bytes_per_s
@@ -112,7 +121,7 @@ def step_costs(cluster: ClusterSpec, calibration: Calibration) -> StepCosts:
     read_per_request = read_bytes[0] - read_per_token * short
     return StepCosts(
         layers=model.layers,
-        kv_bytes_per_token=model.kv_bytes_per_token(cluster.kv_dtype, index_keys=calibration.index_keys),
+        kv_bytes_per_token=kv_bytes_per_token,
         attention=AttentionCost(
             fixed_ns=0.0,
             ns_per_flop=ns_per_flop,
@@ -128,6 +137,32 @@ def step_costs(cluster: ClusterSpec, calibration: Calibration) -> StepCosts:
         decode_context_token_ns=read_per_token * hbm_ns_per_byte,
         copy_ns_per_block=model.layers * calibration.copy_submission_ns,
         loop_steps=calibration.loop_steps,
+    )
+
+
+def measured_costs(engine: MeasuredEngine, layers: int, kv_bytes_per_token: int) -> StepCosts:
+    """Costs of an engine that was measured: experts and attention are one, and its loop has no lag but `request_ns`."""
+    times = engine.times
+    copy_ns_per_byte = SECOND_NS / engine.copy_bytes_per_s if engine.copy_bytes_per_s else 0.0
+    return StepCosts(
+        layers=layers,
+        kv_bytes_per_token=kv_bytes_per_token,
+        attention=AttentionCost(
+            fixed_ns=0.0,
+            ns_per_flop=1.0,
+            flops_per_token=times.prefill_token_ns,
+            flops_per_pair=times.prefill_pair_ns,
+        ),
+        ffn_ns_per_token=0.0,
+        prefill_floor_ns=0.0,
+        prefill_fixed_ns=times.prefill_fixed_ns,
+        prefill_chunk_ns=times.prefill_chunk_ns,
+        decode_fixed_ns=times.decode_fixed_ns,
+        decode_request_ns=times.decode_request_ns,
+        decode_context_token_ns=times.decode_context_token_ns,
+        copy_ns_per_block=kv_bytes_per_token * BLOCK_TOKENS * copy_ns_per_byte,
+        loop_steps=0.0,
+        request_ns=engine.request_ns,
     )
 
 

@@ -69,6 +69,12 @@ class Decode:
         self.groups: list[DecodeGroup] = []
         self.tokens = 0
         """Generated in all."""
+        self.stretch: Callable[[], float] | None = None
+        """Factor on steps, where engines share cores; looked at when the batch changes."""
+
+    @property
+    def busy_groups(self) -> int:
+        return sum(group.requests > 0 for group in self.groups)
 
     def add_group(self, engines: list[EngineId]) -> None:
         """Engines that step together."""
@@ -135,6 +141,8 @@ class Decode:
         if group.requests:
             assert group.peak is not None
             group.step_ns = self._fixed_ns + self._load_ns(group.peak)
+            if self.stretch is not None:
+                group.step_ns *= self.stretch()
         else:
             group.step_ns = 0.0
 

@@ -6,6 +6,7 @@ in equal parts. Groups are the cluster's groups of nodes.
 
 import msgspec
 
+from dualpath.core.batching import QUOTA_NS
 from dualpath.core.policy import Constants, Limits
 from dualpath.core.vocabulary import BLOCK_TOKENS, EngineFacts, Role
 from dualpath.lab.facts.cluster import ClusterSpec, node_groups
@@ -16,6 +17,15 @@ _NEVER_NS = 10**18
 
 class MachineError(ValueError):
     """A cluster that can't be simulated. The message says why."""
+
+
+class BatchLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a PE's batches; the defaults are core's (`PrefillQueue`)."""
+
+    quota_ns: float = QUOTA_NS
+    requests: int = 64
+    kv_tokens: int | None = None
+    """Hit and new tokens together, in every system; None: only whole-prompt systems are limited, by their memory."""
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +41,11 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     read_latency_ns: int
     prefill_kv_tokens: int
     """Whole-context KV that a PE's device memory holds."""
+    batches: BatchLimits = BatchLimits()
+    full_speed_engines: float | None = None
+    """Engines that can compute at once before they slow each other down, where all share the cores of one host; None:
+    every engine has hardware of its own. Exact simulations don't look at it.
+    """
 
     @property
     def nodes(self) -> int:

@@ -61,19 +61,30 @@ def make_parts(
         )
     else:
         closed_form = Fabric(events, *cnics)
-        parts = Parts(
-            Storage(events, *snics),
-            closed_form,
-            Prefill(events, machine.costs, closed_form, *ends),
-            Decode(events, machine.costs, hooks.on_decoded),
-        )
+        prefill = Prefill(events, machine.costs, closed_form, *ends)
+        decode = Decode(events, machine.costs, hooks.on_decoded)
+        parts = Parts(Storage(events, *snics), closed_form, prefill, decode)
+        if machine.full_speed_engines is not None:
+            _share_cores(prefill, decode, machine.full_speed_engines)
     _add_groups(machine, policy, parts)
     return parts
 
 
+def _share_cores(prefill: Prefill, decode: Decode, engines: float) -> None:
+    """Stretch what begins to compute by the engines that do; what computes already is not looked at again."""
+
+    def stretch() -> float:
+        return max(1.0, (prefill.busy_groups + decode.busy_groups) / engines)
+
+    prefill.stretch = decode.stretch = stretch
+
+
 def _add_groups(machine: Machine, policy: Policy, parts: Parts) -> None:
     """Engines that step together: those of a group with expert parallelism, else each by itself."""
-    kv_limit = None if policy.layerwise or policy.free_io else machine.prefill_kv_tokens
+    limits = machine.batches
+    kv_limit = limits.kv_tokens
+    if kv_limit is None and not (policy.layerwise or policy.free_io):
+        kv_limit = machine.prefill_kv_tokens
     for role in Role:
         groups: dict[int, list[int]] = {}
         for facts in machine.of_role(role):
@@ -84,5 +95,10 @@ def _add_groups(machine: Machine, policy: Policy, parts: Parts) -> None:
             else:
                 cost = machine.costs.attention
                 parts.prefill.add_group(
-                    {engine: PrefillQueue(cost, max_batch_kv_tokens=kv_limit) for engine in members}
+                    {
+                        engine: PrefillQueue(
+                            cost, limits.quota_ns, max_batch_requests=limits.requests, max_batch_kv_tokens=kv_limit
+                        )
+                        for engine in members
+                    }
                 )

@@ -92,12 +92,14 @@ class Prefill:
         self.busy_ns = 0
         """Over groups."""
         self._last_step_ns = 0
-        self._busy_groups = 0
+        self.busy_groups = 0
+        self.stretch: Callable[[], float] | None = None
+        """Factor on what a step computes, where engines share cores; looked at when the step begins."""
 
     @property
     def pace_ns(self) -> int:
         """The latest step's length; 0 while no group steps."""
-        return self._last_step_ns if self._busy_groups else 0
+        return self._last_step_ns if self.busy_groups else 0
 
     def add_group(self, queues: dict[EngineId, PrefillQueue]) -> None:
         """Engines that step together, by id."""
@@ -114,7 +116,7 @@ class Prefill:
         group = engine.group
         if not group.busy:
             group.busy = True
-            self._busy_groups += 1
+            self.busy_groups += 1
             self._events.at(self._events.now, self._begin, group)
 
     def remove(self, turn: LiveTurn) -> None:
@@ -134,14 +136,14 @@ class Prefill:
         ]
         if not batch:
             group.busy = False
-            self._busy_groups -= 1
+            self.busy_groups -= 1
             return
         chunk_ns = self._costs.attention.chunk_ns
         peak_ns = total_ns = 0.0
         new_tokens = 0
         for _, chunks in batch:
             self.chunks += len(chunks)
-            attention_ns = 0.0
+            attention_ns = len(chunks) * self._costs.prefill_chunk_ns
             for chunk in chunks:
                 attention_ns += chunk_ns(chunk.cached_tokens, chunk.new_tokens)
                 new_tokens += chunk.new_tokens
@@ -150,6 +152,8 @@ class Prefill:
                 peak_ns = attention_ns
         engines = len(group.engines)
         compute_ns = self._costs.prefill_ns(peak_ns, new_tokens / engines)
+        if self.stretch is not None:
+            compute_ns *= self.stretch()
         now = self._events.now
         record = StepRecord(group.number, now, now, peak_ns, total_ns / engines, new_tokens)
         self._run(group, batch, compute_ns, record)

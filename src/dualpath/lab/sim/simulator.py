@@ -133,6 +133,7 @@ class Simulator:
         self.measured.agent_started()
         assert self._agents is not None
         agent.next_turn = self._agents.turn(agent.number, 0)
+        agent.context_tokens = agent.next_turn.kept_tokens  # where a recording begins in the middle, storage has it
         self._submit(agent)
 
     def _submit(self, agent: Agent) -> None:
@@ -142,7 +143,8 @@ class Simulator:
         self._next_request += 1
         self.lives[turn.request] = turn
         self.measured.turn_submitted(now)
-        lag_ns = self.machine.costs.loop_steps * self.prefill.pace_ns
+        costs = self.machine.costs
+        lag_ns = costs.request_ns + costs.loop_steps * self.prefill.pace_ns
         if lag_ns:
             self.events.at(now + int(lag_ns), self._hand_in, turn)
         else:
