@@ -14,6 +14,7 @@ from dualpath.spec.metrics import CATALOGUE
 from .test_serve import model, serving  # noqa: F401 (a fixture)
 
 
+@pytest.mark.slow
 def test_a_cluster_shows_the_catalogue_and_nothing_else(model: Path, tmp_path: Path) -> None:  # noqa: F811
     with serving(model, tmp_path, "--topology", "1P2D") as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)

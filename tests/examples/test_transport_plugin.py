@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
 from dualpath.model.checkpoint import make_checkpoint
 
@@ -44,6 +45,7 @@ def serving(model: Path, where: Path, environment: dict[str, str], transport: st
             raise
 
 
+@pytest.mark.slow
 def test_tokens_are_those_over_shared_memory(install: Install, tmp_path: Path) -> None:
     environment = install("transport_plugin")
     model = make_checkpoint(tmp_path / "model", "qwen3", seed=7)
