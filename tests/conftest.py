@@ -1,7 +1,9 @@
 """Which tests run where, and in what order."""
 
 import importlib.util
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +60,13 @@ def needs_torch() -> None:
     """For tests that need it in another process."""
     if not HAS_TORCH:
         pytest.skip(NEEDS_TORCH)
+
+
+@pytest.fixture
+def short_tmp_path() -> Iterator[Path]:
+    """For sockets, whose paths may have 107 bytes: `tmp_path` of a test that runs beside others is too long."""
+    with tempfile.TemporaryDirectory(prefix="dp") as path:
+        yield Path(path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -191,10 +191,12 @@ def test_an_engine_that_does_not_fit_is_told_so(joined: tuple[str, str], model: 
 
 
 @pytest.mark.slow
-def test_nothing_survives_a_killed_coordinator(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_survives_a_killed_coordinator(
+    model: Path, short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """kill -9 of the serving process at work: its engines leave by themselves, with their memory and socket files."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with pytest.raises(AssertionError), serving(model, tmp_path) as (url, process):
+    monkeypatch.setenv("TMPDIR", str(short_tmp_path))
+    with pytest.raises(AssertionError), serving(model, short_tmp_path) as (url, process):
         pids = engine_pids(url)
         name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
         body = {"model": name, "prompt": "x" * 300, "max_tokens": 3000, "stream": True, "ignore_eos": True}
@@ -202,10 +204,10 @@ def test_nothing_survives_a_killed_coordinator(model: Path, tmp_path: Path, monk
             next(answer.iter_lines())
             process.kill()
         assert len(pools_of(pids)) == 2
-        assert list(tmp_path.glob("dualpath-*.sock"))
+        assert list(short_tmp_path.glob("dualpath-*.sock"))
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30.0)
         assert pools_of(pids) == []
-        assert not list(tmp_path.glob("dualpath-*.sock"))
+        assert not list(short_tmp_path.glob("dualpath-*.sock"))
         process.wait()  # leaving now raises: its exit code is not 0
 
 

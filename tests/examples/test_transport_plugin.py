@@ -46,12 +46,12 @@ def serving(model: Path, where: Path, environment: dict[str, str], transport: st
 
 
 @pytest.mark.slow
-def test_tokens_are_those_over_shared_memory(install: Install, tmp_path: Path) -> None:
+def test_tokens_are_those_over_shared_memory(install: Install, short_tmp_path: Path, tmp_path: Path) -> None:
     environment = install("transport_plugin")
     model = make_checkpoint(tmp_path / "model", "qwen3", seed=7)
     said: dict[str, list[list[int]]] = {}
     for transport, left in (("shm", "dualpath-*.sock"), ("procmem", "dualpath-procmem-*")):
-        where = tmp_path / transport
+        where = short_tmp_path / transport
         where.mkdir()
         with serving(model, where, environment, transport) as url:
             assert len(list(where.glob(left))) == 2, "each engine's server, and nothing of another transport"
