@@ -9,7 +9,7 @@ LIGHT := .venv-light$(SUFFIX)
 PIP := -m pip install -q --disable-pip-version-check -c constraints.txt
 # Tests run side by side, a clutch per processor; a cluster of torch processes takes up to 3 GiB.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
-PARALLEL := -n $(JOBS) --dist loadgroup
+PARALLEL := -n $(JOBS)
 
 .PHONY: help setup services demo peer-vllm test test-core test-fast test-light check format clean
 help: ## List the targets

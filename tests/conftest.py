@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
+TOGETHER = ("tests/end_to_end/test_join.py", "tests/lab/report/test_report_browser.py")
+"""Modules whose tests share something expensive: one process runs all of a module's."""
 NEEDS_TORCH = "needs torch (`make setup` installs it)"
 
 
@@ -72,3 +74,16 @@ def short_tmp_path() -> Iterator[Path]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests come first, so that none is left for the end when its neighbours' processors are idle."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Every test goes where there is room, but for those of `TOGETHER`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return module if module in TOGETHER else nodeid
+
+    return Scheduling(config, log)
