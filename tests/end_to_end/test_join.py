@@ -9,7 +9,7 @@ import pytest
 
 from dualpath.model.checkpoint import make_checkpoint
 
-from .test_serve import START_S, STOP_S, command, model, serving, socket_port  # noqa: F401 (model is a fixture)
+from .test_serve import START_S, STOP_S, command, serving, socket_port
 
 TCP_ENGINE = ("--transport", "tcp", "--buffer", "64MiB", "--hbm", "64MiB")
 

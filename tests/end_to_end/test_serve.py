@@ -14,16 +14,10 @@ import httpx
 import openai
 import pytest
 
-from dualpath.model.checkpoint import make_checkpoint
 from dualpath.results.file import load
 
 START_S = 60.0
 STOP_S = 20.0
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "qwen3", seed=7)
 
 
 def command(*arguments: str | Path) -> list[str]:
