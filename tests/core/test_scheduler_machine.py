@@ -13,6 +13,7 @@ from hypothesis.stateful import (
 )
 from model_cluster import ModelCluster
 
+from dualpath.core.audit import audit
 from dualpath.core.journal import replay
 from dualpath.core.policy import Constants, Limits
 from dualpath.core.systems import SYSTEMS, find_system
@@ -132,7 +133,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def audited(self) -> None:
         type(self).steps += 1
-        self.cluster.core.audit()
+        audit(self.cluster.core.life)
 
     def teardown(self) -> None:
         cluster = getattr(self, "cluster", None)
@@ -141,7 +142,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for role in (Role.PREFILL, Role.DECODE):
             cluster.join(role, 24, 40)
         cluster.drain()
-        cluster.core.audit()
+        audit(cluster.core.life)
         assert cluster.core.held() == ()
         assert cluster.core.statistics()["overdue_releases"] == 0
         assert all(not engine.buffer and not engine.hbm for engine in cluster.engines.values())

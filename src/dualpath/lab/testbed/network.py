@@ -22,7 +22,7 @@ from dualpath.lab.testbed.failure import TestbedError
 from dualpath.lab.testbed.plan import NETWORKS, Node, Plan, Rates, host_link, namespace_prefix, rate_of
 from dualpath.lab.testbed.shaping import HIGH_CLASS, LOW_CLASS, Discipline, shaping
 from dualpath.spec.whole_file import write_whole
-from dualpath.transfer.pool import sweep_dead_pools
+from dualpath.transfer.pool_files import sweep_dead_pools
 
 STATE_DIRECTORY = Path("/run/dualpath-testbed")
 KILL_S = 5.0
