@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -114,7 +113,7 @@ def served(monkeypatch, tmp_path):
         asked.append((config, local_engines))
         return 7
 
-    monkeypatch.setitem(sys.modules, "dualpath.serving", types.SimpleNamespace(run=run))
+    monkeypatch.setattr("dualpath.serving.run", run)
     monkeypatch.chdir(tmp_path)
     return asked
 
