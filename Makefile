@@ -1,19 +1,29 @@
 # Every target does its own set-up: `make demo` and `make test` work on a fresh clone.
 PYTHON ?= python3.11
-VENV := .venv
+# Another Python gets an environment of its own: `make test PYTHON=python3.12`.
+SUFFIX := $(if $(filter python3.11,$(PYTHON)),,-$(notdir $(PYTHON)))
+VENV := .venv$(SUFFIX)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LIGHT := .venv-light$(SUFFIX)
+PIP := -m pip install -q --disable-pip-version-check -c constraints.txt
+# Tests run side by side, a clutch per processor; a cluster of torch processes takes up to 3 GiB.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+PARALLEL := -n $(JOBS)
 
-.PHONY: help setup demo peer-vllm test test-fast check format clean
+.PHONY: help setup services demo peer-vllm test test-core test-fast test-light check format clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP) ## Make .venv with everything pinned in constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python $(PIP) torch
+	$(BIN)/python $(PIP) -e '.[dev]'
 	touch $@
+
+services: # What tests need besides Python packages: nginx, a browser, iproute2
+	bash tests/setup_services.sh
 
 demo: setup ## The main job: basic, dualpath and oracle side by side on real clusters
 	$(BIN)/dualpath demo
@@ -22,20 +32,33 @@ peer-vllm: setup ## Replay against vLLM on the CPU, in an environment of its own
 	$(BIN)/python benchmarks/peers/vllm.py
 
 check: setup ## Lint, format, types, import contracts
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check ## All checks and all tests
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=100
+test: check services test-core ## All checks and all tests
+	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/core
+
+# Core alone answers for every branch of core, so only its tests pay for being watched.
+test-core: setup
+	$(BIN)/python -m pytest $(PARALLEL) tests/core --cov --cov-report=term-missing:skip-covered --cov-fail-under=100
 
 test-fast: setup ## The tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
+
+test-light: $(LIGHT)/.installed ## All tests that need no torch, without installing it (PYTHON=python3.13)
+	$(LIGHT)/bin/python -m pytest $(PARALLEL)
+$(LIGHT)/.installed: pyproject.toml constraints.txt
+	test -x $(LIGHT)/bin/python || $(PYTHON) -m venv $(LIGHT)
+	$(LIGHT)/bin/python tests/requirements_without_torch.py >$(LIGHT)/requirements.txt
+	$(LIGHT)/bin/python $(PIP) -r $(LIGHT)/requirements.txt
+	$(LIGHT)/bin/python $(PIP) --no-deps -e .
+	touch $@
 
 format: setup ## Rewrite the code in the house format
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks examples
+	$(BIN)/ruff check --fix src tests benchmarks examples
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) results .models .store .peers .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* results .models .store .peers .pytest_cache .mypy_cache .ruff_cache

@@ -180,7 +180,7 @@ def test_store_fsck_fails_on_a_bad_block_until_it_is_repaired(store, capsys, tmp
     assert "1 of 1 blocks are sound" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("needs_torch")
 def test_checkpoint_makes_a_model_that_transformers_opens(tmp_path):
     made = python(
         "import sys; from dualpath.cli import main; path = sys.argv[1];"

@@ -1,6 +1,7 @@
 """Real clusters for tests: tiny seeded checkpoints, engine processes, and Transformers' own answers to compare with."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.generator import GenerateRequest
 from dualpath.cluster.local import Cluster
-from dualpath.model.checkpoint import make_checkpoint
 from dualpath.spec.sampling import SamplingParams
 from dualpath.spec.topology import Topology
 
@@ -30,6 +30,8 @@ class Answer(msgspec.Struct):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Path of a tiny checkpoint of an architecture, made on first use."""
+    from dualpath.model.checkpoint import make_checkpoint  # not above: it needs torch
+
     made: dict[str, Path] = {}
 
     def make(architecture: str) -> Path:
@@ -107,17 +109,28 @@ HELD_GAUGES = (
 )
 
 
+async def fresh_gauges(cluster: Cluster) -> None:
+    """Wait until every engine has told its gauges as they are now: the second report from here on was made after it."""
+    coordinator = cluster.coordinator
+    for _ in range(2):
+        before = {engine: link.gauges for engine, link in coordinator._links.by_engine.items()}
+        async with asyncio.timeout(ANSWER_DEADLINE_S):
+            while any(link.gauges is before.get(engine) for engine, link in coordinator._links.by_engine.items()):
+                await asyncio.sleep(0.01)
+
+
 async def nothing_held(cluster: Cluster, hbm_blocks: int | None = None) -> None:
     """Wait until gauges show that no request, block or buffer page is held anywhere; fail with them if it doesn't
     come.
     """
-    for _ in range(100):
+    deadline = time.monotonic() + ANSWER_DEADLINE_S
+    while time.monotonic() < deadline:
         held = {name: gauge(cluster, name) for name in HELD_GAUGES}
         free = gauge(cluster, "dualpath_hbm_free_blocks")
         holdings = cluster.coordinator.scheduler_holdings()  # an engine says that it let go after the request ended
         if not any(held.values()) and hbm_blocks in (None, free) and holdings == ():
             return
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.02)
     raise AssertionError(f"still held: {held}, free hbm blocks {free}, in the scheduler {holdings}")
 
 

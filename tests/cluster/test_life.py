@@ -9,7 +9,7 @@ from dualpath.cluster.local import Cluster
 from dualpath.core.journal import replay
 from dualpath.spec.sampling import SamplingParams
 
-from .conftest import ask, cluster_config, gauge, in_cluster, nothing_held
+from .conftest import ask, cluster_config, fresh_gauges, gauge, in_cluster, nothing_held
 from .test_token_equality import appended
 
 
@@ -138,7 +138,7 @@ def test_storage_that_fills_up_does_not_stop_serving(
             answer = await ask(cluster, prompt, 4)
             assert answer.token_ids == await asyncio.to_thread(reference, "qwen3", prompt, 4)
             assert answer.cached_tokens == 0
-        await asyncio.sleep(2 * config.heartbeat_ns / 1e9)
+        await fresh_gauges(cluster)
         assert gauge(cluster, "dualpath_store_write_errors_total") == 2
         assert cluster.coordinator.health()["status"] == "ok"
 

@@ -11,7 +11,7 @@ import pytest
 
 from dualpath.cluster.local import Cluster
 
-from .conftest import ARCHITECTURES, ask, cluster_config, gauge, in_cluster
+from .conftest import ARCHITECTURES, ask, cluster_config, fresh_gauges, gauge, in_cluster
 
 Reference = Callable[[str, list[int], int], list[int]]
 TURNS = ((600, 20), (70, 33), (5, 40))
@@ -64,7 +64,7 @@ def test_every_path_gives_the_reference_tokens(
     async def work(cluster: Cluster) -> None:
         cached = config.prefix_cache
         hits = await converse(cluster, architecture, reference, cached)
-        await asyncio.sleep(2 * config.heartbeat_ns / 1e9)
+        await fresh_gauges(cluster)
         block_bytes = gauge_block_bytes(cluster)
         read = {role: snic_read_blocks(cluster, role, block_bytes) for role in ("prefill", "decode")}
         hit_blocks = sum(hits) // 64
@@ -111,7 +111,7 @@ def test_agents_packed_in_one_batch(
 
     async def work(cluster: Cluster) -> None:
         await asyncio.gather(*(converse(cluster, architecture, reference, True, agent) for agent in range(6)))
-        await asyncio.sleep(2 * config.heartbeat_ns / 1e9)
+        await fresh_gauges(cluster)
         assert gauge(cluster, "dualpath_prefill_chunks_total") > gauge(cluster, "dualpath_prefill_batches_total")
         assert gauge(cluster, "dualpath_decode_tokens_total") > gauge(cluster, "dualpath_decode_steps_total")
 

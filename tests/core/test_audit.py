@@ -41,8 +41,8 @@ def busy() -> Lifecycle:
     for request in (IN_PE_LINE, IN_DE_LINE, QUEUED):
         submit(request, 19)
     core.engine_joined(now, EngineFacts(SMALL_DE, Role.DECODE, 3, 2, 10, 10))
-    core.audit()
-    return core._life
+    audit(core.life)
+    return core.life
 
 
 def test_the_busy_cluster_is_as_busy_as_it_should_be() -> None:

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dualpath.core.batching import QUOTA_NS, AttentionCost, Chunk, PrefillQueue
+from dualpath.core.batching import AttentionCost, Chunk, PrefillQueue
+from dualpath.core.policy import QUOTA_NS
 
 BY_TOKEN = AttentionCost(fixed_ns=10, ns_per_flop=1.0, flops_per_token=10, flops_per_pair=0)
 BY_PAIR = AttentionCost(fixed_ns=0, ns_per_flop=2.0, flops_per_token=3, flops_per_pair=5)

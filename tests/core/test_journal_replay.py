@@ -5,6 +5,7 @@ import inspect
 import msgspec
 import pytest
 
+from dualpath.core.audit import audit
 from dualpath.core.journal import INPUTS, Difference, JournaledScheduler, ReplayReport, decode_entry, replay
 from dualpath.core.policy import Constants, Limits
 from dualpath.core.scheduler import Scheduler
@@ -46,7 +47,7 @@ def journal() -> list[bytes]:
     core.submit(50_000_000, RequestFacts(6, 0, 700, 640, 20))
     core.cancel(50_000_001, 6)
     core.engine_lost(50_000_002, PE)
-    core.audit()
+    audit(core.life)
     return lines
 
 

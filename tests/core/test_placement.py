@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from dualpath.core.engines import DecodeEngines, Fleet, PrefillEngines, ReadQueues
 from dualpath.core.placement import (
+    RoundRobin,
     choose_decode_engine,
     choose_group,
     choose_prefill_engine,
@@ -87,6 +88,11 @@ def test_round_robin_over_pes_ignores_load_and_wraps() -> None:
     assert next_prefill_engine(engines, 2, 0) == 1
     assert next_prefill_engine(engines, 3, 0) == 1
     assert next_prefill_engine(engines, 1, 101) is None
+
+
+def test_round_robin_goes_on_where_it_was_after_a_request_that_nobody_could_hold() -> None:
+    turns, engines = RoundRobin(CONSTANTS), prefill_engines((0, 0), (0, 0), (0, 0))
+    assert [turns.prefill_engine(engines, blocks) for blocks in (1, 101, 1, 1)] == [1, None, 2, 3]
 
 
 def test_a_request_goes_to_the_group_with_the_least_load_queue_included() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from dualpath.core.audit import audit
 from dualpath.core.policy import FOREVER_NS, Constants, Limits
 from dualpath.core.scheduler import EngineLoad, Scheduler
 from dualpath.core.systems import find_system
@@ -70,7 +71,7 @@ class Cluster:
         """Make the call, by default more than a fetch interval later, so that it fetches at once if it should."""
         self.now += after_ns
         getattr(self.core, call)(self.now, *arguments)
-        self.core.audit()
+        audit(self.core.life)
         return self.core.take_commands()
 
     def submit(self, request: int = 7, prompt: int = 300, hit: int = 256, new: int = 20, **more: int) -> list[Command]:
@@ -684,6 +685,6 @@ def test_memory_does_not_grow_with_requests_served() -> None:
         cluster.does("loaded", request, 0, Side.PE)
         cluster.does("prefill_done", request, 0)
         cluster.does("finished", request, 0)
-    life = cluster.core._life
+    life = cluster.core.life
     assert not life.requests and not life.waiting.requests and not life.aborts.in_time
     assert len(life.deadlines._heap) <= 64 + 2

@@ -11,10 +11,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dualpath.spec.metrics import CATALOGUE
 
-from .test_serve import model, serving  # noqa: F401 (a fixture)
+from .test_serve import serving
 
 
-def test_a_cluster_shows_the_catalogue_and_nothing_else(model: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.slow
+def test_a_cluster_shows_the_catalogue_and_nothing_else(model: Path, tmp_path: Path) -> None:
     with serving(model, tmp_path, "--topology", "1P2D") as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         name = client.models.list().data[0].id

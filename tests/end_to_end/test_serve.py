@@ -14,16 +14,10 @@ import httpx
 import openai
 import pytest
 
-from dualpath.model.checkpoint import make_checkpoint
 from dualpath.results import load_results
 
 START_S = 60.0
 STOP_S = 20.0
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "qwen3", seed=7)
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -68,6 +62,7 @@ def engine_pids(url: str) -> list[int]:
     return [engine["pid"] for engine in httpx.get(f"{url}/health").json()["engines"]]
 
 
+@pytest.mark.slow
 def test_the_official_client(model: Path, tmp_path: Path) -> None:
     """Chat over turns, streaming with usage, token ids, an error, health and metrics; and a clean end."""
     with serving(model, tmp_path, "--topology", "1P2D", "--api-key", "secret") as (url, _):
@@ -104,6 +99,7 @@ def test_the_official_client(model: Path, tmp_path: Path) -> None:
     assert pools_of(pids) == []
 
 
+@pytest.mark.slow
 def test_a_replay_notes_what_it_takes_to_predict_it(model: Path, tmp_path: Path) -> None:
     with serving(model, tmp_path, "--topology", "1P2D", "--system", "basic", "--snic-rate", "400MB/s") as (url, _):
         agents = ("--agents", "2", "--turns", "2", "--context", "200", "--append", "70", "--generate", "4")
@@ -114,6 +110,7 @@ def test_a_replay_notes_what_it_takes_to_predict_it(model: Path, tmp_path: Path)
     assert run.cluster.layers == 5 and run.cluster.kv_bytes_per_token > 0
 
 
+@pytest.mark.slow
 def test_killed_engine_under_the_server(model: Path, tmp_path: Path) -> None:
     """The only decode engine dies in the middle of a stream: the client learns it at once, and so do later ones."""
     with serving(model, tmp_path) as (url, _):
@@ -134,65 +131,13 @@ def test_killed_engine_under_the_server(model: Path, tmp_path: Path) -> None:
         assert httpx.get(f"{url}/health").status_code == 503
 
 
-def test_engines_join_over_tcp(model: Path, tmp_path: Path) -> None:
-    """A coordinator alone, and engines started by hand that join it, as on several hosts."""
-    with socket_port() as port:
-        address = f"tcp://127.0.0.1:{port}"
-    shared = ("--model", model, "--store", tmp_path / "store", "--transport", "tcp")
-    shared += ("--buffer", "64MiB", "--hbm", "64MiB")
-    engines = [
-        subprocess.Popen(command("engine", "--role", role, "--coordinator", address, *shared))
-        for role in ("prefill", "decode")
-    ]
-    try:
-        with serving(model, tmp_path, "--join-address", address, "--transport", "tcp") as (url, _):
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-            name = client.models.list().data[0].id
-            for expected in (0, 192):
-                answer = client.completions.create(model=name, prompt=list(range(10, 220)), max_tokens=3)
-                assert answer.usage.prompt_tokens_details.cached_tokens == expected
-        assert [engine.wait(STOP_S) for engine in engines] == [0, 0]
-    finally:
-        for engine in engines:
-            engine.kill()
-            engine.wait()
-
-
-def test_an_engine_that_does_not_fit_is_told_so(model: Path, tmp_path: Path) -> None:
-    """Another model's engine, and one whose coordinator's address is none: a line on stderr, exit code 1."""
-    with socket_port() as port:
-        address = f"tcp://127.0.0.1:{port}"
-    other = make_checkpoint(tmp_path / "other", "llama", seed=1)
-    shared = ("--store", tmp_path / "store", "--transport", "tcp", "--buffer", "64MiB", "--hbm", "64MiB")
-    engines = [
-        subprocess.Popen(command("engine", "--role", role, "--coordinator", address, "--model", model, *shared))
-        for role in ("prefill", "decode")
-    ]
-    try:
-        with serving(model, tmp_path, "--join-address", address, "--transport", "tcp"):
-            for checkpoint, coordinator, complaint in (
-                (other, address, "is not the cluster's"),
-                (model, "nonsense", "'nonsense' is no address"),
-            ):
-                refused = subprocess.run(
-                    command("engine", "--role", "decode", "--coordinator", coordinator, "--model", checkpoint, *shared),
-                    capture_output=True, text=True, timeout=START_S,
-                )  # fmt: skip
-                assert refused.returncode == 1
-                assert complaint in refused.stderr
-                assert "Traceback" not in refused.stderr
-        assert [engine.wait(STOP_S) for engine in engines] == [0, 0]
-    finally:
-        for engine in engines:
-            engine.kill()
-            engine.wait()
-
-
 @pytest.mark.slow
-def test_nothing_survives_a_killed_coordinator(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_survives_a_killed_coordinator(
+    model: Path, short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """kill -9 of the serving process at work: its engines leave by themselves, with their memory and socket files."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with pytest.raises(AssertionError), serving(model, tmp_path) as (url, process):
+    monkeypatch.setenv("TMPDIR", str(short_tmp_path))
+    with pytest.raises(AssertionError), serving(model, short_tmp_path) as (url, process):
         pids = engine_pids(url)
         name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
         body = {"model": name, "prompt": "x" * 300, "max_tokens": 3000, "stream": True, "ignore_eos": True}
@@ -200,10 +145,10 @@ def test_nothing_survives_a_killed_coordinator(model: Path, tmp_path: Path, monk
             next(answer.iter_lines())
             process.kill()
         assert len(pools_of(pids)) == 2
-        assert list(tmp_path.glob("dualpath-*.sock"))
+        assert list(short_tmp_path.glob("dualpath-*.sock"))
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30.0)
         assert pools_of(pids) == []
-        assert not list(tmp_path.glob("dualpath-*.sock"))
+        assert not list(short_tmp_path.glob("dualpath-*.sock"))
         process.wait()  # leaving now raises: its exit code is not 0
 
 
@@ -221,11 +166,11 @@ def socket_port() -> Iterator[int]:
     [
         (("--topology", "0P1D"), "not a topology"),
         (("--snic-rate", "fast"), "not a rate"),
-        (("--buffer", "1KiB"), "does not hold one"),
+        pytest.param(("--buffer", "1KiB"), "does not hold one", marks=pytest.mark.slow),
         (("--port", "99999999"), "port"),
         (("--join-address", "nonsense"), "engines can't join at 'nonsense'"),
         (("--journal", "/no/such/directory/journal"), "/no/such/directory/journal"),
-        (("--store", "/dev/null"), "cannot be opened"),
+        pytest.param(("--store", "/dev/null"), "cannot be opened", marks=pytest.mark.slow),
     ],
 )
 def test_bad_settings_are_named(model: Path, tmp_path: Path, arguments: tuple[str, str], complaint: str) -> None:

@@ -62,6 +62,7 @@ def test_a_location_that_names_no_file(installed: Path) -> None:
         open_store("sqlite://host")
 
 
+@pytest.mark.slow
 def test_a_cluster_serves_from_it(installed: Path, tmp_path: Path) -> None:
     """The second request's hit tokens come from the file; then `dualpath store` looks into it."""
     model = make_checkpoint(tmp_path / "model", "qwen3", seed=7)

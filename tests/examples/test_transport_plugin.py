@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
 from dualpath.model.checkpoint import make_checkpoint
 
@@ -50,12 +51,13 @@ def received_bytes(url: str) -> float:
     return sum(float(line.split()[-1]) for line in metrics if 'nic="cnic",direction="rx",traffic_class="low"' in line)
 
 
-def test_tokens_are_those_over_shared_memory(install: Install, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_tokens_are_those_over_shared_memory(install: Install, short_tmp_path: Path, tmp_path: Path) -> None:
     environment = install("transport_plugin")
     model = make_checkpoint(tmp_path / "model", "qwen3", seed=7)
     said: dict[str, list[list[int]]] = {}
     for transport, left in (("shm", "dualpath-*.sock"), ("procmem", "dualpath-procmem-*")):
-        where = tmp_path / transport
+        where = short_tmp_path / transport
         where.mkdir()
         with serving(model, where, environment, transport) as url:
             assert len(list(where.glob(left))) == 2, "each engine's server, and nothing of another transport"

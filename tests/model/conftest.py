@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from engine_world import Engines, Reference
-from transformers import AutoModelForCausalLM
 
-from dualpath.model import LayerwisePrefill, LoadedModel, make_checkpoint
+if TYPE_CHECKING:  # where there is no torch, these tests are skipped, not their collection broken
+    from engine_world import Engines
+
+    from dualpath.model import LayerwisePrefill, LoadedModel
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3")
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    from dualpath.model import make_checkpoint
+
     made: dict[str, Path] = {}
 
     def make(architecture: str) -> Path:
@@ -26,7 +29,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
-def engines_of(checkpoint: Callable[[str], Path]) -> Callable[[str], Engines]:
+def engines_of(checkpoint: Callable[[str], Path]) -> "Callable[[str], Engines]":
+    import torch
+    from engine_world import Engines, Reference
+    from transformers import AutoModelForCausalLM
+
+    from dualpath.model import LoadedModel
+
     made: dict[str, Engines] = {}
 
     def make(architecture: str) -> Engines:
@@ -40,21 +49,23 @@ def engines_of(checkpoint: Callable[[str], Path]) -> Callable[[str], Engines]:
 
 
 @pytest.fixture(params=ARCHITECTURES)
-def engines(request: pytest.FixtureRequest, engines_of: Callable[[str], Engines]) -> Engines:
+def engines(request: pytest.FixtureRequest, engines_of: "Callable[[str], Engines]") -> "Engines":
     return engines_of(request.param)
 
 
 @pytest.fixture
-def qwen(engines_of: Callable[[str], Engines]) -> Engines:
+def qwen(engines_of: "Callable[[str], Engines]") -> "Engines":
     return engines_of("qwen3")
 
 
 @pytest.fixture
-def prefill_of() -> Iterator[Callable[..., LayerwisePrefill]]:
+def prefill_of() -> "Iterator[Callable[..., LayerwisePrefill]]":
     """Makes prefills and closes them."""
+    from dualpath.model import LayerwisePrefill
+
     made: list[LayerwisePrefill] = []
 
-    def make(model: LoadedModel, **options: object) -> LayerwisePrefill:
+    def make(model: "LoadedModel", **options: object) -> LayerwisePrefill:
         made.append(LayerwisePrefill(model, **options))
         return made[-1]
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.transfer import TRANSPORTS
-from dualpath.transfer.pool import sweep_dead_pools
+from dualpath.transfer.pool_files import sweep_dead_pools
 from dualpath.transfer.traffic import TrafficManager
 from dualpath.transfer.transport import MAX_RANGES, ChannelBusy, PageRange, TransferCause, TransferError
 

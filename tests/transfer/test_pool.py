@@ -14,7 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dualpath.transfer.pool import BufferPool, PoolExhausted, sweep_dead_pools
+from dualpath.transfer.pool import BufferPool, PoolExhausted
+from dualpath.transfer.pool_files import sweep_dead_pools
 
 OWNERS = [("request", 1), ("request", 2), "storage"]
 PAGES = 7

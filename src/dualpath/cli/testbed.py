@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualpath.cli.arguments import add_system, command, positive, positive_number, rate
+from dualpath.cli.arguments import add_system, byte_count, command, positive, positive_number, rate
 from dualpath.cli.outcome import UsageError, command_errors, new_console, usage_errors, write_json
 
 if TYPE_CHECKING:
@@ -59,6 +59,12 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="what the object server serves")
     parser.add_argument("--topology", metavar="T", help="a part of the testbed (default: all of it)")
     add_system(parser)
+    parser.add_argument(
+        "--buffer", type=byte_count, default="1GiB", metavar="SIZE", help="PE or DE buffer (%(default)s)"
+    )
+    parser.add_argument(
+        "--hbm", type=byte_count, default="1GiB", metavar="SIZE", help="KV memory of a DE (%(default)s)"
+    )
     parser.add_argument("--logs", type=Path, default=Path("results/logs/testbed"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("then", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="run it, with DUALPATH_URL set")
 
@@ -134,8 +140,9 @@ def _run(arguments: argparse.Namespace) -> int:
         plan = testbed.plan
         topology = arguments.topology or f"{plan.prefill_engines}P{plan.decode_engines}D"
         with usage_errors(ValueError):
+            memory = ("--buffer", str(arguments.buffer), "--hbm", str(arguments.hbm))
             return serve_inside(
-                testbed, arguments.model, arguments.store, topology, arguments.system, arguments.logs, then
+                testbed, arguments.model, arguments.store, topology, arguments.system, arguments.logs, then, memory
             )
 
 

@@ -4,8 +4,7 @@ import os
 
 import msgspec
 
-from dualpath.core.batching import QUOTA_NS
-from dualpath.core.policy import Policy
+from dualpath.core.policy import QUOTA_NS, Policy
 from dualpath.core.systems import HEADLINE, find_system
 from dualpath.spec.cluster_setup import ClusterSetup, ServedCluster
 from dualpath.spec.topology import Topology

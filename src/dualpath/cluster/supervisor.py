@@ -18,7 +18,7 @@ from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.messages import EngineConfig
 from dualpath.core.vocabulary import Role
 from dualpath.transfer import TRANSPORTS
-from dualpath.transfer.pool import sweep_dead_pools
+from dualpath.transfer.pool_files import sweep_dead_pools
 
 STOP_GRACE_S = 3.0
 """How long engines may take to leave by themselves before they are killed."""

@@ -13,10 +13,8 @@ from math import sqrt
 
 import msgspec
 
+from dualpath.core.policy import QUOTA_NS
 from dualpath.core.vocabulary import RequestId
-
-QUOTA_NS = 300_000_000
-"""The paper's compute quota (§6.2)."""
 
 
 class AttentionCost(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ import msgspec
 
 from dualpath.core.gauges import EngineLoad
 from dualpath.core.ledger import Holding
+from dualpath.core.lifecycle import Lifecycle
 from dualpath.core.policy import Constants, Limits, Policy
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import Command, EngineFacts, EngineId
@@ -145,6 +146,11 @@ class JournaledScheduler:
     released = _journaled(Scheduler.released)
     wake = _journaled(Scheduler.wake)
 
+    @property
+    def life(self) -> Lifecycle:
+        """See `Scheduler.life`."""
+        return self.scheduler.life
+
     def write(self, entry: Entry) -> None:
         """Journal one input; its commands become due to the driver."""
         self._outbox += entry.commands
@@ -174,10 +180,6 @@ class JournaledScheduler:
     def held(self) -> tuple[Holding, ...]:
         """See `Scheduler.held`."""
         return self.scheduler.held()
-
-    def audit(self) -> None:
-        """See `Scheduler.audit`."""
-        self.scheduler.audit()
 
 
 def decode_entry(line: bytes) -> Entry:

@@ -7,6 +7,8 @@ A `Policy` names the rules; `systems` lists the policies that have a name. `Cons
 import msgspec
 
 SECOND_NS = 1_000_000_000
+QUOTA_NS = 300_000_000
+"""The compute quota of a prefill batch (§6.2)."""
 FOREVER_NS = 10**18
 """Thirty years: a limit of so long is none, and costs nothing to watch."""
 

@@ -24,7 +24,6 @@ This file is the face: it decides which inputs are news. The steps that follow a
 """
 
 from dualpath.core import withdrawal
-from dualpath.core.audit import audit
 from dualpath.core.gauges import EngineLoad, load_of, statistics
 from dualpath.core.ledger import Holding
 from dualpath.core.lifecycle import Lifecycle
@@ -45,30 +44,31 @@ class Scheduler:
     """One cluster's policy in action. Inputs take `now` in nanoseconds, which must not go back (ValueError)."""
 
     def __init__(self, policy: Policy, constants: Constants, limits: Limits | None = None) -> None:
-        self._life = Lifecycle(policy, constants, limits if limits is not None else Limits())
+        self.life = Lifecycle(policy, constants, limits if limits is not None else Limits())
+        """All books, for those who look: `audit`, gauges, tests."""
 
     @property
     def policy(self) -> Policy:
-        return self._life.policy
+        return self.life.policy
 
     @property
     def constants(self) -> Constants:
-        return self._life.constants
+        return self.life.constants
 
     @property
     def limits(self) -> Limits:
-        return self._life.limits
+        return self.life.limits
 
     @property
     def now(self) -> int:
         """Time of the last input, 0 before the first."""
-        return self._life.now
+        return self.life.now
 
     # ── engines ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def engine_joined(self, now: int, facts: EngineFacts) -> None:
         """Raises ValueError on facts that make no sense or contradict those of other engines."""
-        life = self._life
+        life = self.life
         life.begin(now)
         life.fleet.add(facts)
         life.ledger.open(facts)
@@ -77,7 +77,7 @@ class Scheduler:
 
     def engine_lost(self, now: int, engine: EngineId) -> None:
         """The engine is gone for good, and the driver knows that it touches no memory of others any more."""
-        life = self._life
+        life = self.life
         life.begin(now)
         if engine not in life.fleet.facts:
             life.counts["dropped_engine_lost"] += 1
@@ -89,7 +89,7 @@ class Scheduler:
 
     def submit(self, now: int, facts: RequestFacts) -> None:
         """A new request, attempt 0. Raises ValueError on senseless facts or an id that is in use."""
-        life = self._life
+        life = self.life
         life.begin(now)
         check_facts(facts)
         if facts.attempt != 0 or facts.request in life.requests:
@@ -107,7 +107,7 @@ class Scheduler:
 
     def resubmit(self, now: int, facts: RequestFacts) -> None:
         """The driver's answer to `Resubmit`: the next attempt, matched against storage anew."""
-        life = self._life
+        life = self.life
         life.begin(now)
         check_facts(facts)
         request = life.requests.get(facts.request)
@@ -125,7 +125,7 @@ class Scheduler:
 
     def cancel(self, now: int, request: RequestId) -> None:
         """The client went away."""
-        life = self._life
+        life = self.life
         life.begin(now)
         live = life.requests.get(request)
         if live is None:
@@ -138,7 +138,7 @@ class Scheduler:
 
     def prepared(self, now: int, request: RequestId, attempt: int) -> None:
         """DE: the attempt's buffer blocks are set aside."""
-        life = self._life
+        life = self.life
         live = life.accept(now, "prepared", request, attempt)
         if live is None:
             return
@@ -151,7 +151,7 @@ class Scheduler:
 
     def loaded(self, now: int, request: RequestId, attempt: int, side: Side) -> None:
         """The leg of `side` is in that side's buffer, verified."""
-        life = self._life
+        life = self.life
         found = life.accept_leg(now, "loaded", request, attempt, side)
         if found is not None:
             life.leg_loaded(*found)
@@ -159,7 +159,7 @@ class Scheduler:
 
     def load_failed(self, now: int, request: RequestId, attempt: int, side: Side) -> None:
         """A block of the leg is gone or fails its checksum; the driver will not offer it again."""
-        life = self._life
+        life = self.life
         found = life.accept_leg(now, "load_failed", request, attempt, side)
         if found is not None:
             withdrawal.fail_attempt(life, found[0], Cause.LOAD_FAILED)
@@ -167,7 +167,7 @@ class Scheduler:
 
     def prefill_done(self, now: int, request: RequestId, attempt: int) -> None:
         """PE: the prompt's KV is in the DE buffer, the first token is out, the PE holds nothing any more."""
-        life = self._life
+        life = self.life
         live = life.accept(now, "prefill_done", request, attempt)
         if live is None:
             return
@@ -179,7 +179,7 @@ class Scheduler:
 
         Pieces look alike, so a repeated one is only caught when the attempt holds no more: the channel must not repeat.
         """
-        life = self._life
+        life = self.life
         live = life.accept(now, "buffer_freed", request, attempt)
         if live is None:
             return
@@ -192,7 +192,7 @@ class Scheduler:
 
     def finished(self, now: int, request: RequestId, attempt: int) -> None:
         """DE: all tokens are out, all full blocks persisted, nothing is held any more."""
-        life = self._life
+        life = self.life
         live = life.accept(now, "finished", request, attempt)
         if live is None:
             return
@@ -201,7 +201,7 @@ class Scheduler:
 
     def attempt_failed(self, now: int, request: RequestId, attempt: int, engine: EngineId, cause: Cause) -> None:
         """`engine` can't go on with the attempt; it keeps what it holds until its Abort."""
-        life = self._life
+        life = self.life
         live = life.accept(now, "attempt_failed", request, attempt)
         if live is None:
             return
@@ -213,7 +213,7 @@ class Scheduler:
 
     def released(self, now: int, request: RequestId, attempt: int, engine: EngineId) -> None:
         """Answer to an Abort: nothing can touch the attempt's blocks any more, and the engine has them back."""
-        life = self._life
+        life = self.life
         life.begin(now)
         at = (engine, request, attempt)
         if not life.aborts.awaited(at):
@@ -226,7 +226,7 @@ class Scheduler:
 
     def wake(self, now: int) -> None:
         """Time has passed: act on deadlines, and fetch if a fetch is due. Calling it early or often is harmless."""
-        life = self._life
+        life = self.life
         life.begin(now)
         for request in life.deadlines.pop_due(now):
             withdrawal.expire(life, request)
@@ -235,7 +235,7 @@ class Scheduler:
 
     def next_wake(self) -> int | None:
         """When `wake` must be called at the latest; None while there is nothing to wait for."""
-        life = self._life
+        life = self.life
         at_ns = life.deadlines.earliest()
         if life.aborts.in_time:
             release_ns = life.aborts.earliest()
@@ -246,7 +246,7 @@ class Scheduler:
 
     def take_commands(self) -> list[Command]:
         """The commands since the last call, in the order in which they must be carried out."""
-        life = self._life
+        life = self.life
         if not life.outbox:
             return []
         commands, life.outbox = life.outbox, []
@@ -256,20 +256,16 @@ class Scheduler:
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start (``dropped_…`` are stale inputs), and the gauges at the end of the dictionary."""
-        return statistics(self._life)
+        return statistics(self.life)
 
     def load_of(self, engine: EngineId) -> EngineLoad:
         """Raises KeyError where no such engine is in the cluster."""
-        return load_of(self._life, engine)
+        return load_of(self.life, engine)
 
     def engines(self) -> tuple[EngineFacts, ...]:
         """The cluster's engines, in order of joining."""
-        return tuple(self._life.fleet.facts.values())
+        return tuple(self.life.fleet.facts.values())
 
     def held(self) -> tuple[Holding, ...]:
         """Every block held by any attempt anywhere; empty when nothing is going on."""
-        return tuple(self._life.ledger.holdings())
-
-    def audit(self) -> None:
-        """Check every invariant, in O(everything). Raises AssertionError saying which is broken."""
-        audit(self._life)
+        return tuple(self.life.ledger.holdings())

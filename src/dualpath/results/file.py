@@ -13,6 +13,7 @@ import msgspec
 from dualpath.results.online import Capacity, Slo, Window
 from dualpath.results.turns import Part, Percentiles, TurnFailure, TurnResult
 from dualpath.spec.cluster_setup import ClusterSetup
+from dualpath.spec.whole_file import write_whole
 from dualpath.traces.trajectory import Trajectory
 
 
@@ -165,6 +166,4 @@ def load_results(path: Path | str) -> ResultFile:
 
 def write_results(result: ResultFile, path: Path) -> None:
     """Write a result file, whole or not at all. Raises OSError."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
-    draft.replace(path)
+    write_whole(path, msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")

@@ -21,7 +21,6 @@ containers. The pid in the name is for people.
 """
 
 import errno
-import fcntl
 import mmap
 import os
 import re
@@ -35,12 +34,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dualpath.transfer.pool_files import POOL_DIRECTORY, create_locked
+
 Owner = Hashable
 """Whoever holds pages, for example ``(request, attempt)``. Opaque to the pool."""
 Bytes = npt.NDArray[np.uint8]
 
 PAGE_ALIGNMENT_BYTES = 4096
-POOL_DIRECTORY = Path("/dev/shm")
 _HEADER = struct.Struct("<8sQQQ")
 _MAGIC = b"DPPOOL01"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -119,7 +119,7 @@ class BufferPool(MappedPages):
             raise ValueError(f"pool {name!r}: page_bytes ({page_bytes}) and pages ({pages}) must be at least 1")
         stride_bytes = -(-page_bytes // PAGE_ALIGNMENT_BYTES) * PAGE_ALIGNMENT_BYTES
         path = directory / f"dualpath-{os.getpid()}-{name}"
-        descriptor = _create_locked(path)
+        descriptor = create_locked(path)
         try:
             _take_memory(path, descriptor, PAGE_ALIGNMENT_BYTES + pages * stride_bytes)
             os.pwrite(descriptor, _HEADER.pack(_MAGIC, page_bytes, stride_bytes, pages), 0)
@@ -222,45 +222,6 @@ class BufferPool(MappedPages):
             if page in pages:
                 return f"it is quarantined for {owner!r}"
         return "it is free (freed twice?)" if 0 <= page < self.pages else f"the pool has {self.pages} pages"
-
-
-def sweep_dead_pools(directory: Path = POOL_DIRECTORY) -> list[Path]:
-    """Remove pools whose creator died without closing them; the paths removed. Living pools are never touched."""
-    removed = []
-    for path in sorted(directory.glob("dualpath-*")):
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:  # removed meanwhile, or another user's
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(path, descriptor):
-                path.unlink(missing_ok=True)
-                removed.append(path)
-        except OSError:  # its creator lives
-            pass
-        finally:
-            os.close(descriptor)
-    return removed
-
-
-def _create_locked(path: Path) -> int:
-    """An empty file at `path` under our lock. A sweeper may remove it between the two steps; then try again."""
-    while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _is_at(path, descriptor):
-            return descriptor
-        os.close(descriptor)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        there = path.stat()
-    except FileNotFoundError:
-        return False
-    mine = os.fstat(descriptor)
-    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
 
 def _take_memory(path: Path, descriptor: int, total_bytes: int) -> None:

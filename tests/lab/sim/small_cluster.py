@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from dualpath.core.audit import audit
 from dualpath.core.systems import find_system
 from dualpath.lab.facts.cluster import load_cluster
 from dualpath.lab.sim.costs import Calibration
@@ -57,7 +58,7 @@ def simulate(machine: Machine, system: str, agents: Agents, **options: Any) -> S
     simulator = simulator_of(machine, system, **options)
     simulator.arrive(agents)
     simulator.run()
-    simulator.scheduler.audit()
+    audit(simulator.scheduler.life)
     assert not simulator.scheduler.held()
     assert not simulator.lives
     return simulator

@@ -3,6 +3,7 @@
 import pytest
 from small_cluster import machine_of, simulator_of, some_agents
 
+from dualpath.core.audit import audit
 from dualpath.core.vocabulary import Role
 from dualpath.lab.sim.faults import Fault, plan_faults
 from dualpath.lab.sim.simulator import Simulator
@@ -13,7 +14,7 @@ def with_faults(system: str, *faults: Fault, preset: str = "ds660b-2p4d") -> Sim
     plan_faults(run, faults)
     run.arrive(some_agents(30, 6))
     run.run()
-    run.scheduler.audit()
+    audit(run.scheduler.life)
     return run
 
 

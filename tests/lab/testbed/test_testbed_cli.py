@@ -38,7 +38,11 @@ def test_help_has_an_example(action: str, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize(
     ("store", "message"),
-    [("ftp://host/kv", "unknown kind of store"), ("s3://kv?token=1", "shows in process lists"), ("s3://", "opened")],
+    [
+        ("ftp://host/kv", "unknown kind of store 'ftp'"),
+        ("s3://kv?token=1", "shows in process lists"),
+        ("s3://", "opened"),
+    ],
 )
 def test_a_store_that_can_not_be_is_told_before_anything_starts(
     store: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -78,7 +78,7 @@ def test_a_cluster_reads_what_another_has_stored(launcher: TestbedLauncher, tmp_
         async with launcher.cluster("first", "1P2D", "dualpath", store, limited=True) as cluster:
             assert await cluster.run(complete(cluster.url)) == 0
             while len(list(store.rglob("*.kv"))) < len(PROMPT) // 64:
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.02)
             written = await cluster.run(counted_bytes(cluster.url, "decode", "snic", "tx"))
             sent = sent_bytes(launcher.testbed)
             assert 0 < written < sent["de0 snic0"] + sent["de1 snic0"], "all of it went over the storage network"
@@ -148,7 +148,7 @@ def test_a_temporary_testbed_is_as_large_as_any_topology_needs(testbed_name: str
 @pytest.mark.slow
 def test_run_serves_until_a_command_has_ended(testbed: Testbed, model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dualpath", "testbed", "run", "--name", testbed.plan.name, "--model", model]
-    command += ["--store", tmp_path / "store", "--topology", "1P1D", "--logs", tmp_path]
+    command += ["--store", tmp_path / "store", "--topology", "1P1D", "--logs", tmp_path, *MEMORY]
     then = "import os, httpx, sys; sys.exit(httpx.get(os.environ['DUALPATH_URL'] + '/health').status_code // 50)"
     done = subprocess.run([*command, "--", sys.executable, "-c", then], capture_output=True, text=True, timeout=200)
     assert done.returncode == 4, done.stderr

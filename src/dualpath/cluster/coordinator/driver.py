@@ -9,14 +9,17 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 from dualpath.cluster.config import ClusterConfig
-from dualpath.core.journal import JournaledScheduler
 from dualpath.core.ledger import Holding
 from dualpath.core.policy import Constants, Limits
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import Command
 from dualpath.kv.layout import KVLayout
+
+if TYPE_CHECKING:
+    from dualpath.core.journal import JournaledScheduler
 
 UNLIMITED_BYTES_PER_S = 10**12
 """Stands for a SNIC without a limit where α is computed: no read queue is ever long."""
@@ -45,7 +48,7 @@ def scheduler_limits(config: ClusterConfig) -> Limits:
     )
 
 
-AnyScheduler = Scheduler | JournaledScheduler
+AnyScheduler: TypeAlias = "Scheduler | JournaledScheduler"
 Input = Callable[[AnyScheduler, int], None]
 """A call of one scheduler method with the time."""
 
@@ -67,7 +70,11 @@ class SchedulerDriver:
     def begin(self, scheduler: Scheduler, carry_out: Callable[[Command], None]) -> None:
         """There is something to drive. `carry_out` is given every command in order, and may make inputs itself."""
         self._carry_out = carry_out
-        self._scheduler = scheduler if self._journal is None else JournaledScheduler(scheduler, self._journal.write)
+        self._scheduler = scheduler
+        if self._journal is not None:
+            from dualpath.core.journal import JournaledScheduler
+
+            self._scheduler = JournaledScheduler(scheduler, self._journal.write)
 
     def input(self, call: Input) -> None:
         """One scheduler input, then all the commands that follow from it, then the next timer."""

@@ -6,8 +6,7 @@ in equal parts. Groups are the cluster's groups of nodes.
 
 import msgspec
 
-from dualpath.core.batching import QUOTA_NS
-from dualpath.core.policy import Constants, Limits
+from dualpath.core.policy import QUOTA_NS, Constants, Limits
 from dualpath.core.vocabulary import BLOCK_TOKENS, EngineFacts, Role
 from dualpath.lab.facts.cluster import ClusterSpec, node_groups
 from dualpath.lab.sim.costs import Calibration, StepCosts, step_costs

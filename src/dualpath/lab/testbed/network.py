@@ -21,7 +21,8 @@ from dualpath.lab.testbed import iproute
 from dualpath.lab.testbed.failure import TestbedError
 from dualpath.lab.testbed.plan import NETWORKS, Node, Plan, Rates, host_link, namespace_prefix, rate_of
 from dualpath.lab.testbed.shaping import HIGH_CLASS, LOW_CLASS, Discipline, shaping
-from dualpath.transfer.pool import sweep_dead_pools
+from dualpath.spec.whole_file import write_whole
+from dualpath.transfer.pool_files import sweep_dead_pools
 
 STATE_DIRECTORY = Path("/run/dualpath-testbed")
 KILL_S = 5.0
@@ -228,10 +229,8 @@ def _state_file(name: str) -> Path:
 
 def _write_state(testbed: Testbed) -> None:
     path = _state_file(testbed.plan.name)
-    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(msgspec.json.encode(testbed))
-        temporary.replace(path)
+        write_whole(path, msgspec.json.encode(testbed))
     except OSError as error:
         raise TestbedError(f"the testbed's record can't be kept: {error}") from error

@@ -12,16 +12,25 @@ from dualpath.lab.testbed.network import Testbed
 
 
 def serve_inside(
-    testbed: Testbed, model: Path, store: Path, topology: str, system: str, logs: Path, then: Sequence[str] = ()
+    testbed: Testbed,
+    model: Path,
+    store: Path,
+    topology: str,
+    system: str,
+    logs: Path,
+    then: Sequence[str] = (),
+    options: Sequence[str] = (),
 ) -> int:
     """Serve until SIGINT or SIGTERM, or until the command `then`, which finds the server's address in ``DUALPATH_URL``,
-    has ended. → its exit code, or 0.
+    has ended. → its exit code, or 0. `options` go to every process of the cluster.
 
     Raises LaunchError, OSError; ValueError for what is no topology.
     """
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dualpath-testbed-") as work:
-        launcher = TestbedLauncher(testbed, model=model, rates=testbed.rates, logs=logs, work=Path(work))
+        launcher = TestbedLauncher(
+            testbed, model=model, rates=testbed.rates, logs=logs, work=Path(work), options=options
+        )
         cluster = TestbedCluster(launcher, f"{topology} {system}", topology, system, store, testbed.rates)
         return asyncio.run(_serve(cluster, then))
 

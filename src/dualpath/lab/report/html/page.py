@@ -39,6 +39,7 @@ from dualpath.lab.report.palette import STAGE_COLOURS
 from dualpath.results.cells import Cell
 from dualpath.results.file import ResultFile
 from dualpath.results.turns import STAGES
+from dualpath.spec.whole_file import write_whole
 
 SCRIPTS = ("table.js", "charts.js", "timeline_view.js", "timeline.js", "page.js")
 
@@ -52,9 +53,7 @@ def write_report(
     ResultFileError for a prediction of other runs.
     """
     results = [result] if isinstance(result, ResultFile) else list(result)
-    draft = out.with_name(f"{out.name}.draft")
-    draft.write_text(render(results, prediction, at_most), encoding="utf-8")
-    draft.replace(out)
+    write_whole(out, render(results, prediction, at_most).encode())
 
 
 def render(results: Sequence[ResultFile], prediction: ResultFile | None = None, at_most: int = MAX_TURNS) -> str:

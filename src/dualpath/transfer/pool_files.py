@@ -1,0 +1,46 @@
+"""Files of buffer pools in shared memory: made under their creator's lock, removed once that is gone."""
+
+import fcntl
+import os
+from pathlib import Path
+
+POOL_DIRECTORY = Path("/dev/shm")
+
+
+def sweep_dead_pools(directory: Path = POOL_DIRECTORY) -> list[Path]:
+    """Remove pools whose creator died without closing them; the paths removed. Living pools are never touched."""
+    removed = []
+    for path in sorted(directory.glob("dualpath-*")):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # removed meanwhile, or another user's
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, descriptor):
+                path.unlink(missing_ok=True)
+                removed.append(path)
+        except OSError:  # its creator lives
+            pass
+        finally:
+            os.close(descriptor)
+    return removed
+
+
+def create_locked(path: Path) -> int:
+    """An empty file at `path` under our lock. A sweeper may remove it between the two steps; then try again."""
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _is_at(path, descriptor):
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(descriptor)
+    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)

@@ -1,0 +1,89 @@
+"""Which tests run where, and in what order."""
+
+import importlib.util
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+TOGETHER = ("tests/end_to_end/test_join.py", "tests/lab/report/test_report_browser.py")
+"""Modules whose tests share something expensive: one process runs all of a module's."""
+NEEDS_TORCH = "needs torch (`make setup` installs it)"
+
+
+def _lacks_torch(error: BaseException | None) -> bool:
+    """Whether torch is what `error`, or what caused it, could not import."""
+    while error is not None:
+        if isinstance(error, ImportError) and "torch" in (error.name, str(error).lower()):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class _Module(pytest.Module):
+    """A module that only torch's absence keeps from being imported is skipped."""
+
+    def _getobj(self) -> object:
+        try:
+            return super()._getobj()
+        except self.CollectError as error:
+            if not HAS_TORCH and _lacks_torch(error):
+                pytest.skip(NEEDS_TORCH, allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: object, parent: pytest.Collector) -> pytest.Module:
+    return _Module.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    return (yield from _skipping_what_needs_torch())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    return (yield from _skipping_what_needs_torch())
+
+
+def _skipping_what_needs_torch() -> Iterator[None]:
+    try:
+        return (yield)
+    except ImportError as error:
+        if not HAS_TORCH and _lacks_torch(error):
+            pytest.skip(NEEDS_TORCH)
+        raise
+
+
+@pytest.fixture
+def needs_torch() -> None:
+    """For tests that need it in another process."""
+    if not HAS_TORCH:
+        pytest.skip(NEEDS_TORCH)
+
+
+@pytest.fixture
+def short_tmp_path() -> Iterator[Path]:
+    """For sockets, whose paths may have 107 bytes: `tmp_path` of a test that runs beside others is too long."""
+    with tempfile.TemporaryDirectory(prefix="dp") as path:
+        yield Path(path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first, so that none is left for the end when its neighbours' processors are idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Every test goes where there is room, but for those of `TOGETHER`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return module if module in TOGETHER else nodeid
+
+    return Scheduling(config, log)

@@ -1,0 +1,62 @@
+"""`dualpath engine`: engines that are started by hand and join a coordinator over TCP."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from dualpath.model.checkpoint import make_checkpoint
+
+from .test_serve import START_S, STOP_S, command, serving, socket_port
+
+TCP_ENGINE = ("--transport", "tcp", "--buffer", "64MiB", "--hbm", "64MiB")
+
+
+@pytest.fixture(scope="module")
+def joined(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A coordinator alone, and engines started by hand that join it, as on several hosts: its URL, where to join."""
+    where = tmp_path_factory.mktemp("joined")
+    with socket_port() as port:
+        address = f"tcp://127.0.0.1:{port}"
+    shared = ("--coordinator", address, "--model", model, "--store", where / "store", *TCP_ENGINE)
+    engines = [subprocess.Popen(command("engine", "--role", role, *shared)) for role in ("prefill", "decode")]
+    try:
+        with serving(model, where, "--join-address", address, "--transport", "tcp") as (url, _):
+            yield url, address
+        assert [engine.wait(STOP_S) for engine in engines] == [0, 0]
+    finally:
+        for engine in engines:
+            engine.kill()
+            engine.wait()
+
+
+@pytest.mark.slow
+def test_engines_join_over_tcp(joined: tuple[str, str]) -> None:
+    client = openai.OpenAI(base_url=f"{joined[0]}/v1", api_key="none", max_retries=0)
+    name = client.models.list().data[0].id
+    for expected in (0, 192):
+        answer = client.completions.create(model=name, prompt=list(range(10, 220)), max_tokens=3)
+        assert answer.usage.prompt_tokens_details.cached_tokens == expected
+
+
+@pytest.mark.slow
+def test_an_engine_that_does_not_fit_is_told_so(joined: tuple[str, str], model: Path, tmp_path: Path) -> None:
+    """Another model's engine, and one whose coordinator's address is none: a line on stderr, exit code 1."""
+    _, address = joined
+    other = make_checkpoint(tmp_path / "other", "llama", seed=1)
+    cases = ((other, address, "is not the cluster's"), (model, "nonsense", "'nonsense' is no address"))
+    shared = ("engine", "--role", "decode", "--store", tmp_path / "store", *TCP_ENGINE)
+    engines = [
+        subprocess.Popen(
+            command(*shared, "--coordinator", coordinator, "--model", checkpoint), stderr=subprocess.PIPE, text=True
+        )
+        for checkpoint, coordinator, _ in cases
+    ]
+    for engine, (_, _, complaint) in zip(engines, cases, strict=True):
+        with engine:
+            _, said = engine.communicate(timeout=START_S)
+        assert engine.returncode == 1
+        assert complaint in said
+        assert "Traceback" not in said
