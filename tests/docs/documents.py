@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "dualpath"
 DOCS = ROOT / "docs"
-ALL = {str(path.relative_to(ROOT)): path.read_text() for path in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]}
+ALL = {str(path.relative_to(ROOT)): path.read_text() for path in sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])}
 GUIDES = {name: text for name, text in ALL.items() if name.count("/") < 2}
 """They name things as they are now: the front page and the pages right under docs/."""
 

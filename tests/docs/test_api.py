@@ -67,14 +67,14 @@ def run(code: str, folder: Path) -> str:
     return ended.stdout
 
 
-@pytest.mark.parametrize("code", ALONE)
+@pytest.mark.parametrize("code", ALONE, ids=str.split("plan agents results systems"))
 def test_an_example_runs(code: str, a_demo: Path) -> None:
     assert run(code, a_demo).strip()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", WITH_A_CLUSTER)
-def test_an_example_with_a_cluster_runs(code: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", WITH_A_CLUSTER, ids=str.split("ask replay readme"))
+def test_an_example_with_a_cluster_runs(code: str, tmp_path: Path, needs_torch: None) -> None:
     shown = run(code, tmp_path).splitlines()
     assert shown
     if "cached_tokens)  # 0, then 320" in code:

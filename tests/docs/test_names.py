@@ -12,7 +12,7 @@ TIMELESS = [name for name in GUIDES if name not in ("CHANGELOG.md", "docs/lab-lo
 """They may name nothing that is gone."""
 
 
-@pytest.mark.parametrize("document", ALL)
+@pytest.mark.parametrize("document", [name for name in ALL if name != "CHANGELOG.md"])
 def test_what_a_document_names_exists(document: str) -> None:
     text = ALL[document]
     for pattern, root in ((SYMBOL, SOURCE), (TEST, ROOT)):
