@@ -38,11 +38,11 @@ check: setup ## Lint, format, types, import contracts
 	$(BIN)/lint-imports
 
 test: check services test-core ## All checks and all tests
-	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/core
+	$(BIN)/python -m pytest $(PARALLEL) -m 'slow or not core'
 
-# Core alone answers for every branch of core, so only its tests pay for being watched.
+# Core's own quick tests answer for every branch of core, so only they pay for being watched.
 test-core: setup
-	$(BIN)/python -m pytest $(PARALLEL) tests/core --cov --cov-report=term-missing:skip-covered --cov-fail-under=100
+	$(BIN)/python -m pytest $(PARALLEL) tests/core -m 'not slow' --cov --cov-report=term-missing:skip-covered --cov-fail-under=100
 
 test-fast: setup ## The tests that take seconds
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'

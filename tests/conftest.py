@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
+CORE = Path(__file__).parent / "core"
 TOGETHER = ("tests/end_to_end/test_join.py", "tests/lab/report/test_report_browser.py")
 """Modules whose tests share something expensive: one process runs all of a module's."""
 NEEDS_TORCH = "needs torch (`make setup` installs it)"
@@ -73,6 +74,9 @@ def short_tmp_path() -> Iterator[Path]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests come first, so that none is left for the end when its neighbours' processors are idle."""
+    for item in items:
+        if CORE in item.path.parents:
+            item.add_marker("core")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

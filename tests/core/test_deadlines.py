@@ -1,9 +1,9 @@
-"""Deadlines against a dictionary that is searched."""
+"""Deadlines against a dictionary that is searched; Aborts of engines that are lost."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpath.core.deadlines import Deadlines
+from dualpath.core.deadlines import Aborts, Deadlines
 from dualpath.core.request import NEVER_NS, Request
 from dualpath.core.vocabulary import RequestFacts
 
@@ -108,3 +108,16 @@ def test_like_a_dictionary_that_is_searched(steps: list[tuple[str, int, int]]) -
         assert live.deadlines.earliest() == min(model.values(), default=None)
         posted = live.deadlines.posted()
         assert all(posted[key] <= at for key, at in model.items())
+
+
+def test_a_lost_engine_frees_the_des_behind_it_and_no_others() -> None:
+    """PEs 1 and 2 owe an answer, DEs 8 and 9 wait behind them; DE 9 waits behind nobody once it is lost itself."""
+    aborts = Aborts(release_ns=10)
+    for request, (prefill, decode) in enumerate([(1, 8), (2, 8), (2, 9)]):
+        aborts.send(0, (prefill, request, 0))
+        aborts.behind[prefill, request, 0] = decode
+    assert aborts.lose(9) == []
+    assert aborts.behind == {(1, 0, 0): 8, (2, 1, 0): 8}
+    assert aborts.lose(1) == [(8, 0, 0)]
+    assert aborts.behind == {(2, 1, 0): 8}
+    assert list(aborts.in_time) == [(2, 1, 0), (2, 2, 0)]
