@@ -16,7 +16,8 @@ SYMBOL = re.compile(r"`((?!tests/)[\w/]+\.py):([A-Za-z_][\w.]*)`")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
 SERIES = re.compile(r'`(dualpath_[a-z_]+|vllm:[a-z0-9_]+)(?:\{(\w+)="[^"`]*"\})?`')
 PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*/?)`")
-LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+"""A file, which is empty where the link stays in its own, and a heading."""
 
 
 @cache
@@ -46,6 +47,14 @@ def there(path: str) -> bool:
 def block(text: str, language: str) -> list[str]:
     """The fenced blocks of a language."""
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def headings(text: str) -> set[str]:
+    """Of a document, as links write them."""
+    return {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
 
 
 def section(text: str, heading: str) -> str:

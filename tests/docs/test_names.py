@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from documents import ALL, GUIDES, LINK, PATH, ROOT, SERIES, SOURCE, SYMBOL, TEST, section, symbols, there
+from documents import ALL, GUIDES, LINK, PATH, ROOT, SERIES, SOURCE, SYMBOL, TEST, headings, section, symbols, there
 
 from dualpath.cli import COMMANDS, build_parser
 from dualpath.spec.metrics import CATALOGUE
@@ -26,9 +26,12 @@ def test_what_a_document_names_exists(document: str) -> None:
 
 @pytest.mark.parametrize("document", ALL)
 def test_links_lead_somewhere(document: str) -> None:
-    folder = (ROOT / document).parent
-    for target in LINK.findall(ALL[document]):
-        assert target.startswith("http") or (folder / target).exists(), f"{document} links {target}"
+    for target, heading in LINK.findall(ALL[document]):
+        if target.startswith("http"):
+            continue
+        file = (ROOT / document).parent / target if target else ROOT / document
+        assert file.exists(), f"{document} links {target}"
+        assert not heading or heading in headings(file.read_text()), f"{document} links {target}#{heading}"
 
 
 @pytest.mark.parametrize("document", TIMELESS)
@@ -95,7 +98,7 @@ def test_commands_and_targets_that_a_guide_names_exist(document: str) -> None:
 
 
 def test_the_index_links_every_document() -> None:
-    linked = {(ROOT / "docs" / target).resolve() for target in LINK.findall(GUIDES["docs/README.md"])}
+    linked = {(ROOT / "docs" / target).resolve() for target, _ in LINK.findall(GUIDES["docs/README.md"])}
     documents = {(ROOT / name).resolve() for name in ALL if name.startswith("docs/")}
     assert documents - linked == {ROOT / "docs" / "README.md"}
 
