@@ -6,6 +6,7 @@ import pytest
 from documents import ALL, GUIDES, LINK, PATH, ROOT, SERIES, SOURCE, SYMBOL, TEST, headings, section, symbols, there
 
 from dualpath.cli import COMMANDS, build_parser
+from dualpath.lab.experiments.catalog import EXPERIMENTS
 from dualpath.spec.metrics import CATALOGUE
 
 TIMELESS = [name for name in GUIDES if name not in ("CHANGELOG.md", "docs/lab-log.md")]
@@ -107,3 +108,8 @@ def test_every_idea_of_the_paper_has_a_symbol() -> None:
     ideas = re.findall(r"^\| (.*(?:§|future work).*?) \| (.*) \|$", GUIDES["docs/paper-map.md"], re.MULTILINE)
     assert len(ideas) > 20
     assert [paper for paper, here in ideas if not SYMBOL.search(here)] == []
+
+
+def test_the_how_to_of_experiments_lists_each() -> None:
+    (table,) = re.findall(r"\| name \| varies .*?\n\n", ALL["docs/how-to/experiment.md"], re.DOTALL)
+    assert re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE) == [one.name for one in EXPERIMENTS]
