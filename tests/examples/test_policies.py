@@ -63,5 +63,6 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_the_comparison_of_policies_runs(install: Install) -> None:
     command = (sys.executable, str(EXAMPLES / "compare_policies.py"), "--agents", "4", "--real-agents", "2")
+    command += ("--systems", "mine")
     shown = run(install("policy_plugin"), *command)
     assert shown.count("  mine  ") == 2 and "simulated" in shown and "measured" in shown

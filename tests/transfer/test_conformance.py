@@ -465,24 +465,24 @@ def test_an_initiator_killed_in_the_middle_of_a_write_becomes_quiet(pair):
     works(pair, pair.connect())
 
 
-def test_sweeping_removes_what_a_killed_server_left_and_nothing_else(transport, tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "dualpath-notes.txt").write_text("not ours")
+def test_sweeping_removes_what_a_killed_server_left_and_nothing_else(transport, short_tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(short_tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(short_tmp_path))
+    (short_tmp_path / "dualpath-notes.txt").write_text("not ours")
     pair = Pair(transport)
     try:
         pair.serve()
-        alone = sorted(tmp_path.rglob("*"))
+        alone = sorted(short_tmp_path.rglob("*"))
         with child(SERVER, transport) as server:
             assert server.stdout.readline()
-            both = sorted(tmp_path.rglob("*"))
+            both = sorted(short_tmp_path.rglob("*"))
             assert pair.transport.sweep() == []
-            assert sorted(tmp_path.rglob("*")) == both
+            assert sorted(short_tmp_path.rglob("*")) == both
             server.send_signal(signal.SIGKILL)
             server.wait(WAIT_S)
             assert bool(pair.transport.sweep()) == (both != alone)
-            assert sorted(tmp_path.rglob("*")) == alone
+            assert sorted(short_tmp_path.rglob("*")) == alone
         works(pair, pair.connect())
     finally:
         pair.close()
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "dualpath-notes.txt"]
+    assert sorted(short_tmp_path.iterdir()) == [short_tmp_path / "dualpath-notes.txt"]
