@@ -114,7 +114,9 @@ def served(monkeypatch, tmp_path):
         asked.append((config, local_engines))
         return 7
 
-    monkeypatch.setitem(sys.modules, "dualpath.serving", types.SimpleNamespace(run=run))
+    stand_in = types.SimpleNamespace(run=run)
+    monkeypatch.setitem(sys.modules, "dualpath.serving", stand_in)
+    monkeypatch.setattr("dualpath.serving", stand_in, raising=False)  # which other tests may have imported
     monkeypatch.chdir(tmp_path)
     return asked
 
