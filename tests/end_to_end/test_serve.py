@@ -223,7 +223,7 @@ def socket_port() -> Iterator[int]:
         (("--snic-rate", "fast"), "not a rate"),
         (("--buffer", "1KiB"), "does not hold one"),
         (("--port", "99999999"), "port"),
-        (("--join-address", "nonsense"), "engines can't join at 'nonsense'"),
+        (("--join-address", "nonsense"), "can't listen for engines at 'nonsense'"),
         (("--journal", "/no/such/directory/journal"), "/no/such/directory/journal"),
         (("--store", "/dev/null"), "cannot be opened"),
     ],

@@ -54,8 +54,7 @@ def choose_legs(read_path: ReadPath, facts: PathFacts) -> tuple[Leg, ...]:
     """Returns legs that tile the hit blocks in order, PE side first.
 
     A PE leg never exceeds the PE buffer's capacity: when the rule gives it more, the DE reads all. Where only PEs read,
-    `least_pe_blocks` has made sure that the PE is large enough. Raises ValueError if a rule gives < 0 or >
-    `hit_blocks`.
+    `least_pe_blocks` has made sure that the PE is large enough. Raises ValueError for a part below 0 or above all.
     """
     hit_blocks = facts.hit_blocks
     pe_blocks = read_path.pe_blocks(facts)
