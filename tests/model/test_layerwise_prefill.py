@@ -197,7 +197,7 @@ def test_a_callback_that_hangs_ends_the_run_and_the_engine(qwen: Engines, prefil
 
     setattr(io, way, hang)
     try:
-        with pytest.raises(LayerIOTimeoutError, match=r"nothing moved for 0\.3 s"):
+        with pytest.raises(LayerIOTimeoutError, match=r"no stage advanced for 0\.3 s"):
             engine.run(items, io)
         with pytest.raises(RuntimeError, match="can't run any more"):
             engine.run(items, BufferIO(buffers, items))
