@@ -148,7 +148,7 @@ class Lane:
             return LaneStatistics(high_bytes, low_bytes, self._arbiter.busy_ns, len(self._waiting))
 
     def _begin(self, traffic_class: TrafficClass, n_bytes: int, deadline_ns: int | None) -> tuple[int, _Waiter]:
-        """Request a chunk. Checks the deadline first, because a free lane would grant the chunk even when it is late."""
+        """Request a chunk. It checks the deadline first, because a free lane would grant the chunk even if late."""
         waiter = _Waiter()
         with self._lock:
             now = self._clock()

@@ -84,7 +84,7 @@ class FramedTransport(ABC):
             raise TransferError(TransferCause.PEER_CLOSED, f"{address} did not welcome us: {error}") from error
         except (ProtocolError, msgspec.DecodeError, OSError, ValueError) as error:
             stream.close()
-            raise TransferError(TransferCause.PROTOCOL, f"{address} is not a channel server of ours: {error}") from error
+            raise TransferError(TransferCause.PROTOCOL, f"{address} is not our channel server: {error}") from error
 
 
 def _shake_hands(stream: Stream, hello: Hello, deadline_ns: int) -> Welcome:

@@ -4,8 +4,7 @@ Theory of operation
 -------------------
 Two threads serve a channel. The *poster* takes operations first-in first-out and sends their headers and the chunks of
 writes. The *collector* receives the server's frames and the chunks of reads, and ends operations at their deadlines.
-Each charges this engine's CNIC (tx or rx) for a chunk before it touches the chunk. `operations.py` says who may touch
-what.
+Each charges this engine's CNIC (tx or rx) for a chunk before it touches it. `operations.py` says who may touch what.
 
 The channel breaks when the stream ends, when the server violates the protocol, or on `close`. Every operation then
 ends, and the stream is shut down only when none of our threads touches memory any more. So when a server sees our end
@@ -227,8 +226,8 @@ class FramedChannel:
                 self._table.expire(self._traffic.clock())
 
     def _receive(self, buffers: list[memoryview], wanted: Callable[[], bool] | None = None) -> list[memoryview]:
-        """Fill `buffers`; meanwhile end operations that reach their deadline. Stops early when `wanted` turns False, and
-        returns what is left to fill."""
+        """Fill `buffers`; meanwhile end operations that reach their deadline. Stops early when `wanted` turns False.
+        Returns what is left to fill."""
         rest = list(filter(len, buffers))
         while rest and (wanted is None or wanted()):
             n_bytes = self._stream.receive(rest, self._table.next_deadline)

@@ -2,9 +2,8 @@
 
 Two threads serve it. The *receiver* takes frames and the chunks of writes, and answers writes. The *replier* serves
 reads and pings first-in first-out, so that an outgoing read does not delay an incoming write. Every chunk passes this
-engine's CNIC. Nothing that a peer sends is trusted: descriptors are checked against the pool, and a bad one is answered
-with an error; a protocol violation ends the connection; the queue between the threads is bounded, which stops a peer
-that asks for too much.
+engine's CNIC. Nothing that a peer sends is trusted: a descriptor outside the pool is answered with an error, a protocol
+violation ends the connection, and the queue between the threads is bounded, which stops a peer that asks for too much.
 """
 
 import contextlib

@@ -45,7 +45,7 @@ class Cursor:
 
 
 def cursor_over(pool: MappedPages, ranges: Sequence[PageRange]) -> Cursor:
-    """Returns a cursor over pool ranges, which must have passed `check_ranges`. Raises ValueError if the pool is closed."""
+    """Returns a cursor over ranges that have passed `check_ranges`. Raises ValueError if the pool is closed."""
     return Cursor([pool.view(one.page)[one.offset : one.offset + one.n_bytes] for one in ranges])
 
 
@@ -81,7 +81,7 @@ class Operation:
 
 
 class OperationTable:
-    """A channel's operations. Thread-safe. Calls `rearm` when a posted deadline is earlier than `next_deadline` said."""
+    """A channel's operations. Thread-safe. Calls `rearm` when a posted deadline is before what `next_deadline` said."""
 
     def __init__(self, max_ops: int, rearm: Callable[[], None]) -> None:
         self._max_ops = max_ops

@@ -68,7 +68,7 @@ class InFlight:
         self.end(peer_tag, *keys)
 
     def barrier(self, peer_tag: str, with_connections: bool) -> "Future[None]":
-        """Returns a future that ends when the peer's operations now in flight are over, and its connections if wanted."""
+        """Returns a future for the end of the peer's operations now in flight, and of its connections if wanted."""
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()
         with self._lock:
