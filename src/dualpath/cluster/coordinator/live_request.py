@@ -5,7 +5,7 @@
     arrival ──► Prepare ──► Prepared, Load to the PE ──► last Loaded ──► first token ──► last token
        scheduling      allocation                  read           prefill         decode
 
-The stamps are taken here because core reads no clock; each costs one clock read. `order` turns core's commands into
+The stamps are taken here because core reads no clock; each stamp is one clock read. `order` turns core's commands into
 control messages: core says which engine gets which command, and `order` adds the payload that core does not know.
 """
 
@@ -166,7 +166,7 @@ class LiveRequest:
 
 
 def order(live: LiveRequest, command: Prepare | Load | Prefill | Decode, decode_address: str) -> m.ToEngine:
-    """Returns the message that carries out `command`, and notes its time in the attempt's stages.
+    """Returns the message that carries out `command`, and records the leg of a `Load` in the attempt.
 
     `decode_address` is that of the decode engine's data server, for `Prefill`.
     """

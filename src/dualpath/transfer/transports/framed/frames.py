@@ -183,7 +183,7 @@ class Stream:
                         on_late()
 
     def receive(self, buffers: list[memoryview], deadline: Callable[[], int | None] | None = None) -> int:
-        """Receive what is there into `buffers`. Returns the number of bytes; 0 when a deadline has passed or on `wake`.
+        """Receive what is there into `buffers`. Returns the number of bytes; 0 to let the caller check time or `wake`.
 
         Calls `deadline` only when there is nothing to receive. Raises StreamClosed.
         """
