@@ -25,7 +25,7 @@ _BUSY_RETRY_AFTER_S = 1.0
 
 
 class Gate:
-    """ASGI middleware: requires an API key if any is set, and bounds the requests in flight. Spares /health."""
+    """ASGI middleware: requires an API key if any is set, and bounds the requests in flight. Spares `_OPEN_PATHS`."""
 
     def __init__(
         self,
