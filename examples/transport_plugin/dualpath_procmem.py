@@ -234,7 +234,7 @@ class ProcessMemoryTransport:
         try:
             to = msgspec.json.decode(address, type=Address, dec_hook=lambda kind, text: kind(text))
         except msgspec.DecodeError as error:
-            raise ValueError(f"{address!r} is no address of transport procmem: {error}") from error
+            raise ValueError(f"{address!r} is not an address of transport procmem: {error}") from error
         try:
             return Channel(to, traffic, traffic_class, peer_tag, max_ops_in_flight)
         except PermissionError as error:

@@ -1,6 +1,6 @@
-"""The public Python API: what a notebook and an operator's script need. Import it from `dualpath` itself.
+"""The public Python API, for notebooks and operators' scripts. Import it from `dualpath` itself.
 
-Functions here are synchronous, also where an event loop is running (a notebook). What they return are records
+Functions here are synchronous, even while an event loop is running (a notebook). They return records
 (`msgspec.Struct`), with lengths in tokens and times in seconds.
 """
 
@@ -41,7 +41,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AskError(Exception):
-    """The server's refusal: its message, and `status` of HTTP (0: there was no answer)."""
+    """The server's error: its message, and the HTTP `status` (0 when there was no answer)."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -49,14 +49,14 @@ class AskError(Exception):
 
 
 class Server:
-    """A cluster on this host with its OpenAI server, on a thread of this process; engines are processes of their own.
+    """A cluster on this host with its OpenAI server, on a thread of this process; each engine is a separate process.
 
     ::
 
         with dualpath.Server(dualpath.ClusterConfig(model="models/tiny", store="/mnt/kv", port=0)) as server:
             print(server.ask("Once upon a time", max_tokens=8).text)
 
-    Entering it waits until every engine has joined. Raises what `serving.StartErrors` names where there is no cluster.
+    Entering it waits until every engine has joined. Raises one of `serving.StartErrors` when the cluster can't start.
     """
 
     def __init__(self, config: ClusterConfig) -> None:
@@ -82,7 +82,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Of the API, for any OpenAI client: ``http://host:port/v1``."""
+        """The API's base URL for any OpenAI client: ``http://host:port/v1``."""
         return f"{self._server.url}/v1"
 
     def health(self) -> dict[str, object]:
@@ -117,7 +117,7 @@ async def _value(read: Any) -> Any:
 
 
 def ask(url: str, prompt: str | Sequence[int], *, api_key: str | None = None, **fields: Any) -> Answer:
-    """One completion of text or token ids; `fields` are the API's (``max_tokens=8``). Raises AskError."""
+    """Returns one completion of text or token ids; `fields` are the API's (``max_tokens=8``). Raises AskError."""
     body = {"prompt": prompt if isinstance(prompt, str) else list(prompt)} | fields
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     request = urllib.request.Request(f"{url}/completions", msgspec.json.encode(body), headers)
@@ -127,7 +127,7 @@ def ask(url: str, prompt: str | Sequence[int], *, api_key: str | None = None, **
     except urllib.error.HTTPError as error:
         raise AskError(error.code, _message(error.read())) from error
     except OSError as error:
-        raise AskError(0, f"{url} does not answer: {error}") from error
+        raise AskError(0, f"{url} does not answer ({error}); check that the server runs there") from error
     choice, usage = told["choices"][0], told["usage"]
     return Answer(
         text=choice["text"],
@@ -139,7 +139,7 @@ def ask(url: str, prompt: str | Sequence[int], *, api_key: str | None = None, **
 
 
 def _message(body: bytes) -> str:
-    """Of an OpenAI error; the whole body where it is none."""
+    """Returns the message of an OpenAI error; the whole body when it is not one."""
     try:
         return str(msgspec.json.decode(body)["error"]["message"])
     except (msgspec.DecodeError, KeyError, TypeError):
@@ -149,9 +149,9 @@ def _message(body: bytes) -> str:
 def replay(
     url: str, agents: Sequence[Trajectory], options: ReplayOptions | None = None, *, measured_from: int = 0
 ) -> ReplayResult:
-    """Run agents against an OpenAI server, all at once, each turn as soon as the one before is answered.
+    """Run agents against an OpenAI server, all at once. Each turn starts as soon as the one before is answered.
 
-    With `measured_from` 1 every agent's first turn is answered before the clock starts. Raises ReplayError
+    With `measured_from` 1, every agent's first turn is answered before the clock starts. Raises ReplayError
     (`dualpath.client.replay`).
     """
     chosen = options or ReplayOptions()
@@ -166,7 +166,7 @@ def replay(
 
 
 def _in_a_loop(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run `work` in an event loop of its own, on a thread of its own: the caller's may be running."""
+    """Run `work` in a new event loop on a new thread, because the caller's loop may be running."""
     found: Future[Result] = Future()
 
     def target() -> None:

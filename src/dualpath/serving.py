@@ -1,4 +1,4 @@
-"""A cluster and the OpenAI API in front of it, in this process: what `dualpath serve` and `dualpath.Server` run."""
+"""A cluster with its OpenAI server, in this process: `dualpath serve` and `dualpath.Server` run it."""
 
 import asyncio
 import os
@@ -16,13 +16,13 @@ from dualpath.server import create_app, load_tokenizer, serve
 from dualpath.spec.whole_file import write_whole
 
 StartErrors = (OSError, RuntimeError, StoreError, TimeoutError, ValueError)
-"""What entering a `ClusterServer` raises where there can be no cluster; the message says why."""
+"""The exceptions of entering a `ClusterServer` when the cluster can't start; the message says why."""
 
 
 class ClusterServer:
-    """An async context manager: entered once every engine has joined and the port accepts connections.
+    """A cluster and its server. An async context manager, entered once all engines have joined and the port is open.
 
-    With `local_engines` False engines join from elsewhere (`dualpath engine`). Raises `StartErrors`.
+    With `local_engines` False, engines join from other hosts (`dualpath engine`). Entering raises `StartErrors`.
     """
 
     def __init__(self, config: ClusterConfig, local_engines: bool = True) -> None:
@@ -38,7 +38,7 @@ class ClusterServer:
         return f"http://{self.config.host}:{self._port.result()}"
 
     async def __aenter__(self) -> "ClusterServer":
-        # Beside the engines' own start: importing Transformers takes seconds.
+        # In parallel with the engines' start, because importing Transformers takes seconds.
         tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, self.config.model))
         await self.cluster.__aenter__()
         try:
@@ -57,14 +57,14 @@ class ClusterServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Running requests get a few seconds to end; then the cluster goes."""
+        """Give running requests a few seconds to end, then stop the cluster."""
         if self._serving is not None:
             self._serving.cancel()
             await asyncio.gather(self._serving, return_exceptions=True)
         await self.cluster.__aexit__()
 
     async def ended(self) -> None:
-        """Wait until it can serve no more. Raises RuntimeError saying why."""
+        """Wait until it can't serve any more, then raise RuntimeError that says why."""
         assert self._serving is not None
         watched: list[asyncio.Future[Any]] = [self._serving, self.cluster.coordinator.failure]
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
@@ -73,7 +73,7 @@ class ClusterServer:
                 raise RuntimeError(f"the server stopped: {one.exception()!r}") from one.exception()
 
     def facts(self) -> dict[str, object]:
-        """What the ready file says."""
+        """Returns the content of the ready file."""
         coordinator = self.cluster.coordinator
         return {
             "url": self.url,
@@ -84,7 +84,7 @@ class ClusterServer:
 
 
 def run(config: ClusterConfig, local_engines: bool = True) -> int:
-    """Serve until SIGINT or SIGTERM; returns the process's exit code."""
+    """Serve until SIGINT or SIGTERM. Returns the process's exit code."""
     try:
         return asyncio.run(_until_signalled(config, local_engines))
     except StartErrors as error:

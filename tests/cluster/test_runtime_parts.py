@@ -108,7 +108,7 @@ def test_a_second_attempt_asks_for_what_is_left() -> None:
 def test_links_count_what_cannot_be_delivered_and_name_a_bad_address() -> None:
     async def run() -> None:
         links = EngineLinks()
-        with pytest.raises(OSError, match="engines can't join at 'nonsense'"):
+        with pytest.raises(OSError, match="can't listen for engines at 'nonsense'"):
             links.bind("nonsense")
         assert links.bind("tcp://127.0.0.1:0").startswith("tcp://127.0.0.1:")
         link = links.expect(b"gone", join_message(Role.DECODE))

@@ -168,7 +168,7 @@ def socket_port() -> Iterator[int]:
         (("--snic-rate", "fast"), "not a rate"),
         pytest.param(("--buffer", "1KiB"), "does not hold one", marks=pytest.mark.slow),
         (("--port", "99999999"), "port"),
-        (("--join-address", "nonsense"), "engines can't join at 'nonsense'"),
+        (("--join-address", "nonsense"), "can't listen for engines at 'nonsense'"),
         (("--journal", "/no/such/directory/journal"), "/no/such/directory/journal"),
         pytest.param(("--store", "/dev/null"), "cannot be opened", marks=pytest.mark.slow),
     ],

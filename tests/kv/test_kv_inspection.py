@@ -202,6 +202,6 @@ def test_a_store_that_offers_no_inspection_is_named() -> None:
 
 def test_what_is_no_store_is_an_error(tmp_path: Path) -> None:
     for inspect in (stat, fsck):
-        with pytest.raises(StoreLocationError, match="nowhere is not a directory; give a store's"):
+        with pytest.raises(StoreLocationError, match="nowhere is not a directory; give the directory of a store"):
             inspect(PosixStore(tmp_path / "nowhere"))
     assert stat(PosixStore(tmp_path)).namespaces == () and fsck(PosixStore(tmp_path)).is_clean

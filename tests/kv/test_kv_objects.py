@@ -108,7 +108,9 @@ class Chatty(Bucket):
     more = True
 
 
-@pytest.mark.parametrize(("more", "message"), [(True, "header: more bytes came"), (False, "truncated: .* 763 payload")])
+@pytest.mark.parametrize(
+    ("more", "message"), [(True, "header: the server sent more"), (False, "truncated: .* 763 payload")]
+)
 def test_an_answer_of_another_length_than_announced(
     layout: KVLayout, space: Namespace, payload_of: PayloadOf, more: bool, message: str
 ) -> None:

@@ -162,7 +162,7 @@ def test_release_waits_for_the_step_and_is_refused_during_a_copy(qwen: Engines, 
     hook.remove()
     assert released.is_set()
     assert drain(decode)[2] == expected[2:]
-    with decode._copying(2), pytest.raises(RuntimeError, match="1 copies of its blocks are under way"):
+    with decode._copying(2), pytest.raises(RuntimeError, match="1 copies of its blocks are in progress"):
         decode.release(2)
     decode.release(2)
     assert decode.free_blocks == 8

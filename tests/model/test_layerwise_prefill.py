@@ -197,7 +197,7 @@ def test_a_callback_that_hangs_ends_the_run_and_the_engine(qwen: Engines, prefil
 
     setattr(io, way, hang)
     try:
-        with pytest.raises(LayerIOTimeoutError, match=r"nothing moved for 0\.3 s"):
+        with pytest.raises(LayerIOTimeoutError, match=r"no stage advanced for 0\.3 s"):
             engine.run(items, io)
         with pytest.raises(RuntimeError, match="can't run any more"):
             engine.run(items, BufferIO(buffers, items))
@@ -213,7 +213,7 @@ def test_a_batch_that_can_not_be_run_is_refused(qwen: Engines, prefill_of: Prefi
         engine.run([PrefillItem([1], -1)], io)
     with pytest.raises(ValueError, match="item 0 reaches 4097 tokens"):
         engine.run([PrefillItem([1], 4096)], io)
-    with pytest.raises(ValueError, match="the batch has 6000 tokens; max_batch_tokens is 5000"):
+    with pytest.raises(ValueError, match="the batch has 6000 tokens, above max_batch_tokens 5000"):
         engine.run([PrefillItem([1] * 3000, 0)] * 2, io)
     assert engine.run([], io) == []
     with pytest.raises(ValueError, match="device_layers=1"):

@@ -217,7 +217,7 @@ def test_posting_beyond_the_bound_raises_at_once_and_recovers(pair):
 
 @pytest.mark.parametrize("address", ["", "nonsense", "http://host:1", "{}"])
 def test_an_address_that_is_none_is_named(pair, address):
-    with pytest.raises(ValueError, match="is no address of transport") as failure:
+    with pytest.raises(ValueError, match="is not an address of transport") as failure:
         pair.transport.connect(address, pair.traffic, traffic_class=LOW, peer_tag="pe0")
     assert repr(address) in str(failure.value)
 

@@ -429,19 +429,19 @@ def test_server_socket_left_by_a_killed_server_is_replaced():
 
 @pytest.mark.parametrize("address", ["tcp://host", "tcp://:1", "tcp://host:x", "tcp://host:1/path", "http://host:1"])
 def test_tcp_addresses_say_what_one_looks_like(address):
-    with pytest.raises(ValueError, match=r"is no address of transport tcp; one is tcp://10"):
+    with pytest.raises(ValueError, match=r"is not an address of transport tcp; give one like tcp://10"):
         connect(address)
 
 
 def test_where_nobody_can_listen(tmp_path):
     for address, complaint in (
-        ("shm:", "is no address of transport shm; one is shm:"),
+        ("shm:", "is not an address of transport shm; give one like shm:"),
         (f"shm:/{'x' * 120}", "107 bytes"),
         (f"shm:{tmp_path}/missing/x.sock", "cannot listen at shm:"),
     ):
         with pytest.raises((OSError, ValueError), match=complaint):
             SharedMemoryTransport().listen(address)
-    with pytest.raises(ValueError, match="peers are given this address"):
+    with pytest.raises(ValueError, match="would be given to peers"):
         TcpTransport().listen("tcp://0.0.0.0:0")
 
 

@@ -1,4 +1,4 @@
-"""What a cluster is made of: one record, filled from the command line, sent to every engine that joins."""
+"""A cluster's settings: one record, filled from the command line and sent to every engine process."""
 
 import os
 
@@ -12,57 +12,57 @@ from dualpath.transfer import TRANSPORTS
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything `dualpath serve` decides. Rates in bytes per second, None for no limit."""
+    """Everything that `dualpath serve` decides. Rates are in bytes per second; None means no limit."""
 
     model: str
     store: str
     topology: Topology = Topology(1, 1)
     system: str = HEADLINE
     rules: Policy | None = None
-    """Of the system; found by its name where it is not given, so that engines need not know the name."""
+    """The system's policy, looked up by its name when not given; engines therefore need not know the name."""
     snic_bytes_per_s: int | None = None
     cnic_bytes_per_s: int | None = None
     buffer_bytes: int = 2**30
-    """PE buffer or DE buffer of each engine."""
+    """Size of each engine's PE buffer or DE buffer."""
     hbm_bytes: int = 2**30
-    """Device memory for KV of each decode engine."""
+    """Device memory for KV on each decode engine."""
     store_quota_bytes: int | None = None
     durable: bool = True
     """fsync every block before it is published."""
     transport: str = "shm"
-    """How KV moves from engine to engine: a name in `dualpath.transfer.TRANSPORTS`."""
+    """How KV moves between engines: a name in `dualpath.transfer.TRANSPORTS`."""
     data_host: str = "127.0.0.1"
-    """Where other engines reach this host's, with a transport between hosts."""
+    """Address at which other hosts reach this host's engines, for a transport between hosts."""
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
     quota_ns: int = QUOTA_NS
     """Compute quota of a prefill batch: predicted attention-layer time (paper §6.2)."""
     max_batch_tokens: int = 8192
-    """New tokens in a prefill batch at most."""
+    """Most new tokens in a prefill batch."""
     max_batch_kv_tokens: int = 32_768
-    """Hit and new tokens in a prefill batch together, unless one prompt alone has more."""
+    """Most hit and new tokens together in a prefill batch, unless one prompt alone has more."""
     max_batch_requests: int = 16
     device_layers: int = 3
     """Layers whose KV a prefill device holds at once."""
     max_waiting: int = 1024
-    """Requests waiting for engines at most; beyond that clients get 429."""
+    """Most requests that wait for engines; beyond that, clients get 429."""
     max_attempts: int = 3
     request_deadline_ns: int = 300_000_000_000
     """Longest stay in any one stage of a request's life."""
     prefix_cache: bool = True
-    """False: nothing is matched in storage (every prompt token is computed); blocks are still written."""
+    """False: no prefix is matched, so every prompt token is computed; blocks are still written to storage."""
     lease_ns: int = 5_000_000_000
-    """An engine not heard of for this long is lost."""
+    """An engine that is silent for this long is lost."""
     heartbeat_ns: int = 200_000_000
     control_address: str = "tcp://127.0.0.1:0"
-    """Where engines join; a port of 0 picks a free one."""
+    """Address at which engines join; port 0 picks a free port."""
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     served_model_name: str | None = None
     journal: str | None = None
-    """Write every scheduler input and its commands here, one JSON line each."""
+    """File for every scheduler input and its commands, one JSON line each."""
     ready_file: str | None = None
     weights_version: str = ""
 
@@ -71,7 +71,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "rules", find_system(self.system).policy)
         TRANSPORTS.get(self.transport)  # raises UnknownNameError, which is a ValueError
         if self.device_layers < 3:
-            raise ValueError("device_layers must be at least 3: one loading, one computing, one leaving")
+            raise ValueError("device_layers must be at least 3: one loading, one computing, one shipping")
 
     @property
     def policy(self) -> Policy:
@@ -80,7 +80,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def snic_rate(self) -> int | None:
-        """The rate engines enforce: none where the policy says that I/O costs nothing (oracle)."""
+        """The rate that engines enforce; None when the policy says that I/O costs nothing (oracle)."""
         return None if self.policy.free_io else self.snic_bytes_per_s
 
     @property
@@ -88,7 +88,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.policy.free_io else self.cnic_bytes_per_s
 
     def served(self, layers: int, kv_bytes_per_token: int) -> ServedCluster:
-        """What clients are told, who may want to simulate it; `kv_bytes_per_token` is over all layers."""
+        """Returns what clients are told of the cluster, to simulate it; `kv_bytes_per_token` is over all layers."""
         setup = ClusterSetup(
             layers=layers,
             kv_bytes_per_token=kv_bytes_per_token,

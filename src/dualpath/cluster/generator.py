@@ -1,4 +1,4 @@
-"""The runtime's public face: what a server, or a test, asks of a cluster and what it gets back."""
+"""A cluster's interface to its server: what a server, or a test, asks of a cluster and what it gets back."""
 
 from collections.abc import AsyncGenerator
 from typing import Protocol
@@ -19,7 +19,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = ""
     """Salt of the prefix namespace: requests of different tenants never share KV."""
     return_timings: bool = False
-    """Whether its steps carry `GeneratedTokens.timings`."""
+    """True: the steps carry `GeneratedTokens.timings`."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -34,20 +34,20 @@ class GeneratedTokens(msgspec.Struct, frozen=True, kw_only=True):
 
     token_ids: list[int]
     logprobs: list[list[TokenLogprob]] | None = None
-    """For each token: the chosen one first, then the most likely ones, when asked for."""
+    """For each token, if requested: the chosen one first, then the most likely ones."""
     finish_reason: str | None = None
-    """``"stop"`` (a stop token, included in `token_ids`), ``"length"``, or None while more is to come."""
+    """``"stop"`` (a stop token, included in `token_ids`), ``"length"``, or None while more tokens follow."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was read from storage in the attempt that produced the first token (`loaded`)."""
     timings: Timings | None = None
-    """Up to this step, where the request asked for them."""
+    """Timings up to this step, if the request asked for them."""
 
 
 class RequestError(Exception):
     """A request that ends without its tokens. The server turns it into an OpenAI-shaped error.
 
-    `status` is HTTP's, `code` a stable word for programs, the message says what to do; `retry_after_s` is given where
-    waiting helps.
+    `status` is the HTTP status, `code` a stable word for programs; the message says what to do. `retry_after_s` is
+    given when waiting helps.
     """
 
     def __init__(self, status: int, code: str, message: str, retry_after_s: float | None = None) -> None:
@@ -58,7 +58,7 @@ class RequestError(Exception):
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the server must know of the model it fronts."""
+    """What the server must know about the model it serves."""
 
     name: str
     path: str
@@ -66,7 +66,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     cluster: ServedCluster | None = None
-    """Who serves it."""
+    """The cluster that serves it, if it says so."""
 
 
 class Generator(Protocol):
@@ -78,15 +78,15 @@ class Generator(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncGenerator[GeneratedTokens, None]:
         """Stream tokens as engines produce them. Closing it (`aclose`) cancels the request and frees all it holds.
 
-        Raises RequestError: 429 when admission is full, 503 when no engine is left, 400 when it can never fit, 504 on a
-        deadline.
+        Raises RequestError: 429 when admission is full, 503 when no engine is left, 400 when the request can never fit,
+        504 when a deadline has passed.
         """
         ...
 
     def health(self) -> dict[str, object]:
-        """``{"status": "ok" | "degraded" | "unavailable", "engines": [...]}``; unavailable: no PE or no DE is alive."""
+        """``{"status": "ok" | "degraded" | "unavailable", "engines": [...]}``; unavailable: no PE or no DE is left."""
         ...
 
     def gauges(self) -> Figures:
-        """The numbers of /metrics. One that the catalogue lacks is counted and not shown."""
+        """Returns the numbers of /metrics. One that is not in the catalogue is counted and not shown."""
         ...

@@ -1,4 +1,4 @@
-"""A whole cluster on this host: the coordinator in this process, its engines in processes of their own."""
+"""A whole cluster on this host: the coordinator in this process, each engine in its own process."""
 
 import asyncio
 
@@ -11,9 +11,9 @@ JOIN_TIMEOUT_S = 180.0
 
 
 class Cluster:
-    """A coordinator and the engines it supervises, as an async context manager: entered once every engine has joined.
+    """A coordinator and the engines it supervises. An async context manager, entered once every engine has joined.
 
-    With `local_engines` False it only listens: engines join from elsewhere (`dualpath engine`).
+    With `local_engines` False it starts no engines: they join from other hosts (`dualpath engine`).
     """
 
     def __init__(self, config: ClusterConfig, local_engines: bool = True) -> None:
@@ -23,7 +23,7 @@ class Cluster:
         self.supervisor: Supervisor
 
     async def __aenter__(self) -> "Cluster":
-        """Raises TimeoutError, RuntimeError, OSError, StoreError saying why there is no cluster."""
+        """Raises TimeoutError, RuntimeError, OSError or StoreError that says why the cluster did not start."""
         self.coordinator = Coordinator(self.config, kill_engine=self._kill)
         self.supervisor = Supervisor(self.config, self.coordinator.control_address)
         try:
@@ -38,7 +38,7 @@ class Cluster:
         return self
 
     async def _complete(self) -> None:
-        """Every engine has joined; or the coordinator broke before."""
+        """Wait until every engine has joined or the coordinator breaks."""
         joining = asyncio.create_task(self.coordinator.membership.complete(JOIN_TIMEOUT_S))
         try:
             await asyncio.wait([joining, self.coordinator.failure], return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
 """Control messages between the coordinator and its engines: msgspec records over ZeroMQ, no pickle, no KV bytes.
 
-Every message about a request names `(request, attempt)`; a message of an older attempt is dropped where it arrives.
-Coordinator → engine follows core's commands one to one, with the payload the engine needs to carry them out.
+Every message about a request names `(request, attempt)`; the receiver drops a message of an older attempt. Messages to
+engines follow core's commands one to one, with the payload that the engine needs to carry them out.
 """
 
 import msgspec
@@ -14,11 +14,11 @@ from dualpath.spec.metrics import Figures
 from dualpath.spec.sampling import SamplingParams
 
 CONTROL_QUEUE_MESSAGES = 100_000
-"""Bound of each control queue. A cluster that has this many messages under way to one engine has lost it already."""
+"""Bound of each control queue. An engine with this many unread messages is lost already."""
 
 
 class Draw(msgspec.Struct, frozen=True):
-    """A generated token as it travels: id, and log-probabilities (chosen first, then the top ones) when asked for."""
+    """A generated token: its id and, if requested, log-probabilities (chosen first, then the top ones)."""
 
     token_id: int
     logprobs: list[tuple[int, float]] | None = None
@@ -28,7 +28,7 @@ class Draw(msgspec.Struct, frozen=True):
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """An engine has loaded its model and offers itself."""
+    """An engine has loaded its model and asks to join."""
 
     role: Role
     pid: int
@@ -42,17 +42,17 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     prefill_tokens_per_s: float | None = None
-    """Of a PE: prompt tokens a second, hit ones included, measured on an agent's turn; the scheduler's β needs it."""
+    """A PE's prompt tokens per second, hits included, measured on an agent's turn; the scheduler's β needs it."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """The engine lives; its series. Those of an engine of another version may not be in the catalogue."""
+    """The engine is alive, and these are its series. Those of another version may not be in the catalogue."""
 
     gauges: Figures
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):
-    """DE: the DE buffer pages set aside for the prompt, in block order."""
+    """DE: these DE buffer pages are reserved for the prompt, in block order."""
 
     request: RequestId
     attempt: int
@@ -60,7 +60,7 @@ class Prepared(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """A leg is in the buffer, verified."""
+    """A leg is in the buffer and verified."""
 
     request: RequestId
     attempt: int
@@ -68,16 +68,16 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class BlockFaultReport(msgspec.Struct, frozen=True):
-    """A block that could not be read, and why (a `kv.store.BlockFault` value)."""
+    """A block that could not be read, and why (a `kv.stores.block_file.BlockFault` value)."""
 
     key: BlockKey
     fault: str
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
-    """At least one block of the leg is unreadable: those in `faults` must never be served again.
+    """A leg could not be read. The blocks in `faults` are unreadable and must never be served again.
 
-    Without any fault it is the store that this engine can't reach, and no block is to blame.
+    Without any fault, this engine can't reach the store, and no block is bad.
     """
 
     request: RequestId
@@ -87,7 +87,7 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class PrefillDone(msgspec.Struct, frozen=True, tag=True):
-    """PE: the prompt's KV is complete in the DE buffer, the PE holds nothing of it; here is the first token."""
+    """PE: the prompt's KV is complete in the DE buffer, and the PE holds nothing of it. Carries the first token."""
 
     request: RequestId
     attempt: int
@@ -95,7 +95,7 @@ class PrefillDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class AttemptFailed(msgspec.Struct, frozen=True, tag=True):
-    """The engine can't go on with this attempt; it keeps what it holds until `AbortAttempt`."""
+    """The engine cannot continue this attempt; it keeps the attempt's blocks until `AbortAttempt`."""
 
     request: RequestId
     attempt: int
@@ -112,13 +112,13 @@ class StepTokens(msgspec.Struct, frozen=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
-    """DE: what one decode step generated."""
+    """DE: the tokens of one decode step."""
 
     step: list[StepTokens]
 
 
 class BufferFreed(msgspec.Struct, frozen=True, tag=True):
-    """DE: pages of the DE buffer given back."""
+    """DE: pages of the DE buffer have been freed."""
 
     request: RequestId
     attempt: int
@@ -140,7 +140,7 @@ class Stored(msgspec.Struct, frozen=True, tag=True):
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):
-    """DE: generation ended, every full block is persisted, nothing is held."""
+    """DE: generation has ended, every full block is persisted, and nothing is held."""
 
     request: RequestId
     attempt: int
@@ -148,10 +148,10 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):
-    """Answer to `AbortAttempt`: no transfer can touch the attempt's blocks any more and all are given back.
+    """Answer to `AbortAttempt`: no transfer can touch the attempt's blocks any more, and all are free.
 
-    `quiet` False, of a PE: a transfer of the attempt failed half-way, and bytes of it may still be on their way to the
-    DE, which must disconnect this engine before it frees the attempt's pages.
+    A PE sets `quiet` to False when a transfer of the attempt failed half-way. Its bytes may still be on their way to
+    the DE, which must disconnect this engine before it frees the attempt's pages.
     """
 
     request: RequestId
@@ -160,7 +160,7 @@ class Released(msgspec.Struct, frozen=True, tag=True):
 
 
 class Leave(msgspec.Struct, frozen=True, tag=True):
-    """The engine is going: shut down in order, or can't go on (`reason`)."""
+    """The engine leaves: it was shut down or cannot continue (`reason`)."""
 
     reason: str
 
@@ -186,13 +186,13 @@ FromEngine = (
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """You are engine `engine` of this cluster."""
+    """The engine is admitted; its id is `engine`."""
 
     engine: EngineId
 
 
 class PrepareDecode(msgspec.Struct, frozen=True, tag=True):
-    """DE: set aside pages for the whole prompt; `keys` name its full blocks (hit ones first)."""
+    """DE: reserve pages for the whole prompt; `keys` name its full blocks (hit ones first)."""
 
     request: RequestId
     attempt: int
@@ -225,25 +225,25 @@ class StartPrefill(msgspec.Struct, frozen=True, tag=True):
     decode_pages: list[int]
     sampling: SamplingParams
     generated_tokens: int
-    """Tokens earlier attempts already gave the client; they are part of this prompt."""
+    """Number of tokens that earlier attempts have sent to the client; they are part of this prompt."""
 
 
 class StartDecode(msgspec.Struct, frozen=True, tag=True):
-    """DE: the DE buffer is complete; go on from the first token."""
+    """DE: the DE buffer is complete; continue from the first token."""
 
     request: RequestId
     attempt: int
     draw: Draw
     tail_token_ids: list[int]
-    """Prompt tokens after its last full block, for the keys of the blocks to come."""
+    """Prompt tokens after the last full block, for the keys of later blocks."""
     sampling: SamplingParams
     generated_tokens: int
 
 
 class AbortAttempt(msgspec.Struct, frozen=True, tag=True):
-    """Stop, make sure that nothing moves, give everything back, answer `Released`.
+    """Stop the attempt, make sure that nothing of it moves, free everything, and answer `Released`.
 
-    `lost_peer`: a PE that is gone, or whose transfers failed half-way; to be disconnected before pages are freed.
+    `lost_peer` is a PE that is lost or whose transfers failed half-way; disconnect it before freeing pages.
     """
 
     request: RequestId
@@ -252,31 +252,31 @@ class AbortAttempt(msgspec.Struct, frozen=True, tag=True):
 
 
 class PeerJoined(msgspec.Struct, frozen=True, tag=True):
-    """PE: a decode engine belongs to the cluster; connect to its buffer, before a prompt waits for that."""
+    """PE: a decode engine has joined; connect to its buffer now, so that no prompt has to wait for that."""
 
     engine: EngineId
     data_address: str
 
 
 class PeerLost(msgspec.Struct, frozen=True, tag=True):
-    """An engine is gone, proven so: close what is connected to it."""
+    """An engine is lost and proven dead: close the channel to it."""
 
     engine: EngineId
     data_address: str
 
 
 class HeartbeatAck(msgspec.Struct, frozen=True, tag=True):
-    """The coordinator lives: an engine that hears none for its lease leaves."""
+    """The coordinator is alive. An engine that gets none of these for the length of its lease leaves."""
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
-    """Leave now. `reason` says why: the cluster stops, or the coordinator no longer counts this engine in."""
+    """Leave now. `reason` says why: the cluster stops, or the coordinator has declared this engine lost."""
 
     reason: str
 
 
 class Refusal(msgspec.Struct, frozen=True, tag=True):
-    """Answer to a `Join` that can't be accepted, and why."""
+    """Answer to a `Join` that is refused, with the reason."""
 
     reason: str
 
@@ -297,7 +297,7 @@ ToEngine = (
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine process starts with."""
+    """The settings that an engine process starts with."""
 
     role: Role
     coordinator: str

@@ -1,7 +1,7 @@
 """Starts a cluster's engine processes on this host, notices when one ends, and ends them all.
 
-Engines are forked from a server process that has imported torch and transformers once: the second and later ones start
-in a fraction of a second and share those pages. A fork server has started no threads, which is what makes forking safe.
+Engines are forked from a server process that has imported torch and transformers once. The second and later ones start
+in a fraction of a second and share those pages. Forking is safe because the fork server has no other threads.
 """
 
 import asyncio
@@ -53,17 +53,17 @@ class Supervisor:
 
     @property
     def pids(self) -> dict[int, str]:
-        """Live engine processes: pid → name such as ``decode-1``."""
+        """Returns the live engine processes: pid → name, such as ``decode-1``."""
         return {pid: self._names[pid] for pid, process in self._processes.items() if process.is_alive()}
 
     async def watch(self, on_exit: Callable[[int, str], None]) -> None:
-        """Tell about every engine process that ends, until cancelled: ``on_exit(pid, why)``."""
+        """Until cancelled, call ``on_exit(pid, why)`` for every engine process that ends."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Queue[int] = asyncio.Queue()
         watched = dict(self._processes)
 
         def tell(pid: int) -> None:
-            loop.remove_reader(watched[pid].sentinel)  # it would be readable for ever
+            loop.remove_reader(watched[pid].sentinel)  # it stays readable for ever
             ended.put_nowait(pid)
 
         for pid, process in watched.items():
@@ -82,14 +82,14 @@ class Supervisor:
                 loop.remove_reader(process.sentinel)
 
     def kill(self, pid: int) -> None:
-        """End the process now and return when it is dead; a pid that is not ours is left alone."""
+        """Kill the process and return when it is dead. A pid that is not ours is left alone."""
         process = self._processes.get(pid)
         if process is not None and process.is_alive():
             os.kill(pid, signal.SIGKILL)
             process.join(5.0)
 
     def stop(self) -> None:
-        """Give engines a moment to leave by themselves, then end them."""
+        """Give engines `STOP_GRACE_S` to leave by themselves, then kill them."""
         deadline = time.monotonic() + STOP_GRACE_S
         for process in self._processes.values():
             process.join(max(0.0, deadline - time.monotonic()))
@@ -99,7 +99,7 @@ class Supervisor:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove what killed engines, of whatever cluster of this transport, have left behind."""
+        """Remove what killed engines of any cluster with this transport have left behind."""
         sweep_dead_pools()
         TRANSPORTS.get(self._config.transport).sweep()
 

@@ -1,19 +1,19 @@
 """One direction of one NIC, shared between two traffic classes by weight (paper §5: 99 % for model execution).
 
-Theory of operation. The link serves one chunk at a time, at its rate; callers cut transfers into chunks, so a chunk is
-the longest a newcomer waits for another class. Which class is next is start-time fair queueing: each class carries a
-virtual start tag, the class with the smaller tag is served, and its tag grows by ``bytes / weight``. The tag just
-served is the link's virtual time; a class that was idle re-enters there, not earlier: idleness earns no credit. Hence:
+Theory of operation. The link serves one chunk at a time, at its rate. Callers cut transfers into chunks, so a newcomer
+waits for at most one chunk of the other class. Start-time fair queueing chooses the class: each class has a virtual
+start tag; the class with the smaller tag is served, and its tag grows by ``bytes / weight``. The tag just served is the
+link's virtual time. A class that was idle starts again from there, so idleness earns no credit. Hence:
 
 * work conserving: a lone class has the whole link;
 * 99 : 1 in bytes while both are backlogged, to within a chunk; neither is ever starved;
 * a high chunk that arrives while low ones queue is next, after the low chunk on the wire.
 
-`poll` is exact however late it is called: it replays what the link would have done, considering at each start only what
-had been asked for by then, but reaches back at most `burst_ns`. That credit is what keeps a sleeping thread's jitter
-from costing bandwidth, and its bound is what keeps an idle link from bursting.
+`poll` may be called late: it replays what the link would have done, and considers at each start only the chunks that
+had been requested by then. It reaches back at most `burst_ns`. That credit keeps the jitter of a sleeping thread from
+costing bandwidth, and its bound keeps an idle link from bursting.
 
-A rate of None is an unlimited link: everything is granted at once, and still counted.
+A rate of None is an unlimited link: every chunk is granted at once, and still counted.
 """
 
 from collections import OrderedDict
@@ -26,7 +26,7 @@ SECOND_NS = 1_000_000_000
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
-    """The chunk of `ticket` has the link from `start_ns` until `done_ns`, and may count as sent from then on."""
+    """The chunk of `ticket` has the link from `start_ns` to `done_ns`, and counts as sent from `done_ns` on."""
 
     ticket: int
     start_ns: int
@@ -39,12 +39,12 @@ class _Asked(msgspec.Struct, frozen=True, gc=False):
 
 
 class Arbiter:
-    """Grants chunks of two classes their time on one link. Every method is O(1) but `poll`, which is O(grants)."""
+    """Grants chunks of two classes their time on one link. `poll` is O(grants), every other method O(1)."""
 
     def __init__(
         self, rate_bytes_per_s: int | None, weights: tuple[int, int] = (99, 1), burst_ns: int = 2_000_000
     ) -> None:
-        """`weights` are those of HIGH and LOW. Raises ValueError on a rate or weight below 1, or a negative burst."""
+        """`weights` are HIGH's and LOW's. Raises ValueError for a rate or weight below 1 or a burst below 0."""
         if (rate_bytes_per_s is not None and rate_bytes_per_s < 1) or min(weights) < 1 or burst_ns < 0:
             raise ValueError(
                 f"rate {rate_bytes_per_s} bytes/s, weights {weights}, burst {burst_ns} ns: rate and weights must be "
@@ -66,7 +66,7 @@ class Arbiter:
         self._busy_ns = 0
 
     def request(self, now: int, traffic_class: TrafficClass, n_bytes: int) -> int:
-        """Queue a chunk; its ticket comes back in a `Grant`. Raises ValueError on an empty chunk."""
+        """Queue a chunk. Returns its ticket, which a `Grant` will name. Raises ValueError when the chunk is empty."""
         if n_bytes < 1:
             raise ValueError(f"a chunk of {n_bytes} bytes: a chunk has at least one byte")
         ticket = self._next_ticket
@@ -77,7 +77,7 @@ class Arbiter:
         return ticket
 
     def cancel(self, ticket: int) -> bool:
-        """Take a chunk out of the queue; False where it was granted already, or never was."""
+        """Take a chunk out of the queue. Returns False when it was granted already or is unknown."""
         traffic_class = self._class_of.pop(ticket, None)
         if traffic_class is None:
             return False
@@ -85,7 +85,7 @@ class Arbiter:
         return True
 
     def poll(self, now: int) -> list[Grant]:
-        """Every chunk whose turn has come by `now`, in the order they have the link; `done_ns` may be after `now`."""
+        """Returns grants for all chunks that can start by `now`, in link order; their `done_ns` may be after `now`."""
         grants: list[Grant] = []
         while (start_ns := self._next_start_ns()) is not None:
             start_ns = max(start_ns, now - self._burst_ns)
@@ -95,7 +95,7 @@ class Arbiter:
         return grants
 
     def next_wake(self) -> int | None:
-        """When the next chunk can start; None while nothing is queued. A time in the past means: poll now."""
+        """Returns when the next chunk can start; None while nothing is queued. A past time means: poll now."""
         return self._next_start_ns()
 
     @property
@@ -110,7 +110,7 @@ class Arbiter:
 
     @property
     def busy_ns(self) -> int:
-        """Time on the wire of everything granted so far."""
+        """Total wire time of all grants so far."""
         return self._busy_ns
 
     def _next_start_ns(self) -> int | None:
@@ -118,7 +118,7 @@ class Arbiter:
         return max(self._free_at_ns, min(heads)) if heads else None
 
     def _choose_class(self, start_ns: int) -> TrafficClass:
-        """The class with the smaller tag among those that had asked by `start_ns`; HIGH on a tie."""
+        """Returns the class with the smaller tag among those with a request by `start_ns`; HIGH on a tie."""
         for traffic_class in TrafficClass:
             queue = self._queues[traffic_class]
             was_backlogged = self._backlogged[traffic_class]

@@ -1,7 +1,7 @@
-"""Every invariant of core, checked from first principles: what the live requests imply is what the books say.
+"""Checks every invariant of core: what the live requests imply must equal what core has recorded.
 
-The scheduler keeps each quantity up to date step by step; here each is computed afresh from the requests and the facts
-of the engines, and compared. Tests audit after every step. O(requests + engines).
+The scheduler updates each quantity step by step. The audit computes each again from the requests and the engines'
+facts, and compares. Tests audit after every step. O(requests + engines).
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from dualpath.core.waiting import Line
 
 
 def audit(life: Lifecycle) -> None:
-    """Raises AssertionError with the first invariant that is broken."""
+    """Raises AssertionError that names the first broken invariant."""
     _require(life.ledger.accounts.keys() == life.fleet.facts.keys(), "accounts and engines differ")
     _audit_requests(life)
     _audit_waiting(life)
@@ -59,7 +59,7 @@ def _audit_requests(life: Lifecycle) -> None:
 
 
 def _audit_waiting(life: Lifecycle) -> None:
-    """A queued request stands in the lines that its missing engines call for, and in no other."""
+    """A queued request is in the line of each engine that it still lacks, and in no other line."""
     waiting = life.waiting
     queued = waiting.requests.values()
     for_prefill = [request.id for request in queued if request.prefill_engine is None]
@@ -79,7 +79,7 @@ def _ids(line: Line) -> list[RequestId]:
 
 
 def _audit_columns(life: Lifecycle) -> None:
-    """seq, tok and read queues are what the live attempts add up to."""
+    """The columns seq, tok and read queue equal the sums over the live attempts."""
     seq: Counter[EngineId] = Counter()
     tok: Counter[EngineId] = Counter()
     read: Counter[int] = Counter()
@@ -107,7 +107,7 @@ def _audit_columns(life: Lifecycle) -> None:
 
 
 def _audit_groups(life: Lifecycle) -> None:
-    """A group's totals are its engines' sums, its load has the private queue on top, and who is stuck is stuck."""
+    """A group's totals equal its engines' sums; its load adds the private queue; a head marked stuck does not fit."""
     decode = life.fleet.decode
     for position, group_id in enumerate(decode.group_ids):
         group = decode.groups[group_id]
@@ -127,7 +127,7 @@ def _is_stuck(group: DecodeGroup, head: Request) -> bool:
 
 
 def _audit_accounts(life: Lifecycle) -> None:
-    """What an account lists is what live and draining attempts hold, within capacity, and nobody waits in vain."""
+    """An account lists exactly what live and draining attempts hold, within capacity, and its head does not fit."""
     seen: dict[EngineId, list[Key]] = {engine: [] for engine in life.ledger.accounts}
     for request in life.requests.values():
         for engine in (request.prefill_engine, request.decode_engine):
@@ -155,7 +155,7 @@ def _audit_line(account: Account) -> None:
 
 
 def _audit_holding(life: Lifecycle, request: Request, engine: EngineId) -> None:
-    """One live attempt at one of its engines: in line with nothing, or holding what its state calls for."""
+    """One live attempt on one of its engines holds, or waits for, exactly what its state requires."""
     account = life.ledger.accounts[engine]
     held = account.held.get(request.key)
     buffer, hbm = (held.buffer_blocks, held.hbm_blocks) if held is not None else (0, 0)
@@ -178,7 +178,7 @@ def _audit_holding(life: Lifecycle, request: Request, engine: EngineId) -> None:
 
 
 def _audit_releases(life: Lifecycle) -> None:
-    """Every draining holding is an unanswered Abort, in time, overdue or behind the PE's, and the other way round."""
+    """Draining holdings and unanswered Aborts match one to one: in time, overdue, or behind the PE's."""
     draining = {(held.engine, held.request, held.attempt) for held in life.ledger.holdings() if held.draining}
     in_time, overdue, held_back = life.aborts.in_time, life.aborts.overdue, life.aborts.behind
     both = in_time.keys() & overdue.keys()

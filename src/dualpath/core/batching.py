@@ -1,12 +1,12 @@
 """Intra-engine batching of a PE: FIFO packing under a compute quota (paper §6.2).
 
-Data-parallel GPUs synchronise before every MoE layer, so the slowest attention sets the pace. Batches are therefore cut
-by *predicted attention time*, not by tokens: theoretical FLOPs times a rate fitted beforehand by profiling. Requests
-are taken first come, first served; the one that would exceed the quota is cut to the largest chunk that still fits, and
-its rest stays at the head of the line.
+Data-parallel GPUs synchronise before every MoE layer, so the slowest attention sets the pace. Batches are therefore
+limited by *predicted attention time*, not by tokens: theoretical FLOPs times a rate fitted by profiling. Requests are
+served first come, first served. A request that would exceed the quota is cut to the largest chunk that still fits, and
+the rest of it stays at the head of the line.
 
-The queue hands out chunks and is told when each is done; a request with a chunk in flight is passed over until then, as
-its next chunk needs the KV of this one.
+The caller takes chunks from the queue and reports each when it is done. A request with a chunk in flight is skipped
+until then, because its next chunk needs the KV of this one.
 """
 
 from math import sqrt
@@ -23,19 +23,19 @@ class AttentionCost(msgspec.Struct, frozen=True):
     fixed_ns: float
     ns_per_flop: float
     flops_per_token: float
-    """Projections: per new token."""
+    """FLOPs of the projections, per new token."""
     flops_per_pair: float
-    """Scores and values: per pair of a new token and a token it attends to."""
+    """FLOPs of scores and values, per pair of a new token and a token that it attends to."""
 
     def chunk_ns(self, past_tokens: int, new_tokens: int) -> float:
-        """Time that a chunk adds to its batch; `fixed_ns` is the batch's, paid once. New token i sees cached+i+1."""
+        """Time a chunk adds to its batch, without the batch's `fixed_ns`. New token i attends to past_tokens+i+1."""
         pairs = new_tokens * past_tokens + new_tokens * (new_tokens + 1) // 2
         return (new_tokens * self.flops_per_token + pairs * self.flops_per_pair) * self.ns_per_flop
 
     def fitting_tokens(self, past_tokens: int, most_tokens: int, budget_ns: float) -> int:
-        """The largest chunk of at most `most_tokens` whose `chunk_ns` is within the budget; 0 where none is.
+        """Returns the largest chunk up to `most_tokens` whose `chunk_ns` is within the budget; 0 when none is.
 
-        Solves the quadratic in `chunk_ns`, then looks at the neighbours of the root, which is rounded.
+        Solves the quadratic in `chunk_ns`, then corrects the rounding of the root by trying its neighbours.
         """
         if self.chunk_ns(past_tokens, most_tokens) <= budget_ns:
             return most_tokens
@@ -63,7 +63,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Line:
-    """A request in the queue: what is computed, what is not, and whether a chunk of it is out."""
+    """A request in the queue: its computed and its remaining tokens, and whether a chunk of it is in flight."""
 
     __slots__ = ("attempt", "in_flight", "new_tokens", "past_tokens", "request")
 
@@ -76,7 +76,7 @@ class _Line:
 
 
 class PrefillQueue:
-    """Requests ready for prefill on one PE. Holds no clock and never blocks; every method is O(1) but `next_batch`."""
+    """The requests ready for prefill on one PE. It has no clock and never blocks; only `next_batch` is not O(1)."""
 
     def __init__(
         self,
@@ -86,10 +86,10 @@ class PrefillQueue:
         max_batch_requests: int = 64,
         max_batch_kv_tokens: int | None = None,
     ) -> None:
-        """`max_batch_tokens` bounds the new tokens of a batch; `max_batch_kv_tokens` new and cached ones together.
+        """`max_batch_tokens` bounds a batch's new tokens; `max_batch_kv_tokens` bounds past and new ones together.
 
-        The latter is what the device's layer buffers hold. The request at the head is exempt from it: a driver sizes
-        its buffers for the longest prompt it admits.
+        The latter is the capacity of the device's layer buffers. The request at the head is exempt from it: a driver
+        sizes its buffers for the longest prompt it admits. Raises ValueError when a limit is not above zero.
         """
         if min(quota_ns, max_batch_tokens, max_batch_requests) <= 0:
             raise ValueError(
@@ -103,12 +103,12 @@ class PrefillQueue:
         self._max_batch_kv_tokens = max_batch_kv_tokens
         self._lines: dict[tuple[RequestId, int], _Line] = {}
         self.waiting_tokens = 0
-        """New tokens not yet given out. To read only."""
+        """New tokens not yet in a batch. Read only."""
         self.waiting_requests = 0
-        """Requests with tokens not yet given out. To read only."""
+        """Requests with new tokens not yet in a batch. Read only."""
 
     def push(self, request: RequestId, attempt: int, past_tokens: int, new_tokens: int) -> None:
-        """Queue a prompt of which `past_tokens` are in the buffers. Raises ValueError on an empty or known one."""
+        """Queue a prompt whose first `past_tokens` are in the buffers. Raises ValueError if it is empty or known."""
         if new_tokens < 1 or past_tokens < 0:
             raise ValueError(f"request {request} attempt {attempt}: {new_tokens} new tokens after {past_tokens}")
         key = (request, attempt)
@@ -119,7 +119,7 @@ class PrefillQueue:
         self.waiting_requests += 1
 
     def remove(self, request: RequestId, attempt: int) -> bool:
-        """Forget a request, a chunk in flight included; False where there is none."""
+        """Forget a request and its chunk in flight. Returns False when the queue does not have it."""
         line = self._lines.pop((request, attempt), None)
         if line is None:
             return False
@@ -128,7 +128,7 @@ class PrefillQueue:
         return True
 
     def chunk_done(self, request: RequestId, attempt: int) -> bool:
-        """The chunk in flight is computed and in the DE buffer; False where none is in flight (stale)."""
+        """The chunk in flight is computed and in the DE buffer. Returns False when none is in flight (stale)."""
         key = (request, attempt)
         line = self._lines.get(key)
         if line is None or not line.in_flight:
@@ -139,9 +139,9 @@ class PrefillQueue:
         return True
 
     def next_batch(self) -> tuple[Chunk, ...]:
-        """The next chunks to compute together, in arrival order; empty where nothing can be given out.
+        """Returns the next chunks to compute together, in arrival order; empty when there is nothing to compute.
 
-        The batch's predicted time is within the quota unless it is a single token that alone exceeds it.
+        The batch's predicted time is within the quota, unless the batch is one token that exceeds it alone.
         """
         batch: list[Chunk] = []
         cost = self._cost

@@ -1,4 +1,4 @@
-"""What the scheduler's statistics are called, and the series of ``/metrics`` that each becomes."""
+"""The names of the scheduler's statistics, and the series of ``/metrics`` that each becomes."""
 
 from dualpath.core.request import ACCEPTS, State
 from dualpath.core.vocabulary import Cause
@@ -19,7 +19,7 @@ COUNTS: dict[str, Sample] = {
     **{f"failed_{cause.value}": metrics.FAILED(cause.value) for cause in Cause},
     **{f"dropped_{name}": metrics.DROPPED(name) for name in _INPUTS},
 }
-"""All that is counted: another name is a KeyError where it is counted."""
+"""Every counter: counting under another name raises KeyError."""
 
 GAUGES: dict[str, Sample] = {
     **{f"requests_{state.value}": metrics.SCHEDULED(state.value) for state in State if not state.is_terminal},
@@ -30,6 +30,6 @@ GAUGES: dict[str, Sample] = {
 
 
 def figures(statistics: dict[str, int]) -> Figures:
-    """A scheduler's statistics as series."""
+    """Returns a scheduler's statistics as series."""
     samples = COUNTS | GAUGES
     return {samples[name]: float(value) for name, value in statistics.items()}

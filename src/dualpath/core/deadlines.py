@@ -1,13 +1,13 @@
-"""When what is due: deadlines of live requests, and Aborts that engines have not answered.
+"""The deadlines of live requests, and the Aborts that engines have not answered.
 
-Theory of operation. A request holds its own deadline. The heap has an entry for it at or before that time, so moving a
-deadline back, by far the most frequent change, is an assignment, and dropping one is nothing at all: a request that is
-no longer live has none. An entry that surfaces too early is put back where it belongs, one of a request that is gone is
-skipped, and the heap is rebuilt once more than half of it is stale, so it never outgrows what is live.
+Theory of operation. A request holds its own deadline. The heap has an entry for it at or before that time. Postponing a
+deadline, by far the most frequent change, is therefore only an assignment, and a request that ends needs no change at
+all. An entry that comes up too early goes back into the heap with the current deadline. Stale entries are skipped, and
+the heap is rebuilt once more than half of it is stale, so its size stays proportional to the live requests.
 
-What an aborted attempt holds is only given back when the engine says that no transfer touches it any more. The PE's
-word (or its loss) is also the proof that nobody writes into the DE's blocks, so the DE's Abort waits *behind* the PE's.
-Every Abort may take equally long, so those in time are in order of their deadlines; a late one is counted, and frees
+An aborted attempt's blocks are freed only when the engine answers that no transfer touches them any more. The PE's
+answer (or its loss) also proves that nobody writes into the DE's blocks, so the DE's Abort waits *behind* the PE's. All
+Aborts have the same time limit, so those in time are in order of their deadlines. A late one is counted; it frees
 nothing.
 """
 
@@ -20,14 +20,14 @@ from dualpath.core.vocabulary import Abort, EngineId, RequestId
 
 
 class Deadlines:
-    """The deadlines of the requests in `live`, a view. Amortised O(log n); equal ones fall due in order of id."""
+    """The deadlines of the requests in `live`, which is a view. Amortised O(log n); ties are due in order of id."""
 
     def __init__(self, live: Mapping[RequestId, Request]) -> None:
         self._live = live
         self._heap: list[tuple[int, RequestId]] = []
 
     def set(self, request: Request, at_ns: int) -> None:
-        """Give a live request a deadline, in place of any it has; from NEVER_NS on it has none."""
+        """Set or replace a live request's deadline; NEVER_NS or later means none."""
         known_ns = request.deadline_ns
         request.deadline_ns = at_ns if at_ns < NEVER_NS else NEVER_NS
         if at_ns >= known_ns:
@@ -38,7 +38,7 @@ class Deadlines:
             heapify(self._heap)
 
     def earliest(self) -> int | None:
-        """The next deadline, None where there is none."""
+        """Returns the next deadline; None when there is none."""
         heap, live = self._heap, self._live
         while heap:
             posted_ns, key = heap[0]
@@ -49,14 +49,14 @@ class Deadlines:
             at_ns = request.deadline_ns
             if at_ns == posted_ns:
                 return at_ns
-            if at_ns < posted_ns or at_ns == NEVER_NS:  # moved forward by an entry of its own, or popped
+            if at_ns < posted_ns or at_ns == NEVER_NS:  # an earlier deadline has its own entry, or it was popped
                 heappop(heap)
             else:
                 heapreplace(heap, (at_ns, key))
         return None
 
     def pop_due(self, now: int) -> list[Request]:
-        """The requests whose deadline is at or before `now`, earliest first. They have none afterwards."""
+        """Returns the requests whose deadline is at or before `now`, earliest first, and removes their deadlines."""
         due: list[Request] = []
         while (at_ns := self.earliest()) is not None and at_ns <= now:
             _, key = heappop(self._heap)
@@ -66,7 +66,7 @@ class Deadlines:
         return due
 
     def posted(self) -> dict[RequestId, int]:
-        """The earliest entry of every request that has one, live or not: for the audit."""
+        """Returns the earliest entry of every request that has one, live or not; for the audit."""
         return {key: at_ns for at_ns, key in sorted(self._heap, reverse=True)}
 
 
@@ -80,14 +80,14 @@ class Aborts:
     def __init__(self, release_ns: int) -> None:
         self._release_ns = release_ns
         self.in_time: OrderedDict[AttemptAt, int] = OrderedDict()
-        """Unanswered Aborts in time, with their deadlines."""
+        """Unanswered Aborts whose deadline has not passed, with that deadline."""
         self.overdue: dict[AttemptAt, None] = {}
-        """Unanswered Aborts out of time."""
+        """Unanswered Aborts whose deadline has passed."""
         self.behind: dict[AttemptAt, EngineId] = {}
-        """DEs whose Abort waits for their PE's answer, by the PE."""
+        """The DE whose Abort waits for this PE's answer."""
 
     def send(self, now: int, at: AttemptAt, lost_peer: EngineId | None = None) -> Abort:
-        """The command, for the outbox; its answer is awaited from now on."""
+        """Returns the Abort for the outbox and starts to wait for its answer."""
         self.in_time[at] = now + self._release_ns
         engine, request, attempt = at
         return Abort(request, attempt, engine, lost_peer)
@@ -96,13 +96,13 @@ class Aborts:
         return at in self.in_time or at in self.overdue
 
     def answered(self, at: AttemptAt) -> EngineId | None:
-        """Forget the Abort; the DE behind it, if there is one, is no longer held back."""
+        """Forget the Abort. Returns the DE whose Abort waited behind it, if any."""
         self.in_time.pop(at, None)
         self.overdue.pop(at, None)
         return self.behind.pop(at, None)
 
     def lose(self, engine: EngineId) -> list[AttemptAt]:
-        """Nothing is awaited of a lost engine; the DEs that waited behind it can be told."""
+        """Forget a lost engine's Aborts. Returns the DE attempts that waited behind it; they can be aborted now."""
         for at in [at for at in self.in_time if at[0] == engine]:
             del self.in_time[at]
         self.overdue = {at: None for at in self.overdue if at[0] != engine}
@@ -116,11 +116,11 @@ class Aborts:
         return proven
 
     def earliest(self) -> int:
-        """The next deadline of those in time, of which there must be one."""
+        """Returns the earliest deadline in `in_time`, which must not be empty."""
         return next(iter(self.in_time.values()))
 
     def expire(self, now: int) -> None:
-        """What should have been answered at or before `now` is overdue."""
+        """Move the Aborts that are due at or before `now` to `overdue`."""
         while self.in_time and self.earliest() <= now:
             at, _ = self.in_time.popitem(last=False)
             self.overdue[at] = None

@@ -1,12 +1,12 @@
-"""What the scheduler knows of every engine, in columns: one numpy array a quantity, one slot an engine.
+"""The scheduler's knowledge of every engine, in columns: one numpy array per quantity, one slot per engine.
 
-The paper's reported quantities (§8, §6.1): `seq_e`, unfinished requests; `tok_e`, their total tokens; `read_q_n`, a
-node's storage-read queue in tokens. Slots are sorted by id (a DE's by group, then id), so that the first of equals is
-the one with the smallest id and a group is a slice. Joining and leaving rebuild the columns and may cost O(engines);
-everything else is O(1).
+The quantities are the paper's (§8, §6.1): `seq_e`, unfinished requests; `tok_e`, their total tokens; `read_q_n`, a
+node's storage-read queue in tokens. Slots are sorted by id (a DE's by group, then id). The first of equal values
+therefore has the smallest id, and a group is a slice. Joining and leaving rebuild the columns in O(engines); every
+other operation is O(1).
 
-Searches go over the arrays; single entries are read and written through memoryviews of them (`…_at`), which give plain
-ints at a third of the price.
+Searches use the arrays. Single entries are read and written through memoryviews of them (`…_at`), which give plain ints
+at a third of the cost.
 """
 
 from bisect import bisect_left
@@ -25,7 +25,7 @@ def _column(values: list[int]) -> Column:
 
 
 class ReadQueues:
-    """Storage-read queues of all nodes, in tokens. A node whose engines are gone keeps its place, empty."""
+    """Storage-read queues of all nodes, in tokens. A node without engines keeps its place, with an empty queue."""
 
     def __init__(self) -> None:
         self.tokens = _column([])
@@ -33,7 +33,7 @@ class ReadQueues:
         self._places: dict[NodeId, int] = {}
 
     def place(self, node: NodeId) -> int:
-        """Of the node in `tokens`; a new node gets one."""
+        """Returns the node's index in `tokens`; a new node is appended."""
         known = self._places.get(node)
         if known is not None:
             return known
@@ -44,7 +44,7 @@ class ReadQueues:
 
 
 class PrefillEngines:
-    """PEs by slot, in order of id."""
+    """The PEs, by slot in order of id."""
 
     def __init__(self, queues: ReadQueues) -> None:
         self._queues = queues
@@ -60,7 +60,7 @@ class PrefillEngines:
 
     @property
     def read_queue(self) -> Column:
-        """Of the engines' nodes, in tokens: equal for the engines of a node. A copy."""
+        """Read queue of each engine's node, in tokens; engines of one node have equal entries. A copy."""
         return self._queues.tokens[self._places]
 
     def read_queue_at(self, slot: int) -> int:
@@ -99,7 +99,7 @@ class PrefillEngines:
         self._places = np.array(self._place_of, dtype=np.intp)
         self.buffer_capacity = _column([facts.buffer_blocks for facts in self.facts])
         self.smallest_buffer_blocks = min((facts.buffer_blocks for facts in self.facts), default=-1)
-        """Of any PE; -1 where there is none, so that nothing fits."""
+        """Smallest capacity of all PEs; -1 when there is no PE, so that nothing fits."""
 
 
 class DecodeGroup:
@@ -108,7 +108,7 @@ class DecodeGroup:
     def __init__(self, engines: "DecodeEngines", group: GroupId, position: int, start: int, stop: int) -> None:
         self.group = group
         self.position = position
-        """In `DecodeEngines.group_ids`."""
+        """Index in `DecodeEngines.group_ids`."""
         self.facts = engines.facts[start:stop]
         self.seq = engines.seq[start:stop]
         self.tok = engines.tok[start:stop]
@@ -119,11 +119,11 @@ class DecodeGroup:
         self.tok_total = int(self.tok.sum())
         self.hbm_free_total = int(self.hbm_free.sum())
         self.short_of_blocks = 0
-        """Device blocks that the head of the private queue wants and no engine had; 0 once one may have them."""
+        """Device blocks that the head of the private queue needs and no engine had free; 0 once an engine may."""
 
 
 class DecodeEngines:
-    """DEs by slot, in order of group, then id."""
+    """The DEs, by slot in order of group, then id."""
 
     def __init__(self) -> None:
         self.facts: list[EngineFacts] = []
@@ -131,7 +131,7 @@ class DecodeEngines:
         self.groups: dict[GroupId, DecodeGroup] = {}
         self.group_ids: list[GroupId] = []
         self.group_load = _column([])
-        """By position in `group_ids`: tokens of the group's engines and of its private queue."""
+        """Tokens on the group's engines and in its private queue, by position in `group_ids`."""
         self.seq = _column([])
         self.tok = _column([])
         self.hbm_free = _column([])
@@ -167,7 +167,7 @@ class DecodeEngines:
         self._change(engine, -1, -tokens)
 
     def promise_hbm(self, engine: EngineId, blocks: int) -> None:
-        """Take (or with a negative number give back) device blocks."""
+        """Promise device blocks; a negative number gives them back."""
         slot = self.slots[engine]
         group = self._group_of[slot]
         free_blocks = self._hbm_free_at[slot] - blocks
@@ -177,7 +177,7 @@ class DecodeEngines:
             group.short_of_blocks = 0
 
     def queue(self, group: GroupId, tokens: int) -> None:
-        """Tokens enter (or, negative, leave) the group's private queue, which counts as load of the group."""
+        """Add tokens to the group's private queue, which counts as the group's load; a negative number removes them."""
         self._queued[group] += tokens
         self._group_load_at[self.groups[group].position] += tokens
 
@@ -195,7 +195,7 @@ class DecodeEngines:
         self.buffer_capacity = _column([facts.buffer_blocks for facts in self.facts])
         self.smallest_hbm_blocks = min((facts.hbm_blocks for facts in self.facts), default=0)
         self.smallest_buffer_blocks = min((facts.buffer_blocks for facts in self.facts), default=0)
-        """Of any DE; 0 where there is none, so that nothing fits."""
+        """Smallest capacity of all DEs; 0 when there is no DE, so that nothing fits."""
         self.groups = {}
         self._group_of: list[DecodeGroup] = []
         for group, members in groupby(self.facts, key=lambda facts: facts.group):
@@ -219,10 +219,10 @@ class Fleet:
         self.decode = DecodeEngines()
         self._engines_of_node: dict[NodeId, list[EngineId]] = {}
         self._place_of: dict[EngineId, int] = {}
-        """Of the engine's node in `read_queues`."""
+        """Index of the engine's node in `read_queues`."""
 
     def add(self, facts: EngineFacts) -> None:
-        """Raises ValueError on a known id, a capacity that holds nothing, or a node of two roles or groups."""
+        """Raises ValueError for a known id, a capacity below one block, or a node with two roles or groups."""
         if facts.engine in self.facts:
             raise ValueError(f"engine {facts.engine} has joined already; an engine that comes back takes a new id")
         if facts.buffer_blocks < 1 or (facts.role is Role.DECODE and facts.hbm_blocks < 1):
@@ -241,7 +241,7 @@ class Fleet:
             self.decode.add(facts)
 
     def remove(self, engine: EngineId) -> None:
-        """The engine's reads have been ended before."""
+        """Remove an engine; the caller has ended its reads."""
         facts = self.facts.pop(engine)
         del self._place_of[engine]
         (self.prefill if facts.role is Role.PREFILL else self.decode).remove(engine)
@@ -250,7 +250,7 @@ class Fleet:
             del self._engines_of_node[facts.node]
 
     def read_queue_tokens(self, engine: EngineId) -> int:
-        """Of the engine's node."""
+        """Returns the read queue of the engine's node."""
         return self.read_queues.tokens_at[self._place_of[engine]]
 
     def start_read(self, engine: EngineId, leg: Leg) -> None:
@@ -260,7 +260,7 @@ class Fleet:
         self.read_queues.tokens_at[self._place_of[engine]] -= leg.blocks * BLOCK_TOKENS
 
     def refusal(self, pe_blocks: int, de_blocks: int, hbm_blocks: int) -> Cause | None:
-        """Why no engine could ever take such a request, however idle; None where some PE and some DE could."""
+        """Returns why no engine, however idle, could take such a request; None when some PE and some DE could."""
         prefill, decode = self.prefill, self.decode
         if (
             pe_blocks <= prefill.smallest_buffer_blocks

@@ -13,9 +13,9 @@ class EngineLoad(msgspec.Struct, frozen=True, gc=False):
     seq: int
     tok_tokens: int
     read_queue_tokens: int
-    """Of the engine's node."""
+    """Read queue of the engine's node."""
     buffer_held_blocks: int
-    """Draining ones included."""
+    """Held blocks, draining ones included."""
     buffer_free_blocks: int
     hbm_promised_blocks: int
     hbm_free_blocks: int

@@ -1,10 +1,10 @@
-"""The journal: every input of a scheduler with the commands it gave, and the proof that they follow from it.
+"""The journal: every input of a scheduler with the commands it gave, and a replay that checks them.
 
-Theory of operation. A driver that wraps its `Scheduler` in a `JournaledScheduler` writes one JSON line an input: the
-call, the time, the arguments, and the commands that this input appended. The first line is a header with the policy,
-constants and limits. Core being deterministic, `replay` rebuilds the scheduler from the header, makes the calls again
-and reports the first input whose commands differ: a change of behaviour between two versions of core, or a journal from
-elsewhere. Core does no I/O: the driver gives a sink for bytes and reads the lines back itself.
+Theory of operation. A driver that wraps its `Scheduler` in a `JournaledScheduler` writes one JSON line per input: the
+call, the time, the arguments, and the commands that the input appended. The first line is a header with the policy,
+constants and limits. Core is deterministic, so `replay` rebuilds the scheduler from the header, repeats the calls and
+reports the first input whose commands differ. A difference means that core's behaviour has changed, or that the journal
+was altered. Core does no I/O: the driver gives a sink for bytes and reads the lines back itself.
 """
 
 from collections.abc import Callable, Iterable
@@ -37,11 +37,11 @@ INPUTS: dict[str, Callable[..., None]] = {
     "released": Scheduler.released,
     "wake": Scheduler.wake,
 }
-"""Every input of the scheduler, by the name it has in a journal."""
+"""Every input of the scheduler, by its name in a journal."""
 
 
 class Header(msgspec.Struct, frozen=True):
-    """The first line: what the scheduler was made with."""
+    """The first line: the scheduler's constructor arguments."""
 
     journal: int
     policy: Policy
@@ -50,7 +50,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One input, and the commands it gave. `arguments` are those after `now`, as `INPUTS` types them."""
+    """One input, and the commands it gave. `arguments` are those after `now`, typed as the method in `INPUTS`."""
 
     call: str
     now: int
@@ -66,23 +66,23 @@ class _RawEntry(msgspec.Struct, frozen=True):
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """An input that gives other commands now than it gave then."""
+    """An input that gives other commands in the replay than in the journal."""
 
     line: int
-    """In the journal, from 1; the header is line 1."""
+    """Line number in the journal; the header is line 1."""
     entry: Entry
     commands: list[Command]
-    """What it gives now."""
+    """The commands of the replay."""
 
 
 class ReplayReport(msgspec.Struct, frozen=True):
-    """How far the replay came, and where it first differed, if it did."""
+    """How far the replay got, and the first difference, if any."""
 
     entries: int
     commands: int
     difference: Difference | None
     truncated: bool
-    """The last line is incomplete: its writer was stopped in the middle."""
+    """True when the last line is incomplete: the writer was stopped in the middle of it."""
 
 
 def _argument_types(call: Callable[..., None]) -> list[Any]:
@@ -104,7 +104,7 @@ P = ParamSpec("P")
 def _journaled(
     call: Callable[Concatenate[Scheduler, int, P], None],
 ) -> "Callable[Concatenate[JournaledScheduler, int, P], None]":
-    """The same input of a `JournaledScheduler`: made, and written down with what it gave."""
+    """Returns the method of `JournaledScheduler` that makes this input and journals it with its commands."""
 
     def record(self: "JournaledScheduler", now: int, /, *arguments: P.args, **named: P.kwargs) -> None:
         if named:
@@ -117,14 +117,14 @@ def _journaled(
 
 
 class JournaledScheduler:
-    """A `Scheduler` whose every input goes to `sink` as a line of bytes, newline included.
+    """A `Scheduler` that writes every input to `sink` as one line of bytes, newline included.
 
-    The scheduler must be new (ValueError): a journal starts at the beginning. An input that raises is not written.
+    Raises ValueError unless the scheduler is new: a journal has every input. An input that raises is not written.
     """
 
     def __init__(self, scheduler: Scheduler, sink: Callable[[bytes], object]) -> None:
         if scheduler.engines() or scheduler.now:
-            raise ValueError("this scheduler has had inputs already, which a journal could not reproduce")
+            raise ValueError("this scheduler has had inputs already, which its journal would lack; give it a new one")
         self.scheduler = scheduler
         self._sink = sink
         self._outbox: list[Command] = []
@@ -152,7 +152,7 @@ class JournaledScheduler:
         return self.scheduler.life
 
     def write(self, entry: Entry) -> None:
-        """Journal one input; its commands become due to the driver."""
+        """Journal one input, then put its commands where `take_commands` finds them."""
         self._outbox += entry.commands
         self._sink(_ENCODER.encode(entry) + b"\n")
 
@@ -183,7 +183,7 @@ class JournaledScheduler:
 
 
 def decode_entry(line: bytes) -> Entry:
-    """One line of a journal, after the header. Raises ValueError saying what is wrong with it."""
+    """Decode one line of a journal after the header. Raises ValueError that says what is wrong with the line."""
     raw = _ENTRY.decode(line)
     if raw.call not in _ARGUMENTS:
         raise ValueError(f"{raw.call!r} is no input of the scheduler; known are {', '.join(INPUTS)}")
@@ -191,10 +191,10 @@ def decode_entry(line: bytes) -> Entry:
 
 
 def replay(lines: Iterable[bytes]) -> ReplayReport:
-    """Make every call of a journal again, until one gives other commands than are written there.
+    """Repeat every call of a journal until one gives other commands than the journal has.
 
-    Raises ValueError, with the number of the line, on a missing or foreign header and on a line that is no entry; an
-    incomplete last line is only reported.
+    Raises ValueError with the line number when the header is missing or of another version, or a line is not an entry.
+    An incomplete last line is only reported.
     """
     numbered = enumerate(lines, start=1)
     scheduler = _scheduler_of(next(numbered, (1, b""))[1])

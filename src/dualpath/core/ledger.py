@@ -1,15 +1,15 @@
-"""Who holds what: buffer blocks and promised device blocks, by engine and attempt.
+"""The ledger of blocks: which attempt holds which buffer blocks and promised device blocks on which engine.
 
-Theory of operation. Back-pressure is core's: a command that makes an engine allocate is issued only when the ledger has
-room for it, so an engine's allocation never fails but by a bug. Each engine has a FIFO line for its buffer, served from
-the head only, so a large request is never overtaken for ever.
+Theory of operation. Core applies back-pressure: it issues a command that makes an engine allocate only when the ledger
+has room for it. An engine's allocation therefore fails only by a bug. Each engine has one FIFO line for its buffer,
+served from the head only, so a large request is never overtaken.
 
-The order of allocation can't deadlock. An attempt holds its DE's device blocks (promised at DE choice) before it lines
-up for DE buffer, and its whole DE buffer before it lines up for PE buffer; who holds PE buffer needs nothing but
-compute. Each line thus waits only for holders further along.
+The order of allocation cannot deadlock. An attempt holds its DE's device blocks (promised at DE choice) before it lines
+up for the DE buffer, and all its DE buffer before it lines up for the PE buffer. A holder of PE buffer needs only
+compute. So each line waits only for attempts that are further along.
 
-An attempt that is aborted keeps its blocks as *draining*: a transfer may still touch them, so they are given back only
-when the engine says `released`, or is lost. No deadline frees a block.
+An aborted attempt keeps its blocks as *draining*, because a transfer may still touch them. They are freed only when the
+engine answers `released` or is lost. No deadline frees a block.
 """
 
 from collections import OrderedDict
@@ -25,7 +25,7 @@ Key = tuple[RequestId, int]
 
 
 class Holding(msgspec.Struct, frozen=True, gc=False):
-    """What one attempt holds at one engine."""
+    """The blocks that one attempt holds on one engine."""
 
     engine: EngineId
     request: RequestId
@@ -45,7 +45,7 @@ class _Held:
 
 
 class Account:
-    """One engine's blocks: free ones, held ones by attempt, and who waits for buffer."""
+    """One engine's blocks: the free ones, the held ones by attempt, and the line for its buffer."""
 
     __slots__ = ("buffer_free_blocks", "facts", "hbm_free_blocks", "held", "line")
 
@@ -57,7 +57,7 @@ class Account:
         self.line: OrderedDict[Key, int] = OrderedDict()
 
     def grant(self, key: Key, blocks: int) -> None:
-        """Give the attempt so much of the buffer."""
+        """Give the attempt `blocks` of the buffer."""
         self.buffer_free_blocks -= blocks
         held = self.held.get(key)
         if held is None:
@@ -67,7 +67,7 @@ class Account:
 
 
 class Ledger:
-    """The accounts of all engines. Keeps the free-HBM column of `decode` in step."""
+    """The accounts of all engines. The ledger also keeps the free-HBM column of `decode` up to date."""
 
     def __init__(self, decode: DecodeEngines) -> None:
         self._decode = decode
@@ -77,7 +77,7 @@ class Ledger:
         self.accounts[facts.engine] = Account(facts)
 
     def close(self, engine: EngineId) -> None:
-        """The engine is lost, and with it whatever was held there."""
+        """The engine is lost: drop its account and all that was held there."""
         del self.accounts[engine]
 
     def promise_hbm(self, engine: EngineId, key: Key, blocks: int) -> None:
@@ -87,7 +87,7 @@ class Ledger:
         self._decode.promise_hbm(engine, blocks)
 
     def line_up(self, engine: EngineId, key: Key, blocks: int) -> bool:
-        """Ask for `blocks` of the engine's buffer; True if they are given at once, else the attempt is in line."""
+        """Ask for `blocks` of the engine's buffer. Returns True if they are granted at once, else joins the line."""
         account = self.accounts[engine]
         if account.line or blocks > account.buffer_free_blocks:
             account.line[key] = blocks
@@ -96,11 +96,11 @@ class Ledger:
         return True
 
     def has_line(self, engine: EngineId) -> bool:
-        """Somebody waits for the engine's buffer."""
+        """Returns True when an attempt waits for the engine's buffer."""
         return bool(self.accounts[engine].line)
 
     def grant_next(self, engine: EngineId) -> Key | None:
-        """Give the head of the line its blocks, if there are enough; who it was, else None."""
+        """Grant the head of the line its blocks. Returns its key; None when the line is empty or blocks are short."""
         account = self.accounts[engine]
         if not account.line:
             return None
@@ -112,7 +112,7 @@ class Ledger:
         return key
 
     def free_buffer(self, engine: EngineId, key: Key, blocks: int) -> bool:
-        """A part of the attempt's buffer is given back; False where it does not hold so much."""
+        """Free a part of the attempt's buffer. Returns False when `blocks` is below 1 or more than it holds."""
         account = self.accounts[engine]
         held = account.held[key]
         if not 1 <= blocks <= held.buffer_blocks:
@@ -122,7 +122,7 @@ class Ledger:
         return True
 
     def give_back(self, engine: EngineId, key: Key) -> None:
-        """Everything the attempt has at the engine, a place in its line included, is free again."""
+        """Free everything the attempt holds on the engine, and take it out of the engine's line."""
         account = self.accounts[engine]
         if account.line:
             account.line.pop(key, None)
@@ -135,13 +135,13 @@ class Ledger:
             self._decode.promise_hbm(engine, -held.hbm_blocks)
 
     def drain(self, engine: EngineId, key: Key) -> None:
-        """What the attempt holds stays held until `give_back`; it waits for nothing more."""
+        """Take the attempt out of the line, and keep its blocks held as draining until `give_back`."""
         account = self.accounts[engine]
         account.line.pop(key, None)
         account.held.setdefault(key, _Held()).draining = True
 
     def holdings(self) -> Iterator[Holding]:
-        """Everything held anywhere, by engine in order of joining."""
+        """Yields every holding, by engine in the order they joined."""
         for engine, account in self.accounts.items():
             for (request, attempt), held in account.held.items():
                 yield Holding(engine, request, attempt, held.buffer_blocks, held.hbm_blocks, held.draining)

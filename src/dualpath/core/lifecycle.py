@@ -1,11 +1,11 @@
-"""How a request moves through its life: the steps that `scheduler` takes once it has decided that an input is news.
+"""The steps that move a request forward. `scheduler` takes them once it knows that an input is not stale.
 
-These are the steps forward; those back and out, when something fails, are in `withdrawal`.
+The steps that end an attempt early, when something fails, are in `withdrawal`; read it next.
 
-Every step keeps four books together: the fleet's columns (load and read queues), the ledger (blocks), the waiting room
-(lines) and the deadlines; and it says what must be done by appending commands to the outbox. Freed blocks and changed
-loads are only noted; `settle`, the end of every input, serves the buffer lines and runs a fetch if one is due, so that
-older requests get freed blocks before newer ones are placed.
+Every step keeps four records consistent: the fleet's columns (load and read queues), the ledger (blocks), the waiting
+room (lines) and the deadlines. It appends commands to the outbox. A step only notes freed blocks and changed loads.
+Every input ends with `settle`, which serves the buffer lines and runs a fetch if one is due. Older requests therefore
+get freed blocks before newer ones are placed.
 """
 
 from dualpath.core.counts import COUNTS
@@ -33,7 +33,7 @@ from dualpath.core.waiting import WaitingRoom
 
 
 class Lifecycle:
-    """All that is known of engines and requests, and the steps that change it."""
+    """The state of all engines and requests, and the steps that change it."""
 
     def __init__(self, policy: Policy, constants: Constants, limits: Limits) -> None:
         self.policy = policy
@@ -53,7 +53,7 @@ class Lifecycle:
         self.now = 0
         self.next_fetch_ns = 0
         self.changed = False
-        """Something happened since the last fetch that may let it place more."""
+        """True when something since the last fetch may let the next one place more."""
         self._freed: list[EngineId] = []
         self._turn = 0
         stay_ns = {
@@ -65,16 +65,16 @@ class Lifecycle:
             State.RETRYING: limits.queue_ns,
         }
         self.stay_ns = {state: limit if limit < FOREVER_NS else NEVER_NS for state, limit in stay_ns.items()}
-        """The longest stay in each live state; NEVER_NS where there is no limit."""
+        """The longest stay in each live state; NEVER_NS means no limit."""
 
     def begin(self, now: int) -> None:
-        """Every input starts here. Raises ValueError where time goes back."""
+        """Start an input; every input calls this first. Raises ValueError when time goes back."""
         if now < self.now:
             raise ValueError(f"now is {now} ns after {self.now} ns: a driver's clock must be monotonic")
         self.now = now
 
     def accept(self, now: int, name: str, request: RequestId, attempt: int) -> Request | None:
-        """Begin an engine's input `name`: the request, if it is news for this attempt of it; else None, counted."""
+        """Start an engine's input `name`. Returns the request; None, and counts a drop, when the input is stale."""
         if now != self.now:
             self.begin(now)
         live = self.requests.get(request)
@@ -86,7 +86,7 @@ class Lifecycle:
     def accept_leg(
         self, now: int, name: str, request: RequestId, attempt: int, side: Side
     ) -> tuple[Request, Leg] | None:
-        """Like `accept`, for a leg that was commanded and has not arrived."""
+        """Like `accept`, for an input about a leg; an input about a leg that is not being read is stale too."""
         live = self.accept(now, name, request, attempt)
         if live is None:
             return None
@@ -97,7 +97,7 @@ class Lifecycle:
         return None
 
     def refusal(self, request: Request) -> Cause | None:
-        """Why no engine could ever take the request; None where some could."""
+        """Returns why no engine could ever take the request; None when some engine could."""
         pe_blocks = least_pe_blocks(self._read_path, request.hit_blocks)
         return self.fleet.refusal(pe_blocks, request.prompt_blocks, request.hbm_blocks)
 
@@ -107,7 +107,7 @@ class Lifecycle:
         self.changed = True
 
     def move(self, request: Request, event: Event) -> None:
-        """Take the transition, with the deadline of the state it leads to."""
+        """Take the transition and set the deadline of the new state."""
         request.move(event)
         state = request.state
         stay_ns = self.stay_ns[state]
@@ -118,7 +118,7 @@ class Lifecycle:
         self.deadlines.set(request, self.now + stay_ns)
 
     def settle(self) -> None:
-        """Every input ends here: hand on what it freed, and fetch if that is due."""
+        """End an input: grant the blocks that it freed to those in line, and fetch if a fetch is due."""
         if self._freed:
             freed, self._freed = self._freed, []
             for engine in freed:
@@ -131,7 +131,7 @@ class Lifecycle:
                 self._place(request)
 
     def freed(self, engine: EngineId) -> None:
-        """The engine has room, or load, to spare: see to it in `settle`."""
+        """Note that the engine has freed blocks or load, for `settle`."""
         self.changed = True
         if self.ledger.has_line(engine):
             self._freed.append(engine)
@@ -154,7 +154,7 @@ class Lifecycle:
             self.outbox.append(Prefill(request.id, request.attempt, prefill, decode))
 
     def prefilled(self, request: Request) -> None:
-        """The PE holds nothing any more; the DE takes over."""
+        """The PE holds nothing of the attempt any more; the DE takes over."""
         prefill, decode = request.prefill_engine, request.decode_engine
         assert prefill is not None and decode is not None
         self.fleet.prefill.end(prefill, request.facts.prompt_tokens)
@@ -166,7 +166,7 @@ class Lifecycle:
         self.outbox.append(Decode(request.id, request.attempt, decode))
 
     def finished(self, request: Request) -> None:
-        """The DE holds nothing any more."""
+        """The DE holds nothing of the attempt any more; the request is complete."""
         decode = request.decode_engine
         assert decode is not None
         self.fleet.decode.end(decode, request.facts.prompt_tokens)
@@ -177,7 +177,7 @@ class Lifecycle:
         self.outbox.append(Finish(request.id))
 
     def _place(self, request: Request) -> None:
-        """Both engines are known: choose the read path and line up for DE buffer."""
+        """Both engines are chosen: choose the read path and line up for the DE buffer."""
         prefill, decode = request.prefill_engine, request.decode_engine
         assert prefill is not None and decode is not None
         fleet = self.fleet
@@ -214,7 +214,7 @@ class Lifecycle:
                 self._read_at_prefill(request, engine)
 
     def _prepare(self, request: Request, decode: EngineId) -> None:
-        """The DE buffer is granted: start there, and line up for the PE buffer if the PE side reads."""
+        """The DE buffer is granted: command the DE, and line up for the PE buffer if the PE side reads."""
         request.commanded = (decode, *request.commanded)
         self.outbox.append(Prepare(request.id, request.attempt, decode, request.prompt_blocks, request.hbm_blocks))
         pe_blocks = 0
@@ -231,16 +231,16 @@ class Lifecycle:
         if self.ledger.line_up(prefill, request.key, pe_blocks):
             self._read_at_prefill(request, prefill)
         else:
-            self._serve_line(prefill)  # what this very input freed there may not have been handed on yet
+            self._serve_line(prefill)  # blocks that this input freed there may not have been granted yet
 
     def _read_at_prefill(self, request: Request, prefill: EngineId) -> None:
-        """The PE buffer is granted: nothing else is waited for."""
+        """The PE buffer is granted: command the PE's read. The request waits for no other blocks."""
         request.commanded = (prefill, *request.commanded)
-        leg = request.legs[0]  # the PE side's, as there is one
+        leg = request.legs[0]  # the PE side's leg always comes first
         self.outbox.append(Load(request.id, request.attempt, prefill, leg))
         self.move(request, Event.ALLOCATE)
 
     def end(self, request: Request, event: Event) -> None:
-        """To a terminal state; core forgets the request."""
+        """Move to a terminal state and forget the request."""
         request.move(event)
         del self.requests[request.id]

@@ -1,10 +1,10 @@
 """What one prefill chunk moves, per layer: which token ranges come from which buffer, and which are shipped PE → DE.
 
-Theory of operation (paper §4.1). Before a layer's attention, positions ``[0, cached)`` must be on the PE device. The
-hit tokens lie in the buffer of the side that read them; what earlier chunks of the same prompt computed lies in the DE
-buffer, where every computed token goes. Afterwards the chunk's new tokens travel to the DE buffer, and with the first
-chunk also the hit tokens that the PE side read, since the DE buffer must end up holding the whole prompt. On the DE
-path only miss tokens travel.
+Theory of operation (paper §4.1). Before a layer's attention, positions ``[0, past_tokens)`` must be on the PE device.
+The hit tokens are in the buffer of the side that read them. Tokens that earlier chunks of the prompt computed are in
+the DE buffer, where every computed token goes. After the layer, the chunk's new tokens are shipped to the DE buffer.
+The first chunk also ships the hit tokens that the PE side read, because the DE buffer must finally hold the whole
+prompt. On the DE path only miss tokens are shipped.
 
 ```
  prompt   |<------- hit ------->|<-- computed earlier -->|<-- new -->|
@@ -19,7 +19,7 @@ from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side
 
 
 class Segment(msgspec.Struct, frozen=True, gc=False):
-    """Tokens ``[first_token, first_token + tokens)`` that come from the buffer of `side`."""
+    """Tokens ``[first_token, first_token + tokens)`` in the buffer of `side`."""
 
     side: Side
     first_token: int
@@ -34,16 +34,16 @@ class TokenRange(msgspec.Struct, frozen=True, gc=False):
 
 
 class ChunkPlan(msgspec.Struct, frozen=True):
-    """Per layer: `loads` tile ``[0, past_tokens)`` in order; `ships` are what the DE buffer still lacks, in order."""
+    """Per layer: `loads` tile ``[0, past_tokens)`` in order; `ships` is what the DE buffer still lacks, in order."""
 
     loads: tuple[Segment, ...]
     ships: tuple[TokenRange, ...]
 
 
 def chunk_plan(legs: tuple[Leg, ...], hit_tokens: int, past_tokens: int, new_tokens: int) -> ChunkPlan:
-    """Plan for the chunk that computes tokens ``[past_tokens, past_tokens + new_tokens)``.
+    """Returns the plan for the chunk that computes tokens ``[past_tokens, past_tokens + new_tokens)``.
 
-    `legs` tile the hit blocks, in any order. Raises ValueError where they don't, where the chunk is empty or where it
+    `legs` must tile the hit blocks, in any order. Raises ValueError when they don't, when the chunk is empty or when it
     starts inside the hit tokens.
     """
     if new_tokens < 1 or past_tokens < hit_tokens:
@@ -78,7 +78,7 @@ def _hit_segments(legs: tuple[Leg, ...], hit_tokens: int) -> list[Segment]:
 
 
 def _append_segment(segments: list[Segment], segment: Segment) -> None:
-    """Append, or grow the last one where it is of the same side (callers append in order, without gaps)."""
+    """Append the segment, or extend the last one of the same side. Callers append in order, without gaps."""
     if segments and segments[-1].side is segment.side:
         last = segments.pop()
         segment = Segment(last.side, last.first_token, last.tokens + segment.tokens)

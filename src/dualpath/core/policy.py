@@ -1,7 +1,7 @@
-"""What the scheduler is told: which rules it decides by, with which numbers, and within which bounds.
+"""The scheduler's settings: the rules it decides by, their constants, and its bounds.
 
-A `Policy` names the rules; `systems` lists the policies that have a name. `Constants` are the scheduler's (§6.1);
-`Limits` bound every queue, every state and every retry.
+A `Policy` names the rules; `systems` lists the named policies. `Constants` are the scheduler's numbers (§6.1);
+`Limits` bound every queue, every state and the number of attempts.
 """
 
 import msgspec
@@ -10,16 +10,16 @@ SECOND_NS = 1_000_000_000
 QUOTA_NS = 300_000_000
 """The compute quota of a prefill batch (§6.2)."""
 FOREVER_NS = 10**18
-"""Thirty years: a limit of so long is none, and costs nothing to watch."""
+"""Thirty years: a limit this long means no limit, and costs nothing to watch."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Rules by name, so that a policy is data: journals and messages carry it. Names may be ``module:attribute``."""
 
     placement: str = "paper"
-    """Who prefills and who decodes: of `placement.PLACEMENTS`."""
+    """Who prefills and who decodes: a name in `placement.PLACEMENTS`."""
     read_path: str = "shorter_queue"
-    """Whose storage NIC reads: of `read_path.READ_PATHS`."""
+    """Whose storage NIC reads: a name in `read_path.READ_PATHS`."""
     layerwise: bool = True
     """Load, compute and ship layer by layer (§5); False: load everything, compute, ship everything."""
     free_io: bool = False
@@ -30,11 +30,11 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The scheduler's constants (§6.1)."""
 
     alpha_tokens: int
-    """A node's read queue is short up to here: tokens its SNIC reads in 3 s."""
+    """A node's read queue up to this length is short. Tokens its SNIC reads in 3 s."""
     beta_tokens: int
-    """A PE with more unfinished tokens than this takes nothing: tokens one GPU prefills in 5 s."""
+    """A PE with more unfinished tokens than this gets no new request. Tokens one GPU prefills in 5 s."""
     z_factor: float = 1.05
-    """A DE is high above this multiple of its group's mean load."""
+    """A DE above this multiple of its group's mean load is *high* (see `placement`)."""
     fetch_interval_ns: int = 5_000_000
     """Requests are placed at most this often."""
 
@@ -64,7 +64,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Requests queued for placement; one more is refused as overloaded."""
     max_attempts: int = 3
     queue_ns: int = 600 * SECOND_NS
-    """In QUEUED, in ALLOCATING, and in RETRYING."""
+    """Longest stay in QUEUED, in ALLOCATING, and in RETRYING."""
     load_ns: int = 120 * SECOND_NS
     prefill_ns: int = 300 * SECOND_NS
     decode_ns: int = 120 * SECOND_NS

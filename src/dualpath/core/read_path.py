@@ -1,9 +1,9 @@
 """Path choice: which side's storage NIC reads a request's hit KV (paper §6.1), as legs of whole Full Blocks.
 
-The paper's rule is the shorter of the two nodes' read queues. `pe_only` is what other disaggregated systems do,
-`de_only` its mirror image, to measure one path by itself; `alternate` is two paths without a scheduler (an ablation
-step); `split` is ours, named in the paper as future work: both sides read a part of one request, sized so that both
-queues run dry together.
+The paper's rule, `shorter_queue`, takes the node with the shorter read queue. `pe_only` is what other disaggregated
+systems do; `de_only` is its mirror image, to measure one path alone; `alternate` uses both paths without a scheduler
+(an ablation step). `split` is ours, and the paper's future work: both sides read a part of one request, sized so that
+both queues empty at the same time.
 
 A rule is a function. To add one, write it, wrap it in `ReadPath` and name it in `READ_PATHS` and in a system.
 """
@@ -17,7 +17,7 @@ from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side
 from dualpath.spec.registry import Registry
 
 MIN_SPLIT_BLOCKS = 4
-"""`split` gives no side fewer blocks than this: a tiny leg costs a request and saves nothing."""
+"""`split` makes no leg shorter than this: a tiny leg costs a read request and saves nothing."""
 
 _GOLDEN_RATIO_64 = 0x9E37_79B9_7F4A_7C15
 """The golden ratio's fraction, times 2^64."""
@@ -29,18 +29,18 @@ class PathFacts(msgspec.Struct, frozen=True, gc=False):
     """What a rule knows of a request whose engines are chosen."""
 
     hit_blocks: int
-    """From 1."""
+    """At least 1."""
     pe_queue_tokens: int
-    """Read queue of the PE's *node*, this request not yet in it."""
+    """Read queue of the PE's *node*, without this request."""
     de_queue_tokens: int
     pe_buffer_blocks: int
     """Capacity of the PE buffer."""
     turn: int
-    """Requests with a hit so far."""
+    """Number of requests with a hit so far."""
 
 
 ReadRule = Callable[[PathFacts], int]
-"""How many of the hit blocks the PE's side reads, 0 to all; the DE's side reads the rest. Deterministic, no state."""
+"""Returns how many hit blocks the PE side reads, 0 to all; the DE side reads the rest. Deterministic, stateless."""
 
 
 class ReadPath(msgspec.Struct, frozen=True):
@@ -51,10 +51,10 @@ class ReadPath(msgspec.Struct, frozen=True):
 
 
 def choose_legs(read_path: ReadPath, facts: PathFacts) -> tuple[Leg, ...]:
-    """Legs that tile the hit blocks in order, PE side first.
+    """Returns legs that tile the hit blocks in order, PE side first.
 
-    A PE leg never exceeds the PE buffer's capacity, except where only PEs read: `least_pe_blocks` had the PE chosen to
-    be large enough. Raises ValueError for a rule that gives less than none or more than all.
+    A PE leg never exceeds the PE buffer's capacity: when the rule gives it more, the DE reads all. Where only PEs read,
+    `least_pe_blocks` has made sure that the PE is large enough. Raises ValueError for a part below 0 or above all.
     """
     hit_blocks = facts.hit_blocks
     pe_blocks = read_path.pe_blocks(facts)
@@ -70,7 +70,7 @@ def choose_legs(read_path: ReadPath, facts: PathFacts) -> tuple[Leg, ...]:
 
 
 def least_pe_blocks(read_path: ReadPath, hit_blocks: int) -> int:
-    """What a request needs of its PE's buffer however long the queues are: all it hit, where only PEs read."""
+    """Returns the PE buffer blocks that a request needs in any case: all its hit blocks where only PEs read, else 0."""
     return hit_blocks if read_path.readers == "PE" else 0
 
 
@@ -83,7 +83,7 @@ def _de_only(_facts: PathFacts) -> int:
 
 
 def _shorter_queue(facts: PathFacts) -> int:
-    """The paper's (§6.1). A tie goes to the PE, whose path moves the KV once less."""
+    """The paper's rule (§6.1). A tie goes to the PE, whose path moves the KV once less."""
     return facts.hit_blocks if facts.pe_queue_tokens <= facts.de_queue_tokens else 0
 
 
@@ -92,17 +92,17 @@ def _alternate(facts: PathFacts) -> int:
 
 
 def _is_pe_turn(turn: int) -> bool:
-    """One of each side in every two turns, which one first by a golden-ratio sequence.
+    """Each side gets one of every two turns; a golden-ratio sequence says which side is first.
 
-    Plain alternation would fall in step with a round robin over engines, and give some nodes all the reads and others
-    none; an irrational rotation is in step with nothing.
+    Plain alternation would synchronise with a round robin over engines and give some nodes all the reads and others
+    none; an irrational rotation synchronises with nothing.
     """
     pair, second = divmod(turn, 2)
     return (pair * _GOLDEN_RATIO_64 >> 63) % 2 == second
 
 
 def _split(facts: PathFacts) -> int:
-    """So many that ``pe_queue + pe_part = de_queue + de_part``, as nearly as legs allow."""
+    """Returns the part for which ``pe_queue + pe_part = de_queue + de_part``, as nearly as legs allow."""
     hit_blocks, buffer_blocks = facts.hit_blocks, facts.pe_buffer_blocks
     lead_blocks = (facts.de_queue_tokens - facts.pe_queue_tokens) / BLOCK_TOKENS
     pe_blocks = min(hit_blocks, buffer_blocks, max(0, round((hit_blocks + lead_blocks) / 2)))
@@ -125,6 +125,6 @@ READ_PATHS: Registry[ReadPath] = Registry(
 
 
 def find_read_path(name: str) -> ReadPath:
-    """Raises UnknownNameError. A bare function, such as ``module:function`` names, may use both sides."""
+    """Raises UnknownNameError when no rule has the name. A bare function (``module:function``) may use both sides."""
     found = READ_PATHS.get(name)
     return found if isinstance(found, ReadPath) else ReadPath(found)

@@ -1,9 +1,9 @@
-"""A request's life as a declared table, and the record core keeps of it.
+"""The states of a request as a declared table, and core's record of one live request.
 
-Theory of operation. A request is in one state and has one owner: core, but for RETRYING, where the driver is to match
-the prompt against storage anew. Every live state has a deadline. `TRANSITIONS` is all there is: an event that a state
-does not list is a bug and raises `IllegalTransition`. What engines say never gets that far out of turn: `ACCEPTS` names
-the states in which an input means something, and elsewhere it is stale, dropped and counted.
+Theory of operation. A request is in one state and has one owner. The owner is core, except in RETRYING: there the
+driver must match the prompt against storage again. Every live state has a deadline. `TRANSITIONS` lists every legal
+move; any other move is a bug and raises `IllegalTransition`. A late message of an engine cannot cause one: `ACCEPTS`
+lists the states in which each input is accepted, and in any other state the input is stale, dropped and counted.
 
 `render_table()` draws the diagram in the documentation from the same table.
 """
@@ -19,7 +19,7 @@ class State(Enum):
     QUEUED = "queued"
     """Waits for a PE and a DE."""
     ALLOCATING = "allocating"
-    """Placed; waits for DE buffer, then PE buffer, blocks."""
+    """Placed; waits for DE buffer blocks, then for PE buffer blocks."""
     LOADING = "loading"
     """Holds its buffer blocks; legs are being read from storage."""
     PREFILLING = "prefilling"
@@ -30,7 +30,7 @@ class State(Enum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
-    # Members are singletons; Enum's own hash is that of the name, computed in Python, and it showed in profiles.
+    # Members are singletons. Enum hashes the name in Python, which was visible in profiles.
     __hash__ = object.__hash__
 
     @property
@@ -39,7 +39,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What moves a request on."""
+    """What moves a request to its next state."""
 
     PLACE = "place"
     ALLOCATE = "allocate"
@@ -79,21 +79,21 @@ ACCEPTS: dict[str, tuple[State, ...]] = {
     "finished": (State.DECODING,),
     "attempt_failed": _ON_ENGINES,
 }
-"""The states in which an input of an engine is news; in any other it is stale."""
+"""The states in which core accepts an engine's input; in any other state the input is stale."""
 
 
 class IllegalTransition(Exception):  # noqa: N818 (named as a thing that happened, like StopIteration)
-    """Core tried to move a request in a way that `TRANSITIONS` does not list: a bug in core."""
+    """Core tried a move that `TRANSITIONS` does not list: a bug in core."""
 
 
 NEVER_NS = (1 << 63) - 1
-"""A time that does not come: no deadline."""
+"""The time that means "no deadline"."""
 
 
 class Request:
-    """One live request: its current attempt, and what that attempt has where.
+    """One live request: its current attempt, and the attempt's engines, legs and progress.
 
-    A plain class with slots: its fields are written some twenty times in a life, and a Struct checks each write.
+    A plain class with slots: the fields are written about twenty times per request, and a Struct checks each write.
     """
 
     __slots__ = (
@@ -119,15 +119,15 @@ class Request:
         self.id: RequestId = facts.request
         self.state = State.QUEUED
         self.deadline_ns = NEVER_NS
-        """Of the state it is in, NEVER_NS where it has none; written by `Deadlines` alone."""
+        """Deadline of the current state, NEVER_NS for none; only `Deadlines` writes it."""
         self.begin_attempt(facts)
 
     def begin_attempt(self, facts: RequestFacts) -> None:
-        """Begin the attempt that `facts` describe, on no engine yet."""
+        """Start the attempt that `facts` describe; it is on no engine yet."""
         self.facts = facts
         self.attempt = facts.attempt
         self.key = (facts.request, facts.attempt)
-        """What engines and the ledger know it by."""
+        """The key by which engines and the ledger know the attempt."""
         self.hit_blocks = hit_blocks(facts)
         self.prompt_blocks = prompt_blocks(facts)
         self.hbm_blocks = hbm_blocks(facts)
@@ -142,9 +142,9 @@ class Request:
         self.decode_engine: EngineId | None = None
         """From DE choice until the attempt ends."""
         self.commanded: tuple[EngineId, ...] = ()
-        """Engines that were told of the attempt, and so must be told to abort it."""
+        """Engines that were told of the attempt, and therefore get an Abort when it fails."""
         self.legs: tuple[Leg, ...] = ()
-        """The read path: who reads which hit blocks."""
+        """The read path: which side reads which hit blocks."""
         self.unloaded: tuple[Leg, ...] = ()
         """Legs not yet in their buffer; they count in the nodes' read queues."""
         self.prepared = False
@@ -157,7 +157,7 @@ class Request:
         return self.prefill_engine if side is Side.PE else self.decode_engine
 
     def move(self, event: Event) -> None:
-        """Take the transition. Raises IllegalTransition where the table has none."""
+        """Take the transition. Raises IllegalTransition when the table does not list it."""
         target = TRANSITIONS[self.state].get(event)
         if target is None:
             raise IllegalTransition(f"request {self.id} attempt {self.attempt}: {event.value} in {self.state}")
@@ -165,22 +165,22 @@ class Request:
 
 
 def hit_blocks(facts: RequestFacts) -> int:
-    """Full Blocks found in storage."""
+    """Number of Full Blocks found in storage."""
     return facts.hit_tokens // BLOCK_TOKENS
 
 
 def prompt_blocks(facts: RequestFacts) -> int:
-    """DE buffer blocks for the whole prompt."""
+    """Number of DE buffer blocks for the whole prompt."""
     return -(-facts.prompt_tokens // BLOCK_TOKENS)
 
 
 def hbm_blocks(facts: RequestFacts) -> int:
-    """DE device blocks for the prompt and all it may generate."""
+    """Number of DE device blocks for the prompt and all tokens it may generate."""
     return -(-(facts.prompt_tokens + facts.max_new_tokens) // BLOCK_TOKENS)
 
 
 def check_facts(facts: RequestFacts) -> None:
-    """Raise ValueError where a driver's facts make no sense."""
+    """Raises ValueError when a driver's facts are invalid."""
     sound = (
         facts.prompt_tokens >= 1
         and facts.max_new_tokens >= 1
@@ -196,7 +196,7 @@ def check_facts(facts: RequestFacts) -> None:
 
 
 def render_table() -> str:
-    """The transition table as a Mermaid state diagram, for the documentation."""
+    """Returns the transition table as a Mermaid state diagram, for the documentation."""
     lines = ["```mermaid", "stateDiagram-v2", "    [*] --> queued"]
     for state, moves in TRANSITIONS.items():
         lines += [f"    {state.value} --> {target.value}: {event.value}" for event, target in moves.items()]

@@ -1,8 +1,8 @@
 """The scheduler: who prefills, who decodes, who reads, and what happens when something goes wrong.
 
-Theory of operation. A synchronous state machine without a clock. A driver calls one method for each thing that happens,
-with the time; the call appends commands to an outbox that `take_commands` drains; `next_wake` says when to call `wake`
-if nothing happens before. The same inputs in the same order give the same commands.
+Theory of operation. The scheduler is a synchronous state machine without a clock. A driver calls one method for each
+event and passes the time; the call appends commands to an outbox, which `take_commands` drains. `next_wake` says when
+to call `wake` if nothing happens earlier. The same inputs in the same order give the same commands.
 
 ```
  submit ──> QUEUED ──> ALLOCATING ──> LOADING ──> PREFILLING ──> DECODING ──> FINISHED
@@ -11,16 +11,16 @@ if nothing happens before. The same inputs in the same order give the same comma
                        PE buffer
 ```
 
-A request waits for a PE and a DE (`waiting`, `placement`), then gets its read path (`read_path`). Commands that make an
-engine allocate are issued when the `ledger` has room. What an engine answers is checked against the request's attempt
-and state; anything stale is dropped and counted, so an exception out of here means a bug in the driver or in core.
+A request waits for a PE and a DE (`waiting`, `placement`), then gets its read path (`read_path`). A command that makes
+an engine allocate is issued only when the `ledger` has room. Every answer of an engine is checked against the request's
+attempt and state; stale answers are dropped and counted. So an exception raised here means a bug in the driver or core.
 
-An attempt fails by an engine's word, by the loss of an engine or by the deadline of its state. Engines that were told
-of it get an Abort, and their blocks stay held until they answer; the driver gets a Resubmit, or the client its Fail.
+An attempt fails when an engine reports a failure, an engine is lost, or the deadline of its state passes. Engines that
+were told of it get an Abort, and their blocks stay held until they answer. The driver then gets a Resubmit or a Fail.
 
-Fetches, which place requests, run at most every `fetch_interval_ns` and only after something has changed.
+A fetch places requests. Fetches run at most every `fetch_interval_ns`, and only after something has changed.
 
-This file is the face: it decides which inputs are news. The steps that follow are in `lifecycle` and `withdrawal`.
+This file is the public face: it decides which inputs are stale. Read `lifecycle` next, then `withdrawal`.
 """
 
 from dualpath.core import withdrawal
@@ -41,7 +41,7 @@ from dualpath.core.vocabulary import (
 
 
 class Scheduler:
-    """One cluster's policy in action. Inputs take `now` in nanoseconds, which must not go back (ValueError)."""
+    """One cluster's scheduler. Every input takes `now` in nanoseconds and raises ValueError if `now` goes back."""
 
     def __init__(self, policy: Policy, constants: Constants, limits: Limits | None = None) -> None:
         self.life = Lifecycle(policy, constants, limits if limits is not None else Limits())
@@ -67,7 +67,7 @@ class Scheduler:
     # ── engines ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def engine_joined(self, now: int, facts: EngineFacts) -> None:
-        """Raises ValueError on facts that make no sense or contradict those of other engines."""
+        """Add an engine. Raises ValueError when its facts are invalid or contradict those of other engines."""
         life = self.life
         life.begin(now)
         life.fleet.add(facts)
@@ -76,7 +76,7 @@ class Scheduler:
         life.settle()
 
     def engine_lost(self, now: int, engine: EngineId) -> None:
-        """The engine is gone for good, and the driver knows that it touches no memory of others any more."""
+        """The engine is gone for good, and the driver has made sure that it no longer touches other engines' memory."""
         life = self.life
         life.begin(now)
         if engine not in life.fleet.facts:
@@ -88,7 +88,7 @@ class Scheduler:
     # ── the driver's requests ───────────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, now: int, facts: RequestFacts) -> None:
-        """A new request, attempt 0. Raises ValueError on senseless facts or an id that is in use."""
+        """Start a new request at attempt 0. Raises ValueError when the facts are invalid or the id is in use."""
         life = self.life
         life.begin(now)
         check_facts(facts)
@@ -106,7 +106,7 @@ class Scheduler:
         life.settle()
 
     def resubmit(self, now: int, facts: RequestFacts) -> None:
-        """The driver's answer to `Resubmit`: the next attempt, matched against storage anew."""
+        """The driver answers a `Resubmit`: `facts` is the next attempt, matched against storage again."""
         life = self.life
         life.begin(now)
         check_facts(facts)
@@ -124,7 +124,7 @@ class Scheduler:
         life.settle()
 
     def cancel(self, now: int, request: RequestId) -> None:
-        """The client went away."""
+        """The client went away: end the request."""
         life = self.life
         life.begin(now)
         live = life.requests.get(request)
@@ -137,7 +137,7 @@ class Scheduler:
     # ── what engines answer ─────────────────────────────────────────────────────────────────────────────────────────
 
     def prepared(self, now: int, request: RequestId, attempt: int) -> None:
-        """DE: the attempt's buffer blocks are set aside."""
+        """The DE has reserved the attempt's buffer blocks."""
         life = self.life
         live = life.accept(now, "prepared", request, attempt)
         if live is None:
@@ -150,7 +150,7 @@ class Scheduler:
         life.settle()
 
     def loaded(self, now: int, request: RequestId, attempt: int, side: Side) -> None:
-        """The leg of `side` is in that side's buffer, verified."""
+        """The leg of `side` is in that side's buffer, and its checksums are verified."""
         life = self.life
         found = life.accept_leg(now, "loaded", request, attempt, side)
         if found is not None:
@@ -158,7 +158,7 @@ class Scheduler:
             life.settle()
 
     def load_failed(self, now: int, request: RequestId, attempt: int, side: Side) -> None:
-        """A block of the leg is gone or fails its checksum; the driver will not offer it again."""
+        """A block of the leg is missing or fails its checksum; the driver will not offer it as a hit again."""
         life = self.life
         found = life.accept_leg(now, "load_failed", request, attempt, side)
         if found is not None:
@@ -166,7 +166,7 @@ class Scheduler:
             life.settle()
 
     def prefill_done(self, now: int, request: RequestId, attempt: int) -> None:
-        """PE: the prompt's KV is in the DE buffer, the first token is out, the PE holds nothing any more."""
+        """The prompt's KV is in the DE buffer, the first token is sent, and the PE holds nothing of the attempt."""
         life = self.life
         live = life.accept(now, "prefill_done", request, attempt)
         if live is None:
@@ -175,9 +175,9 @@ class Scheduler:
         life.settle()
 
     def buffer_freed(self, now: int, request: RequestId, attempt: int, blocks: int) -> None:
-        """DE: `blocks` more of the attempt's buffer blocks are given back.
+        """The DE has freed `blocks` more of the attempt's buffer blocks.
 
-        Pieces look alike, so a repeated one is only caught when the attempt holds no more: the channel must not repeat.
+        A duplicate is caught only when the attempt holds fewer blocks than that: the channel must not repeat messages.
         """
         life = self.life
         live = life.accept(now, "buffer_freed", request, attempt)
@@ -191,7 +191,7 @@ class Scheduler:
         life.settle()
 
     def finished(self, now: int, request: RequestId, attempt: int) -> None:
-        """DE: all tokens are out, all full blocks persisted, nothing is held any more."""
+        """The DE has sent all tokens, persisted all full blocks, and holds nothing of the attempt."""
         life = self.life
         live = life.accept(now, "finished", request, attempt)
         if live is None:
@@ -200,7 +200,7 @@ class Scheduler:
         life.settle()
 
     def attempt_failed(self, now: int, request: RequestId, attempt: int, engine: EngineId, cause: Cause) -> None:
-        """`engine` can't go on with the attempt; it keeps what it holds until its Abort."""
+        """`engine` cannot continue the attempt; it keeps the attempt's blocks until it gets an Abort."""
         life = self.life
         live = life.accept(now, "attempt_failed", request, attempt)
         if live is None:
@@ -212,7 +212,7 @@ class Scheduler:
         life.settle()
 
     def released(self, now: int, request: RequestId, attempt: int, engine: EngineId) -> None:
-        """Answer to an Abort: nothing can touch the attempt's blocks any more, and the engine has them back."""
+        """The engine answers an Abort: nothing can touch the attempt's blocks any more, and they are free."""
         life = self.life
         life.begin(now)
         at = (engine, request, attempt)
@@ -225,7 +225,7 @@ class Scheduler:
     # ── time and commands ───────────────────────────────────────────────────────────────────────────────────────────
 
     def wake(self, now: int) -> None:
-        """Time has passed: act on deadlines, and fetch if a fetch is due. Calling it early or often is harmless."""
+        """Act on deadlines that have passed, and fetch if a fetch is due. Early or repeated calls are harmless."""
         life = self.life
         life.begin(now)
         for request in life.deadlines.pop_due(now):
@@ -234,7 +234,7 @@ class Scheduler:
         life.settle()
 
     def next_wake(self) -> int | None:
-        """When `wake` must be called at the latest; None while there is nothing to wait for."""
+        """Returns the latest time at which `wake` must be called; None while there is nothing to wait for."""
         life = self.life
         at_ns = life.deadlines.earliest()
         if life.aborts.in_time:
@@ -245,7 +245,7 @@ class Scheduler:
         return at_ns
 
     def take_commands(self) -> list[Command]:
-        """The commands since the last call, in the order in which they must be carried out."""
+        """Returns the commands since the last call; the driver must carry them out in this order."""
         life = self.life
         if not life.outbox:
             return []
@@ -255,17 +255,17 @@ class Scheduler:
     # ── what to look at ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def statistics(self) -> dict[str, int]:
-        """Counts since the start (``dropped_…`` are stale inputs), and the gauges at the end of the dictionary."""
+        """Returns counts since the start (``dropped_…`` are stale inputs), then the current gauges."""
         return statistics(self.life)
 
     def load_of(self, engine: EngineId) -> EngineLoad:
-        """Raises KeyError where no such engine is in the cluster."""
+        """Returns one engine's load. Raises KeyError when the engine is not in the cluster."""
         return load_of(self.life, engine)
 
     def engines(self) -> tuple[EngineFacts, ...]:
-        """The cluster's engines, in order of joining."""
+        """Returns the cluster's engines, in the order they joined."""
         return tuple(self.life.fleet.facts.values())
 
     def held(self) -> tuple[Holding, ...]:
-        """Every block held by any attempt anywhere; empty when nothing is going on."""
+        """Returns what every attempt holds at every engine; empty when the cluster is idle."""
         return tuple(self.life.ledger.holdings())

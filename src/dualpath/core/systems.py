@@ -1,7 +1,7 @@
-"""Systems: the policies that commands, charts and reports know by name. A new one is one entry here.
+"""Systems: the policies that commands, charts and reports know by name. To add one, add an entry here.
 
 Another package adds one through the entry-point group ``dualpath.policies``; ``--system module:ATTRIBUTE`` names one
-without an entry point. Names in results whose package is not installed are shown as `system_or_unknown` says.
+without an entry point. `system_or_unknown` stands in for a name in results whose package is not installed.
 """
 
 import msgspec
@@ -11,7 +11,7 @@ from dualpath.spec.registry import Registry, UnknownNameError
 
 
 class System(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy with a name. Colours are the Okabe-Ito palette's, which common kinds of colour blindness keep apart."""
+    """A policy with a name. Colours are of the Okabe-Ito palette, distinct also for the colour-blind."""
 
     name: str
     summary: str
@@ -21,9 +21,9 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
 
 
 BASELINE = "basic"
-"""Ratios are over this system's time."""
+"""The system that others are compared with: ratios are this system's time over theirs."""
 HEADLINE = "dualpath"
-"""The system that a chart or table sets off."""
+"""The system that charts and tables highlight."""
 
 _OURS = (
     System(
@@ -64,15 +64,15 @@ SYSTEMS: Registry[System] = Registry("system", "dualpath.policies", known={one.n
 
 
 def find_system(name: str) -> System:
-    """Raises UnknownNameError, also for what is no `System`."""
+    """Raises UnknownNameError when no system has the name, or when what it names is not a `System`."""
     found = SYSTEMS.get(name)
     if not isinstance(found, System):
-        raise UnknownNameError(f"system {name!r} is {found!r}, which is no dualpath.System")
+        raise UnknownNameError(f"system {name!r} is {found!r}, which is not a dualpath.System; name one that is")
     return found
 
 
 def system_or_unknown(name: str) -> System:
-    """For results: a system that is not installed here reads with both sides and has a colour of its own."""
+    """For results. Returns a placeholder with the default policy and colour when the system is not installed."""
     try:
         return find_system(name)
     except UnknownNameError:

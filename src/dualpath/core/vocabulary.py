@@ -1,6 +1,6 @@
-"""The words core speaks: ids, facts about engines and requests, commands. Plain data, no behaviour worth a test.
+"""The data types of core's interface: ids, facts about engines and requests, commands. Plain data without behaviour.
 
-All times are integer nanoseconds of the driver's clock. All ids are integers given by the driver and never reused.
+All times are integer nanoseconds of the driver's clock. All ids are integers that the driver gives and never reuses.
 """
 
 from enum import Enum, IntEnum
@@ -52,16 +52,16 @@ class Cause(Enum):
 
 
 class EngineFacts(msgspec.Struct, frozen=True, gc=False):
-    """An engine as it joins. One engine manages one GPU; all engines of a node are in one group, of one role (§2)."""
+    """An engine as it joins. One engine manages one GPU; all engines of a node have one group and one role (§2)."""
 
     engine: EngineId
     role: Role
     node: NodeId
     group: GroupId
     buffer_blocks: int
-    """Full Blocks its DRAM buffer (PE buffer or DE buffer) holds."""
+    """Capacity of its DRAM buffer (PE buffer or DE buffer) in Full Blocks."""
     hbm_blocks: int = 0
-    """Full Blocks of KV a decode engine's device memory holds; 0 for a PE, which keeps only a few layers."""
+    """Capacity of a DE's device memory in Full Blocks of KV; 0 for a PE, which keeps only a few layers."""
 
 
 class RequestFacts(msgspec.Struct, frozen=True, gc=False):
@@ -82,13 +82,13 @@ class Leg(msgspec.Struct, frozen=True, gc=False):
     blocks: int
 
 
-# ── Commands: what core asks of its driver. A closed union; the driver matches on the type. ──────────────────────────
+# ── Commands: core's requests to its driver. A closed union; the driver matches on the type. ─────────────────────────
 
 
 class Prepare(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """DE `engine`: set aside `buffer_blocks` of the DE buffer for the whole prompt's KV; answer `prepared`.
+    """DE `engine` reserves `buffer_blocks` of its DE buffer for the whole prompt's KV and answers `prepared`.
 
-    `hbm_blocks` of device memory are promised to the attempt from now on; the engine takes them late, at `Decode`.
+    `hbm_blocks` of device memory are promised to the attempt from now on; the engine takes them only at `Decode`.
     """
 
     request: RequestId
@@ -99,9 +99,9 @@ class Prepare(msgspec.Struct, frozen=True, gc=False, tag=True):
 
 
 class Load(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """`engine`: read the leg from storage into your buffer; answer `loaded` or `load_failed`.
+    """`engine` reads the leg from storage into its buffer and answers `loaded` or `load_failed`.
 
-    On a DE the blocks were set aside by `Prepare`, on a PE they are set aside by this command.
+    On a DE, `Prepare` has reserved the buffer blocks; on a PE, this command reserves them.
     """
 
     request: RequestId
@@ -111,7 +111,7 @@ class Load(msgspec.Struct, frozen=True, gc=False, tag=True):
 
 
 class Prefill(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """PE `engine`: everything is where it must be; queue the prompt for prefill and answer `prefill_done`."""
+    """PE `engine` queues the prompt, whose hit KV is loaded, for prefill and answers `prefill_done`."""
 
     request: RequestId
     attempt: int
@@ -120,8 +120,8 @@ class Prefill(msgspec.Struct, frozen=True, gc=False, tag=True):
 
 
 class Decode(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """DE `engine`: the DE buffer holds the whole prompt's KV; take device memory, copy, decode; answer `buffer_freed`
-    when the DE buffer is given back and `finished` when nothing of the attempt is held any more."""
+    """DE `engine`, whose DE buffer holds the whole prompt's KV, takes device memory, copies the KV in, and decodes. It
+    answers `buffer_freed` when it has freed the DE buffer, and `finished` when it holds nothing of the attempt."""
 
     request: RequestId
     attempt: int
@@ -129,9 +129,9 @@ class Decode(msgspec.Struct, frozen=True, gc=False, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """`engine`: stop the attempt, wait until no transfer can touch its blocks, give them back, answer `released`.
+    """`engine` stops the attempt, waits until no transfer can touch its blocks, frees them, and answers `released`.
 
-    A DE is told when its PE has answered, or is gone (`lost_peer`): nobody may write into its blocks any more.
+    A DE gets its Abort only after its PE has answered or is lost (`lost_peer`): then nobody writes into its blocks.
     """
 
     request: RequestId
@@ -141,7 +141,7 @@ class Abort(msgspec.Struct, frozen=True, gc=False, tag=True):
 
 
 class Resubmit(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """Driver: match the prompt (plus what was generated) against the index again and call `resubmit` with `attempt`."""
+    """The driver matches the prompt, plus generated tokens, with the index again and calls `resubmit` (`attempt`)."""
 
     request: RequestId
     attempt: int
@@ -149,20 +149,20 @@ class Resubmit(msgspec.Struct, frozen=True, gc=False, tag=True):
 
 
 class Finish(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """Driver: the request is complete."""
+    """The request is complete."""
 
     request: RequestId
 
 
 class Fail(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """Driver: tell the client; the request will not be tried again."""
+    """The driver tells the client that the request has failed; it will not be retried."""
 
     request: RequestId
     cause: Cause
 
 
 class Cancelled(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """Driver: the request ended because its client went away."""
+    """The request has ended because its client went away."""
 
     request: RequestId
 

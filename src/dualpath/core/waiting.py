@@ -1,13 +1,13 @@
-"""Where requests wait for a PE and a DE, and the fetch that places them (paper §6.1).
+"""The lines in which requests wait for a PE and a DE, and the fetch that places them (paper §6.1).
 
-A request stands in two lines at once: the one FIFO for PEs, and for a DE first the global queue, then the private queue
-of a group. Every fetch drains the global queue into the groups' and serves each line from its head until it is stuck.
-Whoever has both engines leaves.
+A request waits in two lines at once: the one FIFO for PEs, and the line for DEs, which is first the global queue, then
+a group's private queue. Every fetch drains the global queue into the private queues and serves each line from its head
+until no engine fits. A request with both engines leaves the lines.
 
-Half-placed requests hold something while they wait: tokens counted on a PE, or a promise of device blocks. That can't
-lock up as long as all lines keep the order of arrival: who holds a promise and waits for a PE is younger than everyone
-who has a PE, and stands behind them in every private queue. Losing an engine would mix that order, so `start_over` then
-takes every half-made choice back; no command depends on one yet.
+A half-placed request holds something while it waits: tokens counted on a PE, or promised device blocks. This cannot
+deadlock as long as all lines keep the order of arrival: a request that holds a promise and waits for a PE is younger
+than every request that has a PE, and is behind them in every private queue. Losing an engine would break that order, so
+`start_over` then takes back every half-made choice; no command depends on one yet.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ from dualpath.core.request import Request
 from dualpath.core.vocabulary import EngineId, GroupId, RequestId
 
 Line = deque[Request]
-"""In order of arrival. Leaving from the middle is O(line), and rare: cancelled, or lost with an engine."""
+"""Requests in order of arrival. Leaving from the middle is O(line) and rare: a cancellation or a lost engine."""
 
 
 class WaitingRoom:
@@ -35,7 +35,7 @@ class WaitingRoom:
         self.for_prefill: Line = deque()
         self.for_decode: Line = deque()
         self.private: dict[GroupId, Line] = {}
-        """Private queues that are not empty."""
+        """The private queues that are not empty."""
 
     def join(self, request: Request) -> None:
         self.requests[request.id] = request
@@ -43,7 +43,7 @@ class WaitingRoom:
         self.for_decode.append(request)
 
     def leave(self, request: Request) -> None:
-        """Out of every line, and back with what was chosen for it."""
+        """Take the request out of every line and take back the engines chosen for it."""
         del self.requests[request.id]
         if request.prefill_engine is None:
             self.for_prefill.remove(request)
@@ -59,7 +59,7 @@ class WaitingRoom:
         self._take_back(request)
 
     def start_over(self) -> None:
-        """Undo every half-made choice: all stand in both lines again, in order of arrival."""
+        """Undo every half-made choice: all requests are in both lines again, in order of arrival."""
         for request in self.requests.values():
             self._take_back(request)
         self.for_prefill = deque(self.requests.values())
@@ -69,7 +69,7 @@ class WaitingRoom:
             group.short_of_blocks = 0
 
     def fetch(self) -> list[Request]:
-        """Place what can be placed; who now has both a PE and a DE, in the order in which that came about."""
+        """Place what can be placed. Returns the requests that now have a PE and a DE, in the order they got both."""
         placed: list[Request] = []
         self._fetch_prefill(placed)
         if isinstance(self._placement, TwoLevels):
@@ -97,7 +97,7 @@ class WaitingRoom:
                 placed.append(request)
 
     def _share_out(self, placement: TwoLevels) -> None:
-        """DE choice, phase 1: each request of the global queue to a group."""
+        """DE choice, phase 1: give each request of the global queue a group."""
         decode, private = self._fleet.decode, self.private
         for request in self.for_decode:
             group = placement.decode_group(decode, request.prompt_blocks, request.hbm_blocks)
@@ -110,11 +110,11 @@ class WaitingRoom:
         self.for_decode.clear()
 
     def _fetch_group(self, placement: TwoLevels, group_id: GroupId, placed: list[Request]) -> None:
-        """DE choice, phase 2: the group's private queue from its head."""
+        """DE choice, phase 2: serve the group's private queue from its head."""
         decode, line = self._fleet.decode, self.private[group_id]
         group = decode.groups[group_id]
         if group.short_of_blocks:
-            return  # as stuck as it was
+            return  # the head still does not fit
         z = placement.z_tokens(group, line)
         while line:
             request = line[0]
@@ -147,7 +147,7 @@ class WaitingRoom:
             placed.append(request)
 
     def _take_back(self, request: Request) -> None:
-        """What was chosen for it, a private queue included."""
+        """Take back the request's engines, and its place in a group's load."""
         tokens = request.facts.prompt_tokens
         if request.prefill_engine is not None:
             self._fleet.prefill.end(request.prefill_engine, tokens)

@@ -1,8 +1,8 @@
-"""How a request leaves before its end: attempts that fail, engines that are lost, deadlines that pass.
+"""The steps that end an attempt early: it fails, an engine is lost, a deadline passes, the client cancels.
 
 Theory of operation. `withdraw` takes a request off every line and engine. An engine that was told of the attempt gets
-an Abort and keeps its blocks until it answers (`aborts`); what nobody was told of is free at once. Then the request is
-tried again (`retry`), fails, or is cancelled.
+an Abort, and the blocks there stay held until it answers (`deadlines.Aborts`, read it next). Blocks that no engine was
+told of are free at once. Then the request is retried, fails, or is cancelled.
 """
 
 from dualpath.core.deadlines import AttemptAt
@@ -12,7 +12,7 @@ from dualpath.core.vocabulary import Cancelled, Cause, EngineId, Fail, Resubmit
 
 
 def withdraw(life: Lifecycle, request: Request, lost: EngineId | None = None) -> None:
-    """Off every engine and line; `lost` is an engine that is gone and can't be told."""
+    """Take the request off every engine and line; `lost` is an engine that is gone and gets no Abort."""
     if request.state is State.QUEUED:
         life.waiting.leave(request)
         life.changed = True
@@ -21,7 +21,7 @@ def withdraw(life: Lifecycle, request: Request, lost: EngineId | None = None) ->
 
 
 def cancel(life: Lifecycle, request: Request) -> None:
-    """The client went away."""
+    """The client went away: end the request."""
     withdraw(life, request)
     life.counts["cancelled"] += 1
     life.end(request, Event.CANCEL)
@@ -29,13 +29,13 @@ def cancel(life: Lifecycle, request: Request) -> None:
 
 
 def fail_attempt(life: Lifecycle, request: Request, cause: Cause) -> None:
-    """Take the attempt off its engines, and try again if that is still allowed."""
+    """Take the attempt off its engines, then retry if attempts are left."""
     withdraw(life, request)
     retry(life, request, cause)
 
 
 def retry(life: Lifecycle, request: Request, cause: Cause) -> None:
-    """After `withdraw`: ask for the next attempt, or give up."""
+    """After `withdraw`: ask the driver for the next attempt, or fail the request."""
     if not life.fleet.prefill or not life.fleet.decode:
         fail(life, request, Cause.NO_ENGINE)
     elif request.attempt + 1 >= life.limits.max_attempts:
@@ -47,14 +47,14 @@ def retry(life: Lifecycle, request: Request, cause: Cause) -> None:
 
 
 def fail(life: Lifecycle, request: Request, cause: Cause) -> None:
-    """The request is on no engine and in no line; it will not be tried again."""
+    """End the request as failed; it must be on no engine and in no line."""
     life.counts[f"failed_{cause.value}"] += 1
     life.end(request, Event.FAIL)
     life.outbox.append(Fail(request.id, cause))
 
 
 def expire(life: Lifecycle, request: Request) -> None:
-    """The deadline of the request's state has passed."""
+    """The deadline of the request's state has passed: fail the request, or the attempt if it is on engines."""
     if request.state in (State.QUEUED, State.RETRYING):
         withdraw(life, request)
         fail(life, request, Cause.TIMEOUT)
@@ -63,7 +63,7 @@ def expire(life: Lifecycle, request: Request) -> None:
 
 
 def abort_answered(life: Lifecycle, at: AttemptAt) -> None:
-    """The engine has given everything back; the DE behind it is next."""
+    """The engine has freed the attempt's blocks; if a DE's Abort waited behind it, send that now."""
     engine, request, attempt = at
     life.ledger.give_back(engine, (request, attempt))
     decode = life.aborts.answered(at)
@@ -73,7 +73,7 @@ def abort_answered(life: Lifecycle, at: AttemptAt) -> None:
 
 
 def lose(life: Lifecycle, engine: EngineId) -> None:
-    """Take an engine out, and see what becomes of every request."""
+    """Remove a lost engine; retry the requests on it, and fail those that no remaining engine could take."""
     life.waiting.start_over()
     victims = [live for live in life.requests.values() if engine in (live.prefill_engine, live.decode_engine)]
     for request in victims:
@@ -93,7 +93,7 @@ def lose(life: Lifecycle, engine: EngineId) -> None:
 
 
 def _abort(life: Lifecycle, request: Request, lost: EngineId | None) -> None:
-    """The PE first: what it says, or its loss, is the DE's proof that nobody writes into its blocks any more."""
+    """Abort the PE first: its answer, or its loss, proves that nobody writes into the DE's blocks any more."""
     prefill, decode = request.prefill_engine, request.decode_engine
     tokens = request.facts.prompt_tokens
     for leg in request.unloaded:

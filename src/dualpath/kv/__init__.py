@@ -1,4 +1,4 @@
-"""KV-cache blocks: their keys and layout, the index of what is stored, and the stores that keep them."""
+"""KV-cache blocks: their keys and layout, the prefix index, and the stores. Start with `layout.py` and `keys.py`."""
 
 from dualpath.kv.index import GoneBlock, IndexStatistics, PrefixIndex
 from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace

@@ -1,17 +1,17 @@
-"""The prefix index: which Full Blocks are in storage, and which of them go when the quota is full (paper §3).
+"""The prefix index: which Full Blocks are in storage, and which of them are evicted above the quota (paper §3).
 
-Theory of operation. A trie with one node per Full Block, hanging from the root keys of its namespaces; several
-namespaces share one quota. A block's key names its whole prefix, so matching is one dictionary look-up a block. Blocks
-are published only below a published parent and leave only from the tips, or with all that hangs below them: whatever
-is published can be matched from its root.
+Theory of operation. The index is a trie with one node per Full Block, below the root keys of its namespaces; several
+namespaces share one quota. A block's key names its whole prefix, so matching is one dictionary look-up per block. A
+block is published only below a published parent. It leaves only as a leaf, or with all its descendants. So every
+published block can be matched from its root.
 
-Eviction takes the least recently used tip (a node without children, pinned by nobody). "Used" is counted in ticks:
-each `match` and each `publish` is one, and a node whose last child leaves inherits the child's tick, since whoever used
-the child used its whole prefix. Tips wait in a heap, each at most once, with the tick they had when they entered; an
-entry that has since been used goes back with its new tick when it surfaces, so a touch costs nothing and an eviction
-O(log n). Everything is deterministic: ties are broken by the order of publication.
+Eviction takes the least recently used *tip*: a node without children that is not pinned. Use is counted in ticks: each
+`match` and each `publish` is one. A node whose last child leaves inherits the child's tick, because a use of the child
+used its whole prefix. Tips wait in a heap, each at most once, with the tick at which they entered. An entry that was
+used since then goes back with its new tick when it comes up. So a use costs nothing and an eviction O(log n).
+Everything is deterministic: ties are broken by the order of publication.
 
-Not thread-safe: it belongs to one thread. What it evicts or drops, the caller deletes from the store.
+Not thread-safe: it belongs to one thread. The caller deletes evicted and dropped blocks from the store.
 """
 
 from collections.abc import Hashable, Sequence
@@ -24,7 +24,7 @@ from dualpath.kv.keys import KEY_BYTES, BlockKey
 
 
 class IndexStatistics(msgspec.Struct, frozen=True):
-    """What the index holds now, and what it has done since it was made."""
+    """The index's gauges now, and its counts since it was made."""
 
     namespaces: int
     blocks: int
@@ -40,7 +40,7 @@ class IndexStatistics(msgspec.Struct, frozen=True):
 
 
 class GoneBlock(NamedTuple):
-    """A block that has left the index: where its file is, and what it hangs from."""
+    """A block that has left the index: its namespace's root, its parent and its key."""
 
     root: BlockKey
     key: BlockKey
@@ -79,13 +79,13 @@ class PrefixIndex:
         self._matches = self._asked = self._hits = self._published = self._evicted = self._dropped = 0
 
     def add_root(self, root: BlockKey) -> None:
-        """Accept blocks of the namespace whose root key is `root`; again is harmless. Raises ValueError for no key."""
+        """Accept blocks of the namespace with root key `root`; may be repeated. Raises ValueError if it is no key."""
         if len(root) != KEY_BYTES:
             raise ValueError(f"a root key has {KEY_BYTES} bytes, got {len(root)}; use Namespace.root")
         self._roots.setdefault(root, _Node(root, None, 0, -1))
 
     def match(self, keys: Sequence[BlockKey]) -> int:
-        """Blocks at the start of `keys` that are published. Marks them as used."""
+        """Returns how many blocks at the start of `keys` are published, and marks them as used."""
         self._tick += 1
         matched = 0
         for key in keys:
@@ -100,13 +100,13 @@ class PrefixIndex:
         return matched
 
     def reach(self, keys: Sequence[BlockKey]) -> int:
-        """Blocks at the start of `keys` that are published; unlike `match`, nothing is marked or counted."""
+        """Returns how many blocks at the start of `keys` are published; unlike `match`, marks and counts nothing."""
         return next((n for n, key in enumerate(keys) if key not in self._nodes), len(keys))
 
     def pin(self, owner: Hashable, keys: Sequence[BlockKey]) -> None:
-        """Keep blocks from eviction until ``unpin(owner)``; what an owner has pinned before stays pinned.
+        """Protect blocks from eviction until ``unpin(owner)``; the owner's earlier pins stay.
 
-        Raises ValueError, having pinned nothing, if one of them is not published: pin what `match` has just found.
+        Raises ValueError and pins nothing when a block is not published: pin what `match` has just found.
         """
         missing = next((key for key in keys if key not in self._nodes), None)
         if missing is not None:
@@ -118,7 +118,7 @@ class PrefixIndex:
         self._pins.setdefault(owner, []).extend(nodes)
 
     def unpin(self, owner: Hashable) -> int:
-        """Give back all pins of `owner`; how many there were (0 for an owner without pins)."""
+        """Remove all pins of `owner`. Returns how many there were (0 for an owner without pins)."""
         nodes = self._pins.pop(owner, [])
         for node in nodes:
             node.pins -= 1
@@ -129,7 +129,7 @@ class PrefixIndex:
         return len(nodes)
 
     def publish(self, key: BlockKey, parent: BlockKey, physical_bytes: int) -> bool:
-        """Make a stored block matchable, as just used. False if it is already, or if `parent` is not published.
+        """Make a stored block matchable, as just used. Returns False if it is already, or `parent` is not published.
 
         `parent` is the key of the block before it, or a root. Raises ValueError for a negative size or a wrong key.
         """
@@ -150,9 +150,9 @@ class PrefixIndex:
         return True
 
     def drop(self, key: BlockKey) -> list[GoneBlock]:
-        """Forget a block that is gone or bad, pinned or not, with all that hangs below it.
+        """Forget a block that is gone or bad, pinned or not, with all its descendants.
 
-        → what was forgotten, every block after its descendants; empty if `key` is not published. Pins on these end.
+        Returns the forgotten blocks, each after its descendants; none if `key` is not published. Their pins end.
         """
         top = self._nodes.get(key)
         if top is None:
@@ -167,9 +167,9 @@ class PrefixIndex:
         return gone
 
     def evict(self, quota_bytes: int) -> list[GoneBlock]:
-        """Forget least recently used tips until `stored_bytes` ≤ `quota_bytes` or all that is left is pinned.
+        """Forget least recently used tips until `stored_bytes` ≤ `quota_bytes` or all remaining blocks are pinned.
 
-        → what was forgotten, every block after its descendants; the caller deletes it from the store.
+        Returns the forgotten blocks, each after its descendants; the caller deletes them from the store.
         """
         evicted = []
         while self._stored_bytes > quota_bytes and self._tips:
@@ -193,7 +193,7 @@ class PrefixIndex:
 
     @property
     def blocks(self) -> int:
-        """Published blocks."""
+        """Number of published blocks."""
         return len(self._nodes)
 
     @property
@@ -218,7 +218,7 @@ class PrefixIndex:
         )
 
     def audit(self) -> None:
-        """Check every invariant, O(blocks). Raises AssertionError naming the one that does not hold."""
+        """Check every invariant, O(blocks). Raises AssertionError that names the broken one."""
         reached = list(self._roots.values())
         for node in reached:
             reached.extend(node.children.values())
@@ -243,14 +243,14 @@ class PrefixIndex:
         return not node.children and not node.pins and self._nodes.get(node.key) is node
 
     def _queue(self, node: _Node) -> None:
-        """Let `node` wait for eviction if it is a tip that may go and does not wait already."""
+        """Put `node` into the heap if it is a tip and not in the heap already."""
         if node.queued or not self._is_evictable(node):
             return
         node.queued = True
         heappush(self._tips, (node.tick, node.serial, node))
 
     def _shed(self) -> None:
-        """Rid the heap of entries that lead nowhere once they outnumber the blocks: without evictions they pile up."""
+        """Remove stale entries from the heap once they outnumber the blocks: without evictions they pile up."""
         if len(self._tips) <= 2 * len(self._nodes) + 64:
             return
         for _, _, node in self._tips:

@@ -24,13 +24,13 @@ BlockKey = bytes
 
 KEY_BYTES = 16
 _KEY_VERSION = 1
-"""Raised whenever the derivation changes, so that old blocks are never mistaken for new ones."""
+"""Increased whenever the derivation changes, so that old blocks are never mistaken for new ones."""
 _BLOCK_PERSON = b"dualpath block"
 _ROOT_PERSON = b"dualpath root"
 
 
 class Namespace(msgspec.Struct, frozen=True):
-    """Where a chain of keys starts. The tenant's salt is folded into `root` and not kept."""
+    """The start of a chain of keys. The tenant's salt is hashed into `root` and not kept."""
 
     root: BlockKey
     model_fingerprint: str
@@ -45,17 +45,17 @@ class Namespace(msgspec.Struct, frozen=True):
 
 
 def namespace(model_fingerprint: str, weights_version: str, layout: KVLayout, tenant_salt: str = "") -> Namespace:
-    """Root of the keys of one model, weights version, layout and tenant. Equal arguments give equal roots."""
+    """Returns the namespace of one model, weights version, layout and tenant. Equal arguments give equal roots."""
     facts = (_KEY_VERSION, model_fingerprint, weights_version, layout, tenant_salt)
     root = blake2b(msgspec.json.encode(facts), digest_size=KEY_BYTES, person=_ROOT_PERSON).digest()
     return Namespace(root, model_fingerprint, weights_version, layout, bool(tenant_salt))
 
 
 def block_keys(parent: BlockKey, tokens: Sequence[int], block_tokens: int = 64) -> list[BlockKey]:
-    """Keys of the ``len(tokens) // block_tokens`` full blocks of `tokens` that follow `parent`; the rest has no key.
+    """Returns keys of the ``len(tokens) // block_tokens`` full blocks of `tokens` after `parent`; the rest has no key.
 
     `parent` is a namespace's root key for a whole prompt, or the key of the block just before `tokens`.
-    Raises ValueError for a parent that is no key, a block of no tokens, or a token id outside 0 … 2³²−1.
+    Raises ValueError when the parent is not a key, a block has no tokens, or a token id is outside 0 … 2³²−1.
     """
     if len(parent) != KEY_BYTES:
         raise ValueError(f"a parent key has {KEY_BYTES} bytes, got {len(parent)}; start from Namespace.root")

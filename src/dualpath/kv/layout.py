@@ -1,4 +1,4 @@
-"""Where the bytes of a KV-cache block lie (paper §3).
+"""The byte layout of a KV-cache block (paper §3).
 
 Layer Block = ``[tokens, bytes]`` of one layer; Full Block = ``[layers, tokens, bytes]``, the concatenation of its Layer
 Blocks. A Full Block is one contiguous page and a layer is a byte range of it, so nothing is ever converted.
@@ -22,7 +22,7 @@ class KVPart(msgspec.Struct, frozen=True):
 
 
 class KVLayout(msgspec.Struct, frozen=True):
-    """What a model's KV looks like in memory, in a buffer and in storage. Sizes in bytes unless named otherwise.
+    """The layout of a model's KV, equal on the device, in a buffer and in storage. Sizes are in bytes unless named.
 
     Raises ValueError for a layout that holds no bytes or whose `dtype` is unknown.
     """

@@ -1,13 +1,13 @@
-"""After a restart: fill the prefix index from the headers of the blocks in a store, whoever wrote them.
+"""Rebuilds the prefix index after a restart, from the headers of all blocks in a store.
 
-The store keeps no list of its own that could disagree with its files. A scan reads one page a block; blocks are then
-published parents first, and among themselves by the time they were written, so that the oldest is the least recently
-used. How often a block was read before the restart is not remembered. Blocks of other models and layouts are published
-too: they can't be matched, but they take space, so the quota must count and evict them.
+The store keeps no list of blocks that could disagree with its files. A scan reads one page per block. Parents are then
+published first, otherwise the oldest block first, so that the oldest is the least recently used. Uses before the
+restart are not remembered. Blocks of other models and layouts are published too: they can't be matched, but they take
+space, so the quota must count and evict them.
 
-Others may use the store meanwhile. A scan is no picture of one moment: it may see a child and not the parent that was
-renamed into a folder it had already listed. So nothing is called an orphan before `ancestors` has looked for its parent
-again.
+Other processes may use the store meanwhile, and a scan is not a snapshot: it may see a child but miss its parent, which
+was renamed into a folder that was already listed. So a block counts as an orphan only after `ancestors` has looked for
+its parent again.
 """
 
 from collections.abc import Container, Iterable
@@ -20,7 +20,7 @@ from dualpath.kv.stores.protocol import BadFile, BlockRecord, Store
 
 
 class RebuildReport(msgspec.Struct, frozen=True):
-    """What `rebuild` found. Orphans are sound blocks whose ancestors are not all there: nothing can ever match them."""
+    """What `rebuild` found. Orphans are sound blocks with a missing ancestor: nothing can ever match them."""
 
     published_blocks: int
     published_bytes: int
@@ -31,8 +31,8 @@ class RebuildReport(msgspec.Struct, frozen=True):
 def rebuild(index: PrefixIndex, store: Store, *, clean: bool = False) -> RebuildReport:
     """Publish every block of `store` that can be reached from its namespace's root.
 
-    Blocks that `index` has already stay as they are. `clean` deletes orphans and quarantines bad blocks, whose space
-    would otherwise be taken without being counted. Raises StoreError if the store cannot be read or cleaned.
+    Blocks that `index` already has stay as they are. `clean` deletes orphans and quarantines bad blocks, whose space
+    would otherwise not be counted. Raises StoreError if the store cannot be read or cleaned.
     """
     bad: list[BadFile] = []
     waiting = {record.key: record for record in store.scan(bad.append)}
@@ -63,14 +63,14 @@ def publish_all(index: PrefixIndex, records: Iterable[BlockRecord]) -> None:
 
 
 def ancestors(store: Store, record: BlockRecord, known: Container[BlockKey]) -> list[BlockRecord] | None:
-    """Look in `store` for what is between `record` and a root or a block that is `known`: parents first, without them.
+    """Look in `store` for the blocks between `record` and a root or `known` block. Returns them, parents first.
 
-    None if one of them is not there: `record` is an orphan. Raises StoreError.
+    Returns None when one of them is missing: `record` is an orphan. Raises StoreError.
     """
     above: dict[BlockKey, BlockRecord] = {}
     while record.parent != record.root and record.parent not in known:
         found = store.find(record.root, [record.parent])
-        if not found or record.parent in above:  # gone; or forged headers that lead in a circle
+        if not found or record.parent in above:  # missing, or forged headers form a cycle
             return None
         record = found[0]
         above[record.key] = record
@@ -78,13 +78,13 @@ def ancestors(store: Store, record: BlockRecord, known: Container[BlockKey]) -> 
 
 
 def delete_orphan(store: Store, root: BlockKey, parent: BlockKey, key: BlockKey) -> None:
-    """Delete a block unless its parent is there: somebody may have written it meanwhile. Raises StoreError."""
+    """Delete a block unless its parent exists: another process may have written it meanwhile. Raises StoreError."""
     if parent != root and not store.find(root, [parent]):
         store.delete(root, key)
 
 
 def _taken_chain(tip: BlockRecord, waiting: dict[BlockKey, BlockRecord]) -> list[BlockRecord]:
-    """Take `tip` and its ancestors out of `waiting`, as far as they still are in it; ancestors first."""
+    """Take `tip` and those of its ancestors still in `waiting` out of it. Returns them, ancestors first."""
     chain = []
     record = waiting.pop(tip.key, None)
     while record is not None:

@@ -1,6 +1,6 @@
-"""PyTorch engines: layerwise prefill and paged decode of Transformers models, unforked.
+"""Layerwise prefill and paged decode of unforked Transformers models, in PyTorch.
 
-Knows nothing of transport, policy or processes: the runtime hands it tokens and the callbacks that move bytes.
+It knows no transport, policy or processes: engines give it tokens and callbacks that move bytes. Start with `model.py`.
 """
 
 from dualpath.model.attention import UnsupportedModelError

@@ -1,15 +1,15 @@
-"""Attention that reads KV from our own buffers: the half of the Transformers seam that computes.
+"""Attention that reads KV from our own buffers: the part of the Transformers seam that computes.
 
 Theory of operation. A forward packs several sequences, each with its own cached context, into one row of tokens
-``[1, heads, tokens, dim]``. Everything in a transformer but attention is per token, so packing costs nothing there. Two
-calls per layer reach us. ``past_key_values.update(k, v, layer)`` is `PackedPass.update`: the new tokens' KV is written
-into the layer's device buffer, rows ``[row, token_elems]`` whose bytes are exactly those of a Layer Block. Then the
-registered attention function is called: `packed_attention` walks the sequences and reads each one's KV, cached and new,
-as strided views of that buffer. No context is ever copied, padded, or converted, and there is no mask.
+``[1, heads, tokens, dim]``. Everything in a transformer but attention is per token, so packing costs nothing there.
+Transformers calls us twice per layer. ``past_key_values.update(k, v, layer)`` is `PackedPass.update`: it writes the new
+tokens' KV into the layer's device buffer, rows ``[row, token_elems]`` whose bytes are exactly those of a Layer Block.
+Then the registered attention function, `packed_attention`, reads each sequence's KV, cached and new, as strided views
+of that buffer. No context is ever copied, padded or converted, and there is no mask.
 
-Two ways to read a row. *Grouped* (GQA, MHA, MQA): a row is k‖v. *Latent* (MLA): a row is latent‖rope, and is either
-absorbed (queries are taken into latent space, so that one row is the only key and value of all heads) or expanded to
-ordinary keys and values, whichever is fewer FLOPs for the chunk at hand; decode is always absorbed.
+A row has one of two forms. *Grouped* (GQA, MHA, MQA): a row is k‖v. *Latent* (MLA): a row is latent‖rope. It is either
+absorbed (queries are projected into latent space, so one row is the only key and value of all heads) or expanded to
+ordinary keys and values, whichever takes fewer FLOPs for the chunk; decode always absorbs.
 """
 
 from typing import Any, Protocol
@@ -33,7 +33,7 @@ class AttentionForm(Protocol):
     """How a token's row is written and read; one per kind of attention."""
 
     def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Write what `update` was given into ``rows[new_rows]``; return what the model's code should go on with."""
+        """Write the arguments of `update` into ``rows[new_rows]``. Returns what the model's code continues with."""
         ...
 
     def attend(
@@ -44,7 +44,7 @@ class AttentionForm(Protocol):
 
 
 class PackedPass:
-    """One packed forward, handed to the model as its `past_key_values`. Subclasses say where a layer's rows are."""
+    """One packed forward, given to the model as its `past_key_values`. Subclasses say where a layer's rows are."""
 
     def __init__(self, form: AttentionForm, sequences: tuple[PackedSequence, ...], new_rows: Tensor) -> None:
         """`new_rows` ``[tokens]`` int64: the buffer row of each new token of the pack."""
@@ -54,17 +54,17 @@ class PackedPass:
         self._rows: Tensor | None = None
 
     def layer_rows(self, layer: int) -> Tensor:
-        """The device buffer ``[rows, token_elems]`` of a layer, with every cached row in it; may wait."""
+        """Returns a layer's device buffer ``[rows, token_elems]`` with every cached row in it; may wait for them."""
         raise NotImplementedError
 
     def written(self, layer: int) -> None:
         """The new rows of `layer` are in its buffer."""
 
     def attended(self, layer: int) -> None:
-        """Nothing of this pass reads the buffer of `layer` any more."""
+        """This pass no longer reads the buffer of `layer`."""
 
     def update(self, first: Tensor, second: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What Transformers calls before a layer's attention: `[1, heads, tokens, dim]`, k and v or latent and rope."""
+        """Transformers calls this before a layer's attention: `[1, heads, tokens, dim]`, k and v or latent and rope."""
         self._rows = self.layer_rows(layer_idx)
         passed_on = self.form.store(self._rows, self._new_rows, first, second)
         self.written(layer_idx)
@@ -81,9 +81,9 @@ class PackedPass:
 def packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, None]:
-    """The attention function Transformers calls; `key` and `value` are ignored, the pass has them in its buffers.
+    """The attention function that Transformers calls. It ignores `key` and `value`: the pass has them in its buffers.
 
-    Raises UnsupportedModelError where the layer asks for something beyond plain causal attention.
+    Raises UnsupportedModelError when the layer needs more than plain causal attention.
     """
     del key, value, attention_mask
     for name, meaning in _UNSUPPORTED.items():
@@ -138,7 +138,7 @@ class LatentForm:
     def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         rows[:, : self.rank].index_copy_(0, new_rows, first[0, 0])
         rows[:, self.rank :].index_copy_(0, new_rows, second[0, 0])
-        # The model's code goes on to expand what it gets back, for nothing: one token's worth is the least it takes.
+        # The model's code expands what it gets back, to no use; one token is the least that it accepts.
         return first[:, :, :1], second[:, :, :1]
 
     def attend(
@@ -152,7 +152,7 @@ class LatentForm:
         return out
 
     def absorbs(self, new_tokens: int) -> bool:
-        """Whether attending in latent space costs fewer FLOPs a context row than expanding the row does."""
+        """Returns True when attending in latent space takes fewer FLOPs per context row than expanding the row."""
         widened = 2 * self.rank - self.nope_dim - self.value_dim
         return new_tokens * widened <= self.rank * (self.nope_dim + self.value_dim)
 

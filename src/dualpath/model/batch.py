@@ -1,4 +1,4 @@
-"""A batch of prefill chunks: how it is packed into one forward, and what becomes of each item."""
+"""A batch of prefill chunks: how it is packed into one forward, and the result of each item."""
 
 import threading
 from collections.abc import Callable
@@ -20,13 +20,13 @@ class PrefillItem(msgspec.Struct, frozen=True):
     past_tokens: int
     """Tokens before the chunk, whose KV `load_layer` provides: hits and earlier chunks."""
     sampling: SamplingParams | None = None
-    """Given for a prompt's last chunk: draw the next token."""
+    """Set for a prompt's last chunk: draw the next token."""
     generated_so_far: int = 0
-    """Tokens of the request generated before this draw; not 0 for a retried attempt."""
+    """Number of tokens the request has generated before this draw; above 0 for a retried attempt."""
 
 
 class PrefillOutput(msgspec.Struct, frozen=True):
-    """What became of one item: an error, or done, with a token if `sampling` was given."""
+    """The result of one item: an error, or success, with a token if `sampling` was given."""
 
     error: Exception | None = None
     token: TokenDraw | None = None
@@ -75,7 +75,7 @@ class PrefillBatch:
         layer: int,
         spans: list[Bytes | None],
     ) -> None:
-        """Call back into the runtime and note each item's first error."""
+        """Call an I/O callback and keep each item's first error."""
         asked = [i for i, span in enumerate(spans) if span is not None]
         try:
             errors = callback(layer, spans)

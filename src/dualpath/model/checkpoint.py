@@ -1,7 +1,7 @@
-"""Small seeded checkpoints in the ordinary Hugging Face format, made on the spot: nothing to download.
+"""Small seeded checkpoints in the ordinary Hugging Face format, made locally: nothing to download.
 
-`make_checkpoint` writes what a published model has (config, safetensors weights, generation config, byte-level
-tokenizer with a ChatML template), so the engines load it as they load any other. Its weights are random, not arbitrary:
+`make_checkpoint` writes the files of a published model (config, safetensors weights, generation config, byte-level
+tokenizer with a ChatML template), so the engines load it like any other. Its weights are random, with these properties:
 
 * activations keep a standard deviation near one through every layer, and queries and keys are scaled up, so what comes
   out depends on the whole context and greedy output wanders instead of repeating one token;
@@ -73,14 +73,14 @@ DEMO_MODEL: Mapping[str, Any] = {
     "head_dim": 64,
     "max_position_embeddings": 131072,
 }
-"""Arguments of `make_checkpoint` for the model of the demo: 16 KiB of float32 KV a token, like a large FP8 model's."""
+"""Arguments of `make_checkpoint` for the demo's model: 16 KiB of float32 KV per token, like a large FP8 model's."""
 
 
 def make_checkpoint(path: str | Path, architecture: Architecture, seed: int = 0, **sizes: Any) -> Path:
-    """Write a checkpoint into the folder `path` (made if missing) and return it.
+    """Write a checkpoint into the folder `path`, made if missing, and return the folder.
 
     `sizes` override fields of the architecture's Transformers config. The same arguments give the same weights.
-    Raises ValueError for an architecture or a field that is not known.
+    Raises ValueError for an unknown architecture or field.
     """
     if architecture not in _TINY_BY_ARCHITECTURE:
         known = ", ".join(_TINY_BY_ARCHITECTURE)
@@ -116,9 +116,9 @@ def make_checkpoint(path: str | Path, architecture: Architecture, seed: int = 0,
 
 
 def model_fingerprint(path: str | Path) -> str:
-    """Hash of a checkpoint's config and weights, 32 hex digits: two engines share KV only where it is equal.
+    """Returns a hash of a checkpoint's config and weights, 32 hex digits. Engines share KV only if it is equal.
 
-    Reads every weight file once. Raises FileNotFoundError where the folder has no config or no safetensors file.
+    Reads every weight file once. Raises FileNotFoundError when the folder has no config or no safetensors file.
     """
     folder = Path(path)
     weights = sorted(folder.glob("*.safetensors"))

@@ -1,14 +1,14 @@
 """A ring of per-layer KV buffers, and the order in which the three threads of a layerwise prefill may use it.
 
-Theory of operation. For every layer four things happen: its hit KV is *loaded* (loader thread), the new tokens' KV is
-*written* and then the layer's attention done, *attended* (compute thread), and its KV is *shipped* (shipper thread).
-Shipping needs only what is written, so it runs beside the layer's own attention. Layer `l` uses buffer ``l % slots``,
-and may start loading once layer ``l − slots`` is both attended and shipped: with three slots, layer l+1 loads while l
-computes and l−1 is shipped, and never more than three layers' KV of the batch are on the device.
+Theory of operation. Every layer passes four stages: its hit KV is *loaded* (loader thread), the new tokens' KV is
+*written* and then *attended* to (compute thread), and its KV is *shipped* (shipper thread). Shipping needs only the
+written KV, so it runs in parallel with the layer's own attention. Layer `l` uses buffer ``l % slots`` and may start
+loading once layer ``l − slots`` is both attended and shipped. With three slots, layer l+1 loads while l computes and
+l−1 is shipped, and at most three layers' KV of the batch are on the device.
 
-`LayerProgress` is that rule and nothing else: four counters under one condition variable, every wait with a deadline,
-and an abort that ends all waits. `DeviceLayers` is the memory: on a CPU the I/O callbacks get views of the buffers
-themselves; on an accelerator they get pinned staging memory, and the copies run on streams of their own.
+`LayerProgress` implements only that rule: four counters under one condition variable, deadlines for the compute
+thread's waits, and an abort that ends all waits. `DeviceLayers` is the memory: on a CPU the I/O callbacks get views of
+the buffers themselves; on an accelerator they get pinned staging memory, and the copies run on separate streams.
 """
 
 import threading
@@ -29,14 +29,14 @@ class RunAbortedError(RuntimeError):
 
 
 class LayerIOTimeoutError(TimeoutError):
-    """An I/O callback did not return in time. It may still write into the buffers, so they are not used again."""
+    """An I/O callback did not return in time. It may still write into the buffers, so they are never used again."""
 
 
 class LayerProgress:
-    """How far each stage of one run is, in layers, and who may go on.
+    """How many layers have passed each stage of one run, and which thread may continue.
 
-    The compute thread's waits have a deadline, counted anew from any stage's last step; the workers' end with the run,
-    which `abort` tells them.
+    The compute thread's waits have a deadline, which restarts at every step of any stage. The workers' waits end with
+    the run, by `abort`.
     """
 
     def __init__(self, layers: int, slots: int, whole_context: bool, deadline_s: float) -> None:
@@ -51,30 +51,30 @@ class LayerProgress:
         self._failure: BaseException | None = None
 
     def wait_slot(self, layer: int) -> None:
-        """Loader: until the buffer that `layer` shares is free."""
+        """Loader: wait until the buffer for `layer` is free."""
         self._wait(lambda: layer < self._freed() + self.slots, f"the buffer of layer {layer} to be free")
         with self._condition:
             self.peak_resident_layers = max(self.peak_resident_layers, layer + 1 - self._freed())
 
     def wait_loaded(self, layer: int) -> None:
-        """Compute: until the hit KV of `layer` is on the device."""
+        """Compute: wait until the hit KV of `layer` is on the device."""
         needed = self.layers if self.whole_context else layer + 1
         what = f"layer {needed - 1} to be loaded"
         self.load_wait_ns += self._wait(lambda: self._reached["loaded"] >= needed, what, self._deadline_s)
 
     def wait_written(self, layer: int) -> None:
-        """Shipper: until the KV of `layer` is complete."""
+        """Shipper: wait until the KV of `layer` is complete."""
         stage, needed = ("attended", self.layers) if self.whole_context else ("written", layer + 1)
         self._wait(lambda: self._reached[stage] >= needed, f"layer {needed - 1} to be computed")
 
     def wait_all_shipped(self) -> None:
-        """Compute: until nothing of the run is left to ship."""
+        """Compute: wait until everything is shipped."""
         done = self.layers
         what = "the last layers to be shipped"
         self.ship_wait_ns += self._wait(lambda: self._reached["shipped"] == done, what, self._deadline_s)
 
     def advance(self, stage: str, layer: int) -> None:
-        """`layer` is through `stage`: loaded, written, attended or shipped. Layers pass every stage in order."""
+        """`layer` has passed `stage`: loaded, written, attended or shipped. Layers pass every stage in order."""
         with self._condition:
             if self._reached[stage] != layer:
                 raise AssertionError(f"layer {layer} is {stage} out of order: {self._reached[stage]} comes next")
@@ -82,7 +82,7 @@ class LayerProgress:
             self._condition.notify_all()
 
     def abort(self, failure: BaseException) -> None:
-        """End every wait, now and later, with RunAbortedError. The first failure is the one that is kept."""
+        """End every wait, now and later, with RunAbortedError. The first failure is kept."""
         with self._condition:
             self._failure = self._failure or failure
             self._condition.notify_all()
@@ -95,14 +95,14 @@ class LayerProgress:
         with self._condition:
             while self._failure is None and not ready():
                 if not self._condition.wait(deadline_s):
-                    raise LayerIOTimeoutError(f"nothing moved for {deadline_s:g} s while waiting for {what}")
+                    raise LayerIOTimeoutError(f"no stage advanced for {deadline_s:g} s while waiting for {what}")
             if self._failure is not None:
                 raise RunAbortedError(f"stopped while waiting for {what}") from self._failure
         return time.perf_counter_ns() - started_ns
 
 
 class DeviceLayers:
-    """`slots` device buffers ``[rows, token_elems]``, kept from run to run and grown when a larger batch comes."""
+    """`slots` device buffers ``[rows, token_elems]``. They are kept between runs and grow for a larger batch."""
 
     def __init__(self, layout: KVLayout, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         self._layout, self._device, self._dtype = layout, device, dtype
@@ -115,7 +115,7 @@ class DeviceLayers:
             self._streams = {way: torch.cuda.Stream(device) for way in ("load", "ship")}  # type: ignore[no-untyped-call]
 
     def reserve(self, rows: int, limit_rows: int) -> None:
-        """Make every buffer at least `rows` long; grows by doubling up to `limit_rows`, so that sizes settle soon."""
+        """Make every buffer at least `rows` long. They grow by doubling, up to `limit_rows`, so they seldom grow."""
         if rows <= self._capacity_rows:
             return
         self._capacity_rows = min(limit_rows, max(rows, 2 * self._capacity_rows))
@@ -130,13 +130,13 @@ class DeviceLayers:
         return self._slots[layer % len(self._slots)]
 
     def destination(self, layer: int, first_row: int, rows: int) -> Bytes:
-        """Host memory, ``rows × token_bytes`` bytes, that a load of these rows fills."""
+        """Returns host memory, ``rows × token_bytes`` bytes, for a load of these rows to fill."""
         if self._streams:
             self._wait_mark("attended", layer - len(self._slots))
         return _as_bytes(self._staging.get("load", self.rows(layer))[first_row : first_row + rows])
 
     def upload(self, layer: int, spans: list[tuple[int, int]]) -> None:
-        """Bring loaded `spans` ``(first_row, rows)`` to the device; returns when they are there."""
+        """Copy loaded `spans` ``(first_row, rows)`` to the device. Returns when they are there."""
         if not self._streams:
             return
         with torch.cuda.stream(self._streams["load"]):
@@ -146,7 +146,7 @@ class DeviceLayers:
         self._streams["load"].synchronize()
 
     def download(self, layer: int, spans: list[tuple[int, int]]) -> list[Bytes]:
-        """Host bytes of `spans` of `layer`; on an accelerator they live until the next download."""
+        """Returns host bytes of `spans` of `layer`; on an accelerator they are valid until the next download."""
         if not self._streams:
             return [_as_bytes(self.rows(layer)[first : first + count]) for first, count in spans]
         staging = self._staging["ship"]
@@ -158,7 +158,7 @@ class DeviceLayers:
         return [_as_bytes(staging[first : first + count]) for first, count in spans]
 
     def mark(self, stage: str, layer: int) -> None:
-        """Compute thread: remember this point of the compute stream as the end of `stage` of `layer`."""
+        """Compute thread: record this point of the compute stream as the end of `stage` of `layer`."""
         if self._streams:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()

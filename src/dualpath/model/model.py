@@ -1,8 +1,8 @@
 """A causal language model of Transformers, loaded unforked, with our packed attention in place of its own.
 
-Loading ends with a probe: one short forward through the seam. It shows that every layer hands its KV to
-`past_key_values.update` in the expected shape and takes its attention from us, so a model that would compute something
-else is refused with a reason before it serves a token.
+Loading ends with a probe: one short forward through the seam. It checks that every layer passes its KV to
+`past_key_values.update` in the expected shape and takes its attention from us. A model that would compute something
+else is therefore refused, with a reason, before it serves a token. Read `attention` next.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from dualpath.model.attention import (
 )
 from dualpath.model.spans import PackedSequence
 
-# No mask function is registered under this name: Transformers then builds no mask at all.
+# No mask function is registered under this name, so Transformers builds no mask.
 AttentionInterface.register(IMPLEMENTATION, packed_attention)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LoadedModel:
-    """Weights on a device, and what the engines need to know about them."""
+    """Weights on a device, and the facts that engines need about them."""
 
     def __init__(self, network: Any, eos_token_ids: tuple[int, ...]) -> None:
-        """`network`: a Transformers causal LM made with our attention. Raises UnsupportedModelError."""
+        """`network` is a Transformers causal LM made with our attention. May raise UnsupportedModelError."""
         config = network.config
         _refuse_other_attention(config)
         self.network = network
@@ -54,7 +54,7 @@ class LoadedModel:
     def load(path: str | Path, device: str = "cpu", dtype: str = "float32", threads: int = 1) -> LoadedModel:
         """Load a local checkpoint folder (safetensors only). Sets torch's thread count for the whole process.
 
-        Raises ValueError for a bad argument, OSError for a folder that is no checkpoint, UnsupportedModelError for a
+        Raises ValueError for a bad argument, OSError when the folder is not a checkpoint, UnsupportedModelError for a
         model that the seam can't run.
         """
         if dtype not in _DTYPES:
@@ -62,7 +62,7 @@ class LoadedModel:
         if torch.device(device).type not in ("cpu", "cuda"):
             raise ValueError(f"device {device!r} is not supported; choose cpu or cuda")
         if threads < 1:
-            raise ValueError(f"threads is {threads}; at least one is needed")
+            raise ValueError(f"threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
         local = {"local_files_only": True}
         config = AutoConfig.from_pretrained(path, **local)
@@ -82,7 +82,7 @@ class LoadedModel:
     def forward(self, packed: PackedPass, token_ids: list[int], positions: list[int], keep: list[int]) -> Tensor:
         """One packed forward. Returns logits ``[len(keep), vocab]`` of the pack's tokens at indices `keep`.
 
-        With nothing to keep, no logits are computed and the result is empty.
+        When `keep` is empty, no logits are computed and the result is empty.
         """
         ids, places, kept = (torch.tensor(x, device=self.device) for x in (token_ids, positions, keep or [0]))
         output = self.network(
@@ -98,21 +98,21 @@ class LoadedModel:
 
     @property
     def attention_flops_per_token(self) -> int:
-        """FLOPs of one attention layer for one new token, whatever its context: the projections."""
+        """FLOPs of one attention layer's projections for one new token; they do not depend on its context."""
         attention = self.network.get_decoder().layers[0].self_attn
         weights = sum(p.numel() for name, p in attention.named_parameters() if p.dim() == 2 and name.endswith("weight"))
         return int(2 * weights)
 
     @property
     def attention_flops_per_pair(self) -> int:
-        """FLOPs of one attention layer for a new token and a token it sees: score and weighted value, all heads."""
+        """FLOPs of one attention layer for a new token and one it attends to: score and weighted value, all heads."""
         if isinstance(self.form, LatentForm):
             return 2 * self.form.heads * (self.form.nope_dim + self.form.rope_dim + self.form.value_dim)
         return 4 * self.form.heads * self.form.head_dim
 
 
 class _Probe(PackedPass):
-    """Two tokens through every layer; notes what each layer hands over."""
+    """Runs two tokens through every layer and records what each layer passes to us."""
 
     def __init__(self, model: LoadedModel) -> None:
         sequence = PackedSequence(first_query=0, new_tokens=2, past_tokens=0, extents=((0, 2),))
@@ -130,7 +130,7 @@ class _Probe(PackedPass):
         expected = [(1, part.heads, 2, part.dim) for part in self._model.layout.parts]
         if [tuple(first.shape), tuple(second.shape)] != expected or args or kwargs:
             raise UnsupportedModelError(
-                f"layer {layer_idx} hands over KV of shapes {tuple(first.shape)} and {tuple(second.shape)}, its config "
+                f"layer {layer_idx} passes KV of shapes {tuple(first.shape)} and {tuple(second.shape)}, but its config "
                 f"says {expected[0]} and {expected[1]}"
             )
         return super().update(first, second, layer_idx)
@@ -139,7 +139,7 @@ class _Probe(PackedPass):
         self._computed.append(layer)
 
     def run(self) -> None:
-        """Raises UnsupportedModelError where the model does not use the seam once per layer, in order."""
+        """Raises UnsupportedModelError when the model does not use the seam once per layer, in order."""
         name = type(self._model.network).__name__
         try:
             self._model.forward(self, [0, 0], [0, 1], [1])

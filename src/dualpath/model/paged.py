@@ -1,7 +1,7 @@
-"""Device memory of a decode engine: KV in blocks of 64 tokens, handed out in runs that are as long as possible.
+"""Device memory of a decode engine: KV in blocks of 64 tokens, allocated in runs that are as long as possible.
 
-A sequence's blocks form a short list of *extents*, runs of consecutive blocks. Attention reads an extent as one view:
-the fewer extents, the fewer and larger its reads. But any free blocks will do: fragmentation costs speed, not capacity.
+A sequence's blocks form a short list of *extents*, runs of consecutive blocks. Attention reads an extent as one view,
+so fewer extents mean fewer and larger reads. Any free blocks can be used: fragmentation costs speed, not capacity.
 """
 
 import bisect
@@ -10,7 +10,7 @@ import msgspec
 
 
 class OutOfBlocksError(RuntimeError):
-    """Fewer free blocks than asked for; nothing was taken."""
+    """Fewer blocks are free than requested; nothing was taken."""
 
 
 class Extent(msgspec.Struct, frozen=True, gc=False):
@@ -21,7 +21,7 @@ class Extent(msgspec.Struct, frozen=True, gc=False):
 
 
 class BlockAllocator:
-    """Free runs of ``0 … blocks − 1``, in order, neighbours always joined. Not thread-safe: its owner locks."""
+    """The free runs of ``0 … blocks − 1``, in order; adjacent runs are joined. Not thread-safe: its owner locks."""
 
     def __init__(self, blocks: int) -> None:
         if blocks < 1:
@@ -34,7 +34,7 @@ class BlockAllocator:
         return sum(count for _, count in self._runs)
 
     def take(self, blocks: int) -> tuple[Extent, ...]:
-        """The smallest free run that holds `blocks`, else the largest runs first. Raises OutOfBlocksError."""
+        """Take the smallest free run that holds `blocks`, else the largest runs first. Raises OutOfBlocksError."""
         if blocks < 1:
             raise ValueError(f"asked for {blocks} blocks; at least one is needed")
         if blocks > self.free_blocks:
@@ -51,7 +51,7 @@ class BlockAllocator:
         return tuple(taken)
 
     def give_back(self, extents: tuple[Extent, ...]) -> None:
-        """Return what `take` gave. Raises ValueError for a block that is free already or does not exist."""
+        """Free what `take` returned. Raises ValueError for a block that is free already or does not exist."""
         for extent in extents:
             self._insert(extent.first_block, extent.blocks)
 

@@ -1,8 +1,8 @@
-"""Layerwise prefill (paper §5): a batch is computed with the KV of only a few layers on the device.
+"""Layerwise prefill (paper §5): computes a batch with the KV of only a few layers on the device.
 
-The runtime says how bytes move, through a `LayerIO`; this module says when. See `layers` for the order of things. A
-batch is packed into one forward whatever its items' lengths are. An item whose load or shipping fails is carried along
-to the end, where its rows are harmless because attention is per sequence, but nothing more is loaded or shipped for it.
+The caller's `LayerIO` says how bytes move; this module says when. `layers` has the order of the stages; read it next. A
+batch is packed into one forward, whatever its items' lengths. An item whose load or shipping fails stays in the forward
+to the end. Its rows are harmless, because attention is per sequence; nothing more is loaded or shipped for it.
 """
 
 import time
@@ -22,7 +22,7 @@ from dualpath.thread_names import named_threads
 
 
 class PrefillStatistics(msgspec.Struct, frozen=True):
-    """The last run, as seen by its compute thread: `total` is the sum of the other three durations."""
+    """The last run, as its compute thread saw it: `total` is the sum of the other three durations."""
 
     load_wait_ns: int
     compute_ns: int
@@ -31,28 +31,28 @@ class PrefillStatistics(msgspec.Struct, frozen=True):
     batch_tokens: int
     """Cached and new tokens of the batch."""
     peak_device_kv_bytes: int
-    """The most KV of the batch that was on the device at once: layers resident × the batch's bytes of one layer."""
+    """Peak KV of the batch on the device: resident layers × the batch's bytes of one layer."""
 
 
 class LayerIO(Protocol):
     """How the KV of one run moves; list index = item index. Both calls must return within the run's `io_deadline_s`.
 
-    An exception raised, instead of returned for an item, fails every item of the call.
+    An exception that is raised, instead of returned for an item, fails every item of the call.
     """
 
     def load_layer(self, layer: int, destinations: list[Bytes | None]) -> list[Exception | None]:
-        """Loader thread: fill ``destinations[i]``, ``past_tokens_i × token_bytes`` bytes, None where there is nothing
-        to load or the item has failed. Not called for a layer where all are None."""
+        """Loader thread: fill ``destinations[i]``, ``past_tokens_i × token_bytes`` bytes. None means that the item has
+        nothing to load or has failed. Not called for a layer when all are None."""
         ...
 
     def ship_layer(self, layer: int, rows: list[Bytes | None]) -> list[Exception | None]:
-        """Shipper thread: send on what is wanted of ``rows[i]``, the bytes of all cached and new tokens of the item in
-        this layer, None where the item has failed. The memory is valid during the call only."""
+        """Shipper thread: send what is needed of ``rows[i]``, the bytes of all cached and new tokens of the item in
+        this layer; None means that the item has failed. The memory is valid only during the call."""
         ...
 
 
 class LayerwisePrefill:
-    """Runs batches one after another on the calling thread, with a loader and a shipper thread of its own."""
+    """Runs batches one after another on the calling thread; it owns a loader thread and a shipper thread."""
 
     def __init__(
         self,
@@ -62,9 +62,9 @@ class LayerwisePrefill:
         max_batch_tokens: int = 65536,
         io_deadline_s: float = 120.0,
     ) -> None:
-        """`layerwise=False` holds all layers of the batch: loads all, computes all, ships all (the ablation's base).
+        """`layerwise=False` holds all layers of the batch: it loads all, computes all, ships all (the ablation's base).
 
-        `max_batch_tokens` bounds cached and new tokens of a batch together, and with that the device buffers.
+        `max_batch_tokens` bounds a batch's cached and new tokens together, and therefore the device buffers.
         """
         if device_layers < 2 or max_batch_tokens < 1:
             raise ValueError(f"{device_layers=} must be at least 2 and {max_batch_tokens=} at least 1")
@@ -80,10 +80,10 @@ class LayerwisePrefill:
         self._unusable: str | None = None
 
     def run(self, items: list[PrefillItem], io: LayerIO) -> list[PrefillOutput]:
-        """Prefill `items` together; one output each, in order.
+        """Prefill `items` together. Returns one output per item, in order.
 
         Raises ValueError for a batch that can't be run, LayerIOTimeoutError when a callback hung (the object is then
-        unusable), and whatever the model raised; items have no outputs then.
+        unusable), and whatever the model raises.
         """
         if self._unusable:
             raise RuntimeError(f"this prefill can't run any more: {self._unusable}")
@@ -102,7 +102,7 @@ class LayerwisePrefill:
         return batch.outputs(logits)
 
     def close(self) -> None:
-        """Stop the threads. A callback that hangs keeps its thread, and only it, alive."""
+        """Stop the threads. A callback that hangs keeps only its own thread alive."""
         self._unusable = self._unusable or "it is closed"
         for pool in (self._loader, self._shipper):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -122,11 +122,11 @@ class LayerwisePrefill:
                 )
             total += length
         if total > self.max_batch_tokens:
-            raise ValueError(f"the batch has {total} tokens; max_batch_tokens is {self.max_batch_tokens}: split it")
+            raise ValueError(f"the batch has {total} tokens, above max_batch_tokens {self.max_batch_tokens}; split it")
         return total
 
     def _compute(self, batch: PrefillBatch, progress: LayerProgress, workers: list[Future[None]]) -> Tensor | None:
-        """Logits of the sampling items, or None when every item had failed before the end."""
+        """Returns logits of the sampling items; None when every item has failed before the end."""
         try:
             packed = _PrefillPass(self.model, batch, self._device, progress)
             logits = self.model.forward(packed, batch.token_ids, batch.positions, batch.sampled_rows)
@@ -143,7 +143,7 @@ class LayerwisePrefill:
         return logits
 
     def _settle(self, progress: LayerProgress, workers: list[Future[None]]) -> None:
-        """No thread touches the buffers after a run, or there is no other run."""
+        """Make sure that no thread touches the buffers after this run; if one hangs, forbid further runs."""
         progress.abort(RuntimeError("the run is over"))
         if not self._unusable and wait(workers, timeout=self._io_deadline_s).not_done:
             self._unusable = "an I/O callback of an earlier run did not return in time"
@@ -187,7 +187,7 @@ class LayerwisePrefill:
 
 
 class _NothingLeftError(Exception):
-    """Every item has failed; the rest of the forward would be for nothing."""
+    """Every item has failed; the rest of the forward would be useless."""
 
 
 class _PrefillPass(PackedPass):
@@ -213,7 +213,7 @@ class _PrefillPass(PackedPass):
 
 
 def _guarded(progress: LayerProgress, work: Callable[[], None]) -> None:
-    """Run a worker's loop; its failure ends the other threads' waits, a stop asked by them is no failure."""
+    """Run a worker's loop. If it fails, abort the other threads' waits; being aborted by them is not a failure."""
     try:
         work()
     except RunAbortedError:

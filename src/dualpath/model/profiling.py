@@ -1,4 +1,4 @@
-"""What an attention layer costs on this machine: FLOPs against time, for the compute quota (paper §6.2)."""
+"""Measures an attention layer on this machine: time against FLOPs, for the compute quota (paper §6.2)."""
 
 import time
 from typing import Any
@@ -31,7 +31,7 @@ def profile_attention(model: LoadedModel) -> tuple[float, float]:
         flops.append(float(new * model.attention_flops_per_token + pairs * model.attention_flops_per_pair))
         times_ns.append(_measure_ns(model, cached, new, deadline_ns))
     if len(flops) < 2:
-        raise ValueError(f"a model of {model.max_length_tokens} tokens at most is too short to profile")
+        raise ValueError(f"a model with a context of {model.max_length_tokens} tokens is too short to profile")
     return _fit(np.array(flops), np.array(times_ns))
 
 
@@ -59,7 +59,7 @@ class _OneLayer(PackedPass):
 
 @torch.inference_mode()
 def _measure_ns(model: LoadedModel, cached: int, new: int, deadline_ns: int) -> float:
-    """The shortest of up to five runs of one attention layer, after one to warm up."""
+    """Returns the shortest of up to five runs of one attention layer, after one warm-up run."""
     decoder = model.network.get_decoder()
     hidden = torch.randn(1, new, model.network.config.hidden_size, device=model.device).to(model.dtype)
     positions = torch.arange(cached, cached + new, device=model.device)[None]

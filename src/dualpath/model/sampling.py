@@ -1,8 +1,8 @@
-"""From logits to tokens, so that a retried attempt draws again what the lost one drew.
+"""Draws tokens from logits, such that a retried attempt draws the same tokens as the lost one.
 
-Token *i* of a request is drawn with a counter-based generator keyed by ``(seed, i)``: no state survives a step, so it
-does not matter which engine draws, nor what it drew before. One uniform number picks from the cumulative distribution
-in token order, so rounding differences between engines almost never change the choice.
+Token *i* of a request is drawn with a counter-based generator keyed by ``(seed, i)``. No state survives a step, so the
+draw does not depend on the engine or on its earlier draws. One uniform number picks from the cumulative distribution in
+token order, so rounding differences between engines almost never change the choice.
 """
 
 import msgspec
@@ -17,13 +17,13 @@ class TokenDraw(msgspec.Struct, frozen=True, gc=False):
 
     token_id: int
     logprob: float | None = None
-    """Natural logarithm; None unless asked for."""
+    """Natural logarithm; None unless requested."""
     top: tuple[tuple[int, float], ...] = ()
-    """The most likely ``(token_id, logprob)``, best first, as many as asked for."""
+    """The most likely ``(token_id, logprob)``, best first, as many as requested."""
 
     @property
     def logprobs(self) -> list[tuple[int, float]] | None:
-        """The chosen token's comes first, then the most likely ones'; None unless asked for."""
+        """Returns the chosen token's logprob, then those of the most likely ones; None unless requested."""
         return None if self.logprob is None else [(self.token_id, self.logprob), *self.top]
 
 
@@ -32,7 +32,7 @@ def draw(
 ) -> list[TokenDraw | Exception]:
     """Draw one token for each row of `logits` ``[n, vocab]``; row i is token number ``generated_tokens[i]`` (from 0).
 
-    A row whose logits are not numbers gets a FloatingPointError in its place; the others are unharmed.
+    A row with logits that are not numbers gets a FloatingPointError in its place; the other rows are unaffected.
     """
     if not logits.shape[0] == len(params) == len(generated_tokens):
         raise ValueError(f"{logits.shape[0]} rows of logits, {len(params)} params, {len(generated_tokens)} positions")
@@ -78,6 +78,6 @@ def _sample(logits: torch.Tensor, params: SamplingParams, index: int) -> int:
 
 
 def _uniform(seed: int, index: int) -> float:
-    """In [0, 1), a function of its arguments alone."""
+    """Returns a number in [0, 1) that depends only on the arguments."""
     bits = np.random.Philox(key=seed % 2**128, counter=index)
     return float(np.random.Generator(bits).random())

@@ -1,9 +1,9 @@
-"""Exact attention of one sequence of a pack, pieced together from spans of buffer rows.
+"""Exact attention of one sequence of a pack, merged from spans of buffer rows.
 
-A chunk of `n` new tokens after `c` cached ones is attention over spans: the cached rows without a mask, the new rows
-causally. Each span gives an output and the log-sum-exp of its scores, which is all it takes to merge them exactly; the
-same merge joins the extents of a paged sequence. Query heads that share a KV head are folded into the query's token
-axis where there is no mask, so nothing is repeated.
+A chunk of `n` new tokens after `c` cached ones attends to spans: the cached rows without a mask, the new rows causally.
+Each span gives an output and the log-sum-exp of its scores, which suffice to merge the spans exactly; the same merge
+joins the extents of a paged sequence. Query heads that share a KV head are folded into the query's token axis where
+there is no mask, so no KV is repeated.
 """
 
 from collections.abc import Callable
@@ -66,9 +66,9 @@ def attend_sequence(
 
 
 def _spans(sequence: PackedSequence, span_rows: int | None) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
-    """Row runs of at most `span_rows` that every new token sees whole, and the run it sees causally, if any.
+    """Returns row runs of at most `span_rows` without a mask, and the causal run, if any.
 
-    A single new token sees all of its context, itself included, so it has no causal run.
+    A single new token attends to all of its context, itself included, so it has no causal run.
     """
     whole = list(sequence.extents)
     causal = None
@@ -86,7 +86,7 @@ def _spans(sequence: PackedSequence, span_rows: int | None) -> tuple[list[tuple[
 
 
 def _stream(span: Tensor) -> None:
-    """Pull `span` into the CPU's cache front to back.
+    """Read `span` into the CPU's cache, front to back.
 
     Per-head views of a row-major context jump from row to row, which defeats the hardware's prefetcher: a decode step
     then waits for memory most of the time. Reading the same bytes in order first is several times faster overall.
@@ -95,7 +95,7 @@ def _stream(span: Tensor) -> None:
 
 
 def _merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Join partial attentions ``[…, dim]`` by the log-sum-exp ``[…]`` of the scores each has seen."""
+    """Merge partial attentions ``[…, dim]`` by the log-sum-exp ``[…]`` of each one's scores."""
     if len(parts) == 1:
         return parts[0][0]
     outs, lses = (torch.stack(column) for column in zip(*parts, strict=True))
@@ -116,7 +116,7 @@ def _partial(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: 
 def _partial_by_matmul(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same on any device, with all scores of the span in float32 (at most EXPAND_ROWS a query where unmasked)."""
+    """`_partial` on any device, with all scores of the span in float32 (at most EXPAND_ROWS per unmasked query)."""
     scores = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
     if causal:
         n, rows = scores.shape[-2:]

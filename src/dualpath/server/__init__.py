@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server over the runtime's public face."""
+"""The OpenAI-compatible server of a cluster (`cluster.generator.Generator`). Start with `app.py`."""
 
 from dualpath.server.app import ServerLimits, create_app
 from dualpath.server.codec import load_tokenizer

@@ -1,8 +1,8 @@
-"""What clients receive: OpenAI's bodies and stream events, written with msgspec because every token passes here.
+"""Answers to clients: OpenAI's bodies and stream events, written with msgspec because every token passes here.
 
-A writer holds what the answers of one request share and knows one endpoint's shape. It turns each piece into a
-server-sent event, or folds all into a whole body. Fields the client did not ask for are left out (`UNSET`); `usage`
-always has ``prompt_tokens_details.cached_tokens``.
+A writer holds what the answers of one request share, and knows one endpoint's shape. It turns each piece into a
+server-sent event, or merges all pieces into one body. Fields that the client did not request are left out (`UNSET`);
+`usage` always has ``prompt_tokens_details.cached_tokens``.
 """
 
 import time
@@ -67,18 +67,18 @@ class Writer(Protocol):
     """Shapes one request's answer."""
 
     def event(self, piece: Piece) -> bytes:
-        """Server-sent event (or two) of one piece."""
+        """Returns the server-sent event (or two) of one piece."""
         ...
 
     def usage_event(self, usage: Usage) -> bytes: ...
 
     def whole(self, pieces: list[Piece], usage: Usage) -> bytes:
-        """Body of an answer that is not streamed, from all its pieces."""
+        """Returns the body of an answer that is not streamed, from all its pieces."""
         ...
 
 
 class _Answer:
-    """What both shapes share: the envelope, usage, and pieces folded per choice."""
+    """The part that both endpoints share: the envelope, usage, and pieces merged per choice."""
 
     object: str
     chunk_object: str
@@ -96,7 +96,7 @@ class _Answer:
         return b"data: %b\n\n" % _encode(self._last(self.chunk_object, [], usage))
 
     def _last(self, kind: str, choices: list[ChoiceBody], usage: Usage) -> AnswerBody:
-        """What carries usage: the last event, or the whole answer."""
+        """Returns the body that carries usage: the last event, or the whole answer."""
         body = self._body(kind, choices, _usage_body(usage))
         if usage.timings is not None:
             body.timings = usage.timings
@@ -119,7 +119,7 @@ class _Answer:
         return first
 
     def _folded(self, pieces: list[Piece]) -> Iterator[Piece]:
-        """One piece per choice, with everything of it."""
+        """Yields one piece per choice, merged from all its pieces."""
         of_choice: list[list[Piece]] = [[] for _ in self._checked.choices]
         for piece in pieces:
             of_choice[piece.choice].append(piece)
@@ -161,7 +161,7 @@ class CompletionWriter(_Answer):
         return choice
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:
-        """Parallel lists over tokens; `text_offset` counts characters of the tokens' own texts."""
+        """Returns parallel lists over tokens; `text_offset` counts characters of the tokens' own texts."""
         chosen = [entry[0] for entry in piece.logprobs or []]
         tokens = [self._codec.token_text(c.token_id) for c in chosen]
         offsets = []
@@ -204,7 +204,7 @@ class ChatWriter(_Answer):
         return _encode(body)
 
     def _opening(self, choice: int) -> bytes:
-        """The event that names the role before any text."""
+        """Returns the event that names the role before any text."""
         delta = {"role": "assistant", "content": ""}
         chunk = self._chunk(ChoiceBody(index=choice, delta=delta, finish_reason=None))
         if self._checked.return_token_ids:

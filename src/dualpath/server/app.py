@@ -1,8 +1,8 @@
 """The OpenAI-compatible application over a `Generator`.
 
-Theory of operation. A body is read and decoded (`protocol`), checked and tokenised (`planning`), and becomes one
-`GenerateRequest` per choice. The cluster's tokens become pieces of text (`generation`), pieces become events or one
-body (`answers`), and `transport` sends them for as long as the client is there. Every failure is an `ApiError`, at the
+Theory of operation. A body is read and decoded (`protocol`), checked and tokenised (`requests`), and becomes one
+`GenerateRequest` per choice. The cluster's tokens become pieces of text (`generation`). Pieces become events or one
+body (`answers`), and `http` sends them while the client is connected. Every failure becomes an `ApiError`, at the
 latest in the handlers below.
 """
 
@@ -41,11 +41,11 @@ logger = logging.getLogger(__name__)
 
 
 class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one client may take of the server."""
+    """Bounds on what clients may use of the server."""
 
     max_body_bytes: int = 32 * 2**20
     max_choices: int = 128
-    """Prompts × n of one request."""
+    """Most choices (prompts × n) in one request."""
     max_inflight_requests: int = 8192
     body_timeout_s: float = 60.0
     write_timeout_s: float = 60.0
@@ -59,9 +59,9 @@ def create_app(
     api_keys: Collection[str] = (),
     limits: ServerLimits | None = None,
 ) -> FastAPI:
-    """The application. `tokenizer` is a Transformers tokenizer (`load_tokenizer`). Without `api_keys` all may enter.
+    """Returns the application. `tokenizer` is a Transformers tokenizer (`load_tokenizer`). No `api_keys`: open to all.
 
-    Raises ValueError for an empty key, which would let in whoever sends none.
+    Raises ValueError for an empty key, which would admit clients that send none.
     """
     if isinstance(api_keys, str) or not all(api_keys):
         raise ValueError("api_keys must be a collection of keys, none of them empty")
@@ -90,7 +90,7 @@ def create_app(
 
 
 class _Api:
-    """The endpoints, and what they share."""
+    """The endpoints, and the state that they share."""
 
     endpoints: frozenset[str] = frozenset()
 
@@ -154,7 +154,7 @@ class _Api:
         return _json({"version": __version__})
 
     async def failed(self, request: Request, failure: Exception) -> Response:
-        """Every failure before an answer has begun."""
+        """Answer every failure before an answer has started."""
         error = as_api_error(failure)
         self.count_failure(request.url.path, error)
         response = error.response()
@@ -206,12 +206,12 @@ class _Api:
     def _failed_midway(self, path: str, failure: Exception) -> ApiError:
         error = as_api_error(failure)
         if error.code == INTERNAL:
-            logger.error("a stream failed for a reason the server did not foresee", exc_info=failure)
+            logger.error("a stream failed with an unexpected error; please report it", exc_info=failure)
         self.count_failure(path, error)
         return error
 
     def _endpoint(self, path: str) -> str:
-        return path if path in self.endpoints else "other"  # a client must not choose how many series there are
+        return path if path in self.endpoints else "other"  # clients must not be able to create series
 
     def _model_card(self) -> dict[str, Any]:
         model = self._generator.model

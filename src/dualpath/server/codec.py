@@ -1,17 +1,17 @@
-"""Text and tokens: the model's tokenizer, used so that a long prompt does not hold up everybody's streams.
+"""Text and tokens: uses the model's tokenizer such that a long prompt does not delay other clients' streams.
 
-A fast tokenizer's backend is called directly. Its `encode` keeps the interpreter lock for the whole text, while
-`encode_batch_fast` gives it up and skips the offsets nobody asked for (measured on 900 kB: 0.5 against 2.4 M characters
-a second), so the latter is used for one text too, in a thread when the text is long.
+It calls a fast tokenizer's backend directly. The backend's `encode` keeps the interpreter lock for the whole text.
+`encode_batch_fast` releases it and skips the offsets, which are not needed (measured on 900 kB: 0.5 against 2.4 M
+characters per second). So it is used for a single text too, in a thread when the text is long.
 
-Decoding is not token by token: a character may be spread over several tokens (its decoding ends in U+FFFD until the
-last one comes), and a token may look different at the beginning of a text (SentencePiece drops the leading space). So
-`IncrementalDetokenizer` decodes a short *window* of recent tokens, seeded with the end of the prompt for context,
-remembers how much of the window's text it has given out, and withholds the end that may still change. When the window
-is long its front is cut, only where both sides provably decode as they did together.
+Tokens can't be decoded one by one: a character may be spread over several tokens (its decoding ends in U+FFFD until the
+last one comes), and a token may decode differently at the start of a text (SentencePiece drops the leading space). So
+`IncrementalDetokenizer` decodes a short *window* of recent tokens, which starts with the end of the prompt as context.
+It remembers how much of the window's text it has returned, and withholds the end that may still change. It cuts the
+front of a long window, only where both sides provably decode as they did together.
 
-`StopMatcher` then withholds the text that could still be the beginning of a stop string. The stop string that is
-*complete first* ends the text (of two that end together, the longer), which does not depend on how text is split.
+`StopMatcher` then withholds text that may still be the start of a stop string. The stop string that is *complete first*
+ends the text (the longer of two that end together), however the text is split.
 """
 
 import asyncio
@@ -21,24 +21,24 @@ from typing import Any
 from dualpath.server.errors import ApiError, bad_parameter
 
 _INLINE_CHARACTERS = 2000
-"""Shorter texts take less than about a millisecond; moving them to a thread would cost more than it spares."""
+"""Shorter texts take less than about a millisecond; moving them to a thread would cost more than it saves."""
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer at `path` (a directory, or a model's name). Imports Transformers only now, which loads torch."""
+    """Returns the tokenizer at `path` (a directory or a model's name). Imports Transformers, and so torch, only now."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path)
 
 
 class TextCodec:
-    """Encode, decode and render chats with one Transformers tokenizer, fast or slow."""
+    """Encodes, decodes and renders chats with one Transformers tokenizer, fast or slow."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._token_texts: dict[int, str] = {}
-        if self._backend is not None:  # a prompt is never cut or filled up behind the client's back
+        if self._backend is not None:  # never truncate or pad a prompt silently
             self._backend.no_truncation()
             self._backend.no_padding()
 
@@ -70,7 +70,7 @@ class TextCodec:
         )
 
     def token_text(self, token_id: int) -> str:
-        """The token alone, as log-probabilities name it. Remembered: the vocabulary bounds the memory."""
+        """Returns one token's text, as log-probabilities show it. Cached; the vocabulary bounds the cache."""
         text = self._token_texts.get(token_id)
         if text is None:
             text = self._token_texts[token_id] = self.decode([token_id], skip_special_tokens=False)
@@ -86,41 +86,41 @@ class TextCodec:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except ApiError:
             raise
-        except Exception as error:  # templates are programs of the model's authors and raise what they like
+        except Exception as error:  # templates are the model authors' programs and may raise anything
             raise bad_parameter("messages", f"the model's chat template refuses these messages: {error}") from error
         return self._encode(text, add_special_tokens=False)
 
 
 _REPLACEMENT = "\ufffd"
 _MISSING_BYTES = 3
-"""A character of UTF-8 lacks at most three bytes, hence three tokens, each shown as at most one U+FFFD."""
+"""An incomplete UTF-8 character lacks at most three bytes, hence three tokens, each decoded as at most one U+FFFD."""
 _CONTEXT_TOKENS = 6
 _WINDOW_TOKENS = 32
 _KEPT_TOKENS = range(6, 14)
 
 
 class IncrementalDetokenizer:
-    """Text of a growing list of tokens; the pieces joined are the text of the whole, however they were split.
+    """Decodes a growing list of tokens. The joined pieces equal the decoded whole, however the tokens arrive.
 
-    For byte-fallback vocabularies that holds for valid UTF-8 only: there an invalid byte changes the text before it.
+    For byte-fallback vocabularies this holds only for valid UTF-8: there an invalid byte changes the text before it.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], prompt_token_ids: Sequence[int] = ()) -> None:
         self._decode = decode
         self._window = list(prompt_token_ids[-_CONTEXT_TOKENS:])
         self._text = decode(self._window) if self._window else ""
-        if self._text.endswith(_REPLACEMENT):  # the prompt ends inside a character: no context is better than half
+        if self._text.endswith(_REPLACEMENT):  # the prompt ends inside a character: start without context
             self._window, self._text = [], ""
         self._given = len(self._text)
         self._unsure_tokens = 0
 
     def push(self, token_id: int) -> str:
-        """Take one token; return the text that is final now."""
+        """Add one token. Returns the text that is now final."""
         self._window.append(token_id)
         self._text = self._decode(self._window)
         unsure = len(self._text) - len(self._text.rstrip(_REPLACEMENT))
         self._unsure_tokens = self._unsure_tokens + 1 if unsure else 0
-        junk = self._unsure_tokens > _MISSING_BYTES  # no character on its way takes so long
+        junk = self._unsure_tokens > _MISSING_BYTES  # no valid character needs so many tokens
         if junk:
             unsure = min(unsure, _MISSING_BYTES)
         final = len(self._text) - unsure
@@ -131,13 +131,13 @@ class IncrementalDetokenizer:
         return piece
 
     def finish(self) -> str:
-        """The rest: characters that no later token will complete."""
+        """Returns the rest: characters that no later token will complete."""
         piece = self._text[self._given :]
         self._given = len(self._text)
         return piece
 
     def _cut(self) -> None:
-        """Drop the front of the window at the first place near its end where that changes nothing."""
+        """Cut the front of the window at the first place near its end where that changes no text."""
         for kept in _KEPT_TOKENS:
             head, tail = self._decode(self._window[:-kept]), self._decode(self._window[-kept:])
             clean = self._text.startswith(head) and not head.endswith(_REPLACEMENT) and self._text.endswith(tail)
@@ -149,7 +149,7 @@ class IncrementalDetokenizer:
 
 
 class StopMatcher:
-    """Gives text out until a stop string is complete; `matched` is then that string and the text ends before it."""
+    """Passes text on until a stop string is complete; `matched` is then that string, and the text ends before it."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -157,7 +157,7 @@ class StopMatcher:
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """Take more text; return what may be shown now."""
+        """Add text. Returns the text that may be shown now."""
         if not self._stops:
             return text
         held = self._held + text
@@ -171,12 +171,12 @@ class StopMatcher:
         return held[: len(held) - keep]
 
     def finish(self) -> str:
-        """No more text will come: what was withheld is text after all."""
+        """End the text. Returns what was withheld."""
         held, self._held = self._held, ""
         return held
 
     @staticmethod
     def _overlap(text: str, stop: str) -> int:
-        """Length of the longest end of `text` that begins `stop`."""
+        """Returns the length of the longest suffix of `text` that is a prefix of `stop`."""
         longest = min(len(stop) - 1, len(text))
         return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -15,7 +15,7 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 class ApiError(Exception):
-    """What a client is told. `param` names the field at fault, `code` is a stable word for programs."""
+    """An error for the client. `param` names the field at fault, `code` is a stable word for programs."""
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class ApiError(Exception):
 
 
 def bad_parameter(param: str, message: str, *, code: str = "invalid_value") -> ApiError:
-    """A 400 that names the field at fault."""
+    """Returns a 400 error that names the field at fault."""
     return ApiError(400, message, code=code, param=param)
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Translate any failure. Of one that nobody foresaw, the client sees no details: the log has them."""
+    """Translate any failure. The client sees no details of an unexpected one; the log has them."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
@@ -65,6 +65,6 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, HTTPException):
         code = _HTTP_CODES.get(error.status_code, "http_error")
         return ApiError(error.status_code, str(error.detail), code=code)
-    if isinstance(error, ClientDisconnect):  # nobody reads it; the code is for the counters
+    if isinstance(error, ClientDisconnect):  # no client reads it; the code is for the counters
         return ApiError(499, "the client went away", code="client_disconnected")
     return ApiError(500, "the server failed on this request; its log says why, please report it", code=INTERNAL)

@@ -1,7 +1,7 @@
-"""From the cluster's tokens to pieces of text: one choice, many choices side by side, and their usage.
+"""Turns the cluster's tokens into pieces of text: for one choice, for many concurrent choices, and their usage.
 
-Every source is closed where it is used, whatever ends it (its last piece, a stop string, an error, a client that went
-away), because closing a generation is what frees its blocks in the cluster.
+Every generation is closed where it is used, whatever ends it (its last piece, a stop string, an error, a client that
+went away), because closing it frees its blocks in the cluster.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _PIECES_AHEAD = 2
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of one choice. The last has a `finish_reason`; text may lag behind tokens, never run ahead."""
+    """One step of one choice. The last has a `finish_reason`. Its text may lag behind its tokens, never the reverse."""
 
     choice: int
     text: str
@@ -37,9 +37,9 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChoiceText:
-    """Turns one choice's steps into pieces: characters completed, stop strings cut off, a stop token left out.
+    """Turns one choice's steps into pieces: completes characters, cuts stop strings off, leaves a stop token out.
 
-    Stop strings are looked for in the text after `min_tokens` tokens.
+    Stop strings are searched only in the text after `min_tokens` tokens.
     """
 
     def __init__(self, codec: TextCodec, choice: Choice, stop: Sequence[str], skip_special_tokens: bool) -> None:
@@ -51,7 +51,7 @@ class ChoiceText:
         self._unstoppable_tokens = choice.request.sampling.min_tokens
 
     def take(self, step: GeneratedTokens) -> Piece:
-        """The piece of `step`. One that ends at a stop string has the tokens up to the one that completed it."""
+        """Returns the piece of `step`. At a stop string it has the tokens up to the one that completed the string."""
         texts: list[str] = []
         used, finish_reason = len(step.token_ids), step.finish_reason
         for i, token in enumerate(step.token_ids):
@@ -84,7 +84,7 @@ class ChoiceText:
 async def run_choice(
     generator: Generator, codec: TextCodec, checked: CheckedRequest, choice: Choice, timer: GenerationTimer
 ) -> AsyncGenerator[Piece, None]:
-    """Pieces of one choice. Raises RequestError as the cluster does, ApiError if it stops short of a finish reason."""
+    """Yields pieces of one choice. Raises RequestError as the cluster does, ApiError without a finish reason."""
     text = ChoiceText(codec, choice, checked.stop, checked.skip_special_tokens)
     steps = generator.generate(choice.request)
     try:
@@ -104,7 +104,7 @@ async def run_choice(
 async def run_request(
     generator: Generator, codec: TextCodec, checked: CheckedRequest, new_timer: Callable[[], GenerationTimer]
 ) -> AsyncGenerator[Piece, None]:
-    """Pieces of all choices as they come. The first failure ends all of them."""
+    """Yields pieces of all choices as they come. The first failure ends all of them."""
     sources = [run_choice(generator, codec, checked, choice, new_timer()) for choice in checked.choices]
     async with contextlib.aclosing(sources[0] if len(sources) == 1 else _merged(sources)) as pieces:
         async for piece in pieces:
@@ -142,11 +142,11 @@ async def _close(steps: AsyncGenerator[GeneratedTokens, None]) -> None:
         async with asyncio.timeout(_CLOSE_TIMEOUT_S):
             await steps.aclose()
     except TimeoutError:
-        logger.error("the cluster did not take back a cancelled generation within %.0f s", _CLOSE_TIMEOUT_S)
+        logger.error("the cluster did not end a cancelled generation within %.0f s", _CLOSE_TIMEOUT_S)
 
 
 class Usage:
-    """Tokens of a request: each prompt counts once, however many choices answer it; and its timings."""
+    """A request's token counts and timings. Each prompt counts once, however many choices answer it."""
 
     def __init__(self, checked: CheckedRequest) -> None:
         self._prompt_of = [choice.prompt_index for choice in checked.choices]

@@ -1,7 +1,7 @@
-"""HTTP around a request: listening, a body under a bound and a deadline, an answer while the client is there.
+"""HTTP around a request: listens, reads a body within a bound and a deadline, answers while the client is connected.
 
-A client that goes away ends the work at once: `while_connected` listens on the connection beside the work. (Starlette's
-own StreamingResponse leaves a suspended source to the garbage collector; here it is closed before the call returns.)
+A client that goes away ends the work at once: `while_connected` watches the connection during the work. (Starlette's
+StreamingResponse leaves a suspended source to the garbage collector; here it is closed before the call returns.)
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _BUSY_RETRY_AFTER_S = 1.0
 
 
 class Gate:
-    """ASGI middleware: a key where one is needed, and a bound on requests in flight. Health stays reachable."""
+    """ASGI middleware: requires an API key if any is set, and bounds the requests in flight. Spares `_OPEN_PATHS`."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Gate:
         if self._free <= 0:
             return ApiError(
                 429,
-                "the server has as many requests as it may; try again soon",
+                "the server has reached its limit of requests in flight; try again soon",
                 code="overloaded",
                 retry_after_s=_BUSY_RETRY_AFTER_S,
             )
@@ -74,7 +74,7 @@ class Gate:
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
-    """The whole body. Raises ApiError 413 when it is too large and 408 when it does not come in time."""
+    """Returns the whole body. Raises ApiError 413 when it is too large, 408 when it does not arrive in time."""
     body = bytearray()
     try:
         async with asyncio.timeout(timeout_s):
@@ -88,9 +88,9 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Result of `work`, which is cancelled, and waited for, if the client goes away: then ClientDisconnect is raised.
+    """Returns the result of `work`. If the client goes away, cancels `work`, waits for it, raises ClientDisconnect.
 
-    The request's body must have been read.
+    The request's body must have been read before.
     """
     task = asyncio.create_task(work)
     watcher = asyncio.create_task(_disconnected(receive))
@@ -111,10 +111,10 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events from a generator of them, which is closed in every case before the call returns.
+    """Server-sent events from a generator, which is always closed before the call returns.
 
-    Headers wait for the first event, so that what fails before it is an ordinary HTTP error. A later failure becomes an
-    error event and ends the stream; `on_failure` is told of it and says what the client is told.
+    Headers are sent with the first event, so that an earlier failure is an ordinary HTTP error. A later failure becomes
+    an error event and ends the stream; `on_failure` gets the exception and returns the error for the client.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class EventStream(StreamingResponse):
         await self._write(send, b"", more_body=False)
 
     async def _write(self, send: Send, event: bytes, more_body: bool = True) -> None:
-        """Send, or give up on a client that has stopped reading."""
+        """Send an event. Raises ClientDisconnect when the client has stopped reading."""
         try:
             async with asyncio.timeout(self._write_timeout_s):
                 await send({"type": "http.response.body", "body": event, "more_body": more_body})
@@ -165,7 +165,7 @@ _KEEP_ALIVE_S = 30
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that leaves signals to the process it runs in and tells when it accepts connections."""
+    """uvicorn that leaves signals to its process and calls `on_started` once it accepts connections."""
 
     def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -188,10 +188,10 @@ async def serve(
     on_bound: Callable[[int], None] | None = None,
     shutdown_grace_s: int = 5,
 ) -> None:
-    """Serve until cancelled; then refuse new requests, give running ones `shutdown_grace_s`, and cut off the rest.
+    """Serve until cancelled; then refuse new requests, give running ones `shutdown_grace_s`, and end the rest.
 
-    `port` 0 takes a free one. `on_bound` is called with the port once connections are accepted. Raises OSError, saying
-    what to do, when the address cannot be had.
+    `port` 0 takes a free one. `on_bound` is called with the port once connections are accepted. Raises OSError that
+    says what to do when it can't listen at the address.
     """
     listener = _bind(host, port)
     bound = int(listener.getsockname()[1])
@@ -222,7 +222,7 @@ def _bind(host: str, port: int) -> socket.socket:
         raise OSError(
             error.errno, f"cannot listen on {host}:{port}: {error.strerror}; choose another address, or port 0 for any"
         ) from error
-    # asyncio sets this only where a socket names its protocol, which accepted ones of this kind do not. Without it the
-    # first event waits until the client has acknowledged the headers, which it does 40 ms later.
+    # asyncio sets this only for sockets with a protocol number, which accepted sockets of this kind lack. Without it
+    # the first event waits until the client has acknowledged the headers, 40 ms later.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

@@ -1,4 +1,4 @@
-"""What /metrics says: the server's own histograms and counters, then the cluster's figures."""
+"""The content of /metrics: the server's own histograms and counters, then the cluster's figures."""
 
 import time
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from dualpath.spec.metrics import CATALOGUE, Figures, Metric, metric_of
 
 
 class ServerMetrics:
-    """Counts and times requests of one app. Not shared between apps, so that two of them can live in a process."""
+    """Counts and times the requests of one app. Each app has its own, so that a process can have two apps."""
 
     def __init__(self, model: str) -> None:
         self._registry = CollectorRegistry()
@@ -41,7 +41,7 @@ class ServerMetrics:
         self._requests.labels(endpoint, finish_reason, "").inc()
 
     def exposition(self, gauges: Figures) -> bytes:
-        """Prometheus' text format: what the server has measured, then the cluster's `gauges`."""
+        """Returns Prometheus' text format: the server's own series, then the cluster's `gauges`."""
         return generate_latest(_WithoutCreated(self._registry)) + _format(gauges).encode()
 
     def _histogram(self, metric: Metric) -> Histogram:
@@ -72,7 +72,7 @@ class GenerationTimer:
 
 
 class _WithoutCreated(Collector):
-    """A registry without the time at which each series was made, which prometheus_client shows as more series."""
+    """A registry without prometheus_client's extra series for the time at which each series was created."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -84,7 +84,7 @@ class _WithoutCreated(Collector):
 
 
 def _format(figures: Figures) -> str:
-    """The series of each metric together. Those that the catalogue does not have are counted instead of shown.
+    """Returns the series, grouped by metric. Series that are not in the catalogue are counted, not shown.
 
     prometheus_client would sort and escape every label again, which takes three times as long.
     """

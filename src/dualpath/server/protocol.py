@@ -1,7 +1,7 @@
-"""What clients may send: OpenAI's request bodies with vLLM's extensions, as msgspec records.
+"""Requests of clients: OpenAI's request bodies with vLLM's extensions, as msgspec records.
 
-Every field may be null, which means "not given". Unknown fields are ignored, as vLLM does. Fields that would change the
-answer and are not supported are listed in `_NEUTRAL` with the values that ask for nothing; any other value is refused.
+Every field may be null, which means "not given". Unknown fields are ignored, as in vLLM. `_NEUTRAL` lists the fields
+that would change the answer and are not supported, with the values that change nothing; any other value is refused.
 """
 
 import re
@@ -128,7 +128,7 @@ _FIELD = re.compile(r"at `\$\.(\w+)|required field `(\w+)`")
 
 
 def decode_body(body: bytes, kind: type[Body]) -> Body:
-    """Parse a request body. Raises ApiError (400), naming the field at fault where there is one."""
+    """Parse a request body. Raises ApiError (400) that names the field at fault, if any."""
     try:
         record = msgspec.json.decode(body, type=kind)
         if issubclass(kind, GenerationRequest):
@@ -136,16 +136,14 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
     except msgspec.ValidationError as error:
         match = _FIELD.search(str(error))
         param = (match[1] or match[2]) if match else None
-        raise ApiError(
-            400, f"the request body is not as it must be: {error}", code="invalid_value", param=param
-        ) from None
+        raise ApiError(400, f"the request body is invalid: {error}", code="invalid_value", param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _malformed(error) from None
     return record
 
 
 def decode_prompts(raw: msgspec.Raw) -> list[str] | list[list[int]]:
-    """The prompts of a completion, at least one: texts, or lists of token ids. Raises ApiError (400)."""
+    """Returns the prompts of a completion, at least one: texts, or lists of token ids. Raises ApiError (400)."""
     text = bytes(raw)
     inner = text[1:].lstrip(b" \t\r\n")[:1] if text[:1] == b"[" else b""
     try:

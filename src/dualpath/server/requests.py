@@ -1,6 +1,6 @@
-"""From a request body to a checked request: prompts as tokens, one `GenerateRequest` for each choice to be made.
+"""Turns a request body into a checked request: prompts as tokens, and one `GenerateRequest` per choice.
 
-Everything a client can get wrong is refused here, before the cluster hears of the request.
+Every mistake that a client can make is refused here, before the request reaches the cluster.
 """
 
 import secrets
@@ -30,7 +30,7 @@ _SEEDS = 2**63
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """One answer to be generated: choice `index` of the response, to prompt `prompt_index` of the request."""
+    """One answer to generate: choice `index` of the response, for prompt `prompt_index` of the request."""
 
     index: int
     prompt_index: int
@@ -38,7 +38,7 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """All that answering a request takes. `n` choices of each prompt, in order."""
+    """Everything needed to answer a request. `n` choices of each prompt, in order."""
 
     prompts: list[list[int]]
     choices: list[Choice]
@@ -83,7 +83,7 @@ class RequestChecker:
         return self._checked(asked, [prompt], "messages", limit, None, logprobs)
 
     async def chat_prompt(self, asked: ChatRequest | TokenizeRequest, messages: list[ChatMessage]) -> list[int]:
-        """Tokens of a chat, as the model's template renders it."""
+        """Returns the tokens of a chat, as the model's template renders it."""
         if not messages:
             raise bad_parameter("messages", "messages is empty; give at least one message")
         going_on = bool(asked.continue_final_message)
@@ -109,7 +109,7 @@ class RequestChecker:
             )
 
     def check_token_ids(self, token_ids: list[int], param: str) -> None:
-        """Refuse ids the model has no embedding for."""
+        """Refuse token ids for which the model has no embedding."""
         vocabulary = self._model.vocab_size
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocabulary):
             at, token = next((i, t) for i, t in enumerate(token_ids) if not 0 <= t < vocabulary)
@@ -230,7 +230,7 @@ def _stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
 
 
 def _template_message(index: int, message: ChatMessage) -> dict[str, Any]:
-    """A message as chat templates want it: plain texts, and no key that was not given."""
+    """Returns a message as chat templates need it: plain text, and only keys that were given."""
     where = f"messages[{index}]"
     if message.tool_calls or message.function_call:
         raise bad_parameter(

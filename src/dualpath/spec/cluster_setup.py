@@ -1,4 +1,4 @@
-"""What a cluster was set up as: in result files, and in what a server says of itself."""
+"""A cluster's setup, as result files and the server's ``/v1/models`` describe it."""
 
 from typing import Literal
 
@@ -6,27 +6,27 @@ import msgspec
 
 
 class ClusterSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """A cluster on one host, but for its topology and system: complete enough to simulate it."""
+    """A cluster on one host, without its topology and system: complete enough to simulate it."""
 
     layers: int
     kv_bytes_per_token: int
-    """Over all layers."""
+    """Bytes over all layers."""
     snic_bytes_per_s: int | None
-    """Each storage NIC's rate; None: not limited."""
+    """Rate of each storage NIC; None means unlimited."""
     cnic_bytes_per_s: int | None
     compute_quota_s: float
     threads: int
     """Compute threads of an engine."""
     cores: int
-    """Cores that all engines shared."""
+    """Cores that all engines share."""
     dtype: str
     transport: str
     links: Literal["emulated", "kernel"] = "emulated"
-    """Rates kept by the traffic manager, or by the kernel between network namespaces (`dualpath testbed`)."""
+    """Who enforces the rates: the traffic manager, or the kernel between network namespaces (`dualpath testbed`)."""
 
 
 class ServedCluster(msgspec.Struct, frozen=True, kw_only=True):
-    """What a DualPath server says of its cluster, with the model in ``/v1/models``."""
+    """A DualPath server's description of its cluster, beside the model in ``/v1/models``."""
 
     topology: str
     """``1P2D``: prefill and decode nodes."""

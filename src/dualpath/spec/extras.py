@@ -1,4 +1,4 @@
-"""Which extra brings a package that is not installed, as our own metadata says."""
+"""Finds the extra that installs a missing package, from our own metadata."""
 
 import re
 from importlib.metadata import PackageNotFoundError, requires
@@ -7,7 +7,7 @@ _OPTIONAL = re.compile(r"([A-Za-z0-9_.-]+).*extra == ['\"](\w+)['\"]")
 
 
 def how_to_install(error: ModuleNotFoundError) -> str | None:
-    """``"obstore is not installed; pip install 'dualpath[s3]' brings it"``; None for what no extra brings."""
+    """``"obstore is not installed; pip install 'dualpath[s3]' brings it"``; None if no extra has it."""
     module = (error.name or "").partition(".")[0]
     try:
         matches = [_OPTIONAL.match(line) for line in requires("dualpath") or ()]

@@ -1,8 +1,8 @@
-"""Every series that ``/metrics`` shows: the one place where a metric has its name.
+"""The catalogue of all series that ``/metrics`` shows: the only place that names metrics.
 
-Code makes a series by calling a member, ``NIC_BYTES("snic", "rx", "high")``: a name that is not here can't be written.
-What an engine of another version sends is checked against the same catalogue. A new metric is one line here and, where
-it is measured, one increment or figure; then ``python -m dualpath.spec.metrics > docs/metrics.md`` writes the document.
+Code makes a series by calling a member, ``NIC_BYTES("snic", "rx", "high")``, so no other name can be used. Series from
+engines of another version are checked against the same catalogue. To add a metric, add one line here and one increment
+or figure where it is measured; then run ``python -m dualpath.spec.metrics > docs/metrics.md``.
 """
 
 import re
@@ -29,14 +29,14 @@ class Metric(msgspec.Struct, frozen=True):
     name: str
     help: str
     labels: tuple[str, ...] = ()
-    """Without those that the coordinator adds to what engines send."""
+    """Names of its labels, without those that the coordinator adds to engines' series."""
     unit: str = ""
-    """Where the last word of the name does not say it."""
+    """The unit, if the last word of the name does not say it."""
     by_engine: bool = False
     buckets: tuple[float, ...] = ()
 
     def __call__(self, *values: str) -> Sample:
-        """The series with these values of `labels`. Raises ValueError for more or fewer."""
+        """Returns the series with these values of `labels`. Raises ValueError for more or fewer values."""
         return _series(self.name, dict(zip(self.labels, values, strict=True)))
 
     @property
@@ -140,22 +140,22 @@ STORE_WRITE_ERRORS = _writes("dualpath_store_write_errors_total", "Writes of blo
 
 CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in globals().values() if isinstance(metric, Metric)}
 ENGINE_COUNTERS = [m for m in CATALOGUE.values() if m.by_engine and m.kind == "counter" and not m.labels]
-"""They are shown from the start, at 0, so that a rate sees the first."""
+"""Counters that are shown as 0 from the start, so that a rate includes the first increment."""
 
 
 def of_engine(sample: Sample, engine: int, role: str) -> Sample:
-    """The series that an engine sent, as the cluster shows it. It need not be in the catalogue."""
+    """Returns an engine's series with the cluster's labels. It need not be in the catalogue."""
     name, _, labels = sample.partition("{")
     return Sample(f'{name}{{engine="{engine}",role="{role}"{"," if labels else ""}{labels or "}"}')
 
 
 @lru_cache(maxsize=4096)
 def metric_of(sample: Sample) -> Metric | None:
-    """The metric that a series is of; None where the catalogue has none of that name with those labels."""
+    """Returns a series' metric; None when the catalogue has none of that name with those labels."""
     name, _, labels = sample.partition("{")
     metric, found = CATALOGUE.get(name), dict(_LABELS.findall(labels))
     if metric is None or tuple(found) != metric.shown_labels or _series(name, found) != sample:
-        return None  # a known series in another spelling could come twice, and nobody could read the answer
+        return None  # a known series in another spelling could appear twice, which makes the answer unreadable
     return metric
 
 
@@ -165,7 +165,7 @@ def _series(name: str, labels: dict[str, str]) -> Sample:
 
 
 def document() -> Iterator[str]:
-    """The lines of ``docs/metrics.md``."""
+    """Yields the lines of ``docs/metrics.md``."""
     yield "# Metrics\n\nEvery series of `/metrics`. Engines send theirs; the coordinator adds `engine` and `role`."
     yield "\n`python -m dualpath.spec.metrics > docs/metrics.md` writes this file from"
     yield "[spec/metrics.py](../src/dualpath/spec/metrics.py).\n"

@@ -1,6 +1,6 @@
-"""Things found by name: ours, and those that installed packages add through an entry point.
+"""Registries of things by name: ours, and those that installed packages add through an entry point.
 
-A package adds one without editing ours. In its ``pyproject.toml``::
+A package adds one without changing ours. In its ``pyproject.toml``::
 
     [project.entry-points."dualpath.stores"]
     memory = "my_package.memory:MemoryStore"
@@ -16,15 +16,15 @@ Thing = TypeVar("Thing")
 
 
 class UnknownNameError(ValueError):
-    """No such thing, or one that can't be loaded. The message lists what there is, or says why."""
+    """The name is unknown, or what it names can't be loaded. The message lists the known names, or says why."""
 
 
 class Registry(Generic[Thing]):
-    """Things of one kind: what messages call one ("store"), the entry-point group ("dualpath.stores"), and ours.
+    """Things of one `kind`, which is their name in messages ("store"). `group` is the entry-point group.
 
     `known` holds things themselves, `lazy` functions that import and return one, so that listing stays cheap. Ours and
-    those added here win over installed ones. Without a group there are no installed ones. Where `methods` are given,
-    what an installed name gives is an object that has them.
+    those added here take precedence over installed ones. Without a group there are no installed ones. An installed name
+    must give an object that has all `methods`.
     """
 
     def __init__(
@@ -42,18 +42,18 @@ class Registry(Generic[Thing]):
         self._known = dict(known or {})
 
     def names(self) -> tuple[str, ...]:
-        """Ours in their order, then those of installed packages by name."""
+        """Returns our names in their order, then those of installed packages, sorted."""
         installed = sorted({point.name for point in entry_points(group=self._group)}) if self._group else []
         return tuple(dict.fromkeys((*self._lazy, *self._known, *installed)))
 
     def add(self, name: str, thing: Thing) -> None:
-        """For this process alone. Raises ValueError where another thing has the name."""
+        """Add a thing for this process only. Raises ValueError when another thing has the name."""
         if name in self._lazy or self._known.get(name, thing) is not thing:
             raise ValueError(f"{self.kind} {name!r} exists already; choose another name")
         self._known[name] = thing
 
     def get(self, name: str) -> Thing:
-        """Raises UnknownNameError."""
+        """Returns the thing. Raises UnknownNameError."""
         if name in self._known:
             return self._known[name]
         if name in self._lazy:

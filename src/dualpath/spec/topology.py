@@ -8,14 +8,14 @@ _TOPOLOGY = re.compile(r"([1-9]\d*)P([1-9]\d*)D", re.IGNORECASE)
 
 
 class Topology(msgspec.Struct, frozen=True):
-    """Prefill and decode nodes; on this runtime a node has one engine, one SNIC and one CNIC."""
+    """Number of prefill and decode nodes; in a cluster of ours a node has one engine, one SNIC and one CNIC."""
 
     prefill_nodes: int
     decode_nodes: int
 
     @classmethod
     def parse(cls, text: str) -> "Topology":
-        """Raises ValueError."""
+        """Parse text such as ``1P2D``. Raises ValueError."""
         match = _TOPOLOGY.fullmatch(text.strip())
         if match is None:
             raise ValueError(f"{text!r} is not a topology; write prefill and decode nodes like 1P1D or 1P2D")
@@ -26,5 +26,5 @@ class Topology(msgspec.Struct, frozen=True):
 
     @property
     def pooled(self) -> float:
-        """(P + D) / P: how much more storage bandwidth all NICs have than the prefill nodes' alone."""
+        """(P + D) / P: the storage bandwidth of all NICs over that of the prefill nodes' alone."""
         return (self.prefill_nodes + self.decode_nodes) / self.prefill_nodes

@@ -14,7 +14,7 @@ _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600
 
 
 def parse_bytes(text: str) -> int:
-    """``"64MiB"`` → 67108864. A bare number is bytes. Raises ValueError naming the text and an example."""
+    """``"64MiB"`` → 67108864. A bare number is bytes. Raises ValueError that names the text and an example."""
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a size; write a number and a unit, for example 64MiB, 1.5GB or 4096")
@@ -44,7 +44,7 @@ def parse_rate(text: str) -> int | None:
 
 
 def parse_duration_ns(text: str) -> int:
-    """``"250ms"`` → 250_000_000. Raises ValueError naming the text and an example."""
+    """``"250ms"`` → 250_000_000. Raises ValueError that names the text and an example."""
     match = _DURATION.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a duration; write a number and a unit, for example 250ms, 5s or 2min")

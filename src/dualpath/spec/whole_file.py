@@ -1,7 +1,7 @@
-"""A file that appears whole or not at all: written under a temporary name beside its place, then renamed.
+"""Writes files that appear whole or not at all: under a temporary name in the same directory, then renamed.
 
-The temporary name says which process on which host writes it, so that whoever opens the directory later can tell a
-leftover of a killed process from a file being written right now: ``.<name>.<host>.<pid>.<random>.tmp``.
+The temporary name says which process on which host writes the file: ``.<name>.<host>.<pid>.<random>.tmp``. So a later
+reader of the directory can tell a killed process's leftover from a file that is being written.
 """
 
 import os
@@ -13,14 +13,14 @@ from pathlib import Path
 from socket import gethostname
 
 LEFTOVER_AGE_S = 3600.0
-"""No write takes this long: an older temporary file is a leftover, whoever wrote it."""
+"""No write takes this long: an older temporary file is a leftover."""
 _SUFFIX = ".tmp"
 
 
 def _host() -> str:
-    """Eight hex digits for this boot of this host and its process-id namespace: process ids mean nothing outside.
+    """Returns eight hex digits for this boot of this host and its process-id namespace; pids have no meaning outside.
 
-    Cloned machines have one host name, and every first process-id namespace has one number; boots differ.
+    Cloned machines share a host name, and every first process-id namespace has the same number; boot ids differ.
     """
     boot = pids = ""
     with suppress(OSError):
@@ -33,7 +33,7 @@ _HOST = _host()
 
 
 class Draft:
-    """A file being written. End with `commit` or `discard`; both close `fd`. All methods raise OSError as it comes."""
+    """A file being written. End it with `commit` or `discard`; both close `fd`. All methods pass OSError on."""
 
     def __init__(self, final: Path) -> None:
         self._final = final
@@ -47,9 +47,9 @@ class Draft:
             view = view[os.write(self.fd, view) :]
 
     def commit(self, *, durable: bool) -> None:
-        """Put the file in its place, over one that is there; `durable` makes the new name survive a power cut.
+        """Rename the file to its final name, replacing any file there; `durable` makes that name survive a power cut.
 
-        The bytes themselves are the caller's to fsync, before this.
+        The caller must fsync the bytes themselves before.
         """
         self._close()
         self._temporary.replace(self._final)
@@ -57,7 +57,7 @@ class Draft:
             fsync_directory(self._final.parent)
 
     def discard(self) -> None:
-        """Leave no trace; harmless after `commit`."""
+        """Delete the file; harmless after `commit`."""
         with suppress(OSError):
             self._close()
         with suppress(OSError):
@@ -70,7 +70,7 @@ class Draft:
 
 
 def write_whole(final: Path, data: bytes, *, durable: bool = False) -> None:
-    """Put `data` at `final`, over what is there: readers see the old file or the new one. Raises OSError."""
+    """Write `data` to `final`, replacing any file there: readers see the old file or the new one. Raises OSError."""
     draft = Draft(final)
     try:
         draft.append(data)
@@ -91,12 +91,12 @@ def fsync_directory(directory: Path) -> None:
 
 
 def is_draft(name: str) -> bool:
-    """Whether a file name is that of a draft."""
+    """Returns True when a file name is a draft's."""
     return name.startswith(".") and name.endswith(_SUFFIX)
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether nobody writes the draft at `path` any more: its process on this host is gone, or it is too old."""
+    """Returns True when the draft at `path` is abandoned: its process on this host is gone, or it is too old."""
     parts = path.name.split(".")
     host, pid = parts[-4:-2] if len(parts) >= 6 else ("", "")
     if host == _HOST and pid.isdecimal() and not _is_running(int(pid)):

@@ -2,21 +2,21 @@
 
 Theory of operation
 -------------------
-The region is one file in ``/dev/shm``: a header of 4096 bytes that says how it is divided, then `pages` pages. A page
-is a Full Block rounded up to 4096 bytes, so that O_DIRECT reads may land in it. The process that creates the file owns
-it: it alone decides who holds which page (`BufferPool`). Peers on the same host map the same file (`MappedPages`) and
-are told page numbers by the control plane; no ownership lies in shared memory, hence no lock a dead process could keep.
+The region is one file in ``/dev/shm``: a header of 4096 bytes with its geometry, then `pages` pages. A page is a Full
+Block rounded up to 4096 bytes, so that O_DIRECT can read into it. The process that creates the file owns it and alone
+decides who holds which page (`BufferPool`). Peers on the same host map the same file (`MappedPages`) and get page
+numbers from the control plane. Shared memory holds no ownership, hence no lock that a dead process could keep.
 
 A page is in one of three states::
 
     free ──allocate──> held by an owner ──free──────────────────> free
                             └──quarantine──> quarantined ──release_quarantine──> free
 
-Quarantine is for pages of a failed attempt that a peer might still write into: nobody may hold them until the channel
-is proven quiet (`Server.quiesce`), since a late write into a page that was handed on would corrupt a stranger.
+Quarantine is for pages of a failed attempt that a peer might still write into. Nobody may hold them until the peer is
+proven quiet (`Server.quiesce`): a late write into a reused page would corrupt another request's KV.
 
-The creator keeps an exclusive `flock` on the file as long as it lives. The kernel drops the lock on any death, so
-`sweep_dead_pools` can tell an orphan from a living pool without trusting pids, which are reused and differ between
+The creator holds an exclusive `flock` on the file as long as it lives. The kernel drops the lock however the process
+dies, so `sweep_dead_pools` can tell an orphan from a live pool without pids, which are reused and differ between
 containers. The pid in the name is for people.
 """
 
@@ -37,7 +37,7 @@ import numpy.typing as npt
 from dualpath.transfer.pool_files import POOL_DIRECTORY, create_locked
 
 Owner = Hashable
-"""Whoever holds pages, for example ``(request, attempt)``. Opaque to the pool."""
+"""The holder of pages, for example ``(request, attempt)``. Opaque to the pool."""
 Bytes = npt.NDArray[np.uint8]
 
 PAGE_ALIGNMENT_BYTES = 4096
@@ -47,7 +47,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class PoolExhausted(Exception):  # noqa: N818
-    """More pages were asked for than are free. Nothing was allocated."""
+    """More pages were requested than are free. Nothing was allocated."""
 
 
 class PoolStatistics(msgspec.Struct, frozen=True, gc=False):
@@ -58,17 +58,17 @@ class PoolStatistics(msgspec.Struct, frozen=True, gc=False):
     held_pages: int
     quarantined_pages: int
     high_water_pages: int
-    """Most pages ever out of the free list at once."""
+    """Most pages ever in use at once, quarantined ones included."""
 
 
 class MappedPages:
-    """A mapping of a pool's pages into this process, readable and writable. What `BufferPool.attach` gives to peers."""
+    """A mapping of a pool's pages into this process, readable and writable. `BufferPool.attach` returns it to peers."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         total_bytes = os.fstat(descriptor).st_size
         if total_bytes < PAGE_ALIGNMENT_BYTES:
             raise ValueError(f"{path} is not a buffer pool: {total_bytes} bytes are too few for a header")
-        # Populated now: a page fault for every 4 KiB of the first transfers would cost more than copying them.
+        # Populate it now: a page fault for every 4 KiB of the first transfers would cost more than copying them.
         region = mmap.mmap(descriptor, total_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         magic, self.page_bytes, self.stride_bytes, self.pages = _HEADER.unpack_from(region)
         if magic != _MAGIC or PAGE_ALIGNMENT_BYTES + self.pages * self.stride_bytes != total_bytes:
@@ -78,7 +78,7 @@ class MappedPages:
         self._pages: npt.NDArray[np.uint8] | None = flat.reshape(self.pages, self.stride_bytes)
 
     def view(self, page: int) -> Bytes:
-        """The `page_bytes` bytes of a page as a uint8 array over the shared memory; valid as long as it is referenced.
+        """Returns the `page_bytes` bytes of a page as a uint8 array over the shared memory; valid while referenced.
 
         Raises IndexError for a page outside the pool, ValueError after `close`.
         """
@@ -90,12 +90,12 @@ class MappedPages:
         return view
 
     def close(self) -> None:
-        """Give up the mapping; the memory goes when the last view of it does."""
+        """Drop the mapping; the memory is released with its last view."""
         self._pages = None
 
 
 class BufferPool(MappedPages):
-    """A pool in the process that owns it. Every method may be called from any thread; none of them blocks."""
+    """A pool in the process that owns it. Any thread may call any method; no method blocks."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         super().__init__(path, descriptor)
@@ -108,10 +108,10 @@ class BufferPool(MappedPages):
 
     @classmethod
     def create(cls, name: str, page_bytes: int, pages: int, *, directory: Path = POOL_DIRECTORY) -> Self:
-        """Create ``dualpath-<pid>-<name>`` in `directory` with all its memory taken at once, zeroed.
+        """Create ``dualpath-<pid>-<name>`` in `directory`, and allocate and zero all its memory at once.
 
-        Raises ValueError for a bad name or size, FileExistsError if this process has such a pool, and OSError when the
-        memory is not there: better now than as a SIGBUS in the middle of a transfer.
+        Raises ValueError for a bad name or size, FileExistsError if this process has such a pool, and OSError when
+        there is too little memory: an error now is better than a SIGBUS during a transfer.
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f"pool name {name!r}: use 1 to 64 letters, digits, '_', '.' or '-'")
@@ -140,9 +140,9 @@ class BufferPool(MappedPages):
             os.close(descriptor)
 
     def allocate(self, owner: Owner, n_pages: int) -> list[int]:
-        """Give `n_pages` free pages to `owner`, in no particular order; their bytes are whatever was there.
+        """Give `n_pages` free pages to `owner`, in no particular order, with their old bytes.
 
-        Raises PoolExhausted, and then nothing has changed.
+        Raises PoolExhausted when too few are free; nothing has changed then.
         """
         if n_pages < 0:
             raise ValueError(f"{owner!r} asks for {n_pages} pages")
@@ -159,7 +159,7 @@ class BufferPool(MappedPages):
             return taken
 
     def free(self, owner: Owner, pages: Iterable[int]) -> None:
-        """Give back some of `owner`'s pages. Raises ValueError if one is not held by it, and then none was freed."""
+        """Free some of `owner`'s pages. Raises ValueError and frees none if `owner` does not hold all of them."""
         with self._lock:
             self._free.extend(self._take_from(owner, pages))
 
@@ -171,14 +171,14 @@ class BufferPool(MappedPages):
                 self._quarantined.setdefault(owner, set()).update(withdrawn)
 
     def release_quarantine(self, owner: Owner) -> int:
-        """Free what was quarantined for `owner`, once no peer can touch it. Returns the number of pages, maybe 0."""
+        """Free `owner`'s quarantined pages, once no peer can touch them. Returns how many there were, maybe 0."""
         with self._lock:
             released = sorted(self._quarantined.pop(owner, ()))
             self._free.extend(released)
             return len(released)
 
     def holders(self) -> dict[Owner, int]:
-        """Pages held by each owner, quarantined ones not included."""
+        """Returns how many pages each owner holds, without quarantined ones."""
         with self._lock:
             return {owner: len(pages) for owner, pages in self._held.items()}
 
@@ -193,7 +193,7 @@ class BufferPool(MappedPages):
             )
 
     def close(self) -> None:
-        """Remove the pool from ``/dev/shm``; peers that have it mapped keep their mapping, no new ones can attach."""
+        """Remove the pool from ``/dev/shm``. Peers keep their mappings; no new peer can attach."""
         super().close()
         if self._descriptor is not None:
             self.path.unlink(missing_ok=True)
@@ -201,7 +201,7 @@ class BufferPool(MappedPages):
             self._descriptor = None
 
     def _take_from(self, owner: Owner, pages: Iterable[int]) -> list[int]:
-        """Remove `pages` from what `owner` holds, or raise with nothing changed."""
+        """Remove `pages` from `owner`'s pages, or raise and change nothing."""
         leaving = list(pages)
         held = self._held.get(owner, set())
         seen: set[int] = set()

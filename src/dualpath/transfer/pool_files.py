@@ -8,7 +8,7 @@ POOL_DIRECTORY = Path("/dev/shm")
 
 
 def sweep_dead_pools(directory: Path = POOL_DIRECTORY) -> list[Path]:
-    """Remove pools whose creator died without closing them; the paths removed. Living pools are never touched."""
+    """Remove pools whose creator died without closing them. Returns their paths. Live pools are never touched."""
     removed = []
     for path in sorted(directory.glob("dualpath-*")):
         try:
@@ -28,7 +28,7 @@ def sweep_dead_pools(directory: Path = POOL_DIRECTORY) -> list[Path]:
 
 
 def create_locked(path: Path) -> int:
-    """An empty file at `path` under our lock. A sweeper may remove it between the two steps; then try again."""
+    """Create an empty file at `path` and lock it. A sweeper may remove it between the two steps; then try again."""
     while True:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,20 +1,20 @@
-"""The traffic manager: every byte in or out of an engine passes one of its NICs, in one of two classes (paper §5).
+"""The traffic manager: every byte into or out of an engine passes one of its NICs, in one of two classes (paper §5).
 
 Theory of operation
 -------------------
-An engine has two NICs, ``snic`` (storage network) and ``cnic`` (compute network), and each NIC two lanes, ``rx`` into
-the engine and ``tx`` out of it. A thread about to move a chunk first calls `Lane.acquire`, which returns when the lane
-lets the chunk through. Who is next is decided by `core.arbiter.Arbiter`; this module adds a lock and sleeping.
+An engine has two NICs, ``snic`` (storage network) and ``cnic`` (compute network). Each NIC has two lanes, ``rx`` into
+the engine and ``tx`` out of it. Before a thread moves a chunk, it calls `Lane.acquire`, which returns when the lane
+lets the chunk through. `core.arbiter.Arbiter` decides who is next; this module adds a lock and sleeping.
 
-Of the threads that wait on a lane one *leads*: it sleeps until the arbiter can next grant something, asks it, wakes
-whoever was granted, and passes the lead on when it was granted itself. So a grant wakes one thread, not all.
+One of the threads that wait on a lane *leads*: it sleeps until the arbiter can grant something, polls it, wakes the
+threads with a grant, and passes the lead on when it has a grant itself. So a grant wakes one thread, not all.
 
-A thread sleeps 50-100 µs too long, more when another holds the interpreter lock, and copies its chunk before it asks
-for the next one. Without credit the lane would idle meanwhile and lose that part of its rate. So a chunk counts as
-asked for `burst_ns` before it was: it starts when the lane became free, but at most so long ago. The price is that a
-lane that was idle lets through `burst_ns` worth of bytes at once.
+A thread sleeps 50-100 µs too long, more when another holds the interpreter lock, and copies its chunk before it
+requests the next one. Without credit the lane would idle meanwhile and lose that part of its rate. So a chunk counts as
+requested `burst_ns` earlier than it was: it starts when the lane became free, but at most that long ago. The cost is
+that an idle lane lets through `burst_ns` worth of bytes at once.
 
-With a rate of None (real hardware, whose NICs pace themselves) nothing waits and everything is still counted.
+With a rate of None (real hardware, whose NICs pace themselves) no thread waits, and all bytes are still counted.
 """
 
 import threading
@@ -37,12 +37,12 @@ MAX_CHUNK_BYTES = 256 * 1024
 CHUNK_NS = 500_000
 """A chunk should take about this long: it is the longest a high-class message waits for a low-class one."""
 WHOLE_CHUNK_BYTES = 1024 * 1024
-"""A chunk where nobody waits for it: on lanes without a rate, and on the storage network, which carries no high class.
-Every chunk costs about 50 µs of CPU; in 64 KiB ones a SNIC of 60 MB/s took a tenth of a core (measured)."""
+"""Chunk size on lanes without a rate, and on the storage network, which carries no high class: nobody waits for a chunk
+there. Each chunk costs about 50 µs of CPU; with 64 KiB chunks a SNIC of 60 MB/s took a tenth of a core (measured)."""
 
 
 class DeadlineExceeded(Exception):  # noqa: N818
-    """The deadline came before the lane's turn. Of what was asked for, `granted_bytes` were let through and counted."""
+    """The deadline passed before the lane's grant. `granted_bytes` of the request were let through and counted."""
 
     def __init__(self, text: str, granted_bytes: int = 0) -> None:
         super().__init__(text)
@@ -50,13 +50,13 @@ class DeadlineExceeded(Exception):  # noqa: N818
 
 
 class LaneStatistics(msgspec.Struct, frozen=True, gc=False):
-    """Bytes let through so far by class, and the time they took at the lane's rate (0 when it has none)."""
+    """Bytes let through so far by class, and their time at the lane's rate (0 when it has none)."""
 
     high_bytes: int
     low_bytes: int
     busy_ns: int
     waiting: int
-    """Threads waiting at this moment."""
+    """Threads that wait now."""
 
 
 class NicStatistics(msgspec.Struct, frozen=True, gc=False):
@@ -74,9 +74,9 @@ class TrafficStatistics(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Waiter:
-    """A chunk asked for. `signal` is a lock the waiting thread blocks on: the cheapest timed wait there is.
+    """A requested chunk. `signal` is a lock that the waiting thread blocks on: the cheapest timed wait there is.
 
-    `attended`: a thread waits for it, and so may be given the lead.
+    `attended` means that a thread waits for it and can take the lead.
     """
 
     __slots__ = ("attended", "done_ns", "signal")
@@ -118,13 +118,13 @@ class Lane:
 
     @property
     def chunk_bytes(self) -> int:
-        """The piece in which to move bytes through this lane."""
+        """Size of the chunks in which to move bytes through this lane."""
         if self._whole_chunks or self.rate_bytes_per_s is None:
             return WHOLE_CHUNK_BYTES
         return min(max(self.rate_bytes_per_s * CHUNK_NS // 1_000_000_000, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
 
     def acquire(self, traffic_class: TrafficClass, n_bytes: int, deadline_ns: int | None = None) -> None:
-        """Block until `n_bytes` may count as sent; more than a chunk is asked for a chunk at a time.
+        """Block until `n_bytes` count as sent; more than a chunk is requested one chunk at a time.
 
         Raises DeadlineExceeded at `deadline_ns` of the manager's clock; chunks granted by then stay counted.
         """
@@ -148,7 +148,7 @@ class Lane:
             return LaneStatistics(high_bytes, low_bytes, self._arbiter.busy_ns, len(self._waiting))
 
     def _begin(self, traffic_class: TrafficClass, n_bytes: int, deadline_ns: int | None) -> tuple[int, _Waiter]:
-        """Ask for a chunk. A free lane would grant it whatever the time, hence the first look at the deadline here."""
+        """Request a chunk. It checks the deadline first, because a free lane would grant the chunk even if late."""
         waiter = _Waiter()
         with self._lock:
             now = self._clock()
@@ -163,7 +163,7 @@ class Lane:
         return ticket
 
     def _finish(self, ticket: int, waiter: _Waiter, deadline_ns: int | None) -> None:
-        """Wait for a chunk asked for by `_begin`, leading the lane where nobody else does."""
+        """Wait for the chunk that `_begin` requested; lead the lane if no other thread does."""
         while True:
             with self._lock:
                 waiter.attended = True
@@ -186,7 +186,7 @@ class Lane:
         return DeadlineExceeded(f"{self.name}: the deadline passed {now - deadline_ns} ns ago")
 
     def _wait(self, waiter: _Waiter, now: int, wake_ns: int | None, deadline_ns: int | None) -> None:
-        """The leader sleeps until `wake_ns`; the others until they are granted or given the lead."""
+        """Sleep: the leader until `wake_ns`, the others until they get a grant or the lead."""
         until_ns = min((at for at in (wake_ns, deadline_ns) if at is not None), default=None)
         if wake_ns is not None and until_ns is not None:
             self._sleep(max(until_ns - now, 0))
@@ -234,10 +234,10 @@ def _sleep_ns(n_ns: int) -> None:
 
 
 class TrafficManager:
-    """The NICs of one engine. Rates are of one direction; None leaves the pacing to the hardware.
+    """The NICs of one engine. Rates are per direction; None leaves the pacing to the hardware.
 
-    `weights` are those of HIGH and LOW. `clock` gives nanoseconds, and every deadline in this package is of that clock;
-    `sleep` takes nanoseconds.
+    `weights` are HIGH's and LOW's. `clock` returns nanoseconds, and every deadline in this package is a time of that
+    clock; `sleep` takes nanoseconds.
     """
 
     def __init__(
@@ -260,7 +260,7 @@ class TrafficManager:
     ) -> None:
         """Charge a copy between this engine's DRAM and its GPU: out through the CNIC and in again (paper §5).
 
-        Blocks like `Lane.acquire`, for the slower of the two lanes rather than for their sum. Raises DeadlineExceeded.
+        Blocks like `Lane.acquire`, for the slower of the two lanes, not for their sum. Raises DeadlineExceeded.
         """
         rx, tx = self.cnic.rx, self.cnic.tx
         while n_bytes > 0:

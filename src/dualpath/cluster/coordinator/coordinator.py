@@ -1,9 +1,9 @@
-"""The coordinator: a cluster's head, in front of its engines and behind its server.
+"""The coordinator: it controls a cluster's engines and answers the cluster's server.
 
-Theory of operation. Everything here runs on one asyncio thread. `Membership` says who belongs to the cluster and proves
-that an engine is gone; once the first prefill engine has told what is served, `Serving` holds the clients' requests and
-`SchedulerDriver` drives core, which decides everything: which engine, which path, when to retry and when to give up.
-This file ties them together: it listens, founds, answers the server, and ends it all.
+Theory of operation. Everything here runs on one asyncio thread. `Membership` admits engines and proves that a lost
+engine is gone. The first prefill engine to join says which model is served. From then on, `Serving` holds the clients'
+requests, and `SchedulerDriver` drives core, which decides everything: which engine, which path, when to retry or to
+give up. This file connects them: it listens, starts serving, answers the server, and stops. Read `serving` next.
 """
 
 import asyncio
@@ -28,22 +28,22 @@ from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
 
 FLUSH_S = 0.05
-"""How long parting messages to engines get before the control socket closes."""
+"""How long the last messages to engines may take before the control socket closes."""
 
 
 class Coordinator:
-    """A cluster's head. Implements `runtime.api.Generator`.
+    """Controls one cluster. Implements `cluster.generator.Generator`.
 
-    `kill_engine(pid)` is given by whoever started local engines: it must end the process and return once it is dead, so
-    that an engine declared lost can't touch memory any more.
+    Whoever starts local engines gives `kill_engine(pid)`. It must end the process and return once the process is dead,
+    so that an engine declared lost can no longer touch memory.
     """
 
     def __init__(self, config: ClusterConfig, kill_engine: Callable[[int], None] | None = None) -> None:
-        """Raises OSError where the control address can't be listened at or the journal not be written."""
+        """Raises OSError when it cannot listen at the control address or cannot write the journal."""
         self._config = config
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Ends, with the exception, when the coordinator itself breaks: stopping loudly beats serving from a state
-        that nobody understands.
+        """Gets the exception when the coordinator itself breaks: it must then stop, because its state can no longer
+        be trusted.
         """
         self._driver = SchedulerDriver(self._broken, config.journal)
         self._links = EngineLinks()
@@ -53,17 +53,17 @@ class Coordinator:
         self._serving: Serving | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.strange_messages = 0
-        """Of engines that have not joined, or are lost."""
+        """Messages from engines that have not joined or are lost."""
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(self) -> None:
-        """Begin to listen; `membership.complete` waits for the engines of the configured topology."""
+        """Start to listen; `membership.complete` waits for the engines of the configured topology."""
         self.watch(asyncio.create_task(self._listen()))
         self.watch(asyncio.create_task(self.membership.watch_leases()))
 
     async def stop(self) -> None:
-        """Tell engines to leave, end open requests, close."""
+        """Tell engines to leave, end open requests, and close."""
         self._driver.close()
         for task in self._tasks:
             task.cancel()
@@ -79,7 +79,7 @@ class Coordinator:
             await asyncio.to_thread(self._serving.prefixes.close)
 
     def watch(self, task: "asyncio.Task[None]") -> None:
-        """Own a task until `stop`: its failure is the coordinator's."""
+        """Own a task until `stop`; if the task fails, the coordinator fails."""
         self._tasks.add(task)
         task.add_done_callback(self._on_task_done)
 
@@ -91,7 +91,7 @@ class Coordinator:
     def _broken(self, error: BaseException) -> None:
         if not self.failure.done():
             self.failure.set_exception(error)
-            self.failure.exception()  # whoever stops us may never come to look
+            self.failure.exception()  # mark it as seen: the caller may stop us without looking at it
 
     # ── the server's face ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -105,7 +105,7 @@ class Coordinator:
         return self._serving
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GeneratedTokens, None]:
-        """See `runtime.api.Generator.generate`."""
+        """See `cluster.generator.Generator.generate`."""
         if self._serving is None:
             raise RequestError(503, "no_engine", "no engine has joined yet; try again in a moment", 1.0)
         serving = self._serving
@@ -124,11 +124,11 @@ class Coordinator:
     # ── for those who look inside (tests, tools) ────────────────────────────────────────────────────────────────────
 
     def scheduler_holdings(self) -> tuple[Holding, ...]:
-        """What core's ledger says is held; empty when the cluster is idle."""
+        """Returns the holdings in core's ledger; empty when the cluster is idle."""
         return self._driver.held()
 
     def block_key(self, prompt_token_ids: list[int], block: int, tenant: str = "") -> BlockKey:
-        """Key of a prompt's full block `block`."""
+        """Returns the key of full block number `block` of a prompt."""
         prefixes = self._founded.prefixes
         return prefixes.keys(prefixes.namespace_of(tenant), prompt_token_ids)[block]
 
@@ -137,7 +137,7 @@ class Coordinator:
         await self._founded.prefixes.settle()
 
     def health(self) -> dict[str, object]:
-        """See `runtime.api.Generator.health`."""
+        """See `cluster.generator.Generator.health`."""
         engines = [
             {
                 "engine": link.engine,
@@ -151,7 +151,7 @@ class Coordinator:
         return {"status": self.membership.status, "engines": engines}
 
     def gauges(self) -> Figures:
-        """See `runtime.api.Generator.gauges`."""
+        """See `cluster.generator.Generator.gauges`."""
         figures: Figures = {
             metrics.STRANGE_MESSAGES(): float(self.strange_messages),
             metrics.MALFORMED_MESSAGES(): float(self._links.malformed_messages),
@@ -171,9 +171,9 @@ class Coordinator:
     # ── membership ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def found(self, join: m.Join, prefill_tokens_per_s: float) -> None:
-        """The first prefill engine tells the model and its speed: the scheduler and the index begin here.
+        """Make the scheduler and the prefix index, with the model and the speed that the first prefill engine reports.
 
-        Raises StoreError, OSError where the store can't be read.
+        Raises StoreError or OSError when the store cannot be read.
         """
         config = self._config
         prefixes = Prefixes(

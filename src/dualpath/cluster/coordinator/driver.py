@@ -1,8 +1,8 @@
-"""Drives core's scheduler: inputs with the time, the commands that follow, the next timer, the journal.
+"""Drives core's scheduler: gives it inputs with the time, passes on its commands, sets its timer, keeps the journal.
 
-There is no policy here: which engine, which path, when to retry and when to give up are core's. An exception out of an
-input, or out of carrying out a command, is a bug in the driver or in core; the state is then nobody's to understand, so
-it is reported to whoever can stop the cluster.
+There is no policy here: core decides which engine, which path, when to retry and when to give up. When an input or a
+command raises, that is a bug in the driver or in core, and the state can no longer be trusted. The driver then reports
+the exception to `on_broken`, which stops the cluster.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from dualpath.core.journal import JournaledScheduler
 
 UNLIMITED_BYTES_PER_S = 10**12
-"""Stands for a SNIC without a limit where α is computed: no read queue is ever long."""
+"""The rate for α when the SNIC has no limit: no read queue is ever long."""
 
 
 def scheduler_constants(config: ClusterConfig, layout: KVLayout, prefill_tokens_per_s: float) -> Constants:
-    """α from the SNIC's rate; β from the measured prefill rate of an engine."""
+    """Returns the constants: α from the SNIC's rate, β from an engine's measured prefill rate."""
     return Constants.from_rates(
         snic_tokens_per_s=(config.snic_rate or UNLIMITED_BYTES_PER_S) / (layout.token_bytes * layout.layers),
         prefill_tokens_per_s=prefill_tokens_per_s,
@@ -34,7 +34,7 @@ def scheduler_constants(config: ClusterConfig, layout: KVLayout, prefill_tokens_
 
 
 def scheduler_limits(config: ClusterConfig) -> Limits:
-    """Every stage of a request's life has the configured deadline; decoding more, by the token."""
+    """Returns limits with the configured deadline for every stage; decoding gets extra time per token."""
     deadline_ns = config.request_deadline_ns
     return Limits(
         max_waiting=config.max_waiting,
@@ -50,14 +50,14 @@ def scheduler_limits(config: ClusterConfig) -> Limits:
 
 AnyScheduler: TypeAlias = "Scheduler | JournaledScheduler"
 Input = Callable[[AnyScheduler, int], None]
-"""A call of one scheduler method with the time."""
+"""Calls one scheduler method with the time."""
 
 
 class SchedulerDriver:
     """Used from one asyncio thread."""
 
     def __init__(self, on_broken: Callable[[BaseException], None], journal: str | None) -> None:
-        """`journal`: a file to write every input and its commands to, one JSON line each. Raises OSError."""
+        """`journal` is a file for every input and its commands, one JSON line each. Raises OSError if it won't open."""
         self._on_broken = on_broken
         self._journal = open(journal, "wb") if journal else None  # noqa: SIM115 (closed in close)
         self._scheduler: AnyScheduler | None = None
@@ -68,7 +68,7 @@ class SchedulerDriver:
         self._closed = False
 
     def begin(self, scheduler: Scheduler, carry_out: Callable[[Command], None]) -> None:
-        """There is something to drive. `carry_out` is given every command in order, and may make inputs itself."""
+        """Start to drive `scheduler`. `carry_out` gets every command in order, and may make inputs itself."""
         self._carry_out = carry_out
         self._scheduler = scheduler
         if self._journal is not None:
@@ -77,14 +77,14 @@ class SchedulerDriver:
             self._scheduler = JournaledScheduler(scheduler, self._journal.write)
 
     def input(self, call: Input) -> None:
-        """One scheduler input, then all the commands that follow from it, then the next timer."""
+        """Make one scheduler input, carry out all commands that follow from it, then set the next timer."""
         if self._closed:
             return
         assert self._scheduler is not None
         try:
             call(self._scheduler, time.monotonic_ns())
             if self._driving:
-                return  # an input made while carrying out a command: its own commands follow those before it
+                return  # an input made while carrying out a command: its commands come after the earlier ones
             self._driving = True
             try:
                 while commands := self._scheduler.take_commands():
@@ -101,11 +101,11 @@ class SchedulerDriver:
         return self._scheduler.statistics() if self._scheduler is not None else {}
 
     def held(self) -> tuple[Holding, ...]:
-        """What core's ledger says is held; empty when the cluster is idle."""
+        """Returns the holdings in core's ledger; empty when the cluster is idle."""
         return self._scheduler.held() if self._scheduler is not None else ()
 
     def close(self) -> None:
-        """No input does anything from now on."""
+        """Close the journal and ignore all later inputs."""
         self._closed = True
         self._arm(None)
         if self._journal is not None:

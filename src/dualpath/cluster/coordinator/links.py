@@ -1,7 +1,7 @@
-"""The coordinator's end of the control plane: who has joined, who still lives, and a way to send to each.
+"""The coordinator's end of the control plane: which engines have joined, their leases, and how to send to each.
 
-One ZeroMQ ROUTER socket. An engine's identity is drawn anew each time its process starts, so a restarted engine is a
-new engine and whatever its former self still had to say is from a stranger, and dropped.
+It has one ZeroMQ ROUTER socket. An engine process draws a new identity each time it starts. A restarted engine is
+therefore a new engine, and late messages under its old identity are dropped.
 """
 
 import asyncio
@@ -30,14 +30,14 @@ _PREFIX = {Role.PREFILL: "PE", Role.DECODE: "DE"}
 
 
 class EngineLink(msgspec.Struct):
-    """One engine: joined, or still to be admitted (`engine` is None)."""
+    """One engine that has joined, or that waits to be admitted (`engine` is None)."""
 
     identity: bytes
     join: Join
     last_heard_ns: int
     engine: EngineId | None = None
     name: str = ""
-    """``PE0``, ``DE1``: engines of a role are numbered as they are admitted; no number is used twice."""
+    """A name such as ``PE0``: engines of a role are numbered in the order of admission; no number is reused."""
     gauges: Figures = {}
 
 
@@ -58,22 +58,22 @@ class EngineLinks:
         self.unroutable_messages = 0
 
     def bind(self, address: str) -> str:
-        """Listen; returns the address with its real port. Raises OSError naming the address."""
+        """Listen, and return the address with its real port. Raises OSError that names the address."""
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
             raise OSError(
-                error.errno, f"engines can't join at {address!r} ({error}); give an address such as tcp://0.0.0.0:5555"
+                error.errno, f"can't listen for engines at {address!r} ({error}); try one such as tcp://0.0.0.0:5555"
             ) from error
         return str(self._socket.getsockopt(zmq.LAST_ENDPOINT), "utf-8")  # type: ignore[arg-type]
 
     def expect(self, identity: bytes, join: Join) -> EngineLink:
-        """An engine that waits to be admitted: its heartbeats are answered, it is sent nothing else."""
+        """Add an engine that waits to be admitted; until then it gets only answers to its heartbeats."""
         link = self._by_identity[identity] = EngineLink(identity, join, time.monotonic_ns())
         return link
 
     def admit(self, link: EngineLink) -> EngineId:
-        """Give the engine its id; from now on it can be sent to."""
+        """Give the engine its id; from now on `send` reaches it."""
         link.engine = self._next_engine
         self._next_engine += 1
         role = link.join.role
@@ -94,7 +94,7 @@ class EngineLinks:
         return list(self._by_identity.values())
 
     def extend_leases(self, by_ns: int) -> None:
-        """Nobody is silent while we don't listen."""
+        """Extend every lease by the time in which this process did not listen."""
         now_ns = time.monotonic_ns()
         for link in self._by_identity.values():
             link.last_heard_ns = min(now_ns, link.last_heard_ns + by_ns)
@@ -103,7 +103,7 @@ class EngineLinks:
         return [link for link in self._by_identity.values() if now_ns - link.last_heard_ns > lease_ns]
 
     async def messages(self) -> AsyncIterator[tuple[bytes, FromEngine]]:
-        """What engines say; heartbeats are answered on the way, malformed messages counted and dropped."""
+        """Yields engines' messages. Answers heartbeats itself; counts and drops malformed messages."""
         while True:
             identity, payload = await self._socket.recv_multipart()
             try:
@@ -121,7 +121,7 @@ class EngineLinks:
             yield identity, message
 
     def send(self, engine: EngineId, message: ToEngine) -> None:
-        """Queue a message. One that can't be routed is dropped: the engine's lease will tell."""
+        """Queue a message. It is dropped when it can't be routed: such an engine's lease will expire."""
         link = self.by_engine.get(engine)
         if link is not None:
             self.send_to(link.identity, message)

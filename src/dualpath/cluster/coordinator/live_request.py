@@ -1,12 +1,12 @@
-"""A request as the coordinator holds it: what the client asked, what it got so far, the attempt under way, its times.
+"""The coordinator's record of a request: what the client asked, what it got so far, the current attempt, its times.
 
 ::
 
     arrival ──► Prepare ──► Prepared, Load to the PE ──► last Loaded ──► first token ──► last token
        scheduling      allocation                  read           prefill         decode
 
-Core knows these moments too, but a clock is none of its business; each stamp costs one reading of it. `order` makes
-core's commands control messages: core says who is told what, the payload that core knows nothing of is added here.
+The stamps are taken here because core reads no clock; each stamp is one clock read. `order` turns core's commands into
+control messages: core says which engine gets which command, and `order` adds the payload that core does not know.
 """
 
 import asyncio
@@ -25,14 +25,14 @@ from dualpath.spec.timings import Timings
 
 
 class Stages(msgspec.Struct):
-    """Of one attempt; the monotonic clock's nanoseconds, 0 for what has not happened."""
+    """When one attempt reached each stage, in nanoseconds of the monotonic clock; 0 means not yet."""
 
     told_ns: int = 0
-    """Its `Prepare` went out."""
+    """When `Prepare` was sent."""
     allocated_ns: int = 0
-    """The later of: the DE said `Prepared`, the last `Load` went out."""
+    """When the DE answered `Prepared` or the last `Load` was sent, whichever was later."""
     loaded_ns: int = 0
-    """The last leg so far arrived."""
+    """When the most recent leg arrived."""
     prefill_engine: str = ""
     decode_engine: str = ""
 
@@ -40,15 +40,15 @@ class Stages(msgspec.Struct):
         self.told_ns = time.monotonic_ns()
 
     def allocated(self) -> None:
-        """Some of its blocks are: the last call counts."""
+        """Some of its blocks are allocated; the last call counts."""
         self.allocated_ns = time.monotonic_ns()
 
     def loaded(self) -> None:
-        """One leg is: the last call counts."""
+        """One of its legs is loaded; the last call counts."""
         self.loaded_ns = time.monotonic_ns()
 
     def timings(self, arrived_ns: int, legs: Sequence[Leg], attempts: int) -> Timings:
-        """Of an attempt whose first token is out just now."""
+        """Returns the timings of an attempt whose first token is sent now."""
         now_ns = time.monotonic_ns()
         ready_ns = max(self.allocated_ns, self.loaded_ns)
         tokens = {side: sum(leg.blocks for leg in legs if leg.side is side) * BLOCK_TOKENS for side in Side}
@@ -67,7 +67,7 @@ class Stages(msgspec.Struct):
 
 
 class Attempt(msgspec.Struct):
-    """One try at a request. Its prompt is the client's plus what earlier attempts generated, so nothing is lost."""
+    """One attempt at a request. Its prompt is the client's plus all tokens that earlier attempts generated."""
 
     attempt: int
     prompt_token_ids: list[int]
@@ -80,7 +80,7 @@ class Attempt(msgspec.Struct):
 
 
 class LiveRequest:
-    """Owned by the coordinator from `submit` until its last event is in `events`."""
+    """A request that the coordinator owns from `submit` until its last event is in `events`."""
 
     def __init__(self, request: RequestId, asked: GenerateRequest, namespace: Namespace, arrived_ns: int) -> None:
         self.request = request
@@ -91,14 +91,14 @@ class LiveRequest:
         self.namespace = namespace
         self.generated: list[int] = []
         self.cached_tokens: int | None = None
-        # Bounded by max_tokens + 1 entries: the producer can never be made to wait by a slow client.
+        # Bounded by max_tokens + 1 entries, so a slow client never makes the producer wait.
         self.events: asyncio.Queue[GeneratedTokens | RequestError] = asyncio.Queue()
         self.current: Attempt | None = None
         self.recompute = False
-        """An engine could not reach the store: later attempts do without."""
+        """True once an engine could not reach the store: later attempts compute the whole prompt."""
 
     def begin(self, attempt: int, prompt_token_ids: list[int], keys: list[BlockKey], hit_blocks: int) -> RequestFacts:
-        """Start an attempt, `hit_blocks` of whose prompt are in storage; returns what core must know of it."""
+        """Start an attempt that has `hit_blocks` of its prompt in storage. Returns its facts for core."""
         self.current = Attempt(attempt, prompt_token_ids, keys, hit_blocks * BLOCK_TOKENS)
         return RequestFacts(
             request=self.request,
@@ -113,19 +113,19 @@ class LiveRequest:
 
     @property
     def generated_before(self) -> int:
-        """Tokens of the attempt's prompt that earlier attempts generated."""
+        """Number of tokens in the attempt's prompt that earlier attempts generated."""
         assert self.current is not None
         return len(self.current.prompt_token_ids) - len(self.asked.prompt_token_ids)
 
     @property
     def reason(self) -> str | None:
-        """Why generation has ended, None while it has not."""
+        """Why generation has ended; None while it goes on."""
         if not self.generated:
             return None
         return finish_reason(self.asked.sampling, self.generated[-1], len(self.generated))
 
     def emit(self, draw: Draw) -> None:
-        """A token is out: it reaches the client now and is never generated again."""
+        """Send a token to the client; no later attempt generates it again."""
         self.generated.append(draw.token_id)
         logprobs = None
         if draw.logprobs is not None:
@@ -135,7 +135,7 @@ class LiveRequest:
         self.events.put_nowait(self._step([draw.token_id], logprobs))
 
     def end(self, outcome: str | RequestError) -> None:
-        """The last event: a finish reason, or the error the client gets."""
+        """Send the last event: a finish reason, or the error that the client gets."""
         if isinstance(outcome, str):
             self.events.put_nowait(self._step([], finish_reason=outcome))
         else:
@@ -154,7 +154,7 @@ class LiveRequest:
         )
 
     def _stamp(self) -> None:
-        """A token is out: its stages if it is the first, else how long decoding has taken so far."""
+        """Note the time of a token: the stages for the first one, else how long decoding has taken so far."""
         assert self.current is not None
         attempts = self.current.attempt + 1
         if self._timings is None:
@@ -166,9 +166,9 @@ class LiveRequest:
 
 
 def order(live: LiveRequest, command: Prepare | Load | Prefill | Decode, decode_address: str) -> m.ToEngine:
-    """The message that tells `command.engine` what to do, and what the attempt is to remember of it.
+    """Returns the message that carries out `command`, and records the leg of a `Load` in the attempt.
 
-    `decode_address`: of the decode engine's data server, for `Prefill`.
+    `decode_address` is that of the decode engine's data server, for `Prefill`.
     """
     attempt = live.current
     assert attempt is not None and attempt.attempt == command.attempt

@@ -1,8 +1,8 @@
-"""Who belongs to the cluster: engines that join, engines that are refused, engines that are lost.
+"""Cluster membership: engines that join, engines that are refused, engines that are lost.
 
-The first prefill engine *founds* the cluster: it tells which model is served and how fast a PE is, which the
-scheduler's constants need, and the prefix index is then read from storage. Engines that come before that is done wait,
-alive by their heartbeats like the others. Later engines must have the same model and layout.
+The first prefill engine *founds* the cluster. It reports the model and the speed of a PE, which the scheduler's
+constants need; then the prefix index is read from storage. Engines that join earlier wait for this, and keep their
+leases by heartbeats. All engines must have the same model and layout.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ class Members(Protocol):
     """What the coordinator does when membership changes."""
 
     def watch(self, task: "asyncio.Task[None]") -> None:
-        """Own a task: its failure is the cluster's."""
+        """Own a task; if the task fails, the cluster fails."""
         ...
 
     async def found(self, join: m.Join, prefill_tokens_per_s: float) -> None: ...
@@ -55,7 +55,7 @@ class Membership:
     async def complete(self, timeout_s: float) -> None:
         """Wait until every engine of the topology has joined.
 
-        Raises TimeoutError saying which are missing, RuntimeError when one ended before it joined.
+        Raises TimeoutError that says how many have joined, RuntimeError when one ended before it joined.
         """
         try:
             await asyncio.wait_for(asyncio.shield(self._complete), timeout_s)
@@ -81,7 +81,7 @@ class Membership:
         return topology.prefill_nodes if role is Role.PREFILL else topology.decode_nodes
 
     def join(self, identity: bytes, join: m.Join) -> None:
-        """An engine offers itself."""
+        """Admit, refuse or hold an engine that asks to join."""
         refusal = self._refusal(join)
         if refusal is not None:
             self.refused_engines += 1
@@ -102,7 +102,7 @@ class Membership:
             self._admit(link)
 
     def _refusal(self, join: m.Join) -> str | None:
-        """Why an engine can't belong to this cluster."""
+        """Returns why an engine can't join this cluster; None when it can."""
         if join.buffer_blocks < 1 or (join.role is Role.DECODE and join.hbm_blocks < 1):
             return f"its buffer ({join.buffer_blocks} blocks) and device memory ({join.hbm_blocks}) hold no Full Block"
         if join.role is Role.PREFILL and not 0 < (join.prefill_tokens_per_s or 0) < math.inf:
@@ -123,7 +123,7 @@ class Membership:
             EngineFacts(
                 engine=engine,
                 role=join.role,
-                node=engine,  # one engine a node here: each has a SNIC and a CNIC of its own
+                node=engine,  # one engine per node here: each has its own SNIC and CNIC
                 group=0 if join.role is Role.PREFILL else 1,
                 buffer_blocks=join.buffer_blocks,
                 hbm_blocks=join.hbm_blocks,
@@ -134,7 +134,7 @@ class Membership:
             self._complete.set_result(None)
 
     def _introduce(self, newcomer: EngineLink) -> None:
-        """Tell every prefill engine of every decode engine, where one of the two is new."""
+        """Tell every prefill engine about every decode engine, when one of the two is the newcomer."""
         for other in self._links.by_engine.values():
             pair = {newcomer.join.role: newcomer, other.join.role: other}
             if len(pair) == 2:
@@ -143,14 +143,14 @@ class Membership:
                 self._links.send(prefill, m.PeerJoined(decode, pair[Role.DECODE].join.data_address))
 
     def lost(self, link: EngineLink, why: str) -> None:
-        """The engine no longer counts. Its process is dead before anybody acts on that, if it is one of ours."""
+        """Remove an engine that may still run. If its process is local, kill it before anybody acts on the loss."""
         self._links.send_to(link.identity, m.Shutdown(f"no longer counted in: {why}"))
         if self._kill_engine is not None:
             self._kill_engine(link.join.pid)
         self.gone(link)
 
     def gone(self, link: EngineLink) -> None:
-        """The engine is known to touch no memory any more: it said so last of all, or its process is dead."""
+        """Remove an engine that surely touches no memory any more: it has said so, or its process is dead."""
         self._links.forget(link)
         if link.engine is None:
             return
@@ -168,9 +168,9 @@ class Membership:
             self._complete.set_exception(RuntimeError(f"{why} before the cluster was complete; see its message above"))
 
     async def watch_leases(self) -> None:
-        """Declare engines lost that have been silent for a lease; until cancelled.
+        """Until cancelled, declare engines lost whose lease has expired.
 
-        Silence counts only while we listen: when this process itself was held up, engines get that time back.
+        Silence counts only while this process listens: when it was held up itself, the leases are extended.
         """
         checked_ns = time.monotonic_ns()
         forgiving = False
@@ -181,7 +181,7 @@ class Membership:
             checked_ns = now_ns
             if held_up_ns > 0:
                 self._links.extend_leases(held_up_ns)
-                # What engines said meanwhile is still to be read; but a process that is always late must judge too.
+                # Messages that came meanwhile are still unread. But a process that is always late must judge too.
                 forgiving = not forgiving
                 if forgiving:
                     continue

@@ -1,9 +1,9 @@
-"""What the coordinator knows of storage: the prefix index over the block store, per-tenant namespaces, eviction.
+"""The coordinator's view of storage: the prefix index over the block store, per-tenant namespaces, eviction.
 
-The index is in memory and rebuilt from the store at start. A block enters it when an engine has reported it durable and
-verified, or when a look at the store finds that a neighbour (another cluster on the same store) has written it. What
-touches files is done on threads, never on the event loop: making room and repairs on one, in order; looks, for which
-requests wait, on others. A file job that fails is counted and logged: serving does not depend on it.
+The index is in memory and is rebuilt from the store at start. A block enters it when an engine has reported it durable
+and verified, or when a look at the store finds that a neighbour (another cluster on the same store) has written it. All
+file work runs on threads, never on the event loop: eviction and repairs on one thread, in order; looks, for which
+requests wait, on others. A file job that fails is counted and logged; serving does not depend on it.
 """
 
 import asyncio
@@ -33,17 +33,17 @@ from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
 
 LOOK_S = 0.25
-"""A request waits this long at most for a look at the store; what comes later is published then."""
+"""Longest time a request waits for a look at the store; blocks found later are published then."""
 MAX_LOOKS = 4
-"""Looks at a time. A request that finds all of them busy goes without."""
+"""Most looks at the same time. A request that finds all of them busy goes on without one."""
 ABSENT_S = 1.0
-"""A block that was not there is not looked for again within this, nor any while the store does not answer."""
+"""How long an absent block is not looked for again, and how long nothing is after the store has failed to answer."""
 MAX_ABSENT = 4096
-"""Blocks remembered as not there."""
+"""Most blocks that are remembered as absent."""
 
 
 class Prefixes:
-    """Prefix matching for one model. Used from one asyncio thread, `load` first of all. Raises StoreLocationError."""
+    """Prefix matching for one model. Used from one asyncio thread; call `load` first. Raises StoreLocationError."""
 
     def __init__(
         self,
@@ -76,15 +76,15 @@ class Prefixes:
         self.found_blocks = 0
 
     async def load(self) -> None:
-        """Index what the store has, of every tenant and model: the quota counts what the store holds.
+        """Index the store's blocks of every tenant and model, because the quota counts all of them.
 
-        Blocks that nothing can match, or that are bad, are cleaned away. Raises StoreError.
+        Deletes blocks that nothing can match and quarantines bad ones. Raises StoreError when the store can't be used.
         """
         await asyncio.get_running_loop().run_in_executor(self._files, self._load)
         self._enforce_quota()
 
     def _load(self) -> None:
-        """On the file thread; nobody else has the index yet."""
+        """Runs on the file thread; no other thread uses the index yet."""
         self._store.prepare(self.namespace_of(""))  # fails now rather than at the first block
         rebuild(self._index, self._store, clean=True)
 
@@ -96,7 +96,7 @@ class Prefixes:
         return known
 
     async def open(self, tenant: str) -> Namespace:
-        """The tenant's namespace, ready to match and publish. One that the store can't prepare matches nothing."""
+        """Returns the tenant's namespace, ready to match and publish. One that can't be prepared matches nothing."""
         space = self.namespace_of(tenant)
         if space.root not in self._ready:
             preparing = self._preparing.get(space.root)
@@ -109,7 +109,7 @@ class Prefixes:
         return space
 
     def _prepared(self, space: Namespace, ended: "asyncio.Future[None]") -> None:
-        """Before anybody who waits goes on. What neighbours have written for this tenant is found when it is asked."""
+        """Runs before the requests that wait continue. Neighbours' blocks of this tenant are found when asked for."""
         del self._preparing[space.root]
         self._index.add_root(space.root)
         if ended.cancelled():
@@ -121,9 +121,9 @@ class Prefixes:
             self._note_file_error(error)
 
     async def look_beyond(self, space: Namespace, keys: list[BlockKey]) -> None:
-        """Publish blocks of `keys` that the index lacks and the store has: those that neighbours have written.
+        """Publish the blocks of `keys` that the store has and the index lacks, which neighbours have written.
 
-        New tokens cost one look for one block, and none where the same block was not there a moment ago.
+        New tokens cost one look for one block, and no look when that block was absent within `ABSENT_S`.
         """
         beyond = keys[self._index.reach(keys) :]
         now = self._clock()
@@ -141,7 +141,7 @@ class Prefixes:
         await asyncio.wait([look], timeout=LOOK_S)
 
     def _looked(self, beyond: list[BlockKey], ended: "asyncio.Future[list[BlockRecord]]") -> None:
-        """Before anybody who waits goes on."""
+        """Runs before the requests that wait continue."""
         del self._looks[beyond[0]]
         if ended.cancelled():
             return
@@ -164,7 +164,7 @@ class Prefixes:
         return block_keys(space.root, token_ids, self._layout.block_tokens)
 
     def match_and_pin(self, owner: int, keys: list[BlockKey], most_blocks: int) -> int:
-        """Blocks of the longest stored prefix, at most `most_blocks`; none of them is evicted until `unpin`."""
+        """Returns the longest stored prefix in blocks, up to `most_blocks`. Eviction spares it until `unpin`."""
         blocks = min(self._index.match(keys), most_blocks)
         self._index.pin(owner, keys[:blocks])
         return blocks
@@ -173,11 +173,11 @@ class Prefixes:
         self._index.unpin(owner)
 
     def publish(self, blocks: list[StoredBlock]) -> None:
-        """Blocks that an engine has written and verified become visible; then the quota is enforced."""
+        """Publish blocks that an engine has written and verified, then evict down to the quota."""
         for block in blocks:
             published = self._index.publish(block.key, block.parent, block.physical_bytes)
             if not published and block.key not in self._index:
-                # Its parent has been evicted meanwhile: nothing can match it, and nothing would count it.
+                # Its parent has been evicted meanwhile, so nothing can match it and the quota would not count it.
                 self._submit(
                     self._delete_orphans, [GoneBlock(root, block.key, block.parent) for root in self._index.roots]
                 )
@@ -191,7 +191,7 @@ class Prefixes:
             self._submit(self._delete, evicted)
 
     def report_faults(self, faults: list[BlockFaultReport]) -> None:
-        """Unreadable blocks: counted by cause, out of the index with all that builds on them, files moved aside."""
+        """Count unreadable blocks by cause, drop them and their descendants, and quarantine their files."""
         for report in faults:
             self.faults[report.fault] += 1
             gone = self._index.drop(report.key)[::-1]
@@ -202,7 +202,7 @@ class Prefixes:
     # ── the background thread ───────────────────────────────────────────────────────────────────────────────────────
 
     def _submit(self, job: Callable[..., None], *arguments: object) -> None:
-        """Jobs waiting are bounded by the blocks that have been in the index: each is about some that left it."""
+        """Queue file work. The queue is bounded by the blocks of the index: each job is about some that left it."""
         self._file_jobs += 1
         loop = asyncio.get_running_loop()
         done = self._files.submit(job, *arguments)
@@ -220,11 +220,11 @@ class Prefixes:
 
     def _delete(self, blocks: list[GoneBlock]) -> None:
         for block in blocks:
-            if block.key not in self._index:  # it may have been stored anew meanwhile
+            if block.key not in self._index:  # it may have been stored again meanwhile
                 self._store.delete(block.root, block.key)
 
     def _delete_orphans(self, blocks: list[GoneBlock]) -> None:
-        """Parents first. A neighbour may have written the parent anew: then the block stays, and a look finds it."""
+        """Delete parents first. If a neighbour has written a parent again, the block stays, and a look finds it."""
         for block in blocks:
             if block.key not in self._index:
                 delete_orphan(self._store, block.root, block.parent, block.key)
@@ -262,6 +262,6 @@ class Prefixes:
         await asyncio.sleep(0)
 
     def close(self) -> None:
-        """Wait for the file work queued so far, and for looks under way."""
+        """Wait for the file work queued so far and for looks in progress."""
         self._files.shutdown(wait=True)
         self._lookout.shutdown(wait=True)

@@ -1,10 +1,9 @@
-"""Requests from submission to their last event: what clients ask, what engines report, what core commands.
+"""Requests from submission to their last event: clients' requests, engines' reports, core's commands.
 
-Every input goes through the driver to core's scheduler, and each command that follows comes back to `_carry_out`, which
-makes it a control message (`orders`) or the last event of a client's stream. There is no policy in this file.
+Every input goes through the driver to core's scheduler. Each command that follows comes back to `_carry_out`, which
+makes it a control message (`live_request.order`) or a client's last event. There is no policy in this file.
 
-An answer's last event waits for `Finished`, that is, until its blocks are durable: the agent's next turn will hit
-them.
+An answer's last event is sent after `Finished`, when its blocks are durable: the agent's next turn will hit them.
 """
 
 import time
@@ -58,7 +57,7 @@ class Serving:
         self._requests: dict[RequestId, LiveRequest] = {}
         self._next_request: RequestId = 0
         self._unquiet: dict[tuple[RequestId, int], EngineId] = {}
-        """PEs whose transfers for an aborted attempt failed half-way, until the DE is told."""
+        """PEs whose transfers for an aborted attempt failed half-way; an entry is removed when the DE is told."""
         self._ended: RequestError | None = None
         self.stale_messages = 0
         driver.begin(scheduler, self._carry_out)
@@ -82,18 +81,18 @@ class Serving:
         return live
 
     def cancel(self, live: LiveRequest) -> None:
-        """The client has gone; nothing happens if the request has ended already."""
+        """Cancel a request whose client has gone; nothing happens if it has ended already."""
         if self._requests.get(live.request) is live:
             self._driver.input(lambda s, now: s.cancel(now, live.request))
 
     def end_all(self, error: RequestError) -> None:
-        """Tell every client, later ones too: nothing is served any more."""
+        """End every request with `error`, later ones too."""
         self._ended = error
         for live in list(self._requests.values()):
             self._end(live, error)
 
     def _check(self, asked: GenerateRequest) -> None:
-        """What would harm more than the request itself; the server has checked the rest."""
+        """Check what would harm other requests; the server has checked the rest. Raises RequestError."""
         prompt_tokens, max_tokens = len(asked.prompt_token_ids), asked.sampling.max_tokens
         if prompt_tokens < 1 or max_tokens < 1:
             raise RequestError(
@@ -110,7 +109,7 @@ class Serving:
             )
 
     def _begin(self, live: LiveRequest, attempt: int, keys: list[BlockKey] | None = None) -> RequestFacts:
-        """Match the prompt plus what was generated against storage and pin what was found for this attempt."""
+        """Match the prompt, plus generated tokens, against storage, and pin the hit blocks for this attempt."""
         prompt = live.asked.prompt_token_ids + live.generated
         if keys is None:
             keys = self.prefixes.keys(live.namespace, prompt)
@@ -123,7 +122,7 @@ class Serving:
     # ── what engines report ─────────────────────────────────────────────────────────────────────────────────────────
 
     def on_message(self, engine: EngineId, message: m.FromEngine) -> None:
-        """One report. What is about a request or an attempt that is over is dropped and counted."""
+        """Handle one report. A report about a request or an attempt that is over is dropped and counted."""
         match message:
             case m.Tokens():
                 for step in message.step:
@@ -215,7 +214,7 @@ class Serving:
             case Load():
                 stages.allocated()
             case Prefill():
-                # Every hit block is in a buffer now: what happens to its file no longer matters to this attempt.
+                # Every hit block is in a buffer now, so this attempt no longer needs the files.
                 self.prefixes.unpin(live.request)
                 decode = self._links.by_engine[command.decode_engine]
                 decode_address = decode.join.data_address
@@ -223,7 +222,7 @@ class Serving:
         self._links.send(command.engine, order(live, command, decode_address))
 
     def _resubmit(self, live: LiveRequest, attempt: int) -> None:
-        """A new attempt, unless the lost one had already generated everything: then only its persisting was lost."""
+        """Start a new attempt, unless the failed one had generated everything: then only its persisting was lost."""
         if live.reason is not None:
             reason = live.reason
             self._end(live, reason)
@@ -247,12 +246,12 @@ class Serving:
 
 
 def _most_hit_blocks(prompt: list[int]) -> int:
-    """At least one prompt token is computed: the first new token comes out of its logits."""
+    """Returns the most blocks that may hit: one prompt token or more is computed, for the first token's logits."""
     return (len(prompt) - 1) // BLOCK_TOKENS
 
 
 def request_error(cause: Cause, prompt_tokens: int) -> RequestError:
-    """The HTTP status, code and advice for a request that core has given up."""
+    """Returns the HTTP status, code and message for a request that core has failed."""
     match cause:
         case Cause.OVERLOADED:
             return RequestError(429, "overloaded", "too many requests are waiting; try again shortly", 1.0)

@@ -1,7 +1,6 @@
-"""Full Blocks between an engine's buffer and storage: through its SNIC, on threads of their own (paper §4.1 ①).
+"""Moves Full Blocks between an engine's buffer and storage, through its SNIC, on I/O threads (paper §4.1 ①).
 
-Everything that touches the store happens on those threads: the main thread only handles control messages and must never
-wait for a disk.
+Only these threads touch the store: the main thread handles control messages and must never wait for a disk.
 """
 
 import asyncio
@@ -18,13 +17,11 @@ from dualpath.transfer.pool import BufferPool
 from dualpath.transfer.traffic import TrafficManager
 
 IO_THREADS = 2
-"""Threads that read blocks, and as many that write them: enough to keep a NIC busy while one of them verifies a
-checksum.
-"""
+"""Threads that read blocks, and threads that write: enough to keep a NIC busy while one verifies checksums."""
 
 
 class BlockIO:
-    """Used from the main thread; what waits for work is bounded by the buffer, whose pages it is about."""
+    """Reads and writes blocks. Used from the main thread. Its queues are bounded by the buffer's pages."""
 
     def __init__(self, cluster: ClusterConfig, layout: KVLayout, pool: BufferPool, traffic: TrafficManager) -> None:
         self._layout = layout
@@ -37,17 +34,17 @@ class BlockIO:
     async def read_leg(
         self, space: Namespace, keys: list[BlockKey], pages: list[int], cancelled: Callable[[], bool]
     ) -> list[BlockFaultReport]:
-        """Storage → buffer, block by block in order; returns the blocks that can't be read.
+        """Read blocks from storage into the buffer, in order. Returns the blocks that can't be read.
 
-        Reads of earlier requests come first: the I/O threads take blocks in the order legs were asked for. Once
-        `cancelled` says so, no further block is begun. Raises StoreError where the store itself does not answer.
+        Earlier requests come first: the I/O threads take blocks in the order of the calls. Once `cancelled` returns
+        True, no further block is started. Raises StoreError when the store itself does not answer.
         """
         loop = asyncio.get_running_loop()
         reads = [
             loop.run_in_executor(self._reads, self._read, space, key, page, cancelled)
             for key, page in zip(keys, pages, strict=True)
         ]
-        # Every read must be over before anybody may free the pages, also when one of them raises.
+        # Every read must have ended before the pages may be freed, also when one of them raises.
         outcomes = await asyncio.gather(*reads, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -55,11 +52,11 @@ class BlockIO:
         return [outcome for outcome in outcomes if isinstance(outcome, BlockFaultReport)]
 
     async def write(self, space: Namespace, key: BlockKey, parent: BlockKey, payload: np.ndarray) -> int:
-        """Buffer → storage; returns the bytes it takes there once it is durable and verified. Raises StoreError."""
+        """Write a block. Returns its size in storage once it is durable and verified. Raises StoreError."""
         return await asyncio.get_running_loop().run_in_executor(self._writes, self._write, space, key, parent, payload)
 
     def close(self) -> None:
-        """Wait for the blocks under way; those not begun are dropped."""
+        """Wait for the blocks in progress; drop those not started."""
         for threads in (self._reads, self._writes):
             threads.shutdown(wait=True, cancel_futures=True)
 

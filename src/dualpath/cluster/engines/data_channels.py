@@ -1,7 +1,7 @@
 """A prefill engine's connections to decode engines' buffers: one each, opened and closed off the main thread.
 
-A decode engine that hangs takes the whole time-out to not answer. Connections are therefore made when an engine joins,
-or else before a prompt may join a batch, on threads of their own; the compute thread only ever gets one that is open.
+Connecting to a decode engine that hangs takes the whole time-out. Connections are therefore made on separate threads,
+when an engine joins or before a prompt joins a batch. The compute thread only gets channels that are open.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ class DataChannels:
         self._threads = named_threads(CONNECT_THREADS, "connect")
 
     def get(self, address: str) -> Channel | None:
-        """The open channel to an address, None where there is none."""
+        """Returns the open channel to an address; None when there is none."""
         channel = self._channels.get(address)
         return channel if channel is not None and channel.is_open else None
 
     async def open(self, address: str) -> Exception | None:
-        """Make sure that there is a channel; returns why there can't be one. Those who ask together wait together."""
+        """Open a channel unless one is open. Returns the error if that fails. Concurrent calls share one attempt."""
         if self.get(address) is not None:
             return None
         opening = self._opening.get(address)
@@ -45,13 +45,13 @@ class DataChannels:
         return None
 
     def _opened(self, address: str, opened: "asyncio.Future[Channel]") -> None:
-        """Before anybody who waits goes on."""
+        """Store the new channel; runs before the callers of `open` continue."""
         del self._opening[address]
         if not opened.cancelled() and opened.exception() is None:
             self._channels[address] = opened.result()
 
     async def drop(self, address: str) -> None:
-        """Close the channel to an engine that is lost, also one that is only being opened."""
+        """Close the channel to a lost engine, also one that is still being opened."""
         if address in self._opening:
             await asyncio.wait([self._opening[address]])
         channel = self._channels.pop(address, None)
@@ -59,7 +59,7 @@ class DataChannels:
             await asyncio.get_running_loop().run_in_executor(self._threads, channel.close)
 
     def close(self) -> None:
-        """Close every channel; what is under way on them ends."""
+        """Close every channel; their transfers in progress end."""
         for channel in self._channels.values():
             channel.close()
         self._threads.shutdown(wait=True, cancel_futures=True)

@@ -1,13 +1,12 @@
 """The decode engine: DE buffer, device memory taken late, continuous batching, persisting as blocks fill (paper §4.1).
 
 An attempt's life here: `PrepareDecode` (pages for the whole prompt) → perhaps `LoadLeg` (its SNIC reads hit blocks) →
-the prefill engine pulls and puts layers through the data server → `StartDecode`: device blocks are taken, every Full
-Block is copied in, pages that hold nothing new are given back, generation begins → prompt blocks that were computed
-are written to storage from the buffer, generated ones from the device as each fills → when tokens and writes are done,
-`Finished`.
+the prefill engine pulls and puts layers through the data server → `StartDecode`: the engine takes device blocks, copies
+every Full Block in, frees the pages that need no persisting, and generates → it writes computed prompt blocks to
+storage from the buffer, generated ones from the device as each fills → after the last token and write, `Finished`.
 
 `AbortAttempt` stops generation but lets complete blocks reach storage, so that an agent which stopped reading early
-still finds its prefix next turn. Pages are given back by one task only: `_decode` once there is one, `_abort` before.
+still finds its prefix next turn. Only one task frees an attempt's pages: `_decode` once it runs, `_abort` before.
 """
 
 import asyncio
@@ -24,11 +23,11 @@ from dualpath.spec.sampling import SamplingParams
 from dualpath.thread_names import named_threads
 
 QUIET_TIMEOUT_S = 5.0
-"""How long a lost peer may take to be proven quiet before the pages it could touch are quarantined."""
+"""How long the proof may take that a lost peer is quiet, before the pages that it could touch are quarantined."""
 
 
 class DecodeWorker:
-    """Handles the coordinator's messages on the main thread; steps on the compute thread, copies on another."""
+    """Handles the coordinator's messages on the main thread; it steps on the compute thread and copies on another."""
 
     def __init__(self, host: EngineHost, model: LoadedModel, hbm_blocks: int) -> None:
         self._host = host
@@ -39,13 +38,13 @@ class DecodeWorker:
         self._by_sequence: dict[int, DecodeAttempt] = {}
         self._next_sequence = 0
         self._joined: set[int] = set()
-        """Sequences that still generate."""
+        """Sequences that are still generating."""
         self._work = asyncio.Event()
         host.gauge_sources.append(self._gauges)
         host.spawn(self._run_steps())
 
     def warm_up(self) -> None:
-        """A step on the compute thread, before there is any request."""
+        """Run a step on the compute thread before the first request."""
         warming = self._next_sequence
         self._next_sequence += 1
         self._engine.admit(warming, 1, 0, SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
@@ -54,7 +53,7 @@ class DecodeWorker:
         self._engine.release(warming)
 
     def handle(self, message: m.ToEngine) -> None:
-        """Carry out one message. One about an attempt that is not here (any more) is dropped and counted."""
+        """Carry out one message. A message about an attempt that this engine does not have is dropped and counted."""
         match message:
             case m.PrepareDecode():
                 self._prepare(message)
@@ -102,7 +101,7 @@ class DecodeWorker:
     # ── decoding ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _decode(self, attempt: DecodeAttempt, message: m.StartDecode) -> None:
-        """From a complete DE buffer to nothing held: device copy, generation and persisting, then `Finished`."""
+        """Decode an attempt whose DE buffer is complete: copy to the device, generate, persist, then `Finished`."""
         loop = asyncio.get_running_loop()
         attempt.tail_token_ids = [*message.tail_token_ids, message.draw.token_id]
         self._engine.admit(
@@ -126,7 +125,7 @@ class DecodeWorker:
         self._finish(attempt)
 
     def _fill(self, attempt: DecodeAttempt) -> None:
-        """On the copying thread: DE buffer → device, one Full Block after the other, through the CNIC."""
+        """On the copying thread: copy the DE buffer to the device through the CNIC, one Full Block at a time."""
         layout = self._host.layout
         for block, page in attempt.pages.items():
             if attempt.aborted:
@@ -153,7 +152,7 @@ class DecodeWorker:
                 continue
             try:
                 outputs = await loop.run_in_executor(self._host.compute, self._engine.step)
-            except Exception as error:  # the batch's own failure: each of its requests learns of it
+            except Exception as error:  # the batch failed: fail each of its requests
                 for sequence in sorted(self._joined):
                     self._fail(self._by_sequence[sequence], error)
             else:
@@ -179,9 +178,9 @@ class DecodeWorker:
             self._host.send(m.Tokens(step))
 
     def _fail(self, attempt: DecodeAttempt, error: Exception | None) -> None:
-        """The attempt generates nothing more; what it holds stays until it is aborted."""
+        """Stop the attempt's generation; it keeps its pages and blocks until it is aborted."""
         self._joined.discard(attempt.sequence)
-        attempt.storing = False  # KV that fails a step may be damaged: a checksum would only seal the damage
+        attempt.storing = False  # KV that fails a step may be damaged, and a checksum would make the damage look valid
         self._host.log(f"request {attempt.owner[0]} attempt {attempt.owner[1]} failed: {error!r}")
         self._host.send(m.AttemptFailed(*attempt.owner, Cause.COMPUTE_FAILED, repr(error)))
 
@@ -197,7 +196,7 @@ class DecodeWorker:
             self._host.send(m.Finished(*attempt.owner, attempt.finish_reason))
 
     def _abort(self, message: m.AbortAttempt) -> None:
-        """The prefill engine has stopped (its word, or its death) before this message is sent."""
+        """Abort an attempt. Core sends this message only after the prefill engine has stopped or is dead."""
         owner = (message.request, message.attempt)
         attempt = self._attempts.get(owner)
         if attempt is None:
@@ -213,7 +212,7 @@ class DecodeWorker:
             self._host.spawn(self._withdraw(attempt, message.lost_peer))
 
     async def _withdraw(self, attempt: DecodeAttempt, lost_peer: EngineId | None) -> None:
-        """Give the pages back once nobody writes into them: neither our own reads nor a lost peer."""
+        """Free the pages once neither our own reads nor a lost peer can write into them."""
         if attempt.loading is not None:
             await asyncio.wait([attempt.loading])
         if lost_peer is not None:
@@ -224,15 +223,15 @@ class DecodeWorker:
         self._host.send(m.Released(*attempt.owner))
 
     async def _prove_quiet(self, attempt: DecodeAttempt, peer: EngineId) -> None:
-        """Disconnect the peer and wait for the proof that it touches our pages no more.
+        """Disconnect the peer and wait for the proof that it no longer touches our pages.
 
-        A peer that hangs with our memory mapped proves nothing until it dies; the pages spend the time until then in
-        quarantine. `Released` waits as well, so core goes on to count the blocks as held.
+        A peer that hangs with our memory mapped gives no proof until it dies; until then the pages stay quarantined.
+        `Released` waits too, so core still counts the blocks as held.
         """
         quiet = asyncio.wrap_future(self._host.server.quiesce(str(peer)))
         if not (await asyncio.wait([quiet], timeout=QUIET_TIMEOUT_S))[0]:
             self._host.pool.quarantine(attempt.owner, list(attempt.pages.values()))
-            self._host.log(f"{len(attempt.pages)} pages are quarantined: engine {peer} is not known to be quiet")
+            self._host.log(f"{len(attempt.pages)} pages are quarantined: engine {peer} may still write into them")
             attempt.pages.clear()
         await quiet
 

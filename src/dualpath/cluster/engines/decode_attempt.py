@@ -1,7 +1,7 @@
-"""What a decode engine holds of one attempt, and how the attempt's new KV reaches storage (paper §4.1).
+"""A decode engine's record of one attempt, and how the attempt's new KV reaches storage (paper §4.1).
 
-Prompt blocks come from the DE buffer, generated ones from the device as each fills. A block is reported as stored only
-when it is durable and verified, and after its parent.
+Prompt blocks are written from the DE buffer, generated blocks from the device as each fills. A block is reported as
+stored only when it is durable and verified, and after its parent.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from dualpath.spec import metrics
 
 
 class DecodeAttempt:
-    """Pages of the DE buffer, keys of the blocks so far, and how far the attempt has come."""
+    """The attempt's pages of the DE buffer, the keys of its blocks so far, and its progress."""
 
     def __init__(self, owner: Owner, sequence: int, message: PrepareDecode, pages: list[int]) -> None:
         self.owner = owner
@@ -29,24 +29,24 @@ class DecodeAttempt:
         self.hit_blocks = message.hit_tokens // BLOCK_TOKENS
         self.space: Namespace = message.namespace
         self.keys: list[BlockKey] = list(message.keys)
-        """Of every full block so far; grows as generated blocks fill."""
+        """Keys of all full blocks so far; grows as generated blocks fill."""
         self.tail_token_ids: list[int] = []
-        """Tokens after the last full block, KV known or about to be."""
+        """Tokens after the last full block, including the newest, whose KV does not exist yet."""
         self.pages: dict[int, int] = dict(enumerate(pages))
-        """Block → page of the DE buffer, while held."""
+        """Block → page of the DE buffer, for the pages still held."""
         self.loading: asyncio.Task[None] | None = None
         self.entered: asyncio.Task[None] | None = None
-        """From `StartDecode` on: the task that will give everything back."""
+        """The task that will free everything; set at `StartDecode`."""
         self.finish_reason: str | None = None
         self.aborted = False
         self.to_persist: asyncio.Queue[int | None] = asyncio.Queue()
-        """Generated blocks that are full, then None. Bounded by the attempt's device blocks."""
+        """Generated blocks that are full, then None at the end. Bounded by the attempt's device blocks."""
         self.storing = True
-        """False once a write has failed, as later blocks could not be reached, or once the KV is in doubt."""
+        """False once a write has failed, because later blocks could not be matched, or once the KV may be damaged."""
 
     def add_token(self, token_id: int) -> None:
-        """A token was generated. The block it completes the step for is persisted at once (paper §4.1); the newest
-        token's own KV does not exist yet.
+        """Add a generated token. If its step has filled a block, that block is persisted at once (paper §4.1). The
+        newest token's own KV does not exist yet.
         """
         self.tail_token_ids.append(token_id)
         while len(self.tail_token_ids) > BLOCK_TOKENS:
@@ -56,14 +56,14 @@ class DecodeAttempt:
             self.to_persist.put_nowait(len(self.keys) - 1)
 
     def end(self, reason: str) -> None:
-        """Nothing more is generated. The first reason stays."""
+        """End generation. The first reason given is kept."""
         if self.finish_reason is None:
             self.finish_reason = reason
             self.to_persist.put_nowait(None)
 
 
 class Persister:
-    """Writes the blocks of one attempt at a time in order; attempts beside each other."""
+    """Writes each attempt's blocks in order, and several attempts concurrently."""
 
     def __init__(self, host: EngineHost, engine: PagedDecode, copies: Executor) -> None:
         self._host = host
@@ -71,12 +71,12 @@ class Persister:
         self._copies = copies
 
     async def block_in_buffer(self, attempt: DecodeAttempt, block: int) -> None:
-        """A prompt block that the prefill engine computed, from its page of the DE buffer."""
+        """Write a prompt block that the prefill engine computed, from its page of the DE buffer."""
         page = self._host.pool.view(attempt.pages[block])
         await self._write(attempt, block, page[: self._host.layout.full_block_bytes])
 
     async def generated_blocks(self, attempt: DecodeAttempt) -> None:
-        """Each block as it fills, until the attempt says that there are no more."""
+        """Write each generated block as it fills, until the attempt has no more."""
         staging = np.empty(self._host.layout.full_block_bytes, dtype=np.uint8)
         loop = asyncio.get_running_loop()
         while (block := await attempt.to_persist.get()) is not None:
@@ -85,7 +85,7 @@ class Persister:
                 await self._write(attempt, block, staging)
 
     def _copy_out(self, sequence: int, block: int, staging: np.ndarray) -> None:
-        """On the copying thread: device → host, through the CNIC."""
+        """On the copying thread: copy a block from the device to the host, through the CNIC."""
         self._engine.copy_block(sequence, block, staging)
         self._host.traffic.local_copy(staging.nbytes)
 
@@ -97,7 +97,7 @@ class Persister:
         try:
             physical_bytes = await self._host.blocks.write(attempt.space, key, parent, payload)
         except StoreError as error:
-            # Serving goes on without this prefix in storage; the counter and the log say so.
+            # Serving continues without this prefix in storage; the counter and the log record it.
             attempt.storing = False
             self._host.counters[metrics.STORE_WRITE_ERRORS()] += 1
             self._host.log(f"block {key.hex()} could not be stored: {error}")

@@ -1,7 +1,7 @@
-"""What a prefill and a decode engine have in common: control socket, buffer, NICs, data server, block I/O.
+"""The part that prefill and decode engines share: control socket, buffer, NICs, data server, block I/O.
 
-Threads of an engine process: the asyncio main thread (control only), one compute thread (torch), a few I/O threads that
-read and write blocks, and the data channels' own. KV bytes never pass through the main thread.
+An engine process has these threads: the asyncio main thread (control only), one compute thread (torch), a few I/O
+threads that read and write blocks, and the data channels' threads. KV bytes never pass through the main thread.
 """
 
 import asyncio
@@ -27,14 +27,14 @@ from dualpath.transfer.pool import BufferPool
 from dualpath.transfer.traffic import TrafficManager
 
 JOIN_TIMEOUT_S = 600.0
-"""How long an engine waits to be welcomed: for the coordinator to start, or for the first prefill engine to join."""
+"""How long an engine waits for `Welcome`: for the coordinator to start, or for the first prefill engine to join."""
 
 Owner = tuple[int, int]
-"""Who holds buffer pages: (request, attempt)."""
+"""The holder of buffer pages: (request, attempt)."""
 
 
 class EngineHost:
-    """The process around an engine's work. Used from the main asyncio thread unless a method says otherwise."""
+    """The shared part of an engine process. Used from the main asyncio thread unless a method says otherwise."""
 
     def __init__(self, config: m.EngineConfig, layout: KVLayout, buffer_blocks: int) -> None:
         cluster = config.cluster
@@ -73,15 +73,15 @@ class EngineHost:
             self.leave(f"the coordinator can't be reached: {sent.exception()}")
 
     async def run(self, join: m.Join, handle: Callable[[m.ToEngine], None]) -> str:
-        """Join, then pass every message to `handle` until told or forced to leave; returns why.
+        """Join, then pass every message to `handle` until told or forced to leave. Returns the reason for leaving.
 
-        Raises ValueError for a coordinator's address that is none, ConnectionRefusedError where it refuses this engine.
+        Raises ValueError when the coordinator's address is invalid, ConnectionRefusedError when it refuses this engine.
         """
         try:
             self._socket.connect(self.config.coordinator)
         except zmq.ZMQError as error:
             raise ValueError(
-                f"{self.config.coordinator!r} is no address such as tcp://10.0.0.1:5555: {error}"
+                f"{self.config.coordinator!r} is not an address ({error}); give one such as tcp://10.0.0.1:5555"
             ) from error
         self._heard_ns = time.monotonic_ns()
         self.send(join)
@@ -94,7 +94,7 @@ class EngineHost:
         return self._reason
 
     async def end_tasks(self) -> None:
-        """Cancel every task and wait until it is over."""
+        """Cancel every task and wait until all have ended."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -125,7 +125,7 @@ class EngineHost:
                 gauges |= source()
             self.send(m.Heartbeat(gauges))
             await asyncio.sleep(self.config.cluster.heartbeat_ns / 1e9)
-            # An engine that holds nothing yet is in nobody's way, and may well be started before its coordinator.
+            # An engine that has not joined holds nothing, and may be started before its coordinator.
             patience_s = JOIN_TIMEOUT_S if self.engine is None else 2 * self.config.cluster.lease_ns / 1e9
             if (time.monotonic_ns() - self._heard_ns) / 1e9 > patience_s:
                 self.leave(f"the coordinator has been silent for {patience_s:.0f} s")
@@ -135,7 +135,7 @@ class EngineHost:
             self.ended.set_result(reason)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run a task this host owns. One that fails unexpectedly is a bug: the engine leaves rather than limp on."""
+        """Run a task that this host owns. If it raises, that is a bug, and the engine leaves."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._on_task_done)
@@ -153,7 +153,7 @@ class EngineHost:
         print(f"[{self.config.role.value} engine {self.engine}] {line}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Give everything back. Last of all the coordinator is told: from then on nothing here touches any memory."""
+        """Free everything, then tell the coordinator: from then on nothing here touches any memory."""
         self.server.close()
         self.blocks.close()
         self.compute.shutdown(wait=True, cancel_futures=True)

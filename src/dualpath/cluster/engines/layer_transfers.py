@@ -1,8 +1,8 @@
-"""How one prefill batch's KV moves, layer by layer: core's chunk plans turned into copies and channel operations.
+"""Moves one prefill batch's KV, layer by layer: turns core's chunk plans into copies and channel operations.
 
-Before layer l computes, its hit rows come from the PE buffer (a local copy through the CNIC) or are pulled from the DE
-buffer (a read over the compute network); afterwards its rows go into the DE buffer (paper §4.1 ②③). Called by the
-engine's loader and shipper threads; an item that fails, or is cancelled, does not disturb the others.
+Before layer l computes, its hit rows are copied from the PE buffer (locally, through the CNIC) or pulled from the DE
+buffer (a read over the compute network). Afterwards its rows are put into the DE buffer (paper §4.1 ②③). The engine's
+loader and shipper threads call this code. An item that fails or is cancelled does not affect the others.
 """
 
 import time
@@ -23,7 +23,7 @@ TRANSFER_DEADLINE_NS = 60_000_000_000
 """Longest one layer's transfer of one item may take before the attempt is failed."""
 
 Rows = np.ndarray
-"""uint8, a whole number of tokens of one layer, `token_bytes` each."""
+"""uint8 bytes of whole tokens of one layer, `token_bytes` each."""
 
 
 class TokenRun(msgspec.Struct, frozen=True):
@@ -33,11 +33,11 @@ class TokenRun(msgspec.Struct, frozen=True):
     first_token: int
     tokens: int
     row: int
-    """Where they stand in the item's rows: tokens before them."""
+    """Index of the first token in the item's rows."""
 
 
 def token_runs(pages: list[int], first_block: int, first_token: int, tokens: int, first_row: int) -> list[TokenRun]:
-    """Tokens [first_token, first_token + tokens) of a prompt whose block `first_block` lies in `pages[0]`."""
+    """Returns runs for tokens [first_token, first_token + tokens) of a prompt; block `first_block` is `pages[0]`."""
     runs = []
     at, end = first_token, first_token + tokens
     while at < end:
@@ -49,7 +49,7 @@ def token_runs(pages: list[int], first_block: int, first_token: int, tokens: int
 
 
 class ItemTransfers:
-    """One item's runs: what to copy from the PE buffer, what to pull from the DE buffer, what to put there."""
+    """One item's runs: those to copy from the PE buffer, to pull from the DE buffer, and to put into it."""
 
     def __init__(
         self,
@@ -77,11 +77,11 @@ class ItemTransfers:
 
 
 class AttemptCancelledError(Exception):
-    """The coordinator gave the attempt up while it was in a batch."""
+    """The coordinator aborted the attempt while it was in a batch."""
 
 
 class BatchTransfers:
-    """`engine.prefill.LayerIO` over the PE buffer and the channels to decode engines."""
+    """Implements `model.prefill.LayerIO` over the PE buffer and the channels to decode engines."""
 
     def __init__(self, layout: KVLayout, pool: BufferPool, traffic: TrafficManager, items: list[ItemTransfers]) -> None:
         self._layout = layout
@@ -90,7 +90,7 @@ class BatchTransfers:
         self._items = items
 
     def load_layer(self, layer: int, destinations: list[Rows | None]) -> list[Exception | None]:
-        """Fill every destination; pulls are under way together while local copies are made."""
+        """Fill every destination. All pulls run together, while local copies are made."""
         errors: list[Exception | None] = [None] * len(destinations)
         pulls: list[Future[int] | None] = [None] * len(destinations)
         for i, (item, rows) in enumerate(zip(self._items, destinations, strict=True)):
@@ -102,7 +102,7 @@ class BatchTransfers:
         return [self._wait(error, pull) for error, pull in zip(errors, pulls, strict=True)]
 
     def ship_layer(self, layer: int, rows: list[Rows | None]) -> list[Exception | None]:
-        """Put every item's rows into its decode engine's buffer; returns when the peers have acknowledged."""
+        """Put every item's rows into its decode engine's buffer. Returns when the peers have acknowledged."""
         posted: list[tuple[Exception | None, Future[int] | None]] = []
         for item, item_rows in zip(self._items, rows, strict=True):
             if item_rows is None:
@@ -144,5 +144,5 @@ class BatchTransfers:
     def _wait(error: Exception | None, transfer: Future[int] | None) -> Exception | None:
         if error is not None or transfer is None:
             return error
-        # The channel ends every future by its deadline; nothing touches the rows after that.
+        # The channel ends every future by its deadline, and touches no rows after that.
         return transfer.exception()  # type: ignore[return-value]

@@ -1,7 +1,7 @@
 """An engine process from start to end: load the model, measure, join, work, leave.
 
-Started by the supervisor's fork server, which has imported this module (and so torch) once for all engines of a host,
-or by `dualpath engine` on its own.
+The supervisor's fork server starts it, after importing this module (and so torch) once for all engines of a host; or
+`dualpath engine` does. Read `host` next, then `prefill` and `decode`.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ from dualpath.model import LoadedModel, model_fingerprint, profile_attention
 
 
 def run_engine(config: EngineConfig) -> None:
-    """Serve until told to leave. Exit code 1 and a line on stderr where the engine can't start or breaks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
+    """Serve until told to leave. Exits with code 1 and a line on stderr when the engine can't start or breaks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor handles Ctrl-C
     cluster = config.cluster
     torch.set_num_threads(cluster.threads)
     try:
@@ -52,7 +52,7 @@ async def _serve(config: EngineConfig, model: LoadedModel) -> str:
     worker: PrefillWorker | DecodeWorker | None = None
     try:
         prefill_tokens_per_s = None
-        # On the compute thread, whose memory and kernels the first request then finds warm.
+        # On the compute thread, so that its memory and kernels are warm for the first request.
         if config.role is Role.PREFILL:
             worker = PrefillWorker(host, model, _attention_cost(model))
             prefill_tokens_per_s = await loop.run_in_executor(host.compute, worker.measure_tokens_per_s)

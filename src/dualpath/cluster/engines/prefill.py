@@ -1,9 +1,9 @@
 """The prefill engine: reads its legs, packs batches under the compute quota, runs them layer by layer (paper §4.1,
 §6.2).
 
-An attempt's life here: `LoadLeg` (PE side only) → blocks come from storage into the PE buffer → `StartPrefill` → waits
-in core's `PrefillQueue` → one or more chunks → `PrefillDone`, PE buffer pages given back. `AbortAttempt` at any point:
-what is reading or computing is let go as soon as it can be, then `Released`.
+An attempt's life here: `LoadLeg` (PE side only) → blocks are read from storage into the PE buffer → `StartPrefill` → a
+wait in core's `PrefillQueue` → one or more chunks → the PE buffer pages are freed, `PrefillDone`. `AbortAttempt` may
+come at any point: reads and computation in progress end as soon as they can, then the engine answers `Released`.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ TRANSFER_ERRORS = (TransferError, ChannelBusy, ConnectionError)
 
 
 class NoTransfers:
-    """`LayerIO` that leaves hit rows as they are: for measuring compute alone."""
+    """A `LayerIO` that moves no bytes, to measure compute alone."""
 
     def load_layer(self, _layer: int, destinations: list[Rows | None]) -> list[Exception | None]:
         return [None] * len(destinations)
@@ -38,7 +38,7 @@ class NoTransfers:
 
 
 class PrefillAttempt:
-    """What the PE holds of one attempt."""
+    """The PE's record of one attempt."""
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
@@ -46,10 +46,10 @@ class PrefillAttempt:
         self.pages: list[int] = []
         self.start: m.StartPrefill | None = None
         self.busy = False
-        """Reading, connecting or in a batch: it can't be given back yet."""
+        """True while it is reading, connecting or in a batch: its pages can't be freed yet."""
         self.aborted = False
         self.quiet = True
-        """False once a transfer failed half-way: its last bytes may still be on their way."""
+        """False once a transfer has failed half-way: its last bytes may still be on their way."""
 
 
 class PrefillWorker:
@@ -76,7 +76,7 @@ class PrefillWorker:
         host.spawn(self._run_batches())
 
     def measure_tokens_per_s(self) -> float:
-        """Prompt tokens a second, hit ones included, of an agent's typical turn; the second of two runs, warm."""
+        """Returns prompt tokens per second, hits included, of a typical agent turn: the second, warm run of two."""
         new_tokens = min(PROBE_NEW_TOKENS, self._model.max_length_tokens)
         hit_tokens = min(PROBE_HIT_TOKENS, self._model.max_length_tokens - new_tokens)
         item = PrefillItem(token_ids=[0] * new_tokens, past_tokens=hit_tokens)
@@ -104,15 +104,15 @@ class PrefillWorker:
                 raise TypeError(f"a prefill engine was sent {type(message).__name__}")
 
     async def _meet(self, message: m.PeerJoined) -> None:
-        """Mapping a decode engine's buffer takes long enough for a first token to be late by."""
+        """Connect to a new decode engine now: mapping its buffer is slow and would delay a first token."""
         error = await self._channels.open(message.data_address)
         if error is not None:
-            self._host.log(f"engine {message.engine} can't be connected to; its first prompt will try again: {error}")
+            self._host.log(f"can't connect to engine {message.engine}: {error}; its first prompt will try again")
 
     # ── loading ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _hold(self, owner: Owner, leg: Leg) -> PrefillAttempt:
-        """At once, not in the loading task: an abort that comes next must find it."""
+        """Record the attempt at once, not in the loading task, so that an abort right after finds it."""
         attempt = self._attempts[owner] = PrefillAttempt(owner)
         attempt.leg = leg
         attempt.pages = self._host.pool.allocate(owner, leg.blocks)
@@ -151,7 +151,7 @@ class PrefillWorker:
         self._host.spawn(self._enqueue(attempt, message))
 
     async def _enqueue(self, attempt: PrefillAttempt, message: m.StartPrefill) -> None:
-        """Connect to the decode engine before the prompt may join a batch: one that hangs must not hold up others."""
+        """Connect to the decode engine before the prompt joins a batch: an engine that hangs must not delay others."""
         error = await self._channels.open(message.decode_address)
         attempt.busy = False
         if attempt.aborted:
@@ -176,17 +176,17 @@ class PrefillWorker:
             try:
                 outputs = await loop.run_in_executor(self._host.compute, self._compute, chunks, attempts)
             except LayerIOTimeoutError as error:
-                # A thread hangs in a transfer: nothing can be proven quiet but by the end of this process.
+                # A thread hangs in a transfer: only the end of this process proves that it is quiet.
                 self._host.leave(f"internal error: {error}")
                 return
-            except Exception as error:  # the batch's own failure: each of its requests learns of it
+            except Exception as error:  # the batch failed: fail each of its requests
                 outputs = [PrefillOutput(error=error)] * len(chunks)
             self._note_batch()
             for chunk, attempt, output in zip(chunks, attempts, outputs, strict=True):
                 self._on_chunk(chunk, attempt, output)
 
     def _compute(self, chunks: tuple[Chunk, ...], attempts: list[PrefillAttempt]) -> list[PrefillOutput]:
-        """On the compute thread: one batch, all layers."""
+        """On the compute thread: compute one batch, all layers."""
         items, transfers = [], []
         for chunk, attempt in zip(chunks, attempts, strict=True):
             start = attempt.start
@@ -225,7 +225,7 @@ class PrefillWorker:
         self._queue.chunk_done(*attempt.owner)
         self._host.counters[metrics.PREFILL_CHUNKS()] += 1
         self._host.counters[metrics.PREFILL_TOKENS()] += chunk.new_tokens
-        # A connection that has ended brings nothing more; over one that has not, the rest may still be on its way.
+        # A connection that has ended delivers nothing more; over an open one the rest may still be on its way.
         error = output.error
         attempt.quiet &= not isinstance(error, TransferError) or error.cause is TransferCause.PEER_CLOSED
         if attempt.aborted:
@@ -240,7 +240,7 @@ class PrefillWorker:
             self._host.send(m.PrefillDone(*attempt.owner, m.Draw(output.token.token_id, output.token.logprobs)))
 
     def _fail(self, attempt: PrefillAttempt, error: Exception) -> None:
-        """The attempt goes no further; what it holds stays until it is aborted."""
+        """Stop the attempt; it keeps its pages until it is aborted."""
         cause = Cause.TRANSFER_FAILED if isinstance(error, TRANSFER_ERRORS) else Cause.COMPUTE_FAILED
         self._host.log(f"request {attempt.owner[0]} attempt {attempt.owner[1]} failed: {error!r}")
         self._host.send(m.AttemptFailed(*attempt.owner, cause, repr(error)))

@@ -1,7 +1,7 @@
-"""External storage for Full Blocks: what ``--store`` names, and who keeps the bytes.
+"""External storage for Full Blocks: the stores that ``--store`` names.
 
-`protocol` says what a store promises. Ours: `posix` (files of a directory), `objects` (S3, HTTP). Packages add others
-through the entry-point group ``dualpath.stores``: docs/how-to/add-a-store.md.
+`protocol` says what a store promises; read it first. Ours are `posix` (files of a directory) and `objects` (S3, HTTP).
+Packages add others through the entry-point group ``dualpath.stores``: docs/how-to/add-a-store.md.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from dualpath.spec.registry import Registry, UnknownNameError
 
 
 class StoreOpener(Protocol):
-    """What a scheme stands for: called once in every process that uses the store, with all that ``--store`` said.
+    """Opens the stores of one URL scheme. Called once in every process that uses the store, with the ``--store`` value.
 
-    `durable` False: blocks need not survive a power cut. It should contact nobody yet, so that a bad location is told
-    before engines start. Raises StoreLocationError.
+    `durable` False means that blocks need not survive a power cut. It should contact no server yet, so that a bad
+    location is reported before engines start. Raises StoreLocationError when the location is invalid.
     """
 
     def __call__(self, location: str, *, durable: bool) -> Store: ...
@@ -35,7 +35,7 @@ def _posix() -> StoreOpener:
 
 
 def _objects() -> StoreOpener:
-    """obstore is only imported where it is needed: it starts threads of its own, and is an extra."""
+    """Imports obstore only when it is needed: it starts threads, and is an extra."""
     if find_spec("obstore") is None:
         raise StoreLocationError("stores of objects need the package obstore: pip install 'dualpath[s3]'")
     from dualpath.kv.stores.bucket import Bucket
@@ -56,9 +56,9 @@ STORES: Registry[StoreOpener] = Registry("kind of store", "dualpath.stores", _OU
 
 
 def open_store(location: str | Path, *, durable: bool = True) -> Store:
-    """The store that ``--store`` names: a directory, or a URL whose scheme says which kind of store it is.
+    """Returns the store that ``--store`` names: a directory, or a URL whose scheme gives the kind of store.
 
-    Raises StoreLocationError for what can't be one. Nothing is contacted or made yet.
+    Raises StoreLocationError when the location can't be a store. It contacts and creates nothing yet.
     """
     scheme, is_url, _ = str(location).partition("://")
     try:

@@ -8,8 +8,8 @@
     H - 8    xxh3_64 of the header's first H - 8 bytes                      H = 4096, or more 4096s for > 501 layers
     H        payload: the Full Block, layer after layer, exactly layers × layer_block_bytes
 
-The payload starts on a page so that it can be read straight into a page-aligned buffer. The checksums find decay and
-torn writes; they are not meant against someone who forges files. Anything amiss is a `BlockError`.
+The payload starts on a page, so that it can be read straight into a page-aligned buffer. The checksums find decay and
+torn writes; they do not protect against forged files. Every fault raises `BlockError`.
 """
 
 import os
@@ -30,7 +30,7 @@ CHUNK_BYTES = 1 << 20
 """Most bytes read, written or hashed at once: small enough to pace, large enough to amortise a system call."""
 
 Pace = Callable[[int], None]
-"""Called with a number of payload bytes before they move; blocks until they may. What it raises is passed on."""
+"""Called with a number of payload bytes before they move; blocks until they may move. Its exceptions are passed on."""
 
 _MAGIC = b"DPKVBLK\n"
 _VERSION = 1
@@ -46,7 +46,7 @@ class BlockFault(Enum):
     TRUNCATED = "truncated"
     CHECKSUM = "checksum"
     HEADER = "header"
-    """Not a block file of ours, or of another key, namespace or layout, or damaged in its header."""
+    """It is not a block file, has another key, namespace or layout, or has a damaged header."""
     IO = "io"
 
 
@@ -61,7 +61,7 @@ class BlockError(Exception):
 
 
 class BlockHeader(msgspec.Struct, frozen=True, gc=False):
-    """What a block file says of itself."""
+    """The header of a block file."""
 
     namespace: BlockKey
     key: BlockKey
@@ -72,7 +72,7 @@ class BlockHeader(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def describing(cls, payload: memoryview, space: Namespace, key: BlockKey, parent: BlockKey) -> "BlockHeader":
-        """Of a Full Block of `space`, with its checksums."""
+        """Returns the header of a Full Block of `space`, with its checksums."""
         layout = space.layout
         checksums = payload_checksums(payload, layout.layer_block_bytes)
         return cls(space.root, key, parent, layout.layers, layout.layer_block_bytes, checksums)
@@ -87,7 +87,7 @@ class BlockHeader(msgspec.Struct, frozen=True, gc=False):
         return self.layers * self.layer_block_bytes
 
     def encode(self) -> bytes:
-        """The header as it stands in the file, `header_bytes` long."""
+        """Returns the header as it is in the file, `header_bytes` long."""
         fixed = _FIXED.pack(
             _MAGIC,
             _VERSION,
@@ -112,7 +112,7 @@ def payload_checksums(payload: memoryview, layer_block_bytes: int) -> tuple[int,
 
 @contextmanager
 def io_faults(key: BlockKey) -> Iterator[None]:
-    """Turn an OSError of the block under it into a BlockError: MISSING where there is no file, else IO."""
+    """Turn an OSError of the with-block into a BlockError: MISSING when there is no file, else IO."""
     try:
         yield
     except FileNotFoundError as error:
@@ -145,9 +145,9 @@ def read_header(fd: int, key: BlockKey) -> BlockHeader:
 
 
 def decode_header(key: BlockKey, n_bytes: int, head: Callable[[int], bytes]) -> BlockHeader:
-    """Header of a file or object of `n_bytes` that should hold `key`, checked against itself, `key` and that size.
+    """Returns the header of a file or object of `n_bytes`, checked against its checksum, `key` and that size.
 
-    `head` gives as many of its first bytes as asked for, or all there are. Raises BlockError: TRUNCATED, HEADER.
+    `head` returns as many of the first bytes as requested, or all there are. Raises BlockError: TRUNCATED, HEADER.
     """
     header = _decode(key, head)
     if header.key != key:
@@ -161,14 +161,14 @@ def decode_header(key: BlockKey, n_bytes: int, head: Callable[[int], bytes]) -> 
 
 
 def check_root(header: BlockHeader, root: BlockKey) -> BlockHeader:
-    """`header`, if it is that of a block below `root`. Raises BlockError: HEADER."""
+    """Returns `header` if it is of a block below `root`. Raises BlockError: HEADER."""
     if header.namespace != root:
         raise BlockError(header.key, BlockFault.HEADER, f"the file is of namespace {header.namespace.hex()}")
     return header
 
 
 def check_namespace(header: BlockHeader, space: Namespace) -> BlockHeader:
-    """`header`, if it is that of a block of `space` and has its geometry. Raises BlockError: HEADER."""
+    """Returns `header` if it is of a block of `space` with its geometry. Raises BlockError: HEADER."""
     check_root(header, space.root)
     layout = space.layout
     if (header.layers, header.layer_block_bytes) != (layout.layers, layout.layer_block_bytes):
@@ -215,7 +215,7 @@ def _whole(key: BlockKey, head: Callable[[int], bytes], header_bytes: int) -> by
 def read_payload(fd: int, header: BlockHeader, into: memoryview, pace: Pace, *, verify: bool = True) -> None:
     """Read the payload into `into` (exactly `payload_bytes`, writable bytes), chunk by chunk; hash layers as they fill.
 
-    Raises BlockError: TRUNCATED, CHECKSUM, IO. After an error `into` holds rubbish.
+    Raises BlockError: TRUNCATED, CHECKSUM, IO. After an error the content of `into` is undefined.
     """
     filled, layers = 0, LayerChecks(header, into)
     while filled < len(into):
@@ -232,7 +232,7 @@ def read_payload(fd: int, header: BlockHeader, into: memoryview, pace: Pace, *, 
 
 
 class LayerChecks:
-    """Holds each layer of a payload against its checksum, as soon as it is there."""
+    """Checks each layer of a payload against its checksum as soon as the layer is complete."""
 
     def __init__(self, header: BlockHeader, payload: memoryview) -> None:
         self._header = header
@@ -240,7 +240,7 @@ class LayerChecks:
         self._checked_layers = 0
 
     def check(self, filled_bytes: int) -> None:
-        """Check the layers that lie in the first `filled_bytes` and were not checked yet. Raises BlockError."""
+        """Check the layers within the first `filled_bytes` that were not checked yet. Raises BlockError."""
         n_bytes = self._header.layer_block_bytes
         while (self._checked_layers + 1) * n_bytes <= filled_bytes:
             layer, start = self._checked_layers, self._checked_layers * n_bytes
@@ -250,9 +250,9 @@ class LayerChecks:
 
 
 def physical_bytes(status: os.stat_result) -> int:
-    """Bytes a file takes on the disk: its blocks, or its length where a file system has not settled the blocks yet."""
+    """Returns a file's bytes on disk: its blocks, or its length while the file system has not allocated them yet."""
     return max(status.st_blocks * 512, status.st_size)
 
 
 def unpaced(_n_bytes: int) -> None:
-    """The pace of someone who need not wait."""
+    """A `Pace` that never waits."""

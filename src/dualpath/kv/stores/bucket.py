@@ -1,10 +1,10 @@
 """`Bucket`: named objects behind S3, Google Cloud, Azure or plain HTTP (WebDAV), through obstore.
 
-Only what every such server can do is used: whole PUTs, which appear at once or not at all, GET, HEAD, DELETE, and lists
-of one folder. Requests are retried for `RETRY_S` and end after `REQUEST_S`; a server that does not answer even so is a
-`StoreError`, an object that is not there is None. The functions block, without the GIL.
+It uses only what every such server can do: whole PUTs, which appear at once or not at all, GET, HEAD, DELETE, and lists
+of one folder. Requests are retried for `RETRY_S` and end after `REQUEST_S`. A server that still does not answer raises
+`StoreError`; an object that does not exist is None. The functions block, without the GIL.
 
-Whoever asks within `COOL_S` of such a failure is told at once: a prompt of many blocks shall not wait for each.
+For `COOL_S` after such a failure every call fails at once, so that a prompt of many blocks does not wait for each.
 """
 
 import time
@@ -22,18 +22,18 @@ from obstore.store import from_url
 from dualpath.kv.stores.protocol import StoreError, StoreLocationError
 
 REQUEST_S = 60.0
-"""Longest life of one request, its body included."""
+"""Longest duration of one request, body included."""
 CONNECT_S = 5.0
 RETRY_S = 10.0
 MAX_RETRIES = 4
 COOL_S = 1.0
 PIECE_BYTES = 256 * 1024
-"""Bodies are handed on in pieces of about this, as they come."""
+"""Approximate size of the pieces in which bodies arrive."""
 _SECRETS = ("key", "secret", "token", "password")
 
 
 class ObjectRecord(msgspec.Struct, frozen=True, gc=False):
-    """An object as a list or a HEAD tells of it."""
+    """An object as a list or a HEAD describes it."""
 
     name: str
     n_bytes: int
@@ -41,7 +41,7 @@ class ObjectRecord(msgspec.Struct, frozen=True, gc=False):
 
 
 class Body(msgspec.Struct, frozen=True):
-    """An object on its way to us: its length as the server says, and its bytes in pieces."""
+    """An object being received: its length as the server says, and its bytes in pieces."""
 
     n_bytes: int
     pieces: Iterator[memoryview]
@@ -54,9 +54,9 @@ class _Meta(TypedDict):
 
 
 class Bucket:
-    """`objects` is an obstore store, `location` what messages call it; `Bucket.open` makes both from a URL.
+    """`objects` is an obstore store, `location` its name in messages; `Bucket.open` makes both from a URL.
 
-    `folder` is put before every name.
+    `folder` is a prefix of every name.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class Bucket:
 
     @classmethod
     def open(cls, url: str) -> "Bucket":
-        """``s3://bucket/prefix?endpoint=http://host:port&region=…``, ``http://host/prefix``; contacts nobody yet.
+        """Open ``s3://bucket/prefix?endpoint=http://host:port&region=…`` or ``http://host/prefix``; contacts no server.
 
         The query's names are obstore's configuration; credentials come from the environment (``AWS_ACCESS_KEY_ID``, …).
-        Raises StoreLocationError for a URL that can't be one.
+        Raises StoreLocationError when the URL can't be a store.
         """
         parts = urlsplit(url)
         options = dict(parse_qsl(parts.query))
@@ -83,7 +83,7 @@ class Bucket:
                 f"--store: {secret} in a URL shows in process lists; set the environment variable instead"
             )
         plain = parts._replace(query="", fragment="").geturl().rstrip("/")
-        # obstore 0.12 lists a WebDAV server's folders wrongly when its URL has a path: it gets none.
+        # obstore 0.12 lists a WebDAV server's folders wrongly when its URL has a path, so the path goes into `folder`.
         folder = parts.path.strip("/") if parts.scheme in ("http", "https") else ""
         insecure = parts.scheme == "http" or options.get("endpoint", "").startswith("http://")
         config: dict[str, Any] = {"config": options} if options else {}
@@ -103,7 +103,7 @@ class Bucket:
         return cls(objects, plain, folder)
 
     def get(self, name: str) -> Body | None:
-        """The object as it comes in; None if there is none. Iterating over its pieces raises StoreError."""
+        """Returns the object; None if there is none. Iterating over its pieces may raise StoreError."""
         with self._errors(f"{name} can't be read"):
             try:
                 found = obstore.get(self._objects, self._folder + name)
@@ -112,7 +112,7 @@ class Bucket:
             return Body(found.meta["size"], self._pieces(name, found.stream(min_chunk_size=PIECE_BYTES)))
 
     def head_bytes(self, name: str, n_bytes: int) -> bytes | None:
-        """Up to `n_bytes` from the object's start; None if there is none. Raises StoreError."""
+        """Returns up to `n_bytes` from the object's start; None if there is none. Raises StoreError."""
         with self._errors(f"{name} can't be read"):
             try:
                 return bytes(obstore.get(self._objects, self._folder + name, options={"range": (0, n_bytes)}).bytes())
@@ -120,7 +120,7 @@ class Bucket:
                 return None
 
     def record(self, name: str) -> ObjectRecord | None:
-        """What the server knows of an object; None if there is none. Raises StoreError."""
+        """Returns the object's record; None if there is none. Raises StoreError."""
         with self._errors(f"{name} can't be found"):
             try:
                 return self._record(obstore.head(self._objects, self._folder + name))
@@ -128,17 +128,17 @@ class Bucket:
                 return None
 
     def put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
-        """Make an object of `parts`, whole or not at all, over one that is there. Raises StoreError."""
+        """Write an object of `parts`, whole or not at all; replaces an existing one. Raises StoreError."""
         with self._errors(f"{name} can't be written"):
             obstore.put(self._objects, self._folder + name, iter(parts), use_multipart=False)
 
     def delete(self, name: str) -> None:
-        """Remove an object; one that is gone is no error. Raises StoreError."""
+        """Delete an object; a missing one is not an error. Raises StoreError."""
         with self._errors(f"{name} can't be deleted"), suppress(FileNotFoundError):
             obstore.delete(self._objects, self._folder + name)
 
     def folder(self, name: str = "") -> tuple[list[str], list[ObjectRecord]]:
-        """Names of the folders and the objects right below a folder, both in order. Raises StoreError."""
+        """Returns the names of the folders and the objects directly in a folder, both in order. Raises StoreError."""
         prefix = f"{self._folder}{name}/" if name else self._folder
         with self._errors(f"{name or '/'} can't be listed"):
             try:
@@ -169,5 +169,5 @@ class Bucket:
 
 
 def _summary(error: Exception) -> str:
-    """obstore's messages go on for pages of debugging."""
+    """Shortens obstore's messages, which contain pages of debugging output."""
     return str(error).strip().splitlines()[0]

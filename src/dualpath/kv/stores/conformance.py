@@ -1,12 +1,12 @@
-"""What every store must do, ours and other packages': functions that raise AssertionError where one does not.
+"""Conformance checks for every store, ours and other packages': functions that raise AssertionError on a violation.
 
-Each takes a function that opens one store, empty at first, as a process of its own would. With pytest::
+Each takes a function that opens the same store, empty at first, as a separate process would. With pytest::
 
     @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
     def test_my_store(check, tmp_path):
         check(lambda: MyStore(f"mine://{tmp_path}", durable=True))
 
-They can't show what happens in a power cut, or with a damaged medium: test that with the means of the store.
+They can't test a power cut or a damaged medium: test those with the store's own means.
 """
 
 from collections.abc import Callable
@@ -28,12 +28,12 @@ KEYS = block_keys(SPACE.root, range(4 * 1024), 1024)
 
 
 def payload_of(key: BlockKey) -> bytes:
-    """Bytes that follow from a key."""
+    """Returns a payload derived from the key."""
     return shake_128(key).digest(LAYOUT.full_block_bytes)
 
 
 def read(store: Store, space: Namespace, key: BlockKey) -> bytes | BlockFault:
-    """A block, or what is wrong with it."""
+    """Returns a block's bytes, or what is wrong with it."""
     into = bytearray(LAYOUT.full_block_bytes)
     try:
         store.read(space, key, into)
@@ -44,7 +44,7 @@ def read(store: Store, space: Namespace, key: BlockKey) -> bytes | BlockFault:
 
 
 def write_chain(store: Store, blocks: int) -> list[int]:
-    """The first blocks of `KEYS`, each after its parent; what they take in the store."""
+    """Write the first blocks of `KEYS`, each after its parent. Returns their sizes in the store."""
     chain = list(zip([SPACE.root, *KEYS], KEYS, strict=False))[:blocks]
     return [store.write(SPACE, key, parent, payload_of(key)) for parent, key in chain]
 

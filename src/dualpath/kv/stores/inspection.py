@@ -1,8 +1,8 @@
-"""What is in a store and whether it is sound: `stat` reads headers, `fsck` every byte, of any `Inspectable` store.
+"""Inspects any `Inspectable` store: `stat` reads headers, `fsck` checks every byte.
 
-Both may run beside a live store: a file that vanishes meanwhile is passed over, a draft that is being written is left
-alone, a block is only called an orphan if its parent is still not there when it is looked for again, and only deleted
-if it is not there at that moment either.
+Both may run while the store is in use. A file that vanishes meanwhile is skipped; a draft that is being written is left
+alone. A block counts as an orphan only when a second look still does not find its parent, and is deleted only when a
+look right before the deletion does not find it either.
 """
 
 from collections import defaultdict
@@ -24,11 +24,11 @@ from dualpath.kv.stores.protocol import (
 )
 
 Progress = Callable[[int, int], None]
-"""Called with blocks checked and blocks in all, after each block."""
+"""Called after each block with the number of blocks checked and the total."""
 
 
 class NamespaceStat(msgspec.Struct, frozen=True):
-    """One namespace of a store. `description` is None where ``namespace.json`` is missing or damaged."""
+    """One namespace of a store. `description` is None when ``namespace.json`` is missing or damaged."""
 
     namespace: str
     description: NamespaceDescription | None
@@ -40,7 +40,7 @@ class NamespaceStat(msgspec.Struct, frozen=True):
     oldest_mtime_ns: int | None
     newest_mtime_ns: int | None
     unreadable_files: int
-    """Files whose header is not sound: `fsck` tells more."""
+    """Files with a bad header; `fsck` says more."""
     quarantined_files: int
 
 
@@ -73,11 +73,11 @@ class FsckReport(msgspec.Struct, frozen=True):
     orphans: tuple[str, ...]
     """Sound blocks that no prefix leads to."""
     leftovers: tuple[str, ...]
-    """Temporary files that nobody writes any more."""
+    """Abandoned temporary files."""
     undescribed: tuple[str, ...]
-    """Namespaces without a sound ``namespace.json``; opening the store with their model writes it anew."""
+    """Namespaces without a sound ``namespace.json``; opening the store with their model writes it again."""
     quarantined_files: int
-    """Files set aside, those of this run included."""
+    """Files in quarantine, those of this run included."""
     repaired: bool
     """Whether bad files were quarantined, orphans and leftovers deleted."""
 
@@ -88,7 +88,7 @@ class FsckReport(msgspec.Struct, frozen=True):
 
 
 def inspectable(store: Store) -> Inspectable:
-    """`store`, if it can be looked into. Raises StoreError."""
+    """Returns `store` if it can be inspected. Raises StoreError when it can't."""
     if not isinstance(store, Inspectable):
         raise StoreError(
             f"the store at {store.location} can't be inspected: its package offers no `Inspectable` methods"
@@ -150,7 +150,7 @@ def fsck(store: Store, *, repair: bool = False, progress: Progress | None = None
 
 
 def _scanned(store: Inspectable) -> tuple[dict[BlockKey, list[BlockRecord]], dict[BlockKey, list[BadFile]]]:
-    """Blocks with a sound header, and the other files, by namespace."""
+    """Returns the blocks with a sound header, and the other files, by namespace."""
     records: dict[BlockKey, list[BlockRecord]] = defaultdict(list)
     bad: dict[BlockKey, list[BadFile]] = defaultdict(list)
     for record in store.scan(lambda file: bad[file.root].append(file)):
@@ -159,7 +159,7 @@ def _scanned(store: Inspectable) -> tuple[dict[BlockKey, list[BlockRecord]], dic
 
 
 def _fault(store: Inspectable, record: BlockRecord, description: NamespaceDescription | None) -> BadFile | None:
-    """What is wrong with a block, if anything."""
+    """Returns what is wrong with a block; None if it is sound."""
     detail = "the block's geometry is not that of its namespace's description"
     cause = BlockFault.HEADER
     if description is None or record.payload_bytes == description.layout.full_block_bytes:
@@ -173,7 +173,7 @@ def _fault(store: Inspectable, record: BlockRecord, description: NamespaceDescri
 
 
 def _orphans(store: Store, sound: dict[BlockKey, BlockRecord], bad_keys: set[BlockKey | None]) -> list[BlockRecord]:
-    """Sound blocks below a parent that is no root, not sound and not written meanwhile; and all below them."""
+    """Returns sound blocks whose parent is neither a root nor sound nor written meanwhile, with their descendants."""
     children = _children_of(sound.values())
     orphans = []
     for parent, below in children.items():
@@ -185,7 +185,7 @@ def _orphans(store: Store, sound: dict[BlockKey, BlockRecord], bad_keys: set[Blo
 
 
 def _repair(store: Inspectable, bad_files: list[BadFile], orphans: list[BlockRecord]) -> None:
-    """Quarantine what is still bad, and delete orphans whose parent is still not there, parents first."""
+    """Quarantine what is still bad, and delete orphans whose parent is still missing, parents first."""
     for file in bad_files:
         if file.key is None:
             store.set_aside(file)

@@ -1,4 +1,4 @@
-"""What lies in a store under which name: files of a directory, objects of a bucket.
+"""The names in a store: files of a directory, objects of a bucket.
 
 ::
 
@@ -22,35 +22,35 @@ BAD = "bad"
 
 
 def block_name(root: BlockKey, key: BlockKey) -> str:
-    """Where a block lies in its store."""
+    """Returns a block's name in its store."""
     name = key.hex()
     return f"{root.hex()}/{name[:2]}/{name}{BLOCK_SUFFIX}"
 
 
 def key_of(name: str) -> BlockKey | None:
-    """The key that a block file's name stands for; None if it is no key or lies in the wrong shard."""
+    """Returns the key in a block file's name; None if it is not a key or is in the wrong shard."""
     shard, stem = name.removesuffix(BLOCK_SUFFIX).split("/")[-2:]
     return bytes.fromhex(stem) if is_namespace_name(stem) and stem[:2] == shard else None
 
 
 def bad_name(name: str, cause: BlockFault) -> str:
-    """Where the bad file `name`, wherever it lies in its namespace, is set aside."""
+    """Returns the name in quarantine of the bad file `name`, wherever it is in its namespace."""
     root, *_, last = name.split("/")
     return f"{root}/{BAD}/{last.removesuffix(BLOCK_SUFFIX)}.{cause.value}"
 
 
 def is_namespace_name(name: str) -> bool:
-    """Whether a folder may be a namespace: its name is a key in hexadecimal."""
+    """Returns True when a folder may be a namespace: its name is a key in hexadecimal."""
     return len(name) == 2 * KEY_BYTES and _is_hex(name)
 
 
 def is_shard_name(name: str) -> bool:
-    """Whether block files may lie there: two hexadecimal digits."""
+    """Returns True when a folder may hold block files: its name is two hexadecimal digits."""
     return len(name) == 2 and _is_hex(name)
 
 
 def describe(space: Namespace) -> bytes:
-    """What ``namespace.json`` says of a namespace."""
+    """Returns the content of ``namespace.json`` for a namespace."""
     description = NamespaceDescription(
         space.hex, space.model_fingerprint, space.weights_version, space.layout, space.salted
     )
@@ -58,7 +58,7 @@ def describe(space: Namespace) -> bytes:
 
 
 def described(text: bytes | None, root: BlockKey) -> NamespaceDescription | None:
-    """What `describe` said of the namespace of `root`; None if `text` is missing, damaged or another's."""
+    """Decodes what `describe` wrote for the namespace of `root`; None if missing, damaged or of another one."""
     try:
         found = msgspec.json.decode(text or b"", type=NamespaceDescription)
     except msgspec.DecodeError:

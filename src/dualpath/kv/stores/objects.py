@@ -1,16 +1,16 @@
 """`ObjectStore`: Full Blocks as objects of a bucket, one each, named and laid out like the files of `PosixStore`.
 
-Theory of operation. ``<namespace hex>/ab/ab…cd.kv`` holds a header and the payload (see `block_file`); so the directory
-behind a server that keeps objects as files is a store that ``dualpath store fsck`` can check, too.
+Theory of operation. ``<namespace hex>/ab/ab…cd.kv`` holds a header and the payload (see `block_file`). So if a server
+keeps objects as files, ``dualpath store fsck`` can check its directory, too.
 
-* **Written** in one PUT, which appears whole or not at all, then read back against its checksums; only then is the
-  caller told, so that nothing is published before it is checked. A crash in between leaves a block that nobody knows of
-  before it is found, and whose every read is checked like any other's.
-* **Read** in one GET. Its pieces are copied to their place in the caller's memory while the rest is under way, and each
-  layer is checked when it is whole.
-* **Found again** by listing: headers are fetched `HEADER_REQUESTS` at a time, since a list tells no parents.
+* A block is **written** in one PUT, which appears whole or not at all, then read back and checked; only then does
+  `write` return, so nothing is published before it is checked. A crash in between leaves a block that is unknown until
+  a look finds it; every read of it is checked like any other.
+* It is **read** in one GET. Its pieces are copied to their place in the caller's memory as they arrive, and each layer
+  is checked when it is complete.
+* It is **found again** by listing. Headers are fetched `HEADER_REQUESTS` at a time, because a list has no parents.
 
-An object that is wrong is a `BlockError`. A server that does not answer is a `StoreError`, and no block is to blame.
+A bad object raises `BlockError`. A server that does not answer raises `StoreError`, and no block is to blame.
 """
 
 import time
@@ -60,12 +60,12 @@ from dualpath.kv.stores.protocol import (
 HEADER_REQUESTS = 16
 """Headers fetched at a time: a server answers them in the time of a few round trips."""
 DESCRIBE_S = 60.0
-"""A namespace is described again by the first write after this long: somebody may have emptied the bucket."""
+"""After this long the next write describes its namespace again: the bucket may have been emptied."""
 _MAX_DESCRIPTION_BYTES = 1 << 20
 
 
 class ObjectStore:
-    """A `Store` and `Inspectable` in a bucket; the module's docstring tells how it works.
+    """A `Store` and `Inspectable` in a bucket; the module docstring says how it works.
 
     `verify_writes` reads back what was written, `verify_reads` checks every layer that is read (headers always are).
     """
@@ -89,7 +89,7 @@ class ObjectStore:
     def write(
         self, space: Namespace, key: BlockKey, parent: BlockKey, payload: BlockBuffer, pace: Pace = unpaced
     ) -> int:
-        """See `Store.write`. Only the payload's way out is paced, not checking what is there."""
+        """See `Store.write`. Only sending the payload is paced, not checking an existing block."""
         check_keys(key, parent)
         view = bytes_of_block(payload, space.layout)
         name = block_name(space.root, key)
@@ -109,7 +109,7 @@ class ObjectStore:
             if self._verify_writes and self._fetch(space, key, memoryview(bytearray(len(view)))) != header:
                 raise BlockError(key, BlockFault.HEADER, "the header that was read back is another")
         except (StoreError, BlockError) as error:
-            with suppress(StoreError):  # nobody shall find it; where the server is out of reach, readers check it
+            with suppress(StoreError):  # it must not be found; if the server is out of reach, readers check it anyway
                 self._bucket.delete(name)
             raise StoreWriteError(key, f"{self.location}/{name}", error) from error
         return header.header_bytes + header.payload_bytes
@@ -119,7 +119,7 @@ class ObjectStore:
         self._fetch(space, key, room_for_block(into, space.layout), pace, verify=self._verify_reads)
 
     def find(self, root: BlockKey, keys: Sequence[BlockKey]) -> list[BlockRecord]:
-        """See `Store.find`. A look is one HEAD; more are sent together once the first block was there."""
+        """See `Store.find`. A look is one HEAD; once the first block is found, more are sent together."""
         records: list[BlockRecord] = []
         with ThreadPoolExecutor(HEADER_REQUESTS, thread_name_prefix="store-find") as requests:
             for start, stop in _batches(len(keys)):
@@ -195,7 +195,7 @@ class ObjectStore:
         return None if found is None else self._examine(root, found)
 
     def _examine(self, root: BlockKey, found: ObjectRecord) -> BlockRecord | BadFile | None:
-        """What an object's name and header tell; None if it has vanished. Raises StoreError."""
+        """Returns the record from an object's name and header; None if it has vanished. Raises StoreError."""
         key = key_of(found.name)
         if key is None:
             return BadFile(found.name, root, None, BlockFault.HEADER, "the object's name and place fit no key")
@@ -214,7 +214,7 @@ class ObjectStore:
         return BlockRecord(root, key, header.parent, header.payload_bytes, found.n_bytes, found.mtime_ns)
 
     def _valid_block(self, space: Namespace, key: BlockKey) -> int | None:
-        """The bytes of the block that is there already, if it is sound. Raises StoreError."""
+        """Returns the size of an existing sound block; None if there is none. Raises StoreError."""
         try:
             header = self._fetch(space, key, memoryview(bytearray(space.layout.full_block_bytes)))
         except BlockError:
@@ -230,14 +230,14 @@ class ObjectStore:
     def _fetch(
         self, space: Namespace, key: BlockKey, into: memoryview, pace: Pace = unpaced, *, verify: bool = True
     ) -> BlockHeader:
-        """Header and payload of a block, the latter into `into`. Raises BlockError, StoreError."""
+        """Read a block's payload into `into` and return its header. Raises BlockError, StoreError."""
         arriving = _Arriving(self._get(space.root, key))
         header = check_namespace(decode_header(key, arriving.n_bytes, arriving.head), space)
         arriving.payload(header, into, pace, verify=verify)
         return header
 
     def _set_aside(self, name: str, cause: BlockFault) -> bool:
-        """Move a bad object into quarantine; False if it is gone already."""
+        """Move a bad object into quarantine. Returns False if it is gone already."""
         body = self._bucket.get(name)
         if body is None:
             return False
@@ -251,7 +251,7 @@ class ObjectStore:
 
 
 class _Arriving:
-    """An object on its way: its header first, then its payload."""
+    """An object being received: its header first, then its payload."""
 
     def __init__(self, body: Body) -> None:
         self.n_bytes = body.n_bytes
@@ -259,19 +259,19 @@ class _Arriving:
         self._raw = b""
 
     def head(self, n_bytes: int) -> bytes:
-        """Its first `n_bytes`, fewer if it ends before."""
+        """Returns its first `n_bytes`, or fewer if it ends earlier."""
         while len(self._raw) < n_bytes and (piece := next(self._pieces, None)) is not None:
             self._raw += piece
         return self._raw[:n_bytes]
 
     def payload(self, header: BlockHeader, into: memoryview, pace: Pace, *, verify: bool) -> None:
-        """Put it in its place, holding each layer against its checksum. Raises BlockError, StoreError."""
+        """Copy the payload into `into` and check each layer against its checksum. Raises BlockError, StoreError."""
         filled, layers = 0, LayerChecks(header, into)
         for piece in self._after(header.header_bytes):
             while piece:
                 chunk = piece[: min(CHUNK_BYTES, len(into) - filled)]
                 if not chunk:
-                    raise BlockError(header.key, BlockFault.HEADER, "more bytes came than the server had announced")
+                    raise BlockError(header.key, BlockFault.HEADER, "the server sent more bytes than it had announced")
                 pace(len(chunk))
                 into[filled : filled + len(chunk)] = chunk
                 filled, piece = filled + len(chunk), piece[len(chunk) :]

@@ -1,9 +1,9 @@
 """`PosixStore`: Full Blocks on any mounted file system.
 
-Theory of operation. One file per Full Block (see `block_file`), in a folder per namespace (see `naming`). A block is
-written under a temporary name, flushed, read back against its checksums, and renamed into place: nobody sees it before
-it is whole, checked and durable. A crash leaves a temporary file, which `prepare` removes. Writers of one key each
-rename a valid file. A folder that somebody has removed is made again by the next write.
+Theory of operation. There is one file per Full Block (see `block_file`), in a folder per namespace (see `naming`). A
+block is written under a temporary name, flushed, read back and checked, and renamed into place: it is visible only when
+it is whole, checked and durable. A crash leaves a temporary file, which `prepare` removes. Concurrent writers of one
+key each rename a valid file. If a folder was removed, the next write makes it again.
 """
 
 import os
@@ -44,7 +44,7 @@ from dualpath.spec.whole_file import Draft, fsync_directory, write_whole
 
 
 class PosixStore:
-    """A `Store` and `Inspectable` in a directory; the module's docstring tells how it works. Nothing is touched yet.
+    """A `Store` and `Inspectable` in a directory. The module docstring says how it works. Making one touches no file.
 
     `durable` flushes to the disk, `verify_writes` reads back what was written, `verify_reads` checks every layer that
     is read (headers always are). Turn them off only to measure what they cost.
@@ -64,7 +64,7 @@ class PosixStore:
     # ── what serving asks ───────────────────────────────────────────────────────────────────────────────────────────
 
     def prepare(self, space: Namespace) -> None:
-        """See `Store.prepare`. Removes what killed writers have left in the namespace."""
+        """See `Store.prepare`. Also removes what killed writers have left in the namespace."""
         with store_errors(f"the store at {self.location} cannot be opened"):
             self._prepare(space)
             for path in self._files.leftovers(space.root):
@@ -73,7 +73,7 @@ class PosixStore:
     def write(
         self, space: Namespace, key: BlockKey, parent: BlockKey, payload: BlockBuffer, pace: Pace = unpaced
     ) -> int:
-        """See `Store.write`. Only the payload's own way to the disk is paced, not checking what is there."""
+        """See `Store.write`. Only writing the payload is paced, not checking an existing block."""
         check_keys(key, parent)
         view = bytes_of_block(payload, space.layout)
         try:
@@ -81,12 +81,12 @@ class PosixStore:
         except StoreWriteError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-        # Somebody has removed the folder under us: make it again, once.
+        # The folder was removed meanwhile: make it again, once.
         self._shards_made.discard(self._files.block_path(space.root, key).parent)
         return self._write(space, key, parent, view, pace)
 
     def read(self, space: Namespace, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
-        """See `Store.read`. `pace` counts payload bytes; the header comes on top."""
+        """See `Store.read`. `pace` counts payload bytes, without the header."""
         view = room_for_block(into, space.layout)
         try:
             with open_block(self._files.block_path(space.root, key), key) as fd:
@@ -129,7 +129,7 @@ class PosixStore:
         return None
 
     def scan(self, on_bad: Callable[[BadFile], None] | None = None) -> Iterator[BlockRecord]:
-        """See `Store.scan`. Reads one page a block."""
+        """See `Store.scan`. Reads one page per block."""
         with store_errors(f"the store at {self.location} cannot be searched"):
             for root in self._files.roots():
                 for path in self._files.block_paths(root):
@@ -172,13 +172,13 @@ class PosixStore:
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _write(self, space: Namespace, key: BlockKey, parent: BlockKey, view: memoryview, pace: Pace) -> int:
-        """One try. Raises StoreWriteError, with FileNotFoundError behind it where a folder was removed meanwhile."""
+        """Try once. Raises StoreWriteError, caused by FileNotFoundError when a folder was removed meanwhile."""
         path = self._files.block_path(space.root, key)
         present = self._valid_block(space, key)
         with _write_errors(key, path):
             self._make_shard(space, path.parent)
             if present is not None:
-                if self._durable:  # whoever renamed it into place may not have flushed the name yet
+                if self._durable:  # the writer that renamed it into place may not have flushed the name yet
                     fsync_directory(path.parent)
                 return present
             draft = Draft(path)
@@ -206,7 +206,7 @@ class PosixStore:
             return None
 
     def _commit(self, draft: Draft, header: BlockHeader, space: Namespace) -> int:
-        """Flush, read back, rename. The pages are dropped in between, so that what is checked comes from the disk."""
+        """Flush, read back, rename. It drops the cached pages before reading back, so that the check reads the disk."""
         fd = draft.fd
         if self._durable:
             os.fsync(fd)
@@ -231,7 +231,7 @@ class PosixStore:
             write_whole(folder / DESCRIPTION, describe(space), durable=self._durable)
 
     def _make_shard(self, space: Namespace, shard: Path) -> None:
-        """Every thread flushes the shard's name itself, unless one has done: a block must not outlive its folder."""
+        """Make the shard and flush its name, unless that is done: the folder must be as durable as its blocks."""
         if shard not in self._shards_made:
             self._prepare(space)
             shard.mkdir(exist_ok=True)
@@ -240,7 +240,7 @@ class PosixStore:
             self._shards_made.add(shard)
 
     def _scratch(self, n_bytes: int) -> memoryview:
-        """Room for one Full Block, kept by each thread that checks."""
+        """Returns memory for one Full Block; each thread that checks keeps its own."""
         scratch: bytearray = getattr(self._thread, "scratch", bytearray())
         if len(scratch) < n_bytes:
             scratch = self._thread.scratch = bytearray(n_bytes)

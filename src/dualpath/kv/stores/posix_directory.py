@@ -1,4 +1,4 @@
-"""`StoreDirectory`: where the files of a POSIX store lie, and what a look at them tells. See `naming`."""
+"""`StoreDirectory`: paths and housekeeping of a POSIX store's files. `naming` has their names."""
 
 import os
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ from dualpath.spec.whole_file import is_draft, is_leftover
 
 
 class StoreDirectory:
-    """Paths and housekeeping. Methods raise OSError as it comes, unless they say else."""
+    """Paths and housekeeping. Methods pass OSError on unless they say otherwise."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,7 +43,7 @@ class StoreDirectory:
         return self.path / root.hex()
 
     def examine(self, root: BlockKey, path: Path) -> BlockRecord | BadFile | None:
-        """What a block file's name and header tell; None if the file has vanished."""
+        """Returns the record from a block file's name and header; None if the file has vanished."""
         name = str(path.relative_to(self.path))
         key = key_of(name)
         if key is None:
@@ -59,11 +59,11 @@ class StoreDirectory:
         return BlockRecord(root, key, header.parent, header.payload_bytes, physical_bytes(status), status.st_mtime_ns)
 
     def roots(self) -> list[BlockKey]:
-        """The namespaces, in the order of their names. Raises StoreLocationError where the store is no directory."""
+        """Returns the namespaces, in order of name. Raises StoreLocationError when the store is not a directory."""
         try:
             names = [entry.name for entry in os.scandir(self.path) if entry.is_dir()]
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreLocationError(f"{self.path} is not a directory; give a store's") from error
+            raise StoreLocationError(f"{self.path} is not a directory; give the directory of a store") from error
         return [bytes.fromhex(name) for name in sorted(names) if is_namespace_name(name)]
 
     def _shards(self, root: BlockKey) -> list[Path]:
@@ -75,7 +75,7 @@ class StoreDirectory:
             yield from (shard / name for name in _names(shard) if name.endswith(BLOCK_SUFFIX) and not is_draft(name))
 
     def leftovers(self, root: BlockKey) -> Iterator[Path]:
-        """Temporary files that nobody writes any more."""
+        """Yields abandoned temporary files."""
         for folder in (self.namespace(root), *self._shards(root)):
             yield from (folder / name for name in _names(folder) if is_draft(name) and is_leftover(folder / name))
 
@@ -86,7 +86,7 @@ class StoreDirectory:
             return None
 
     def quarantined(self, root: BlockKey) -> list[Path]:
-        """Bad files set aside, oldest first."""
+        """Returns the quarantined files, oldest first."""
         folder, found = self.namespace(root) / BAD, []
         for name in _names(folder):
             with suppress(FileNotFoundError):
@@ -94,7 +94,7 @@ class StoreDirectory:
         return [path for _, path in sorted(found)]
 
     def set_aside(self, path: Path, cause: BlockFault) -> bool:
-        """Move a bad file into quarantine; False if it is gone already."""
+        """Move a bad file into quarantine. Returns False if it is gone already."""
         aside = self.path / bad_name(str(path.relative_to(self.path)), cause)
         aside.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -115,7 +115,7 @@ def _names(folder: Path) -> list[str]:
 
 @contextmanager
 def store_errors(what: str) -> Iterator[None]:
-    """Turn an OSError of the block under it into a StoreError."""
+    """Turn an OSError of the with-block into a StoreError."""
     try:
         yield
     except OSError as error:

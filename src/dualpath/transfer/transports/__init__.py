@@ -1,1 +1,1 @@
-"""Our transports, one file each; ``framed`` is what the two over sockets share."""
+"""Our transports, one file each; ``framed`` is the code that those over sockets share."""

@@ -1,12 +1,12 @@
 """``shm``, between engines of one host: frames over a Unix socket, payload through the mapped pool.
 
-The initiator maps the server's pool and copies itself, chunk by chunk. A chunk of a write passes the initiator's lane,
-is copied, and its DATA frame then tells the server, whose lane it passes as well. For a read it is the other way round:
-the server's lane, DATA, the initiator's lane, the copy. A read ends with the initiator's DONE, because only then are
-the server's pages no longer being copied from.
+The initiator maps the server's pool and does all copies, chunk by chunk. A chunk of a write passes the initiator's
+lane, is copied, and is announced by a DATA frame; then it passes the server's lane. For a read the order is reversed:
+the server's lane, DATA, the initiator's lane, the copy. A read ends with the initiator's DONE, because only then does
+nobody copy from the server's pages any more.
 
-A server cannot stop the copy of a peer that it disconnects. It stops talking and waits for the peer's end of the socket
-to close, which the peer does when none of its threads copies any more, and the kernel when the peer has died.
+A server cannot stop the copy of a peer that it disconnects. It stops sending and waits until the peer's end of the
+socket closes. The peer closes it when none of its threads copies any more; the kernel closes it when the peer has died.
 """
 
 import errno
@@ -28,7 +28,7 @@ from dualpath.transfer.transports.framed.operations import Cursor, Operation, cu
 
 PREFIX = "shm:"
 MAX_PATH_BYTES = 107
-"""What fits into ``sockaddr_un``."""
+"""Longest path that fits into ``sockaddr_un``."""
 
 
 class SharedMemoryChannel(FramedChannel):
@@ -79,7 +79,7 @@ class SharedMemoryConnection(Connection):
         return str(self._server.pool.path)
 
     def _pushed(self, op: int) -> None:
-        """The peer has the last word on a read: DONE."""
+        """Do nothing: a read ends with the peer's DONE."""
 
 
 class SharedMemoryTransport(FramedTransport):
@@ -89,11 +89,11 @@ class SharedMemoryTransport(FramedTransport):
     connection = SharedMemoryConnection
 
     def bind_address(self, host: str, name: str) -> str:  # noqa: ARG002
-        """A socket file of this process; every host is this one."""
+        """Returns a socket file of this process; `host` is ignored, because all peers are on this host."""
         return f"{PREFIX}{tempfile.gettempdir()}/dualpath-{os.getpid()}-{name}.sock"
 
     def listen(self, address: str) -> tuple[socket.socket, str]:
-        """Only this user can connect. A dead server's socket file is replaced."""
+        """Listen so that only this user can connect. Replaces a dead server's socket file."""
         path = _path(address)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -131,15 +131,15 @@ class SharedMemoryTransport(FramedTransport):
 def _path(address: str) -> Path:
     path = address.removeprefix(PREFIX)
     if path in ("", address):
-        raise ValueError(f"{address!r} is no address of transport shm; one is shm:/run/dualpath/pe0.sock")
+        raise ValueError(f"{address!r} is not an address of transport shm; give one like shm:/run/dualpath/pe0.sock")
     if len(path.encode()) > MAX_PATH_BYTES:
         raise ValueError(f"{address!r}: a Unix socket's path has at most {MAX_PATH_BYTES} bytes; use a shorter TMPDIR")
     return Path(path)
 
 
 def _is_dead(path: Path) -> bool:
-    """The file of a killed server stays behind. Its kernel object does not: connecting to the file is refused at once,
-    which no living server does, whatever state it is in.
+    """Returns True for the socket file of a killed server. The file stays, but its kernel object is gone: connecting is
+    refused at once, which no live server does, whatever its state.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         return path.is_socket() and probe.connect_ex(str(path)) == errno.ECONNREFUSED

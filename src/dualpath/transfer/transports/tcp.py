@@ -1,7 +1,7 @@
 """``tcp``, between hosts: the payload follows its DATA frame, `sendmsg` and `recvmsg_into` straight from and to pages.
 
-The connection carries its class in the IP header, on both ends: DSCP EF for the high class, so that a kernel or a
-switch can keep the two apart (`TrafficManager` does it where none does).
+Both ends mark the connection's class in the IP header: DSCP EF for the high class. So a kernel or a switch can separate
+the two; where none does, `TrafficManager` separates them.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TOS = {TrafficClass.HIGH: 0xB8, TrafficClass.LOW: 0x00}
 _PEER_DEAD_AFTER_MS = 30_000
-"""A host that acknowledges nothing for so long is gone."""
+"""A host that acknowledges nothing for this long counts as dead."""
 
 
 class TcpChannel(FramedChannel):
@@ -65,7 +65,7 @@ class TcpConnection(Connection):
         _configure(connected)
 
     def hang_up(self) -> None:
-        # Nothing of the peer's can come through any more once our own receiver has stopped.
+        # Once our own receiver has stopped, no byte of the peer reaches the pool any more.
         self._stream.shutdown()
 
     def _pull(self, n_bytes: int, cursor: Cursor | None) -> None:
@@ -82,7 +82,7 @@ class TcpConnection(Connection):
 
 
 class TcpTransport(FramedTransport):
-    """Its addresses are ``tcp://host:port``; a port of 0 takes any."""
+    """Its addresses are ``tcp://host:port``; port 0 takes a free one."""
 
     channel = TcpChannel
     connection = TcpConnection
@@ -93,7 +93,7 @@ class TcpTransport(FramedTransport):
     def listen(self, address: str) -> tuple[socket.socket, str]:
         host, port = _host_and_port(address)
         if host in {"0.0.0.0", "::"}:
-            raise ValueError(f"{address}: peers are given this address; write the one they reach this host by")
+            raise ValueError(f"{address} would be given to peers; give the address at which they reach this host")
         try:
             family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             listener = socket.create_server((str(where[0]), port), family=family, backlog=128)
@@ -109,11 +109,11 @@ class TcpTransport(FramedTransport):
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    with contextlib.suppress(ValueError):  # a port that is no number
+    with contextlib.suppress(ValueError):  # a port that is not a number
         parts = urlsplit(address)
         if parts.scheme == "tcp" and parts.hostname and parts.port is not None and not parts.path:
             return parts.hostname, parts.port
-    raise ValueError(f"{address!r} is no address of transport tcp; one is tcp://10.0.0.1:7000")
+    raise ValueError(f"{address!r} is not an address of transport tcp; give one like tcp://10.0.0.1:7000")
 
 
 def _address(host: str, port: int) -> str:

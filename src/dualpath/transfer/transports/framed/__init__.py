@@ -1,6 +1,6 @@
-"""What transports over a connected socket share: connecting, and the two sides of a connection.
+"""The code that transports over a connected socket share: connecting, and the two sides of a connection.
 
-Read `frames.py` (what is said), then `channel.py` (the initiator) and `connection.py` (the server); `operations.py` has
+Read `frames.py` (the messages), then `channel.py` (the initiator) and `connection.py` (the server). `operations.py` has
 the rule that keeps the initiator's memory safe, `server.py` the proof that a peer is quiet.
 """
 
@@ -29,29 +29,29 @@ from dualpath.transfer.transports.framed.frames import (
 from dualpath.transfer.transports.framed.server import FramedServer
 
 MAX_OPS_IN_FLIGHT = 1_024
-"""Bound of the bounds: a server keeps a record of each."""
+"""Largest bound a channel may choose: a server keeps a record of each operation."""
 
 
 class FramedTransport(ABC):
-    """`Transport` over a socket. A subclass says where to listen, how to dial, and how payload travels."""
+    """A `Transport` over a socket. A subclass says where to listen, how to dial, and how payload travels."""
 
     channel: Callable[[Stream, Welcome, TrafficManager, TrafficClass, int], FramedChannel]
     connection: type[Connection]
 
     @abstractmethod
     def bind_address(self, host: str, name: str) -> str:
-        """Where to listen by default."""
+        """Returns the address at which to listen by default."""
 
     @abstractmethod
     def listen(self, address: str) -> tuple[socket.socket, str]:
-        """A listening socket, and the address that it got. Raises ValueError, OSError."""
+        """Returns a listening socket and its real address. Raises ValueError, OSError."""
 
     def unlisten(self, address: str) -> None:  # noqa: B027
-        """Remove what is left of an address when its socket is closed."""
+        """Remove what remains of an address after its socket is closed."""
 
     @abstractmethod
     def dial(self, address: str, traffic_class: TrafficClass, timeout_s: float) -> socket.socket:
-        """A connected socket. Raises ValueError, OSError."""
+        """Returns a connected socket. Raises ValueError, OSError."""
 
     def sweep(self) -> list[str]:
         return []
@@ -84,7 +84,7 @@ class FramedTransport(ABC):
             raise TransferError(TransferCause.PEER_CLOSED, f"{address} did not welcome us: {error}") from error
         except (ProtocolError, msgspec.DecodeError, OSError, ValueError) as error:
             stream.close()
-            raise TransferError(TransferCause.PROTOCOL, f"{address} is no channel server of ours: {error}") from error
+            raise TransferError(TransferCause.PROTOCOL, f"{address} is not our channel server: {error}") from error
 
 
 def _shake_hands(stream: Stream, hello: Hello, deadline_ns: int) -> Welcome:

@@ -1,14 +1,14 @@
-"""The side of a channel that posts operations: the threads and checks that both our transports share.
+"""The initiator's side of a channel, which posts operations: the threads and checks that both our transports share.
 
 Theory of operation
 -------------------
-Two threads serve a channel. The *poster* takes operations first-in first-out, sends their headers and the chunks of
-writes; the *collector* receives what the server says and the chunks of reads, and ends operations at their deadlines.
-Each charges this engine's CNIC (tx and rx) for a chunk before it touches it. `operations.py` says who may touch what.
+Two threads serve a channel. The *poster* takes operations first-in first-out and sends their headers and the chunks of
+writes. The *collector* receives the server's frames and the chunks of reads, and ends operations at their deadlines.
+Each charges this engine's CNIC (tx or rx) for a chunk before it touches it. `operations.py` says who may touch what.
 
-The channel breaks when the stream ends, when the server says something impossible, or on `close`: every operation ends
-then, and the stream is shut down only when no thread of ours touches memory any more. A server that sees our end of the
-stream closed may therefore take it as proof that we are quiet.
+The channel breaks when the stream ends, when the server violates the protocol, or on `close`. Every operation then
+ends, and the stream is shut down only when none of our threads touches memory any more. So when a server sees our end
+of the stream closed, that proves that we are quiet.
 """
 
 import threading
@@ -62,7 +62,7 @@ class FramedChannel:
 
     @property
     def ops_in_flight(self) -> int:
-        """Operations posted whose last word from the peer is still to come, ended at their deadline or not."""
+        """Posted operations that still wait for the peer's last frame, even if their deadline has ended them."""
         return len(self._table)
 
     def read(self, remote: Sequence[PageRange], local: Sequence[Bytes], deadline_ns: int) -> "Future[int]":
@@ -72,7 +72,7 @@ class FramedChannel:
         return self._submit(Operation(FrameKind.WRITE, remote, local, b"", deadline_ns), local)
 
     def ping(self, payload: bytes, deadline_ns: int) -> "Future[bytes]":
-        """Send up to 64 KiB to the peer and back: what a message of this class takes (`benchmarks`, `lab.testbed`)."""
+        """Send up to 64 KiB to the peer and back, to time a message of this class (`benchmarks`, `lab.testbed`)."""
         op = Operation(FrameKind.PING, (), (), bytes(payload), deadline_ns)
         if op.total_bytes > MAX_PING_BYTES:
             text = f"a ping of {op.total_bytes} bytes is beyond {MAX_PING_BYTES}"
@@ -85,7 +85,7 @@ class FramedChannel:
         self._break(TransferError(TransferCause.PEER_CLOSED, "the channel was closed on this side"))
         for thread in self._threads:
             if thread is not threading.current_thread():
-                # One that still waits for its lane touches no memory any more, and ends by itself.
+                # A thread that still waits for its lane touches no memory any more, and ends by itself.
                 thread.join(timeout=1.0)
 
     # ── How payload travels ──────────────────────────────────────────────────────────────────────────────────────────
@@ -94,15 +94,15 @@ class FramedChannel:
         """Called before anything is sent for a read or a write."""
 
     def _put(self, op: Operation, frame: Frame) -> None:
-        """Move the next `frame.n_bytes` of a busy write and send the frame, which is DATA."""
+        """Move the next `frame.n_bytes` of a busy write, and send the DATA frame."""
         raise NotImplementedError
 
     def _get(self, op: Operation, n_bytes: int) -> None:
-        """Move the next `n_bytes` of a read, or throw them away where `begin_touch` refuses."""
+        """Move the next `n_bytes` of a read, or discard them if `begin_touch` refuses."""
         raise NotImplementedError
 
     def _interrupt(self) -> None:
-        """Make threads that are busy with an operation let go of it soon."""
+        """Make threads that are busy with an operation stop soon."""
 
     def _read_over(self, op: Operation) -> None:
         """Called after the last frame about a read."""
@@ -143,7 +143,7 @@ class FramedChannel:
         return Frame(op.kind, op.number, op.total_bytes, len(op.ranges), timeout_ns=timeout_ns)
 
     def _post_chunks(self, op: Operation) -> bool:
-        """Send a write's payload; False when it ended before all of it was sent."""
+        """Send a write's payload. Returns False when the operation ended before all of it was sent."""
         while op.moved_bytes < op.total_bytes:
             n_bytes = min(self._traffic.cnic.tx.chunk_bytes, op.total_bytes - op.moved_bytes)
             if not self._charged(op, n_bytes) or not self._table.begin_touch(op):
@@ -156,7 +156,7 @@ class FramedChannel:
         return True
 
     def _charged(self, op: Operation, n_bytes: int) -> bool:
-        """Pass the transmit lane; False when the operation ended before its turn came."""
+        """Acquire the transmit lane. Returns False when the operation ended before the grant."""
         if op.decided:
             return False
         try:
@@ -205,7 +205,7 @@ class FramedChannel:
     def _collect_error(self, frame: Frame, op: Operation | None) -> None:
         text = bytearray(frame.n_bytes)
         self._receive([memoryview(text)])
-        if op is None:  # a write that was given up meanwhile
+        if op is None:  # a write that was aborted meanwhile
             return
         if op.kind is FrameKind.READ:
             self._read_over(op)
@@ -216,7 +216,7 @@ class FramedChannel:
         self._table.end(op, error)
 
     def _charge_arrival(self, n_bytes: int) -> None:
-        """Pass the receive lane, ending meanwhile whatever reaches its deadline."""
+        """Acquire the receive lane; meanwhile end operations that reach their deadline."""
         while n_bytes:
             try:
                 self._traffic.cnic.rx.acquire(self._class, n_bytes, self._table.next_deadline())
@@ -226,8 +226,8 @@ class FramedChannel:
                 self._table.expire(self._traffic.clock())
 
     def _receive(self, buffers: list[memoryview], wanted: Callable[[], bool] | None = None) -> list[memoryview]:
-        """Fill `buffers`, ending meanwhile whatever reaches its deadline; stop early, returning what is left to fill,
-        when `wanted` turns false."""
+        """Fill `buffers`; meanwhile end operations that reach their deadline. Stops early when `wanted` turns False.
+        Returns what is left to fill."""
         rest = list(filter(len, buffers))
         while rest and (wanted is None or wanted()):
             n_bytes = self._stream.receive(rest, self._table.next_deadline)
@@ -246,7 +246,7 @@ class FramedChannel:
         except ProtocolError as error:
             self._break(TransferError(TransferCause.PROTOCOL, str(error)))
         except BaseException as error:
-            self._break(TransferError(TransferCause.PROTOCOL, f"a defect in this channel: {error!r}"))
+            self._break(TransferError(TransferCause.PROTOCOL, f"a bug in this channel: {error!r}"))
             raise
         finally:
             self._leave()

@@ -1,9 +1,9 @@
-"""The passive side of one connection: what a peer asks of this engine's pool, checked, paced and answered.
+"""The server's side of one connection: checks, paces and answers a peer's operations on this engine's pool.
 
-Two threads: the *receiver* takes frames and the chunks of writes and answers those; the *replier* serves reads and
-pings first-in first-out, so that a read on its way out does not hold up a write on its way in. Every chunk passes this
-engine's CNIC. Nothing a peer sends is trusted: descriptors are checked against the pool and answered with an error,
-what is not the protocol ends the connection, and the queue between the threads is bounded, which stops a greedy peer.
+Two threads serve it. The *receiver* takes frames and the chunks of writes, and answers writes. The *replier* serves
+reads and pings first-in first-out, so that an outgoing read does not delay an incoming write. Every chunk passes this
+engine's CNIC. Nothing that a peer sends is trusted: a descriptor outside the pool is answered with an error, a protocol
+violation ends the connection, and the queue between the threads is bounded, which stops a peer that asks for too much.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ HELLO_TIMEOUT_NS = 5_000_000_000
 
 
 class _Transfer(msgspec.Struct):
-    """A read to be served, or a write whose chunks arrive. A write without a cursor was refused; its chunks are neither
-    kept nor counted.
+    """A read to be served, or a write whose chunks arrive. A write without a cursor was refused; its chunks are
+    discarded and not counted.
     """
 
     op: int
@@ -78,18 +78,18 @@ class Connection:
         self._receiver.join(timeout_s)
 
     def force(self) -> None:
-        """End the connection without waiting for the peer; whether it is quiet stays unknown."""
+        """End the connection without waiting for the peer, which is then not proven quiet."""
         self._forced = True
         self._stream.shutdown()
 
     # ── How payload travels ──────────────────────────────────────────────────────────────────────────────────────────
 
     def hang_up(self) -> None:
-        """End the connection from any thread, such that its end proves that the peer touches the pool no more."""
+        """End the connection from any thread. Its end must prove that the peer no longer touches the pool."""
         raise NotImplementedError
 
     def _pull(self, n_bytes: int, cursor: Cursor | None) -> None:
-        """Take a chunk of a write into the pool, or from nowhere to nowhere."""
+        """Receive a chunk of a write into the pool, or discard it when there is no cursor."""
         raise NotImplementedError
 
     def _push(self, frame: Frame, slices: list[Bytes]) -> None:
@@ -115,7 +115,7 @@ class Connection:
             self._receive_all()
         except StreamClosed:
             pass
-        except Exception as error:  # whatever it is, it must not take the server along
+        except Exception as error:  # no failure of a connection may end the server
             self._server.violated(self, error)
             if self.peer_tag:
                 self._part()
@@ -249,7 +249,7 @@ class Connection:
         self._send(Frame(FrameKind.ERROR, op, len(text), cause=CAUSES.index(error.cause)), [text])
 
     def _send(self, frame: Frame, payload: list[bytes] | None = None) -> None:
-        """Send unless we have hung up: then the receiver still has to see the peer's end."""
+        """Send unless we have hung up: then only the receiver still waits, for the peer's end."""
         with contextlib.suppress(StreamClosed):
             self._stream.send(frame, payload or ())
 

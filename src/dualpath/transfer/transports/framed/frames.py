@@ -15,10 +15,10 @@
     PING(bytes)              ──>
                              <──      PONG(bytes)
 
-A header is 32 bytes, little-endian. Operations of one connection are numbered by the initiator and never reused.
+A header is 32 bytes, little-endian. The initiator numbers a connection's operations and never reuses a number.
 
-The socket is non-blocking; a thread that cannot go on polls. One thread receives, any thread may send, a frame at a
-time: what a frame's sender has begun, its successor does not interleave.
+The socket is non-blocking; a thread that cannot continue polls. One thread receives. Any thread may send, one whole
+frame at a time: frames are never interleaved.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ Payload = Sequence[bytes | memoryview]
 
 
 class FrameKind(IntEnum):
-    """What a frame says."""
+    """The kind of a frame."""
 
     HELLO = 1
     WELCOME = 2
@@ -67,15 +67,15 @@ class FrameKind(IntEnum):
 
 
 class ProtocolError(Exception):
-    """The peer sent what no peer of ours sends; the connection cannot go on."""
+    """The peer has violated the protocol; the connection must end."""
 
 
 class StreamClosed(Exception):  # noqa: N818
-    """The connection has ended, in order or not."""
+    """The connection has ended, cleanly or not."""
 
 
 class Frame(msgspec.Struct, frozen=True, gc=False):
-    """A frame's header. `n_bytes` counts what the operation (READ, WRITE) or this frame (the others) carries."""
+    """A frame's header. `n_bytes` is the payload of the operation (READ, WRITE) or of this frame (other kinds)."""
 
     kind: FrameKind
     op: int = 0
@@ -83,7 +83,7 @@ class Frame(msgspec.Struct, frozen=True, gc=False):
     ranges: int = 0
     cause: int = 0
     timeout_ns: int = 0
-    """What is left until the operation's deadline: hosts share no clock."""
+    """Time left until the operation's deadline; a duration, because hosts share no clock."""
 
     def pack(self) -> bytes:
         return _HEADER.pack(_MAGIC, self.kind, self.cause, self.ranges, self.op, self.n_bytes, self.timeout_ns)
@@ -100,7 +100,7 @@ _LIMIT_BYTES = {
 
 
 def unpack(header: bytes | bytearray) -> Frame:
-    """Raises ProtocolError for anything but the header of a known frame within its limits."""
+    """Decode a header. Raises ProtocolError unless it is a known frame within its limits."""
     magic, kind, cause, ranges, op, n_bytes, timeout_ns = _HEADER.unpack(header)
     if magic != _MAGIC or kind not in FrameKind._value2member_map_:
         raise ProtocolError(f"not a frame: {bytes(header[:8])!r}…")
@@ -113,7 +113,7 @@ def unpack(header: bytes | bytearray) -> Frame:
 
 
 def pack_ranges(ranges: Sequence[PageRange]) -> bytes:
-    """24 bytes a range. The ranges must have passed `check_ranges`."""
+    """Returns 24 bytes per range. The ranges must have passed `check_ranges`."""
     return np.array([(one.page, one.offset, one.n_bytes) for one in ranges], "<u8").tobytes()
 
 
@@ -122,7 +122,7 @@ def unpack_ranges(packed: bytes | bytearray) -> list[PageRange]:
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """Who connects, and in which traffic class."""
+    """The initiator's tag and traffic class."""
 
     version: int
     tag: str
@@ -139,7 +139,7 @@ class Welcome(msgspec.Struct, frozen=True):
 
 
 class Stream:
-    """One socket. `clock` gives nanoseconds, and deadlines are of that clock."""
+    """One socket. `clock` returns nanoseconds; deadlines are times of that clock."""
 
     def __init__(self, connected: socket.socket, clock: Callable[[], int]) -> None:
         connected.setblocking(False)
@@ -162,10 +162,10 @@ class Stream:
         deadline_ns: int | None = None,
         on_late: Callable[[], None] | None = None,
     ) -> None:
-        """Send a frame, blocking as long as the peer does not read. Raises StreamClosed.
+        """Send a frame; blocks as long as the peer does not read. Raises StreamClosed.
 
-        When `deadline_ns` passes in the middle, the rest of the payload is replaced by zeros, so that the caller has
-        its memory back and the stream still makes sense; `on_late` is called at that moment, on this thread.
+        When `deadline_ns` passes in the middle, zeros replace the rest of the payload: the caller gets its memory back,
+        and the stream stays valid. `on_late` is called at that moment, on this thread.
         """
         with self._send_lock:
             rest = [memoryview(frame.pack()), *(memoryview(part) for part in payload)]
@@ -183,9 +183,9 @@ class Stream:
                         on_late()
 
     def receive(self, buffers: list[memoryview], deadline: Callable[[], int | None] | None = None) -> int:
-        """Bytes received into `buffers`: as many as are there, at least 1; 0 for a look at the clock, or on `wake`.
+        """Receive what is there into `buffers`. Returns the number of bytes; 0 to let the caller check time or `wake`.
 
-        `deadline` is only asked when there is nothing to receive. Raises StreamClosed.
+        Calls `deadline` only when there is nothing to receive. Raises StreamClosed.
         """
         while True:
             try:
@@ -201,7 +201,7 @@ class Stream:
             return n_bytes
 
     def receive_all(self, buffers: list[memoryview], deadline_ns: int | None = None) -> None:
-        """Fill `buffers`. Raises StreamClosed, also when the deadline comes first."""
+        """Fill `buffers`. Raises StreamClosed, also when the deadline passes first."""
         rest = list(buffers)
         while rest:
             n_bytes = self.receive(rest, lambda: deadline_ns)
@@ -229,19 +229,19 @@ class Stream:
             n_bytes -= self.receive([scratch[:n_bytes]])
 
     def wake(self) -> None:
-        """Make a `receive` that waits return 0."""
+        """Make a waiting `receive` return 0."""
         with self._close_lock:
             if not self._closed:
                 os.eventfd_write(self._wake, 1)
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
-        """End the connection from any thread; those that send or receive get StreamClosed."""
+        """End the connection from any thread; threads that send or receive get StreamClosed."""
         with self._close_lock, contextlib.suppress(OSError):
             if not self._closed:
                 self._socket.shutdown(how)
 
     def close(self) -> None:
-        """Release the socket. Only when no thread is in another method but `wake` and `shutdown`."""
+        """Release the socket. Call it only when no thread is in a method other than `wake` and `shutdown`."""
         with self._close_lock:
             if not self._closed:
                 self._closed = True
@@ -249,7 +249,7 @@ class Stream:
                 os.close(self._wake)
 
     def _send_some(self, rest: list[memoryview], deadline_ns: int | None) -> int:
-        """Bytes sent, at least 1; 0 when the deadline passed."""
+        """Returns the number of bytes sent, at least 1; 0 when the deadline has passed."""
         while True:
             try:
                 return self._socket.sendmsg(rest[:_IOV_MAX])

@@ -1,12 +1,11 @@
 """The operations in flight on one channel, and the one rule that keeps the caller's memory safe.
 
-An operation's future may end for several reasons, on several threads, and from that moment the caller's memory is the
-caller's again. So a thread marks an operation *busy* while it touches that memory (`begin_touch`, `end_touch`). Whoever
-ends an operation that is not busy ends it at once; of a busy one the outcome is only *decided*, and the thread that is
-busy with it ends it when it lets go.
+An operation's future may end for several reasons, on several threads. From that moment the caller may reuse its memory.
+So a thread marks an operation *busy* while it touches that memory (`begin_touch`, `end_touch`). An operation that is
+not busy is ended at once. For a busy one the outcome is only *decided*, and the busy thread ends it in `end_touch`.
 
-An ended operation stays in the table until the peer's last frame about it has come (`forget`), since frames may still
-be on their way. So the bound on operations in flight also bounds what a slow peer can pile up.
+An ended operation stays in the table until the peer's last frame about it has come (`forget`), because frames may still
+be on their way. So the bound on operations in flight also limits what a slow peer can accumulate.
 """
 
 import threading
@@ -21,7 +20,7 @@ from dualpath.transfer.transports.framed.frames import FrameKind
 
 
 class Cursor:
-    """A place in a list of byte arrays; walks from first byte to last."""
+    """A position in a list of byte arrays; moves from the first byte to the last."""
 
     __slots__ = ("_arrays", "_index", "_offset")
 
@@ -31,7 +30,7 @@ class Cursor:
         self._offset = 0
 
     def take(self, n_bytes: int) -> list[Bytes]:
-        """The next `n_bytes` as views. There must be as many: the caller keeps count."""
+        """Returns the next `n_bytes` as views. At least that many must be left: the caller keeps count."""
         slices = []
         while n_bytes:
             array = self._arrays[self._index]
@@ -46,12 +45,12 @@ class Cursor:
 
 
 def cursor_over(pool: MappedPages, ranges: Sequence[PageRange]) -> Cursor:
-    """Raises ValueError where the pool is closed. The ranges must have passed `check_ranges`."""
+    """Returns a cursor over ranges that have passed `check_ranges`. Raises ValueError if the pool is closed."""
     return Cursor([pool.view(one.page)[one.offset : one.offset + one.n_bytes] for one in ranges])
 
 
 class Operation:
-    """One posted operation. `local` walks the caller's memory; `remote` the mapped pool, over shared memory only."""
+    """One posted operation. `local` is a cursor in the caller's memory; `remote` one in the mapped pool (shm only)."""
 
     def __init__(
         self, kind: FrameKind, ranges: Sequence[PageRange], local: Sequence[Bytes], payload: bytes, deadline_ns: int
@@ -74,7 +73,7 @@ class Operation:
         self.future.set_running_or_notify_cancel()
 
     def settle(self) -> None:
-        """End the future. Never called under a lock: its callbacks may post."""
+        """End the future. Must not be called under a lock, because its callbacks may post."""
         if self.error is not None:
             self.future.set_exception(self.error)
         else:
@@ -82,7 +81,7 @@ class Operation:
 
 
 class OperationTable:
-    """Thread-safe. `rearm` is called when a deadline is posted that is earlier than what `next_deadline` said."""
+    """A channel's operations. Thread-safe. Calls `rearm` when a posted deadline is before what `next_deadline` said."""
 
     def __init__(self, max_ops: int, rearm: Callable[[], None]) -> None:
         self._max_ops = max_ops
@@ -120,7 +119,7 @@ class OperationTable:
         op.settle()
 
     def next_queued(self) -> Operation | None:
-        """Block for the next operation that is still wanted; None when the channel is broken."""
+        """Block until there is a queued operation that has not ended. Returns None when the channel is broken."""
         with self._lock:
             while self.broken is None:
                 if not self._queue:
@@ -136,12 +135,12 @@ class OperationTable:
         return self._ops.get(number)
 
     def forget(self, op: Operation) -> None:
-        """Nothing more will come about `op`."""
+        """Remove `op`: the peer will send nothing more about it."""
         with self._lock:
             self._ops.pop(op.number, None)
 
     def begin_touch(self, op: Operation) -> bool:
-        """Before touching the caller's memory; False: it is the caller's again, keep off."""
+        """Call it before touching the caller's memory. Returns False when the memory must not be touched any more."""
         with self._lock:
             if op.decided:
                 return False
@@ -150,7 +149,7 @@ class OperationTable:
             return True
 
     def end_touch(self, op: Operation) -> None:
-        """After it. May be called again, to no effect."""
+        """Call it after touching the memory. A second call has no effect."""
         with self._lock:
             if not op.busy:
                 return
@@ -163,14 +162,14 @@ class OperationTable:
             op.settle()
 
     def end(self, op: Operation, error: TransferError | None = None) -> None:
-        """End `op`, with `error` or well; the first to come decides."""
+        """End `op` with `error`, or as succeeded; the first call decides."""
         with self._lock:
             settle = self._mark(op, error)
         if settle:
             op.settle()
 
     def expire(self, now: int) -> None:
-        """End what has passed its deadline."""
+        """End the operations whose deadline has passed."""
         with self._lock:
             late = [op for op in self._ops.values() if op.deadline_ns <= now]
             settled = [op for op in late if self._mark(op, late_error(op))]
@@ -178,14 +177,14 @@ class OperationTable:
             op.settle()
 
     def next_deadline(self) -> int | None:
-        """When `expire` next has something to do."""
+        """Returns when `expire` next has something to do."""
         with self._lock:
             live = (op.deadline_ns for op in self._ops.values() if not op.decided)
             self._armed_ns = min(live, default=None)
             return self._armed_ns
 
     def fail_all(self, error: TransferError) -> None:
-        """End everything with `error` and take no more. The first error stays."""
+        """End all operations with `error` and accept no more. The first error is kept."""
         with self._lock:
             if self.broken is None:
                 self.broken = error
@@ -201,7 +200,7 @@ class OperationTable:
             return self._quiet.wait_for(lambda: self._busy_ops == 0, timeout_s)
 
     def _mark(self, op: Operation, error: TransferError | None) -> bool:
-        """Decide the outcome; True if `op` ended with that, and is to be settled."""
+        """Decide the outcome. Returns True if that ends `op`; the caller must then settle it."""
         if op.decided:
             return False
         op.decided = True

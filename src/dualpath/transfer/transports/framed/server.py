@@ -1,4 +1,4 @@
-"""`FramedServer`: lets peers read and write an engine's pool, and knows when one of them no longer does."""
+"""`FramedServer`: lets peers read and write an engine's pool, and proves when a peer no longer does."""
 
 import contextlib
 import logging
@@ -28,9 +28,9 @@ MAX_CONNECTIONS = 256
 
 
 class InFlight:
-    """Which operations are in flight, by peer. Thread-safe.
+    """The operations in flight, by peer. Thread-safe.
 
-    A barrier waits for what is in flight when it is asked for, not for what comes later.
+    A barrier waits for what is in flight when it is made, not for later operations.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class InFlight:
         self._barriers: list[tuple[set[Key], Future[None]]] = []
 
     def begin(self, peer_tag: str, key: Key) -> bool:
-        """False if `key` is in flight already, or too much of the peer is."""
+        """Add `key`. Returns False if it is in flight already, or the peer has too many in flight."""
         with self._lock:
             keys = self._keys.setdefault(peer_tag, set())
             if key in keys or len(keys) >= MAX_PER_PEER:
@@ -48,7 +48,7 @@ class InFlight:
             return True
 
     def end(self, peer_tag: str, *ended: Key) -> None:
-        """`ended` are over; those that never began are ignored."""
+        """Remove `ended`; those that never began are ignored."""
         with self._lock:
             keys = self._keys.get(peer_tag, set())
             keys.difference_update(ended)
@@ -62,13 +62,13 @@ class InFlight:
             future.set_result(None)
 
     def end_connection(self, peer_tag: str, connection: int) -> None:
-        """Everything of `connection` is over."""
+        """Remove everything of `connection`."""
         with self._lock:
             keys = [key for key in self._keys.get(peer_tag, ()) if key[0] == connection]
         self.end(peer_tag, *keys)
 
     def barrier(self, peer_tag: str, with_connections: bool) -> "Future[None]":
-        """Ends when the peer's operations in flight now (and its connections, if so wished) are over."""
+        """Returns a future for the end of the peer's operations now in flight, and of its connections if wanted."""
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()
         with self._lock:
@@ -80,7 +80,7 @@ class InFlight:
         return future
 
     def fail_barriers(self) -> None:
-        """The server is gone and will not see the rest end."""
+        """Fail all barriers: the server is closed and will not see the rest end."""
         with self._lock:
             failed, self._barriers = self._barriers, []
         for _, future in failed:
@@ -88,13 +88,13 @@ class InFlight:
             future.set_exception(TransferError(TransferCause.PEER_CLOSED, text))
 
     def count(self) -> int:
-        """Operations in flight, connections not counted."""
+        """Operations in flight, without connections."""
         with self._lock:
             return sum(1 for keys in self._keys.values() for key in keys if key[1])
 
 
 class ServerStatistics(msgspec.Struct, frozen=True, gc=False):
-    """Counts since the server began, and two gauges."""
+    """Counts since the server started, and two gauges."""
 
     connections_open: int
     connections_accepted: int
@@ -107,8 +107,8 @@ class ServerStatistics(msgspec.Struct, frozen=True, gc=False):
 class FramedServer:
     """Listens at an address of `transport`, for one pool.
 
-    Whoever can connect can read and write the pool: the socket's directory, or the network, must be trusted. Raises
-    ValueError for an address that is none and OSError for one that cannot be listened at.
+    Anyone who can connect can read and write the pool, so the socket's directory or the network must be trusted. Raises
+    ValueError when the address is invalid and OSError when it can't listen there.
     """
 
     def __init__(self, transport: "FramedTransport", pool: MappedPages, traffic: TrafficManager, address: str) -> None:
@@ -127,8 +127,8 @@ class FramedServer:
     def quiesce(self, peer_tag: str, *, disconnect: bool = True) -> "Future[None]":
         """As `Server.quiesce`; a peer over shared memory must cooperate in its disconnection, or die.
 
-        Not disconnected, a peer is waited for until every operation that it has in flight here *now* is over; what it
-        begins later, or has on its way, is not waited for.
+        With `disconnect` False the future ends when every operation that the peer has in flight here *now* is over; it
+        does not wait for operations that begin later or are on their way.
         """
         future = self.in_flight.barrier(peer_tag, with_connections=disconnect)
         if disconnect:
@@ -150,7 +150,7 @@ class FramedServer:
             )
 
     def close(self, grace_s: float = 2.0) -> None:
-        """Disconnect every peer, giving them `grace_s` in all to become quiet, and release the address."""
+        """Disconnect every peer, wait up to `grace_s` in all until they are quiet, and release the address."""
         with self._lock:
             if self._closing:
                 return
