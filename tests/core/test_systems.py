@@ -8,7 +8,7 @@ from dualpath.spec.registry import UnknownNameError
 
 
 def test_what_is_no_system_is_refused() -> None:
-    with pytest.raises(UnknownNameError, match=r"'dualpath.core.policy:Policy' is .*, which is no dualpath.System"):
+    with pytest.raises(UnknownNameError, match=r"'dualpath.core.policy:Policy' is .*, which is not a dualpath.System"):
         find_system("dualpath.core.policy:Policy")
     with pytest.raises(UnknownNameError, match="unknown system 'fast'"):
         find_system("fast")
