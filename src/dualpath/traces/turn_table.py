@@ -69,7 +69,7 @@ class TurnTable:
 
     @classmethod
     def from_trajectories(cls, trajectories: Sequence[Trajectory]) -> TurnTable:
-        """Makes one template of each, compactions kept. Refuses subagents, which have their own contexts (ValueError)."""
+        """Makes one template of each, compactions kept. It refuses subagents, whose contexts differ (ValueError)."""
         for trajectory in trajectories:
             if any(round_.subagents for round_ in trajectory.rounds):
                 raise ValueError(f"trajectory {trajectory.id!r} has subagents, which a turn table does not hold")
