@@ -19,7 +19,7 @@ from dualpath.lab.testbed.network import leftovers
         ("up --subnet 10", "not the first half of an IPv4 address"),
         ("down --name A", "no testbed's name"),
         ("run --model nowhere --store x", "nowhere has no config.json"),
-        ("qos --cnic-rate unlimited", "without a rate there is nothing to share"),
+        ("qos --cnic-rate unlimited", "without one there is nothing to share"),
     ],
 )
 def test_a_wrong_value_ends_with_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +73,7 @@ def test_up_status_down(testbed_name: str, tmp_path: Path, capsys: pytest.Captur
     assert leftovers(testbed_name) == []
     assert main(["testbed", "status", *name]) == 1
     assert main(["testbed", "down", *name]) == 0
-    assert "there is nothing of testbed" in capsys.readouterr().out
+    assert "nothing to remove: there is no testbed" in capsys.readouterr().out
 
 
 @pytest.mark.privileged
