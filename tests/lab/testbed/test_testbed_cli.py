@@ -15,9 +15,9 @@ from dualpath.lab.testbed.network import leftovers
     ("line", "message"),
     [
         ("up 0P1D", "'0P1D' is not a topology"),
-        ("up 1P1D --name a-b", "'a-b' is no testbed's name"),
+        ("up 1P1D --name a-b", "'a-b' can't be a testbed's name"),
         ("up --subnet 10", "not the first half of an IPv4 address"),
-        ("down --name A", "no testbed's name"),
+        ("down --name A", "can't be a testbed's name"),
         ("run --model nowhere --store x", "nowhere has no config.json"),
         ("qos --cnic-rate unlimited", "without one there is nothing to share"),
     ],
