@@ -180,5 +180,5 @@ def test_an_interrupted_command_says_how_to_go_on(fake, tmp_path, number):
     os.kill(process.pid, number)
     said, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors
-    assert "to go on:" in said and "--resume" in said and "of 8 turns are in" in said
+    assert "to continue:" in said and "--resume" in said and "of 8 turns are in" in said
     assert (tmp_path / "turns.jsonl").read_text().rstrip().splitlines()[-1].startswith('{"kind":"end"')

@@ -1,4 +1,4 @@
-"""Raises the limit of open files: every agent under way holds a connection, and the usual limit is below a thousand."""
+"""Raises the limit of open files: every agent under way holds a connection, and the usual limit is 1,024."""
 
 import resource
 
