@@ -1,14 +1,14 @@
-"""Channels, lanes and classes: how fast, how exact, how fair.
+"""Measures channels, lanes and classes: throughput, accuracy of rates, fairness.
 
     python benchmarks/channels.py [--seconds 1.0] [--rounds 3] [--json FILE]
 
 Server and initiator are two processes. Every throughput row is measured in turn, round after round, beside a memcpy of
-the same blocks, and medians are kept: look at the ratios, since absolute figures drift with the machine.
+the same blocks; medians are kept. Look at the ratios, because absolute figures drift with the machine.
 
 1. Throughput of reads and writes of every transport without a rate, 16 blocks an operation, 8 operations in flight.
-2. A lane's achieved over configured rate, four threads contending; and a channel's, whose lanes have that rate.
-3. Round trip of a 4 KiB ping: alone; among bulk in the same class, where it queues first-in first-out; and in the high
-   class at 99:1 with the bulk low. The bulk is 8 connections that write at the lanes' full rate, 125 MB/s.
+2. Achieved over configured rate: of a lane with four threads contending, and of a channel whose lanes have that rate.
+3. Round trip of a 4 KiB ping: alone; among bulk in the same class, in first-in first-out order; and in the high class
+   at 99:1 with the bulk low. The bulk is 8 connections that write at the lanes' full rate, 125 MB/s.
 """
 
 import argparse
@@ -46,7 +46,7 @@ Row = dict[str, object]
 
 
 def serve(kind: str, rate: int | None) -> None:
-    """The server process: until its input ends."""
+    """Runs the server process until its input ends."""
     name = f"benchmark-{time.monotonic_ns()}"
     with closing(BufferPool.create(name, PAGE_BYTES, PAGES)) as pool:
         traffic = TrafficManager(cnic_bytes_per_s=rate)
@@ -78,7 +78,7 @@ def deadline_ns() -> int:
 
 
 def keep_in_flight(post: Callable[[int], "Future[int]"], seconds: float) -> float:
-    """Bytes per second of `post(index)`, OPS_IN_FLIGHT at a time."""
+    """Returns bytes per second of `post(index)`, with OPS_IN_FLIGHT at a time."""
     begun = time.perf_counter()
     pending = [post(index) for index in range(OPS_IN_FLIGHT)]
     moved_bytes = 0
@@ -144,7 +144,7 @@ def measure_throughput(seconds: float, rounds: int) -> list[Row]:
 
 
 def lane_rate(rate: int, seconds: float, threads: int = 4) -> float:
-    """Bytes per second that `threads` get through one lane, in chunks of 256 KiB."""
+    """Returns bytes per second that `threads` get through one lane, in chunks of 256 KiB."""
     lane = TrafficManager(cnic_bytes_per_s=rate).cnic.rx
     begun = time.monotonic()
 
@@ -210,7 +210,7 @@ def measure_classes(seconds: float) -> list[Row]:
 
 @contextmanager
 def bulk(kind: str, address: str, traffic: TrafficManager) -> Iterator[Callable[[], int]]:
-    """BULK_CONNECTIONS that write all the time; gives a function that counts low-class bytes sent."""
+    """Runs BULK_CONNECTIONS that write all the time; yields a function that counts low-class bytes sent."""
     channels = [connect(kind, address, traffic, peer_tag=f"bulk{index}") for index in range(BULK_CONNECTIONS)]
     stop = threading.Event()
     block = np.zeros(PAGE_BYTES, np.uint8)

@@ -1,7 +1,7 @@
-"""How many placements a CPU-second core makes, at 12, 144 and 1,152 engines.
+"""Measures how many placements per CPU-second core makes, at 12, 144 and 1,152 engines.
 
-A placement is a whole life: submit, PE and DE choice, read path, allocation, loads, prefill, decode, finish. Engines
-answer at once, but decode in turn, so that every DE has work; agents arrive at one turn a second and engine, as in the
+A placement is a request's whole life: submit, PE and DE choice, read path, allocation, loads, prefill, decode, finish.
+Engines answer at once but decode in turn, so that every DE has work. One turn arrives per second and engine, as in the
 paper's largest runs, with its 64K trace's lengths (§9). Run: ``python benchmarks/core_placements.py [--json FILE]``.
 """
 
@@ -33,7 +33,7 @@ DECODING_PER_ENGINE = 4
 
 
 class Cluster:
-    """A scheduler and engines that answer at once, but for decoding, which ends in order of arrival."""
+    """A scheduler with engines that answer at once, except that decoding ends in order of arrival."""
 
     def __init__(self, engines: int, system: str) -> None:
         constants = Constants.from_rates(snic_tokens_per_s=1_000_000, prefill_tokens_per_s=20_000)

@@ -1,11 +1,11 @@
-"""How well layerwise prefill hides loading, what it keeps on the device, and what prefill and decode cost.
+"""Measures how well layerwise prefill hides loading, what it keeps on the device, and what prefill and decode cost.
 
     python benchmarks/layerwise.py [--json FILE] [--threads 1]
 
-The demo model on this machine's CPU. Loads are paced by sleeping to a stated rate, so a load costs wall time but no
-CPU, as on a NIC. Each paced run is judged against its own load time and a run with instant loads just before it; the
-median pair is shown. Figures of decode and of the short chunk are the best of several; other load on the machine shows
-as a wall time above the CPU time.
+It runs the demo model on this machine's CPU. Loads are paced to a stated rate by sleeping, so a load costs wall time
+but no CPU, as on a NIC. Each paced run is compared with its own load time and with a run of instant loads just before
+it; the median pair is shown. Figures of decode and of the short chunk are the best of several. Other load on the
+machine shows as a wall time above the CPU time.
 """
 
 import argparse
@@ -29,9 +29,9 @@ GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
 
 
 class PacedIO:
-    """LayerIO whose loads take ``bytes / rate`` seconds and leave hit rows as they are; shipping is instant.
+    """A LayerIO whose loads take ``bytes / rate`` seconds and leave hit rows unchanged; shipping is instant.
 
-    `zeros` writes the rows: a first run must, because fresh device memory may hold what is no number.
+    `zeros` writes the rows: a first run must, because fresh device memory may hold NaNs.
     """
 
     def __init__(self, bytes_per_s: float | None, zeros: bool = False) -> None:
@@ -66,7 +66,7 @@ def measure_prefill(engine: LayerwisePrefill, items: list[PrefillItem], rate: fl
 
 
 def overlap(model: LoadedModel, name: str, layerwise: bool, load_to_compute: float) -> dict[str, Any]:
-    """A batch of 4 × (64 new on 2,048 cached tokens), loads taking `load_to_compute` times as long as the compute."""
+    """Runs a batch of 4 × (64 new on 2,048 cached tokens) whose loads take `load_to_compute` times the compute time."""
     items = [PrefillItem([17 * i % 256 for i in range(64)], 2048, GREEDY) for _ in range(4)]
     engine = LayerwisePrefill(model, layerwise=layerwise)
     engine.run(items, PacedIO(None, zeros=True))
@@ -100,7 +100,7 @@ def short_chunk(model: LoadedModel) -> dict[str, float]:
 
 
 def decode_step(model: LoadedModel, sequences: int, context_tokens: int) -> dict[str, float]:
-    """Milliseconds of a step and of the process's CPU time; the KV is noise, which costs the same."""
+    """Returns milliseconds of a step and of the process's CPU time. The KV is noise, which costs the same."""
     blocks = -(-(context_tokens + 64) // 64)
     decode = PagedDecode(model, blocks * sequences)
     page = np.random.default_rng(0).standard_normal(model.layout.full_block_bytes // 4, dtype=np.float32).view(np.uint8)

@@ -1,10 +1,10 @@
-"""Full Blocks through the two stores: files, and objects behind nginx on the same host, or behind any URL.
+"""Measures Full Blocks through two stores: files, and objects behind nginx on the same host or behind any URL.
 
     python benchmarks/object_store.py
     python benchmarks/object_store.py --url 's3://bucket/prefix?endpoint=http://127.0.0.1:9000&region=us-east-1'
 
-Rows: blocks written (and read back) a second, MB/s read with as many threads as an engine has and with four, headers a
-second when the index is rebuilt. The directory is the same kind of place for both; nothing is flushed.
+Rows: blocks written (and read back) per second, MB/s read with an engine's number of threads and with four, headers
+per second when the index is rebuilt. Both stores use the same kind of directory; nothing is flushed.
 """
 
 import argparse
@@ -29,17 +29,17 @@ THREADS = (2, 4)
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One store."""
+    """Figures of one store."""
 
     store: str
     written_blocks_per_s: float
     read_mb_per_s: dict[int, float]
-    """By threads."""
+    """MB/s by number of threads."""
     scanned_blocks_per_s: float
 
 
 def measure(name: str, store: Store, blocks: int, rounds: int) -> Row:
-    """Best of `rounds`."""
+    """Returns the best of `rounds`."""
     root = SPACE.root
     keys = block_keys(root, range(blocks * LAYOUT.block_tokens), LAYOUT.block_tokens)
     payload = np.random.default_rng(0).integers(0, 256, LAYOUT.full_block_bytes, dtype=np.uint8)
@@ -53,7 +53,7 @@ def measure(name: str, store: Store, blocks: int, rounds: int) -> Row:
 
 
 def read_rate(store: Store, keys: list[BlockKey], threads: int) -> float:
-    """MB/s, the keys dealt out."""
+    """Returns MB/s with the keys dealt out to `threads`."""
     buffers = [np.zeros(LAYOUT.full_block_bytes, dtype=np.uint8) for _ in range(threads)]
 
     def work(thread: int) -> None:
@@ -73,8 +73,8 @@ def rate(do: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--url", help="measure this bucket too")
-    parser.add_argument("--blocks", type=int, default=200, help="of 1 MiB (default: 200)")
-    parser.add_argument("--rounds", type=int, default=5, help="the best of N (default: 5)")
+    parser.add_argument("--blocks", type=int, default=200, help="blocks of 1 MiB (default: 200)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the best counts (default: 5)")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE as well")
     arguments = parser.parse_args()
     with ExitStack() as stack:

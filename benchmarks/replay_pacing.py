@@ -1,9 +1,9 @@
-"""How punctual the replay client is: many agents against a server that costs next to nothing.
+"""Measures how punctual the replay client is: many agents against a server that costs next to nothing.
 
-A stub server in a process of its own answers every completion after `--prefill` seconds with a token each `--interval`
-seconds (it only writes prepared bytes, so the client is what is measured). The client's pacing error is how much later
-than due a turn went out. Prints one line: turns, events a second, pacing p50 and p99 of first and later turns, and the
-share of a core that client and stub took.
+A stub server in its own process answers every completion after `--prefill` seconds with a token every `--interval`
+seconds. It only writes prepared bytes, so the client is what is measured. The client's pacing error is how much later
+than due a turn was sent. The benchmark prints one line: turns, events per second, pacing p50 and p99 of first and later
+turns, and the share of a core that client and stub took.
 
     python benchmarks/replay_pacing.py --agents 2000 --turns 4 --gap 5
 """
@@ -38,7 +38,7 @@ TOKEN_CHUNK = chunk(TOKEN)
 
 
 class StubConnection(asyncio.Protocol):
-    """One connection: reads a whole request, then streams its tokens by a timer."""
+    """One connection, which reads a whole request and then streams its tokens by a timer."""
 
     def __init__(self, prefill_s: float, interval_s: float) -> None:
         self._prefill_s, self._interval_s = prefill_s, interval_s
@@ -82,7 +82,7 @@ class StubConnection(asyncio.Protocol):
 
 
 def stub(agents: int, prefill_s: float, interval_s: float, ready: Connection) -> None:
-    """The server's process; says its port, and at the end the CPU seconds it took."""
+    """Runs the server's process; reports its port, and at the end its CPU seconds."""
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
@@ -99,7 +99,7 @@ def stub(agents: int, prefill_s: float, interval_s: float, ready: Connection) ->
 
 
 def sleeper(results: Connection) -> None:
-    """A process that only sleeps, for comparison: how late the machine itself is. Says p50 and p99, in seconds."""
+    """Runs a process that only sleeps, to show how late the machine itself is. Reports p50 and p99, in seconds."""
     late_s = []
     while not results.poll():
         due_s = time.perf_counter() + 0.005

@@ -1,11 +1,11 @@
-"""How many turns a CPU-second the simulator makes, at 2P4D and at 48P96D, and a peer beside it.
+"""Measures how many turns per CPU-second the simulator makes, at 2P4D and at 48P96D, with a peer beside it.
 
-Each case is a process of its own, so that the peak memory is its own: 64K agents (paper §9) that all start at once, the
-same number per node. The paper's largest run, 48K agents at 48P96D, is ``--agents-per-node 342``: ten minutes or so.
+Each case is a process of its own, so its peak memory is its own: 64K agents (paper §9) that all start at once, the same
+number per node. ``--agents-per-node 342`` is the paper's largest run, 48K agents at 48P96D: about ten minutes.
 
-The peer is NVIDIA Dynamo's offline replay (``pip install ai-dynamo``; not a dependency). It is run where
-``--dynamo-python`` names an interpreter that has it, on as many prefill and decode workers, with turns of the same mean
-length; it has no storage NICs and no choice of read path, so the figures are of cost, not of the same work.
+The peer is NVIDIA Dynamo's offline replay (``pip install ai-dynamo``; not a dependency). It runs if ``--dynamo-python``
+names an interpreter that has it, on as many prefill and decode workers, with turns of the same mean length. It has no
+storage NICs and no choice of read path, so compare the cost, not the work.
 
 Run: ``python benchmarks/simulator.py [--agents-per-node N] [--dynamo-python PYTHON] [--json FILE]``.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 CASES = {"ds660b-2p4d": (16, 32), "ds660b-48p96d": (384, 768)}
-"""Prefill and decode engines of a preset."""
+"""Numbers of prefill and decode engines, by preset."""
 NODE_ENGINES = 8
 PROMPT_TOKENS, GENERATED_TOKENS, DYNAMO_TURNS = 32_000, 100, 8
 DYNAMO = """
@@ -42,7 +42,7 @@ print(json.dumps({"turns": turns, "cpu_s": cpu_s, "peak_rss_bytes": 1024 * resou
 
 
 def ours(preset: str, agents: int) -> dict[str, Any]:
-    """One simulation by the command line."""
+    """Runs one simulation by the command line."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "result.json"
         _run([sys.executable, "-m", "dualpath", "simulate", preset, "--agents", str(agents), "--json", str(out)])
@@ -51,7 +51,7 @@ def ours(preset: str, agents: int) -> dict[str, Any]:
 
 
 def dynamo(python: str, preset: str, agents: int) -> dict[str, Any]:
-    """The peer on the same number of engines."""
+    """Runs the peer on the same number of engines."""
     numbers = (*CASES[preset], agents, PROMPT_TOKENS, GENERATED_TOKENS, DYNAMO_TURNS)
     row: dict[str, Any] = json.loads(_run([python, "-c", DYNAMO, *map(str, numbers)]).splitlines()[-1])
     return row

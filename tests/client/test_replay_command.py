@@ -110,10 +110,10 @@ def test_no_server_is_one_line(replay):
     ("arguments", "message"),
     [
         (("--aps", 1, "--find-aps", "1:2"), "--aps replays at one rate"),
-        (("--aps", 1, "--resume"), "--resume goes on with agents that all started at once"),
+        (("--aps", 1, "--resume"), "--resume continues agents that all started at once"),
         (("--aps", 1, "--duration", "1s", "--window", "2s"), "--window (2 s) is longer than --duration (1 s)"),
         (("--trace", "absent"), "no trace 'absent'"),
-        (("--scale", 2), "--scale, --max-context and --tokenizer are about traces"),
+        (("--scale", 2), "--scale, --max-context and --tokenizer only apply to traces"),
         (("--token-ids-below", 1), "token_ids_below must be at least 2"),
     ],
 )

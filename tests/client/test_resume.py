@@ -181,5 +181,5 @@ def test_an_interrupted_command_says_how_to_go_on(fake, tmp_path, number):
     said, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors
     said = " ".join(said.split())  # lines break where the directory's name makes them
-    assert "to go on:" in said and "--resume" in said and "of 8 turns are in" in said
+    assert "to continue:" in said and "--resume" in said and "of 8 turns are in" in said
     assert (tmp_path / "turns.jsonl").read_text().rstrip().splitlines()[-1].startswith('{"kind":"end"')

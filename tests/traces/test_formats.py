@@ -67,13 +67,13 @@ def test_a_file_read_as_another_format_is_refused_with_its_line(write):
 
 def test_block_sizes_are_given_with_the_name(write, tmp_path, monkeypatch):
     path = write(RECORDS["mooncake"] | {"input_length": 1389, "hash_ids": [1, 2, 3, 4]})
-    with pytest.raises(TraceError, match="say which these are, such as mooncake@348:"):
+    with pytest.raises(TraceError, match="give the size, such as mooncake@348:"):
         load_source([str(path)])
     assert len(load_source([f"mooncake@400:{path}"]).trajectories) == 1
     for name, message in (
-        (f"mooncake@0:{path}", "a whole number of tokens from 1 up, not '0'"),
-        (f"mooncake@x:{path}", "a whole number of tokens from 1 up, not 'x'"),
-        (f"weka@64:{path}", rf"weka has no blocks to give the size of; write weka:{path}"),
+        (f"mooncake@0:{path}", "must be a whole number from 1 up, not '0'"),
+        (f"mooncake@x:{path}", "must be a whole number from 1 up, not 'x'"),
+        (f"weka@64:{path}", rf"weka has no blocks, so no block size can be given; write weka:{path}"),
         (f"unknown:{path}", "no trace 'unknown:"),
     ):
         with pytest.raises(TraceError, match=message):

@@ -121,9 +121,9 @@ def test_the_block_size_is_told_from_lengths_and_numbers_of_ids(tmp_path):
 
 
 def test_a_block_size_that_is_not_clear_is_asked_for(tmp_path):
-    with pytest.raises(TraceError, match=r"blocks of 348 to 462 tokens all fit; say .* mooncake@348:.*trace\.jsonl"):
+    with pytest.raises(TraceError, match=r"blocks of 348 to 462 tokens all fit; give .* mooncake@348:.*trace\.jsonl"):
         read(tmp_path, sized(1389, 4))
-    with pytest.raises(TraceError, match=r"blocks of 600 or more tokens all fit; say .* mooncake@1024:"):
+    with pytest.raises(TraceError, match=r"blocks of 600 or more tokens all fit; give .* mooncake@1024:"):
         read(tmp_path, sized(600, 1))
     assert len(read(tmp_path, sized(600, 1), block_tokens=700)) == 1
     with pytest.raises(TraceError, match=r"line 2: .* that fits no block size of 64 tokens$"):
@@ -156,7 +156,7 @@ def test_given_sessions_are_not_guessed_and_delays_are_pauses(tmp_path):
 
 
 def test_times_of_a_session_go_forward(tmp_path):
-    with pytest.raises(TraceError, match=r"line 3: timestamp 5 is before 9, .* sort the file by timestamp"):
+    with pytest.raises(TraceError, match=r"line 3: timestamp 5 is before 9 .* sort the file by timestamp"):
         read(
             tmp_path,
             in_session("a", 600, [0, 1], timestamp=9),
@@ -173,4 +173,4 @@ def test_a_block_size_is_never_refused_where_it_is_the_true_one(tmp_path_factory
     try:
         read(directory, *lines)
     except TraceError as error:
-        assert "all fit; say which these are" in str(error)
+        assert "all fit; give the size" in str(error)

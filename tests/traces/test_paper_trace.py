@@ -80,7 +80,7 @@ def test_longer_appends_leave_fewer_rounds_before_max_len():
         ({"total_tokens": 40_000}, "total_tokens is 40000; it must be above 0 and below max_context_tokens"),
         ({"append_tokens": 100}, "less than total_tokens over turns"),
         ({"append_tokens": 20_000}, "append_tokens . generate_tokens is 20148; .* can't reach it"),
-        ({"context_tokens": 28_000}, "context_tokens is 28000; trajectories of these turns and totals have means"),
+        ({"context_tokens": 28_000}, "context_tokens is 28000; trajectories with these turns and totals have means"),
         ({"turns": 0}, "must each be at least 1"),
     ],
 )

@@ -97,7 +97,7 @@ def test_renamed_names_every_subagent_at_every_depth():
     [
         (b"", "the file is empty"),
         (b"\nnot json\n", "line 2: not a trace"),
-        (b'{"a": 1}\n', "are none of a format known here: WEKA sessions"),
+        (b'{"a": 1}\n', "fit no known format: WEKA sessions"),
         (b"[1, 2]\n", r"not a trace: .*\$\[0\]"),
         (b"\xff\xfe\x00", "line 1: not a trace"),
         (b'{"requests": 7}', "not a WEKA session"),
@@ -114,9 +114,9 @@ def test_what_can_not_be_told_or_read_is_refused_by_name(tmp_path, content, mess
 def test_names_that_are_nothing_are_refused(tmp_path):
     with pytest.raises(TraceError, match="no trace 'absent': give 32K, 48K or 64K"):
         load_source(["absent"])
-    with pytest.raises(TraceError, match="a directory without"):
+    with pytest.raises(TraceError, match="the directory has no"):
         load_source([str(tmp_path)])
-    with pytest.raises(TraceError, match="no source is named"):
+    with pytest.raises(TraceError, match="no agents are named"):
         load_source([])
 
 

@@ -1,6 +1,6 @@
-"""The command line: a module per command, which parses its arguments and imports what does the work when called.
+"""The command line. Each command has a module that parses its arguments and imports the working code when called.
 
-Values are checked while they are parsed, so a bad one costs no import of torch and ends with one line and exit code 2.
+Values are checked while they are parsed, so a bad value ends with one line and exit code 2, without importing torch.
 """
 
 import argparse
@@ -42,31 +42,31 @@ COMMANDS = (
     testbed,
     checkpoint,
 )
-"""In the order of ``dualpath --help``; each has ``add(commands)``."""
+"""Command modules in the order of ``dualpath --help``; each has ``add(commands)``."""
 
 OVERVIEW = """\
-Prefill-decode-disaggregated LLM serving for agents. Every node's storage NIC is one pool: the KV-cache of
-earlier turns reaches the prefill engine straight from storage or through a decode engine.
+Prefill-decode-disaggregated LLM serving for agents. All storage NICs form one pool: the KV-cache of earlier
+turns reaches the prefill engine straight from storage or through a decode engine.
 """
 EXAMPLES = """\
 examples:
   dualpath demo                                      basic, dualpath and oracle side by side, in minutes
   dualpath experiment ablation                       one of the paper's experiments on real clusters
-  dualpath report results/demo.json                  one HTML page of it: charts, every turn, a timeline
+    dualpath report results/demo.json                  one HTML page: charts, every turn, a timeline
   dualpath serve --model DIR --store DIR             an OpenAI server on http://127.0.0.1:8000/v1
   dualpath serve --topology 1P2D --model DIR --store DIR --snic-rate 100MB/s
-  dualpath store stat DIR                            what is in a store
+    dualpath store stat DIR                            what a store holds
   dualpath plan ds660b-2p4d                          what a cluster can do, and what limits it
   dualpath simulate ds660b-2p4d --agents 500         the same scheduler under a virtual clock, any cluster size
   dualpath profile --model DIR --store DIR           measure this machine, for plan and simulate
-  dualpath paper                                     the paper's evaluation, theirs beside ours
+    dualpath paper                                     simulate the paper's evaluation, theirs beside ours
   sudo dualpath testbed up 1P2D                      network namespaces, kernel rates, a real object server
   dualpath COMMAND --help                            a command's options, with examples
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; return its exit code: 0, 1 (it failed), 2 (it was wrong), 130 (interrupted)."""
+    """Runs a command line and returns its exit code: 0, 1 (failed), 2 (bad command line), 130 (interrupted)."""
     arguments = build_parser().parse_args(argv)
     arguments.command_line = ["dualpath", *(sys.argv[1:] if argv is None else argv)]
     try:
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands. Each sets `run`, the function that does it."""
+    """Builds the parser of all commands. Each command sets `run`, the function that executes it."""
     parser: argparse.ArgumentParser = parser_of(
         argparse.ArgumentParser, prog="dualpath", description=OVERVIEW, epilog=EXAMPLES
     )

@@ -1,6 +1,6 @@
-"""Types of arguments, and how a command is added. A bad value ends with one line and exit code 2.
+"""Argument types, and how a command is added. A bad value ends with one line and exit code 2.
 
-Nothing heavy is imported here: ``--help`` must be quick.
+This module imports nothing heavy, because ``--help`` must be quick.
 """
 
 import argparse
@@ -19,7 +19,7 @@ CLUSTER_HELP = f"CLUSTER is a TOML file, or a preset:\n  {', '.join(PRESETS)}"
 
 
 def systems_help() -> str:
-    """A line for every system there is."""
+    """Returns a line for every system."""
     return "\n".join(["systems:", *(f"  {name:<16}  {_summary(name)}" for name in SYSTEMS.names())])
 
 
@@ -36,14 +36,14 @@ def add_system(parser: Any) -> None:
 
 
 def add_source(parser: Any) -> None:
-    """Whose agents a cluster is planned or simulated for."""
+    """Adds the options that say whose agents a cluster is planned or simulated for."""
     parser.add_argument("--trace", nargs="+", default=["64K"], metavar="TRACE", help=f"{SOURCES_HELP} (default: 64K)")
-    parser.add_argument("--model", metavar="MODEL", help="instead of the cluster's: a name, or a config.json")
-    parser.add_argument("--max-context", type=positive, metavar="N", help="end recorded agents here")
+    parser.add_argument("--model", metavar="MODEL", help="replaces the cluster's: a name, or a config.json")
+    parser.add_argument("--max-context", type=positive, metavar="N", help="end recorded agents at N tokens")
 
 
 def add_profile(parser: Any) -> None:
-    """What the cluster's engines were measured to do."""
+    """Adds the option for measured step times of the cluster's engines."""
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="measured step times and rates (dualpath profile, or by hand)"
     )
@@ -52,7 +52,7 @@ def add_profile(parser: Any) -> None:
 def command(
     commands: Any, name: str, summary: str, epilog: str, run: Callable[[argparse.Namespace], int] | None = None
 ) -> Any:
-    """Add `name` to a parser's `commands`; `run` does it and returns the exit code."""
+    """Adds command `name` to a parser's `commands`; `run` executes it and returns the exit code."""
     parser = parser_of(
         commands.add_parser, name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=epilog
     )
@@ -66,7 +66,7 @@ def parser_of(make: Callable[..., Any], *names: str, **texts: Any) -> Any:
 
 
 def _argument(parse: Callable[[str], Value]) -> Callable[[str], Value]:
-    """`parse` with the message of its ValueError shown to the user as it is."""
+    """Wraps `parse` so that argparse shows its ValueError's message unchanged."""
 
     def checked(text: str) -> Value:
         try:
@@ -124,5 +124,5 @@ system = _argument(_parse_system)
 topology = _argument(Topology.parse)
 topologies = _argument(lambda text: tuple(str(Topology.parse(name)) for name in _parse_names(text)))
 milliseconds = _argument(lambda text: round(_parse_positive_number(text) * 1_000_000))
-"""To nanoseconds."""
+"""Parses a duration to nanoseconds."""
 systems = _argument(_parse_systems)

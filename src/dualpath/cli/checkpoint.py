@@ -20,12 +20,12 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("path", metavar="PATH", type=Path)
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="qwen3", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=not_negative, default=0, help="of its weights (default: %(default)s)")
-    parser.add_argument("--demo", action="store_true", help="the demo's model: qwen3, 16 KiB of KV a token, own seed")
+    parser.add_argument("--seed", type=not_negative, default=0, help="seed of the weights (default: %(default)s)")
+    parser.add_argument("--demo", action="store_true", help="the demo's model: qwen3, 16 KiB of KV per token, own seed")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Make a tiny checkpoint."""
+    """Makes a tiny checkpoint."""
     if arguments.path.exists():
         raise UsageError(f"{arguments.path} exists; give a new directory")
     from dualpath.model.checkpoint import DEMO_MODEL, make_checkpoint

@@ -1,4 +1,4 @@
-"""The options that `serve` and `engine` share. Names, defaults and checks are `ClusterConfig`'s."""
+"""Options that `serve` and `engine` share. `ClusterConfig` has their names, defaults and checks."""
 
 import argparse
 from pathlib import Path
@@ -21,26 +21,26 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, dest=field, type=kind, metavar=metavar, default=DEFAULTS[field], help=text, **more)
 
     group.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face checkpoint")
-    group.add_argument("--store", required=True, metavar="PLACE", help="of KV blocks: a directory, or a URL")
+    group.add_argument("--store", required=True, metavar="PLACE", help="store of KV blocks: a directory, or a URL")
     option("--topology", "topology", "prefill and decode nodes, such as 1P2D (default: %(default)s)", topology, "T")
-    option("--system", "system", "see below (default: %(default)s)", system, "NAME")
-    option("--snic-rate", "snic_bytes_per_s", "of each storage NIC (default: unlimited)", rate, "RATE")
-    option("--cnic-rate", "cnic_bytes_per_s", "of each compute NIC (default: unlimited)", rate, "RATE")
-    option("--buffer", "buffer_bytes", "PE or DE buffer (default: 1GiB)", byte_count, "SIZE")
+    option("--system", "system", "one of the systems below (default: %(default)s)", system, "NAME")
+    option("--snic-rate", "snic_bytes_per_s", "rate of each storage NIC (default: unlimited)", rate, "RATE")
+    option("--cnic-rate", "cnic_bytes_per_s", "rate of each compute NIC (default: unlimited)", rate, "RATE")
+    option("--buffer", "buffer_bytes", "size of a PE or DE buffer (default: 1GiB)", byte_count, "SIZE")
     option("--hbm", "hbm_bytes", "KV memory of a DE (default: 1GiB)", byte_count, "SIZE")
-    option("--store-quota", "store_quota_bytes", "evict beyond this (default: no quota)", byte_count, "SIZE")
+    option("--store-quota", "store_quota_bytes", "evict blocks beyond this (default: no quota)", byte_count, "SIZE")
     transports = f"{', '.join(TRANSPORTS.names())}, or MODULE:ATTRIBUTE"
-    option("--transport", "transport", f"engine to engine: {transports} (default: %(default)s)", metavar="NAME")
-    at = "address at which other engines reach this host's, with a transport between hosts (default: %(default)s)"
+    option("--transport", "transport", f"between engines: {transports} (default: %(default)s)", metavar="NAME")
+    at = "address at which engines on other hosts reach this host's engines (default: %(default)s)"
     option("--data-host", "data_host", at, metavar="HOST")
-    option("--threads", "threads", "torch's, per engine (default: %(default)s)", positive, "N")
+    option("--threads", "threads", "torch threads per engine (default: %(default)s)", positive, "N")
     option("--quota-ms", "quota_ns", "compute quota of a prefill batch (default: 300)", milliseconds, "MS")
     option("--dtype", "dtype", "(default: %(default)s)", choices=("float32", "bfloat16", "float16"))
     option("--device", "device", "cpu, or cuda where there is one (default: %(default)s)")
 
 
 def cluster_config(arguments: argparse.Namespace) -> ClusterConfig:
-    """What the options say. Raises UsageError."""
+    """Makes the configuration from the options. Raises UsageError."""
     given = {name: value for name, value in vars(arguments).items() if name in DEFAULTS}
     given["api_keys"] = tuple(given.get("api_keys", ()))
     if not (Path(arguments.model) / "config.json").is_file():
@@ -51,7 +51,7 @@ def cluster_config(arguments: argparse.Namespace) -> ClusterConfig:
 
 
 def _check_store(location: str) -> None:
-    """What makes no store is better told now than by every engine."""
+    """Checks the store's location here, so that one error is shown and not one per engine."""
     from dualpath.kv import StoreLocationError, open_store
 
     with usage_errors(StoreLocationError):

@@ -8,7 +8,7 @@ from dualpath.cli.series_options import add_series_options
 from dualpath.lab.experiments.conditions import DEMO, DEMO_OUT
 
 EXAMPLES = """\
-Each cluster is real: its own processes, real tokens, real bytes in a real store, its NICs held to the given rates.
+Each cluster is real: its own processes, real tokens, real bytes in a real store, NICs held to the given rates.
 
 examples:
   dualpath demo
@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the catalogue's demo; print its table and what it means. Exit code 1 if a turn failed."""
+    """Runs the catalogue's demo; prints its table and what it means. The exit code is 1 if a turn failed."""
     from dualpath.cli.experiment import run_series_of, show
     from dualpath.cli.outcome import new_console
     from dualpath.lab.experiments.catalog import definition

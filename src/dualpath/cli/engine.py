@@ -7,7 +7,7 @@ from dualpath.cli.arguments import command, not_negative
 from dualpath.cli.cluster_options import add_cluster_options, cluster_config
 
 EXAMPLES = """\
-example, on a node that shares the store and the model directory with the coordinator's:
+example, on a node that shares the store and the model directory with the coordinator:
   dualpath engine --role decode --coordinator tcp://10.0.0.1:5555 --model DIR --store DIR --transport tcp \\
       --data-host 10.0.0.2
 """
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run one engine in this process until its coordinator lets it go."""
+    """Runs one engine in this process until its coordinator releases it."""
     from dualpath.cluster.engines.main import run_engine
     from dualpath.cluster.messages import EngineConfig
     from dualpath.core.vocabulary import Role

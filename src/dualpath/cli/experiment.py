@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from dualpath.results import ResultFile
 
 EXAMPLES = """\
-Real clusters, one after another, with the same agents for every system. The result file is written after every run, so
-an experiment that is interrupted keeps what it has.
+Runs real clusters one after another, with the same agents for every system. The result file is written after every
+run, so an interrupted experiment keeps its finished runs.
 
 examples:
   dualpath experiment --list                            what there is, what it mirrors, what to expect
   dualpath experiment pd-ratio                          six minutes on two quiet cores
-  dualpath experiment ablation --quick                  a minute or two: does it work?
+    dualpath experiment ablation --quick                  a minute or two, to see that it works
   dualpath experiment ablation --repeat 3               medians and ranges of three
   dualpath experiment append-scaling --values append_tokens=32,256 --topologies 1P1D
   dualpath experiment traces --trace sessions/*.json --agents 6
@@ -38,8 +38,8 @@ examples:
 
 def add(commands: Any) -> None:
     parser = command(commands, "experiment", "run one of the paper's experiments on real clusters", EXAMPLES, run)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="which; see --list")
-    parser.add_argument("--list", action="store_true", help="name the experiments and what they show")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the experiment; see --list")
+    parser.add_argument("--list", action="store_true", help="list the experiments and what they show")
     parser.add_argument("--quick", action="store_true", help="a much smaller load: one to two minutes")
     parser.add_argument("--testbed", action="store_true", help="network namespaces and kernel rates; needs root")
     parser.add_argument("--redraw", action="store_true", help="run nothing; read the result file in --out")
@@ -59,7 +59,7 @@ def _axis(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run an experiment; print its table and what it found. Exit code 1 if a turn failed."""
+    """Runs an experiment; prints its table and findings. The exit code is 1 if a turn failed."""
     from dualpath.lab.experiments.catalog import definition
     from dualpath.lab.experiments.execution import result_path
     from dualpath.lab.experiments.readme import write_page
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         return _list(console)
     if arguments.name is None:
-        raise UsageError("which experiment? name one, or see --list")
+        raise UsageError("no experiment is named; give a NAME from --list")
     with usage_errors(ValueError):
         chosen, out = definition(arguments.name), bench_of(arguments, Bench().out).out
     if arguments.redraw:
@@ -95,9 +95,9 @@ def _list(console: "Console") -> int:
 def run_series_of(
     chosen: "Definition", arguments: argparse.Namespace, console: "Console", out: Path, testbed: bool = False
 ) -> tuple["ResultFile", Path]:
-    """Run it under the conditions that the arguments change; the result, and the directory it is in.
+    """Runs `chosen` under the conditions that the arguments change; returns the result and its directory.
 
-    Raises UsageError for what can't be run, CommandError for what failed.
+    Raises UsageError for a bad request, CommandError for a failure.
     """
     from dualpath.client.replay import ReplayError
     from dualpath.lab.experiments import execution
@@ -125,7 +125,7 @@ def show(
     console: "Console",
     write_page: Callable[[Path], Path] | None = None,
 ) -> int:
-    """Print and write all that comes of a result; the command's exit code. `write_page` adds a page of `out`."""
+    """Prints and writes everything made from a result; returns the exit code. `write_page` adds a page of `out`."""
     from dualpath.lab.experiments.execution import result_path
     from dualpath.lab.report.run_table import terminal_table
 
@@ -157,7 +157,7 @@ def _telling_what_is_kept(chosen: "Definition", out: Path) -> Iterator[None]:
         raise
     except BaseException:
         print(
-            f"what was finished is in {out}/{chosen.name}.json; see it with: "
+            f"finished runs are in {out}/{chosen.name}.json; to see them: "
             f"dualpath experiment {chosen.name} --redraw --out {shlex.quote(str(out))}",
             file=sys.stderr,
         )
@@ -166,7 +166,7 @@ def _telling_what_is_kept(chosen: "Definition", out: Path) -> Iterator[None]:
 
 @contextmanager
 def _launcher(testbed: bool, series: "Series") -> Iterator["MakeLauncher"]:
-    """Who starts the clusters: this host, or a testbed that lasts as long as the context."""
+    """Yields what starts the clusters: this host, or a testbed that lasts as long as the context."""
     if not testbed:
         from dualpath.lab.experiments.local_cluster import LocalLauncher
 

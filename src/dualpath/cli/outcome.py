@@ -1,4 +1,4 @@
-"""How a command ends: with what it printed and wrote, or with one line that says what was wrong.
+"""How a command ends: with its output, or with one line that says what was wrong.
 
 A bad value becomes a `UsageError` (exit code 2), a failure a `CommandError` (exit code 1). A bug keeps its traceback.
 """
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from dualpath.results import ResultFile
 
 MIN_CONSOLE_WIDTH = 110
-"""Of output that goes to no terminal: wide enough for the demo's table."""
+"""Width of output that is not on a terminal: wide enough for the demo's table."""
 
 
 class UsageError(Exception):
-    """The command line asks for something that can't be."""
+    """The command line asks for something impossible."""
 
 
 class CommandError(Exception):
-    """The command was right and failed."""
+    """The command line was right, but the command failed."""
 
 
 def new_console() -> "Console":
@@ -41,7 +41,7 @@ def write_json(path: Path | None, report: Any) -> None:
 
 
 def write_report_beside(path: Path, result: "ResultFile") -> Path:
-    """The page of a result file at `path`: its name, with ``.html``."""
+    """Writes the page of a result file beside `path`, with the suffix ``.html``."""
     from dualpath.lab.report.html import write_report
 
     page = path.with_suffix(".html")

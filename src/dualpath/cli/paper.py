@@ -15,32 +15,32 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 Items: cache-compute, pd-range, offline, append-scaling, ablation, balance, pd-sweep, online, working-set, scale-online,
-scale-offline, scheduler-cpu, sensitivity. All of them where none is named, which takes one core an hour or so;
-simulations run side by side on --jobs processes, and results don't depend on their number. In the results directory,
-items that are run take the place of what is there of them; the others stay.
+scale-offline, scheduler-cpu, sensitivity. Without a name, all of them run, which takes one core about an hour.
+Simulations run side by side on --jobs processes; results don't depend on their number. In the results directory, items
+that are run replace their earlier rows; the others stay.
 
 examples:
   dualpath paper
   dualpath paper cache-compute pd-range ablation --jobs 4 --json rows.json
-  dualpath paper offline pd-sweep --scale 0.25         a quarter of the agents: quicker, and another question
+    dualpath paper offline pd-sweep --scale 0.25         a quarter of the agents: quicker, but not the paper's setup
 """
 
 
 def add(commands: Any) -> None:
     parser = command(commands, "paper", "the paper's evaluation: theirs beside ours", EXAMPLES, run)
     parser.add_argument("items", nargs="*", metavar="ITEM", help="(default: all)")
-    parser.add_argument("--scale", type=positive_number, default=1.0, metavar="X", help="times the agents at once")
+    parser.add_argument("--scale", type=positive_number, default=1.0, metavar="X", help="factor on agents at once")
     parser.add_argument(
         "--jobs", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/results"), metavar="DIR", help="of the results (default: %(default)s)"
+        "--out", type=Path, default=Path("docs/results"), metavar="DIR", help="results directory (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="rows, constants and every simulation's result")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, constants and every simulation here")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Simulate the paper's evaluation; print and write theirs beside ours."""
+    """Simulates the paper's evaluation; prints and writes theirs beside ours."""
     from dualpath.lab.paper.archive import ArchiveError, merged
     from dualpath.lab.paper.document import document_of, table_of, write_results
     from dualpath.lab.paper.items import ITEMS, SENSITIVITY, check_names
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         runner = Runner(scale, announce=started, on_done=done, pool=pool)
         archive = merged(arguments.out, [], [], runner)
         rows: list[Row] = []
-        for fresh, what_if in together(names, runner):  # written after each: what an interrupted run has found is kept
+        for fresh, what_if in together(names, runner):  # written after each, so an interrupted run keeps what it found
             archive = merged(arguments.out, fresh, what_if, runner)
             write_results(archive, arguments.out)
             rows += fresh
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress(console: "Console") -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """To call with the name of a simulation that is asked for, and when one is done."""
+    """Yields one function to call when a simulation is requested, with its name, and one to call when it is done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
     columns = ("simulations", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

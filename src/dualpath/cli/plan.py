@@ -8,7 +8,7 @@ from dualpath.cli.arguments import CLUSTER_HELP, add_profile, add_source, comman
 from dualpath.cli.outcome import new_console, usage_errors, write_json
 
 EXAMPLES = f"""\
-{CLUSTER_HELP} Rates are upper bounds, in closed form.
+{CLUSTER_HELP} The rates are upper bounds, in closed form.
 
 examples:
   dualpath plan ds660b-2p4d
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what a cluster can do for a workload."""
+    """Prints what a cluster can do for a workload."""
     import msgspec
 
     from dualpath.lab.planning import plan

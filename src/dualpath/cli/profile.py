@@ -8,9 +8,9 @@ from dualpath.cli.arguments import command, positive
 from dualpath.cli.outcome import command_errors, new_console, usage_errors, write_json
 
 EXAMPLES = """\
-Prefill batches, decode steps, store and links are measured with the runtime's own code, then lone requests to a small
-cluster. It takes about a minute; leave the machine alone meanwhile. `simulate`, `plan` and `simulate --like` read the
-file, and docs/design/profile.md says how to write one from your own engine's benchmark.
+Measures prefill batches, decode steps, the store and links with the runtime's own code, then lone requests to a small
+cluster. It takes about a minute; leave the machine idle meanwhile. `plan` and `simulate` read the file;
+docs/design/profile.md says how to write one from your own engine's benchmark.
 
 examples:
   dualpath profile --model .models/demo --store .store
@@ -21,19 +21,19 @@ examples:
 
 def add(commands: Any) -> None:
     parser = command(commands, "profile", "measure this machine, for plan and simulate", EXAMPLES, run)
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a checkpoint's folder")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a checkpoint's directory")
     parser.add_argument(
-        "--store", type=Path, required=True, metavar="DIR", help="where stores will be: blocks are there for a moment"
+        "--store", type=Path, required=True, metavar="DIR", help="where stores will be; test blocks are removed again"
     )
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="torch's, per engine (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda where there is one (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help="(%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same here too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the profile here too")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure; print and write what came out."""
+    """Measures, prints and writes a profile."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from dualpath.client.replay import ReplayError

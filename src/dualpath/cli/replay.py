@@ -9,8 +9,8 @@ from dualpath.cli.arguments import SOURCES_HELP, command, duration_ns, not_negat
 from dualpath.cli.outcome import command_errors, new_console, usage_errors, write_json, write_report_beside
 
 EXAMPLES = """\
-URL is an OpenAI server's: dualpath's, vLLM's, SGLang's. Prompts go out as token ids, answers have the exact length the
-trace says. All agents start at once, unless --aps says how many arrive a second.
+URL is an OpenAI server's: dualpath, vLLM, SGLang. Prompts are sent as token ids; each answer has exactly the length
+that the trace says. All agents start at once, unless --aps gives a rate of arrivals.
 
 examples:
   dualpath replay http://127.0.0.1:8000                                 12 generated agents, 4 turns each
@@ -19,15 +19,15 @@ examples:
   dualpath replay URL --trace conversation_trace.jsonl --agents 200             a Mooncake trace
   dualpath replay URL --trace mini-swe/ --tokenizer MODEL/tokenizer.json        sessions with their text
   dualpath replay URL --trace 32K --aps 0.5 --duration 10min --ttft 4s --tpot 50ms
-  dualpath replay URL --trace 32K --find-aps 0.1:3 --duration 10min             the most agents a second
-  dualpath replay URL --trace 64K --agents 500 --resume                         go on after Ctrl-C
+    dualpath replay URL --trace 32K --find-aps 0.1:3 --duration 10min             the most agents per second
+    dualpath replay URL --trace 64K --agents 500 --resume                         continue after Ctrl-C
 """
 
 
 def add(commands: Any) -> None:
     parser = command(commands, "replay", "send agents to an OpenAI server and measure it", EXAMPLES, run)
     parser.argument_default = argparse.SUPPRESS  # ReplayRequest has the defaults
-    parser.add_argument("url", metavar="URL", help="of the server, /v1 optional")
+    parser.add_argument("url", metavar="URL", help="the server's, /v1 optional")
     _agents(parser.add_argument_group("agents"))
     _arrivals(parser.add_argument_group("arrivals"))
     _client(parser.add_argument_group("client and results"))
@@ -37,27 +37,27 @@ def _agents(group: Any) -> None:
     add = group.add_argument
     add("--trace", nargs="+", dest="traces", metavar="TRACE", help=SOURCES_HELP)
     add("--agents", type=positive, metavar="N", help="(default: 12 generated, or one per recording)")
-    add("--turns", type=positive, metavar="N", help="of an agent; at most, of a trace (default: 4)")
+    add("--turns", type=positive, metavar="N", help="turns per agent; a trace is cut there (default: 4 generated)")
     for name, field, what in (
-        ("--context", "first_context_tokens", "tokens at first (default: 2800)"),
-        ("--append", "append_tokens", "tokens a turn adds (default: 64)"),
-        ("--generate", "generate_tokens", "tokens generated (default: 16)"),
+        ("--context", "first_context_tokens", "tokens of the first prompt (default: 2800)"),
+        ("--append", "append_tokens", "tokens that a turn appends (default: 64)"),
+        ("--generate", "generate_tokens", "tokens that a turn generates (default: 16)"),
     ):
         add(name, type=positive, dest=field, metavar="N", help=f"mean of generated agents: {what}")
     add("--gap", type=duration_ns, metavar="TIME", help="mean pause of generated agents (default: 0)")
     add("--scale", type=positive_number, metavar="X", help="divide a trace's token counts by this")
-    add("--max-context", type=positive, dest="max_context_tokens", metavar="N", help="cut a trace here")
-    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json to count a trace's texts with")
+    add("--max-context", type=positive, dest="max_context_tokens", metavar="N", help="cut a trace at N tokens")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json that counts the tokens of a trace's texts")
     add("--seed", type=not_negative, metavar="N", help="(default: 0)")
-    add("--token-ids-below", type=positive, metavar="N", help="ids sent; within the vocabulary (default: 256)")
-    add("--gap-scale", type=_not_negative_number, metavar="X", help="times every pause (default: 0; arriving: 1)")
+    add("--token-ids-below", type=positive, metavar="N", help="bound of ids sent, within the vocabulary (default: 256)")
+    add("--gap-scale", type=_not_negative_number, metavar="X", help="factor on pauses (default: 0; with --aps: 1)")
 
 
 def _arrivals(group: Any) -> None:
     add = group.add_argument
-    add("--aps", type=positive_number, dest="agents_per_s", metavar="RATE", help="agents a second")
+    add("--aps", type=positive_number, dest="agents_per_s", metavar="RATE", help="agents per second")
     add("--find-aps", type=_range, dest="find_agents_per_s", metavar="LOW:HIGH", help="find the highest that holds")
-    add("--duration", type=duration_ns, metavar="TIME", help="of it, or of a probe (default: 2min)")
+    add("--duration", type=duration_ns, metavar="TIME", help="length of the measurement or probe (default: 2min)")
     add("--window", type=duration_ns, metavar="TIME", help="(default: a twelfth of the duration)")
     add("--ttft", type=duration_ns, metavar="TIME", help="SLO, mean over a window (default: 4s)")
     add("--tpot", type=duration_ns, metavar="TIME", help="SLO, mean over a window (default: 50ms)")
@@ -65,12 +65,12 @@ def _arrivals(group: Any) -> None:
 
 def _client(group: Any) -> None:
     add = group.add_argument
-    add("--server", choices=("dualpath", "vllm", "sglang", "other"), help="(default: what it says it is)")
+    add("--server", choices=("dualpath", "vllm", "sglang", "other"), help="kind (default: what the server says)")
     add("--api-key", metavar="KEY")
-    add("--retries", type=not_negative, metavar="N", help="of a turn (default: 2)")
-    add("--turn-timeout", type=duration_ns, metavar="TIME", help="of one try (default: 5min)")
-    add("--out", type=Path, metavar="DIR", help="for replay.json and turns.jsonl (default: results)")
-    add("--resume", action="store_true", help="go on with the turns.jsonl that is there")
+    add("--retries", type=not_negative, metavar="N", help="further tries of a turn (default: 2)")
+    add("--turn-timeout", type=duration_ns, metavar="TIME", help="limit of one try (default: 5min)")
+    add("--out", type=Path, metavar="DIR", help="directory of replay.json and turns.jsonl (default: results)")
+    add("--resume", action="store_true", help="continue from the turns.jsonl in --out")
     add("--json", type=Path, default=None, metavar="FILE", help="write the result here too")
 
 
@@ -86,7 +86,7 @@ def _range(text: str) -> tuple[float, float]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Replay; print what came of it. Exit code 1 if a turn failed, or if no rate of a search held."""
+    """Replays and prints the result. The exit code is 1 if a turn failed, or if no rate of a search held."""
     from dualpath.client.replay import ReplayError
     from dualpath.client.resume import JournalError
     from dualpath.lab.replay.options import ReplayRequest, source_of

@@ -8,7 +8,7 @@ from dualpath.cli.arguments import command, positive
 from dualpath.cli.outcome import CommandError, command_errors, usage_errors, write_json
 
 EXAMPLES = """\
-The file needs nothing else: open it in a browser, send it to a colleague, print it. It makes no network request.
+The page needs nothing else: open it in a browser, send it to a colleague, print it. It makes no network request.
 
 examples:
   dualpath report results/demo.json --out demo.html
@@ -18,10 +18,10 @@ examples:
 
 
 def add(commands: Any) -> None:
-    parser = command(commands, "report", "make one HTML page of result files", EXAMPLES, run)
+    parser = command(commands, "report", "make one HTML page from result files", EXAMPLES, run)
     parser.add_argument("results", metavar="RESULT.json", type=Path, nargs="+", help="of a demo, experiment or replay")
     parser.add_argument(
-        "--prediction", metavar="FILE", type=Path, help="result file of a simulation of these runs, to set beside them"
+        "--prediction", metavar="FILE", type=Path, help="result file of a simulation of these runs, shown beside them"
     )
     parser.add_argument(
         "--out", metavar="FILE", type=Path, default=Path("report.html"), help="the page (default: %(default)s)"
@@ -31,13 +31,13 @@ def add(commands: Any) -> None:
         metavar="N",
         type=positive,
         default=100_000,
-        help="turns in the table and the timeline; of more, whole agents are left out (default: %(default)s)",
+        help="turns in the table and timeline; beyond that, whole agents are left out (default: %(default)s)",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write what was made here: path, bytes, runs, turns")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read the result files; write the page."""
+    """Reads the result files and writes the page."""
     from dualpath.lab.report.html import write_report
     from dualpath.results import ResultFileError, load_results
 

@@ -1,4 +1,4 @@
-"""``dualpath serve``: a cluster on this host, or a coordinator that engines of others join."""
+"""``dualpath serve``: a cluster on this host, or a coordinator that engines of other hosts join."""
 
 import argparse
 from typing import Any
@@ -19,7 +19,7 @@ examples:
 
 
 def add(commands: Any) -> None:
-    parser = command(commands, "serve", "start a cluster on this host and its OpenAI server", EXAMPLES, run)
+    parser = command(commands, "serve", "start a cluster and its OpenAI server on this host", EXAMPLES, run)
     add_cluster_options(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default=DEFAULTS["host"], help="address to listen on (default: %(default)s)")
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     name = "model name clients use (default: the directory's)"
     group.add_argument("--name", dest="served_model_name", metavar="NAME", help=name)
     waiting = {"type": positive, "default": DEFAULTS["max_waiting"], "metavar": "N"}
-    group.add_argument("--max-waiting", **waiting, help="beyond this, 429 (default: %(default)s)")
+    group.add_argument("--max-waiting", **waiting, help="requests that may wait; more get 429 (default: %(default)s)")
     group.add_argument("--journal", metavar="FILE", help="write every scheduler input and decision here, as JSON lines")
     group.add_argument("--ready-file", metavar="FILE", help='written once every engine has joined: {"url":…,"pid":…}')
     group.add_argument(
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run a cluster and its server until it is told to stop; with --join-address, engines come from elsewhere."""
+    """Runs a cluster and its server until it is told to stop; with --join-address, engines come from elsewhere."""
     config = cluster_config(arguments)
     from dualpath import serving
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dualpath.lab.sim.simulator import Simulator
 
 EXAMPLES = f"""\
-{CLUSTER_HELP} Agents all start at once, unless --aps says how many arrive a second.
+{CLUSTER_HELP} All agents start at once, unless --aps gives a rate of arrivals.
 
 examples:
   dualpath simulate ds660b-2p4d --agents 500
@@ -36,34 +36,34 @@ examples:
   dualpath simulate my-cluster.toml --profile profile.json         measured steps instead of a roofline
   dualpath simulate --like results/demo.json --profile profile.json
 
---like needs no CLUSTER: it simulates every run of a result file of demo or experiment, or of a replay against
-`dualpath serve`, and says how far off it is. --json then writes a result file, for `dualpath report --prediction`.
+--like needs no CLUSTER: it simulates every run of a result file of demo, experiment, or replay against
+`dualpath serve`, and says how far off it is. --json then writes a result file for `dualpath report --prediction`.
 """
 
 
 def add(commands: Any) -> None:
-    parser = command(commands, "simulate", "the scheduler under a virtual clock, on any cluster", EXAMPLES, run)
+    parser = command(commands, "simulate", "run the scheduler under a virtual clock, on any cluster", EXAMPLES, run)
     parser.add_argument("cluster", nargs="?", metavar="CLUSTER", help="a preset or a TOML file, see below")
     parser.add_argument("--like", type=Path, metavar="RESULT", help="simulate the runs of this result file instead")
     add_profile(parser)
     add_system(parser)
     add_source(parser)
     parser.add_argument("--agents", type=positive, metavar="N", help="(default: 500, or one per recorded agent)")
-    parser.add_argument("--aps", type=positive_number, metavar="RATE", help="agents per second, Poisson")
-    parser.add_argument("--duration", type=duration_ns, metavar="TIME", help="stop after so long (default: at the end)")
-    parser.add_argument("--append-scale", type=positive_number, default=1.0, metavar="X", help="times every append")
-    parser.add_argument("--generate-scale", type=positive_number, default=1.0, metavar="X", help="times every answer")
+    parser.add_argument("--aps", type=positive_number, metavar="RATE", help="agents per second, Poisson arrivals")
+    parser.add_argument("--duration", type=duration_ns, metavar="TIME", help="stop then (default: when all agents end)")
+    parser.add_argument("--append-scale", type=positive_number, default=1.0, metavar="X", help="factor on appends")
+    parser.add_argument("--generate-scale", type=positive_number, default=1.0, metavar="X", help="factor on answers")
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--fault", action="append", default=[], metavar="FAULT", help="KIND:NUMBER@TIME[*FACTOR]")
-    parser.add_argument("--exact", action="store_true", help="every block, layer and step an event; small cases only")
+    parser.add_argument("--exact", action="store_true", help="simulate every block, layer and step; small cases only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
     parser.add_argument("--trace-out", type=Path, metavar="FILE", help="a timeline for chrome://tracing or Perfetto")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Simulate a cluster; print what came out. Exit code 1 if a turn failed."""
+    """Simulates a cluster and prints the result. The exit code is 1 if a turn failed."""
     if (arguments.cluster is None) == (arguments.like is None):
-        raise UsageError("name a CLUSTER, or give a result file with --like; one of the two")
+        raise UsageError("give either a CLUSTER or a result file with --like")
     if arguments.like is not None:
         return _like(arguments)
     from dualpath.lab.sim.simulate import SimulationError, simulate

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    parser = command(commands, "store", "look into a KV store, or check it", "")
+    parser = command(commands, "store", "inspect or check a KV store", "")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    stat = command(actions, "stat", "what is in a store", "example:\n  dualpath store stat .store/a\n", _stat)
+    stat = command(actions, "stat", "show what a store holds", "example:\n  dualpath store stat .store/a\n", _stat)
     fsck = command(
         actions,
         "fsck",
@@ -24,14 +24,14 @@ def add(commands: Any) -> None:
         "example:\n  dualpath store fsck .store/a --repair    move bad blocks aside, remove orphans and leftovers\n",
         _fsck,
     )
-    fsck.add_argument("--repair", action="store_true", help="repair what is found")
+    fsck.add_argument("--repair", action="store_true", help="set bad blocks aside, delete orphans and leftovers")
     for action in (stat, fsck):
         action.add_argument("store", metavar="PLACE", help="a directory, or a URL, as for dualpath serve --store")
         action.add_argument("--json", metavar="FILE", type=Path, help="write the report here too")
 
 
 def _stat(arguments: argparse.Namespace) -> int:
-    """Print what is in a store."""
+    """Prints what a store holds."""
     import msgspec
 
     from dualpath.kv.stores.inspection import stat
@@ -45,7 +45,7 @@ def _stat(arguments: argparse.Namespace) -> int:
 
 
 def _fsck(arguments: argparse.Namespace) -> int:
-    """Check a store. Exit code 1 if something is bad and was not repaired."""
+    """Checks a store. The exit code is 1 if something is bad and was not repaired."""
     import msgspec
 
     from dualpath.kv.stores.inspection import fsck
@@ -61,7 +61,7 @@ def _fsck(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _opened(location: str) -> "Iterator[Store]":
-    """What is no store is a bad value; one that can't be read is a failure."""
+    """Opens a store. A location that can't be one is a bad value; a store that can't be read is a failure."""
     from dualpath.kv import StoreError, StoreLocationError, open_store
 
     with command_errors(StoreError), usage_errors(StoreLocationError):

@@ -11,53 +11,53 @@ if TYPE_CHECKING:
     from dualpath.lab.testbed.plan import Plan
 
 EXAMPLES = """\
-As root: a network namespace per node, a storage and a compute NIC each, rates and two DSCP classes kept by the kernel,
-and a real object server on a storage node. `dualpath experiment NAME --testbed` brings its own.
+Needs root. Each node gets a network namespace with a storage and a compute NIC, whose rates and two DSCP classes the
+kernel keeps; a storage node runs a real object server. `dualpath experiment NAME --testbed` makes its own.
 
 examples:
   dualpath testbed up 1P2D --snic-rate 30MB/s --cnic-rate 240MB/s
   dualpath testbed run --model .models/demo --store .store/bed                          serve until Ctrl-C
   dualpath testbed run --model .models/demo --store .store/bed -- sh -c 'curl $DUALPATH_URL/metrics'
-  dualpath testbed status                                                               what is up, bytes by class
+    dualpath testbed status                                                               nodes, rates, bytes by class
   dualpath testbed down                                                                 also after a crash
   dualpath testbed qos                                                                  does KV delay messages?
 """
 
 
 def add(commands: Any) -> None:
-    parser = command(commands, "testbed", "a cluster's networks on this host, kept by the kernel (root)", EXAMPLES)
+    parser = command(commands, "testbed", "emulate a cluster's networks on this host, in the kernel (root)", EXAMPLES)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     example = "example:\n  dualpath testbed "
-    _add_up(command(actions, "up", "build it", f"{example}up 1P2D --snic-rate 30MB/s --cnic-rate 240MB/s\n", _up))
-    status = command(actions, "status", "what is up", f"{example}status --json status.json\n", _status)
-    command(actions, "down", "remove all of it, processes included", f"{example}down\n", _down)
+    _add_up(command(actions, "up", "build one", f"{example}up 1P2D --snic-rate 30MB/s --cnic-rate 240MB/s\n", _up))
+    status = command(actions, "status", "show what is up", f"{example}status --json status.json\n", _status)
+    command(actions, "down", "remove it and its processes", f"{example}down\n", _down)
     run = f"{example}run --model .models/demo --store .store/bed -- sh -c 'curl $DUALPATH_URL/health'\n"
     _add_run(command(actions, "run", "run a cluster in the testbed that is up", run, _run))
-    delay = "measure whether KV delays messages of the high class"
+    delay = "measure whether KV delays high-class messages"
     qos = command(actions, "qos", delay, f"{example}qos --cnic-rate 125MB/s --rounds 5 --json qos.json\n", _qos)
     qos.add_argument("--cnic-rate", type=rate, default="125MB/s", metavar="RATE", help="(default: %(default)s)")
-    qos.add_argument("--seconds", type=positive_number, default=2.0, metavar="S", help="of a phase (%(default)s)")
-    qos.add_argument("--rounds", type=positive, default=5, metavar="N", help="medians of N (default: %(default)s)")
+    qos.add_argument("--seconds", type=positive_number, default=2.0, metavar="S", help="phase length (%(default)s)")
+    qos.add_argument("--rounds", type=positive, default=5, metavar="N", help="for medians (default: %(default)s)")
     for action in actions.choices.values():
         default = "qos" if action is qos else "bed"
-        action.add_argument("--name", default=default, metavar="NAME", help="of the testbed (default: %(default)s)")
+        action.add_argument("--name", default=default, metavar="NAME", help="the testbed's (default: %(default)s)")
     for action in (status, qos):
         action.add_argument("--json", metavar="FILE", type=Path, help="write the report here too")
 
 
 def _add_up(parser: Any) -> None:
     parser.add_argument("topology", nargs="?", default="1P2D", help="prefill and decode nodes (default: %(default)s)")
-    parser.add_argument("--snic-rate", type=rate, metavar="RATE", help="of each storage NIC (default: unlimited)")
-    parser.add_argument("--cnic-rate", type=rate, metavar="RATE", help="of each compute NIC (default: unlimited)")
-    parser.add_argument("--storage-rate", type=rate, metavar="RATE", help="of the storage node (default: unlimited)")
+    parser.add_argument("--snic-rate", type=rate, metavar="RATE", help="rate of each storage NIC (default: unlimited)")
+    parser.add_argument("--cnic-rate", type=rate, metavar="RATE", help="rate of each compute NIC (default: unlimited)")
+    parser.add_argument("--storage-rate", type=rate, metavar="RATE", help="storage node's rate (default: unlimited)")
     parser.add_argument("--subnet", default="10.87", metavar="A.B", help="first half of all addresses (%(default)s)")
-    parser.add_argument("--replace", action="store_true", help="remove one of that name first")
+    parser.add_argument("--replace", action="store_true", help="first remove a testbed of that name")
 
 
 def _add_run(parser: Any) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint")
     parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="what the object server serves")
-    parser.add_argument("--topology", metavar="T", help="a part of the testbed (default: all of it)")
+    parser.add_argument("--topology", metavar="T", help="part of the testbed to use (default: all of it)")
     add_system(parser)
     parser.add_argument(
         "--buffer", type=byte_count, default="1GiB", metavar="SIZE", help="PE or DE buffer (%(default)s)"
@@ -79,7 +79,7 @@ def _plan(arguments: argparse.Namespace, topology: str) -> "Plan":
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    """Build a testbed and leave it up."""
+    """Builds a testbed and leaves it up."""
     from dualpath.lab.testbed.failure import TestbedError
     from dualpath.lab.testbed.network import status, up
     from dualpath.lab.testbed.plan import Rates
@@ -94,7 +94,7 @@ def _up(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    """Show the testbed that is up."""
+    """Shows the testbed that is up."""
     from dualpath.lab.testbed.failure import TestbedError
     from dualpath.lab.testbed.iproute import check_tools
     from dualpath.lab.testbed.network import load, status
@@ -110,7 +110,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _down(arguments: argparse.Namespace) -> int:
-    """Remove a testbed, whatever is left of it."""
+    """Removes a testbed, whatever is left of it."""
     from dualpath.lab.testbed.failure import TestbedError
     from dualpath.lab.testbed.network import down
     from dualpath.lab.testbed.plan import check_name
@@ -119,12 +119,12 @@ def _down(arguments: argparse.Namespace) -> int:
         check_name(arguments.name)
     with command_errors(TestbedError):
         removed = down(arguments.name)
-    print(f"removed: {', '.join(removed)}" if removed else f"there is nothing of testbed {arguments.name!r}")
+    print(f"removed: {', '.join(removed)}" if removed else f"nothing to remove: there is no testbed {arguments.name!r}")
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """A cluster in the testbed, until Ctrl-C or until a command has ended."""
+    """Runs a cluster in the testbed, until Ctrl-C or until a command ends."""
     if not (arguments.model / "config.json").is_file():
         raise UsageError(f"--model: {arguments.model} has no config.json; give a Hugging Face checkpoint's directory")
     from dualpath.lab.experiments.local_cluster import LaunchError
@@ -147,14 +147,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _qos(arguments: argparse.Namespace) -> int:
-    """Measure; exit code 1 where it is not as wanted."""
+    """Measures. The exit code is 1 if the classes are not kept as wanted."""
     from dualpath.lab.testbed.failure import TestbedError
     from dualpath.lab.testbed.plan import check_name
     from dualpath.lab.testbed.qos import measure
     from dualpath.lab.testbed.tables import qos_lines, qos_table
 
     if arguments.cnic_rate is None:
-        raise UsageError("--cnic-rate: without a rate there is nothing to share")
+        raise UsageError("--cnic-rate: give a rate; without one there is nothing to share")
     with usage_errors(ValueError):
         check_name(arguments.name)
     console = new_console()

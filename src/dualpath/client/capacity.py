@@ -1,12 +1,12 @@
-"""The most agents a second that a server takes within its SLO, found by probes.
+"""Finds the most agents per second that a server takes within its SLO, by probes.
 
-Theory of operation. Whether a rate holds is taken to be monotone in it: what fails at one rate fails at every higher
-one. Both ends of the given range are probed first, then the middle (geometric) of what is left, until the rate that
-holds and the one that does not are within `PRECISION` of each other::
+Theory of operation. If one rate fails, every higher rate is taken to fail. Both ends of the given range are probed
+first, then the (geometric) middle of what is left, until the rate that holds and the rate that fails are within
+`PRECISION` of each other::
 
     0.5 holds ────── 1.0 holds ── 1.19 fails ── 1.41 fails ─────────── 2.0 fails
 
-A probe's agents are its own (no prefix is shared with an earlier probe's), so each starts with nothing in storage.
+Each probe has its own agents, which share no prefix with an earlier probe's, so each starts with nothing in storage.
 """
 
 from collections.abc import Awaitable, Callable
@@ -17,13 +17,13 @@ from dualpath.results.online import Capacity
 PRECISION = 0.1
 
 Probe = Callable[[int, float], Awaitable[OnlineResult]]
-"""From a probe's number and its agents per second to what came out."""
+"""Runs the probe of a number at a rate (agents per second)."""
 
 
 async def find_capacity(probe: Probe, low: float, high: float) -> tuple[Capacity, list[OnlineResult]]:
-    """Probe between `low` and `high` agents a second; also every probe's result. Raises ValueError for no range."""
+    """Probes between `low` and `high` agents per second. Also returns all results. Raises ValueError for no range."""
     if not 0 < low < high:
-        raise ValueError(f"a range of rates begins above 0 and ends above where it begins, not {low:g}:{high:g}")
+        raise ValueError(f"a range of rates begins above 0 and ends above its beginning, not {low:g}:{high:g}")
     probes: list[OnlineResult] = []
 
     async def holds(rate: float) -> bool:

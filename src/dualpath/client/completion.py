@@ -1,11 +1,11 @@
 """One streamed completion over the OpenAI API, with the times at which tokens arrive.
 
-``POST /v1/completions`` with token ids as the prompt, `ignore_eos`, ``min_tokens = max_tokens`` (exactly that many are
-generated) and `stream_options.include_usage` (which says how many prompt tokens the server did not compute); and, of a
-server that has them (`dualpath.client.server`), the ids really generated and the server's own timings.
+The request is ``POST /v1/completions`` with token ids as the prompt, `ignore_eos`, ``min_tokens = max_tokens`` (so that
+exactly that many are generated) and `stream_options.include_usage` (which tells how many prompt tokens the server did
+not compute). A server that has them (`dualpath.client.server`) is also asked for generated ids and for its timings.
 
 A load generator shares the machine with what it measures, so the pieces of a stream are stamped when they arrive and
-read when it has ended (`dualpath.client.http_client`).
+parsed only after the stream has ended (`dualpath.client.http_client`).
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from dualpath.spec.timings import Timings
 
 
 class CompletionError(Exception):
-    """A completion that did not come. `retryable` tells whether the same request may do better later."""
+    """A completion that failed. `retryable` tells whether the same request may succeed later."""
 
     def __init__(self, message: str, *, retryable: bool, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -29,21 +29,21 @@ class CompletionError(Exception):
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """What came, and when (`time.perf_counter` seconds). Without token ids, an event counts as one token's arrival."""
+    """What came, and when (`time.perf_counter` seconds). Without token ids, an event counts as one token."""
 
     token_ids: list[int] | None
-    """None from a server that does not return them."""
+    """Generated ids; None if the server does not return them."""
     generated_tokens: int
     sent_at_s: float
-    """When the request went out, its connection made."""
+    """When the request went out, with its connection made."""
     first_token_at_s: float
     second_token_at_s: float | None
     last_token_at_s: float
     ended_at_s: float
-    """When the answer was whole."""
+    """When the answer was complete."""
     prompt_tokens: int
     loaded_tokens: int | None
-    """Prompt tokens whose KV the server had or read; None where it does not say."""
+    """Prompt tokens whose KV the server had or read; None if it does not say."""
     timings: Timings | None
 
 
@@ -72,14 +72,14 @@ class _Event(msgspec.Struct):
     usage: _Usage | None = None
     error: _Error | None = None
     timings: msgspec.Raw = msgspec.Raw()
-    """Other servers have a field of this name with other contents."""
+    """Kept raw: other servers have a field of this name with other contents."""
 
 
 _EVENT = msgspec.json.Decoder(_Event)
 
 
 def open_client(url: str, api_key: str | None = None) -> HttpClient:
-    """A client for the server at `url` (``/v1`` optional). Raises ValueError for a URL that is none."""
+    """Returns a client for the server at `url` (``/v1`` optional). Raises ValueError if `url` is not a URL."""
     root = url.rstrip("/").removesuffix("/v1")
     return HttpClient(root, {} if api_key is None else {"Authorization": f"Bearer {api_key}"})
 
@@ -92,9 +92,9 @@ async def complete(
     timeout_s: float,
     on_first: Callable[[], object] | None = None,
 ) -> Completion:
-    """Generate exactly `generate_tokens` tokens, greedily; `on_first` is called when the first of them arrives.
+    """Generates exactly `generate_tokens` tokens, greedily; calls `on_first` when the first of them arrives.
 
-    Raises CompletionError, also after `timeout_s`.
+    Raises CompletionError, also when `timeout_s` is over.
     """
     body = prompt.body(_fields(server, generate_tokens))
     try:
@@ -110,7 +110,7 @@ async def complete(
 
 
 async def asked_for_token_ids(client: HttpClient, server: ServedModel, prompt: Prompt, timeout_s: float) -> ServedModel:
-    """`server`, with what one token asked for shows about its token ids. Raises CompletionError where it is ill."""
+    """Finds out by one token whether `server` returns token ids. Raises CompletionError for an error that may pass."""
     if server.returns_token_ids:
         return server
     asking = msgspec.structs.replace(server, returns_token_ids=True)
@@ -150,7 +150,7 @@ def _read(response: Response, server: ServedModel, generate_tokens: int) -> Comp
             timings = _timings(event) if server.returns_timings else None
         for choice in event.choices:
             token_ids += choice.token_ids or ()
-            # A last event may end the choice and bring nothing.
+            # A last event may end the choice and bring no token.
             new_tokens = len(choice.token_ids or ()) if server.returns_token_ids else bool(choice.text)
             arrived_at_s += [at_s] * (new_tokens or (not arrived_at_s and not server.returns_token_ids))
     if usage is None:
@@ -172,7 +172,7 @@ def _read(response: Response, server: ServedModel, generate_tokens: int) -> Comp
 
 
 def _events(pieces: Pieces) -> Iterator[tuple[float, _Event]]:
-    """Server-sent events with the time at which each was complete."""
+    """Yields server-sent events, each with the time at which it was complete."""
     rest = b""
     for at_s, piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
@@ -207,7 +207,7 @@ def _timings(event: _Event) -> Timings | None:
     try:
         return msgspec.json.decode(event.timings, type=Timings)
     except msgspec.MsgspecError as error:
-        raise CompletionError(f"timings are not what this version reads: {error}", retryable=False) from error
+        raise CompletionError(f"timings have an unknown form: {error}", retryable=False) from error
 
 
 def _refused(response: Response) -> CompletionError:

@@ -1,14 +1,13 @@
 """HTTP/1.1 for a load generator: thousands of streams in one thread, each piece stamped when it arrives.
 
-Theory of operation. A stream of tokens is a piece of body every few milliseconds, times thousands of agents. A general
-client wakes a task for every piece, which costs more than all the rest (``benchmarks/replay_pacing.py``). Nobody needs
-the piece before the stream has ended, but everybody needs the time of its arrival. So a connection's callback stamps
-the piece, hands it to llhttp (the parser, through httptools), keeps the body it finds, and wakes its task once, at the
-end of the response::
+Theory of operation. A stream brings a piece of body every few milliseconds, times thousands of agents. A general client
+wakes a task for every piece, which costs more than all the rest (``benchmarks/replay_pacing.py``). Nobody needs a piece
+before the stream has ended, but its time of arrival counts. So a connection's callback stamps the piece, hands it to
+llhttp (the parser, through httptools), keeps the body it finds, and wakes its task once, at the end of the response::
 
     socket ──data_received──► (time, body) … (time, body) ──end of message──► Response(status, headers, pieces)
 
-Connections are kept for the next request, but not for long: a server may close an idle one just when it is used again.
+Connections are kept for the next request, but not for long: a server may close an idle one just as it is used again.
 """
 
 import asyncio
@@ -30,11 +29,11 @@ Pieces = list[tuple[float, bytes]]
 
 
 class HttpError(Exception):
-    """No connection, or one that broke off, or an answer that is not HTTP."""
+    """There is no connection, it broke off, or the answer is not HTTP."""
 
 
 class Response(msgspec.Struct, frozen=True):
-    """A whole answer. Times are `time.perf_counter` seconds; header names are in lower case."""
+    """A complete answer. Times are `time.perf_counter` seconds; header names are in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -48,13 +47,13 @@ class Response(msgspec.Struct, frozen=True):
 
 
 class HttpClient:
-    """Requests to one server, over as many connections as there are requests at once. Use as a context manager."""
+    """Requests to one server, with one connection per request under way. Use it as a context manager."""
 
     def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
-        """`url` is the root that paths are appended to. Raises ValueError where it is not http:// or https://."""
+        """`url` is the root that paths are appended to. Raises ValueError unless it is http:// or https://."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is not a URL of a server; write one such as http://127.0.0.1:8000")
+            raise ValueError(f"{url!r} is not a server's URL; write one such as http://127.0.0.1:8000")
         self._host = parts.hostname
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
@@ -76,9 +75,9 @@ class HttpClient:
     async def request(
         self, method: str, path: str, body: bytes = b"", on_first: Callable[[], object] | None = None
     ) -> Response:
-        """The whole answer; `on_first` is called when the first piece of its body arrives. Raises HttpError.
+        """Returns the whole answer; calls `on_first` when the first piece of its body arrives. Raises HttpError.
 
-        It has no deadline but that of connecting: the caller's. Cancelling it closes its connection.
+        Only connecting has a deadline; the caller owns the rest. Cancelling the request closes its connection.
         """
         connection = self._reused() or await self._connected()
         head = f"{method} {self._root}{path} HTTP/1.1\r\n{self._headers}"
@@ -96,7 +95,7 @@ class HttpClient:
         return response
 
     def _reused(self) -> "_Connection | None":
-        """The connection used last, if it is young enough; then older ones are too old as well."""
+        """Takes the connection used last if it is young enough; otherwise the older ones are too old as well."""
         while self._idle:
             since_s, connection = self._idle.pop()
             if connection.reusable and time.monotonic() - since_s < KEEP_ALIVE_S:
@@ -117,7 +116,7 @@ class HttpClient:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, one exchange at a time. The methods named ``on_…`` are the parser's callbacks."""
+    """One connection, which does one exchange at a time. The methods named ``on_…`` are the parser's callbacks."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport

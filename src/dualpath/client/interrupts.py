@@ -1,4 +1,4 @@
-"""SIGTERM ends a run as Ctrl-C does: what it holds is given back, what it wrote is whole."""
+"""Makes SIGTERM end a run as Ctrl-C does: resources are given back, and written files are complete."""
 
 import asyncio
 import signal
@@ -9,7 +9,7 @@ Value = TypeVar("Value")
 
 
 async def until_terminated(work: Coroutine[Any, Any, Value]) -> Value:
-    """`work`'s result. A signal cancels it and raises KeyboardInterrupt."""
+    """Returns `work`'s result. SIGTERM cancels it and raises KeyboardInterrupt."""
     loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
     try:

@@ -1,8 +1,8 @@
-"""Online serving: agents arrive at random, and the server has to hold its service levels.
+"""Online serving: agents arrive at random, and the server must hold its service levels.
 
 Theory of operation. Agents start by a Poisson process of `agents_per_s` and run their trajectories, pauses included.
-Time is cut into windows. After each one, the mean time to first token and the mean time per output token of its turns
-are held against the SLO (paper §9, whose windows are 150 s and are compared with half an hour before)::
+Time is cut into windows. After each window, the mean TTFT and the mean TPOT of its turns are compared with the SLO
+(paper §9, whose windows are 150 s and are compared with half an hour before)::
 
     a turn failed                                        → does not hold: errors
     mean TTFT of the window above the SLO                → does not hold: ttft
@@ -10,10 +10,10 @@ are held against the SLO (paper §9, whose windows are 150 s and are compared wi
     mean TTFT within 5 % of that `STEADY_WINDOWS` before → holds: steady
     the duration is over                                 → holds: duration
 
-A window of fewer than `MIN_TURNS` turns goes on for another length: one first turn, which has nothing in storage, is no
-mean. A turn that still waits for its first token counts with what it has waited, where that is above the SLO already;
-or a server that answers nothing at all would look idle. A measurement runs for its whole duration and then lets the
-turns under way end; a probe (`dualpath.client.capacity`) ends as soon as the answer is known.
+A window of fewer than `MIN_TURNS` turns is extended by its length: one first turn, which has nothing in storage, is no
+mean. A turn that still waits for its first token counts with its waiting time once that is above the SLO; otherwise a
+server that answers nothing would look idle. A measurement runs for its whole duration and then lets the turns under
+way end; a probe (`dualpath.client.capacity`) ends as soon as the answer is known.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ HOLDS: tuple[Verdict, ...] = ("steady", "duration")
 
 
 class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
-    """When agents arrive, and how long that is watched. Raises ValueError."""
+    """When agents arrive, and how long they are watched. Raises ValueError."""
 
     agents_per_s: float
     duration_s: float
@@ -54,7 +54,7 @@ class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
             )
 
     def times_s(self) -> list[float]:
-        """When each agent starts; all before `duration_s`."""
+        """Start times of the agents, all before `duration_s`."""
         count = math.ceil(self.agents_per_s * self.duration_s) + 8
         while (times_ns := poisson_arrivals_ns(self.agents_per_s, count, self.seed))[-1] < self.duration_s * 1e9:
             count *= 2
@@ -62,12 +62,12 @@ class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OnlineResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A measurement or a probe."""
+    """The result of a measurement or a probe."""
 
     replay: ReplayResult
     agents_per_s: float
     agents: int
-    """Arrived."""
+    """Agents that arrived."""
     windows: tuple[Window, ...]
     verdict: Verdict
 
@@ -77,7 +77,7 @@ class OnlineResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def judge(windows: Sequence[Window], slo: Slo, duration_s: float) -> Verdict | None:
-    """What the windows so far say; None where it is too early."""
+    """Returns the verdict of the windows so far; None if it is too early."""
     last = windows[-1]
     if last.failed:
         return "errors"
@@ -103,9 +103,9 @@ async def replay_online(
     on_turn: OnTurn | None = None,
     journal: Journal | None = None,
 ) -> OnlineResult:
-    """Let agents 0, 1, … arrive and watch; a `probe` ends, and drops what is under way, once the verdict is known.
+    """Lets agents 0, 1, … arrive and watches them. A `probe` stops, turns under way too, once the verdict is known.
 
-    A measurement's verdict is its first that does not hold, else its last. Raises ReplayError.
+    A measurement's verdict is the first that does not hold, otherwise the last. Raises ReplayError.
     """
     times_s = arrivals.times_s()
     if not times_s:
@@ -115,7 +115,7 @@ async def replay_online(
         agents = asyncio.create_task(_arrive(run, agent, times_s))
         watching = asyncio.create_task(_watch(run, arrivals, slo, probe))
         try:
-            # Agents may all have ended before the watch does, but what breaks one must not go unseen till then.
+            # Agents may all end before the watch does, but an agent that crashes must be seen at once.
             await asyncio.wait({agents, watching}, return_when=asyncio.FIRST_COMPLETED)
             if agents.done():
                 agents.result()
@@ -165,14 +165,14 @@ async def _watch(run: Rollout, arrivals: Arrivals, slo: Slo, probe: bool) -> tup
 
 
 class _Seen:
-    """How far into a rollout's lists the windows have come."""
+    """How far the windows have come in a rollout's lists."""
 
     def __init__(self) -> None:
         self._turns = 0
         self._failures = 0
 
     def window(self, run: Rollout, slo: Slo, end_s: float) -> Window:
-        """From where the last one was closed until now."""
+        """Returns the window from the end of the last one until now."""
         turns, now_s = run.turns[self._turns :], time.perf_counter()
         late_s = [now_s - since_s for since_s in run.waiting_since_s.values() if now_s - since_s > slo.ttft_s]
         return Window(

@@ -1,17 +1,17 @@
-"""Every agent under way holds a connection, which is an open file; the usual limit is far below a thousand agents."""
+"""Raises the limit of open files: every agent under way holds a connection, and the usual limit is 1,024."""
 
 import resource
 
 SPARE_FILES = 128
-"""For what is open besides: the journal, the terminal, connections that are just being closed."""
+"""Files that are open besides: the journal, the terminal, connections that are just closing."""
 
 
 class OpenFilesError(Exception):
-    """The system does not allow as many connections."""
+    """The system does not allow that many connections."""
 
 
 def allow_open_files(connections: int) -> None:
-    """Raise this process's limit so that `connections` fit. Raises OpenFilesError where it may not."""
+    """Raises this process's limit so that `connections` fit. Raises OpenFilesError if the system does not allow it."""
     needed = connections + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:

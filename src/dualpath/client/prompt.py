@@ -1,7 +1,7 @@
-"""Token ids kept as the text that a request's body wants, so that a long context is encoded once and not every turn.
+"""Keeps token ids as the text of a request's body, so that a long context is encoded once and not every turn.
 
-A prompt of 60,000 ids takes milliseconds to encode; an agent sends nearly the same one again and again. `Prompt` holds
-the inside of the JSON array, ``12,7,4051``, and grows at its end; sending it is a copy of bytes.
+Encoding a prompt of 60,000 ids takes milliseconds, and an agent sends nearly the same prompt again and again. `Prompt`
+holds the inside of the JSON array, ``12,7,4051``, and grows at its end; sending it is a copy of bytes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ _COMMA = ord(",")
 
 
 class Prompt:
-    """A growing context of one agent. `tokens` is how many ids it holds."""
+    """One agent's growing context. `tokens` is the number of ids it holds."""
 
     def __init__(self, token_ids: Sequence[int] = ()) -> None:
         self.tokens = 0
@@ -27,9 +27,9 @@ class Prompt:
             self.tokens += len(token_ids)
 
     def keep(self, tokens: int) -> None:
-        """Drop what comes after the first `tokens` ids (a compaction); no effect where there are no more."""
+        """Drops what comes after the first `tokens` ids (a compaction); does nothing if there are no more."""
         if tokens < self.tokens:
-            # Of a copy: a view of the bytearray would keep it from shrinking.
+            # A copy is searched, because a view of the bytearray would keep it from shrinking.
             commas = np.flatnonzero(np.frombuffer(bytes(self._text), np.uint8) == _COMMA)
             del self._text[int(commas[tokens - 1]) if tokens else 0 :]
             self.tokens = tokens
@@ -38,6 +38,6 @@ class Prompt:
         return msgspec.json.decode(b"[%b]" % bytes(self._text), type=list[int])
 
     def body(self, fields: Iterable[tuple[str, object]]) -> bytes:
-        """A JSON object of `fields` and ``"prompt"``."""
+        """Returns a JSON object of `fields` and ``"prompt"``."""
         rest = msgspec.json.encode(dict(fields))
         return b"".join((b'{"prompt":[', self._text, b"],", rest[1:]))

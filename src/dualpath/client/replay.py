@@ -1,16 +1,16 @@
-"""Replays trajectories against an OpenAI server: every agent at once, each turn as soon as the one before is answered.
+"""Replays trajectories against an OpenAI server: all agents start at once, each turn follows the answer before it.
 
-Theory of operation. A trajectory says how *many* tokens each round appends; which ones follows from the seed, the
-trajectory's id and the round, so two replays send the same appends, and agents never share a prefix. The context of a
-round is what was really sent and really generated before: the server's own tokens come back in the stream and go out
-again in the next prompt, so its prefix is in storage if the server put it there. ::
+Theory of operation. A trajectory says how *many* tokens each round appends; the seed, the trajectory's id and the round
+determine which ones, so two replays send the same appends, and agents never share a prefix. The context of a round is
+what was really sent and generated before: the server's own tokens come back in the stream and go out again in the next
+prompt, so its prefix is in storage if the server put it there. ::
 
     context ──keep──┬── append(seed, id, round) ──► prompt ──► server ──► token ids
        ▲            └──────────────────────────────────┴──────────────────────┘
        └──────────────────────── next round's context ──────────────────────┘
 
 A first round has nothing in storage. `warm_up` runs the first rounds before the clock starts and returns the contexts
-from which `replay` goes on. With a journal, a replay that was interrupted goes on from its last answered turns.
+from which `replay` continues. With a journal, an interrupted replay continues from its last answered turns.
 """
 
 import asyncio
@@ -36,15 +36,15 @@ PROBE_TOKENS = 8
 
 
 class ReplayError(Exception):
-    """A replay that could not begin, or could not write its journal."""
+    """The replay could not begin, or could not write its journal."""
 
 
 async def warm_up(
     url: str, trajectories: Sequence[Trajectory], options: ReplayOptions, on_turn: OnTurn | None = None
 ) -> dict[str, list[int]]:
-    """Run the first round of every trajectory; return the contexts (token ids) after it, by trajectory id.
+    """Runs the first round of every trajectory; returns the contexts (token ids) after it, by trajectory id.
 
-    Raises ReplayError if a single one fails: what follows would not be the same for everyone.
+    Raises ReplayError if a single one fails, because what follows would not be the same for everyone.
     """
     async with connected(url, _agents(trajectories), options) as (client, server):
         run = Rollout(client, server, options, on_turn)
@@ -66,11 +66,11 @@ async def replay(
     on_turn: OnTurn | None = None,
     journal: Journal | None = None,
 ) -> ReplayResult:
-    """Run all `trajectories` at once to their ends; with `contexts` (from `warm_up`), from their second rounds.
+    """Runs all `trajectories` at once to their ends; with `contexts` (from `warm_up`), from their second rounds.
 
-    `on_turn` sees every turn as it ends, those that `journal` remembers included. A turn that fails ends its trajectory
-    and is in `ReplayResult.failures`. Raises ReplayError where there is no server, an id is not unique or has no
-    context, or the journal can't be written.
+    `on_turn` gets every turn as it ends, those from `journal` included. A turn that fails ends its trajectory and is in
+    `ReplayResult.failures`. Raises ReplayError if no server answers, an id is not unique or has no context, or the
+    journal can't be written.
     """
     agents = _agents(trajectories)
     missing = [one.id for one in trajectories if contexts is not None and one.id not in contexts]
@@ -87,7 +87,7 @@ async def replay(
 
 @contextlib.asynccontextmanager
 async def connected(url: str, agents: int, options: ReplayOptions) -> AsyncIterator[tuple[HttpClient, ServedModel]]:
-    """A client for `agents` connections, and the server it found. Raises ReplayError."""
+    """Yields a client for `agents` connections and the server it found. Raises ReplayError."""
     try:
         allow_open_files(agents)
         opened = open_client(url, options.api_key)
@@ -106,7 +106,7 @@ async def connected(url: str, agents: int, options: ReplayOptions) -> AsyncItera
 
 @contextlib.asynccontextmanager
 async def recorded(journal: Journal | None, server: ServedModel) -> AsyncIterator[None]:
-    """A part of `journal`, where there is one. Raises ReplayError for what goes wrong in writing it."""
+    """Runs a part of `journal`, if there is one. Raises ReplayError if it can't be written."""
     failed: JournalError | None = None
     if journal is None:
         yield
@@ -123,7 +123,7 @@ async def recorded(journal: Journal | None, server: ServedModel) -> AsyncIterato
 
 @contextlib.contextmanager
 def rare_garbage_collection() -> Iterator[None]:
-    """Collections of thousands of agents' objects stop the loop for tenths of a second; in here they are rare."""
+    """Makes garbage collections rare: with thousands of agents' objects, one stops the loop for tenths of a second."""
     before = gc.get_threshold()
     gc.collect()
     gc.freeze()
@@ -141,7 +141,7 @@ def _first(errors: BaseExceptionGroup[JournalError]) -> JournalError:
 
 
 def _agents(trajectories: Sequence[Trajectory]) -> int:
-    """How many may be under way at once, after a check that ids, subagents' included, are unique (ReplayError)."""
+    """Returns how many agents can be under way. Raises ReplayError unless all ids, subagents' too, are unique."""
     seen: set[str] = set()
     for one in (inner for outer in trajectories for inner in outer.walk()):
         if one.id in seen:

@@ -1,16 +1,16 @@
-"""``turns.jsonl``: every turn of a replay as it ends, so that what was interrupted can go on.
+"""``turns.jsonl``: the journal of a replay's turns, from which an interrupted replay continues.
 
-Theory of operation. A line is appended when a turn ends, so whatever kills the process loses no finished turn; once a
-second the file is synced, so a machine that dies loses at most that. A resumed replay reads the lines back: turns that
-were answered are not sent again, and the tokens generated in them bring each context to where it was. A turn that
-failed or was under way is sent again. ::
+Theory of operation. A line is appended when a turn ends, so a killed process loses no finished turn. The file is synced
+once a second, so a machine that dies loses at most that. A resumed replay reads the lines back: answered turns are not
+sent again, and the tokens generated in them restore each context. A turn that failed or was under way is sent
+again. ::
 
-    {"kind":"part","number":0,"identity":"…"}      the replay starts; its identity says what it replays
+        {"kind":"part","number":0,"identity":"…"}      the replay starts; the identity tells what it replays
     {"kind":"turn","turn":{…},"token_ids":[…]}     answered
     {"kind":"failure","failure":{…}}               given up
-    {"kind":"end","wall_s":12.3}                   it ended or was interrupted; missing after a kill
+        {"kind":"end","wall_s":12.3}                   it ended or was interrupted; missing after a kill
 
-A last line that was cut off by a kill is dropped. One process at a time holds the file.
+A last line that a kill cut off is dropped. Only one process at a time holds the file.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ SYNC_EVERY_S = 1.0
 
 
 class JournalError(Exception):
-    """A journal that can't be read or written. The message names the file, the line and what to do."""
+    """The journal can't be read or written. The message names the file, the line and what to do."""
 
 
 class PartLine(msgspec.Struct, frozen=True, tag="part", tag_field="kind"):
@@ -59,7 +59,7 @@ _DECODER: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
 
 
 class Journal:
-    """The journal of one replay: what earlier parts answered, and the file that this part appends to."""
+    """One replay's journal: what earlier parts answered, and the file that this part appends to."""
 
     def __init__(self, path: Path, file: IO[bytes], identity: str, earlier: list[Line]) -> None:
         self.path = path
@@ -67,26 +67,26 @@ class Journal:
         self.answered = {
             (line.turn.trajectory, line.turn.round_index): line for line in earlier if isinstance(line, TurnLine)
         }
-        """In earlier parts, by trajectory and round."""
+        """Turns answered in earlier parts, by trajectory and round."""
         self.parts = _parts(earlier)
-        """Earlier ones."""
+        """Earlier parts."""
         self._context = next((line.context for line in earlier if isinstance(line, PartLine)), None)
         self._file = file
         self._dirty = False
         self._failed: JournalError | None = None
         self.turns = 0
-        """Answered in this part."""
+        """Turns answered in this part."""
         self._started_at = ""
         self._started_s = 0.0
 
     @classmethod
     def create(cls, path: Path, identity: str) -> "Journal":
-        """A new journal, in place of what `path` holds once its first part begins. Raises JournalError."""
+        """Makes a new journal, which replaces the content of `path` when its first part begins. Raises JournalError."""
         return cls(path, _opened(path), identity, [])
 
     @classmethod
     def resume(cls, path: Path, identity: str) -> "Journal":
-        """Go on with the journal in `path`, of a replay of this `identity`. Raises JournalError."""
+        """Continues the journal in `path` of a replay with this `identity`. Raises JournalError."""
         if not path.is_file():
             raise JournalError(f"{path} does not exist: there is nothing to resume; leave --resume out")
         file = _opened(path)
@@ -101,7 +101,7 @@ class Journal:
         return cls(path, file, identity, lines)
 
     def begin(self, context: str) -> None:
-        """A part begins now, whose contexts are of this kind. Raises JournalError where earlier ones are of another."""
+        """Begins a part with this kind of contexts. Raises JournalError if earlier parts have the other kind."""
         if self._context not in (None, context):
             raise JournalError(
                 f"{self.path} has {self._context} contexts, and this server gives {context} ones; resume against the "
@@ -120,15 +120,15 @@ class Journal:
         self._append(FailureLine(failure))
 
     def all_parts(self) -> tuple[Part, ...]:
-        """Earlier ones and this one, up to now."""
+        """Earlier parts and this one up to now."""
         wall_s = time.perf_counter() - self._started_s
         return (*self.parts, Part(started_at=self._started_at, wall_s=wall_s, turns=self.turns))
 
     @contextlib.asynccontextmanager
     async def syncing(self) -> AsyncIterator[None]:
-        """Sync the file once a second inside, and at the end, which is written whatever ended it.
+        """Syncs the file once a second inside, and writes and syncs the end however it is left.
 
-        Raises JournalError; a sync that failed inside is raised by what is written next.
+        Raises JournalError; if a sync inside fails, the next write raises it.
         """
         syncer = asyncio.create_task(self._sync_now_and_then())
         try:
@@ -191,7 +191,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _lines(path: Path, content: bytes) -> tuple[list[Line], int]:
-    """What is in `content`, and where its last whole line ends."""
+    """Returns the lines of `content`, and where its last whole line ends."""
     lines: list[Line] = []
     whole_bytes = 0
     texts = content.splitlines(keepends=True)
@@ -220,7 +220,7 @@ def _check(path: Path, lines: list[Line], identity: str) -> None:
 
 
 def _parts(lines: list[Line]) -> list[Part]:
-    """A part that was killed ends with its last answer."""
+    """Returns the parts; one that was killed ends with its last answer."""
     parts: list[Part] = []
     before_s = 0.0
     for line in lines:

@@ -1,8 +1,8 @@
-"""Agents under way: each sends its turns one after another, on time, and goes on from what was really generated.
+"""Agents under way: each sends its turns one after another, on time, and continues from what was really generated.
 
-Used by offline replays (`dualpath.client.replay`) and online ones (`dualpath.client.online`), which differ in when
-agents start and when they are told to stop. A turn is due when its agent's pause ends; how much later it goes out is
-its pacing error, the load generator's own share in what is measured.
+Offline replays (`dualpath.client.replay`) and online ones (`dualpath.client.online`) use this; they differ in when
+agents start and when they stop. A turn is due when its agent's pause ends. How much later it is sent is its pacing
+error: the load generator's own share of the measurement.
 """
 
 import asyncio
@@ -33,16 +33,16 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     token_ids_below: int = 256
     """Appended token ids are uniform in ``[0, this)``; keep it below the vocabulary and out of the special tokens."""
     retries: int = 2
-    """Further tries of a turn after an error that may pass: no connection, a broken stream, 408, 429 or 5xx."""
+    """Further tries of a turn after a transient error: no connection, a broken stream, 408, 429 or 5xx."""
     retry_delay_s: float = 0.5
-    """Before the second try; doubled before each further one. A server's Retry-After wins."""
+    """Delay before the second try; doubled before each further one. A server's Retry-After overrides it."""
     turn_timeout_s: float = 300.0
     """Deadline of one try."""
     gap_scale: float = 0.0
     """Factor on the trajectories' pauses; 0 replays without tool time (paper §9)."""
     api_key: str | None = None
     server: ServerKind | None = None
-    """None: what the server says it is."""
+    """None: the kind that the server says it is."""
 
     def __post_init__(self) -> None:
         if self.token_ids_below < 2 or self.retries < 0 or self.turn_timeout_s <= 0 or self.gap_scale < 0:
@@ -53,7 +53,7 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rollout:
-    """One replay under way: the clock, the client and what has been measured."""
+    """One replay under way: its clock, its client and its measurements."""
 
     def __init__(
         self,
@@ -73,17 +73,17 @@ class Rollout:
         self.turns: list[TurnResult] = []
         self.failures: list[TurnFailure] = []
         self.waiting_since_s: dict[str, float] = {}
-        """Agents that wait for a first token, and when their turns were due."""
+        """Agents that wait for a first token, with the time their turns were due."""
         earlier = () if journal is None else journal.parts
         self._earlier_s = sum(part.wall_s for part in earlier)
         self.started_at_s = time.perf_counter()
 
     def stop(self) -> None:
-        """No agent sends another turn; those under way may end."""
+        """Lets no agent send another turn; turns under way may end."""
         self._stopped = True
 
     def result(self) -> ReplayResult:
-        """What was measured up to now."""
+        """Returns the measurements up to now."""
         wall_s = time.perf_counter() - self.started_at_s
         parts = self._journal.all_parts() if self._journal else ()
         return ReplayResult(
@@ -99,7 +99,7 @@ class Rollout:
         )
 
     async def agent(self, trajectory: Trajectory, due_s: float, context: Sequence[int] | None = None) -> None:
-        """All rounds of `trajectory`, the first due at `due_s`; from the second where `context` is what it left."""
+        """Runs all rounds of `trajectory`, the first due at `due_s`; with `context`, from the second round."""
         prompt = Prompt(context or ())
         if context is not None:
             await self._subagents(trajectory.rounds[0])
@@ -117,7 +117,7 @@ class Rollout:
                 due_s = time.perf_counter()
 
     async def turn(self, trajectory: Trajectory, index: int, prompt: Prompt, due_s: float) -> float | None:
-        """One round, after which `prompt` is the context; when its answer was whole, or None when it failed."""
+        """Runs one round; `prompt` becomes the context after it. Returns when its answer ended, None if it failed."""
         round_, options = trajectory.rounds[index], self._options
         self._append(trajectory.id, index, round_, prompt)
         sent_at_s: float | None = None
@@ -155,7 +155,7 @@ class Rollout:
         prompt.extend(append_tokens(options.seed, trajectory, index, round_.append_tokens, options.token_ids_below))
 
     def _recall(self, trajectory: str, index: int, round_: Round, prompt: Prompt) -> bool:
-        """Whether an earlier part answered this turn; then `prompt` is the context after it."""
+        """Whether an earlier part answered this turn; if so, makes `prompt` the context after it."""
         line = None if self._journal is None else self._journal.answered.get((trajectory, index))
         if line is None:
             return False
@@ -183,7 +183,7 @@ class Rollout:
         self, trajectory: str, index: int, tries: int, due_s: float, sent_at_s: float, done: Completion, prompt: Prompt
     ) -> None:
         first_s = done.first_token_at_s
-        # Without a second event there is no telling what the tokens after the first took.
+        # Without a second event, nobody can tell how long the tokens after the first took.
         later_tokens = 0 if done.second_token_at_s is None else done.generated_tokens - 1
         turn = TurnResult(
             trajectory=trajectory,
@@ -225,7 +225,7 @@ class Rollout:
 
 
 def identity_of(trajectories: Sequence[Trajectory], options: ReplayOptions) -> str:
-    """What decides which prompts a replay sends; parts of one replay agree in it."""
+    """Returns what decides which prompts a replay sends; it is the same for all parts of a replay."""
     decides = [options.seed, options.token_ids_below, trajectories]
     return hashlib.blake2b(msgspec.json.encode(decides), digest_size=16).hexdigest()
 

@@ -1,19 +1,19 @@
-"""Which server answers, and what may be asked of it.
+"""Finds out which kind of server answers, and what it can be asked for.
 
-The engines that agents are replayed against all take ``ignore_eos`` and ``min_tokens``; they differ in what they add:
+The engines that agents are replayed against all take ``ignore_eos`` and ``min_tokens``. They differ in their additions:
 
 ========  ================  =====================================================================
 kind      return_timings    return_token_ids
 ========  ================  =====================================================================
 dualpath  yes               yes
 vllm      no                yes
-sglang    no                since 0.5: one token is asked for first, to see
-other     no                the same
+sglang    no                since 0.5: a probe of one token shows it
+other     no                a probe of one token shows it
 ========  ================  =====================================================================
 
-With token ids, a context holds what was really generated (``own``). Without, it holds ids chosen by the replay in its
-place (``filled``): of the right length and the same in every replay, but the server finds the KV of *generated* tokens
-in no cache, and each turn recomputes what the turn before generated.
+With token ids, a context holds what was really generated (``own``). Without, it holds ids chosen by the replay instead
+(``filled``): of the right length and the same in every replay, but no cache of the server holds the KV of *generated*
+tokens, and each turn recomputes what the turn before generated.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class ServedModel(msgspec.Struct, frozen=True):
     kind: ServerKind
     returns_token_ids: bool
     cluster: ServedCluster | None = None
-    """As a DualPath server says."""
+    """The cluster that a DualPath server describes."""
 
     @property
     def returns_timings(self) -> bool:
@@ -63,10 +63,9 @@ class _Models(msgspec.Struct):
 
 
 async def find_server(client: HttpClient, url: str, kind: ServerKind | None = None) -> ServedModel:
-    """The first model listed, and the kind of its server: `kind`, or what `owned_by` says. Raises ServerError.
+    """Returns the first listed model, and the kind of its server: `kind`, or told by `owned_by`. Raises ServerError.
 
-    Whether it returns token ids is what is known of its kind; `dualpath.client.completion.asked_for_token_ids` finds
-    out more.
+    The kind says whether it returns token ids; `dualpath.client.completion.asked_for_token_ids` finds out more.
     """
     try:
         async with asyncio.timeout(MODELS_DEADLINE_S):
@@ -88,7 +87,7 @@ async def find_server(client: HttpClient, url: str, kind: ServerKind | None = No
 
 
 def _cluster(model: _Model) -> ServedCluster | None:
-    """None where another kind of server, or another version of ours, says something else there."""
+    """Returns None if another kind of server, or another version of ours, has something else in the field."""
     try:
         return msgspec.convert(model.cluster, ServedCluster | None)
     except msgspec.ValidationError:

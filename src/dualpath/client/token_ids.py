@@ -1,4 +1,4 @@
-"""Which token ids a replay sends: a function of the seed, the trajectory and the round alone."""
+"""Token ids that a replay sends: a function of the seed, the trajectory and the round alone."""
 
 import hashlib
 
@@ -6,12 +6,12 @@ import numpy as np
 
 
 def append_tokens(seed: int, trajectory: str, round_index: int, count: int, below: int) -> list[int]:
-    """The `count` ids in ``[0, below)`` that round `round_index` appends."""
+    """Returns the `count` ids in ``[0, below)`` that round `round_index` appends."""
     return _draw(f"{seed}/{trajectory}/{round_index}", count, below)
 
 
 def fill_tokens(seed: int, trajectory: str, round_index: int, count: int, below: int) -> list[int]:
-    """The ids that stand for what was generated in it, where the server does not return that."""
+    """Returns ids that stand for what the round generated, if the server does not return them."""
     return _draw(f"{seed}/{trajectory}/{round_index}/generated", count, below)
 
 

@@ -1,4 +1,4 @@
-"""What demos, experiments, replays and predictions measured: typed records of a result file, and reading it back.
+"""Typed records of a result file: what demos, experiments, replays and simulations found, and how to read it back.
 
 ::
 

@@ -1,4 +1,4 @@
-"""From what was measured or simulated to the records of a result file: runs with their ratios, and the workload."""
+"""Builds the records of a result file from measurements or simulations: runs with their ratios, and the workload."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ from dualpath.traces.trajectory import Trajectory, totals
 def run_of(
     replay: ReplayResult, *, topology: str, system: str, snic_bytes: Mapping[str, int] | None = None, **more: Any
 ) -> Run:
-    """The record of one replay; `more` are further fields of `Run`. `compared` adds what needs other runs."""
+    """Returns the record of one replay; `more` are further fields of `Run`. `compared` adds what needs other runs."""
     received = dict(snic_bytes or {})
     fields: dict[str, Any] = {
         "turn_results": list(replay.turns),
@@ -40,7 +40,7 @@ def run_of(
 
 
 def compared(runs: Sequence[Run]) -> list[Run]:
-    """The runs with their ratios to the baseline and to the ideal, each within its topology and parameters."""
+    """Returns the runs with their ratios to the baseline and to the ideal, each within its topology and parameters."""
     settings = [Setting(run.topology, tuple(parameters_of(run).items())) for run in runs]
     groups: dict[Setting, list[Run]] = {}
     for run, setting in zip(runs, settings, strict=True):
@@ -49,19 +49,19 @@ def compared(runs: Sequence[Run]) -> list[Run]:
 
 
 def snic_max_over_avg(system: str, snic_bytes: Mapping[str, int]) -> float | None:
-    """The busiest storage NIC's bytes over the average, of the engines that `system` may read with."""
+    """Returns the busiest storage NIC's bytes over the average, of the engines that `system` may read with."""
     read = [snic_bytes[engine] for engine in readers(system, list(snic_bytes))]
     return max(read) * len(read) / sum(read) if sum(read) else None
 
 
 def ideal_ratio(topology: str, basic_s: float, oracle_s: float | None) -> float:
-    """min((P + D) / P, basic's JCT over oracle's): more NICs can't help beyond their number, nor beyond free I/O."""
+    """min((P + D) / P, basic's JCT over oracle's): pooling gains at most the number of NICs, and at most free I/O."""
     pooled = Topology.parse(topology).pooled
     return pooled if oracle_s is None else min(pooled, basic_s / oracle_s)
 
 
 def workload_of(agents: Sequence[Trajectory], source: str, *, warmed: bool) -> Workload:
-    """What `agents` ask. With `warmed`, their first turns come before the clock starts and are not counted."""
+    """Describes what `agents` ask. With `warmed`, first turns come before the clock starts and are not counted."""
     every = totals(agents)
     first = [next(one.spans()) for one in agents] if warmed else []
     warm_tokens = sum(span.prompt_tokens for span in first)
@@ -79,7 +79,7 @@ def workload_of(agents: Sequence[Trajectory], source: str, *, warmed: bool) -> W
 
 
 def machine() -> str:
-    """This machine, and how busy it is before anything is run: jobs that share the cores are in every figure."""
+    """Describes this machine and its load before a run: jobs that share the cores affect every figure."""
     return (
         f"{len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.machine()}, "
         f"Python {platform.python_version()}, load average of {os.getloadavg()[0]:.1f} from other jobs"
@@ -89,7 +89,7 @@ def machine() -> str:
 def _compared(run: Run, peers: Sequence[Run]) -> Run:
     basic_s = _median_jct_s(peers, BASELINE)
     oracle_s = _median_jct_s(peers, oracle_among(peer.system for peer in peers))
-    # A run that lost turns did less work: its time is compared with nothing, and nothing with its time.
+    # A run that lost turns did less work, so it has no ratios and no other run is compared with it.
     ratio = None if basic_s is None or run.errors else basic_s / run.jct_s
     ideal = None if basic_s is None else ideal_ratio(run.topology, basic_s, oracle_s)
     reached = ratio / ideal if ratio is not None and ideal is not None and contenders([run.system]) else None
@@ -103,15 +103,15 @@ def _compared(run: Run, peers: Sequence[Run]) -> Run:
 
 
 def _median_jct_s(peers: Sequence[Run], system: str | None) -> float | None:
-    """Over the runs that answered every turn; None where there is none."""
+    """Median over the runs that answered every turn; None if there is none."""
     times_s = [run.jct_s for run in peers if run.system == system and not run.errors]
     return statistics.median_low(times_s) if times_s else None
 
 
 def _same_tokens(run: Run, peers: Sequence[Run]) -> float | None:
-    """Share of turns that generated what the baseline's first run did; None for that run itself.
+    """Share of turns whose tokens equal those of the baseline's first run; None for that run itself.
 
-    None too where nothing was generated: simulated turns have no digests.
+    Also None if nothing was generated: simulated turns have no digests.
     """
     basic = next((peer for peer in peers if peer.system == BASELINE), None)
     told = [turn for turn in run.turn_results if turn.output_digest]

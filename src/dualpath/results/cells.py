@@ -1,4 +1,4 @@
-"""A result file's runs, grouped: what was the same under two runs makes them comparable.
+"""Groups a result file's runs, so that only runs under the same conditions are compared.
 
 A *setting* is a topology with the parameters that runs vary; a *cell* is a system under a setting, with its repeats; a
 *comparison* is every system's cell under one setting. Ratios are taken within a comparison only.
@@ -22,32 +22,32 @@ UNITS = {
     "spread": "spread of lengths",
     "agents_per_s": "agents a second",
 }
-"""What an axis of a chart is called, by the name of its parameter."""
+"""Name of a chart's axis, by parameter."""
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """The circumstances under which systems are compared."""
+    """The conditions under which systems are compared."""
 
     topology: str
     parameters: Parameters = ()
     varying: tuple[str, ...] = ()
-    """Names of the parameters that differ between runs of the file."""
+    """Names of the parameters that differ between the file's runs."""
     source: str = ""
-    """The result file's name, where several are read together."""
+    """The result file's name, if several are read together."""
 
     @property
     def label(self) -> str:
-        """``1P1D, 8 agents, 2000 tokens of first context``; what no run varies is left out."""
+        """``1P1D, 8 agents, 2000 tokens of first context``; parameters that no run varies are left out."""
         return self.label_without(None)
 
     def label_without(self, parameter: str | None) -> str:
-        """The label with everything but `parameter`."""
+        """Returns the label without `parameter`."""
         shown = [_said(*one) for one in self.parameters if one[0] in self.varying and one[0] != parameter]
         return ", ".join([self.place, *shown])
 
     @property
     def place(self) -> str:
-        """Source and topology alone."""
+        """Source and topology only."""
         return f"{self.source} {self.topology}".strip()
 
 
@@ -65,7 +65,7 @@ class Cell(msgspec.Struct, frozen=True):
     setting: Setting
     system: str
     runs: list[Run]
-    """Every repeat, at least one; those that lost turns too."""
+    """All repeats, at least one; those that lost turns too."""
 
     @property
     def whole(self) -> list[Run]:
@@ -74,24 +74,24 @@ class Cell(msgspec.Struct, frozen=True):
 
     @property
     def counted(self) -> list[Run]:
-        """The repeats that figures are taken from: whole ones, or all where every one lost turns."""
+        """The repeats that figures come from: those that answered every turn, or all if every one lost turns."""
         return self.whole or self.runs
 
     @property
     def median(self) -> Run:
-        """The counted repeat with the median JCT, the lower one of two."""
+        """The counted repeat with the median JCT; of two middle ones, the lower."""
         runs = self.counted
         median_s = statistics.median_low(run.jct_s for run in runs)
         return next(run for run in runs if run.jct_s == median_s)
 
     @property
     def jct(self) -> Spread:
-        """The median run's JCT, and the range over counted repeats."""
+        """The median run's JCT, with the range over counted repeats."""
         times_s = [run.jct_s for run in self.counted]
         return Spread(self.median.jct_s, min(times_s), max(times_s))
 
     def spread(self, figure: Callable[[Run], float | None]) -> Spread | None:
-        """`figure` over counted repeats; None where no run has it."""
+        """Median and range of `figure` over counted repeats; None if no run has it."""
         values = [value for value in map(figure, self.counted) if value is not None]
         return Spread(statistics.median(values), min(values), max(values)) if values else None
 
@@ -101,16 +101,16 @@ class Comparison(msgspec.Struct, frozen=True):
 
     setting: Setting
     cells: dict[str, Cell]
-    """By system."""
+    """Cells by system."""
 
     def complete(self, system: str | None) -> Run | None:
-        """The system's median run; None where it was not run or lost turns in every repeat."""
+        """Returns the system's median run; None if it was not run or lost turns in every repeat."""
         cell = self.cells.get(system or "")
         return cell.median if cell is not None and cell.whole else None
 
 
 def settings_of(result: ResultFile, source: str = "") -> list[Setting]:
-    """The setting of each run, in the order of the runs."""
+    """Returns the setting of each run, in the order of the runs."""
     sets = [parameters_of(run) for run in result.runs]
     names = dict.fromkeys(name for parameters in sets for name in parameters)
     varying = tuple(name for name in names if len({parameters.get(name) for parameters in sets}) > 1)
@@ -121,7 +121,7 @@ def settings_of(result: ResultFile, source: str = "") -> list[Setting]:
 
 
 def cells_of(result: ResultFile, source: str = "") -> list[Cell]:
-    """Cells by topology (as configured), parameters (ascending) and system (as configured)."""
+    """Returns cells ordered by topology (as configured), parameters (ascending) and system (as configured)."""
     groups: dict[tuple[Setting, str], list[Run]] = {}
     for run, setting in zip(result.runs, settings_of(result, source), strict=True):
         groups.setdefault((setting, run.system), []).append(run)
@@ -135,7 +135,7 @@ def cells_of(result: ResultFile, source: str = "") -> list[Cell]:
 
 
 def comparisons(cells: Iterable[Cell]) -> list[Comparison]:
-    """The cells of each setting, settings in order of their first cell."""
+    """Groups cells by setting, in the order of each setting's first cell."""
     found: dict[Setting, dict[str, Cell]] = {}
     for cell in cells:
         found.setdefault(cell.setting, {})[cell.system] = cell
@@ -143,22 +143,22 @@ def comparisons(cells: Iterable[Cell]) -> list[Comparison]:
 
 
 def systems_of(cells: Iterable[Cell]) -> list[str]:
-    """Every system that was run, in order of first use."""
+    """Returns every system that was run, in order of first use."""
     return list(dict.fromkeys(cell.system for cell in cells))
 
 
 def parameters_of(run: Run) -> dict[str, float | str]:
-    """What the run varies, its rate of arrivals included."""
+    """Returns what the run varies, its arrival rate included."""
     return run.parameters | ({} if run.agents_per_s is None else {"agents_per_s": run.agents_per_s})
 
 
 def unit_of(parameter: str) -> str:
-    """What an axis along `parameter` is called."""
+    """Returns the name of an axis along `parameter`."""
     return UNITS.get(parameter, parameter.replace("_", " "))
 
 
 def number(value: float | str) -> str:
-    """A parameter's value as text."""
+    """Formats a parameter's value."""
     return value if isinstance(value, str) else f"{value:g}"
 
 

@@ -1,7 +1,7 @@
-"""The result file of a demo, an experiment, a replay or a prediction: what it holds, writing it and reading it back.
+"""The result file of a demo, an experiment, a replay or a simulation: its records, writing and reading.
 
-Times are in seconds, rates in bytes per second. A prediction is a result file too, with the runs of the measurement it
-predicts, in their order. Files of earlier versions lack newer fields, which then have their defaults.
+Times are in seconds, rates in bytes per second. A prediction (`dualpath simulate --like`) is a result file too, with
+the runs of the measurement in their order. Files of earlier versions lack newer fields, which then take their defaults.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from dualpath.traces.trajectory import Trajectory
 
 
 class ResultFileError(ValueError):
-    """A result file that can't be read. The message names the file and the field."""
+    """A result file can't be read. The message names the file and the field."""
 
 
 class SnicSample(msgspec.Struct, frozen=True):
@@ -32,13 +32,13 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One replay of the workload on one cluster."""
 
     parameters: dict[str, float | str] = {}
-    """What this run varies beyond topology and system, such as ``{"agents": 16, "append_scale": 2}``."""
+    """What this run varies besides topology and system, such as ``{"agents": 16, "append_scale": 2}``."""
     trajectories: str = ""
-    """Key of its agents in `ResultFile.trajectories`; empty where the file does not keep them."""
+    """Key of the agents in `ResultFile.trajectories`; empty if the file does not keep them."""
     first_round: int = 0
-    """Round of every trajectory at which the measured part begins: 1 after a warm-up."""
+    """Round of every trajectory with which the measured part begins: 1 after a warm-up."""
     agents_per_s: float | None = None
-    """Poisson arrivals; None: all agents at once."""
+    """Rate of Poisson arrivals; None: all agents start at once."""
     cluster: ClusterSetup | None = None
     turn_results: list[TurnResult] = []
     failures: list[TurnFailure] = []
@@ -46,30 +46,30 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     gap_scale: float = 1.0
     """Factor on the trajectories' pauses."""
     context: Literal["own", "filled"] = "own"
-    """What stood for generated tokens in later prompts: themselves, or ids chosen by the replay."""
+    """What stood for generated tokens in later prompts: ``own`` tokens, or ids chosen by the replay (``filled``)."""
     parts: list[Part] = []
-    """Of a replay; with more than one it was resumed, and `jct_s` is not comparable."""
+    """Parts of a replay; with more than one it was resumed, and `jct_s` is not comparable."""
     windows: list[Window] = []
-    """Of a replay with arrivals."""
+    """Windows of a replay with arrivals."""
     verdict: str = ""
-    """Of a replay with arrivals: ``steady`` or ``duration`` (the SLO held), ``ttft``, ``tpot`` or ``errors``."""
+    """Verdict of a replay with arrivals: ``steady`` or ``duration`` (the SLO holds), ``ttft``, ``tpot``, ``errors``."""
     start_pacing: Percentiles | None = None
     """How much later than due the client sent first turns."""
     pacing: Percentiles | None = None
-    """The same of later turns."""
+    """How much later than due the client sent later turns."""
 
     topology: str
-    """``1P2D``: prefill and decode nodes; of a replay against a server that does not say, ``served``."""
+    """Prefill and decode nodes, such as ``1P2D``; ``served`` for a replay whose server does not say."""
     system: str
     repeat: int = 0
     jct_s: float
-    """Job completion time: all agents start, all have ended."""
+    """Job completion time: from the start of all agents until all have ended."""
     ratio_to_basic: float | None = None
-    """Basic's median JCT on this topology over this JCT; None where either lost turns or basic was not run."""
+    """Basic's median JCT on this topology over this JCT; None if either lost turns or basic was not run."""
     ideal_ratio: float | None = None
     """min((P + D) / P, basic's JCT over oracle's): the most that pooling every storage NIC could give."""
     ratio_to_ideal: float | None = None
-    """`ratio_to_basic` over `ideal_ratio`; None for the baseline and oracles, which the ideal does not describe."""
+    """`ratio_to_basic` over `ideal_ratio`; None for the baseline and for oracles, which have no ideal."""
     ttft_p50_s: float | None
     ttft_p99_s: float | None
     ttst_p50_s: float | None
@@ -79,26 +79,26 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     hit_rate: float
     """Prompt tokens loaded from storage over all prompt tokens."""
     snic_max_over_avg: float | None
-    """Of the bytes read, over the engines that the system may read with; None where nothing was read."""
+    """Busiest SNIC's bytes over the average, of the engines that the system may read with; None if nothing was read."""
     snic_bytes: dict[str, int]
     """Bytes each engine's SNIC received from storage, by engine name (``PE0``, ``DE1``; ranks within a role)."""
     turns: int
-    """Turns answered."""
+    """Number of answered turns."""
     retries: int = 0
     errors: int
-    """Turns that failed; with any, `jct_s` is not comparable."""
+    """Number of failed turns; above 0, `jct_s` is not comparable."""
     error_messages: list[str] = []
     same_tokens_as_basic: float | None = None
     """Share of turns whose generated tokens equal those of basic's first run on this topology."""
 
     @property
     def ideal_s(self) -> float | None:
-        """The JCT that `ideal_ratio` stands for; None where the run is compared with nothing."""
+        """The JCT that `ideal_ratio` stands for; None if the run is compared with nothing."""
         return self.jct_s * self.ratio_to_basic / self.ideal_ratio if self.ratio_to_basic and self.ideal_ratio else None
 
     @property
     def mean_ttft_s(self) -> float | None:
-        """None where the file does not keep the run's turns."""
+        """Mean time to first token; None if the file does not keep the run's turns."""
         return fmean(turn.ttft_s for turn in self.turn_results) if self.turn_results else None
 
 
@@ -109,7 +109,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     topologies: list[str]
     systems: list[str]
     snic_bytes_per_s: int | None
-    """Each storage NIC's rate, enforced on real bytes; None: not limited. Oracle runs without any limit."""
+    """Each storage NIC's rate, enforced on real bytes; None: not limited. Oracle runs have no limit."""
     cnic_bytes_per_s: int | None
     repeats: int
     seed: int
@@ -117,7 +117,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
-    """What the agents asked; lengths in tokens. The warm-up is not part of the counts."""
+    """What the agents asked; lengths in tokens. Counts exclude the warm-up."""
 
     source: str
     agents: int
@@ -140,13 +140,13 @@ class ResultFile(msgspec.Struct, frozen=True, kw_only=True):
     command: str
     workload: Workload
     slo: Slo | None = None
-    """Of a replay with arrivals."""
+    """The SLO of a replay with arrivals."""
     capacity: Capacity | None = None
-    """Of a search for the most agents a second."""
+    """The result of a search for the most agents per second."""
 
 
 def decode(document: dict[str, Any], name: str = "result") -> ResultFile:
-    """Check and type a decoded document. Raises ResultFileError naming `name` and the field."""
+    """Checks and types a decoded document. Raises ResultFileError naming `name` and the field."""
     try:
         return msgspec.convert(document, ResultFile)
     except msgspec.ValidationError as error:
@@ -154,7 +154,7 @@ def decode(document: dict[str, Any], name: str = "result") -> ResultFile:
 
 
 def load_results(path: Path | str) -> ResultFile:
-    """Read a result file. Raises ResultFileError."""
+    """Reads a result file. Raises ResultFileError."""
     try:
         document = msgspec.json.decode(Path(path).read_bytes())
     except OSError as error:
@@ -165,5 +165,5 @@ def load_results(path: Path | str) -> ResultFile:
 
 
 def write_results(result: ResultFile, path: Path) -> None:
-    """Write a result file, whole or not at all. Raises OSError."""
+    """Writes a result file, completely or not at all. Raises OSError."""
     write_whole(path, msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")

@@ -1,4 +1,4 @@
-"""Results as pandas data frames, for a notebook."""
+"""Results as pandas data frames, for notebooks."""
 
 from importlib import import_module
 from typing import Any, Literal
@@ -12,14 +12,14 @@ NESTED = {
     *("parameters", "turn_results", "failures", "snic_samples", "snic_bytes", "parts", "windows", "cluster"),
     *("error_messages", "pacing", "start_pacing"),
 }
-"""Fields of a run that are no single value."""
+"""Fields of a run that are not single values."""
 
 
 def to_dataframe(result: ResultFile, what: Literal["runs", "turns"] = "runs") -> Any:
-    """A `pandas.DataFrame` with a row for each run, or for each answered turn. Units are in the columns' names.
+    """Returns a `pandas.DataFrame` with a row per run, or per answered turn. Column names contain the units.
 
-    A parameter is a column of its own; bytes by engine are ``snic_bytes.PE0``, a turn's stages ``timings.read_s``.
-    Raises ImportError where pandas is missing, ValueError for another `what`.
+    Each parameter is a column; bytes by engine are ``snic_bytes.PE0``, a turn's stages ``timings.read_s``.
+    Raises ImportError if pandas is missing, ValueError for another `what`.
     """
     if what not in ("runs", "turns"):
         raise ValueError(f"what must be 'runs' or 'turns', not {what!r}")

@@ -1,6 +1,6 @@
-"""What a system is in a comparison: the baseline, an oracle, or a contender.
+"""A system's role in a comparison: the baseline, an oracle, or a contender.
 
-Facts about a system come from `core.systems`, so one that another package adds is treated like ours.
+Facts about a system come from `core.systems`, so a system of another package is treated like ours.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,22 +11,22 @@ from dualpath.spec.topology import Topology
 
 
 def is_oracle(system: str) -> bool:
-    """Whether I/O costs the system nothing: its time bounds the others' and is no result of its own."""
+    """Whether I/O is free for the system: its time then bounds the others' and is no result of its own."""
     return system_or_unknown(system).policy.free_io
 
 
 def oracle_among(systems: Iterable[str]) -> str | None:
-    """The first oracle, or None."""
+    """Returns the first oracle, or None."""
     return next(filter(is_oracle, systems), None)
 
 
 def contenders(systems: Iterable[str]) -> list[str]:
-    """The systems that are compared with the baseline: all but itself and oracles, in their order."""
+    """Returns the systems to compare with the baseline: all but the baseline and oracles, in order."""
     return [name for name in systems if name != BASELINE and not is_oracle(name)]
 
 
 def foremost(systems: Iterable[str]) -> str | None:
-    """The contender that a chart sets off: the headline system, else the last one registered, else the last one."""
+    """Returns the contender that a chart highlights: the headline system, else the last registered, else the last."""
     competing = contenders(systems)
     if HEADLINE in competing:
         return HEADLINE
@@ -35,13 +35,13 @@ def foremost(systems: Iterable[str]) -> str | None:
 
 
 def readers(system: str, engines: Sequence[str]) -> list[str]:
-    """Those of `engines` (``PE0``, ``DE1``) whose storage NICs `system` may use."""
+    """Returns those of `engines` (``PE0``, ``DE1``) whose storage NICs `system` may use."""
     side = _side(system)
     return [engine for engine in engines if side == "both" or engine.startswith(side)]
 
 
 def reading_nics(system: str, topology: str) -> int:
-    """How many storage NICs of a cluster `system` may read with."""
+    """Returns how many storage NICs of a cluster `system` may read with."""
     size = Topology.parse(topology)
     nics = {"PE": size.prefill_nodes, "DE": size.decode_nodes}
     return nics.get(_side(system), size.prefill_nodes + size.decode_nodes)

@@ -1,4 +1,4 @@
-"""What a replay measured: a record per turn, and the figures over all of them. Times in seconds, lengths in tokens."""
+"""Records of a replay: one per turn, and the figures over all of them. Times in seconds, lengths in tokens."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -11,17 +11,17 @@ from dualpath.spec.timings import Timings
 
 
 class TurnResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A turn that was answered. Times count from the first try, as the agent sees them."""
+    """An answered turn. Times count from the first try, as the agent sees them."""
 
     trajectory: str
     round_index: int
     tries: int
     start_s: float
-    """When it was first sent, from the start of the replay."""
+    """When it was first sent, after the start of the replay."""
     ttft_s: float
     """Time to first token."""
     ttst_s: float | None
-    """First to second token; None where only one was asked for."""
+    """First to second token; None if only one was asked for."""
     tpot_s: float | None
     """Mean time per token after the first."""
     latency_s: float
@@ -30,26 +30,26 @@ class TurnResult(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens whose KV was read from storage instead of computed."""
     generated_tokens: int
     output_digest: str
-    """Of the generated token ids: two systems that agree computed the same."""
+    """Digest of the generated token ids; equal digests mean that two systems computed the same."""
     timings: Timings | None = None
-    """None from a server that does not tell."""
+    """The server's stages; None if it does not tell."""
     pacing_error_s: float | None = None
-    """How much later than due it was first sent: what the load generator itself added."""
+    """How much later than due it was first sent: the load generator's own share."""
 
 
 class TurnFailure(msgspec.Struct, frozen=True, kw_only=True):
-    """A turn that was not answered. Its trajectory ends there."""
+    """A turn that failed. Its trajectory ends there."""
 
     trajectory: str
     round_index: int
     tries: int
     message: str
     abandoned_rounds: int
-    """Rounds of the trajectory that could not be run after it."""
+    """Later rounds of the trajectory, which could not run."""
 
 
 class Percentiles(msgspec.Struct, frozen=True):
-    """Of a latency, in seconds."""
+    """Percentiles of a latency, in seconds."""
 
     mean_s: float
     p50_s: float
@@ -58,7 +58,7 @@ class Percentiles(msgspec.Struct, frozen=True):
 
 
 def percentiles(values_s: Iterable[float]) -> Percentiles | None:
-    """Linear interpolation between samples; None for no samples."""
+    """Interpolates linearly between samples; returns None for no samples."""
     samples = np.fromiter(values_s, dtype=np.float64)
     if not samples.size:
         return None
@@ -67,31 +67,31 @@ def percentiles(values_s: Iterable[float]) -> Percentiles | None:
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """A replay that was interrupted and resumed has several; the others have one."""
+    """One part of a replay: an interrupted and resumed one has several, others have one."""
 
     started_at: str
-    """UTC, ISO 8601."""
+    """Start, UTC, ISO 8601."""
     wall_s: float
     turns: int
-    """Answered in it."""
+    """Turns answered in this part."""
 
 
 class ReplayResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A replay. For an offline rollout, the job completion time is its main figure."""
+    """A replay's measurements. The main figure of an offline rollout is the job completion time."""
 
     jct_s: float
-    """From the start of all agents to the last answer; of a resumed replay, the sum over its parts: not comparable."""
+    """From the start of all agents to the last answer. For a resumed replay the sum over its parts: not comparable."""
     turns: tuple[TurnResult, ...]
     failures: tuple[TurnFailure, ...]
     context: Literal["own", "filled"] = "own"
-    """What stood for generated tokens in later prompts: themselves, or ids chosen by the replay (`client.server`)."""
+    """What stood for generated tokens in later prompts: ``own`` or ``filled`` (see `client.server`)."""
     server: str = ""
-    """Its kind; ``dualpath``, ``vllm``, ``sglang`` or ``other``."""
+    """Kind of server: ``dualpath``, ``vllm``, ``sglang`` or ``other``."""
     model: str = ""
     reports_loaded: bool = True
-    """Whether the server said how many prompt tokens it loaded; `loaded_tokens` is 0 where it did not."""
+    """Whether the server said how many prompt tokens it loaded; otherwise `loaded_tokens` is 0."""
     cluster: ServedCluster | None = None
-    """As a DualPath server says."""
+    """The cluster that a DualPath server describes."""
     parts: tuple[Part, ...] = ()
 
     @property
@@ -100,7 +100,7 @@ class ReplayResult(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def hit_rate(self) -> float:
-        """Loaded over prompt tokens; 0 where no turn was answered."""
+        """Loaded over prompt tokens; 0 if no turn was answered."""
         prompt_tokens = sum(turn.prompt_tokens for turn in self.turns)
         return sum(turn.loaded_tokens for turn in self.turns) / prompt_tokens if prompt_tokens else 0.0
 
@@ -131,7 +131,7 @@ class ReplayResult(msgspec.Struct, frozen=True, kw_only=True):
         return percentiles(t.pacing_error_s for t in self.turns if t.pacing_error_s is not None and t.round_index)
 
     def figures(self) -> dict[str, Any]:
-        """The flat figures of a result file's run: latencies, hit rate, turns, retries and errors."""
+        """Returns the flat figures of a result file's run: latencies, hit rate, turns, retries and errors."""
         latencies = {"ttft": self.ttft, "ttst": self.ttst, "tpot": self.tpot}
         return {
             **{f"{name}_p50_s": None if found is None else found.p50_s for name, found in latencies.items()},
@@ -145,19 +145,19 @@ class ReplayResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 STAGES = {
-    "outside": "the way to the server and back, earlier tries",
+    "outside": "the way to the server and back, and earlier tries",
     "scheduling": "until a PE and a DE were chosen",
     "allocation": "until both had room",
     "read": "until the hit tokens had come from storage",
     "prefill": "waiting for the batch, computing, moving KV to the DE",
     "decode": "from the first token to the last",
 }
-"""Where a turn's time goes, in order. `outside` is what the client saw beyond the server's stages."""
+"""Stages of a turn, in order. `outside` is what the client saw beyond the server's stages."""
 TTFT_STAGES = tuple(stage for stage in STAGES if stage != "decode")
 
 
 def stages_of(turn: TurnResult) -> dict[str, float]:
-    """Seconds by stage, in the order of `STAGES`; they add up to the turn's latency, as far as clocks agree.
+    """Returns seconds by stage, in the order of `STAGES`; they add up to the turn's latency, as far as clocks agree.
 
     Without timings there are two stages: `prefill` until the first token, then `decode`.
     """
@@ -175,6 +175,6 @@ def stages_of(turn: TurnResult) -> dict[str, float]:
 
 
 def mean_stages_s(turns: Sequence[TurnResult]) -> dict[str, float] | None:
-    """Mean seconds by stage before the first token; None where no turn has timings. Turns without are left out."""
+    """Returns mean seconds by stage before the first token over the turns with timings; None if none has any."""
     told = [stages_of(turn) for turn in turns if turn.timings is not None]
     return {stage: sum(one[stage] for one in told) / len(told) for stage in TTFT_STAGES} if told else None

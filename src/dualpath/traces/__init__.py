@@ -1,4 +1,4 @@
-"""Agents as trajectories of token counts: recorded ones read, others generated. The public face of the package.
+"""Agents as trajectories of token counts, read from recordings or generated. This is the package's public face.
 
 In a notebook::
 
@@ -7,9 +7,9 @@ In a notebook::
     source = load_source(["sessions/", "mooncake@64:trace.jsonl"], TraceLimits(max_context_tokens=65_536))
     print(source.description, totals(source.trajectories))
 
-Where to look: `trajectory` (what an agent is), `sources` (the loader), `formats` (the table of formats; each has a
-reader module, which builds on `reading`, `sharing` and `texts`), `limits` (how much to take), `generate` and `paper`
-(made agents), `turn_table` (the same as columns), `arrivals`.
+Where to look: `trajectory` defines an agent, `sources` loads them, `formats` lists the formats (each has a reader
+module, which builds on `reading`, `sharing` and `texts`), `limits` cuts them, `generate` and `paper` make agents,
+`turn_table` holds them as columns, `arrivals` says when they start.
 """
 
 from importlib import import_module
@@ -63,7 +63,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name when it is asked for: a command's ``--help`` imports `formats` and must not wait for numpy."""
+    """Imports a name when it is first used: a command's ``--help`` imports `formats` and must not wait for numpy."""
     for module, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

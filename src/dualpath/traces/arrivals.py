@@ -9,9 +9,9 @@ Nanoseconds = npt.NDArray[np.int64]
 
 
 def poisson_arrivals_ns(agents_per_s: float, count: int, seed: int = 0) -> Nanoseconds:
-    """Start times of `count` agents, in order, at `agents_per_s` (the paper's APS) on average.
+    """Returns the start times of `count` agents, in order; `agents_per_s` (the paper's APS) arrive on average.
 
-    Asking for more leaves the first ones as they were. Raises ValueError for a rate or a count not above zero.
+    A larger `count` leaves the first times unchanged. Raises ValueError for a rate or a count not above zero.
     """
     if not (0 < agents_per_s < math.inf) or count < 1:
         raise ValueError(f"the rate and the number of agents must be above zero, not {agents_per_s} and {count}")
@@ -20,7 +20,7 @@ def poisson_arrivals_ns(agents_per_s: float, count: int, seed: int = 0) -> Nanos
 
 
 def pauses_ns(mean_s: float, count: int, spread: float = 1.0, seed: int = 0) -> Nanoseconds:
-    """`count` pauses of a gamma distribution; `spread` is standard deviation over mean, 0 for constant ones.
+    """Draws `count` pauses from a gamma distribution; `spread` is standard deviation over mean, 0 makes them constant.
 
     Pass them to `TurnTable.with_gaps`. Raises ValueError for a mean or a spread below zero.
     """

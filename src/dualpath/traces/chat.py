@@ -1,14 +1,14 @@
-"""Reader of chat messages as OpenAI has them: JSON lines, each with ``messages``, a list of ``role`` and ``content``.
+"""Reads OpenAI chat messages: JSON lines, each with ``messages``, a list of ``role`` and ``content``.
 
-A line may be a whole conversation or a request of one. Every message of the role ``assistant`` is an answer; what is
+A line is a whole conversation or one request of it. Every message of the role ``assistant`` is an answer; what lies
 between two answers is the append. A line whose messages begin with all those of an earlier line (of the same
-``session_id``, where lines have one) is a later request of the same conversation and takes its place; each is continued
-at most once, so a second one starts an agent of its own, as does a line that changes earlier messages::
+``session_id``, where lines have one) is a later request of the same conversation and takes its place. Each line is
+continued at most once: a second continuation starts another agent, as does a line that changes earlier messages::
 
     [system, user]                              ┐ one conversation of two rounds: the answer to its first request is in
     [system, user, assistant, tool]             ┘ the second, the answer to the second was not recorded (one token)
 
-Texts count, and the names and arguments of tool calls. Images, tool definitions and times don't: pauses are zero.
+Texts and the names and arguments of tool calls count. Images, tool definitions and times do not: pauses are zero.
 """
 
 from pathlib import Path
@@ -28,14 +28,14 @@ class _Record(msgspec.Struct):
 class _Conversation(msgspec.Struct):
     name: str
     said: list[tuple[bool, str]]
-    """Texts in order, and whether the model said them."""
+    """Texts in order, each with whether the model said it."""
 
 
 def read_chat(path: Path, options: ReadOptions = NO_OPTIONS) -> list[Trajectory]:
-    """The conversations in `path`, in order of their first lines. Raises TraceError."""
+    """Returns the conversations in `path`, in order of their first lines. Raises TraceError."""
     conversations: list[_Conversation] = []
     latest: dict[int, _Conversation] = {}
-    """By all messages of a conversation so far."""
+    """Keyed by the last of `_keys`: all messages of a conversation so far."""
     for where, record in records(path, _Record, "a record of chat messages"):
         roles = [message.role for message in record.messages]
         if None in roles:
@@ -55,7 +55,7 @@ def read_chat(path: Path, options: ReadOptions = NO_OPTIONS) -> list[Trajectory]
 
 
 def _keys(session: str | int | None, roles: list[str | None], texts: list[str]) -> list[int]:
-    """One for each message: of it and all before it."""
+    """Returns a key for each message, made of it and all before it."""
     keys: list[int] = []
     key = hash(session)
     for role, text in zip(roles, texts, strict=True):

@@ -1,9 +1,9 @@
-"""Every trace format that can be read: the one place where a format is named.
+"""The table of trace formats, the one place where a format is named.
 
-To add one, write its reader in a module of its own (``read(path, options)`` → trajectories, errors by
-`dualpath.traces.reading.records`) and give it an entry in `FORMATS`. The help of commands, what they say of files that
-they can't read, and the description of results follow. Only the standard library is imported here, as every command's
-``--help`` shows `SOURCES_HELP`.
+To add a format, write its reader in a module of its own (``read(path, options)`` returns trajectories and takes its
+errors from `dualpath.traces.reading.records`) and give it an entry in `FORMATS`. The help of commands, the messages
+about files they can't read, and the description of results follow. This module imports only the standard library,
+because every command's ``--help`` shows `SOURCES_HELP`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class Format(NamedTuple):
     """A trace format."""
 
     name: str
-    """As in ``weka:FILE``."""
+    """The prefix in ``weka:FILE``."""
     title: str
-    """What a file holds."""
+    """What a file holds, for messages."""
     keys: frozenset[str]
     """A file whose first record has these keys is taken to be of this format."""
     summary: str
     """One line for a table of formats."""
     reader: str
-    """``module:function``, imported when a file is read."""
+    """``module:function``, imported when the first file is read."""
     texts: bool = False
-    """Whether it holds texts, whose tokens are counted."""
+    """Whether it holds texts, whose tokens must be counted."""
     blocks: bool = False
     """Whether ``name@TOKENS:FILE`` may say how many tokens a block has."""
 
@@ -88,9 +88,9 @@ FORMATS = (
 )
 BY_NAME = {one.name: one for one in FORMATS}
 PAPER_ROWS = ("32K", "48K", "64K")
-"""Agents with the statistics of the paper's traces, by the length of their contexts."""
+"""Rows of the paper's trace table, named by the length of their contexts."""
 
 SOURCES_HELP = (
     f"{', '.join(PAPER_ROWS[:-1])} or {PAPER_ROWS[-1]} (the paper's), or files or directories of "
-    f"{', '.join(one.title for one in FORMATS)}; FORMAT:FILE says which"
+    f"{', '.join(one.title for one in FORMATS)}; FORMAT:FILE names the format"
 )

@@ -1,8 +1,8 @@
-"""Seeded agent trajectories with given means.
+"""Generates seeded agent trajectories with given means.
 
-Every length is drawn from a gamma distribution with the given mean and coefficient of variation `spread`, rounded and
-at least one. Trajectory *i* has a generator of its own, seeded by ``(seed, i)``: asking for more agents leaves the
-first ones as they were.
+Every length is drawn from a gamma distribution with the given mean and coefficient of variation `spread`, then rounded
+to at least one. Trajectory *i* has its own generator, seeded by ``(seed, i)``: asking for more agents leaves the first
+ones unchanged.
 """
 
 import math
@@ -19,7 +19,7 @@ class AgentMix(msgspec.Struct, frozen=True, kw_only=True):
     turns: float
     """Rounds of a trajectory, the first one included."""
     first_context_tokens: float
-    """Tokens that the first round appends."""
+    """Tokens that the first round appends (the first prompt)."""
     append_tokens: float
     """Tokens that each later round appends."""
     generate_tokens: float
@@ -28,7 +28,7 @@ class AgentMix(msgspec.Struct, frozen=True, kw_only=True):
     spread: float = 0.25
     """Standard deviation over mean of the token counts and gaps; 0 makes them constant."""
     turns_spread: float = 0.0
-    """The same for the number of turns."""
+    """Standard deviation over mean of the number of turns."""
 
     def __post_init__(self) -> None:
         for name in ("turns", "first_context_tokens", "append_tokens", "generate_tokens"):
@@ -42,7 +42,7 @@ class AgentMix(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def generate_trajectories(mix: AgentMix, count: int, seed: int) -> list[Trajectory]:
-    """`count` trajectories named ``agent-0000`` onwards. Raises ValueError for a count below 1 or a negative seed."""
+    """Returns `count` trajectories named ``agent-0000`` onwards. Raises ValueError if `count` < 1 or `seed` < 0."""
     if count < 1 or seed < 0:
         raise ValueError(f"the number of agents must be at least 1 and the seed at least 0, not {count} and {seed}")
     return [_trajectory(mix, index, np.random.default_rng([seed, index])) for index in range(count)]

@@ -1,7 +1,7 @@
-"""How much of a recorded trajectory to take: token counts divided, long contexts and long sessions cut.
+"""Limits on recorded trajectories: divide token counts, cut long contexts and long sessions.
 
 Recorded sessions are long (contexts beyond 100K tokens). Dividing every count keeps the ratios between append,
-generation and context; where the prompt *ends* is scaled, not each append, so rounding errors don't add up.
+generation and context. The *end* of each prompt is scaled, not each append, so rounding errors don't add up.
 """
 
 import msgspec
@@ -13,9 +13,9 @@ class TraceLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How much of a session to take."""
 
     scale: float = 1.0
-    """Prompt lengths and generations are divided by this and rounded, to no less than 1 where there was anything."""
+    """Divides prompt lengths and generations, which are then rounded; what was above 0 stays at least 1."""
     max_context_tokens: int | None = None
-    """After scaling: a session ends before the first turn whose prompt and generation exceed it."""
+    """A session ends before the first turn whose scaled prompt and generation exceed this."""
     max_turns: int | None = None
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ NO_LIMITS = TraceLimits()
 
 
 def limited(trajectory: Trajectory, limits: TraceLimits) -> Trajectory | None:
-    """What `limits` leave of a trajectory, its subagents each on their own; None where no turn is left."""
+    """Cuts a trajectory to `limits`, its subagents each by themselves. Returns None if no turn is left."""
     if limits == NO_LIMITS:
         return trajectory
     rounds: list[Round] = []

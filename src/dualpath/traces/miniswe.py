@@ -1,12 +1,12 @@
-"""Reader of mini-SWE-agent sessions with their text: JSON lines of requests, a file or more of sessions.
+"""Reads mini-SWE-agent sessions with their text: JSON lines of requests; a file holds one session or more.
 
-A line has `timestamp` (of the request; in seconds, or thousandths, millionths or billionths of one, told by its size),
-`session_id`, `input` (the whole prompt, as a text or as chat messages) and `output` (a text). Lines of a session are
-put in order of time. What a prompt has in common with the one before is the longest prefix of their texts:
+A line has `timestamp` (of the request, in s, ms, us or ns, told by its size), `session_id`, `input` (the whole prompt,
+as a text or as chat messages) and `output` (a text). The lines of a session are sorted by time. What a prompt shares
+with the one before is the longest common prefix of their texts:
 
-* it begins with the whole prompt before and its output: the context was kept, and the rest is the append;
-* else the context shrinks to what they share. Recordings whose prompts leave out the agent's own answers are all of
-  this kind: each prompt is the one before and the tool's output, and what was generated between them is dropped.
+* If it begins with the whole prompt before and its output, the context was kept, and the rest is the append.
+* Otherwise the context shrinks to what they share. Recordings whose prompts leave out the agent's own answers are all
+  of this kind: each prompt is the one before plus the tool's output, and the generation between them is dropped.
 
 Pauses are the times between requests, so they include the recorded service time of the request before.
 """
@@ -37,7 +37,7 @@ class _Line(msgspec.Struct, frozen=True):
 
 
 def read_miniswe(path: Path, options: ReadOptions = NO_OPTIONS) -> list[Trajectory]:
-    """The sessions in `path`, in order of their first requests. Raises TraceError."""
+    """Returns the sessions in `path`, in order of their first requests. Raises TraceError."""
     sessions: dict[str, list[_Line]] = {}
     for where, line in records(path, _Line, "a request of a mini-SWE-agent session"):
         if not line.prompt:
@@ -58,7 +58,7 @@ def _trajectory(name: str, lines: list[_Line], count_tokens: CountTokens) -> Tra
             shared = prompt[: shared_prefix(before_prompt, prompt)]
             whole = prompt.startswith(before_prompt + before_output)
             kept_tokens = context_tokens if whole else min(context_tokens, count_tokens(shared))
-        # A tokenizer may see nothing in a text of spaces; a prompt has at least one token all the same.
+        # A tokenizer may find no token in a text of spaces; a prompt still has at least one.
         prompt_tokens = max(1, count_tokens(prompt))
         gap_s = max(0.0, at_s - before_s) if rounds else 0.0
         made = next_round(context_tokens, kept_tokens, prompt_tokens, count_tokens(line.output), gap_s)
@@ -69,7 +69,7 @@ def _trajectory(name: str, lines: list[_Line], count_tokens: CountTokens) -> Tra
 
 
 def _seconds(timestamp: float) -> float:
-    """Today is 1.8e9 s, 1.8e12 ms, 1.8e15 us or 1.8e18 ns since 1970; relative times below 1e11 are seconds."""
+    """Now is 1.8e9 s, 1.8e12 ms, 1.8e15 us or 1.8e18 ns since 1970; relative times below 1e11 are seconds."""
     for unit in (1e9, 1e6, 1e3):
         if timestamp >= 1e8 * unit:
             return timestamp / unit

@@ -1,16 +1,16 @@
-"""Reader of Mooncake's traces: JSON lines of requests.
+"""Reads Mooncake's traces: JSON lines of requests.
 
-A line has `input_length` and `output_length` (tokens), and `hash_ids`, one id for each block of the prompt, the last
-perhaps not full. An id names its block *and all before it*, so two prompts that share an id share everything up to it.
-`timestamp` is the arrival, in ms. Mooncake's own blocks have 512 tokens; `_block_tokens` finds out what a file's have.
+A line has `input_length` and `output_length` (tokens) and `hash_ids`, one id for each block of the prompt, of which
+the last may be partial. An id names its block *and all before it*, so prompts that share an id share all up to it.
+`timestamp` is the arrival, in ms. Mooncake's own blocks have 512 tokens; `_block_tokens` finds the size of a file's.
 
-Where lines have a `session_id`, the lines of one are a trajectory, in their order; `delay` (ms) is the pause before a
-request, else the time between arrivals. A line without one is then a trajectory by itself.
+If lines have a `session_id`, the lines of one session are a trajectory, in their order. The pause before a request is
+its `delay` (ms) or else the time between arrivals. A line without a session is then a trajectory by itself.
 
-Where no line has one, sessions are put together from the ids: a request continues an earlier one if its prompt begins
-with *all full blocks* of that one's prompt. Of several such, the one with most blocks, then the latest; each is
-continued at most once (what comes second was a fork: it starts a trajectory of its own). Prompts of fewer than
-`MIN_SHARED_BLOCKS` full blocks are never continued, as one block is what a system prompt alone looks like::
+If no line has one, sessions are put together from the ids. A request continues an earlier one if its prompt begins
+with *all full blocks* of that one's prompt; among several, the one with most blocks, then the latest. Each is
+continued at most once; a second continuation is a fork and starts a trajectory. Prompts of fewer than
+`MIN_SHARED_BLOCKS` full blocks are never continued, because one block is what a system prompt alone looks like::
 
     A  [b0 b1 b2 ~b3]  → answer        3 full blocks
     B  [b0 b1 b2 b4 b5 ~b6]            continues A: same first 3 blocks, and then the answer and a new question
@@ -54,11 +54,11 @@ class _Chain(msgspec.Struct):
 
     @property
     def full_blocks(self) -> int:
-        """Of the last prompt."""
+        """Number of full blocks in the last prompt."""
         return 0 if self.last is None else self.last.input_length // self.block_tokens
 
     def add(self, line: _Line, shared_blocks: int) -> None:
-        """`line` begins with so many blocks of the last prompt."""
+        """Appends `line`, which begins with `shared_blocks` blocks of the last prompt."""
         kept_tokens, gap_ms = 0, 0.0
         if self.last is not None:
             whole = shared_blocks >= self.full_blocks and line.input_length >= self.context_tokens
@@ -71,7 +71,7 @@ class _Chain(msgspec.Struct):
 
 
 def read_mooncake(path: Path, options: ReadOptions = NO_OPTIONS) -> list[Trajectory]:
-    """The trajectories in `path`, in order of their first requests. Raises TraceError."""
+    """Returns the trajectories in `path`, in order of their first requests. Raises TraceError."""
     lines = list(records(path, _Line, "a request of a Mooncake trace"))
     block_tokens = _block_tokens(path, lines, options.block_tokens)
     given = any(line.session_id is not None for _, line in lines)
@@ -80,7 +80,7 @@ def read_mooncake(path: Path, options: ReadOptions = NO_OPTIONS) -> list[Traject
 
 
 def _block_tokens(path: Path, lines: list[tuple[str, _Line]], given: int | None) -> int:
-    """Tokens of a block: as `given`; else 512 where every line allows it, or the only size (power of two) that fits."""
+    """Tokens per block: `given`; else 512 if every line allows it; else the only size (or power of two) that fits."""
     least, most = (1, None) if given is None else (given, given)
     for where, line in lines:
         blocks, tokens = len(line.hash_ids), line.input_length
@@ -98,7 +98,7 @@ def _block_tokens(path: Path, lines: list[tuple[str, _Line]], given: int | None)
     if least == most or len(powers) == 1:
         return least if least == most else powers[0]
     raise TraceError(
-        f"{path}: blocks of {_span(least, most)} tokens all fit; say which these are, such as "
+        f"{path}: blocks of {_span(least, most)} tokens all fit; give the size, such as "
         f"mooncake@{powers[0] if powers else least}:{path}"
     )
 
@@ -123,7 +123,7 @@ def _sessions(path: Path, lines: list[tuple[str, _Line]], block_tokens: int) -> 
 def _chains(path: Path, lines: list[tuple[str, _Line]], block_tokens: int) -> list[_Chain]:
     chains: list[_Chain] = []
     open_tails: dict[int, _Chain] = {}
-    """By the id of the last full block of a chain's last prompt: the chain to continue from there."""
+    """Chains that can be continued, by the id of the last full block of their last prompt."""
     before: _Line | None = None
     for where, line in lines:
         if line.timestamp is None:
@@ -142,7 +142,7 @@ def _chains(path: Path, lines: list[tuple[str, _Line]], block_tokens: int) -> li
 
 
 def _continued(line: _Line, open_tails: dict[int, _Chain]) -> _Chain | None:
-    """The chain that `line` continues, no longer open, or None."""
+    """Takes the chain that `line` continues out of `open_tails`; None if there is none."""
     for blocks in range(len(line.hash_ids), MIN_SHARED_BLOCKS - 1, -1):
         chain = open_tails.get(line.hash_ids[blocks - 1])
         if chain is not None and blocks == chain.full_blocks:
@@ -153,7 +153,7 @@ def _continued(line: _Line, open_tails: dict[int, _Chain]) -> _Chain | None:
 def _check_order(place: str, before: _Line, line: _Line) -> None:
     if line.timestamp is not None and before.timestamp is not None and line.timestamp < before.timestamp:
         raise TraceError(
-            f"{place}: timestamp {line.timestamp:g} is before {before.timestamp:g}, of the request that it follows; "
+            f"{place}: timestamp {line.timestamp:g} is before {before.timestamp:g} of the request it continues; "
             "sort the file by timestamp"
         )
 

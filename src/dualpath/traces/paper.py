@@ -1,22 +1,22 @@
-"""Trajectories with the statistics that the paper publishes of its own (§9), for which there is no trace.
+"""Generates trajectories with the statistics that the paper publishes of its trace (§9); the trace is not public.
 
-Theory of operation. The table gives, for each MaxLen, means over 500 trajectories. They fit together in one way only:
-"append" and "generated" are means over trajectories of each one's mean a turn. (Pooled over turns, they would sum to
-mean total over mean turns, 356 tokens at 64K; the table has 429 + 176 = 605, and 157 such turns exceed MaxLen.) So some
-trajectories have few, long turns and others many, short ones, all of them growing towards MaxLen. From that::
+Theory of operation. For each MaxLen the table gives means over 500 trajectories. They fit together in one way only:
+"append" and "generated" are means over trajectories of each trajectory's mean per turn. (Pooled over turns, they would
+sum to mean total over mean turns, 356 tokens at 64K; the table has 429 + 176 = 605, and 157 such turns exceed MaxLen.)
+So some trajectories have few long turns, others many short ones, and all grow towards MaxLen. From that::
 
     total     MaxLen · u^k, u uniform         most end near MaxLen, some are done early; k from the mean total
-    turns     Weibull, apart from total       its shape from mean(total / turns) = append + generated
+        turns     Weibull, independent of total   its shape from mean(total / turns) = append + generated
     split     generated / (append + generated) of every trajectory
     growth    appends ∝ t^p − (t−1)^p         agents read much first and little later; p from the mean context
     a turn    each length times a gamma draw with standard deviation = mean, then scaled to the trajectory's total
 
-k, the spread and p are solved for from the given statistics, so any such row can be asked for. Turns and totals are
-drawn by strata, so 500 trajectories of any seed have the row's means within 2 %.
+k, the spread and p are solved for from the given statistics, so any such row works. Turns and totals are drawn by
+strata, so 500 trajectories of any seed have the row's means within 2 %.
 
 Why Weibull: of 312 public coding sessions cut at 64K, median, 90th, 99th percentile and longest are 0.7, 2.3, 3.8 and
 5.6 times the mean. A Weibull distribution with their mean(1 / turns) has 0.8, 2.1, 3.8 and 5.0, a log-normal one 0.5,
-2.3, 7.3 and 15. The longest trajectory matters: where all agents start at once, it is the end of every job.
+2.3, 7.3 and 15. The longest trajectory matters: if all agents start at once, it is the end of every job.
 """
 
 from collections.abc import Callable
@@ -29,27 +29,27 @@ from dualpath.traces.turn_table import Agents, Tokens, TurnTable
 
 PAPER_TRAJECTORIES = 500
 ROUND_SPREAD = 1.0
-"""Standard deviation over mean of a round's lengths: not published; public coding sessions have at least this."""
+"""Standard deviation over mean of a trajectory's lengths. Not published; public coding sessions have at least this."""
 MAX_SPREAD = 2.5
-"""Of turns, one over the Weibull shape: longest over median is beyond a hundred there."""
+"""Bound on one over the Weibull shape of turns, where longest over median is beyond a hundred."""
 
 Reals = npt.NDArray[np.float64]
 
 
 class TraceStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """A row of the paper's table. Means over trajectories, in tokens unless it says otherwise."""
+    """A row of the paper's table: means over trajectories, in tokens unless the field says otherwise."""
 
     max_context_tokens: int
     """MaxLen."""
     turns: float
     append_tokens: float
-    """Of each trajectory's mean a turn."""
+    """Mean over trajectories of each one's mean append per turn."""
     generate_tokens: float
-    """The same."""
+    """Mean over trajectories of each one's mean generation per turn."""
     total_tokens: float
-    """Context at the end."""
+    """Context at the end of a trajectory."""
     context_tokens: float
-    """Of each trajectory's mean prompt."""
+    """Mean over trajectories of each one's mean prompt."""
 
 
 def _row(length: int, turns: float, append: float, generate: float, total: float, context: float) -> TraceStatistics:
@@ -73,10 +73,10 @@ PAPER_TRACES: dict[str, TraceStatistics] = {
 def paper_agents(
     trace: str, count: int, seed: int = 0, append_scale: float = 1.0, generate_scale: float = 1.0
 ) -> Agents:
-    """`count` agents of a row of the paper's table, ``32K``, ``48K`` or ``64K``; beyond 500 by prepended rounds (§9).
+    """Returns `count` agents of a row of the paper's table: ``32K``, ``48K``, ``64K``. Above 500, rounds are prepended.
 
-    Scales multiply the lengths of every round; trajectories still stop at MaxLen (§10), and a first round that would
-    be longer by itself is cut to it. Raises ValueError.
+    (§9). The scales multiply the lengths of every round. Trajectories still stop at MaxLen (§10), and a first round
+    that is longer by itself is cut to it. Raises ValueError.
     """
     if trace not in PAPER_TRACES:
         raise ValueError(f"no trace {trace!r}; the paper has {', '.join(PAPER_TRACES)}")
@@ -89,9 +89,9 @@ def paper_agents(
 
 
 def fitted_table(statistics: TraceStatistics, count: int = PAPER_TRAJECTORIES, seed: int = 0) -> TurnTable:
-    """`count` trajectories with the given means, none longer than MaxLen.
+    """Returns `count` trajectories with the given means, none longer than MaxLen.
 
-    Raises ValueError where no trajectories of this shape have these means, naming what contradicts what.
+    Raises ValueError, naming what contradicts what, if no trajectories of this shape have these means.
     """
     if count < 2 or seed < 0:
         raise ValueError(f"at least 2 trajectories and a seed from 0 up are needed, not {count} and {seed}")
@@ -108,7 +108,7 @@ def fitted_table(statistics: TraceStatistics, count: int = PAPER_TRAJECTORIES, s
 
 
 def _with_first_rounds_that_fit(table: TurnTable, by_append: float, by_generate: float, limit: int) -> TurnTable:
-    """First appends cut to what, scaled, leaves room for the scaled generation."""
+    """Cuts first appends so that, once scaled, they leave room for the scaled generation."""
     append = table.append_tokens.copy()
     first = table.starts[:-1]
     room = (limit - 1 - np.rint(table.generate_tokens[first] * by_generate)) / by_append
@@ -147,19 +147,19 @@ def _check(statistics: TraceStatistics) -> None:
     if statistics.append_tokens + statistics.generate_tokens < 0.999 * pooled:
         raise ValueError(
             f"append_tokens + generate_tokens is {statistics.append_tokens + statistics.generate_tokens:g}, less than "
-            f"total_tokens over turns ({pooled:.0f}): means of each trajectory's mean a turn can't be below that here"
+            f"total_tokens over turns ({pooled:.0f}); a mean of each trajectory's mean per turn can't be below that"
         )
 
 
 def _strata(rng: np.random.Generator, count: int) -> Reals:
-    """One draw from the middle half of each of `count` equal slices of (0, 1), shuffled."""
+    """Draws one value from the middle half of each of `count` equal slices of (0, 1), shuffled."""
     draws = (np.arange(count) + 0.25 + 0.5 * rng.random(count)) / count
     rng.shuffle(draws)
     return draws
 
 
 def _fitted_turns(rng: np.random.Generator, mean: float, a_turn: float, totals: Reals, share: float) -> Reals:
-    """Whole turns with that mean and mean(totals / turns) = `a_turn`; at least two tokens of each kind a turn."""
+    """Whole turns with that mean and mean(totals / turns) = `a_turn`; at least two tokens of each kind per turn."""
     exponential = -np.log(_strata(rng, len(totals)))
     most = np.floor(totals * min(share, 1 - share) / 2)
 
@@ -172,14 +172,14 @@ def _fitted_turns(rng: np.random.Generator, mean: float, a_turn: float, totals: 
     found = float(np.mean(totals / turns))
     if abs(found / a_turn - 1) > 0.05 or abs(float(turns.mean()) / mean - 1) > 0.05:
         raise ValueError(
-            f"append_tokens + generate_tokens is {a_turn:g}; {len(totals)} trajectories of {mean:g} turns and "
-            f"{totals.mean():.0f} tokens in all can't reach it (nearest: {found:.0f})"
+            f"append_tokens + generate_tokens is {a_turn:g}; {len(totals)} trajectories with a mean of {mean:g} turns "
+            f"and {totals.mean():.0f} tokens can't reach it (nearest: {found:.0f})"
         )
     return turns
 
 
 def _fitted_growth(context: float, turns: Reals, totals: Reals, share: float) -> float:
-    """The p at which the mean of mean prompts is `context`."""
+    """Returns the p at which the mean of mean prompts is `context`."""
 
     def mean_prompt(p: float) -> float:
         fractions = [(1 - share) * _mean_power(int(n), p) + share * (n - 1) / (2 * n) for n in turns]
@@ -187,7 +187,7 @@ def _fitted_growth(context: float, turns: Reals, totals: Reals, share: float) ->
 
     if not mean_prompt(8.0) < context < mean_prompt(0.01):
         raise ValueError(
-            f"context_tokens is {context:g}; trajectories of these turns and totals have means from "
+            f"context_tokens is {context:g}; trajectories with these turns and totals have means from "
             f"{mean_prompt(8.0):.0f} to {mean_prompt(0.01):.0f}"
         )
     return _bisect(lambda p: context - mean_prompt(p), 0.01, 8.0)
@@ -199,7 +199,7 @@ def _mean_power(turns: int, p: float) -> float:
 
 
 def _bisect(rises: Callable[[float], float], low: float, high: float) -> float:
-    """Where the rising function crosses zero, between `low` and `high`."""
+    """Returns where the rising function crosses zero between `low` and `high`."""
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if rises(middle) > 0 else (middle, high)
@@ -207,7 +207,7 @@ def _bisect(rises: Callable[[float], float], low: float, high: float) -> float:
 
 
 def _rounds(rng: np.random.Generator, turns: int, total: int, share: float, growth: float) -> tuple[Tokens, Tokens]:
-    """Appends and generations of one trajectory: whole, at least 1 each, `total` together."""
+    """Appends and generations of one trajectory: whole numbers of at least 1, `total` together."""
     steps = np.diff((np.arange(turns + 1) / turns) ** growth)
     shape = 1 / ROUND_SPREAD**2
     generated = max(turns, round(total * share))
@@ -216,6 +216,6 @@ def _rounds(rng: np.random.Generator, turns: int, total: int, share: float, grow
 
 
 def _apportion(weights: Reals, total: int) -> Tokens:
-    """Whole numbers from 1 up, in proportion to `weights`, that sum to `total` (no less than there are weights)."""
+    """Returns whole numbers from 1 up, in proportion to `weights`, that sum to `total` (at least `len(weights)`)."""
     edges = np.rint(np.cumsum(weights) / weights.sum() * (total - len(weights))).astype(np.int64)
     return (1 + np.diff(np.concatenate([[0], edges]))).astype(np.int32)

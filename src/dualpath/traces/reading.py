@@ -1,7 +1,7 @@
-"""Records of a trace file, whatever their layout: JSON lines, one JSON object, or a JSON array of objects.
+"""Reads the records of a trace file in any layout: JSON lines, one JSON object, or a JSON array of objects.
 
-`records` decodes and checks them one by one. What can't be read is a `TraceError` of one line that names the file, the
-line (in an array also the path, as ``$[3].in``) and the reason.
+`records` decodes and checks them one by one. A record that can't be read raises a one-line `TraceError` that names the
+file, the line (in an array also the path, such as ``$[3].in``) and the reason.
 """
 
 import re
@@ -13,9 +13,9 @@ import msgspec
 from msgspec import Meta
 
 MAX_TOKENS = 2**30 - 1
-"""Of a prompt or an answer. Both together fit 32 bits, which `TurnTable` holds them in."""
+"""Limit of a prompt or an answer: both together fit the 32 bits of `TurnTable`."""
 MAX_SECONDS = 4e9
-"""Of a time or a pause: after this year's time since 1970, and its nanoseconds fit 64 bits."""
+"""Limit of a time or a pause: above the seconds since 1970 this year, and its nanoseconds fit 64 bits."""
 
 Tokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 PromptTokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
@@ -30,7 +30,7 @@ Record = TypeVar("Record")
 
 
 def tokens_of_bytes(text: str) -> int:
-    """How many tokens a text has where no tokenizer is given: its UTF-8 bytes over BYTES_PER_TOKEN, rounded up."""
+    """Estimates the tokens of a text without a tokenizer: its UTF-8 bytes over BYTES_PER_TOKEN, rounded up."""
     return -(-len(text.encode()) // BYTES_PER_TOKEN)
 
 
@@ -44,16 +44,16 @@ class ReadOptions(msgspec.Struct, frozen=True, kw_only=True):
     count_tokens: CountTokens = tokens_of_bytes
     """Counts the tokens of a text."""
     block_tokens: int | None = None
-    """Tokens that one of the file's hash ids stands for; None: the reader finds out."""
+    """Tokens per hash id of the file; None: the reader finds out."""
 
 
 NO_OPTIONS = ReadOptions()
 
 
 def records(path: Path, kind: type[Record], what: str) -> Iterator[tuple[str, Record]]:
-    """Each record of `path`, decoded as `kind`, and where it is (``line 7``, ``$[3]``). `what` names one in errors.
+    """Yields each record of `path` decoded as `kind`, with its place (``line 7``, ``$[3]``). Errors call one `what`.
 
-    Blank lines count and are skipped. Raises TraceError.
+    Blank lines are skipped but counted. Raises TraceError.
     """
     try:
         with path.open("rb") as file:
@@ -69,7 +69,7 @@ def records(path: Path, kind: type[Record], what: str) -> Iterator[tuple[str, Re
 
 
 def _goes_on(line: bytes) -> bool:
-    """Whether a line is the beginning of JSON that has more lines."""
+    """Whether a line begins JSON that goes on in further lines."""
     try:
         msgspec.json.decode(line, type=msgspec.Raw)
     except msgspec.DecodeError as error:
@@ -122,7 +122,7 @@ def _decoded(decode: Callable[[bytes], Record], data: bytes, refused: str | Call
 
 
 def _byte(error: Exception, data: bytes) -> int | None:
-    """Where in `data` the decoder stopped; None where the message has a JSON path instead."""
+    """Returns where in `data` the decoder stopped; None if the message has a JSON path instead."""
     if isinstance(error, UnicodeDecodeError):
         try:
             data.decode()

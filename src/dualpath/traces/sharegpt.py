@@ -1,7 +1,7 @@
-"""Reader of ShareGPT's conversations: records of ``conversations``, lists of ``from`` and ``value``, in a JSON array.
+"""Reads ShareGPT's conversations: records of ``conversations``, lists of ``from`` and ``value``, in a JSON array.
 
-What the model said (`MODELS`) are answers; what anyone else said before one is its append. Conversations in which
-nothing was asked are left out. Nothing is known of times: pauses are zero.
+What the model said (`MODELS`) is an answer; what anyone else said before it is the append. Conversations that ask
+nothing are left out. The format has no times: pauses are zero.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from dualpath.traces.texts import rounds_of_conversation
 from dualpath.traces.trajectory import Trajectory
 
 MODELS = frozenset({"gpt", "chatgpt", "assistant", "model", "bard", "bing", "function_call"})
-"""``function_call`` is the model's; what comes back is an ``observation``."""
+"""``function_call`` is the model's turn; the result comes back as an ``observation``."""
 
 
 class _Turn(msgspec.Struct):
@@ -27,7 +27,7 @@ class _Record(msgspec.Struct):
 
 
 def read_sharegpt(path: Path, options: ReadOptions = NO_OPTIONS) -> list[Trajectory]:
-    """The conversations in `path`. Raises TraceError."""
+    """Returns the conversations in `path`. Raises TraceError."""
     found = []
     for number, (_, record) in enumerate(records(path, _Record, "a ShareGPT conversation")):
         said = [(turn.speaker in MODELS, turn.value or "") for turn in record.conversations]

@@ -1,8 +1,8 @@
-"""What a user names as agents → trajectories: one loader for every command that takes them.
+"""Loads trajectories from what a user names as agents. Every command that takes agents uses this loader.
 
 A name is ``32K``, ``48K`` or ``64K`` (agents with the statistics of the paper's traces), a file, or a directory of
-``.json`` and ``.jsonl`` files. What a file holds is told from the keys of its first record (`dualpath.traces.formats`);
-``sharegpt:FILE`` says it instead, and ``mooncake@64:FILE`` also how many tokens a block of its hash ids has.
+``.json`` and ``.jsonl`` files. The keys of a file's first record tell its format (`dualpath.traces.formats`);
+``sharegpt:FILE`` names it instead, and ``mooncake@64:FILE`` also gives the tokens per block of its hash ids.
 """
 
 from collections import Counter
@@ -28,17 +28,17 @@ from dualpath.traces.trajectory import Trajectory, renamed
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """Agents as recorded or as the paper has them, in order, and a sentence about where they are from."""
+    """Recorded agents or the paper's, in order, with a sentence that says where they are from."""
 
     trajectories: list[Trajectory]
     description: str
 
     def agent(self, number: int, prefix: str = "agent") -> Trajectory:
-        """Agent `number` of any number of agents: recordings are taken in turns, each time under a name of its own."""
+        """Returns agent `number` of any number: recordings are reused in turn, each time under a new name."""
         return renamed(self.trajectories[number % len(self.trajectories)], f"{prefix}-{number:04d}")
 
     def agents(self, count: int | None = None) -> list[Trajectory]:
-        """`count` agents, or one of each recording."""
+        """Returns `count` agents, or one per recording."""
         return [self.agent(number) for number in range(count or len(self.trajectories))]
 
 
@@ -56,9 +56,9 @@ def load_source(
     seed: int = 0,
     tokenizer: Path | None = None,
 ) -> Source:
-    """The agents that `names` name, cut to `limits`. Raises TraceError, naming file and line, and ValueError.
+    """Loads the agents that `names` name, cut to `limits`. Raises ValueError, or TraceError naming file and line.
 
-    Of the paper's, `agents` are made (500 where None), so that they differ; `tokenizer` counts the tokens of texts.
+    For a row of the paper, `agents` distinct ones are made (None: 500). `tokenizer` counts the tokens of texts.
     """
     row = paper_row(names)
     if row is not None:
@@ -81,22 +81,22 @@ def load_source(
 
 
 def paper_row(names: Sequence[str]) -> str | None:
-    """The row of the paper's table that `names` name; None where they name files.
+    """Returns the row of the paper's table that `names` name; None if they name files.
 
-    Raises TraceError for no names, and for rows beside others.
+    Raises TraceError for no names, and for a row mixed with other names.
     """
     if not names:
-        raise TraceError(f"no source is named: give {SOURCES_HELP}")
+        raise TraceError(f"no agents are named: give {SOURCES_HELP}")
     if len(names) == 1:
         return names[0] if names[0] in PAPER_ROWS else None
     for name in names:
         if name in PAPER_ROWS:
-            raise TraceError(f"{name} can't be mixed with other sources: give it alone, or files")
+            raise TraceError(f"{name} can't be mixed with other sources: give it alone, or files only")
     return None
 
 
 def format_of(path: Path) -> Format:
-    """The format of `path`, from the keys of its first record. Raises TraceError."""
+    """Returns the format of `path`, told from the keys of its first record. Raises TraceError."""
     _, first = next(records(path, dict[str, msgspec.Raw], "a trace"), ("", {}))
     fits = [one for one in FORMATS if one.keys <= first.keys()]
     if len(fits) == 1:
@@ -106,17 +106,17 @@ def format_of(path: Path) -> Format:
             f"{path}: may be {' or '.join(one.title for one in fits)}: say which, such as {fits[0].name}:{path}"
         )
     known = "; ".join(f"{one.title} ({', '.join(sorted(one.keys))})" for one in FORMATS)
-    raise TraceError(f"{path}: the keys of its first record are none of a format known here: {known}")
+    raise TraceError(f"{path}: the keys of its first record fit no known format: {known}")
 
 
 def _files(name: str) -> Iterator[_File]:
-    """The files that `name` names, each with its format."""
+    """Yields the files that `name` names, each with its format."""
     try:
         path, kind, block_tokens = _split(name)
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
             if not inside:
-                raise TraceError(f"{path}: a directory without .json or .jsonl files")
+                raise TraceError(f"{path}: the directory has no .json or .jsonl files")
         elif path.is_file() or path.is_symlink():
             inside = [path]
         else:
@@ -128,15 +128,15 @@ def _files(name: str) -> Iterator[_File]:
 
 
 def _split(name: str) -> tuple[Path, Format | None, int | None]:
-    """``mooncake@64:FILE`` → path, format and tokens of a block. A file of that very name comes first."""
+    """Splits ``mooncake@64:FILE`` into path, format and tokens per block. A file of that very name comes first."""
     head, colon, rest = name.partition(":")
     kind, at, tokens = head.partition("@")
     if not colon or kind not in BY_NAME or Path(name).exists():
         return Path(name), None, None
     if at and not BY_NAME[kind].blocks:
-        raise TraceError(f"{name}: {kind} has no blocks to give the size of; write {kind}:{rest}")
+        raise TraceError(f"{name}: {kind} has no blocks, so no block size can be given; write {kind}:{rest}")
     if at and not (tokens.isdecimal() and tokens.isascii() and int(tokens[:10])):
-        raise TraceError(f"{name}: a block has a whole number of tokens from 1 up, not {tokens!r}")
+        raise TraceError(f"{name}: the tokens of a block must be a whole number from 1 up, not {tokens!r}")
     return Path(rest), BY_NAME[kind], int(tokens[:10]) if at else None
 
 
@@ -149,7 +149,7 @@ def _read(file: _File, count_tokens: CountTokens) -> list[Trajectory]:
 
 
 def _with_own_ids(found: list[Trajectory]) -> list[Trajectory]:
-    """The same, where several have one id all but the first renamed: an id seeds an agent's tokens."""
+    """Renames all but the first trajectory of the same id, because an id seeds an agent's tokens."""
     seen: Counter[str] = Counter()
     own = []
     for one in found:

@@ -1,7 +1,7 @@
-"""Recorded texts → tokens and rounds: what the readers of formats with text have in common.
+"""Turns recorded texts into tokens and rounds, for the readers of formats with text.
 
-Tokens are counted with a `tokenizers` tokenizer, or, where none is given, as UTF-8 bytes over four. The marks that a
-chat template puts around messages are not counted.
+A `tokenizers` tokenizer counts the tokens; without one they are UTF-8 bytes over four. The marks that a chat template
+puts around messages are not counted.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from dualpath.traces.trajectory import Round
 
 
 def load_tokenizer(path: Path) -> CountTokens:
-    """Of a ``tokenizer.json``. Raises TraceError."""
+    """Loads the token counter of a ``tokenizer.json``. Raises TraceError."""
     from tokenizers import Tokenizer
 
     try:
@@ -48,7 +48,7 @@ class _ToolCall(msgspec.Struct):
 
 
 class Message(msgspec.Struct, kw_only=True):
-    """A message of an OpenAI chat. Its text is its content's, then the names and arguments of the calls it makes."""
+    """A message of an OpenAI chat. Its text is its content, then the names and arguments of the calls it makes."""
 
     role: str | None = None
     content: str | list[_Part] | None = None
@@ -64,9 +64,9 @@ class Message(msgspec.Struct, kw_only=True):
 
 
 def rounds_of_conversation(said: Iterable[tuple[bool, str]], count_tokens: CountTokens) -> tuple[Round, ...]:
-    """Rounds of texts in order, each with whether the model said it. What others say before an answer is its append.
+    """Makes rounds of texts, each given with whether the model said it. What others say before an answer is its append.
 
-    The model's own text at the very beginning is context, as there is no prompt before it. Others' text at the end is a
+    The model's own text at the very beginning is context, because no prompt precedes it. Others' text at the end is a
     request whose answer was not recorded: a round of one generated token.
     """
     rounds: list[Round] = []
@@ -84,5 +84,5 @@ def rounds_of_conversation(said: Iterable[tuple[bool, str]], count_tokens: Count
 
 
 def _round(asked: str, generate_tokens: int, count_tokens: CountTokens, first: bool) -> Round:
-    # A tokenizer may see nothing in a text of spaces; a prompt has at least one token all the same.
+    # A tokenizer may find no token in a text of spaces; a prompt still has at least one.
     return Round(append_tokens=max(int(first), count_tokens(asked)), generate_tokens=max(1, generate_tokens))

@@ -1,7 +1,7 @@
-"""What an agent asks of a serving system: a trajectory of rounds (paper §9).
+"""A trajectory: the rounds that an agent asks of a serving system (paper §9).
 
-Round *i* is the pair ``(A_i, g_i)``. Its prompt is everything before it, appended and generated, plus ``A_i`` new ones,
-and exactly ``g_i`` tokens are generated::
+Round *i* is the pair ``(A_i, g_i)``. Its prompt is everything before it, appended and generated, plus ``A_i`` new
+tokens; exactly ``g_i`` tokens are generated::
 
     round 0   [ A_0 ] → g_0
     round 1   [ A_0 | g_0 | A_1 ] → g_1
@@ -24,11 +24,11 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     append_tokens: int
     generate_tokens: int
     gap_s: float = 0.0
-    """Pause of the agent (tool time) between the end of the round before and this one."""
+    """The agent's pause (tool time) between the end of the round before and this one."""
     keep_tokens: int | None = None
-    """Tokens of the context that survive a compaction before the append; None: all of them."""
+    """Context tokens that survive a compaction before the append; None: all of them."""
     subagents: tuple[Trajectory, ...] = ()
-    """Started together when this round has generated its tokens; the next round waits for all of them."""
+    """Trajectories started together once this round has generated its tokens; the next round waits for all of them."""
 
     def __post_init__(self) -> None:
         if self.append_tokens < 0 or self.generate_tokens < 1:
@@ -44,10 +44,10 @@ class RoundSpan(msgspec.Struct, frozen=True, gc=False):
     """Lengths of one round within its trajectory, in tokens."""
 
     kept_tokens: int
-    """Tokens of the context that the prompt begins with."""
+    """Context tokens that the prompt begins with."""
     prompt_tokens: int
     context_tokens: int
-    """Prompt and generated tokens: the context the next round starts from."""
+    """Prompt and generated tokens: the context that the next round starts from."""
 
 
 class Totals(msgspec.Struct, frozen=True, gc=False):
@@ -64,7 +64,7 @@ class Totals(msgspec.Struct, frozen=True, gc=False):
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     """An agent's whole run. `id` seeds its token ids, so it must be unique in a replay.
 
-    Raises ValueError for no rounds, a round that keeps more than there is, or an empty prompt.
+    Raises ValueError if it has no rounds, keeps more tokens than there are, or has an empty prompt.
     """
 
     id: str
@@ -85,7 +85,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
             context_tokens = span.context_tokens
 
     def spans(self) -> Iterator[RoundSpan]:
-        """Lengths round by round."""
+        """Yields the lengths round by round."""
         context_tokens = 0
         for round_ in self.rounds:
             kept_tokens = context_tokens if round_.keep_tokens is None else round_.keep_tokens
@@ -94,21 +94,21 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
             yield RoundSpan(kept_tokens, prompt_tokens, context_tokens)
 
     def walk(self) -> Iterator[Trajectory]:
-        """This trajectory, then its subagents at every depth."""
+        """Yields this trajectory, then its subagents at every depth."""
         yield self
         for round_ in self.rounds:
             for subagent in round_.subagents:
                 yield from subagent.walk()
 
     def contexts(self) -> Iterator[Trajectory]:
-        """This trajectory, then its subagents at every depth, each without subagents: a context by itself."""
+        """Yields this trajectory and its subagents at every depth, each without subagents: a context by itself."""
         for one in self.walk():
             rounds = tuple(msgspec.structs.replace(round_, subagents=()) for round_ in one.rounds)
             yield Trajectory(id=one.id, rounds=rounds)
 
 
 def renamed(trajectory: Trajectory, identity: str) -> Trajectory:
-    """The trajectory under a name of its own, so that two agents of one recording have tokens of their own."""
+    """Copies the trajectory under another name, so that two agents of one recording have different tokens."""
     rounds = tuple(
         msgspec.structs.replace(
             round_,
@@ -124,7 +124,7 @@ def renamed(trajectory: Trajectory, identity: str) -> Trajectory:
 
 
 def totals(trajectories: Iterable[Trajectory]) -> Totals:
-    """Sum `trajectories` and their subagents."""
+    """Sums `trajectories` and their subagents."""
     every = [one for trajectory in trajectories for one in trajectory.walk()]
     spans = [span for one in every for span in one.spans()]
     rounds = [round_ for one in every for round_ in one.rounds]

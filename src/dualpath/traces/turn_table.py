@@ -1,8 +1,8 @@
-"""Trajectories as columns: what a simulator of millions of turns reads.
+"""Trajectories as columns, for simulations of millions of turns.
 
-`TurnTable` holds templates, their turns one after another in flat arrays. `Agents` are many runs of few templates, each
-with a length of its own and perhaps a round before it (the paper makes more trajectories by *prepending* a round, §9),
-so 48,000 agents of 157 turns take megabytes and not gigabytes::
+`TurnTable` holds templates, with the turns of all of them in flat arrays. `Agents` are many runs of few templates, each
+with its own length and perhaps a round before it (the paper makes more trajectories by *prepending* a round, §9), so
+48,000 agents of 157 turns take megabytes and not gigabytes::
 
     template 3      turns   starts[3] … starts[4]-1 of every column
     agent           turn 0: its prefix round (append prefix, generate 1), where it has one
@@ -24,14 +24,14 @@ Starts = npt.NDArray[np.int64]
 
 
 class Turn(msgspec.Struct, frozen=True, gc=False):
-    """One turn of one agent. Lengths in tokens."""
+    """One turn of one agent, lengths in tokens."""
 
     kept_tokens: int
-    """Tokens of the context before it that its prompt begins with: all of them unless there was a compaction."""
+    """Context tokens that the prompt begins with: all of them unless there was a compaction."""
     append_tokens: int
     generate_tokens: int
     gap_ns: int
-    """Pause before it (tool or think time)."""
+    """Pause before the turn (tool or think time)."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -42,7 +42,7 @@ class TurnTable:
     """Turns of templates in flat columns. Immutable by convention: every method returns a new table."""
 
     def __init__(self, starts: Starts, kept: Tokens, append: Tokens, generate: Tokens, gap_ns: Starts) -> None:
-        """`starts` has one entry more than there are templates. Raises ValueError where the columns don't fit it."""
+        """`starts` has one entry more than there are templates. Raises ValueError if the columns don't fit it."""
         columns = (kept, append, generate, gap_ns)
         if len(starts) < 2 or starts[0] != 0 or np.any(np.diff(starts) < 1):
             raise ValueError("starts must begin with 0 and give every template at least one turn")
@@ -53,14 +53,14 @@ class TurnTable:
         self.append_tokens = append
         self.generate_tokens = generate
         self.gap_ns = gap_ns
-        # Reading one entry of a memoryview gives a plain int, five times as fast as of an array.
+        # Reading one entry of a memoryview gives a plain int, five times as fast as an array's.
         self._views = tuple(np.ascontiguousarray(column).data for column in columns)
 
     @classmethod
     def from_lengths(
         cls, append: Sequence[Tokens], generate: Sequence[Tokens], gap_ns: Sequence[Starts] | None = None
     ) -> TurnTable:
-        """Templates without compactions, from the lengths of their turns."""
+        """Makes templates without compactions from the lengths of their turns."""
         starts = np.concatenate([[0], np.cumsum([len(one) for one in append])]).astype(np.int64)
         gaps = np.zeros(starts[-1], np.int64) if gap_ns is None else np.concatenate(gap_ns)
         kept = [_kept(a, g) for a, g in zip(append, generate, strict=True)]
@@ -69,7 +69,7 @@ class TurnTable:
 
     @classmethod
     def from_trajectories(cls, trajectories: Sequence[Trajectory]) -> TurnTable:
-        """One template each, compactions kept. Subagents have contexts of their own and are refused (ValueError)."""
+        """Makes one template of each, compactions kept. It refuses subagents, whose contexts differ (ValueError)."""
         for trajectory in trajectories:
             if any(round_.subagents for round_ in trajectory.rounds):
                 raise ValueError(f"trajectory {trajectory.id!r} has subagents, which a turn table does not hold")
@@ -84,7 +84,7 @@ class TurnTable:
         )
 
     def __len__(self) -> int:
-        """Templates."""
+        """Number of templates."""
         return len(self.starts) - 1
 
     @property
@@ -103,29 +103,29 @@ class TurnTable:
 
     @property
     def final_context_tokens(self) -> Tokens:
-        """Context at the end of each template."""
+        """Context at the end of each template, in tokens."""
         return self.context_tokens[self.starts[1:] - 1]
 
     def turn(self, position: int) -> Turn:
-        """The turn at `position` of the columns."""
+        """Returns the turn at `position` of the columns."""
         return self.turn_behind(0, position)
 
     def turn_behind(self, tokens: int, position: int) -> Turn:
-        """The turn at `position`, in a context longer by so many tokens at its beginning."""
+        """Returns the turn at `position` in a context that is longer by `tokens` at its beginning."""
         kept, append, generate, gap = self._views
         return Turn(kept[position] + tokens, append[position], generate[position], gap[position])
 
     def trajectory(self, template: int, identity: str) -> Trajectory:
-        """A template as an object."""
+        """Returns a template as an object."""
         return _trajectory(
             identity, [self.turn(position) for position in range(self.starts[template], self.starts[template + 1])]
         )
 
     def scaled(self, append: float, generate: float, max_context_tokens: int | None = None) -> TurnTable:
-        """Appends and generations times a factor (at least one token each), trajectories cut at `max_context_tokens`.
+        """Multiplies appends and generations (to at least one token) and cuts trajectories at `max_context_tokens`.
 
-        The paper's scaling of append lengths (§10): a trajectory of longer rounds has fewer of them. Compactions are
-        not carried over: kept tokens are the sum of what came before. Raises ValueError where one has no turn left.
+        This is the paper's scaling of append lengths (§10): a trajectory of longer rounds has fewer rounds. Compactions
+        are dropped: kept tokens are the sum of what came before. Raises ValueError if a trajectory has no turn left.
         """
         if not (append > 0 and generate > 0):
             raise ValueError(f"factors must be above zero, not {append} and {generate}")
@@ -138,7 +138,7 @@ class TurnTable:
         return TurnTable.from_lengths([a for a, _ in cut], [g for _, g in cut], gaps)
 
     def with_gaps(self, gap_ns: Starts) -> TurnTable:
-        """The same turns with other pauses, one for each position."""
+        """Returns the same turns with other pauses, one for each position."""
         return TurnTable(self.starts, self.kept_tokens, self.append_tokens, self.generate_tokens, gap_ns)
 
 
@@ -148,7 +148,7 @@ class Agents:
     def __init__(
         self, table: TurnTable, template: npt.NDArray[np.int32], prefix_tokens: Tokens, turns: npt.NDArray[np.int32]
     ) -> None:
-        """Per agent: its template, what its prefix round appends (0: it has none) and its turns, prefix included."""
+        """Takes per agent its template, the append of its prefix round (0: none) and its turns, prefix included."""
         self.table = table
         self.template = template
         self.prefix_tokens = prefix_tokens
@@ -158,7 +158,7 @@ class Agents:
 
     @classmethod
     def of_templates(cls, table: TurnTable) -> Agents:
-        """One agent a template."""
+        """Makes one agent per template."""
         count = len(table)
         zeros = np.zeros(count, np.int32)
         return cls(table, np.arange(count, dtype=np.int32), zeros, table.turns.astype(np.int32))
@@ -168,7 +168,7 @@ class Agents:
         """The first agents are the templates; each further one is a template after a random round with g = 1 (§9).
 
         That round's append is drawn from the table's. Agents stop before the turn that exceeds `max_context_tokens`.
-        Seeded; asking for more agents leaves the first ones as they were. Raises ValueError for a count below 1.
+        A larger `count` leaves the first agents unchanged. Raises ValueError for a count below 1 or a seed below 0.
         """
         if count < 1 or seed < 0:
             raise ValueError(f"the number of agents must be at least 1 and the seed at least 0, not {count} and {seed}")
@@ -194,7 +194,7 @@ class Agents:
         return self.table.turn_behind(prefix + 1, self._start[agent] + index - 1)
 
     def trajectory(self, agent: int) -> Trajectory:
-        """An agent as an object; its id has its number."""
+        """Returns an agent as an object; its id contains its number."""
         return _trajectory(f"agent-{agent:05d}", [self.turn(agent, index) for index in range(self.turns[agent])])
 
     def total_turns(self) -> int:
@@ -218,7 +218,7 @@ def _trajectory(identity: str, turns: list[Turn]) -> Trajectory:
 
 
 def _kept(append: Tokens, generate: Tokens) -> npt.NDArray[np.int64]:
-    """Context before each turn, where nothing is ever dropped."""
+    """Context before each turn if nothing is ever dropped."""
     after = np.cumsum(append.astype(np.int64) + generate)
     return np.concatenate([[0], after[:-1]])
 

@@ -1,24 +1,24 @@
-"""Reader of WEKA's agent sessions: recordings of coding agents, a JSON object each; one a file, or one a line.
+"""Reads WEKA's sessions of coding agents: a JSON object each, one per file or one per line.
 
-An entry of ``requests`` is a turn: ``in`` prompt tokens, ``out`` generated ones, ``hash_ids`` one id per full block of
-the prompt, ``t`` its start and ``api_time`` how long it took (seconds), ``think_time`` the pause before it. Where that
-is missing, the pause is the time from the end of what ran before to ``t``.
+An entry of ``requests`` is a turn: ``in`` prompt tokens, ``out`` generated ones, ``hash_ids`` with one id per full
+block of the prompt, ``t`` its start, ``api_time`` its duration (seconds), ``think_time`` the pause before it. Without
+``think_time``, the pause is the time from the end of what ran before to ``t``.
 
 What a prompt shares with the turn before is the longest common prefix of their ``hash_ids``:
 
-* it reaches the end of the prompt before (give or take a block): the context was kept, generated tokens included, and
-  the rest of ``in`` is the append;
-* it falls short: a compaction; the context shrinks to the shared blocks.
+* If it reaches the end of the prompt before (give or take a block), the context was kept, generated tokens included,
+  and the rest of ``in`` is the append.
+* If it falls short, there was a compaction, and the context shrinks to the shared blocks.
 
-A turn may continue an earlier context instead, past requests that share little with it (a title for the session, a
+A turn may continue an earlier context instead, past requests that share little with it (a session's title, a
 detour)::
 
     A  [b0 b1 b2 b3]           A' continues A and not B, so B is set aside: it becomes a subagent of A,
     B  [b9 b8]                 which A' waits for
     A' [b0 b1 b2 b3 b4]
 
-An entry of type ``subagent`` is a nested session in ``requests`` of its own, with a fresh context; its parent waits for
-it. Subagents that follow one another ran together. A session or a subagent without turns is nothing.
+An entry of type ``subagent`` is a nested session with its own ``requests`` and a fresh context; its parent waits for
+it. Consecutive subagents ran together. A session or a subagent without turns is left out.
 """
 
 from pathlib import Path
@@ -41,9 +41,9 @@ from dualpath.traces.sharing import next_round, shared_prefix
 from dualpath.traces.trajectory import Round, Trajectory
 
 _SLACK_BLOCKS = 1
-"""A prompt's last block may hash differently once the generation follows it; more than this is a compaction."""
+"""A prompt's last block may hash differently once the generation follows it; a longer difference is a compaction."""
 _MAX_DEPTH = 32
-"""Of subagents in subagents."""
+"""How deep subagents may be nested."""
 
 
 class _Entry(msgspec.Struct):
@@ -54,12 +54,12 @@ class _Entry(msgspec.Struct):
     t: Seconds | None = None
     api_time: Seconds | None = None
     think_time: Annotated[float, Meta(ge=-MAX_SECONDS, le=MAX_SECONDS)] | None = None
-    """Clocks that differ make small negative ones."""
+    """Pause before it; clocks that differ record small negative ones."""
     requests: list["_Entry"] | None = None
 
     @property
     def end(self) -> float | None:
-        """When it was answered; a subagent's: when its last request was. None where that was not recorded."""
+        """When it was answered, for a subagent its last request; None if that was not recorded."""
         if self.type == "subagent":
             return max((one.end for one in self.requests or () if one.end is not None), default=None)
         return None if self.t is None else self.t + (self.api_time or 0.0)
@@ -73,7 +73,7 @@ class _Session(msgspec.Struct):
 
 class _Turn(msgspec.Struct, kw_only=True):
     number: int
-    """Of its entry."""
+    """The place of its entry in ``requests``."""
     prompt_tokens: int
     generate_tokens: int
     hash_ids: list[int]
@@ -85,7 +85,7 @@ class _Turn(msgspec.Struct, kw_only=True):
         return self.prompt_tokens + max(1, self.generate_tokens)
 
     def continues(self, before: "_Turn") -> bool:
-        """Whether the prompt begins with all of `before`'s."""
+        """Whether the prompt begins with all of `before`'s prompt."""
         blocks = max(1, len(before.hash_ids) - _SLACK_BLOCKS)
         return len(before.hash_ids) > 0 and self.hash_ids[:blocks] == before.hash_ids[:blocks]
 
@@ -102,7 +102,7 @@ class _Turn(msgspec.Struct, kw_only=True):
 
 
 def read_weka(path: Path, _options: ReadOptions = NO_OPTIONS) -> list[Trajectory]:
-    """The sessions in `path`; their ids are the sessions'. Raises TraceError."""
+    """Returns the sessions in `path` under their own ids. Raises TraceError."""
     found = []
     for where, session in records(path, _Session, "a WEKA session"):
         reader = _SessionReader(f"{path}: {where}: ", session.block_size)
@@ -111,14 +111,14 @@ def read_weka(path: Path, _options: ReadOptions = NO_OPTIONS) -> list[Trajectory
 
 
 class _SessionReader:
-    """Turns entries into trajectories; `at` is the path of a field inside the session, for errors."""
+    """Turns entries into trajectories. `at` is the path of a field inside the session, for errors."""
 
     def __init__(self, place: str, block_tokens: int) -> None:
         self._place = place
         self._block_tokens = block_tokens
 
     def trajectory(self, identity: str, entries: list[_Entry], at: str, depth: int = 0) -> Trajectory | None:
-        """None for one without turns."""
+        """Returns None if `entries` hold no turn."""
         if depth > _MAX_DEPTH:
             raise TraceError(f"{self._place}{at} is a subagent {depth} levels deep; at most {_MAX_DEPTH} are read")
         turns: list[_Turn] = []
@@ -161,10 +161,10 @@ class _SessionReader:
         )
 
     def _joined(self, identity: str, turns: list[_Turn]) -> Trajectory:
-        """The trajectory of `turns`; those that were asked on the side are set aside as subagents."""
+        """Returns the trajectory of `turns`, with those asked on the side set aside as subagents."""
         thread: list[_Turn] = []
         breaks: list[int] = []
-        """Where in the thread a context ended that the next turn did not continue."""
+        """Places in the thread where a context ended that the next turn did not continue."""
         for turn in turns:
             if thread and not turn.continues(thread[-1]):
                 at = _continued(turn, thread, breaks)
@@ -185,9 +185,9 @@ class _SessionReader:
 
 
 def _continued(turn: _Turn, thread: list[_Turn], breaks: list[int]) -> int | None:
-    """The place of the last ended context that `turn` continues; None where setting aside what followed costs more.
+    """Returns where the context ended that `turn` continues; None if setting aside what followed costs more.
 
-    It costs what the first of those turns shares with that context, as a subagent's context is a fresh one.
+    The cost is what the first of those turns shares with that context, because a subagent's context is a fresh one.
     """
     found = next((at for at in reversed(breaks) if turn.continues(thread[at])), None)
     if found is None:

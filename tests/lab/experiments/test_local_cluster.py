@@ -128,5 +128,5 @@ def test_a_ready_file_of_another_kind_is_refused(start, tmp_path):
         async with start(python(code)):
             pass
 
-    with pytest.raises(LaunchError, match=r"ready\.json is not what serve writes"):
+    with pytest.raises(LaunchError, match=r"ready\.json has an unknown form"):
         asyncio.run(main())

@@ -65,7 +65,7 @@ def test_a_users_file(tmp_path):
     [
         ('gpu = "h100"', 'gpu = "tpu"', "node.gpu: no GPU 'tpu'; known are h100, h800, h200"),
         ('cnic = "400Gb/s"', 'cnic = "fast"', "node.cnic: 'fast' is not a rate"),
-        ('snic = "200Gb/s"', 'snic = "unlimited"', "node.snic: a link of a cluster needs a rate"),
+        ('snic = "200Gb/s"', 'snic = "unlimited"', "node.snic: a cluster's link needs a rate"),
         ('dram_buffer = "80GB"', 'dram_buffer = "0GB"', "node.dram_buffer: must be above zero"),
         ("prefill_nodes = 1", "prefill_nodes = 0", "prefill_nodes: Expected `int` >= 1"),
         ("prefill_nodes = 1", "prefil_nodes = 1", "Object contains unknown field `prefil_nodes`"),

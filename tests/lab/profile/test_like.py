@@ -220,8 +220,8 @@ def test_another_models_runs_are_refused():
     ("argv", "said"),
     [
         (["--like", "r.json"], "--like needs a --profile"),
-        ([], "name a CLUSTER"),
-        (["ds27b-1p1d", "--like", "r.json"], "one of the two"),
+        ([], "give either a CLUSTER"),
+        (["ds27b-1p1d", "--like", "r.json"], "or a result file with --like"),
     ],
 )
 def test_a_wrong_question_is_one_line(argv, said, capsys):

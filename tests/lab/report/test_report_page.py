@@ -219,7 +219,7 @@ def test_stages_and_sweeps_are_charted():
     read = next(trace for trace in breakdown["traces"] if trace["name"] == "read")
     assert read["x"][0] == pytest.approx(mean_s, abs=1e-4)
     untold = synthetic(topologies=("1P1D",), agents=2, timings=False)
-    assert "Some turns come without stages" in render([untold])
+    assert "Some turns have no stages" in render([untold])
     assert "breakdown" not in {one["id"] for one in json.loads(packed(render([untold])))["sections"]}
 
 

@@ -79,7 +79,7 @@ def test_stated_efficiencies_replace_the_fitted_ones(tmp_path: Path) -> None:
     [
         (["nowhere"], "no cluster 'nowhere'"),
         (["ds27b-1p1d", "--trace", "65K"], "no trace '65K'"),
-        (["ds27b-1p1d", "--fault", "fire"], "'fire' is no fault"),
+        (["ds27b-1p1d", "--fault", "fire"], "'fire' is not a fault"),
         (["ds27b-1p1d", "--fault", "engine_lost:16@3s"], "numbered from 0"),
         (["ds27b-1p1d", "--exact", "--fault", "snic:0@3s*0.5"], "exact mode knows no faults"),
         (["ds27b-1p1d", "--model", "nothing"], "no model 'nothing'"),

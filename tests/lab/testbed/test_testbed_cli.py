@@ -15,11 +15,11 @@ from dualpath.lab.testbed.network import leftovers
     ("line", "message"),
     [
         ("up 0P1D", "'0P1D' is not a topology"),
-        ("up 1P1D --name a-b", "'a-b' is no testbed's name"),
+        ("up 1P1D --name a-b", "'a-b' can't be a testbed's name"),
         ("up --subnet 10", "not the first half of an IPv4 address"),
-        ("down --name A", "no testbed's name"),
+        ("down --name A", "can't be a testbed's name"),
         ("run --model nowhere --store x", "nowhere has no config.json"),
-        ("qos --cnic-rate unlimited", "without a rate there is nothing to share"),
+        ("qos --cnic-rate unlimited", "without one there is nothing to share"),
     ],
 )
 def test_a_wrong_value_ends_with_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +77,7 @@ def test_up_status_down(testbed_name: str, tmp_path: Path, capsys: pytest.Captur
     assert leftovers(testbed_name) == []
     assert main(["testbed", "status", *name]) == 1
     assert main(["testbed", "down", *name]) == 0
-    assert "there is nothing of testbed" in capsys.readouterr().out
+    assert "nothing to remove: there is no testbed" in capsys.readouterr().out
 
 
 @pytest.mark.privileged

@@ -44,11 +44,11 @@ def test_only_engines_and_the_storage_node_have_rates() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("Bed", 1, 1), "no testbed's name"),
+        (("Bed", 1, 1), "can't be a testbed's name"),
         (("ninechars", 1, 1), "1 to 8"),
-        (("bed-1", 1, 1), "no testbed's name"),
-        (("bed", 0, 1), "1 prefill and 1 decode engine at least"),
-        (("bed", 100, 101), "200 in all at most"),
+        (("bed-1", 1, 1), "can't be a testbed's name"),
+        (("bed", 0, 1), "at least 1 prefill and 1 decode engine"),
+        (("bed", 100, 101), "at most 200 in all"),
         (("bed", 1, 1, "10.300"), "first half of an IPv4 address"),
         (("bed", 1, 1, "10.1.2"), "first half of an IPv4 address"),
     ],

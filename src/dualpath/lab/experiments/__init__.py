@@ -1,1 +1,1 @@
-"""Measured comparisons on real clusters: a plan of runs, the same agents for every system, one result file."""
+"""Comparisons measured on real clusters: a plan of runs, the same agents for every system, one result file."""

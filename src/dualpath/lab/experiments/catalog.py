@@ -1,8 +1,8 @@
-"""The experiments: what each varies, which figure of the paper it mirrors, and what to expect.
+"""The list of experiments: what each varies, which figure of the paper it mirrors, and what to expect.
 
-Conditions are sized for two cores and a checkpoint with 16 KiB of KV a token. Generated agents are then bound by
-40 MB/s storage NICs; recorded sessions append and generate more, and are bound by 15 MB/s ones. Rates are kept on real
-bytes, so shapes can be compared with the paper's, absolute times can't.
+Conditions are sized for two cores and a checkpoint with 16 KiB of KV per token. There, 40 MB/s storage NICs bind
+generated agents; recorded sessions append and generate more, so they need 15 MB/s. Rates hold for real bytes, so
+compare shapes with the paper's, not absolute times.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from dualpath.results.file import ResultFile
 Draw = Callable[[ResultFile, Path], None]
 BOTH = (BASELINE, HEADLINE)
 QUICK: dict[str, Any] = {"agents": 3, "turns": 2, "context_tokens": 700, "snic_bytes_per_s": 20_000_000}
-"""So little that it shows that an experiment works, and nothing else."""
+"""A load just large enough to show that an experiment works."""
 
 
 class Definition(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,20 +30,20 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     summary: str
     mirrors: str
-    """The paper's figure or table."""
+    """The paper's figure or table that it mirrors."""
     expect: str
     minutes: int
-    """On two cores that do nothing else, once round."""
+    """Duration on two idle cores, without repeats."""
     conditions: Conditions
     quick: dict[str, Any]
-    """What ``--quick`` changes of the conditions."""
+    """Conditions that ``--quick`` changes."""
     figure: str
-    """Of `dualpath.lab.experiments.figures`: ``module.function``."""
+    """Function of `dualpath.lab.experiments.figures`, as ``module.function``."""
     find: Callable[[ResultFile], list[str]]
     needs_traces: bool = False
 
     def under(self, quick: bool, given: dict[str, Any]) -> Conditions:
-        """The conditions with what the user gave; an axis that is given as one value is no axis. Raises ValueError."""
+        """Returns the conditions with the user's changes; an axis given as one value is no axis. Raises ValueError."""
         own = msgspec.structs.replace(self.conditions, **self.quick) if quick else self.conditions
         axes = given.get("axes") or {name: values for name, values in own.axes.items() if name not in given}
         found = msgspec.structs.replace(own, **(given | {"axes": axes}))
@@ -52,7 +52,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
     def draw(self, result: ResultFile, path: Path) -> None:
-        """Write the figure. Raises ValueError where `result` has nothing to draw."""
+        """Writes the figure. Raises ValueError if `result` has nothing to draw."""
         module, _, function = self.figure.partition(".")
         draw: Draw = getattr(import_module(f"dualpath.lab.experiments.figures.{module}"), function)
         draw(result, path)
@@ -202,7 +202,7 @@ EXPERIMENTS = (
 
 
 def definition(name: str) -> Definition:
-    """Raises ValueError for a name that is not one of EXPERIMENTS."""
+    """Returns the experiment called `name`. Raises ValueError if there is none."""
     for one in EXPERIMENTS:
         if one.name == name:
             return one

@@ -1,7 +1,7 @@
-"""What an experiment asks of which clusters, and on what machine: records that the command line takes its options from.
+"""Conditions and bench of an experiment: what is asked of which clusters, on what machine. They define the options.
 
-Conditions say it for one point. Their axes name fields and the values these take one after another: every combination,
-on every topology, is a point of the series. Nothing heavy is imported here: ``--help`` must be quick.
+Conditions describe one point. Their axes name fields and the values these take: every combination, on every topology,
+is a point of the series. This module imports nothing heavy, because ``--help`` must be quick.
 """
 
 import itertools
@@ -20,32 +20,30 @@ Parameters = dict[str, float | str]
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
-    """Topologies, systems, and means of generated agents or recorded ones. Raises ValueError naming the option."""
+    """Topologies, systems, and generated (by means) or recorded agents. Raises ValueError naming the option."""
 
     topologies: tuple[str, ...] = ("1P1D",)
     systems: tuple[str, ...] = ("basic", "dualpath", "oracle")
     agents: int | None = 8
-    """None: one of each recording, or GENERATED_AGENTS."""
+    """Number of agents; None: one per recording, or GENERATED_AGENTS."""
     turns: int = 3
-    """Measured turns of an agent (at most, of a recorded one), after the one that brings its first context into
-    storage.
-    """
+    """Measured turns per agent (of a recorded one at most), after the turn that stores its first context."""
     context_tokens: float = 2000
-    """At first."""
+    """Mean tokens of the first prompt."""
     append_tokens: float = 64
     generate_tokens: float = 16
     spread: float = 0.25
-    """Of the generated lengths: standard deviation over mean."""
+    """Standard deviation over mean of the generated lengths."""
     agents_per_s: float | None = None
-    """Poisson arrivals; None: all at once."""
+    """Rate of Poisson arrivals; None: all at once."""
     axes: dict[str, tuple[float, ...]] = {}
     snic_bytes_per_s: int | None = 40_000_000
     """Each storage NIC's rate; None: not limited."""
     cnic_bytes_per_s: int | None = 320_000_000
     traces: tuple[str, ...] = ()
-    """Recorded agents instead of generated ones: what `traces.sources.load_source` takes."""
+    """Sources of recorded agents for `traces.sources.load_source`; empty: generated agents."""
     scale: float = 16
-    """Token counts of recorded sessions are divided by this."""
+    """Divides the token counts of recorded sessions."""
     max_context_tokens: int = 6144
     """A recorded session ends before its context grows beyond this."""
 
@@ -70,7 +68,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def source(self) -> str:
-        """Where the agents come from, in words."""
+        """Describes where the agents come from."""
         if self.traces:
             sources = "source" if len(self.traces) == 1 else "sources"
             return f"recorded agents of {len(self.traces)} {sources}, token counts divided by {self.scale:g}"
@@ -80,7 +78,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def points(self) -> Iterator[tuple[Parameters, "Conditions"]]:
-        """Every combination of the axes' values, and the conditions there."""
+        """Yields every combination of the axes' values with the conditions there."""
         for values in itertools.product(*self.axes.values()):
             varied: dict[str, float] = dict(zip(self.axes, values, strict=True))
             whole = {name: int(value) for name, value in varied.items() if name in ("agents", "turns")}
@@ -97,21 +95,21 @@ def _check_axis(name: str, values: tuple[float, ...]) -> None:
 
 
 class Bench(msgspec.Struct, frozen=True, kw_only=True):
-    """Where and with what all runs of a series are made. Raises ValueError for what can't be, naming the option."""
+    """Place, model and options of all runs of a series. Raises ValueError naming the option that is wrong."""
 
     repeats: int = 1
     seed: int = 0
-    """Of the agents."""
+    """Seed of the agents."""
     model: Path = Path(".models/demo")
-    """A checkpoint; made if absent."""
+    """A checkpoint, which is made if absent."""
     out: Path = Path("results/experiments")
-    """The result file, its figure and the clusters' logs go here."""
+    """Directory of the result file, its figure and the clusters' logs."""
     work: Path = Path(".store")
-    """Stores are made, and removed again, under here: a few GB."""
+    """Directory in which stores are made and removed again: a few GB."""
     serve_command: tuple[str, ...] = SERVE
     start_timeout_s: float = 180.0
     command: str = ""
-    """As typed; kept in the result file."""
+    """The command as typed; kept in the result file."""
 
     def __post_init__(self) -> None:
         if self.seed < 0 or self.repeats < 1:

@@ -1,14 +1,14 @@
-"""Runs a series: warm-ups as they are needed, every run on a fresh cluster with a fresh store, results after each run.
+"""Runs a series: every run gets a fresh cluster and a fresh, warm store; results are written after each run.
 
-Theory of operation. Prefill of the agents' first contexts would drown what is to be seen (reads), and is the same for
-all systems. So one cluster, with no rate limits, answers every agent's first turn; its store is the start of all runs::
+Theory of operation. Prefill of the agents' first contexts would hide the reads that are to be seen, and is the same for
+all systems. So one cluster, without rate limits, answers every agent's first turn; all runs start from its store::
 
     warm-up cluster ──► store/warm-0 ──link──► store/run ──► basic    on 1P1D ──► replay turns 1…n ──► bytes, JCT
             │                  └──────link──► store/run ──► dualpath on 1P1D ──► replay turns 1…n ──► …
             └── contexts (the first prompts and what was generated) ──► every replay
 
 Sets of agents that begin alike share a warm-up; its store is removed after the last run that needs it. The result file
-is written anew after every run, so an experiment that is interrupted keeps what it has.
+is rewritten after every run, so an interrupted experiment keeps its finished runs.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ WARM_SYSTEM = HEADLINE
 def run_series(
     series: Series, bench: Bench, console: Console, make_launcher: MakeLauncher = LocalLauncher
 ) -> ResultFile:
-    """Run it all; ``NAME.json`` in `bench.out` has the finished runs at any time.
+    """Runs the whole series; ``NAME.json`` in `bench.out` has the finished runs at any time.
 
     SIGINT and SIGTERM stop every cluster. Raises LaunchError, MetricsError, ReplayError, OSError, KeyboardInterrupt.
     """
@@ -51,12 +51,12 @@ def run_series(
 
 
 def result_path(name: str, out: Path) -> Path:
-    """Where the result file of a series goes."""
+    """Returns the path of a series' result file."""
     return out / f"{name}.json"
 
 
 def result_of(runs: list[Run], series: Series, bench: Bench, where: str) -> ResultFile:
-    """The result file of finished `runs`; its workload is that of the largest set of agents. `where` is the machine."""
+    """Makes the result file of finished `runs`. Its workload is the largest set of agents; `where` is the machine."""
     conditions = series.conditions
     largest = max(series.trajectories.values(), key=lambda agents: totals(agents).prompt_tokens)
     return ResultFile(
@@ -80,14 +80,14 @@ def result_of(runs: list[Run], series: Series, bench: Bench, where: str) -> Resu
 
 
 class _Warm(msgspec.Struct):
-    """What a warm-up left."""
+    """What a warm-up left behind."""
 
     store: Path
     contexts: dict[str, list[int]]
 
 
 class _Invocation:
-    """One invocation: its directories, its warm stores and what has been measured."""
+    """One invocation: its directories, its warm stores and its measurements."""
 
     def __init__(self, series: Series, bench: Bench, console: Console, make_launcher: MakeLauncher) -> None:
         self._series = series
@@ -127,7 +127,7 @@ class _Invocation:
         return next(i for i, one in enumerate(self._warm_ups) if run.agents in one.keys)
 
     def _forget(self, done: int) -> None:
-        """Remove the store of the run's warm-up if no later run needs it."""
+        """Removes the store of the run's warm-up if no later run needs it."""
         group = self._group(self._series.runs[done])
         if all(self._group(run) != group for run in self._series.runs[done + 1 :]):
             shutil.rmtree(self._warm.pop(group).store, ignore_errors=True)
@@ -167,7 +167,7 @@ class _Invocation:
             async with meter.sampling() as readings:
                 work = replay(cluster.url, agents, self._replay_options, contexts=warm.contexts, on_turn=progress.turn)
                 result = await cluster.run(work)
-                # Its clock starts once it has found the server, which takes a moment, and stops when it returns.
+                # The replay's clock starts once it has found the server, a moment later, and stops when it returns.
                 started_s = time.monotonic() - result.jct_s
             progress.note(f"JCT {result.jct_s:.1f} s")
             after = await cluster.run(meter.settled())
@@ -186,7 +186,7 @@ class _Invocation:
         )
 
     def _setup(self, result: ReplayResult, limited: bool) -> ClusterSetup | None:
-        """As the server told it; rates are the launcher's, which may have the kernel keep them."""
+        """Returns the setup that the server reports; rates are the launcher's, because the kernel may keep them."""
         if result.cluster is None:
             return None
         conditions = self._series.conditions

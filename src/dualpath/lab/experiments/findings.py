@@ -1,4 +1,4 @@
-"""What an experiment found, in sentences that a reader can check against its table."""
+"""An experiment's findings, in sentences that a reader can check against its table."""
 
 from collections.abc import Callable
 
@@ -13,14 +13,14 @@ from dualpath.results.roles import contenders, foremost, oracle_among, reading_n
 from dualpath.results.turns import mean_stages_s
 
 TIE_SHARE = 0.1
-"""Job completion times within this share of each other tie."""
+"""Largest relative difference of two job completion times that tie."""
 BINDS_RATIO = 1.1
-"""Where pooling storage NICs could give this much, storage reads bind the job."""
+"""Ideal ratio from which storage reads bind the job."""
 LEAST_OF_IDEAL, LEAST_OF_BASIC = 0.9, 0.98
 WINDOW_S = 2.0
-"""Of balances over time."""
+"""Window of balances over time."""
 PAPER_ABLATION_PERCENT = {"basic-layerwise": -17.21, "dualpath-rr": -38.19, "dualpath": -45.62}
-"""JCT against basic, DS 660B, MaxLen 64K (paper §10)."""
+"""Change of the JCT against basic, DS 660B, MaxLen 64K (paper §10)."""
 
 
 class NicMatch(msgspec.Struct, frozen=True):
@@ -30,7 +30,7 @@ class NicMatch(msgspec.Struct, frozen=True):
     second: str
     nics: int
     jct_ratio: float
-    """The first's over the second's."""
+    """The first run's JCT over the second's."""
 
     @property
     def ties(self) -> bool:
@@ -38,9 +38,9 @@ class NicMatch(msgspec.Struct, frozen=True):
 
 
 def nic_matches(result: ResultFile) -> list[NicMatch]:
-    """Every pair of runs that read with equally many storage NICs, of the baseline and of the foremost contender.
+    """Returns every pair of runs that read with equally many storage NICs, of the baseline and the foremost contender.
 
-    Left out are settings where an oracle says that storage does not bind: there, NICs do not decide.
+    It leaves out settings where an oracle shows that storage does not bind: there, NICs do not decide.
     """
     found: list[tuple[str, int, float]] = []
     for one in comparisons(cells_of(result)):
@@ -60,12 +60,12 @@ def nic_matches(result: ResultFile) -> list[NicMatch]:
 
 
 def pairs(result: ResultFile) -> list[str]:
-    """Whether pairs of equal storage bandwidth tie; the agent that reads most; gains."""
+    """Says whether pairs of equal storage bandwidth tie, which agent reads most, and the gains."""
     return [*ties(result), *gains(result)]
 
 
 def ties(result: ResultFile) -> list[str]:
-    """Pairs of equal storage bandwidth, and the agent that reads most."""
+    """Says whether pairs of equal storage bandwidth tie, and which agent reads most."""
     return [*map(_match_sentence, nic_matches(result)), *longest_agent(result)]
 
 
@@ -76,9 +76,9 @@ def _match_sentence(match: NicMatch) -> str:
 
 
 def real_sessions(result: ResultFile) -> list[str]:
-    """Where storage binds: does a contender reach the ideal? Where it does not: does it lose nothing? And the pairs.
+    """Says whether a contender reaches the ideal where storage binds, and loses nothing elsewhere; then the pairs.
 
-    Only an oracle, whose reads cost nothing, can tell.
+    Only an oracle, whose reads are free, can tell whether storage binds.
     """
     verdicts = [
         _verdict(one, run)
@@ -90,13 +90,13 @@ def real_sessions(result: ResultFile) -> list[str]:
 
 
 def _bounded_ideal(one: Comparison) -> float | None:
-    """The ideal ratio to the baseline; None where there was no oracle to bound it, or no contender."""
+    """Returns the ideal ratio to the baseline; None without an oracle to bound it, or without a contender."""
     run = one.complete(foremost(one.cells))
     return None if run is None or one.complete(oracle_among(one.cells)) is None else run.ideal_ratio
 
 
 def longest_agent(result: ResultFile) -> list[str]:
-    """What bounds every system that reads a request with one storage NIC: an agent's turns follow one another."""
+    """Names the agent that reads most: its turns follow one another, which bounds systems that read by one NIC."""
     run = next((run for run in result.runs if not run.errors and run.cluster is not None), None)
     rate = result.configuration.snic_bytes_per_s
     if run is None or run.cluster is None or rate is None:
@@ -121,7 +121,7 @@ def _verdict(one: Comparison, run: Run) -> str:
         return ""
     gained = f"{run.system} is {run.ratio_to_basic:.2f}× {BASELINE}"
     if _bounded_ideal(one) is None:
-        return f"{one.setting.label}: {gained}; without an oracle nobody knows what could be had."
+        return f"{one.setting.label}: {gained}; without an oracle the ideal is not known."
     ideal = f"(ideal {run.ideal_ratio:.2f}×)"
     if run.ideal_ratio >= BINDS_RATIO:
         held = "holds" if run.ratio_to_ideal >= LEAST_OF_IDEAL else "missed"
@@ -132,12 +132,12 @@ def _verdict(one: Comparison, run: Run) -> str:
 
 
 def jct_change_percent(run: Run) -> float | None:
-    """Change of the JCT against the baseline's median; negative is faster."""
+    """Returns the change of the JCT against the baseline's median; negative is faster."""
     return None if run.ratio_to_basic is None else (1 / run.ratio_to_basic - 1) * 100
 
 
 def ablation(result: ResultFile) -> list[str]:
-    """Each contender's change of JCT against the baseline, with the paper's where it has one."""
+    """Gives each contender's change of JCT against the baseline, with the paper's if it has one."""
     sentences = []
     for cell in cells_of(result):
         change = cell.spread(jct_change_percent) if contenders([cell.system]) else None
@@ -150,7 +150,7 @@ def ablation(result: ResultFile) -> list[str]:
 
 
 def arrivals(result: ResultFile) -> list[str]:
-    """TTFT of each system at each rate."""
+    """Gives each system's TTFT at each rate."""
     sentences = []
     for one in comparisons(cells_of(result)):
         told = [
@@ -163,7 +163,7 @@ def arrivals(result: ResultFile) -> list[str]:
 
 
 def stages(result: ResultFile) -> list[str]:
-    """The largest stage of every system's time to first token."""
+    """Names the largest stage of every system's time to first token."""
     sentences = []
     for cell in cells_of(result):
         found = mean_stages_s([turn for run in cell.counted for turn in run.turn_results])
@@ -178,12 +178,12 @@ def stages(result: ResultFile) -> list[str]:
 
 
 def snic(result: ResultFile) -> list[str]:
-    """Storage NICs: max over average."""
+    """Gives max over average of the storage NICs."""
     return _balances(result, snic_balance, "the busiest storage NIC receives")
 
 
 def attention(result: ResultFile) -> list[str]:
-    """Prefill attention: max over average."""
+    """Gives max over average of prefill attention."""
     return _balances(result, attention_balance, "the busiest PE has")
 
 

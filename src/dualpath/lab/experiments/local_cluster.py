@@ -1,8 +1,7 @@
-"""Clusters that runs are made on: what a run needs of one, and clusters of `dualpath serve` on this host.
+"""What a run needs of a cluster, and clusters of `dualpath serve` on this host.
 
-A cluster is a child process: started, waited for, watched, and ended whatever happens. The child leads a process group
-of its own. Ctrl-C therefore reaches only us, and one signal to the group ends the cluster's engines too, also those
-whose leader died first.
+A cluster is a child process, which leads a process group of its own. Ctrl-C therefore reaches only us, and one signal
+to the group ends the cluster's engines too, even if the leader died first.
 """
 
 import asyncio
@@ -28,24 +27,24 @@ TAIL_LINES = 20
 
 
 class LaunchError(Exception):
-    """What a run needs did not start, or ended by itself. The message has the tail of its log."""
+    """Something that a run needs did not start, or ended by itself. The message has the tail of its log."""
 
 
 class LaunchedCluster(Protocol):
-    """A cluster all of whose engines have joined."""
+    """A cluster whose engines have all joined."""
 
     @property
     def url(self) -> str:
-        """Of its OpenAI server, ``http://host:port/v1``; ``/metrics`` is at the same host and port."""
+        """URL of the OpenAI server, ``http://host:port/v1``; ``/metrics`` is at the same host and port."""
         ...
 
     async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """`work`'s result. Raises LaunchError, cancelling `work`, if the cluster ends before it."""
+        """Returns `work`'s result. If the cluster ends first, cancels `work` and raises LaunchError."""
         ...
 
 
 class ClusterLauncher(Protocol):
-    """``async with launcher.cluster(…) as cluster``. One cluster is up at a time, and gone when it is left."""
+    """Use as ``async with launcher.cluster(…) as cluster``. One cluster is up at a time, and is gone afterwards."""
 
     @property
     def links(self) -> Literal["emulated", "kernel"]:
@@ -55,20 +54,20 @@ class ClusterLauncher(Protocol):
     def cluster(
         self, name: str, topology: str, system: str, store: Path, limited: bool
     ) -> AbstractAsyncContextManager[LaunchedCluster]:
-        """Entering it raises LaunchError where the cluster does not start.
+        """Returns a cluster; entering it raises LaunchError if it does not start.
 
-        `name` is for messages and log files, `topology` like ``1P2D``; `store` is the directory its blocks are in,
-        and `limited` tells whether the NICs have the conditions' rates, or none.
+        `name` is for messages and log files, `topology` like ``1P2D``, `store` the directory of its blocks. `limited`
+        says whether the NICs have the conditions' rates, or none.
         """
         ...
 
 
 MakeLauncher = Callable[[Conditions, Bench, Path, Path], ClusterLauncher]
-"""From the conditions, the bench, the directory of logs and a directory of its own to work in."""
+"""Makes a launcher from the conditions, the bench, the directory of logs and a working directory of its own."""
 
 
 class LocalLauncher:
-    """Clusters of `dualpath serve` on this host, their NICs held to the rates by the engines themselves."""
+    """Starts clusters of `dualpath serve` on this host, whose engines keep their NICs' rates themselves."""
 
     links: Literal["emulated", "kernel"] = "emulated"
 
@@ -79,7 +78,7 @@ class LocalLauncher:
         self._ready_file = work / "ready.json"
 
     def cluster(self, name: str, topology: str, system: str, store: Path, limited: bool) -> "ClusterProcess":
-        """See `ClusterLauncher.cluster`. Its log is ``NAME.log``, with dashes."""
+        """See `ClusterLauncher.cluster`. The log is ``NAME.log``, with dashes."""
         snic, cnic = self._rates if limited else (None, None)
         command = [
             *self._bench.serve_command,
@@ -100,7 +99,7 @@ class _Ready(msgspec.Struct):
 
 
 class ClusterProcess:
-    """``async with ClusterProcess(…) as cluster``: entered once every engine has joined; `cluster.url` serves."""
+    """Use as ``async with ClusterProcess(…) as cluster``. It is entered once every engine has joined."""
 
     def __init__(self, name: str, command: Sequence[str], ready_file: Path, log: Path, start_timeout_s: float) -> None:
         self.name = name
@@ -130,13 +129,13 @@ class ClusterProcess:
         await self._stop()
 
     async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """`work`'s result. Raises LaunchError, cancelling `work`, if the cluster ends before it."""
+        """Returns `work`'s result. If the cluster ends first, cancels `work` and raises LaunchError."""
         working = asyncio.ensure_future(work)
         ended = asyncio.ensure_future(self._process.wait())
         try:
             await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
             if working.done() and not working.cancelled() and working.exception() is not None:
-                # A cluster that dies breaks connections first and is reaped a moment later.
+                # A cluster that dies breaks its connections first and is reaped a moment later.
                 await asyncio.wait({ended}, timeout=REAP_S)
             if ended.done():
                 raise self._died()
@@ -159,10 +158,10 @@ class ClusterProcess:
         try:
             return msgspec.json.decode(self._ready_file.read_bytes(), type=_Ready)
         except msgspec.MsgspecError as error:
-            raise LaunchError(f"{self.name}: {self._ready_file} is not what serve writes: {error}") from error
+            raise LaunchError(f"{self.name}: {self._ready_file} has an unknown form: {error}") from error
 
     async def _stop(self) -> None:
-        """SIGTERM, then SIGKILL after STOP_GRACE_S or when cancelled; nothing of the group survives."""
+        """Sends SIGTERM, then SIGKILL after STOP_GRACE_S or when cancelled; nothing of the group survives."""
         try:
             if self._process.returncode is None:
                 self._process.send_signal(signal.SIGTERM)
@@ -181,13 +180,13 @@ class ClusterProcess:
 
 
 def log_tail(log: Path) -> str:
-    """A sentence with the last lines of `log`, to end an error message with."""
+    """Returns a sentence with the last lines of `log`, to end an error message with."""
     lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
     return f" The end of {log}:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def log_path(logs: Path, name: str) -> Path:
-    """Log file of the cluster `name` (``1P1D basic #2``)."""
+    """Returns the log file of the cluster `name` (``1P1D basic #2``)."""
     return logs / f"{name.replace(' ', '-').replace('#', '').replace('/', '-')}.log"
 
 

@@ -1,4 +1,4 @@
-"""Bytes that each engine's storage NIC received, from a cluster's /metrics: now, once they stand still, over time."""
+"""Reads from /metrics how many bytes each engine's storage NIC received: now, when settled, or over time."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ TIMEOUT_S = 10.0
 
 
 class MetricsError(Exception):
-    """/metrics that can't be read, or lacks the series."""
+    """/metrics can't be read, or lacks the series."""
 
 
 class NicBytes:
@@ -30,7 +30,7 @@ class NicBytes:
     def __init__(self, text: str) -> None:
         self._bytes: dict[tuple[int, str, str], int] = {}
         self._roles: dict[int, str] = {}
-        # The parser is slow, and this runs four times a second beside what it measures: nothing else is parsed.
+        # The parser is slow and runs four times a second beside the measured cluster, so nothing else is parsed.
         lines = [line for line in text.splitlines(keepends=True) if line.startswith(SERIES)]
         for family in text_string_to_metric_families("".join(lines)):
             for sample in family.samples:
@@ -48,7 +48,7 @@ class NicBytes:
         return isinstance(other, NicBytes) and self._bytes == other._bytes
 
     def snic_received_since(self, before: "NicBytes") -> dict[str, int]:
-        """Bytes by engine name: ``PE0``, ``PE1``, …, then ``DE0``, …, numbered within their role by engine id."""
+        """Returns bytes by engine: ``PE0``, ``PE1``, …, then ``DE0``, …, numbered within their role by engine id."""
         received: dict[str, int] = {}
         for role in ("prefill", "decode"):
             engines = sorted(engine for engine, its_role in self._roles.items() if its_role == role)
@@ -66,7 +66,7 @@ class NicMeter:
         self._metrics = f"{url.rstrip('/').removesuffix('/v1')}/metrics"
 
     async def read(self) -> NicBytes:
-        """As they are now. Raises MetricsError."""
+        """Returns the bytes now. Raises MetricsError."""
         try:
             response = await self._client.get(self._metrics)
             response.raise_for_status()
@@ -75,7 +75,7 @@ class NicMeter:
         return NicBytes(response.text)
 
     async def settled(self) -> NicBytes:
-        """Once they stand still: what was under way, such as persisting blocks, is done. After MAX_SETTLE_S anyway."""
+        """Returns the bytes once work under way, such as persisting blocks, is done; after MAX_SETTLE_S in any case."""
         before = await self.read()
         for _ in range(round(MAX_SETTLE_S / SETTLE_S)):
             await asyncio.sleep(SETTLE_S)
@@ -87,9 +87,9 @@ class NicMeter:
 
     @asynccontextmanager
     async def sampling(self) -> AsyncIterator["Readings"]:
-        """Readings every SAMPLE_S until this is left.
+        """Takes readings every SAMPLE_S until the context is left.
 
-        One that fails is left out; a cluster that has died is somebody else's to find.
+        A reading that fails is left out; others notice a cluster that has died.
         """
         readings: Readings = []
         sampler = asyncio.create_task(self._sample(readings))
@@ -112,11 +112,11 @@ class NicMeter:
 
 
 Readings = list[tuple[float, NicBytes]]
-"""With the monotonic clock's seconds."""
+"""Readings, each with the monotonic clock's seconds."""
 
 
 def snic_samples(readings: Readings, before: NicBytes, started_s: float) -> list[SnicSample]:
-    """Bytes since `before`, times from `started_s` on the monotonic clock; readings before it are left out."""
+    """Returns bytes since `before`, with times from `started_s` on the monotonic clock; drops earlier readings."""
     return [
         SnicSample(at_s - started_s, now.snic_received_since(before)) for at_s, now in readings if at_s >= started_s
     ]
@@ -124,6 +124,6 @@ def snic_samples(readings: Readings, before: NicBytes, started_s: float) -> list
 
 @asynccontextmanager
 async def nic_meter(url: str) -> AsyncIterator[NicMeter]:
-    """Of the cluster whose server is at `url` (``/v1`` optional)."""
+    """Yields a meter of the cluster whose server is at `url` (``/v1`` optional)."""
     async with httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as client:
         yield NicMeter(client, url)

@@ -1,8 +1,8 @@
-"""What runs need before they begin: the demo model, and store directories.
+"""Prepares runs: makes the demo model and the store directories.
 
-The model is made once, by a process of its own, so that this one never imports torch. One store is warmed up, and every
-run gets a copy, which links the block files instead of copying their bytes: a block file never changes after it is
-published, so a run that adds, moves aside or deletes blocks does so in its own directory only.
+A separate process makes the model once, so this one never imports torch. One store is warmed up, and every run gets a
+copy that links the block files instead of copying their bytes. A block file never changes after it is published, so a
+run adds, moves aside or deletes blocks in its own directory only.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ BLOCK_SUFFIX = ".kv"
 
 
 async def ensure_checkpoint(path: Path, log: Path, console: Console) -> None:
-    """Make the demo checkpoint at `path` unless there is one. Raises LaunchError with the tail of `log`."""
+    """Makes the demo checkpoint at `path` unless there is one. Raises LaunchError with the tail of `log`."""
     missing = [name for name in MODEL_FILES if not (path / name).exists()]
     if not missing:
         return
     if path.exists():
-        raise LaunchError(f"{path} is there but lacks {missing[0]}; give a checkpoint with --model, or remove it")
+        raise LaunchError(f"{path} exists but lacks {missing[0]}; give a checkpoint with --model, or remove it")
     console.print(f"making the demo model in {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.draft-{os.getpid()}")
@@ -47,14 +47,14 @@ async def ensure_checkpoint(path: Path, log: Path, console: Console) -> None:
 
 
 def fresh_directory(path: Path) -> Path:
-    """`path`, empty."""
+    """Returns `path` as an empty directory."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
 
 
 def linked_copy(source: Path, target: Path) -> Path:
-    """`target` as a copy of the store at `source` that shares its block files; whatever was there is gone."""
+    """Makes `target` a copy of the store at `source` that shares its block files; deletes what was there."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=_link_blocks)
     return target

@@ -1,4 +1,4 @@
-"""Progress of replays on the terminal: a line for each, with its turns and the time that is left."""
+"""Shows the progress of replays on the terminal: a line for each, with its turns and the time left."""
 
 import time
 from types import TracebackType
@@ -20,10 +20,10 @@ PLAIN_EVERY_S = 30.0
 
 
 class TurnProgress:
-    """A context manager. One phase is under way at a time; a phase that has ended keeps its line.
+    """A context manager. One phase is under way at a time; an ended phase keeps its line.
 
-    `total_turns` of all phases adds a line for their sum. Where the output is no terminal, a phase is a line when it
-    begins, one now and then, and one with what it came to.
+    `total_turns` of all phases adds a line for their sum. If the output is no terminal, a phase prints a line when it
+    begins, one now and then, and one with its result.
     """
 
     def __init__(self, console: Console, total_turns: int | None = None) -> None:
@@ -48,25 +48,25 @@ class TurnProgress:
         self._progress.stop()
 
     def begin(self, name: str, turns: int | None) -> None:
-        """A phase of `turns` turns begins (None: nobody knows how many): its cluster is being started."""
+        """Begins a phase of `turns` turns (None: unknown), whose cluster is being started."""
         self._failed = 0
         self._plain(f"{name}: starting" + ("" if turns is None else f", {turns} turns"))
         self._phase = self._progress.add_task(name, total=turns, note="starting")
 
     def note(self, text: str) -> None:
-        """What the phase is doing, or has come to."""
+        """Shows what the phase is doing, or its result."""
         if self._phase is not None:
             failed = f" [red]{self._failed} failed[/red]" if self._failed else ""
             self._progress.update(self._phase, note=text + failed)
             self._plain(f"{self._progress.tasks[self._phase].description}: {text}{failed}")
 
     def clock_starts(self) -> None:
-        """The phase's cluster is up: time from here."""
+        """Starts the phase's time, when its cluster is up."""
         if self._phase is not None:
             self._progress.reset(self._phase, note="")
 
     def turn(self, outcome: TurnResult | TurnFailure) -> None:
-        """A turn has ended; a failed one takes those after it along."""
+        """Counts a turn that has ended; a failed one takes its agent's later turns along."""
         assert self._phase is not None, "a turn outside any phase"
         ended = 1
         if isinstance(outcome, TurnFailure):

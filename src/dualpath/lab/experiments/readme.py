@@ -1,4 +1,4 @@
-"""One page in Markdown with all experiments of a directory: figures, findings and tables."""
+"""Writes one Markdown page with all experiments of a directory: figures, findings and tables."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ Real clusters on one machine: real processes, tokens and bytes, storage NICs hel
 
 
 def write_page(out: Path) -> Path:
-    """A page of every experiment whose result file is in `out`, in the catalog's order."""
+    """Writes the page of every experiment whose result file is in `out`, in the catalog's order."""
     sections = []
     for definition in EXPERIMENTS:
         path = out / f"{definition.name}.json"
@@ -30,7 +30,7 @@ def write_page(out: Path) -> Path:
 
 
 def section(definition: Definition, result: ResultFile, out: Path) -> str:
-    """One experiment in Markdown."""
+    """Returns one experiment in Markdown."""
     configuration, work = result.configuration, result.workload
     rate = configuration.snic_bytes_per_s
     repeats = "once" if configuration.repeats == 1 else f"{configuration.repeats} times"

@@ -1,8 +1,8 @@
-"""What an experiment runs, in order: each run is one system on one topology under one set of agents.
+"""Plans an experiment's runs, in order: each run is one system on one topology under one set of agents.
 
-Runs that differ in nothing but system and repeat belong to one *point*; only within a point are systems compared, and
-there they alternate, so that a machine that slows down slows all of them. Agents are the same for every system, and
-recorded ones do not pause.
+Runs that differ only in system and repeat belong to one *point*. Systems are compared only within a point, and there
+they alternate, so a machine that slows down slows all of them. Agents are the same for every system; recorded ones do
+not pause.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from dualpath.traces.sources import load_source
 from dualpath.traces.trajectory import Round, Trajectory, totals
 
 FIRST_ANSWER_TOKENS = 16
-"""Generated in the first turn, whatever is generated in later ones: sweeps then begin alike and share a warm-up."""
+"""Tokens generated in the first turn, whatever later ones generate: sweeps then begin alike and share a warm-up."""
 
 
 class PlannedRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,10 +29,10 @@ class PlannedRun(msgspec.Struct, frozen=True, kw_only=True):
     topology: str
     system: str
     agents: str
-    """Key of its agents in `Series.trajectories`."""
+    """Key of the agents in `Series.trajectories`."""
     parameters: Parameters = {}
     agents_per_s: float | None = None
-    """Told in the result: the agents' first measured turns are that far apart already."""
+    """Rate of arrivals, for the result; the agents' first measured turns are already that far apart."""
     repeat: int = 0
 
     @property
@@ -56,9 +56,9 @@ class Series(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def series_of(name: str, conditions: Conditions, seed: int, repeats: int) -> Series:
-    """Point by point of `conditions`; in each, every system once, then all of them again for the next repeat.
+    """Plans `conditions` point by point; in each, every system once, then all of them again for the next repeat.
 
-    Raises TraceError; ValueError where there is nothing to measure.
+    Raises TraceError, and ValueError if there is nothing to measure.
     """
     trajectories: dict[str, list[Trajectory]] = {}
     runs: list[PlannedRun] = []
@@ -81,7 +81,7 @@ def series_of(name: str, conditions: Conditions, seed: int, repeats: int) -> Ser
 
 
 def agents_under(conditions: Conditions, seed: int) -> list[Trajectory]:
-    """The agents of one point. Raises TraceError, ValueError."""
+    """Returns the agents of one point. Raises TraceError, ValueError."""
     agents = _recorded(conditions) if conditions.traces else _generated(conditions, seed)
     if not agents:
         raise ValueError("nothing to measure: no agent has a turn after its first; raise --max-context or --scale")
@@ -89,12 +89,12 @@ def agents_under(conditions: Conditions, seed: int) -> list[Trajectory]:
 
 
 def measured_turns(agents: Sequence[Trajectory]) -> int:
-    """Turns that a replay after the warm-up makes."""
+    """Counts the turns of a replay after the warm-up."""
     return totals(agents).rounds - len(agents)
 
 
 def arriving(agents: Sequence[Trajectory], agents_per_s: float, seed: int) -> list[Trajectory]:
-    """The same agents, the first measured turn of each put off until it arrives: Poisson arrivals."""
+    """Returns the same agents with each one's first measured turn delayed until its Poisson arrival."""
     starts_ns = poisson_arrivals_ns(agents_per_s, len(agents), seed)
     return [
         _with_round(agent, 1, msgspec.structs.replace(agent.rounds[1], gap_s=int(start_ns) / 1e9))
@@ -117,7 +117,7 @@ def _generated(conditions: Conditions, seed: int) -> list[Trajectory]:
 
 
 def _recorded(conditions: Conditions) -> list[Trajectory]:
-    """Dealt out in turn; those without a turn after the first are left out."""
+    """Returns recorded agents, reused in turn; drops those without a turn after the first."""
     limits = TraceLimits(
         scale=conditions.scale, max_context_tokens=conditions.max_context_tokens, max_turns=1 + conditions.turns
     )
@@ -142,13 +142,13 @@ class WarmUp(msgspec.Struct, frozen=True):
 
     keys: frozenset[str]
     trajectories: list[Trajectory]
-    """Of one round each."""
+    """Trajectories of one round each."""
 
 
 def warm_ups(trajectories: Mapping[str, Sequence[Trajectory]]) -> list[WarmUp]:
-    """As few as there can be: sets whose agents of the same id begin alike share one.
+    """Returns as few warm-ups as possible: sets whose agents of the same id begin alike share one.
 
-    Ids seed tokens, so agents that begin with as many tokens begin with the same ones.
+    Ids seed tokens, so agents whose first prompts are equally long begin with the same tokens.
     """
     groups: list[tuple[set[str], dict[str, Trajectory]]] = []
     for key, agents in trajectories.items():

@@ -1,12 +1,12 @@
-"""What attention costs: bytes of KV a token leaves behind, FLOPs and bytes a new token needs for its context.
+"""The cost of attention: bytes of KV per token, FLOPs and bytes that a new token needs for its context.
 
 A model's layers come in runs that attend alike (`AttentionLayers`):
 
-* full: a new token is multiplied with every token before it;
-* sliding: with the last `window_tokens` only, so KV that fell out of the window is never read again and isn't counted
-  as KV per token;
+* full: a new token is multiplied with every token before it.
+* sliding: a new token sees the last `window_tokens` only. KV outside the window is never read again and is not counted
+  as KV per token.
 * sparse (DeepSeek's DSA): an *indexer*, a small attention of its own, scores every token before it, and the attention
-  proper sees the `top_k_tokens` best. Its KV is of the whole context, and so are the indexer's keys.
+  proper sees the `top_k_tokens` best. KV and the indexer's keys are kept for the whole context.
 
 One multiply-add is two FLOPs. A *pair* is a new token and one token that it sees.
 """
@@ -21,17 +21,17 @@ _SCALE_BYTES = 4
 
 
 class KVFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """What one token leaves behind in one layer, in elements."""
+    """KV of one token in one layer, in elements."""
 
     elements: int
-    """Stored in the KV dtype: k and v of every KV head, or MLA's latent."""
+    """Elements in the KV dtype: k and v of every KV head, or MLA's latent."""
     unquantised_elements: int = 0
-    """Stored in two bytes where the dtype is fp8: MLA's rope part."""
+    """Elements that take two bytes if the dtype is fp8: MLA's rope part."""
     scale_group_elements: int = 0
-    """Elements that share a four-byte scale where the dtype is fp8; 0: one scale a tensor, which costs nothing."""
+    """Elements that share a four-byte scale if the dtype is fp8; 0: one scale per tensor, which costs nothing."""
 
     def token_bytes(self, dtype: str) -> int:
-        """Bytes of one token in one layer. Raises ValueError for an unknown dtype."""
+        """Returns the bytes of one token in one layer. Raises ValueError for an unknown dtype."""
         if dtype not in _ITEMSIZE_BYTES:
             raise ValueError(f"KV dtype {dtype!r} is unknown; use one of {', '.join(KV_DTYPES)}")
         if dtype != "fp8":
@@ -41,16 +41,16 @@ class KVFormat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Indexer(msgspec.Struct, frozen=True, kw_only=True):
-    """The scorer of sparse attention: `heads` queries of `dim` elements against one key a token."""
+    """The scorer of sparse attention: `heads` queries of `dim` elements against one key per token."""
 
     heads: int
     dim: int
     top_k_tokens: int
-    """How many tokens the attention proper sees."""
+    """Number of tokens that the attention proper sees."""
 
     @property
     def key(self) -> KVFormat:
-        """One key a token and layer, with a scale for every 128 elements where it is fp8."""
+        """One key per token and layer, with a scale per 128 elements if it is fp8."""
         return KVFormat(elements=self.dim, scale_group_elements=128)
 
     @property
@@ -65,16 +65,16 @@ class AttentionLayers(msgspec.Struct, frozen=True, kw_only=True):
     heads: int
     """Query heads."""
     score_dim: int
-    """Elements that a query and a key are multiplied over; MLA's latent and rope, as it computes on the latents."""
+    """Elements of a query and a key; for MLA, which computes on latents, those of the latent and rope."""
     value_dim: int
-    """Elements of a value; MLA's latent."""
+    """Elements of a value; for MLA those of the latent."""
     kv: KVFormat
     window_tokens: int | None = None
     indexer: Indexer | None = None
 
     @property
     def flops_per_pair(self) -> int:
-        """Of all the layers: scores and values, without the indexer."""
+        """FLOPs of scores and values in all the layers, without the indexer."""
         return self.layers * self.heads * 2 * (self.score_dim + self.value_dim)
 
     @property
@@ -83,26 +83,26 @@ class AttentionLayers(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def limit_tokens(self) -> int | None:
-        """The most tokens that a new one sees; None: all of them."""
+        """The most tokens that a new token sees; None: all of them."""
         return self.indexer.top_k_tokens if self.indexer else self.window_tokens
 
     def kv_bytes_per_token(self, dtype: str, index_keys: bool = True) -> int:
-        """Bytes by which stored KV grows with a token, all the layers; 0 for sliding ones, whose KV stops growing."""
+        """Bytes by which stored KV grows per token in all the layers; 0 for sliding ones, whose KV stops growing."""
         return 0 if self.window_tokens is not None else self._token_bytes(dtype, index_keys)
 
     def window_bytes(self, dtype: str) -> int:
-        """Bytes of a full window, all the layers; 0 where there is none."""
+        """Bytes of a full window in all the layers; 0 if there is none."""
         return (self.window_tokens or 0) * self._token_bytes(dtype, index_keys=True)
 
     def flops(self, hit_tokens: float, new_tokens: float) -> float:
-        """Scores and values (and the indexer's) of `new_tokens` after `hit_tokens`; a new token sees itself too."""
+        """FLOPs (scores, values, indexer) of `new_tokens` after `hit_tokens`; a new token sees itself too."""
         pairs = new_tokens * hit_tokens + new_tokens * (new_tokens + 1) / 2
         return _seen_pairs(hit_tokens, new_tokens, self.limit_tokens) * self.flops_per_pair + (
             pairs * self.index_flops_per_pair
         )
 
     def read_bytes(self, context_tokens: float, dtype: str) -> float:
-        """KV that one decode step of one sequence reads from device memory, all the layers."""
+        """KV bytes that a decode step of one sequence reads from device memory, all the layers."""
         seen = context_tokens if self.limit_tokens is None else min(context_tokens, self.limit_tokens)
         index = self.indexer.key.token_bytes(dtype) * context_tokens if self.indexer else 0
         return self.layers * (seen * self.kv.token_bytes(dtype) + index)

@@ -1,7 +1,7 @@
-"""The bottleneck-free range of P/D: where every storage NIC can run at full rate and no other link is too slow (§4.2).
+"""The bottleneck-free range of P/D, in which all storage NICs run at full rate and no other link is too slow (§4.2).
 
-Theory of operation. All P + D SNICs read at s·B, and load is even over the P·g × D·g pairs of engines. Hit KV that a
-prefill node reads (T_p in all) and hit KV that a decode node reads (T_c in all) go, in bytes a link has to carry::
+Theory of operation. All P + D SNICs read at s·B, and load is even over the P·g × D·g pairs of engines. Prefill nodes
+read T_p bytes of hit KV in all, decode nodes T_c. Each link then carries::
 
     read by a PE's node                                  read by a DE's node
     storage → PE DRAM          write                     storage → DE DRAM          write
@@ -15,7 +15,7 @@ r = P/D, u = s/g and b = B·s/M the utilisations are::
     PE CNIC read   2u            DE CNIC read    u·(r + 2)       PE DRAM   2b
     PE CNIC write  u·(1 + 1/r)   DE CNIC write   u·(2r + 1)      DE DRAM   b·(3 + 2r)
 
-Each is at most 1 on one side of a value of r, or for no r at all; together they leave an interval.
+Each utilisation is at most 1 on one side of a value of r, or for no r at all; together they leave an interval.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class LinkLoad(msgspec.Struct, frozen=True, kw_only=True):
     """One kind of link when every SNIC runs at full rate."""
 
     link: str
-    """``PE CNIC read`` and so on; CNIC directions are the NIC's (read: out of memory)."""
+    """Such as ``PE CNIC read``; CNIC directions are the NIC's (read: out of memory)."""
     bytes_per_s: float
-    """On each such link."""
+    """Bytes per second on each such link."""
     utilisation: float
-    """Of its rate; above 1 it is the bottleneck."""
+    """Load over the link's rate; above 1 it is the bottleneck."""
     least_ratio: float
-    """P/D from which the link suffices; 0: any."""
+    """Least P/D for which the link suffices; 0: any."""
     most_ratio: float
-    """P/D up to which it suffices; inf: any; 0 or below: none."""
+    """Largest P/D for which it suffices; inf: any; 0 or below: none."""
 
 
 class BottleneckFree(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,12 +50,12 @@ class BottleneckFree(msgspec.Struct, frozen=True, kw_only=True):
     most_link: str
     """The link that gives out above `most_ratio`."""
     ratio: float
-    """P/D of the cluster asked about."""
+    """P/D of the given cluster."""
     loads: tuple[LinkLoad, ...]
 
     @property
     def is_empty(self) -> bool:
-        """No P/D lets every SNIC run at full rate."""
+        """True if no P/D lets every SNIC run at full rate."""
         return self.least_ratio > self.most_ratio
 
     @property
@@ -65,7 +65,7 @@ class BottleneckFree(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_free(self) -> bool:
-        """`ratio` is inside the range."""
+        """Whether `ratio` is inside the range."""
         return self.binding.utilisation <= 1 + 1e-12
 
     @property
@@ -82,7 +82,7 @@ def bottleneck_free(
     cnic_bytes_per_s: float,
     dram_bytes_per_s: float,
 ) -> BottleneckFree:
-    """The range for P, D, g, s, B and M in the paper's letters. Raises ValueError for anything not above zero."""
+    """Returns the range for the paper's P, D, g, s, B and M. Raises ValueError for anything not above zero."""
     given = (prefill_nodes, decode_nodes, engines_per_node, snic_ratio, cnic_bytes_per_s, dram_bytes_per_s)
     if not all(0 < value < math.inf for value in given):
         raise ValueError(f"P, D, g, s, B and M must all be above zero and finite, not {given}")
@@ -113,7 +113,7 @@ def _loads(r: float, u: float, cnic: float, s: float, dram: float) -> tuple[Link
 
 
 def _always(utilisation: float) -> float:
-    """Bound of a link whose load doesn't depend on the ratio."""
+    """Returns the bound of a link whose load doesn't depend on the ratio."""
     return math.inf if utilisation <= 1 else 0.0
 
 

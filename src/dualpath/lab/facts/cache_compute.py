@@ -1,12 +1,12 @@
-"""The cache-compute ratio: gigabytes of KV to load for every PFLOP of prefill (paper §1's table).
+"""The cache-compute ratio: gigabytes of KV to load per PFLOP of prefill (paper §1's table).
 
-A turn of an agent loads the KV of a context of n tokens and computes a appended ones::
+An agent's turn loads the KV of a context of n tokens and computes a appended ones::
 
     GB/PFLOP = B·n / (a · (F + A(n)))      B KV bytes a token, F dense FLOPs a token, A(n) attention FLOPs at context n
 
-The higher it is, the more a storage NIC has to give a GPU. Two conventions of the paper are kept in its table: sparse
-attention's index keys are not part of B, and MLA is counted with 1,920 FLOPs a head and pair. That number is *fitted*
-to the paper's DeepSeek-V3 row: computing on the latents takes 2·(576 + 512) = 2,176, which is 10 % off there; the field
+The higher it is, the more a storage NIC must give a GPU. The table keeps two conventions of the paper: B leaves out
+sparse attention's index keys, and MLA takes 1,920 FLOPs per head and pair. That number is *fitted* to the paper's
+DeepSeek-V3 row: computing on the latents takes 2·(576 + 512) = 2,176, which is 10 % off there; the field
 `textbook_gb_per_pflop` has it.
 """
 
@@ -24,7 +24,7 @@ PAPER_GB_PER_PFLOP: dict[str, tuple[float, float]] = {
     "deepseek-v3.2": (13, 36),
     "deepseek-v3": (4.8, 5.8),
 }
-"""At the two contexts, as printed."""
+"""The paper's values at the two contexts, as printed."""
 PAPER_MLA_FLOPS_PER_HEAD_PAIR = 1920
 """Fitted, see above."""
 
@@ -36,9 +36,9 @@ class CacheComputeCell(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int
     theirs_gb_per_pflop: float
     ours_gb_per_pflop: float
-    """In the paper's conventions."""
+    """Ratio in the paper's conventions."""
     textbook_gb_per_pflop: float
-    """With the FLOPs that MLA takes on its latents."""
+    """Ratio with the FLOPs that MLA takes on its latents."""
 
     @property
     def error(self) -> float:
@@ -49,7 +49,7 @@ class CacheComputeCell(msgspec.Struct, frozen=True, kw_only=True):
 def cache_compute_gb_per_pflop(
     model: ModelSpec, context_tokens: int, append_tokens: float = PAPER_APPEND_TOKENS, kv_dtype: str | None = None
 ) -> float:
-    """GB (1e9 bytes) to load a PFLOP of prefill. Every appended token is taken to see the whole context, as above."""
+    """GB (1e9 bytes) to load per PFLOP of prefill. Every appended token is taken to see the whole context, as above."""
     if context_tokens < 1 or append_tokens <= 0:
         raise ValueError(f"context ({context_tokens}) and append ({append_tokens}) must be above zero tokens")
     flops = append_tokens * (model.dense_flops_per_token + model.attention_flops(context_tokens - 1, 1))
@@ -57,7 +57,7 @@ def cache_compute_gb_per_pflop(
 
 
 def paper_table() -> list[CacheComputeCell]:
-    """Every cell of the paper's table."""
+    """Returns every cell of the paper's table."""
     return [
         CacheComputeCell(
             model=name,

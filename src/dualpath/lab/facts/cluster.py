@@ -1,4 +1,4 @@
-"""A cluster: P prefill nodes and D decode nodes of g engines each, their links, and what of them is usable.
+"""A cluster: P prefill and D decode nodes of g engines each, their links, and the usable share of their rates.
 
 One engine manages one GPU, which has a compute NIC (CNIC) of its own; a node has one storage NIC (SNIC) and DRAM that
 all its engines share (paper §2). A `ClusterSpec` is read from TOML: a preset (`load_cluster("ds660b-2p4d")`) or a file.
@@ -28,22 +28,22 @@ class ClusterError(ValueError):
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Usable shares of nominal rates. Priors from published measurements; a profile replaces them."""
+    """Usable shares of nominal rates: priors from published measurements, which a profile replaces."""
 
     compute: Share = 0.385
-    """Of the GPU's bf16 rate, in prefill: 0.38e15 FLOP/s on an H800, the low end of the 0.37 to 0.66e15 that published
-    throughput of DeepSeek-V3 on such GPUs implies."""
+    """Share of the GPU's bf16 rate in prefill: 0.38e15 FLOP/s on an H800, the low end of the 0.37 to 0.66e15 that
+    published throughput of DeepSeek-V3 on such GPUs implies."""
     snic: Share = STORAGE_CLIENT_BYTES_PER_S / NIC_400G_BYTES_PER_S
-    """0.86, see there."""
+    """Share of the storage NIC; `hardware` has the source of 0.86."""
     cnic: Share = 1.0
     dram: Share = 1.0
-    """The paper's 500 GB/s is a usable rate already."""
+    """Share of DRAM; the paper's 500 GB/s is a usable rate already."""
     hbm: Share = 0.9
-    """4.3 of 4.8e12 B/s measured on one H200."""
+    """Share of HBM: 4.3 of 4.8e12 B/s measured on one H200."""
 
 
 class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Nominal rates in bytes per second and one direction, DRAM's for reads and writes together; see `usable_…`."""
+    """Nominal rates in bytes per second, one direction; DRAM's for reads and writes together. See `usable_…`."""
 
     name: str
     model: ModelSpec
@@ -55,24 +55,24 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """g."""
     gpu: GpuSpec
     cnic_bytes_per_s: float
-    """B, of each engine."""
+    """B, per engine."""
     snic_bytes_per_s: float
-    """s·B, of each node."""
+    """s·B, per node."""
     dram_bytes_per_s: float
-    """M, of each node."""
+    """M, per node."""
     dram_buffer_bytes: float
     """PE buffers or DE buffers of a node, all its engines together."""
     expert_parallel: bool
     """Engines of a group share the routed experts and run in step (EP+DP); False: independent replicas (DP)."""
     prefill_group_nodes: int = 1
-    """Nodes of a group of PEs, see `node_groups`."""
+    """Nodes per group of PEs, see `node_groups`."""
     decode_group_nodes: int = 1
     kv_dtype: str
     weight_bytes_per_parameter: float
     efficiency: Efficiency = Efficiency()
     description: str = ""
     measured: MeasuredEngine | None = None
-    """From a profile, see `profile.applied`; None: the roofline of `gpu`."""
+    """Steps from a profile, see `profile.applied`; None: the roofline of `gpu`."""
 
     @property
     def prefill_engines(self) -> int:
@@ -110,7 +110,7 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """What a token's KV takes in storage and in buffers, sparse attention's keys included."""
+        """A token's KV in storage and in buffers, sparse attention's keys included."""
         return self.model.kv_bytes_per_token(self.kv_dtype)
 
     @property
@@ -125,30 +125,30 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def prefill_kv_bytes(self) -> float:
-        """Device memory of one PE that KV may take: 0.9 of it less the weights. Negative: the weights don't fit.
+        """Device memory of one PE for KV: 0.9 of it less the weights. Negative: the weights don't fit.
 
-        Whole-context KV of a batch must fit into it unless prefill is layerwise.
+        The whole-context KV of a batch must fit into it unless prefill is layerwise.
         """
         return 0.9 * self.gpu.hbm_bytes - self.prefill_weight_bytes
 
     @property
     def decode_kv_bytes(self) -> float:
-        """The same of one DE, whose batch must fit into it."""
+        """Device memory of one DE for KV, which its batch must fit into."""
         return 0.9 * self.gpu.hbm_bytes - self.decode_weight_bytes
 
     def with_nodes(self, prefill_nodes: int, decode_nodes: int) -> ClusterSpec:
-        """The same nodes in another split."""
+        """Returns the same nodes in another split."""
         name = f"{self.name} as {prefill_nodes}P{decode_nodes}D"
         return msgspec.structs.replace(self, name=name, prefill_nodes=prefill_nodes, decode_nodes=decode_nodes)
 
     def with_compute(self, factor: float) -> ClusterSpec:
-        """The same cluster whose engines compute `factor` times as fast; a profile's decode steps stay as they are."""
+        """Returns the cluster with engines that compute `factor` times as fast. A profile's decode steps stay."""
         gpu = msgspec.structs.replace(self.gpu, bf16_flop_per_s=self.gpu.bf16_flop_per_s * factor)
         measured = None if self.measured is None else self.measured.with_prefill(factor)
         return msgspec.structs.replace(self, gpu=gpu, measured=measured)
 
     def with_model(self, name: str) -> ClusterSpec:
-        """The same nodes with another model (see `find_model`), its usual KV dtype and weights. Raises ClusterError."""
+        """Returns the nodes with another model (`find_model`), its usual KV dtype and weights. Raises ClusterError."""
         try:
             model = find_model(name)
         except ModelConfigError as error:
@@ -164,8 +164,8 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def node_groups(nodes: int, group_nodes: int) -> list[int]:
-    """Group number of each of `nodes` nodes: as many groups of at least `group_nodes` as there can be, sizes even to
-    within one; one group where there are fewer nodes than that."""
+    """Returns the group number of each node: as many groups of at least `group_nodes` as possible, sizes even to within
+    one; one group if there are fewer nodes than that."""
     groups = max(1, nodes // group_nodes)
     return [node * groups // nodes for node in range(nodes)]
 
@@ -197,12 +197,12 @@ class _ClusterTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def preset_names() -> list[str]:
-    """Presets that come with the package, sorted."""
+    """Names of the presets that come with the package, sorted."""
     return sorted(entry.name.removesuffix(".toml") for entry in _presets().iterdir() if entry.name.endswith(".toml"))
 
 
 def load_cluster(name: str | Path) -> ClusterSpec:
-    """The preset called `name`, or the cluster in the TOML file at path `name`. Raises ClusterError."""
+    """Loads the preset called `name`, or the TOML file at path `name`. Raises ClusterError."""
     if str(name) in preset_names():
         text = (_presets() / f"{name}.toml").read_text(encoding="utf-8")
         return parse_cluster(text, str(name), f"{name}.toml", None)
@@ -217,7 +217,7 @@ def load_cluster(name: str | Path) -> ClusterSpec:
 
 
 def parse_cluster(text: str, name: str, where: str, beside: Path | None) -> ClusterSpec:
-    """Read TOML `text`; `where` names it in errors, `beside` is where a model's relative path starts."""
+    """Reads TOML `text`; `where` names it in errors, `beside` is the base of a model's relative path."""
     try:
         table = msgspec.convert(tomllib.loads(text), _ClusterTable)
     except tomllib.TOMLDecodeError as error:
@@ -267,7 +267,7 @@ def _rate(text: str, where: str) -> float:
     except ValueError as error:
         raise ClusterError(f"{where}: {error}") from error
     if rate is None:
-        raise ClusterError(f"{where}: a link of a cluster needs a rate, such as 400Gb/s")
+        raise ClusterError(f"{where}: a cluster's link needs a rate, such as 400Gb/s")
     return float(rate)
 
 

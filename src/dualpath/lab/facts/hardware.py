@@ -1,4 +1,4 @@
-"""GPUs, and the links of a node. Rates are nominal ones, one direction, in bytes per second (1 GB = 10^9 bytes)."""
+"""GPUs and node links. Rates are nominal, one direction, in bytes per second (1 GB = 10^9 bytes)."""
 
 import msgspec
 
@@ -12,7 +12,7 @@ class GpuSpec(msgspec.Struct, frozen=True, kw_only=True):
     hbm_bytes: float
     hbm_bytes_per_s: float
     nvlink_bytes_per_s: float
-    """Each way."""
+    """Rate in each direction."""
     source: str
 
 
@@ -49,8 +49,8 @@ _GPUS = (
 GPUS: dict[str, GpuSpec] = {gpu.name: gpu for gpu in _GPUS}
 
 NIC_400G_BYTES_PER_S = 50e9
-"""400 Gb/s InfiniBand or Ethernet (paper §7.2); a node has one for storage and one a GPU for compute."""
+"""400 Gb/s InfiniBand or Ethernet (paper §7.2); a node has one for storage and one per GPU for compute."""
 STORAGE_CLIENT_BYTES_PER_S = 43e9
-"""What one client NIC of 400 Gb/s reaches against 3FS (40 GiB/s, 3FS's published benchmark)."""
+"""Rate of one 400 Gb/s client NIC against 3FS (40 GiB/s, 3FS's published benchmark)."""
 DRAM_BYTES_PER_S = 500e9
-"""Of one node, reads and writes together (paper §4.2)."""
+"""DRAM rate of one node, reads and writes together (paper §4.2)."""

@@ -1,9 +1,9 @@
-"""A Hugging Face ``config.json`` → `ModelSpec`: shapes in, parameters and attention out.
+"""Makes a `ModelSpec` from a Hugging Face ``config.json``: shapes in, parameters and attention out.
 
-Reads by feature, not by a list of models: `kv_lora_rank` means MLA, `index_topk` DeepSeek's sparse attention,
-`layer_types` (or the older ways of saying it) sliding windows, `num_experts_per_tok` a mixture of experts. What it
-can't describe (linear attention, state spaces, chunked attention) it refuses by name. Of a multimodal file it reads the
-text model.
+It reads features, not a list of models: `kv_lora_rank` means MLA, `index_topk` DeepSeek's sparse attention,
+`layer_types` (or its older equivalents) sliding windows, `num_experts_per_tok` a mixture of experts. It refuses by name
+what it can't describe (linear attention, state spaces, chunked attention). From a multimodal file it reads the text
+model.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dualpath.lab.facts.model_spec import ModelSpec
 _FULL = {"full_attention", "indexed_attention", "attention"}
 _SLIDING = "sliding_attention"
 _ALTERNATING = {"gpt_oss", "gemma2"}
-"""Models whose even layers slide where the file has no `layer_types`."""
+"""Models whose even layers slide if the file has no `layer_types`."""
 _UNGATED = {"gpt_neox", "opt", "phi", "starcoder2", "nemotron"}
-"""Models whose MLP has two matrices; everybody else's has three (gate, up, down)."""
+"""Models whose MLP has two matrices; all others have three (gate, up, down)."""
 _FOREIGN_KEYS = (
     "attention_chunk_size",
     "attn_layer_period",
@@ -34,20 +34,20 @@ _FOREIGN_KEYS = (
     "linear_attn_config",
     "mamba_d_state",
 )
-"""Of files that have no `layer_types` and yet layers that are no attention as described here."""
+"""Keys of files without `layer_types` whose layers are not attention as described here."""
 _DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _WEIGHT_BYTES = {"fp8": 1.0, "mxfp4": 0.53125}
-"""By quantization method; mxfp4 has an eight-bit scale for 32 four-bit values."""
+"""Bytes per weight by quantization method; mxfp4 has an eight-bit scale per 32 four-bit values."""
 
 
 class ModelConfigError(ValueError):
-    """A config.json that can't be read or described. The message names the file and the key."""
+    """A config.json can't be read or described. The message names the file and the key."""
 
 
 def from_hf_config(config: Path | str | Mapping[str, Any], name: str | None = None) -> ModelSpec:
-    """Describe the model of a ``config.json``: a path to it, to its directory, or its content.
+    """Describes the model of a ``config.json``: a path to it, to its directory, or its content.
 
-    The KV dtype is that of the file's `dtype` (`msgspec.structs.replace` it for fp8 KV). Raises ModelConfigError.
+    The KV dtype is the file's `dtype` (`msgspec.structs.replace` it for fp8 KV). Raises ModelConfigError.
     """
     content, where = _read(config)
     content = {**content, **content.get("text_config", {})}

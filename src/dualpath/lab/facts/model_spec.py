@@ -1,4 +1,4 @@
-"""A model as arithmetic: bytes of KV, FLOPs, parameters. What it is to a cache, a link and a cost model."""
+"""A model as arithmetic for caches, links and cost models: bytes of KV, FLOPs, parameters."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     attention: tuple[AttentionLayers, ...]
     """Runs of layers that attend alike, in no particular order."""
     active_parameters: float
-    """Parameters that multiply each token: its layers (active experts only) and the output head, not the embedding."""
+    """Parameters that multiply each token: layers (active experts only) and output head, without the embedding."""
     total_parameters: float
     routed_parameters: float
-    """Parameters in routed experts: what expert parallelism spreads over the engines of a role."""
+    """Parameters in routed experts, which expert parallelism spreads over the engines of a role."""
     attention_parameters: float
-    """Parameters of the attention layers' projections (part of the active ones)."""
+    """Parameters of the attention layers' projections (included in the active ones)."""
     kv_dtype: str
-    """The usual one: ``fp8``, ``fp16``, ``bf16`` or ``fp32``; what methods take where none is given."""
+    """The usual KV dtype, ``fp8``, ``fp16``, ``bf16`` or ``fp32``: the default of the methods."""
     weight_bytes_per_parameter: float
     source: str
-    """Where the shapes and the figures are from."""
+    """Source of the shapes and figures."""
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.kv_dtype not in KV_DTYPES:
@@ -44,20 +44,20 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def dense_flops_per_token(self) -> float:
-        """Two a parameter; attention's scores and values are apart (`attention_flops`)."""
+        """Two per parameter; `attention_flops` has attention's scores and values."""
         return 2 * self.active_parameters
 
     @property
     def projection_flops_per_token(self) -> float:
-        """The part of `dense_flops_per_token` that is spent in attention layers: q, k, v, o."""
+        """The part of `dense_flops_per_token` in attention layers: q, k, v, o."""
         return 2 * self.attention_parameters
 
     def kv_bytes_per_token(self, dtype: str | None = None, index_keys: bool = True) -> int:
-        """Bytes by which stored KV grows with a token, all layers; `index_keys`: with sparse attention's keys."""
+        """Bytes by which stored KV grows per token, all layers; `index_keys` includes sparse attention's keys."""
         return sum(run.kv_bytes_per_token(dtype or self.kv_dtype, index_keys) for run in self.attention)
 
     def kv_bytes(self, tokens: float, dtype: str | None = None) -> float:
-        """Bytes of the KV of `tokens` tokens, sliding windows (at most what they hold) included."""
+        """Bytes of the KV of `tokens` tokens, including sliding windows (at most what they hold)."""
         chosen = dtype or self.kv_dtype
         windows = sum(
             run.window_bytes(chosen) * min(1.0, tokens / run.window_tokens)
@@ -67,17 +67,17 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return tokens * self.kv_bytes_per_token(chosen) + windows
 
     def attention_flops(self, hit_tokens: float, new_tokens: float) -> float:
-        """Scores, values and indexer of `new_tokens` computed after `hit_tokens`: Σ over new tokens, causal."""
+        """FLOPs of scores, values and indexer of `new_tokens` after `hit_tokens`: Σ over new tokens, causal."""
         return sum(run.flops(hit_tokens, new_tokens) for run in self.attention)
 
     def prefill_flops(self, hit_tokens: float, new_tokens: float) -> float:
-        """Everything that computing `new_tokens` after `hit_tokens` takes."""
+        """All FLOPs of computing `new_tokens` after `hit_tokens`."""
         return new_tokens * self.dense_flops_per_token + self.attention_flops(hit_tokens, new_tokens)
 
     def attention_line(self) -> tuple[float, float]:
-        """Attention as ``(flops a new token, flops a pair)``, the form that core's `AttentionCost` has.
+        """Attention as ``(FLOPs per new token, FLOPs per pair)``, the form of core's `AttentionCost`.
 
-        Exact where the context is longer than every window and top-k, an upper bound below. Projections not included.
+        Exact if the context is longer than every window and top-k, otherwise an upper bound. Projections are left out.
         """
         per_token = sum(run.flops_per_pair * run.limit_tokens for run in self.attention if run.limit_tokens is not None)
         per_pair = sum(
@@ -86,11 +86,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return float(per_token), float(per_pair)
 
     def decode_flops(self, context_tokens: float) -> float:
-        """One token of one sequence."""
+        """FLOPs of one token of one sequence."""
         return self.prefill_flops(context_tokens, 1)
 
     def decode_read_bytes(self, context_tokens: float, dtype: str | None = None) -> float:
-        """KV that one decode step of one sequence reads from device memory."""
+        """KV bytes that a decode step of one sequence reads from device memory."""
         return sum(run.read_bytes(context_tokens, dtype or self.kv_dtype) for run in self.attention)
 
     def weight_bytes(self, expert_parallel: int = 1, bytes_per_parameter: float | None = None) -> float:

@@ -1,7 +1,7 @@
-"""The models of the paper, by name, and any other by its ``config.json``.
+"""The paper's models by name, and any other model by its ``config.json``.
 
-Shapes are those of each model's published ``config.json``; parameters are counted from them by `hf_config` and agree
-with the vendors' round figures, which are taken where one is published (tests hold both within 3 %).
+Shapes are from each model's published ``config.json``. `hf_config` counts parameters from them; the vendor's round
+figure replaces the count if one is published (tests hold both within 3 %).
 """
 
 from pathlib import Path
@@ -132,9 +132,9 @@ MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _BUILT_IN}
 
 
 def find_model(name: str, beside: Path | None = None) -> ModelSpec:
-    """A model of `MODELS`, or the one whose ``config.json`` (or its directory) is at path `name`, from `beside` on.
+    """Returns a model of `MODELS`, or that of the ``config.json`` (or its directory) at path `name`, from `beside` on.
 
-    Raises ModelConfigError naming the known ones.
+    Raises ModelConfigError naming the known models.
     """
     if name in MODELS:
         return MODELS[name]

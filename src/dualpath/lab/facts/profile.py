@@ -1,8 +1,8 @@
-"""A profile: what one engine and its links were measured to do. One JSON file, made by `dualpath profile` or by hand.
+"""A profile: measured step times and rates of one engine, in one JSON file, made by `dualpath profile` or by hand.
 
-`version`, `model` and a few samples of either kind must be there (docs/design/profile.md has an example); a rate left
-out is the cluster's own. A profile is for one model on one kind of engine: `applied` puts it in the place of the
-roofline of a cluster.
+A profile must have `version`, `model` and a few samples of either kind (docs/design/profile.md has an example). If a
+rate is missing, the cluster's own is used. A profile is for one model on one kind of engine; `applied` replaces a
+cluster's roofline with it.
 """
 
 from pathlib import Path
@@ -17,24 +17,24 @@ Rate = Annotated[float, msgspec.Meta(gt=0)] | None
 
 
 class ProfileError(ValueError):
-    """A profile that can't be read, or is for something else. The message names the file and the field."""
+    """A profile can't be read, or is for something else. The message names the file and the field."""
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bytes per second; None: not measured."""
 
     store_read_bytes_per_s: Rate = None
-    """Storage to the buffer of one node."""
+    """Storage to one node's buffer."""
     store_write_bytes_per_s: Rate = None
-    """Back again, until it is durable."""
+    """One node's buffer to storage, until durable."""
     transfer_bytes_per_s: Rate = None
-    """From one engine to another."""
+    """One engine to another."""
     copy_bytes_per_s: Rate = None
     """Between an engine's buffer and its device."""
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was measured, when, and with what. None and empty: not said."""
+    """What was measured, when, and with what. None and empty: unknown."""
 
     host: str = ""
     device: str = ""
@@ -45,24 +45,24 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     date: str = ""
     versions: dict[str, str] = {}
     load_average: float | None = None
-    """Before anything was measured: what other jobs there were."""
+    """Load average before the measurement: other jobs on the machine."""
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """See the module's docstring. Times in nanoseconds, lengths in tokens."""
+    """The profile's content. Times in nanoseconds, lengths in tokens."""
 
     version: Literal[1]
     model: str
-    """As `dualpath plan` shows it: a known name, or that of the folder of a checkpoint."""
+    """The model's name as `dualpath plan` shows it: a known name, or that of a checkpoint's directory."""
     prefill: Annotated[tuple[PrefillSample, ...], msgspec.Meta(min_length=1)]
     decode: Annotated[tuple[DecodeSample, ...], msgspec.Meta(min_length=1)]
     rates: Rates = Rates()
     request_ns: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    """What a request waits for besides reads, steps and transfers, up to its first token: HTTP, control, processes."""
+    """Time of a request up to its first token, besides reads, steps and transfers: HTTP, control, processes."""
     token_ns: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    """What every further token takes besides its step."""
+    """Time of every further token besides its step."""
     kv_bytes_per_token: Annotated[int, msgspec.Meta(gt=0)] | None = None
-    """Over all layers; None: whatever the cluster's model has."""
+    """Bytes over all layers; None: the cluster's model decides."""
     machine: Machine = Machine()
 
     def step_times(self) -> StepTimes:
@@ -70,7 +70,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return fit_step_times(self.prefill, self.decode)
 
     def engine(self) -> MeasuredEngine:
-        """For a cluster: what a token takes besides its step is part of the step."""
+        """The engine for a cluster: a token's time besides its step becomes part of the step."""
         times = self.step_times()
         return MeasuredEngine(
             times=msgspec.structs.replace(times, decode_fixed_ns=times.decode_fixed_ns + self.token_ns),
@@ -80,7 +80,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def load_profile(path: Path) -> Profile:
-    """Read and check a profile. Raises ProfileError."""
+    """Reads and checks a profile. Raises ProfileError."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Profile)
     except OSError as error:
@@ -94,7 +94,7 @@ def load_profile(path: Path) -> Profile:
 def find_cluster(
     cluster: str | Path | ClusterSpec, model: str | None = None, profile: Path | Profile | None = None
 ) -> ClusterSpec:
-    """A preset, a TOML file or a record, with another model and measured steps where they are given.
+    """Finds a preset, a TOML file or a record, and applies another model and a profile if given.
 
     Raises ClusterError, ModelConfigError, ProfileError.
     """
@@ -108,9 +108,9 @@ def find_cluster(
 
 
 def applied(cluster: ClusterSpec, profile: Profile, where: str) -> ClusterSpec:
-    """The cluster with measured steps and rates. A link is no faster than the cluster says it is.
+    """Returns the cluster with measured steps and rates. A link stays no faster than the cluster says.
 
-    Raises ProfileError naming `where` if the profile is another model's.
+    Raises ProfileError naming `where` if the profile is for another model.
     """
     if profile.model != cluster.model.name:
         raise ProfileError(

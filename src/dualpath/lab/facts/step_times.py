@@ -1,11 +1,11 @@
-"""What prefill and decode steps take, as two straight lines through measured samples.
+"""Times of prefill and decode steps, as two straight lines through measured samples.
 
     prefill batch = fixed + sum over its chunks of (chunk + new tokens · token + pairs · pair)
     decode step   = fixed + requests · request + context tokens · context_token
 
-Pairs are those of a new token and a token it attends to. Both lines are fitted by least squares of the relative error
-with no coefficient below zero, so longer work never takes less time, and a sample counts alike whether it takes
-milliseconds or minutes. Real engines bend (tiles, occupancy, experts); `Fit` says by how much the line misses.
+A pair is a new token and a token it attends to. Both lines are fitted by least squares of the relative error with no
+coefficient below zero. So more work never takes less time, and a sample counts equally whether it takes milliseconds or
+minutes. Real engines bend (tiles, occupancy, experts); `Fit` says by how much the line misses.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class PrefillSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """One prefill batch of `items` equal chunks on one engine, all layers, with nothing to wait for."""
 
     cached_tokens: Tokens
-    """Of each item: tokens whose KV is there already."""
+    """Tokens per item whose KV is already there."""
     new_tokens: Count
-    """Of each item: tokens that are computed."""
+    """Tokens per item that are computed."""
     items: Count = 1
     ns: Nanoseconds
 
@@ -36,12 +36,12 @@ class DecodeSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     batch: Count
     context_tokens: Count
-    """Of each sequence."""
+    """Context of each sequence."""
     ns: Nanoseconds
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a line is off its own samples, relative."""
+    """Relative errors of a line at its own samples."""
 
     samples: int
     mean_error: float
@@ -62,39 +62,39 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
     decode_fit: Fit
 
     def prefill_ns(self, cached_tokens: float, new_tokens: float, items: int = 1) -> float:
-        """One batch of `items` equal chunks."""
+        """Time of one batch of `items` equal chunks."""
         return self.prefill_fixed_ns + items * self.chunk_ns(new_tokens, pairs(cached_tokens, new_tokens))
 
     def chunk_ns(self, new_tokens: float, chunk_pairs: float) -> float:
-        """What a chunk adds to its batch."""
+        """Time that a chunk adds to its batch."""
         return self.prefill_chunk_ns + new_tokens * self.prefill_token_ns + chunk_pairs * self.prefill_pair_ns
 
     def decode_ns(self, batch: float, context_tokens: float) -> float:
-        """One step of `batch` sequences of `context_tokens` each."""
+        """Time of one step of `batch` sequences of `context_tokens` each."""
         return self.decode_fixed_ns + batch * (self.decode_request_ns + context_tokens * self.decode_context_token_ns)
 
 
 class MeasuredEngine(msgspec.Struct, frozen=True, kw_only=True):
-    """What replaces the roofline of a cluster's engines."""
+    """Measurements that replace the roofline of a cluster's engines."""
 
     times: StepTimes
     request_ns: float = 0.0
-    """What a request waits for besides reads, steps and transfers, up to its first token."""
+    """Time of a request up to its first token, besides reads, steps and transfers."""
     copy_bytes_per_s: float | None = None
-    """Between buffer and device; None: as fast as the compute NIC."""
+    """Rate between buffer and device; None: the compute NIC's."""
 
     def with_prefill(self, factor: float) -> "MeasuredEngine":
-        """The same engine that prefills `factor` times as fast."""
+        """Returns the engine with `factor` times the prefill speed."""
         names = ("prefill_fixed_ns", "prefill_chunk_ns", "prefill_token_ns", "prefill_pair_ns")
         faster = {name: getattr(self.times, name) / factor for name in names}
         return msgspec.structs.replace(self, times=msgspec.structs.replace(self.times, **faster))
 
 
 def fit_step_times(prefill: Sequence[PrefillSample], decode: Sequence[DecodeSample]) -> StepTimes:
-    """The lines through the samples, at least one of either kind.
+    """Fits the lines to the samples, at least one of either kind.
 
-    What samples can't tell apart goes to one coefficient: of prefill first to the token, then to the batch, the pair
-    and last the chunk; of decode first to the step, then to the context token and last the request.
+    Effects that samples can't tell apart go to one coefficient: in prefill first to the token, then the batch, the pair
+    and last the chunk; in decode first to the step, then the context token and last the request.
     """
     rows = [(s.items * s.new_tokens, 1, s.items * pairs(s.cached_tokens, s.new_tokens), s.items) for s in prefill]
     (token, fixed, pair, chunk), prefill_fit = _fit(rows, [sample.ns for sample in prefill])
@@ -114,14 +114,14 @@ def fit_step_times(prefill: Sequence[PrefillSample], decode: Sequence[DecodeSamp
 
 
 def pairs(cached_tokens: float, new_tokens: float) -> float:
-    """Pairs of a new token and one that it attends to, itself included."""
+    """Counts pairs of a new token and one that it attends to, itself included."""
     return new_tokens * cached_tokens + new_tokens * (new_tokens + 1) / 2
 
 
 def _fit(rows: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[list[float], Fit]:
-    """Coefficients c ≥ 0 with ``rows · c ≈ values``; the most negative one is left out until none is negative.
+    """Returns coefficients c ≥ 0 with ``rows · c ≈ values``; drops the most negative one until none is negative.
 
-    Columns that depend on those before them have none.
+    Columns that depend on earlier ones get none.
     """
     measured = np.asarray(values, float)
     design = np.asarray(rows, float)

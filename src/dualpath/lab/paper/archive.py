@@ -1,7 +1,7 @@
-"""What is known so far: the results directory's ``paper.json``, item by item.
+"""Earlier results of `dualpath paper`: the results directory's ``paper.json``, item by item.
 
-A run of some items takes the place of these in the file and leaves the others, so the page can be kept up to date
-without an hour of simulation. Results of other constants or of another scale are not kept: they would not compare.
+Running some items replaces them in the file and leaves the others, so the page can be kept up to date without an hour
+of simulation. Results of other constants or of another scale are dropped, because they don't compare.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ FILE_NAME = "paper.json"
 
 
 class Archive(msgspec.Struct, frozen=True, kw_only=True):
-    """``paper.json``."""
+    """The content of ``paper.json``."""
 
     rows: list[Row]
     calibration: Calibration
@@ -32,7 +32,7 @@ class ArchiveError(ValueError):
 
 
 def merged(directory: Path, rows: Sequence[Row], what_if: Sequence[WhatIf], runner: Runner) -> Archive:
-    """`rows` and `what_if` in place of what the directory has of their items. Raises ArchiveError."""
+    """Returns the directory's archive with the items of `rows` and `what_if` replaced. Raises ArchiveError."""
     known = _read(directory / FILE_NAME)
     if known is None or (known.calibration, known.scale) != (runner.calibration, runner.scale):
         known = Archive(rows=[], calibration=runner.calibration, scale=runner.scale, sensitivity=[])

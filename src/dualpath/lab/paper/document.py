@@ -18,7 +18,7 @@ from dualpath.lab.paper.runner import Runner
 from dualpath.lab.paper.sensitivity import sensitivity_page
 
 CLOSE = 0.10
-"""An error up to here counts as reproduced."""
+"""Largest relative error that counts as reproduced."""
 CLOSE_COLOUR, FITTED_COLOUR, FAR_COLOUR = "#0072B2", "#8C8C8C", "#D55E00"
 PAGE = """\
 # The paper's evaluation, simulated
@@ -34,7 +34,7 @@ predictions. Of {predicted} predicted rows, {close} are within 10 %.
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """All rows; those that are off by more than 10 % are bold."""
+    """Makes a table of all rows; those off by more than 10 % are bold."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("item", no_wrap=True)
     table.add_column("figure")
@@ -48,12 +48,12 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def document_of(archive: Archive, runner: Runner) -> dict[str, Any]:
-    """What ``--json`` writes: the rows, the constants, and every simulation's own result."""
+    """Returns the content of ``--json``: rows, constants, and every simulation's own result."""
     return {**msgspec.to_builtins(archive), "simulations": msgspec.to_builtins(runner.runs())}
 
 
 def write_results(archive: Archive, directory: Path) -> None:
-    """``paper.json``, ``paper.md`` and ``paper.png``. Raises OSError."""
+    """Writes ``paper.json``, ``paper.md`` and ``paper.png``. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / FILE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(archive), indent=1) + b"\n")
     predicted = [row for row in archive.rows if row.kind == "predicted"]
@@ -66,7 +66,7 @@ def write_results(archive: Archive, directory: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Ours over theirs, one mark a row on a logarithmic axis, with the band that counts as reproduced."""
+    """Draws ours over theirs, one mark per row on a logarithmic axis, with the band that counts as reproduced."""
     figure, axes = plt.subplots(figsize=(9, 0.8 + 0.24 * len(rows)), layout="constrained")
     axes.axvspan(1 - CLOSE, 1 + CLOSE, color=CLOSE_COLOUR, alpha=0.12, linewidth=0)
     axes.axvline(1, color="#222222", linewidth=0.8)

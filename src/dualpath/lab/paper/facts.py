@@ -8,7 +8,7 @@ from dualpath.lab.paper.runner import Runner
 
 
 def cache_compute(_: Runner) -> list[Row]:
-    """GB of KV to load for every PFLOP of prefill (paper §1), every cell."""
+    """GB of KV to load per PFLOP of prefill (paper §1), every cell."""
     return [
         row(
             "cache-compute",
@@ -23,7 +23,7 @@ def cache_compute(_: Runner) -> list[Row]:
 
 
 def pd_range(_: Runner) -> list[Row]:
-    """P/D within which no compute NIC and no DRAM binds before the storage NICs do (paper §4.2): the paper's node."""
+    """Range of P/D in which the storage NICs bind before any compute NIC or DRAM (paper §4.2), for the paper's node."""
     cluster = load_cluster("ds660b-2p4d")
     answer = bottleneck_free(
         cluster.prefill_nodes,

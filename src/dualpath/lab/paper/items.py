@@ -1,4 +1,4 @@
-"""The paper's evaluation by item: what `dualpath paper` can be asked for."""
+"""The paper's evaluation by item: the names that `dualpath paper` takes."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,14 +20,14 @@ ITEMS: dict[str, Callable[[Runner], list[Row]]] = {
     "scale-offline": offline.scale_offline,
     "scheduler-cpu": offline.scheduler_cpu,
 }
-"""By name, in the order of a full run: the largest simulations come last."""
+"""Items by name, in the order of a full run: the largest simulations come last."""
 
 SENSITIVITY = "sensitivity"
 """The one item that has no rows: `paper.sensitivity`."""
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for an unknown one."""
+    """Raises ValueError for an unknown name."""
     known = [*ITEMS, SENSITIVITY]
     unknown = [name for name in names if name not in known]
     if unknown:

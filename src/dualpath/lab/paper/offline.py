@@ -22,7 +22,7 @@ def _speedup(runner: Runner, preset: str, agents: int, append_scale: float = 1.0
 
 
 def offline(runner: Runner) -> list[Row]:
-    """Ours over Basic, and against the Oracle."""
+    """Speed-ups of Ours over Basic, and Ours against the Oracle."""
     most = max(AGENTS_660B)
     ours, oracle = (runner.offline(DS660B, system, most).simulated_s for system in ("dualpath", "oracle"))
     speedup = max(_speedup(runner, DS660B, agents) for agents in AGENTS_660B)
@@ -62,7 +62,7 @@ def append_scaling(runner: Runner) -> list[Row]:
 
 
 def ablation(runner: Runner) -> list[Row]:
-    """What each part takes off Basic's JCT: mean of 1,024 and 2,048 agents."""
+    """How much each part takes off Basic's JCT: mean of 1,024 and 2,048 agents."""
     steps = (
         ("+ layerwise prefill", "basic-layerwise", 17.21, "fits the cost of a whole-prompt copy"),
         ("+ dual path, round robin", "dualpath-rr", 38.19, ""),
@@ -82,7 +82,7 @@ def ablation(runner: Runner) -> list[Row]:
 
 
 def balance(runner: Runner) -> list[Row]:
-    """Storage NICs' traffic, and attention time within a group of prefill engines."""
+    """Balance of storage NIC traffic, and of attention time within a group of prefill engines."""
     agents = max(AGENTS_660B)
     turns, ours = (runner.offline(DS660B, system, agents) for system in ("dualpath-rr", "dualpath"))
     window = f"{agents:,} agents, windows of {ours.balance_window_s:g} s"
@@ -94,7 +94,7 @@ def balance(runner: Runner) -> list[Row]:
 
 
 def pd_sweep(runner: Runner) -> list[Row]:
-    """DS 27B on other numbers of nodes. Pairs with as much usable storage bandwidth tie."""
+    """DS 27B on other numbers of nodes. Pairs with equal usable storage bandwidth tie."""
     jct = {
         (nodes, system): runner.offline(f"ds27b-{nodes}", system, AGENTS_27B).simulated_s
         for nodes in ("1p1d", "2p1d", "1p2d")
@@ -125,7 +125,7 @@ def scale_offline(runner: Runner) -> list[Row]:
 
 
 def scheduler_cpu(runner: Runner) -> list[Row]:
-    """Cores that the scheduler takes at 1,152 GPUs; the whole simulator's CPU time is an upper bound of ours."""
+    """Cores that the scheduler takes at 1,152 GPUs; our upper bound is the whole simulator's CPU time."""
     large = runner.offline("ds660b-48p96d", "dualpath", AGENTS_LARGE)
     cores = large.cpu_s / large.simulated_s
     return [row("scheduler-cpu", "cores, upper bound", 10, cores, note='theirs: "less than 10"; less is better')]

@@ -1,4 +1,4 @@
-"""Items with agents that arrive one by one: how many a second a system can take within its SLO, and at what latency."""
+"""Items with agents that arrive one by one: the rate that a system takes within its SLO, and its latencies."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,14 +7,14 @@ from dualpath.lab.paper.runner import Runner
 
 DS660B, DS27B = "ds660b-2p4d", "ds27b-1p1d"
 CAPACITY_STEP = 0.1
-"""Relative width to which a capacity is narrowed down."""
+"""Relative width to which a capacity is narrowed."""
 AT_660B = 0.4
 WORKING_SET_S = 5400.0
-"""Agents of many turns take an hour; before, turns of short agents weigh too much."""
+"""Duration of a run. Agents of many turns take an hour; until then, turns of short agents weigh too much."""
 
 
 def capacity(runner: Runner, preset: str, system: str, guess: float) -> float:
-    """Agents per second up to which the SLO holds: by steps from `guess` to either side of it, then bisection."""
+    """Returns the agents per second up to which the SLO holds: steps from `guess` to either side, then bisection."""
     good = bad = guess
     if runner.sustains(preset, system, guess):
         while runner.sustains(preset, system, bad := good * 1.3):
@@ -29,7 +29,7 @@ def capacity(runner: Runner, preset: str, system: str, guess: float) -> float:
 
 
 def online(runner: Runner) -> list[Row]:
-    """APS capacity within TTFT 4 s and TPOT 50 ms, Ours over Basic."""
+    """Agents per second within TTFT 4 s and TPOT 50 ms, Ours over Basic."""
     searches = [(DS660B, "basic", 0.4), (DS660B, "dualpath", 0.7), (DS27B, "basic", 0.5), (DS27B, "dualpath", 0.9)]
     with ThreadPoolExecutor(len(searches) if runner.parallel else 1) as threads:
         found = list(threads.map(lambda search: capacity(runner, *search), searches))
@@ -41,7 +41,7 @@ def online(runner: Runner) -> list[Row]:
 
 
 def scale_online(runner: Runner) -> list[Row]:
-    """Latencies at 0.4 agents a second on 2P4D, and at 22 times both."""
+    """Latencies at 0.4 agents per second on 2P4D, and at 22 times both."""
     small = runner.online(DS660B, "dualpath", AT_660B).result
     large = runner.online("ds660b-44p88d", "dualpath", AT_660B * 22).result
     small_ttft = "fits the lag of an engine's loop"

@@ -8,10 +8,10 @@ Kind = Literal["fitted", "predicted"]
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """`kind` says whether the figure was used to fit a constant of the simulator."""
+    """One row. `kind` says whether the figure was used to fit a constant of the simulator."""
 
     item: str
-    """The command line's name for the group of rows."""
+    """The command line's name of the group of rows."""
     what: str
     theirs: float
     ours: float
@@ -22,7 +22,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def row(item: str, what: str, theirs: float, ours: float, kind: Kind = "predicted", note: str = "") -> Row:
-    """A row with its error. Raises ValueError where theirs is zero: there is no error of nothing."""
+    """Makes a row with its error. Raises ValueError if theirs is zero, because the error is a ratio."""
     if theirs == 0:
         raise ValueError(f"{item}, {what}: a figure of zero can't be compared by ratio")
     return Row(item=item, what=what, theirs=theirs, ours=ours, error=ours / theirs - 1, kind=kind, note=note)

@@ -1,8 +1,7 @@
-"""The simulations behind the rows: each is run once, however many rows it appears in.
+"""Runs the simulations behind the rows, each once, however many rows use it.
 
-Simulations are independent of each other, so they can run on a pool of processes: items are then asked for from several
-threads, each of which waits for its own simulations, and what two items have in common is started by the first. Results
-don't depend on the number of processes.
+Simulations are independent, so they can run on a pool of processes. Each item then runs in a thread that waits for its
+own simulations; the first item that needs a simulation starts it. Results don't depend on the number of processes.
 """
 
 import multiprocessing
@@ -24,11 +23,11 @@ from dualpath.lab.sim.workloads import agents_of
 ONLINE_S = 1800.0
 """Length of an open-ended run at a given rate; its second half is measured."""
 BALANCE_WINDOW_S = 10.0
-"""Over which the traffic of storage NICs is compared. The paper does not say."""
+"""Window in which the traffic of storage NICs is compared. The paper does not say."""
 
 
 class PaperRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What distinguishes one simulation from another."""
+    """The parameters that distinguish simulations."""
 
     preset: str
     system: str
@@ -40,22 +39,22 @@ class PaperRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What is kept of a simulation."""
+    """The figures kept of a simulation."""
 
     result: SimulationResult
     agent_s: float
-    """Mean time that an agent spends in the system: mean turns times the mean latency of the turns measured."""
+    """Mean time that an agent spends in the system: mean turns times the mean latency of the measured turns."""
     kv_bytes_per_token: int
     mean_total_tokens: float
-    """Context at the end of an agent, in the mean."""
+    """Mean context at the end of an agent."""
 
 
 class Runner:
-    """Runs and remembers. `scale` shrinks the number of agents of offline runs, `announce` hears of every new run,
-    `on_done` of its end.
+    """Runs and remembers simulations. `scale` shrinks the number of agents of offline runs, `announce` gets the name of
+    every new run, `on_done` is called at its end.
 
-    Without a `pool` simulations run in the caller's thread; with one, in its processes, and all methods may be called
-    from any thread.
+    Without a `pool`, simulations run in the caller's thread. With one, they run in its processes, and all methods may
+    be called from any thread.
     """
 
     def __init__(
@@ -83,35 +82,35 @@ class Runner:
     def offline(
         self, preset: str, system: str, agents: int, trace: str = "64K", append_scale: float = 1.0
     ) -> SimulationResult:
-        """All agents at once; `simulated_s` is the JCT."""
+        """Starts all agents at once; `simulated_s` is the JCT."""
         scaled = max(8, round(agents * self.scale))
         run = PaperRun(preset=preset, system=system, agents=scaled, trace=trace, append_scale=append_scale)
         return self.run(run).result
 
     def online(self, preset: str, system: str, agents_per_s: float, duration_s: float = ONLINE_S) -> Outcome:
-        """Poisson arrivals of 64K agents."""
+        """Runs Poisson arrivals of 64K agents."""
         agents = round(agents_per_s * duration_s * 1.2) + 20
         return self.run(
             PaperRun(preset=preset, system=system, agents=agents, agents_per_s=agents_per_s, duration_s=duration_s)
         )
 
     def sustains(self, preset: str, system: str, agents_per_s: float) -> bool:
-        """Whether the SLO holds at such a rate of 64K agents, by the paper's protocol (`paper.steady`)."""
+        """Whether the SLO holds at this rate of 64K agents, by the paper's protocol (`paper.steady`)."""
         name = f"{preset}, {system}, 64K, {agents_per_s:.3g} agents a second until steady"
         question = (preset, system, agents_per_s)
         return bool(self._once(question, name, _sustains, preset, system, agents_per_s, self.calibration))
 
     def with_calibration(self, calibration: Calibration) -> "Runner":
-        """Another one, with nothing simulated yet."""
+        """Returns another runner, with nothing simulated yet."""
         return Runner(self.scale, self._announce, calibration, self._pool, self._on_done)
 
     def run(self, run: PaperRun) -> Outcome:
-        """The outcome, simulated now or before."""
+        """Returns the outcome, simulated now or before."""
         outcome: Outcome = self._once(run, _name(run), simulate, run, self.calibration)
         return outcome
 
     def runs(self) -> list[SimulationResult]:
-        """Every result so far, in the order in which they were asked for."""
+        """Returns every result so far, in the order in which they were requested."""
         return [future.result().result for key, future in self._known.items() if isinstance(key, PaperRun)]
 
     def _once(self, key: object, name: str, work: Callable[..., Any], *arguments: object) -> Any:
@@ -134,12 +133,12 @@ class Runner:
 
 
 def process_pool(jobs: int) -> ProcessPoolExecutor:
-    """Processes for simulations, started afresh: the caller may have threads."""
+    """Makes processes for simulations. They start from a fork server, because the caller may have threads."""
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("forkserver"))
 
 
 def simulate(run: PaperRun, calibration: Calibration) -> Outcome:
-    """One simulation."""
+    """Runs one simulation."""
     agents = agents_of([run.trace], run.agents, append_scale=run.append_scale)
     scenario = Scenario(
         cluster=load_cluster(run.preset),

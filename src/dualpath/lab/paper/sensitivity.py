@@ -1,6 +1,6 @@
 """How much the headline depends on the two constants that matter most: effective compute and usable storage NIC.
 
-Not a comparison with the paper: what the simulator would say at the ends of the ranges that publications give.
+This is no comparison with the paper: it shows the simulator at the ends of the ranges that publications give.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from dualpath.lab.paper.offline import AGENTS_660B, DS660B
 from dualpath.lab.paper.runner import Runner
 
 PREFILL_FLOP_PER_S = (0.37e15, 0.66e15)
-"""Implied by published throughput of such models."""
+"""Range implied by published throughput of such models."""
 SNIC_BYTES_PER_S = (43e9, 50e9)
-"""What 3FS reports of a 400 Gb/s NIC, and all of it."""
+"""3FS's figure for a 400 Gb/s NIC, and the full rate."""
 
 
 class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +30,7 @@ class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sensitivity(runner: Runner) -> list[WhatIf]:
-    """The fitted point, then one constant at a time at the ends of its range."""
+    """Simulates the fitted point, then one constant at a time at the ends of its range."""
     fitted = runner.calibration
     nic = 50e9
     points = [(fitted.prefill_flop_per_s, fitted.snic_efficiency * nic)]
@@ -53,7 +53,7 @@ def sensitivity(runner: Runner) -> list[WhatIf]:
 
 
 def sensitivity_page(answers: Sequence[WhatIf]) -> str:
-    """As a section of the results page."""
+    """Returns a section of the results page."""
     lines = [
         "\n## Sensitivity",
         "",

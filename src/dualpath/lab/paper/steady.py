@@ -1,8 +1,8 @@
-"""Whether a system holds its service levels at a rate of arrivals, by the paper's protocol (§7).
+"""Decides whether a system holds its service levels at a rate of arrivals, by the paper's protocol (§7).
 
-Agents arrive; every 150 s their latencies are looked at. Too slow in one such window: no. As fast as half an hour
-before, within 5 %: yes, it is steady. Agents take an hour and more, so a system that is given too much gets slower for
-long before it is too slow; a run of fixed length would let it pass.
+Agents arrive, and every 150 s their latencies are checked. If one window is too slow, the answer is no. If a window is
+within 5 % of the one half an hour before, the system is steady and the answer is yes. Agents take an hour and more, so
+an overloaded system gets slower long before it is too slow; a run of fixed length would let it pass.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ SLO_TTFT_S, SLO_TPOT_S = 4.0, 0.05
 """Means over a window's turns."""
 WINDOW_S = 150
 WINDOWS_BEFORE = 12
-"""Half an hour."""
+"""Windows in half an hour."""
 STEADY = 0.05
 LONGEST_S = 3 * 3600
 """A run that is neither steady nor too slow by then counts as sustained."""
 
 
 def sustains(simulator: Simulator) -> bool:
-    """Run it, from its start, until that is known."""
+    """Runs the simulator, from its start, until the answer is known."""
     ttft_s: list[float] = []
     counted = 0
     with without_garbage_collection():

@@ -1,6 +1,6 @@
-"""Items side by side: a thread each, which waits for its simulations on the runner's processes.
+"""Runs items side by side: each has a thread, which waits for its simulations on the runner's processes.
 
-The largest simulations come first, as they take longest, and what an item finds is handed out as soon as it is found.
+The largest simulations start first, because they take longest. Each item's result is handed out as soon as it is found.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ Found = tuple[list[Row], list[WhatIf]]
 
 
 def together(names: Sequence[str], runner: Runner) -> Iterator[Found]:
-    """Each item's rows, or the what-if, in the order in which they are found; one after another without processes."""
+    """Yields each item's rows, or the what-if, as they are found; one after another without processes."""
     if not runner.parallel:
         for name in names:
             yield _found(name, runner)

@@ -1,11 +1,12 @@
-"""What a cluster can do for a workload, in closed form: the binding resource, the best split of nodes, upper bounds.
+"""What a cluster can do for a workload, in closed form: binding resource, best split of nodes, upper bounds.
 
-Theory of operation. The mean turn asks something of every resource (`demand`); each alone would allow capacity / demand
-turns a second; the least of them binds. Basic reads with prefill nodes only; dual-path splits the reads so that the
-slowest resource is as fast as it can be. A rate of turns over turns an agent is agents per second (APS).
+Theory of operation. The mean turn asks something of every resource (`demand`). Each resource alone would allow
+capacity / demand turns per second; the least of them binds. Basic reads with prefill nodes only; dual-path splits the
+reads so that the slowest resource is as fast as possible. Turns per second over turns per agent is agents per second
+(APS).
 
-These are **upper bounds**: full overlap of loading and computing, no queueing, no imbalance, no idle moment between
-agents. Real systems reach less, basic in particular. Simulate what matters; plan what to simulate.
+These rates are **upper bounds**: loading overlaps computing fully, nothing queues, load is even, no agent idles. Real
+systems reach less, basic in particular. Use the plan to decide what to simulate.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from dualpath.lab.planning.turn_load import TurnLoad
 from dualpath.results.online import Slo
 
 COMPUTE_FACTORS = (0.5, 2.0)
-"""Of the effective compute, for `Sensitivity`."""
+"""Factors on the effective compute, for `Sensitivity`."""
 
 
 class PlanError(ValueError):
-    """A question without an answer: the message says what doesn't fit."""
+    """The question has no answer: the message says what doesn't fit."""
 
 
 class SystemPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One way of reading."""
+    """The answer for one way of reading."""
 
     system: str
     """``basic`` or ``dualpath``."""
@@ -36,26 +37,26 @@ class SystemPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Share of hit KV that prefill nodes read."""
     demands: tuple[Demand, ...]
     binding: str
-    """The resource that allows the fewest turns; several, joined by `` + ``, where they are equal."""
+    """The resource that allows the fewest turns; equal ones are joined by `` + ``."""
     turns_per_s: float
     agents_per_s: float
     """Upper bound."""
 
 
 class Split(msgspec.Struct, frozen=True, kw_only=True):
-    """The same nodes divided otherwise."""
+    """The same nodes, divided differently."""
 
     prefill_nodes: int
     decode_nodes: int
     is_bottleneck_free: bool
-    """Inside the bottleneck-free range (§4.2)."""
+    """Whether it is inside the bottleneck-free range (§4.2)."""
     basic_agents_per_s: float
     dualpath_agents_per_s: float
     dualpath_binding: str
 
 
 class Sensitivity(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer if GPUs compute `compute_factor` times as fast as assumed, which is the least certain number here."""
+    """The answer if GPUs compute `compute_factor` times as fast as assumed, the least certain number here."""
 
     compute_factor: float
     dualpath_agents_per_s: float
@@ -67,15 +68,15 @@ class WorkingSet(msgspec.Struct, frozen=True, kw_only=True):
     """KV of the agents in flight, λ·T̄·total/2 (§10), against the DRAM buffers of all nodes."""
 
     agents_per_s: float
-    """λ: what was asked about, or the dual-path upper bound."""
+    """λ: the rate asked about, or the dual-path upper bound."""
     agent_s_unloaded: float
-    """T̄ of an agent that is alone."""
+    """T̄ of an agent that has the cluster to itself."""
     agent_s_at_slo: float
-    """T̄ where every turn takes all the time that the SLO leaves it."""
+    """T̄ if every turn takes all the time that the SLO allows."""
     bytes_unloaded: float
     bytes_at_slo: float
     dram_buffer_bytes: float
-    """Of all nodes."""
+    """Buffers of all nodes."""
 
 
 class CapacityPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,25 +92,25 @@ class CapacityPlan(msgspec.Struct, frozen=True, kw_only=True):
     slo: Slo
     kv_bytes_per_token: int
     hit_bytes: float
-    """To load for the mean turn."""
+    """Bytes to load for the mean turn."""
     prefill_flops: float
-    """To compute for it."""
+    """FLOPs to compute for the mean turn."""
     gb_per_pflop: float
     """The cache-compute ratio of this workload."""
     unloaded_ttft_s: float
-    """Of the mean turn on an idle cluster: its reads on one SNIC, or its prefill on one GPU if that takes longer."""
+    """TTFT of the mean turn on an idle cluster: its reads by one SNIC, or its prefill on one GPU if that is longer."""
     decode: DecodeRate
     basic: SystemPlan
     dualpath: SystemPlan
     gain: float
     """Dual-path's rate over basic's."""
     snic_bytes_per_s: float
-    """Usable, of one node."""
+    """Usable storage NIC rate of one node."""
     bottleneck_free: BottleneckFree
     splits: tuple[Split, ...]
-    """Every division of the nodes, by prefill nodes; rate 0 where the weights or one context don't fit."""
+    """Every division of the nodes, by prefill nodes; rate 0 if the weights or one context don't fit."""
     best_split: Split
-    """The one with the highest dual-path rate; of equals, the one with most decode nodes."""
+    """The split with the highest dual-path rate; of equal ones, the one with most decode nodes."""
     sensitivity: tuple[Sensitivity, ...]
     working_set: WorkingSet
 
@@ -117,9 +118,9 @@ class CapacityPlan(msgspec.Struct, frozen=True, kw_only=True):
 def plan_capacity(
     cluster: ClusterSpec, load: TurnLoad, slo: Slo | None = None, agents_per_s: float | None = None
 ) -> CapacityPlan:
-    """Plan `cluster` for `load`; `agents_per_s` is the rate of the working set (default: the dual-path upper bound).
+    """Plans `cluster` for `load`; `agents_per_s` is the rate of the working set (default: the dual-path upper bound).
 
-    Raises PlanError where weights or one context don't fit a GPU, or the SLO can't be met by one request alone.
+    Raises PlanError if weights or one context don't fit a GPU, or one request alone misses the SLO.
     """
     slo = slo or Slo()
     _check(cluster, load, slo)

@@ -1,7 +1,7 @@
-"""What the mean turn asks of every resource of a cluster, for a given split of the reads.
+"""What the mean turn asks of every resource of a cluster, given how the reads are split.
 
-With H and M bytes of hit and miss KV, G of generated, and a share f of H read by prefill nodes, a turn moves (§4.1,
-§4.2; copies between DRAM and a GPU pass its CNIC both ways)::
+Let H, M and G be the bytes of hit, miss and generated KV, and f the share of H that prefill nodes read. A turn moves
+(§4.1, §4.2; copies between DRAM and a GPU pass its CNIC both ways)::
 
     PE SNIC read    f·H                          storage → PE buffer
     DE SNIC read    (1−f)·H                      storage → DE buffer
@@ -13,8 +13,8 @@ With H and M bytes of hit and miss KV, G of generated, and a share f of H read b
     PE DRAM         2f·H                         in and out
     DE DRAM         2(1−f)·H + f·H + M + H + M + G + M + G
 
-and it computes M's tokens on a prefill GPU and generates on a decode engine. KV of sliding windows, which doesn't grow
-with the context, is left out.
+A prefill GPU computes M's tokens and a decode engine generates. KV of sliding windows is left out, because it doesn't
+grow with the context.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from dualpath.lab.planning.turn_load import TurnLoad
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
-    """One kind of resource, all of the cluster's together."""
+    """One kind of resource, summed over the cluster."""
 
     resource: str
     unit: str
     """``bytes``, ``FLOP``, ``tokens``, or ``s`` of an engine's time."""
     per_turn: float
     capacity_per_s: float
-    """Usable."""
+    """Usable capacity."""
     turns_per_s: float | None
-    """What it allows if nothing else binds; None: without limit (nothing is asked of it)."""
+    """Rate that it allows if nothing else binds; None: no limit, because nothing is asked of it."""
 
 
 def demands(cluster: ClusterSpec, load: TurnLoad, decode: DecodeRate, pe_share: float) -> tuple[Demand, ...]:
-    """Every resource, in the order above, with `pe_share` (f) of the hit KV read by prefill nodes."""
+    """Returns every resource, in the order above, with `pe_share` (f) of the hit KV read by prefill nodes."""
     kv = cluster.kv_bytes_per_token
     hit, miss, generated = load.hit_tokens * kv, load.miss_tokens * kv, load.generate_tokens * kv
     by_pe, by_de = pe_share * hit, (1 - pe_share) * hit
@@ -65,9 +65,9 @@ def demands(cluster: ClusterSpec, load: TurnLoad, decode: DecodeRate, pe_share: 
 
 
 def balanced_share(cluster: ClusterSpec, load: TurnLoad, decode: DecodeRate) -> float:
-    """The share of reads on the prefill side at which the slowest resource is fastest; of equals, the evenest one.
+    """Returns the prefill side's share of reads at which the slowest resource is fastest; of equal ones the evenest.
 
-    Every demand is linear in the share, so the slowest is convex in it and a ternary search finds the best. Ties are
+    Every demand is linear in the share, so the slowest is convex in it, and a ternary search finds the best. Ties are
     broken towards equal use of all SNICs, P / (P + D).
     """
     even = cluster.prefill_nodes / (cluster.prefill_nodes + cluster.decode_nodes)
@@ -84,13 +84,13 @@ def balanced_share(cluster: ClusterSpec, load: TurnLoad, decode: DecodeRate) -> 
 
 
 def prefill_flops(cluster: ClusterSpec, load: TurnLoad) -> float:
-    """Of one mean turn, all layers."""
+    """FLOPs of one mean turn, all layers."""
     per_token, per_pair = cluster.model.attention_line()
     return load.miss_tokens * (cluster.model.dense_flops_per_token + per_token) + load.miss_pairs * per_pair
 
 
 def prefill_s(cluster: ClusterSpec, load: TurnLoad, alone: bool = False) -> float:
-    """Of one engine's time, per mean turn. What a batch costs whatever is in it is shared, unless the turn is alone."""
+    """Seconds of one engine per mean turn. A batch's fixed cost is shared, unless the turn is alone."""
     if cluster.measured is None:
         return prefill_flops(cluster, load) / cluster.prefill_flop_per_s
     times = cluster.measured.times
@@ -116,7 +116,7 @@ def _demand(resource: str, per_turn: float, capacity_per_s: float, unit: str = "
 
 
 def _seconds(demand: Demand) -> float:
-    """Of the resource's time, per turn."""
+    """Seconds of the resource's time per turn."""
     if demand.per_turn == 0:
         return 0.0
     return demand.per_turn / demand.capacity_per_s if demand.capacity_per_s else float("inf")

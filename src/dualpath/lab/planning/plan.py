@@ -1,4 +1,4 @@
-"""`plan`: a cluster and a workload by name → the answer. The command line and notebooks call the same function."""
+"""`plan`: plans a cluster and a workload given by name. The command line and notebooks call the same function."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ def plan(
     agents_per_s: float | None = None,
     max_context_tokens: int | None = None,
 ) -> CapacityPlan:
-    """What `cluster` can do for the agents of `trace`, and what limits it; rates are upper bounds.
+    """Returns what `cluster` can do for the agents of `trace`, and what limits it; rates are upper bounds.
 
     `cluster` is a preset, a TOML file or a record; `trace` what `load_source` takes; `agents_per_s` the rate of the
     working set (default: the dual-path upper bound). Raises ClusterError, ModelConfigError, ProfileError, TraceError,
@@ -34,7 +34,7 @@ def plan(
 
 
 def load_of(names: Sequence[str], max_context_tokens: int | None = None, seed: int = 0) -> TurnLoad:
-    """`names`: one of ``32K``, ``48K``, ``64K``; or files that `dualpath.traces.sources` reads.
+    """`names` is one of ``32K``, ``48K``, ``64K``, or files that `dualpath.traces.sources` reads.
 
     `max_context_tokens` ends recorded agents before the first turn beyond it. Raises TraceError.
     """

@@ -1,4 +1,4 @@
-"""A workload as the mean turn of its agents: what closed forms need to know of it. Means over all turns, in tokens."""
+"""A workload as the mean turn of its agents, which is all that closed forms need. Means over all turns, in tokens."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ HIT_BLOCK_TOKENS = 64
 
 
 class TurnLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """The mean turn, and the agent it belongs to."""
+    """The mean turn, with the agent that it belongs to."""
 
     name: str
     turns_per_agent: float
-    """Subagents' turns included."""
+    """Turns per agent, subagents' included."""
     hit_tokens: float
-    """Whole blocks of the kept context."""
+    """Tokens in whole blocks of the kept context."""
     miss_tokens: float
-    """The rest of the prompt, which is computed."""
+    """Tokens in the rest of the prompt, which is computed."""
     miss_pairs: float
     """Pairs of a computed token and one that it sees, itself included."""
     generate_tokens: float
@@ -32,7 +32,7 @@ class TurnLoad(msgspec.Struct, frozen=True, kw_only=True):
     total_tokens: float
     """Context at the end of an agent."""
     max_context_tokens: int
-    """The longest context of all."""
+    """The longest context of any agent."""
 
     @property
     def prompt_tokens(self) -> float:
@@ -40,9 +40,9 @@ class TurnLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def turn_load(name: str, table: TurnTable, agents: int | None = None) -> TurnLoad:
-    """The mean turn of `table`, whose templates are `agents` agents (each one, if not given).
+    """Returns the mean turn of `table`, whose templates are `agents` agents (default: one each).
 
-    Of the context before a turn, the newest token's KV was never computed and only whole blocks are stored.
+    The newest token of a context has no KV, and only whole blocks are stored.
     """
     stored = np.maximum(0, table.kept_tokens.astype(np.int64) - 1) // HIT_BLOCK_TOKENS * HIT_BLOCK_TOKENS
     miss = table.prompt_tokens - stored
@@ -60,6 +60,6 @@ def turn_load(name: str, table: TurnTable, agents: int | None = None) -> TurnLoa
 
 
 def trajectory_load(name: str, trajectories: Sequence[Trajectory]) -> TurnLoad:
-    """The same of recorded trajectories. A subagent is a context of its own and part of its parent's agent."""
+    """Returns the load of recorded trajectories. A subagent has its own context but belongs to its parent's agent."""
     each = [one for trajectory in trajectories for one in trajectory.contexts()]
     return turn_load(name, TurnTable.from_trajectories(each), agents=len(trajectories))

@@ -1,1 +1,1 @@
-"""`dualpath profile`: measures this machine with the runtime's own code. What comes out is a `lab.facts.profile`."""
+"""`dualpath profile`: measures this machine with the runtime's own code and makes a `lab.facts.profile`."""

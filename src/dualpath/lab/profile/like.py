@@ -1,8 +1,8 @@
-"""A result file's runs, simulated on a profile: from what was set up and asked, and nothing that was measured.
+"""Simulates a result file's runs on a profile, from their setup and their agents and nothing that was measured.
 
-An engine is a node of its own here, as in the runtime. The simulator is `lab.sim`, as for any cluster; engines on CPUs
-share the host's cores (`Machine.full_speed_engines`). What HTTP, processes and copies take of the cores beside them is
-not modelled.
+Each engine is a node of its own here, as in the runtime. The simulator is `lab.sim`, as for any cluster. Engines on
+CPUs share the host's cores (`Machine.full_speed_engines`). What HTTP, processes and copies take of the cores is not
+modelled.
 """
 
 from pathlib import Path
@@ -30,11 +30,11 @@ from dualpath.traces.turn_table import Agents, TurnTable
 
 _UNLIMITED_BYTES_PER_S = 1e12
 _SERVE = ClusterConfig(model="", store="")
-"""What `dualpath serve` has where it is not told; a result file does not repeat it."""
+"""Defaults of `dualpath serve` that a result file does not repeat."""
 
 
 def predict(measured: ResultFile, profile: Profile, where: str, command: str = "") -> ResultFile:
-    """The same runs in the same order, of kind ``prediction``. Raises ProfileError naming the run, or `where`."""
+    """Returns the same runs in order, of kind ``prediction``. Raises ProfileError naming the run, or `where`."""
     machine = f"simulated with {where}, a profile of {profile.model} on {profile.machine.device or 'some device'}"
     return ResultFile(
         kind="prediction",
@@ -71,7 +71,7 @@ def _predicted(result: ResultFile, number: int, profile: Profile, where: str) ->
 
 
 def _check(name: str, cluster: ClusterSetup, model: str, profile: Profile, where: str) -> None:
-    """The profile is this model's, in its dtype, with as many threads; what it does not say is not checked."""
+    """Checks that the profile is for this model, dtype and thread count, as far as the profile says."""
     for what, ran, measured in (
         ("model", model, profile.model),
         ("bytes of KV a token", cluster.kv_bytes_per_token, profile.kv_bytes_per_token),
@@ -106,7 +106,7 @@ def _machine(topology: Topology, cluster: ClusterSetup, profile: Profile) -> Mac
         read_latency_ns=0,
         prefill_kv_tokens=_SERVE.max_batch_kv_tokens,
         batches=BatchLimits(
-            # The file's quota is of one layer's attention, a profile knows whole steps.
+            # The file's quota is of one layer's attention; a profile knows whole steps.
             quota_ns=cluster.compute_quota_s * SECOND_NS * cluster.layers,
             requests=_SERVE.max_batch_requests,
             kv_tokens=_SERVE.max_batch_kv_tokens,
@@ -120,7 +120,7 @@ def _slower(link: float | None, measured: float | None) -> float:
 
 
 def _agents(trajectories: list[Trajectory], first_round: int, gap_scale: float) -> Agents:
-    """What is measured: the rounds from `first_round` on; what comes before is stored. Raises ValueError."""
+    """Returns the measured rounds, from `first_round` on; earlier ones are stored. Raises ValueError."""
     whole = TurnTable.from_trajectories(trajectories)
     kept = [position for start, end in zip(whole.starts[:-1], whole.starts[1:], strict=True)
             for position in range(start + first_round, end)]  # fmt: skip
@@ -157,7 +157,7 @@ def _simulated(run: Run, machine: Machine, agents: Agents, names: list[str]) -> 
 
 
 SET_UP = ("parameters", "trajectories", "first_round", "gap_scale", "cluster", "topology", "system", "repeat")
-"""What a run's record says that was not measured."""
+"""Fields of a run's record that were not measured."""
 
 
 def _turn(turn: LiveTurn, trajectory: str, round_index: int, now: int) -> TurnResult:

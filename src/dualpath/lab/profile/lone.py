@@ -1,4 +1,4 @@
-"""What a request and a token take besides steps: lone, tiny requests to an idle 1P1D cluster over HTTP."""
+"""Measures the time of a request and of a token besides steps, by lone, tiny requests to an idle 1P1D cluster."""
 
 import asyncio
 import statistics
@@ -14,15 +14,14 @@ from dualpath.traces.trajectory import Round, Trajectory
 PROMPT_TOKENS, GENERATE_TOKENS = 16, 16
 REQUESTS = 24
 WARM_UP = 4
-"""Requests at first that are not counted."""
+"""First requests, which are not counted."""
 
 
 def measure_lone(model: Path, store: Path, serve: tuple[str, ...], times: StepTimes) -> tuple[float, float]:
-    """Nanoseconds of (a request up to its first token, each later token) beyond steps by `times`.
+    """Returns nanoseconds of (a request up to its first token, each later token) beyond steps by `times`.
 
-    Lower quartiles: others on the machine only ever make them later.
-    Starts `dualpath serve` with the options `serve`, its store in a new folder of `store`. Raises LaunchError,
-    ReplayError.
+    They are lower quartiles, because other jobs only make requests later. Starts `dualpath serve` with the options
+    `serve`, its store in a new directory under `store`. Raises LaunchError, ReplayError.
     """
     with tempfile.TemporaryDirectory(prefix="profile-", dir=store) as folder:
         ttft_s, tpot_s = asyncio.run(_ask(model, Path(folder), serve))
@@ -36,7 +35,7 @@ async def _ask(model: Path, folder: Path, serve: tuple[str, ...]) -> tuple[float
     launcher = LocalLauncher(unlimited, Bench(model=model, serve_command=(*SERVE, *serve)), logs=folder, work=folder)
     agent = Trajectory(
         id="lone",
-        # An agent that forgets everything: every prompt is new and short.
+        # This agent forgets everything, so every prompt is new and short.
         rounds=tuple(
             Round(append_tokens=PROMPT_TOKENS, generate_tokens=GENERATE_TOKENS, keep_tokens=0) for _ in range(REQUESTS)
         ),

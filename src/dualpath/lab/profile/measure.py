@@ -1,4 +1,4 @@
-"""`measure_profile`: everything a profile says of this machine, in about a minute."""
+"""`measure_profile`: measures a whole profile of this machine in about a minute."""
 
 import datetime
 import os
@@ -18,23 +18,23 @@ from dualpath.lab.profile.steps import RUNS, measure_decode, measure_prefill
 from dualpath.model import LoadedModel
 
 Progress = Callable[[str, float], None]
-"""Called with what is being measured and which part of all is done, 0 to 1."""
+"""Called with what is being measured and the share that is done, 0 to 1."""
 PARTS = 2 * (RUNS + 1) + 4
 
 
 class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to measure: a checkpoint folder, and the engines as `dualpath serve` starts them."""
+    """What to measure: a checkpoint's directory, and the engines as `dualpath serve` starts them."""
 
     model: Path
     store: Path
-    """Blocks are written in a folder under it for a moment."""
+    """Directory under which test blocks are written and removed."""
     dtype: str = "float32"
     threads: int = 1
     device: str = "cpu"
 
 
 def measure_profile(options: ProfileOptions, on_progress: Progress) -> Profile:
-    """Raises LaunchError, ReplayError; ValueError, OSError, UnsupportedModelError for what is no model."""
+    """Raises LaunchError and ReplayError; for an unusable model ValueError, OSError and UnsupportedModelError."""
     load_average = os.getloadavg()[0]
     done = 0
 

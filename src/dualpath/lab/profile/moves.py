@@ -1,6 +1,6 @@
-"""What this machine's store and links can do, by the runtime's own code: the best of a few passes, wall time.
+"""Measures this machine's store and links with the runtime's own code: the best of a few passes, wall time.
 
-Blocks are read back from the page cache, so this is what the runtime can take in, not what a disk can give.
+Blocks are read back from the page cache, so the result is what the runtime can take in, not what a disk can give.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 
 
 def measure_rates(model: LoadedModel, store: Path) -> Rates:
-    """Writes and reads `BLOCKS` blocks in a new folder of `store`, which is removed again; moves as many."""
+    """Writes and reads `BLOCKS` blocks in a new directory under `store`, which is removed again, and moves as many."""
     read, write = _store_rates(model.layout, store)
     return Rates(
         store_read_bytes_per_s=read,
@@ -77,7 +77,7 @@ async def _write_and_read(layout: KVLayout, blocks: BlockIO, pool: BufferPool) -
 
 
 def _transfer_rate(layout: KVLayout) -> float:
-    """All layers of a prompt from a DE's buffer, over shared memory."""
+    """Pulls all layers of a prompt from a DE's buffer, over shared memory."""
     name = f"profile-{os.getpid()}"
     with (
         closing(BufferPool.create(f"{name}-pe", layout.full_block_bytes, BLOCKS + 1)) as pool,
@@ -108,7 +108,7 @@ def _transfer_rate(layout: KVLayout) -> float:
 
 
 def _copy_rate(model: LoadedModel) -> float:
-    """Full Blocks from a buffer to the device."""
+    """Copies Full Blocks from a buffer to the device."""
     engine = PagedDecode(model, BLOCKS + 1)
     tokens = model.layout.block_tokens
     page = np.zeros(model.layout.full_block_bytes, np.uint8)

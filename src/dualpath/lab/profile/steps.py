@@ -1,8 +1,8 @@
-"""What an engine computes, measured as it computes it: layerwise prefill of batches and decode steps.
+"""Measures an engine's steps as it computes them: layerwise prefill of batches, and decode steps.
 
-All shapes take a turn between two runs of one, since what disturbs may stay for seconds. With one compute thread on a
-CPU it is the process's own CPU time, which other processes' turns on the cores are no part of, and the mean counts:
-many such steps take that each. Else it is wall time, of which the least says most.
+All shapes run once before any runs again, because a disturbance may last for seconds. With one compute thread on a CPU,
+the figure is the mean CPU time of the process: other processes do not add to it, and many steps take that long each.
+Otherwise it is the least wall time, which other jobs disturb least.
 """
 
 import statistics
@@ -33,7 +33,7 @@ Advance = Callable[[], None]
 
 
 def measure_prefill(model: LoadedModel, advance: Advance) -> list[PrefillSample]:
-    """Batches of the `PREFILL_SHAPES` that the model can hold; `advance` is called after each of `RUNS` + 1 rounds."""
+    """Measures the `PREFILL_SHAPES` that the model can hold; calls `advance` after each of `RUNS` + 1 rounds."""
     shapes = [shape for shape in PREFILL_SHAPES if shape[0] + shape[1] <= model.max_length_tokens]
     prefill = LayerwisePrefill(model)
 
@@ -54,7 +54,7 @@ def measure_prefill(model: LoadedModel, advance: Advance) -> list[PrefillSample]
 
 
 def measure_decode(model: LoadedModel, advance: Advance) -> list[DecodeSample]:
-    """Steps of the `DECODE_SHAPES` that the model can hold; likewise."""
+    """Measures the `DECODE_SHAPES` that the model can hold, in the same way."""
     shapes = [shape for shape in DECODE_SHAPES if shape[1] + GENERATE.max_tokens <= model.max_length_tokens]
     block_tokens = model.layout.block_tokens
     engine = PagedDecode(model, max(n * -(-(c + GENERATE.max_tokens) // block_tokens) for n, c in shapes))
@@ -82,7 +82,7 @@ def measure_decode(model: LoadedModel, advance: Advance) -> list[DecodeSample]:
 def _in_rounds(
     model: LoadedModel, shapes: Sequence[tuple[int, ...]], run_ns: Callable[[tuple[int, ...]], int], advance: Advance
 ) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Every shape with what its `RUNS` runs come to, made in rounds over all shapes after one to warm up."""
+    """Returns every shape with the figure of its `RUNS` runs, made in rounds over all shapes after a warm-up round."""
     rounds = []
     for _ in range(1 + RUNS):
         rounds.append([run_ns(shape) for shape in shapes])

@@ -1,4 +1,4 @@
-"""A profile as tables, and a simulation beside what it simulates."""
+"""Tables of a profile, and of a simulation beside the runs that it simulates."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -10,7 +10,7 @@ from dualpath.spec.units import format_rate
 
 
 def profile_tables(profile: Profile) -> tuple[Table, Table, Table]:
-    """Prefill, decode, and the rest. `line` is what the fitted line says of a sample, `off` by how much it misses."""
+    """Prefill, decode, and the rest. `line` is the fitted line's time of a sample, `off` the line's error."""
     times = profile.step_times()
     prefill = _table(f"Prefill of {profile.model}", "cached", "new", "items", "measured", "line", "off")
     for p in profile.prefill:
@@ -37,7 +37,7 @@ def profile_tables(profile: Profile) -> tuple[Table, Table, Table]:
 
 
 def comparison_table(measured: ResultFile, predicted: ResultFile) -> Table:
-    """A row a run; errors are the simulation's, relative to what was measured."""
+    """Makes a row per run; errors are the simulation's, relative to what was measured."""
     table = _table(f"{measured.name}: measured and simulated", "run", "JCT", "simulated", "off")
     for column in ("mean TTFT", "simulated", "off"):
         table.add_column(column, justify="right")

@@ -1,1 +1,1 @@
-"""``dualpath replay``: agents against any OpenAI server, and what came of it as a result file."""
+"""``dualpath replay``: runs agents against any OpenAI server and makes a result file."""

@@ -1,4 +1,4 @@
-"""What a replay may be told, and the agents that follow."""
+"""The options of a replay, and the agents that follow from them."""
 
 from pathlib import Path
 
@@ -12,22 +12,22 @@ from dualpath.traces.limits import TraceLimits
 from dualpath.traces.sources import Source, load_source
 
 OFFLINE_AGENTS, ONLINE_AGENTS = 12, 500
-"""Generated agents where their number is not given: all at once; different ones among those that arrive (paper §9)."""
+"""Default numbers of generated agents: all at once, and different ones among those that arrive (paper §9)."""
 GENERATED_TURNS = 4
 WINDOWS = 12
-"""Of a measurement, where their length is not given."""
+"""Windows per measurement, by default."""
 
 
 class ReplayRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Raises ValueError for what can't be replayed, naming the option."""
+    """The options. Raises ValueError naming the option that is wrong."""
 
     url: str
     traces: tuple[str, ...] = ()
-    """See `dualpath.traces.sources`; none: generated agents."""
+    """Sources for `dualpath.traces.sources`; empty: generated agents."""
     agents: int | None = None
-    """At once; or different ones among those that arrive. None: one per recording."""
+    """Agents at once, or different ones among those that arrive. None: one per recording."""
     turns: int | None = None
-    """Mean of generated agents (4); at most so many of recorded ones."""
+    """Mean turns of generated agents (4); at most that many of recorded ones."""
     first_context_tokens: float = 2800
     append_tokens: float = 64
     generate_tokens: float = 16
@@ -41,27 +41,27 @@ class ReplayRequest(msgspec.Struct, frozen=True, kw_only=True):
     agents_per_s: float | None = None
     find_agents_per_s: tuple[float, float] | None = None
     duration_s: float = 120.0
-    """Of a measurement; of a probe at the longest."""
+    """Length of a measurement; longest length of a probe."""
     window_s: float | None = None
     slo: Slo = Slo()
     gap_scale: float | None = None
-    """None: 1 where agents arrive, 0 where all start at once (paper §9)."""
+    """Factor on pauses. None: 1 if agents arrive, 0 if all start at once (paper §9)."""
     server: ServerKind | None = None
     api_key: str | None = None
     retries: int = 2
     turn_timeout_s: float = 300.0
     out: Path = Path("results")
-    """``replay.json`` and ``turns.jsonl`` go here."""
+    """Directory of ``replay.json`` and ``turns.jsonl``."""
     resume: bool = False
     command: str = "dualpath replay"
-    """As typed; kept in the result file."""
+    """The command as typed; kept in the result file."""
 
     def __post_init__(self) -> None:
         if self.agents_per_s is not None and self.find_agents_per_s is not None:
-            raise ValueError("--aps replays at one rate and --find-aps searches for one: give either")
+            raise ValueError("--aps replays at one rate and --find-aps searches for one: give only one of them")
         if self.resume and self.online:
             raise ValueError(
-                "--resume goes on with agents that all started at once; with --aps or --find-aps the time of every "
+                "--resume continues agents that all started at once; with --aps or --find-aps the time of every "
                 "arrival counts, so start again without it"
             )
         if self.window_s is not None and self.window_s > self.duration_s:
@@ -76,7 +76,7 @@ class ReplayRequest(msgspec.Struct, frozen=True, kw_only=True):
         return self.out / "turns.jsonl"
 
     def client_options(self) -> ReplayOptions:
-        """Raises ValueError."""
+        """Makes the client's options. Raises ValueError."""
         return ReplayOptions(
             seed=self.seed,
             token_ids_below=self.token_ids_below,
@@ -89,7 +89,7 @@ class ReplayRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def source_of(request: ReplayRequest) -> Source:
-    """The agents, generated or recorded. Raises TraceError and ValueError."""
+    """Returns the agents, generated or recorded. Raises TraceError and ValueError."""
     if request.traces:
         limits = TraceLimits(
             scale=request.scale, max_context_tokens=request.max_context_tokens, max_turns=request.turns
@@ -99,7 +99,7 @@ def source_of(request: ReplayRequest) -> Source:
         )
         return Source(trajectories=source.agents(request.agents), description=source.description)
     if request.scale != 1 or request.max_context_tokens is not None or request.tokenizer is not None:
-        raise ValueError("--scale, --max-context and --tokenizer are about traces: give --trace")
+        raise ValueError("--scale, --max-context and --tokenizer only apply to traces: give --trace")
     mix = AgentMix(
         turns=request.turns or GENERATED_TURNS,
         first_context_tokens=request.first_context_tokens,

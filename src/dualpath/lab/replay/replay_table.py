@@ -1,4 +1,4 @@
-"""A replay's result file → what a terminal shows: a row for each run, and what there is to know about them."""
+"""Shows a replay's result on a terminal: a row per run, and sentences about them."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ _SAYS = {
 
 
 def replay_table(result: ResultFile) -> Table:
-    """JCT, latencies (p50/p99) and how punctual the client was."""
+    """Makes the table of JCT, latencies (p50/p99) and the client's pacing."""
     work = result.workload
     title = f"{work.source}: {work.agents} agents, {work.turns} turns, {work.prompt_tokens:,} prompt tokens in all"
     table = Table(
@@ -43,7 +43,7 @@ def replay_table(result: ResultFile) -> Table:
 
 
 def replay_sentences(result: ResultFile) -> Iterator[str]:
-    """What the figures mean, and what to keep in mind about them."""
+    """Says what the figures mean, and what to keep in mind about them."""
     run = result.runs[-1]
     server = run.system if run.cluster is None else f"dualpath, {run.topology} {run.system}"
     yield f"server: {server}, model {result.configuration.model}"

@@ -1,7 +1,7 @@
-"""Replays what a request says, and writes the result file: at the end, and of a search after every probe.
+"""Runs a replay request and writes the result file: at the end, and in a search after every probe.
 
-Ctrl-C and SIGTERM leave whole files behind: the journal of all turns that have ended, and of a search the result of all
-probes that have.
+Ctrl-C and SIGTERM leave whole files behind: the journal of all ended turns, and in a search the result of all ended
+probes.
 """
 
 import asyncio
@@ -30,15 +30,15 @@ from dualpath.traces.trajectory import Trajectory, totals
 AGENTS = "agents"
 RESULT_FILE = "replay.json"
 UNKNOWN_TOPOLOGY = "served"
-"""Of a server that does not tell."""
+"""Name of a server that does not say what it is."""
 SETTLE_S = 2.0
-"""Between probes, for a server to drop the requests of the last one."""
+"""Pause between probes, in which a server drops the requests of the last one."""
 
 
 def run_replay(request: ReplayRequest, source: Source, console: Console) -> ResultFile:
-    """Replay `source`; write ``replay.json`` into `request.out`.
+    """Replays `source` and writes ``replay.json`` into `request.out`.
 
-    Raises ReplayError, JournalError, OSError, or KeyboardInterrupt once everything is written that can be.
+    Raises ReplayError, JournalError, OSError, or KeyboardInterrupt once all that can be written is written.
     """
     request.out.mkdir(parents=True, exist_ok=True)
     result = asyncio.run(until_terminated(_Replay(request, source, console).run()))
@@ -57,7 +57,7 @@ class _Replay:
         self._machine = f"client: {machine()}"
         self._runs: list[Run] = []
         self._agents: dict[str, list[Trajectory]] = {}
-        """By key of the run that they are of."""
+        """Trajectories by their run's key."""
         self._model = ""
 
     async def run(self) -> ResultFile:
@@ -81,7 +81,7 @@ class _Replay:
                 return await replay(request.url, agents, self._options, on_turn=progress.turn, journal=journal)
             except asyncio.CancelledError:
                 done, again = len(journal.answered) + journal.turns, request.command.replace(" --resume", "")
-                told = f"{done} of {turns} turns are in {journal.path}; to go on: {again} --resume"
+                told = f"{done} of {turns} turns are in {journal.path}; to continue: {again} --resume"
                 self._console.print(told, highlight=False)
                 raise
 
@@ -106,7 +106,7 @@ class _Replay:
     async def _measure(
         self, name: str, agents_per_s: float, key: str, prefix: str, path: Path, probe: int | None = None
     ) -> OnlineResult:
-        """One measurement at a rate, kept under `key`; agents are named with `prefix`, and the journal is at `path`."""
+        """Measures at one rate and keeps the result under `key`. `prefix` names agents; the journal is at `path`."""
         request, source = self._request, self._source
         arrivals = Arrivals(
             agents_per_s=agents_per_s,

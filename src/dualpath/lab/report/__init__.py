@@ -1,1 +1,1 @@
-"""Result files as tables, sentences and figures. Reads result files and nothing else."""
+"""Shows result files as tables, sentences and pages. It reads result files and nothing else."""

@@ -1,7 +1,7 @@
 """How evenly work was spread over engines, window by window: bytes through storage NICs, attention over PEs.
 
-A job's totals hide what happens while it runs: two engines that take turns at being idle end up even. So time is cut
-into windows, and in each the busiest engine is set against the average. A summary over windows weighs each by its work:
+A job's totals hide what happens while it runs: two engines that are idle in turn end up even. So time is cut into
+windows, and in each the busiest engine is compared with the average. A summary weighs each window by its work:
 ``sum of the busiest / sum of the averages``.
 """
 
@@ -19,7 +19,7 @@ LEAST_SHARE = 0.2
 
 
 class Windows(msgspec.Struct, frozen=True):
-    """Equal spans of a run's time, from its start, and the work that each engine did in them."""
+    """Equal spans of a run's time, from its start, with each engine's work in them."""
 
     width_s: float
     engines: list[str]
@@ -31,7 +31,7 @@ class Windows(msgspec.Struct, frozen=True):
         return [(at + 1) * self.width_s for at in range(self.work.shape[1])]
 
     def of(self, engines: Sequence[str]) -> "Windows":
-        """The same of some engines."""
+        """Returns the windows of some engines only."""
         return Windows(self.width_s, list(engines), self.work[[self.engines.index(name) for name in engines]])
 
 
@@ -39,15 +39,15 @@ class Balance(msgspec.Struct, frozen=True):
     """The busiest engine's work over the average."""
 
     max_over_avg: list[float | None]
-    """By window; None where next to nothing was done."""
+    """Balance by window; None if next to nothing was done in it."""
     overall: float
-    """Weighted by work; 1 where nothing was done."""
+    """Balance weighted by work; 1 if nothing was done."""
 
 
 def snic_windows(samples: Sequence[SnicSample], width_s: float, at_most: int | None = None) -> Windows | None:
-    """Bytes each NIC received, interpolated between samples; wider windows where there would be more than `at_most`.
+    """Returns the bytes that each NIC received, interpolated between samples. `at_most` widens windows to limit them.
 
-    None for fewer than two samples, or where no time passes.
+    Returns None for fewer than two samples, or if no time passes.
     """
     if len(samples) < 2 or samples[-1].at_s <= samples[0].at_s:
         return None
@@ -61,17 +61,17 @@ def snic_windows(samples: Sequence[SnicSample], width_s: float, at_most: int | N
 
 
 def snic_balance(run: Run, width_s: float, at_most: int | None = None) -> Balance | None:
-    """Balance of the bytes received from storage, over the NICs that the run's system may read with."""
+    """Balance of bytes received from storage, over the NICs that the run's system may read with."""
     windows = snic_windows(run.snic_samples, width_s, at_most)
     engines = [] if windows is None else readers(run.system, windows.engines)
     return balance_of(windows.of(engines)) if windows is not None and engines else None
 
 
 def attention_balance(run: Run, width_s: float) -> Balance | None:
-    """Balance of attention in prefill over the PEs; None where the server told no timings or there is one PE.
+    """Balance of attention in prefill over the PEs; None without timings, or with only one PE.
 
-    A turn's attention is its new tokens times the tokens they attend to (hit tokens, and half of the new ones), and is
-    spread evenly over the time its PE took from having everything read to the first token.
+    A turn's attention is its new tokens times the tokens they attend to (hit tokens, and half of the new ones). It is
+    spread evenly over the time from having everything read to the first token, on its PE.
     """
     engines = sorted(engine for engine in run.snic_bytes if engine.startswith("PE"))
     timed = [(turn, turn.timings) for turn in run.turn_results if turn.timings is not None]
@@ -90,7 +90,7 @@ def attention_balance(run: Run, width_s: float) -> Balance | None:
 
 
 def balance_of(windows: Windows) -> Balance:
-    """Max over average of every window, and over all that were not next to idle."""
+    """Returns max over average of every window, and over all windows that were not next to idle."""
     total = windows.work.sum(axis=0)
     busy = total > LEAST_SHARE * np.median(total[total > 0]) if (total > 0).any() else np.zeros(len(total), bool)
     most, average = windows.work.max(axis=0, initial=0.0), windows.work.mean(axis=0)
@@ -99,6 +99,6 @@ def balance_of(windows: Windows) -> Balance:
 
 
 def prefill_first(engine: str) -> tuple[bool, int, str]:
-    """A key that sorts engines: PE0, PE1, …, DE0, …"""
+    """Sort key of engines: PE0, PE1, …, DE0, …"""
     digits = engine.lstrip("PDE")
     return (not engine.startswith("PE"), int(digits) if digits.isdecimal() else 0, engine)

@@ -1,4 +1,4 @@
-"""A capacity plan as a table and as plain sentences. Reads the plan as decoded from JSON."""
+"""A capacity plan as a table and as sentences. It reads the plan as decoded from JSON."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from rich.table import Table
 from dualpath.spec.units import format_bytes, format_rate
 
 MAX_SPLITS = 7
-"""Divisions of the nodes that are listed: the best ones and those beside it."""
+"""Number of listed divisions of the nodes: the best one, the present one and their neighbours."""
 CAVEAT = (
     "These rates are upper bounds: loading overlaps computing fully, nothing queues, every engine has the same load. "
     "Real systems reach less, and basic loses most; simulate what you are about to build."
@@ -17,7 +17,7 @@ CAVEAT = (
 
 
 def resource_table(plan: Mapping[str, Any]) -> Table:
-    """What each resource would allow if it alone were limited, in agents per second; the binding one is bold."""
+    """Shows what each resource would allow if it alone were limited, in agents per second; the binding one is bold."""
     table = _table("Agents/s that each resource allows")
     for heading in ("asked per turn", "basic", "dualpath"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -29,7 +29,7 @@ def resource_table(plan: Mapping[str, Any]) -> Table:
 
 
 def split_table(plan: Mapping[str, Any]) -> Table:
-    """Divisions of the same nodes around the best one."""
+    """Shows divisions of the same nodes around the best one."""
     table = _table("Agents/s by division of the nodes")
     for heading in ("basic", "dualpath"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -48,7 +48,7 @@ def split_table(plan: Mapping[str, Any]) -> Table:
 
 
 def plan_sentences(plan: Mapping[str, Any]) -> Iterator[str]:
-    """The plan in words, from the question to the caveats."""
+    """Puts the plan into words, from the question to the caveats."""
     yield _question(plan)
     yield _turn(plan)
     yield _basic(plan)
@@ -156,7 +156,7 @@ def _decode(plan: Mapping[str, Any]) -> str:
 
 
 def _near_best(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Splits within reach of the best one and of the present one, in order."""
+    """Returns splits close to the best one and to the present one, in order."""
     splits = plan["splits"]
     best = plan["best_split"]["prefill_nodes"] - 1
     first = max(0, min(best - MAX_SPLITS // 2, len(splits) - MAX_SPLITS))
@@ -172,7 +172,7 @@ def _rate(demand: Mapping[str, Any], system: Mapping[str, Any], turns_per_agent:
 
 
 def _amount(basic: Mapping[str, Any], dualpath: Mapping[str, Any]) -> str:
-    """``1.5 GB``, or ``1.5 GB → 0.5 GB`` where dual-path asks for something else."""
+    """Returns ``1.5 GB``, or ``1.5 GB → 0.5 GB`` if dual-path asks for something else."""
     before, after = _quantity(basic), _quantity(dualpath)
     return before if before == after else f"{before} → {after}"
 
@@ -188,7 +188,7 @@ def _quantity(demand: Mapping[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits or so, never in exponents."""
+    """Formats about three digits, never with an exponent."""
     if value == 0 or value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"

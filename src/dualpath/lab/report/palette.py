@@ -1,6 +1,6 @@
-"""The colours of every figure, so that a system looks the same in all of them.
+"""The colours of all figures, so that a system looks the same everywhere.
 
-A system's colour is its own (`core.systems`); stages and engines have Paul Tol's palette. All stay distinct under the
+A system brings its own colour (`core.systems`); stages and engines use Paul Tol's palette. All stay distinct under the
 common kinds of colour blindness.
 """
 
@@ -14,12 +14,12 @@ STAGE_COLOURS = {
     "prefill": "#44BB99",
     "decode": "#99DDFF",
 }
-"""By stage of a turn, see `results.turns.STAGES`."""
+"""Colours by stage of a turn, see `results.turns.STAGES`."""
 
 ENGINE_COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#999999")
-"""By the engine's place in its run; those after the last begin anew."""
+"""Colours by the engine's place in its run; they repeat after the last."""
 
 
 def colour_of(system: str) -> str:
-    """The system's own colour; those that are not installed here share one."""
+    """Returns the system's own colour; systems that are not installed here share one."""
     return system_or_unknown(system).colour

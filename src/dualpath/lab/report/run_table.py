@@ -1,4 +1,4 @@
-"""Result file → one row for each setting and system, for the terminal and for Markdown."""
+"""Makes a table with a row per setting and system, for the terminal and for Markdown."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -8,13 +8,13 @@ from dualpath.results.file import ResultFile, Run
 from dualpath.results.roles import foremost
 
 Rows = tuple[list[str], list[list[str]]]
-"""Headings, broken where a terminal's should be, and the texts of each row."""
+"""Headings, with the line breaks of a terminal's, and the texts of each row."""
 LATENCY_HEADINGS = ("TTFT s\np50/p99", "TTST ms\np50/p99", "TPOT ms\np50/p99")
 TRAFFIC = "GB by SNIC\nPE | DE"
 
 
 def terminal_table(result: ResultFile) -> Table:
-    """JCT, ratios, latencies (p50/p99) and storage traffic. With repeats, the median run and the range of JCTs."""
+    """Shows JCT, ratios, latencies (p50/p99), storage traffic. With repeats, the median run and the range of JCTs."""
     headings, texts = _rows(result)
     left = headings.index("system")
     headline = foremost(systems_of(cells_of(result)))
@@ -35,7 +35,7 @@ def terminal_table(result: ResultFile) -> Table:
 
 
 def markdown_table(result: ResultFile) -> str:
-    """The same in Markdown."""
+    """Returns the same table in Markdown."""
     headings, texts = _rows(result)
     lines = [headings, ["---"] * len(headings), *texts]
     plain = [[text.replace("|", "/").replace("\n", " ") for text in line] for line in lines]
@@ -43,7 +43,7 @@ def markdown_table(result: ResultFile) -> str:
 
 
 def _rows(result: ResultFile) -> Rows:
-    """Where agents arrive at random there are no ratios: how long the job took follows from the arrivals."""
+    """Leaves ratios out if agents arrive at random, because the arrivals then set how long the job takes."""
     cells = cells_of(result)
     names = list(dict.fromkeys(name for cell in cells for name, _ in cell.setting.parameters))
     failed = any(run.errors for run in result.runs)
@@ -81,7 +81,7 @@ def _figures(cell: Cell) -> list[str]:
 
 
 def latency_texts(run: Run) -> list[str]:
-    """A text for each of LATENCY_HEADINGS."""
+    """Returns a text for each of LATENCY_HEADINGS."""
     return [
         f"{_seconds(run.ttft_p50_s)}/{_seconds(run.ttft_p99_s)}",
         f"{_milliseconds(run.ttst_p50_s)}/{_milliseconds(run.ttst_p99_s)}",
@@ -90,7 +90,7 @@ def latency_texts(run: Run) -> list[str]:
 
 
 def _traffic(run: Run) -> str:
-    """``2.82 | 0 0``: prefill engines, then decode engines."""
+    """Returns ``2.82 | 0 0``: prefill engines, then decode engines."""
     sides = {"PE": "", "DE": ""}
     for engine, n_bytes in run.snic_bytes.items():
         sides[engine[:2]] += f" {n_bytes / 1e9:.2f}" if n_bytes else " 0"

@@ -1,4 +1,4 @@
-"""What `dualpath store stat` and `fsck` found, as text. Reads their reports as decoded from JSON."""
+"""Shows what `dualpath store stat` and `fsck` found. It reads their reports as decoded from JSON."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -10,11 +10,11 @@ from rich.table import Table
 from dualpath.spec.units import format_bytes
 
 MAX_LISTED = 20
-"""Files of one kind that are named; the rest is counted. ``--json`` has them all."""
+"""Files of one kind that are named; the rest is counted. ``--json`` lists them all."""
 
 
 def stat_table(report: Mapping[str, Any]) -> Table:
-    """One row per namespace: a model's weights, layout and tenant."""
+    """Makes a row per namespace: a model's weights, layout and tenant."""
     table = Table(title=f"store {report['location']}", title_style="", title_justify="left", box=SIMPLE_HEAD, padding=0)
     for heading, right in (
         ("namespace", False),
@@ -45,7 +45,7 @@ def stat_table(report: Mapping[str, Any]) -> Table:
 
 
 def fsck_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """What was checked, then what was found, then what came of it."""
+    """Says what was checked, what was found, and what was done about it."""
     yield (
         f"{report['location']}: {report['sound_blocks']:,} of {report['checked_blocks']:,} blocks are sound "
         f"({format_bytes(report['checked_bytes'])} checked in {report['namespaces']} namespaces)"

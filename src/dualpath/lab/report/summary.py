@@ -1,6 +1,6 @@
-"""Result file → a few plain sentences: what bound the baseline, what the best could be, where the rest went.
+"""Explains a result in a few sentences: what bound the baseline, what the ideal is, where the rest went.
 
-The busiest storage NIC can't finish before its bytes have passed at its rate, so a job's time splits into three::
+The busiest storage NIC can't finish before its bytes have passed at its rate, so a job's time has three parts::
 
     JCT = average bytes / rate          what a perfect balance needs
         + (max − average) / rate        imbalance between the NICs
@@ -16,18 +16,18 @@ from dualpath.results.roles import contenders, oracle_among, readers
 from dualpath.spec.topology import Topology
 
 BOUND_SHARE = 0.8
-"""A NIC that is busy for this share of a job is called its bottleneck."""
+"""Share of a job from which a busy NIC is called its bottleneck."""
 
 
 def explain(result: ResultFile) -> list[str]:
-    """Sentences in topology order, then what concerns all runs; none for a topology that lacks the baseline."""
+    """Returns sentences in topology order, then those about all runs; none for a topology without the baseline."""
     rate = result.configuration.snic_bytes_per_s
     sentences = [sentence for one in comparisons(cells_of(result)) for sentence in _comparison(one, rate)]
     return [*sentences, *soundness(result)]
 
 
 def soundness(result: ResultFile) -> list[str]:
-    """Whether the systems generated the same tokens (none may trade a right answer for a fast one), and turns lost."""
+    """Says whether all systems generated the same tokens (a fast wrong answer is worth nothing), and failed turns."""
     agreed = [(cell, same) for cell in cells_of(result) if (same := cell.spread(lambda run: run.same_tokens_as_basic))]
     sentences = [
         f"{cell.setting.label}: {cell.system} generated {BASELINE}'s tokens in {same.least:.1%} of its turns."
@@ -43,12 +43,12 @@ def soundness(result: ResultFile) -> list[str]:
 
 
 def gains(result: ResultFile) -> list[str]:
-    """Every contender against the baseline under every setting, and against the ideal."""
+    """Compares every contender with the baseline and with the ideal, under every setting."""
     return [_gain(one, cell) for one, cell in _gaining(comparisons(cells_of(result)))] + soundness(result)
 
 
 def _gaining(found: Iterable[Comparison]) -> Iterator[tuple[Comparison, Cell]]:
-    """The contenders whose times mean something: all turns answered, all agents started at once."""
+    """Yields the contenders whose times are comparable: all turns answered, all agents started at once."""
     for one in found:
         for system in contenders(one.cells):
             run = one.complete(system)
@@ -99,7 +99,7 @@ def _gain(one: Comparison, cell: Cell) -> str:
 
 
 def range_text(cell: Cell, figure: Callable[[Run], float | None]) -> str:
-    """`` (1.81–1.93 over 3 runs)``; empty for a single run."""
+    """Returns `` (1.81–1.93 over 3 runs)``, or nothing for a single run."""
     found = cell.spread(figure)
     if found is None or len(cell.counted) < 2:
         return ""

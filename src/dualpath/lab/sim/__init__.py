@@ -1,4 +1,4 @@
-"""The cluster under a virtual clock: core's scheduler with simulated engines, links and agents."""
+"""The simulator: core's scheduler under a virtual clock, with simulated engines, links and agents."""
 
 from dualpath.lab.sim.costs import Calibration
 from dualpath.lab.sim.faults import Fault

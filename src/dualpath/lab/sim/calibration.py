@@ -1,8 +1,8 @@
-"""Which calibration a cluster is simulated with.
+"""Chooses the calibration with which a cluster is simulated.
 
-`FITTED` holds the constants fitted to the paper's figures for its own nodes (docs/design/simulator.md says which, and
-what follows from them). A cluster file that states its own efficiencies is taken at its word: they replace the fitted
-effective compute and the share of the storage NIC.
+`FITTED` holds the constants fitted to the paper's figures for its own nodes (docs/design/simulator.md lists them and
+their effects). If a cluster file states its own efficiencies, they replace the fitted effective compute and share of
+the storage NIC.
 """
 
 import msgspec
@@ -14,7 +14,7 @@ FITTED = Calibration()
 
 
 def calibration_for(cluster: ClusterSpec) -> Calibration:
-    """`FITTED`, but for what the cluster states itself."""
+    """Returns `FITTED`, with the cluster's own efficiencies if it states any."""
     stated, assumed = cluster.efficiency, Efficiency()
     changed: dict[str, float] = {}
     if stated.compute != assumed.compute:

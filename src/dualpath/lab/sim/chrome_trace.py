@@ -1,8 +1,8 @@
-"""A run as a timeline for ``chrome://tracing`` or Perfetto: steps of prefill groups, and turns by decode engine.
+"""Writes a run as a timeline for ``chrome://tracing`` or Perfetto: prefill groups' steps, and turns by decode engine.
 
-JSON array format: complete events (``"ph": "X"``) with microseconds. Process 0 holds the prefill groups, one thread
-each; every decode engine is a process, and a turn there is three spans: until its first token, its copy to the device,
-decoding.
+The format is a JSON array of complete events (``"ph": "X"``) with microseconds. Process 0 holds the prefill groups, one
+thread each. Every decode engine is a process, in which a turn is three spans: until its first token, its copy to the
+device, decoding.
 """
 
 from pathlib import Path
@@ -14,11 +14,11 @@ from dualpath.lab.sim.simulator import Simulator
 from dualpath.lab.sim.turns import LiveTurn
 
 MAX_TURNS = 200_000
-"""Beyond that the timeline stops: viewers don't take more."""
+"""Spans after which the timeline stops, because viewers don't take more."""
 
 
 class ChromeTrace:
-    """Collects spans while a simulator runs; `write` when it is over."""
+    """Collects spans while a simulator runs; call `write` when it is over."""
 
     def __init__(self, simulator: Simulator) -> None:
         self._simulator = simulator
@@ -27,7 +27,7 @@ class ChromeTrace:
         simulator.on_turn = self._add_turn
 
     def write(self, path: Path) -> None:
-        """Raises OSError."""
+        """Writes the file. Raises OSError."""
         path.write_bytes(msgspec.json.encode(self._names() + self._spans + self._steps()))
 
     def _add_turn(self, turn: LiveTurn) -> None:

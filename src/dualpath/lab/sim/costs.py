@@ -1,20 +1,20 @@
 """The cost model: nanoseconds of a prefill and of a decode step, from a cluster's facts and a few fitted constants.
 
-Prefill of one step of a group (engines with expert parallelism share a step, else each has its own):
+A prefill step of a group (with expert parallelism, engines share a step; otherwise each has its own) takes:
 
     attention_e = sum over chunks of core's AttentionCost     FLOPs / effective FLOP/s, per engine
-    ffn         = tokens of the group / engines * FLOPs       the experts are spread, so everybody has the mean
+        ffn         = tokens of the group / engines * FLOPs       the experts are spread, so every engine has the mean
     step        = max(max_e attention_e + ffn, weights / HBM) + fixed
 
-Decode of one step of a group:
+A decode step of a group takes:
 
     engine_e    = requests_e * per_request + context_e * per_context_token    reading KV, and what comes with it
     step        = weights / HBM + fixed + max_e engine_e
 
-An engine's loop lags behind: `loop_steps` steps pass besides the one that computes.
+An engine's loop lags behind: `loop_steps` steps pass besides the step that computes.
 
-Everything is roofline arithmetic from `spec`, except the constants of `Calibration`, which are fitted to the paper's
-figures or taken from published measurements, each as its docstring says (docs/design/simulator.md has what follows).
+All is roofline arithmetic from `lab.facts`, except the constants of `Calibration`: they are fitted to the paper's
+figures or taken from published measurements, as each docstring says (docs/design/simulator.md has the consequences).
 """
 
 import msgspec
@@ -28,35 +28,35 @@ SECOND_NS = 1e9
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Every number of the simulator that is neither a fact of `spec` nor a constant of the paper."""
+    """All numbers of the simulator that are neither facts of `lab.facts` nor constants of the paper."""
 
     prefill_flop_per_s: float = 0.46e15
     """Effective rate of one GPU in prefill. Fitted to the JCT of DS 660B at 2P4D; published throughput of such models
     implies 0.37 to 0.66e15."""
     prefill_fixed_ns_per_layer: float = 1_000_000.0
     """Launches and all-to-all exchanges of one layer of a prefill step, whatever its batch. A prior: dispatch and
-    combine of a thousand tokens a GPU take about that."""
+    combine of a thousand tokens per GPU take about that long."""
     snic_efficiency: float = 0.95
     """Usable share of a storage NIC. Fitted to the ablation's last step; 3FS publishes 0.86 of 400 Gb/s."""
     index_keys: bool = False
     """Whether sparse attention's keys are stored with the KV. The paper's own table counts KV without them."""
     copy_submission_ns: float = 1_350.0
-    """Submitting the host-device copy of one Layer Block, where whole prompts are copied at once. Fitted to the
-    ablation's first step; the paper gives 5 to 7 us for one call, so some four blocks would share one. Layerwise
-    engines go through the CNIC, and it hides behind compute."""
+    """Submitting the host-device copy of one Layer Block, if whole prompts are copied at once. Fitted to the
+    ablation's first step; the paper gives 5 to 7 us per call, so about four blocks would share one. Layerwise engines
+    copy through the CNIC, and compute hides it."""
     decode_fixed_ns_per_layer: float = 330_000.0
     """Launches and exchanges of one layer of a decode step, whatever the batch. Fitted to a TPOT."""
     decode_request_ns_per_layer: float = 8_400.0
-    """What each request of the batch adds to that, beyond reading its KV from HBM. From published decode latencies of
+    """What each request of the batch adds to that, besides reading its KV from HBM. From published decode latencies of
     DeepSeek-V3.2 on H100 (29, 39, 59, 102 ms at 16, 32, 64, 128 requests of 32K)."""
     loop_steps: float = 3.0
-    """Steps that pass between an event and what comes of it, besides the one that computes: engines fetch between
-    steps, launch ahead of the device and read results behind it. Fitted to a TTFT; the same for PEs and DEs."""
+    """Steps that pass between an event and its effect, besides the step that computes: engines fetch between steps,
+    launch ahead of the device and read results behind it. Fitted to a TTFT; the same for PEs and DEs."""
     collective_share: float = 0.0
-    """Of a CNIC's time that model execution takes and KV can't have, at most 0.99. The paper calls these links idle
-    most of the time; a what-if."""
+    """Share of a CNIC's time that model execution takes and KV can't have, at most 0.99. A what-if: the paper calls
+    these links idle most of the time."""
     read_latency_ns: int = 1_000_000
-    """From asking storage to the first byte. A prior."""
+    """Time from a request to storage until the first byte. A prior."""
 
     def __post_init__(self) -> None:
         for name in ("prefill_flop_per_s", "snic_efficiency"):
@@ -74,40 +74,40 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step costs on one kind of engine. Times in nanoseconds, all layers together."""
+    """Costs of a step on one kind of engine. Times in nanoseconds, all layers together."""
 
     layers: int
     kv_bytes_per_token: int
     attention: AttentionCost
     ffn_ns_per_token: float
-    """Of a token that one engine computes alone; a group's engines share theirs."""
+    """Compute time of a token on one engine alone; a group's engines share theirs."""
     prefill_floor_ns: float
-    """Reading the weights from HBM."""
+    """Time of reading the weights from HBM."""
     prefill_fixed_ns: float
     prefill_chunk_ns: float = 0.0
-    """What a chunk adds to its batch, whatever its length."""
+    """Time that a chunk adds to its batch, whatever its length."""
     decode_fixed_ns: float
-    """Weights and launches of a decode step."""
+    """Time of a decode step's weights and launches."""
     decode_request_ns: float
     decode_context_token_ns: float
     copy_ns_per_block: float
-    """Submitting the copies of one Full Block, layer by layer."""
+    """Time of submitting the copies of one Full Block, layer by layer."""
     loop_steps: float
     request_ns: float = 0.0
-    """From a request's arrival to its placement."""
+    """Time from a request's arrival to its placement."""
 
     def prefill_ns(self, slowest_attention_ns: float, mean_tokens: float) -> float:
-        """A group's compute time for a step, without I/O; `mean_tokens` are new tokens per engine of the group."""
+        """Compute time of a group's step, without I/O; `mean_tokens` are new tokens per engine of the group."""
         busy_ns = slowest_attention_ns + mean_tokens * self.ffn_ns_per_token
         return max(busy_ns, self.prefill_floor_ns) + self.prefill_fixed_ns
 
     def decode_ns(self, requests: int, context_tokens: float) -> float:
-        """A decode step of an engine by itself."""
+        """Time of a decode step of an engine by itself."""
         return self.decode_fixed_ns + requests * self.decode_request_ns + context_tokens * self.decode_context_token_ns
 
 
 def step_costs(cluster: ClusterSpec, calibration: Calibration) -> StepCosts:
-    """Costs of the cluster's model on its GPUs, or as they were measured."""
+    """Returns the costs of the cluster's model on its GPUs, or the measured ones."""
     model = cluster.model
     kv_bytes_per_token = model.kv_bytes_per_token(cluster.kv_dtype, index_keys=calibration.index_keys)
     if cluster.measured is not None:
@@ -141,7 +141,7 @@ def step_costs(cluster: ClusterSpec, calibration: Calibration) -> StepCosts:
 
 
 def measured_costs(engine: MeasuredEngine, layers: int, kv_bytes_per_token: int) -> StepCosts:
-    """Costs of an engine that was measured: experts and attention are one, and its loop has no lag but `request_ns`."""
+    """Costs of a measured engine: experts and attention are one, and its loop has no lag except `request_ns`."""
     times = engine.times
     copy_ns_per_byte = SECOND_NS / engine.copy_bytes_per_s if engine.copy_bytes_per_s else 0.0
     return StepCosts(

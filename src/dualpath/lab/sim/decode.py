@@ -1,14 +1,14 @@
-"""Decode engines: a counter of steps a group, not an event a token.
+"""Decode engines, simulated by a counter of steps per group instead of an event per token.
 
-Theory of operation. The engines of a group step together (one engine is a group where there is no expert parallelism);
-a step lasts as long as the costs say for its most loaded engine. `steps` counts them as a real number that advances
-with time at the rate of the present batch, so a request that joins at the next whole step and wants g tokens leaves
-when the counter has grown by g: one heap entry of the group, one armed event. A join changes the rate; the armed event
-then comes too early, looks, and is posted again. Contexts grow by a token a step, which needs no update: an engine's
-context is ``base + requests * steps``.
+Theory of operation. The engines of a group step together (without expert parallelism, an engine is a group); a step
+lasts as long as the costs say for its most loaded engine. `steps` counts them as a real number that advances with time
+at the rate of the present batch. A request that joins at the next whole step and wants g tokens leaves when the counter
+has grown by g: one heap entry of the group, one armed event. A join changes the rate; the armed event then comes too
+early, looks, and is posted again. Contexts grow by a token per step without an update: an engine's context is ``base +
+requests * steps``.
 
-The most loaded engine is remembered, and looked for anew only when it loses a request: between two looks another may
-overtake it by the growth of its context alone, a part in thousands of a step.
+The most loaded engine is remembered and searched again only when it loses a request. In between, another may overtake
+it only by the growth of its context, a few thousandths of a step.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,11 @@ class SimulatedDecodeEngine:
         self.group = group
         self.requests = 0
         self.context_base = 0.0
-        """Tokens of context less requests * steps."""
+        """Context tokens less requests * steps."""
 
 
 class SimulatedDecodeGroup:
-    """Engines that step together, and who leaves when."""
+    """Engines that step together, with the time at which each turn leaves."""
 
     __slots__ = ("armed_ns", "engines", "leavers", "peak", "requests", "since_ns", "step_ns", "steps")
 
@@ -47,7 +47,7 @@ class SimulatedDecodeGroup:
         self.since_ns = 0
         """When `steps` was last brought up to date."""
         self.step_ns = 0.0
-        """Length of a step at present; 0 while nobody is there."""
+        """Present length of a step; 0 while the group is empty."""
         self.requests = 0
         self.leavers: list[tuple[int, int, int, LiveTurn]] = []
         """Heap of (step, request, attempt, turn)."""
@@ -56,7 +56,7 @@ class SimulatedDecodeGroup:
 
 
 class DecodePart:
-    """All decode engines. Calls `on_end(turn)` when its last token is out."""
+    """All decode engines. Calls `on_end(turn)` when a turn's last token is out."""
 
     def __init__(self, events: Events, costs: StepCosts, on_end: Callable[[LiveTurn], None]) -> None:
         self._events = events
@@ -68,16 +68,16 @@ class DecodePart:
         self.engines: dict[EngineId, SimulatedDecodeEngine] = {}
         self.groups: list[SimulatedDecodeGroup] = []
         self.tokens = 0
-        """Generated in all."""
+        """Tokens generated in all."""
         self.stretch: Callable[[], float] | None = None
-        """Factor on steps, where engines share cores; looked at when the batch changes."""
+        """Factor on steps if engines share cores; read when the batch changes."""
 
     @property
     def busy_groups(self) -> int:
         return sum(group.requests > 0 for group in self.groups)
 
     def add_group(self, engines: list[EngineId]) -> None:
-        """Engines that step together."""
+        """Adds engines that step together."""
         group = SimulatedDecodeGroup()
         self.groups.append(group)
         for engine in engines:
@@ -85,7 +85,7 @@ class DecodePart:
             group.engines.append(self.engines[engine])
 
     def join(self, turn: LiveTurn) -> None:
-        """The prompt's KV is on the device and the first token known; the turn generates the rest."""
+        """Adds a turn whose KV is on the device and whose first token is known; it generates the rest."""
         left = turn.generate_tokens - 1
         if left == 0:
             self._on_end(turn)
@@ -109,7 +109,7 @@ class DecodePart:
         turn.second_token_ns = self._events.now + int((first_step + 1 - group.steps) * group.step_ns)
 
     def remove(self, turn: LiveTurn) -> int:
-        """The attempt is aborted; how many tokens it had generated, the first one (the prefill's) not counted."""
+        """Removes an aborted attempt; returns the tokens it had generated, without the first one (the prefill's)."""
         if turn.joined_step < 0:
             return 0
         group = self.engines[turn.decode_engine].group
@@ -121,7 +121,7 @@ class DecodePart:
         return generated
 
     def lose(self, engine: EngineId) -> None:
-        """The engine is gone, with all its turns removed before; its group goes on without it."""
+        """Removes a lost engine, whose turns were removed before; its group continues without it."""
         lost = self.engines.pop(engine)
         lost.group.engines.remove(lost)
         self._find_peak(lost.group)
@@ -147,7 +147,7 @@ class DecodePart:
             group.step_ns = 0.0
 
     def _arm(self, group: SimulatedDecodeGroup) -> None:
-        """See to it that an event is posted at or before the time the next one leaves."""
+        """Makes sure that an event is posted at or before the time the next turn leaves."""
         leavers = group.leavers
         while leavers:
             step, _, attempt, turn = leavers[0]
@@ -164,7 +164,7 @@ class DecodePart:
     def _fire(self, armed: tuple[SimulatedDecodeGroup, int]) -> None:
         group, at_ns = armed
         if group.armed_ns != at_ns:
-            return  # an earlier event was posted since
+            return  # an earlier event has been posted since
         group.armed_ns = 0
         self._advance(group)
         leavers = group.leavers

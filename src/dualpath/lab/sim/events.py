@@ -1,9 +1,9 @@
 """Virtual time: a heap of ``(time_ns, number, action, argument)``.
 
 Theory of operation. An event is an action and its one argument, called when the clock gets there. Events of one time
-are called in the order in which they were posted, so a run is a function of its inputs. Nothing is ever taken out of
-the heap: whoever posts an event that may be overtaken checks on arrival whether it still counts. A machine that
-expects something *later* than what it has posted posts nothing (lazy re-arm); it looks again when the early one comes.
+are called in the order of posting, so a run is a function of its inputs. Nothing is ever taken out of the heap: an
+action checks when it is called whether it still counts. A machine that expects something *later* than it has posted
+posts nothing (lazy re-arm); it looks again when the early event comes.
 """
 
 from collections.abc import Callable
@@ -32,11 +32,11 @@ class Events:
         return self._number
 
     def at(self, time_ns: int, action: Action, argument: Any = None) -> None:
-        """Call `action` at `time_ns`, or now where that has passed."""
+        """Calls `action` at `time_ns`, or now if that has passed."""
         number = self._number = self._number + 1
         heappush(self._heap, (time_ns if time_ns > self.now else self.now, number, action, argument))
 
     def step(self) -> None:
-        """Go on to the next event and call it. Raises IndexError where there is none."""
+        """Goes to the next event and calls it. Raises IndexError if there is none."""
         self.now, _, action, argument = heappop(self._heap)
         action(argument)

@@ -1,9 +1,8 @@
-"""The slow parts: every block read, every layer, every decode step is an event, and compute NICs share max-min fairly.
+"""The slow parts: every block read, layer and decode step is an event, and compute NICs share max-min fairly.
 
-With ``exact=True`` they take the place of `storage.Storage`, `fabric.Fabric`, `prefill.PrefillPart` and
-`decode.DecodePart` in a `Simulator`, to hold those against (within 2 % on small cases, test_sim_exact.py). They share
-their interface and the cost model's totals, not their shortcuts. As in the runtime, traffic comes from
-`core.load_plan`.
+With ``exact=True`` they replace `storage.Storage`, `fabric.Fabric`, `prefill.PrefillPart` and `decode.DecodePart` in a
+`Simulator`, so that those can be checked against them (within 2 % on small cases, test_sim_exact.py). They share the
+interfaces and the cost model's totals, but not the shortcuts. As in the runtime, traffic comes from `core.load_plan`.
 """
 
 from collections import deque
@@ -22,7 +21,7 @@ from dualpath.lab.sim.turns import LiveTurn
 
 
 class ExactStorage(Storage):
-    """Reads block by block: a FIFO of legs at every SNIC, one block of it on the wire."""
+    """Reads block by block: every SNIC has a FIFO of legs, one block of which is on the wire."""
 
     def __init__(self, *arguments: object, block_bytes: int) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
@@ -55,16 +54,16 @@ class ExactStorage(Storage):
 
 
 class ExactFabric(Fabric):
-    """CNICs whose two directions are links, shared by every copy, pull and transfer under way."""
+    """CNICs whose two directions are links, shared by all copies, pulls and transfers under way."""
 
     def __init__(self, events: Events, engines: int, bytes_per_s: float) -> None:
         super().__init__(events, engines, bytes_per_s)
         self.links = SharedLinks(events, [1e9 / self.ns_per_byte] * (2 * engines))
         self._copies: list[deque[tuple[int, float, Action, object]]] = [deque() for _ in range(engines)]
-        """An engine's copies to its device, one under way at a time."""
+        """Copies of each engine to its device, one under way at a time."""
 
     def move(self, source: EngineId, target: EngineId, n_bytes: int, on_done: Action, argument: object) -> None:
-        """From memory that `source`'s CNIC reads to memory that `target`'s writes."""
+        """Moves bytes from memory that `source`'s CNIC reads to memory that `target`'s CNIC writes."""
         self.read_bytes[source] += n_bytes
         self.write_bytes[target] += n_bytes
         self.links.start((2 * source, 2 * target + 1), n_bytes, on_done, argument)
@@ -96,17 +95,17 @@ class _Step:
         self.layer_ns = layer_ns
         self.record = record
         self.layer = -1
-        """Being computed; -1 before the first."""
+        """Layer being computed; -1 before the first."""
         self.loading = 0
-        """Flows of the next layer's loads not yet there."""
+        """Flows of the next layer's loads that have not arrived."""
         self.computing = False
         self.shipping = 0
         self.all_shipped: list[tuple[LiveTurn, int]] | None = None
-        """Prompts that end with this step, once it has ended."""
+        """Prompts that end with this step, set once it has ended."""
 
 
 class ExactPrefill(PrefillPart):
-    """Layer by layer: load the next while one is computed, ship what was. Or, not layerwise, all of each in turn."""
+    """Loads the next layer while one is computed, and ships the one before. Not layerwise: all of each in turn."""
 
     _fabric: ExactFabric
 
@@ -114,11 +113,11 @@ class ExactPrefill(PrefillPart):
         self._load_layer(_Step(group, batch, compute_ns / self._layers(), record))
 
     def _layers(self) -> int:
-        """Pieces that a step is loaded, computed and shipped in."""
+        """Number of pieces in which a step is loaded, computed and shipped."""
         return self._costs.layers if self._layerwise else 1
 
     def _moves(self, step: _Step, kind: str) -> list[tuple[EngineId, EngineId, int]]:
-        """Source, target and bytes of one layer's loads or ships."""
+        """Returns source, target and bytes of one layer's loads or ships."""
         moves = []
         kv_bytes = self._costs.kv_bytes_per_token
         for engine, chunks in step.batch:
@@ -149,7 +148,7 @@ class ExactPrefill(PrefillPart):
         self._go_on(step)
 
     def _go_on(self, step: _Step) -> None:
-        """Compute the next layer if its KV is there and the one before is done."""
+        """Computes the next layer if its KV has arrived and the layer before is done."""
         if step.loading or step.computing:
             return
         step.layer += 1
@@ -194,7 +193,7 @@ def _legs(turn: LiveTurn) -> tuple[Leg, ...]:
 
 
 class _Running:
-    """One decoding turn: who, and what it has yet to generate."""
+    """One decoding turn, and the tokens it has yet to generate."""
 
     __slots__ = ("attempt", "context_tokens", "left", "turn")
 
@@ -206,7 +205,7 @@ class _Running:
 
 
 class ExactDecode:
-    """A step is an event, a token a unit of it; requests join and leave between steps."""
+    """Makes a step an event and a token a unit of it; requests join and leave between steps."""
 
     def __init__(self, events: Events, costs: StepCosts, on_end: Callable[[LiveTurn], None]) -> None:
         self._events = events
@@ -239,11 +238,11 @@ class ExactDecode:
             self._events.at(self._events.now, self._step, group)
 
     def remove(self, turn: LiveTurn) -> int:
-        """Never called: without faults nothing is aborted (`faults.plan_faults` refuses them)."""
+        """Is never called: without faults nothing is aborted (`faults.plan_faults` refuses them)."""
         raise AssertionError(f"turn {turn.request} is aborted in the exact mode, which knows no faults")
 
     def lose(self, engine: EngineId) -> None:
-        """Never called, see `remove`."""
+        """Is never called, see `remove`."""
         raise AssertionError(f"engine {engine} is lost in the exact mode, which knows no faults")
 
     def _step(self, group: SimulatedDecodeGroup) -> None:

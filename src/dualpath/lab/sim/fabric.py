@@ -1,7 +1,7 @@
-"""The compute network: what each CNIC reads from memory, and writes to it, in closed form.
+"""The compute network in closed form: what each CNIC reads from memory and writes to it.
 
-Every byte in or out of a GPU goes through its CNIC, host-device copies included (paper §5), so a copy from the PE
-buffer is read *and* written by the PE's own CNIC:
+Every byte in or out of a GPU passes its CNIC, host-device copies included (paper §5), so a copy from the PE buffer is
+read *and* written by the PE's own CNIC:
 
 | moves | read by | written by |
 |---|---|---|
@@ -11,9 +11,9 @@ buffer is read *and* written by the PE's own CNIC:
 | DE buffer → DE HBM | DE | DE |
 
 Within the bottleneck-free range (§4.2) these links carry a fraction of what they could. A prefill step therefore takes
-as long as its busiest direction *of the PE's own CNIC* would. A DE's copies queue behind each other and get what steps
-that pull from the same DE leave over, at least half. Model-execution messages come first (99 : 1 by weight): the rate
-is what they leave over (`Calibration.collective_share`).
+as long as its busiest direction *of the PE's own CNIC*. A DE's copies queue behind each other and get what steps that
+pull from the same DE leave over, at least half. Model-execution messages come first (99 : 1 by weight): the rate is
+what they leave over (`Calibration.collective_share`).
 """
 
 from array import array
@@ -25,7 +25,7 @@ SECOND_NS = 1_000_000_000
 
 
 class Fabric:
-    """CNICs by engine id."""
+    """All CNICs, by engine id."""
 
     def __init__(self, events: Events, engines: int, bytes_per_s: float) -> None:
         self._events = events
@@ -37,29 +37,29 @@ class Fabric:
         self._copy_free_ns = array("d", bytes(8 * engines))
 
     def count_chunk(self, decode: EngineId, pulled_bytes: int, shipped_bytes: int) -> None:
-        """What a PE pulls from the DE buffer for a chunk, and ships to it."""
+        """Counts what a PE pulls from the DE buffer for a chunk, and ships to it."""
         self.read_bytes[decode] += pulled_bytes
         self.write_bytes[decode] += shipped_bytes
 
     def count_step(self, prefill: EngineId, read_bytes: int, written_bytes: int) -> None:
-        """What the PE's own CNIC reads and writes for all chunks of a step."""
+        """Counts what the PE's own CNIC reads and writes for all chunks of a step."""
         self.read_bytes[prefill] += read_bytes
         self.write_bytes[prefill] += written_bytes
 
     def pace(self, pulls: list[tuple[EngineId, int]], step_ns: float) -> list[tuple[EngineId, float]]:
-        """For a step's time, DEs send these bytes at an even rate; give the answer to `unpace` when it ends."""
+        """Lets DEs send these bytes evenly over a step's time; give the answer to `unpace` when the step ends."""
         paced = [(decode, n_bytes / step_ns) for decode, n_bytes in pulls]
         for decode, rate in paced:
             self._pulled[decode] += rate
         return paced
 
     def unpace(self, paced: list[tuple[EngineId, float]]) -> None:
-        """The step that pulled is over."""
+        """Ends the pulls of a step that is over."""
         for decode, rate in paced:
             self._pulled[decode] -= rate
 
     def copy(self, decode: EngineId, n_bytes: int, least_ns: float, on_done: Action, argument: object) -> None:
-        """Copy a prompt from the DE buffer to the device, in `least_ns` or more, behind the engine's earlier copies."""
+        """Copies a prompt from DE buffer to device, in `least_ns` or more, behind the engine's earlier copies."""
         self.read_bytes[decode] += n_bytes
         self.write_bytes[decode] += n_bytes
         start_ns = self._copy_free_ns[decode]

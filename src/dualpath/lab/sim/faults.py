@@ -1,7 +1,7 @@
-"""Things that go wrong at a given time: an engine dies, a storage NIC slows down or recovers, all of storage does.
+"""Faults at a given time: an engine dies, a storage NIC or all of storage slows down or recovers.
 
-A lost engine's turns are off it at once; core aborts them elsewhere and has them tried again, behind what the client
-has seen. A slowed NIC stretches the reads under way.
+A lost engine's turns leave it at once; core aborts them elsewhere and retries them after the tokens that the client has
+seen. A slowed NIC stretches the reads under way.
 """
 
 from collections.abc import Sequence
@@ -14,22 +14,22 @@ from dualpath.lab.sim.simulator import Simulator
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What happens when. Raises ValueError for a time below zero or a factor not above it."""
+    """What happens when. Raises ValueError for a negative time or a factor that is not above zero."""
 
     at_s: float
     kind: Literal["engine_lost", "snic", "storage"]
     target: int = 0
-    """An engine's number, or a node's; `storage` is every node's SNIC."""
+    """Number of an engine or a node; `storage` means every node's SNIC."""
     factor: float = 1.0
-    """Of a NIC's present rate: 0.1 slows it down tenfold, 10 afterwards brings it back."""
+    """Factor on a NIC's present rate: 0.1 slows it down tenfold, 10 afterwards restores it."""
 
     def __post_init__(self) -> None:
         if self.at_s < 0 or self.factor <= 0:
-            raise ValueError(f"{self}: at_s can't be below zero, and factor must be above it")
+            raise ValueError(f"{self}: at_s can't be below zero, and factor must be above zero")
 
 
 def plan_faults(simulator: Simulator, faults: Sequence[Fault]) -> None:
-    """Have them happen. Raises ValueError for an engine or node that the machine does not have, and in exact mode."""
+    """Posts the faults. Raises ValueError for an engine or node that the machine does not have, and in exact mode."""
     if faults and simulator.exact:
         raise ValueError("the exact mode knows no faults; leave out one of the two")
     for fault in faults:

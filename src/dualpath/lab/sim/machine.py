@@ -1,7 +1,7 @@
-"""The simulated machine: a cluster's engines as core knows them, its rates after calibration, and core's constants.
+"""The simulated machine: a cluster's engines as core knows them, calibrated rates, and core's constants.
 
-Engines are numbered from 0, prefill nodes first; a node's engines share its SNIC, and buffers are a node's DRAM buffer
-in equal parts. Groups are the cluster's groups of nodes.
+Engines are numbered from 0, prefill nodes first. A node's engines share its SNIC and divide its DRAM buffer equally.
+Groups are the cluster's groups of nodes.
 """
 
 import msgspec
@@ -15,16 +15,16 @@ _NEVER_NS = 10**18
 
 
 class MachineError(ValueError):
-    """A cluster that can't be simulated. The message says why."""
+    """A cluster can't be simulated. The message says why."""
 
 
 class BatchLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a PE's batches; the defaults are core's (`PrefillQueue`)."""
+    """Limits of a PE's batches; the defaults are core's (`PrefillQueue`)."""
 
     quota_ns: float = QUOTA_NS
     requests: int = 64
     kv_tokens: int | None = None
-    """Hit and new tokens together, in every system; None: only whole-prompt systems are limited, by their memory."""
+    """Hit and new tokens together, in every system; None: only memory limits the batches of whole-prompt systems."""
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,12 +39,11 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     cnic_bytes_per_s: float
     read_latency_ns: int
     prefill_kv_tokens: int
-    """Whole-context KV that a PE's device memory holds."""
+    """Whole-context KV that a PE's device memory holds, in tokens."""
     batches: BatchLimits = BatchLimits()
     full_speed_engines: float | None = None
-    """Engines that can compute at once before they slow each other down, where all share the cores of one host; None:
-    every engine has hardware of its own. Exact simulations don't look at it.
-    """
+    """Engines that compute at full speed at once, if all share the cores of one host; None: every engine has its own
+    hardware. Exact simulations ignore it."""
 
     @property
     def nodes(self) -> int:
@@ -55,7 +54,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def build_machine(cluster: ClusterSpec, calibration: Calibration) -> Machine:
-    """Raises MachineError where the weights leave no room for KV."""
+    """Builds the machine. Raises MachineError if the weights leave no room for KV."""
     costs = step_costs(cluster, calibration)
     block_bytes = costs.kv_bytes_per_token * BLOCK_TOKENS
     buffer_blocks = int(cluster.dram_buffer_bytes / cluster.engines_per_node / block_bytes)
@@ -105,9 +104,9 @@ def _engines(cluster: ClusterSpec, buffer_blocks: int, hbm_blocks: int) -> list[
 
 
 def constants_for(machine: Machine, prompt_tokens: float, hit_tokens: float) -> Constants:
-    """Alpha and beta (§6.1) for turns of a typical length.
+    """Returns alpha and beta (§6.1) for turns of a typical length.
 
-    Both count prompt tokens, hit ones included, since `read_q` and `tok` do: beta is 5 s of such turns.
+    Both count prompt tokens, hit ones included, as `read_q` and `tok` do: beta is 5 s of such turns.
     """
     costs = machine.costs
     new_tokens = max(1, round(prompt_tokens - hit_tokens))
@@ -119,7 +118,7 @@ def constants_for(machine: Machine, prompt_tokens: float, hit_tokens: float) -> 
 
 
 def limits_for(agents: int) -> Limits:
-    """No deadline fires and no queue refuses: a simulation is to show where it would take too long."""
+    """Returns limits with which no deadline fires and no queue refuses: a simulation shows what takes too long."""
     return Limits(
         max_waiting=max(4096, 2 * agents), queue_ns=_NEVER_NS, load_ns=_NEVER_NS, prefill_ns=_NEVER_NS,
         decode_ns=_NEVER_NS, release_ns=_NEVER_NS,

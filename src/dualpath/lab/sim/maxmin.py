@@ -1,13 +1,13 @@
-"""Links shared by flows, max-min fairly, in two classes: the exact answer that closed forms are held against.
+"""Links shared by flows, max-min fairly, in two classes: the exact answer with which closed forms are compared.
 
-Theory of operation. A flow crosses some links and has a number of bytes left. At every change (a flow starts or ends, a
-link changes its rate) all rates are computed anew by progressive filling: everybody's rate grows together until a link
-is full, its flows stop there, the others go on. Between changes rates are constant, so the next flow to end is known
-and is the one event armed; an event that was overtaken by a change finds another number and does nothing.
+Theory of operation. A flow crosses some links and has bytes left. At every change (a flow starts or ends, a link's rate
+changes) all rates are recomputed by progressive filling: all rates grow together until a link is full; its flows stop
+there, the others continue. Between changes rates are constant, so the next flow to end is known, and its end is the one
+armed event. If a change overtakes that event, it finds another number and does nothing.
 
-HIGH flows (model execution) are filled first, into 99 % of every link that LOW flows use too; LOW flows then get all
-that is left of every link; and what they could not use goes back to HIGH. So neither class starves and no link idles
-that a flow could use.
+HIGH flows (model execution) are filled first, into 99 % of every link that LOW flows use too. LOW flows then get all
+that is left of every link, and HIGH gets what they could not use. So neither class starves, and no link idles that a
+flow could use.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _LITTLE_BYTES = 1e-6
 
 
 class Flow:
-    """Bytes on their way over some links."""
+    """Bytes under way over some links."""
 
     __slots__ = ("argument", "kind", "left_bytes", "links", "number", "on_done", "rate")
 
@@ -34,11 +34,11 @@ class Flow:
         self.on_done = on_done
         self.argument = argument
         self.rate = 0.0
-        """Bytes per nanosecond."""
+        """Present rate, bytes per nanosecond."""
 
 
 class SharedLinks:
-    """Links numbered from 0 and the flows on them. Every change is O(flows * links)."""
+    """Links numbered from 0 and the flows on them. Every change costs O(flows * links)."""
 
     def __init__(self, events: Events, bytes_per_s: Sequence[float]) -> None:
         if not bytes_per_s or min(bytes_per_s) <= 0:
@@ -50,7 +50,7 @@ class SharedLinks:
         self._since_ns = 0
         self._change = 0
         self.moved_bytes = [0.0] * len(self._rates)
-        """Over each link so far."""
+        """Bytes sent over each link so far."""
 
     def start(
         self,
@@ -60,7 +60,7 @@ class SharedLinks:
         argument: object = None,
         kind: TrafficClass = TrafficClass.LOW,
     ) -> None:
-        """Send bytes over `links`; `on_done(argument)` is called when the last one is there."""
+        """Sends bytes over `links`; calls `on_done(argument)` when the last one has arrived."""
         if n_bytes <= 0:
             self._events.at(self._events.now, on_done, argument)
             return
@@ -71,7 +71,7 @@ class SharedLinks:
         self._rearm()
 
     def set_rate(self, link: int, bytes_per_s: float) -> None:
-        """From now on."""
+        """Changes a link's rate from now on."""
         if bytes_per_s <= 0:
             raise ValueError(f"link {link} can't have a rate of {bytes_per_s}: it must be above zero")
         self._advance()
@@ -103,7 +103,7 @@ class SharedLinks:
         if change != self._change:
             return
         self._advance()
-        # An event is on a whole nanosecond: what a flow moves in one counts as moved.
+        # Events are on whole nanoseconds: what a flow moves within one counts as moved.
         done = [flow for flow in self._flows.values() if flow.left_bytes <= flow.rate + _LITTLE_BYTES]
         for flow in done:
             for link in flow.links:
@@ -115,7 +115,7 @@ class SharedLinks:
 
 
 def _share(flows: list[Flow], capacities: Sequence[float]) -> None:
-    """Set every flow's rate."""
+    """Sets every flow's rate."""
     for flow in flows:
         flow.rate = 0.0
     high = [flow for flow in flows if flow.kind is TrafficClass.HIGH]
@@ -133,7 +133,7 @@ def _share(flows: list[Flow], capacities: Sequence[float]) -> None:
 
 
 def _fill(flows: list[Flow], left: list[float]) -> None:
-    """Progressive filling on top of the flows' present rates; takes what it gives out of `left`."""
+    """Fills progressively on top of the flows' present rates; takes what it gives out of `left`."""
     open_flows = flows
     while open_flows:
         users: dict[int, int] = {}

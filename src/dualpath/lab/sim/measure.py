@@ -1,6 +1,6 @@
-"""What a run measures, as it goes: latencies of turns, ends of agents, and how many turns were in the system.
+"""Measures a run as it goes: latencies of turns, ends of agents, and the number of turns in the system.
 
-Latencies are kept one number a turn in flat arrays (a run of 7.5 million turns takes 90 MB), everything else as sums.
+Latencies are one number per turn in flat arrays (7.5 million turns take 90 MB), everything else is sums.
 """
 
 from array import array
@@ -10,7 +10,7 @@ from dualpath.lab.sim.turns import Agent, LiveTurn
 
 
 class Measurements:
-    """Counts, and columns with an entry a finished turn. Times in seconds, but where the name says otherwise."""
+    """Counts, and columns with an entry per finished turn. Times are in seconds unless the name says otherwise."""
 
     def __init__(self) -> None:
         self.submitted = 0
@@ -20,22 +20,22 @@ class Measurements:
         self.retries = 0
         self.failed: dict[Cause, int] = {}
         self.ended_s = array("d")
-        """When the turn finished."""
+        """Time at which the turn finished."""
         self.ttft_s = array("f")
         """Submission to first token."""
         self.ttst_s = array("f")
         """First token to second; 0 for a turn of one token."""
         self.tpot_s = array("f")
-        """Between later tokens, in the mean; 0 for a turn of less than three."""
+        """Mean time between later tokens; 0 for a turn of fewer than three."""
         self.latency_s = array("f")
         """Submission to last token."""
         self.agent_jct_s = array("d")
-        """Start of an agent to its last token."""
+        """Start of the agent to its last token."""
         self.prompt_tokens = 0
         self.hit_tokens = 0
         self.generated_tokens = 0
         self.turn_ns = 0
-        """Turns in the system, integrated over time (Little's law: this is also the sum of their latencies)."""
+        """Turns in the system, integrated over time (by Little's law also the sum of their latencies)."""
         self._in_system = 0
         self._since_ns = 0
 

@@ -1,4 +1,4 @@
-"""The parts of a simulated cluster, fast or exact, connected to whoever drives them."""
+"""Makes the parts of a simulated cluster, fast or exact, and connects them to their driver."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from dualpath.lab.sim.turns import LiveTurn
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the parts report, and the turns they report of."""
+    """What the parts report to, and the turns they report about."""
 
     lives: dict[RequestId, LiveTurn]
     on_loaded: Action
@@ -29,7 +29,7 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Parts:
-    """One of each."""
+    """One part of each kind."""
 
     storage: Storage
     fabric: Fabric
@@ -46,7 +46,7 @@ def make_parts(
     exact: bool,
     window_ns: int,
 ) -> Parts:
-    """With their groups of engines."""
+    """Makes the parts with their groups of engines."""
     snics = (machine.nodes, machine.snic_bytes_per_s, machine.read_latency_ns, hooks.on_loaded, window_ns)
     cnics = (len(machine.engines), machine.cnic_bytes_per_s)
     ends = (hooks.lives, hooks.on_first_token, hooks.on_prefilled, policy)
@@ -71,7 +71,7 @@ def make_parts(
 
 
 def _share_cores(prefill: PrefillPart, decode: DecodePart, engines: float) -> None:
-    """Stretch what begins to compute by the engines that do; what computes already is not looked at again."""
+    """Stretches each step by computing engines over `engines` at its start, if there are more; it is not updated."""
 
     def stretch() -> float:
         return max(1.0, (prefill.busy_groups + decode.busy_groups) / engines)
@@ -80,7 +80,7 @@ def _share_cores(prefill: PrefillPart, decode: DecodePart, engines: float) -> No
 
 
 def _add_groups(machine: Machine, policy: Policy, parts: Parts) -> None:
-    """Engines that step together: those of a group with expert parallelism, else each by itself."""
+    """Adds engines that step together: a group with expert parallelism, otherwise each by itself."""
     limits = machine.batches
     kv_limit = limits.kv_tokens
     if kv_limit is None and not (policy.layerwise or policy.free_io):

@@ -1,8 +1,8 @@
-"""Prefill engines: batches from core's `PrefillQueue`, timed by the cost model, in groups that step together.
+"""Prefill engines: batches come from core's `PrefillQueue`, times from the cost model; groups step together.
 
 Theory of operation. With expert parallelism the engines of a group meet in every layer, so a step lasts as long as its
 slowest engine's attention plus the group's share of the experts (`costs`); a request that becomes ready during a step
-waits for the next. Without it every engine is a group of its own. A step is two events however large its batches are:
+waits for the next. Otherwise every engine is a group of its own. A step is two events, however large its batches are:
 
     layerwise      head + max(compute, I/O) ........ prompts end, next step begins;   + tail: prefill_done
     whole prompts  load + compute + transfer .......... the same, without a tail
@@ -26,7 +26,7 @@ Batch = list[tuple["PrefillEngine", tuple[Chunk, ...]]]
 
 
 class PrefillEngine:
-    """One PE: its queue, and whether it is still there."""
+    """One PE: its queue, and whether it is alive."""
 
     __slots__ = ("engine", "group", "queue")
 
@@ -48,7 +48,7 @@ class PrefillGroup:
 
 
 class StepRecord:
-    """What a finished step leaves behind for statistics and the trace."""
+    """Record of a finished step, for statistics and the trace."""
 
     __slots__ = ("attention_mean_ns", "attention_peak_ns", "end_ns", "group", "new_tokens", "paced", "start_ns")
 
@@ -60,7 +60,7 @@ class StepRecord:
         self.attention_mean_ns = mean_ns
         self.new_tokens = new_tokens
         self.paced: list[tuple[EngineId, float]] = []
-        """What it pulls from DEs while it lasts."""
+        """Bytes that it pulls from DEs while it lasts."""
 
 
 class PrefillPart:
@@ -88,21 +88,21 @@ class PrefillPart:
         self.groups: list[PrefillGroup] = []
         self.steps: list[StepRecord] = []
         self.chunks = 0
-        """Computed or being computed."""
+        """Tokens computed or being computed."""
         self.busy_ns = 0
-        """Over groups."""
+        """Sum over groups."""
         self._last_step_ns = 0
         self.busy_groups = 0
         self.stretch: Callable[[], float] | None = None
-        """Factor on what a step computes, where engines share cores; looked at when the step begins."""
+        """Factor on a step's compute if engines share cores; read when the step begins."""
 
     @property
     def pace_ns(self) -> int:
-        """The latest step's length; 0 while no group steps."""
+        """Length of the latest step; 0 while no group steps."""
         return self._last_step_ns if self.busy_groups else 0
 
     def add_group(self, queues: dict[EngineId, PrefillQueue]) -> None:
-        """Engines that step together, by id."""
+        """Adds engines that step together, by id."""
         group = PrefillGroup(len(self.groups))
         self.groups.append(group)
         for engine, queue in queues.items():
@@ -110,7 +110,7 @@ class PrefillPart:
             group.engines.append(self.engines[engine])
 
     def push(self, turn: LiveTurn) -> None:
-        """Everything of the turn is loaded."""
+        """Queues a turn whose KV is all loaded."""
         engine = self.engines[turn.prefill_engine]
         engine.queue.push(turn.request, turn.attempt, turn.hit_tokens, turn.prompt_tokens - turn.hit_tokens)
         group = engine.group
@@ -120,11 +120,11 @@ class PrefillPart:
             self._events.at(self._events.now, self._begin, group)
 
     def remove(self, turn: LiveTurn) -> None:
-        """The attempt is aborted; a chunk of it that is being computed is computed in vain."""
+        """Removes an aborted attempt; a chunk of it that is being computed is wasted."""
         self.engines[turn.prefill_engine].queue.remove(turn.request, turn.attempt)
 
     def lose(self, engine: EngineId) -> None:
-        """The engine is gone; its group goes on without it."""
+        """Removes a lost engine; its group continues without it."""
         lost = self.engines.pop(engine)
         lost.group.engines.remove(lost)
 
@@ -159,7 +159,7 @@ class PrefillPart:
         self._run(group, batch, compute_ns, record)
 
     def _run(self, group: PrefillGroup, batch: Batch, compute_ns: float, record: StepRecord) -> None:
-        """Take the step, in one go; calls `_end`."""
+        """Runs the step as a whole; calls `_end`."""
         pulls: list[tuple[EngineId, int]] = []
         step_ns, tail_ns = self._with_io(batch, compute_ns, pulls)
         record.paced = self._fabric.pace(pulls, step_ns)
@@ -168,7 +168,7 @@ class PrefillPart:
         self._events.at(record.end_ns, self._end, (group, batch, int(tail_ns), record))
 
     def _with_io(self, batch: Batch, compute_ns: float, pulls: list[tuple[EngineId, int]]) -> tuple[float, float]:
-        """Length of the step, and how much later its KV is in the DE buffers; adds what DEs send to `pulls`."""
+        """Returns the step's length, and how much later its KV is in the DE buffers; adds what DEs send to `pulls`."""
         if self._free_io:
             return compute_ns, 0.0
         load = ship = both = 0
@@ -192,9 +192,9 @@ class PrefillPart:
     def _move(
         self, engine: EngineId, chunks: tuple[Chunk, ...], pulls: list[tuple[EngineId, int]]
     ) -> tuple[int, int, int]:
-        """Count the chunks' traffic; what the PE's CNIC reads, writes, and sends to DEs.
+        """Counts the chunks' traffic; returns what the PE's CNIC reads, writes, and sends to DEs.
 
-        The same bytes as `core.load_plan.chunk_plan` gives, without the ranges.
+        The bytes are those of `core.load_plan.chunk_plan`, without the ranges.
         """
         fabric, kv_bytes = self._fabric, self._costs.kv_bytes_per_token
         read = write = ship = 0
@@ -224,11 +224,11 @@ class PrefillPart:
             self._events.at(record.end_ns + tail_ns, self._on_done, done)
         elif done:
             self._on_done(done)
-        # Posted, not called: what this step's end sets free may be ready for the next one.
+        # Posted, not called: what this step's end frees may be ready for the next one.
         self._events.at(record.end_ns, self._begin, group)
 
     def _close(self, batch: Batch, record: StepRecord) -> list[tuple[LiveTurn, int]]:
-        """The step is computed; the turns whose prompts ended with it, and their attempts."""
+        """Ends the computed step; returns the turns whose prompts ended with it, and their attempts."""
         self.steps.append(record)
         self._last_step_ns = record.end_ns - record.start_ns
         done: list[tuple[LiveTurn, int]] = []

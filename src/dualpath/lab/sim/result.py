@@ -1,4 +1,4 @@
-"""A simulation's result: a record with what was asked, what came out, and what it cost to find out."""
+"""A simulation's result: a record of the question, the answer, and the simulation's own cost."""
 
 import msgspec
 import numpy as np
@@ -8,11 +8,11 @@ from dualpath.lab.sim.costs import Calibration
 from dualpath.lab.sim.simulator import Simulator
 
 EARLY_SHARE = 0.05
-"""The paper looks at attention balance in the first 5 % of a task."""
+"""Share of a task in which the paper looks at attention balance."""
 
 
 class Distribution(msgspec.Struct, frozen=True):
-    """Of turns. Seconds."""
+    """Distribution over turns, in seconds."""
 
     mean: float
     p50: float
@@ -22,7 +22,7 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 class SimulationResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One run. Latencies are those of turns that ended in the second half of an open-ended run, of all turns else."""
+    """One run. Latencies are of turns that ended in the second half of an open-ended run, otherwise of all turns."""
 
     cluster: str
     model: str
@@ -30,15 +30,15 @@ class SimulationResult(msgspec.Struct, frozen=True, kw_only=True):
     system: str
     agents: int
     agents_per_s: float | None
-    """None: all agents start at once."""
+    """Arrival rate; None: all agents start at once."""
     seed: int
     calibration: Calibration
     simulated_s: float
-    """To the last token of the last agent (offline: the JCT), or to the end of the time asked for."""
+    """Until the last token of the last agent (offline: the JCT), or until the requested end."""
     agents_finished: int
     agent_jct_mean_s: float
     turns: int
-    """Finished."""
+    """Number of finished turns."""
     failed: dict[str, int]
     retries: int
     turns_per_s: float
@@ -47,20 +47,20 @@ class SimulationResult(msgspec.Struct, frozen=True, kw_only=True):
     tpot_s: Distribution
     latency_s: Distribution
     turns_in_system: float
-    """Mean, over the whole run."""
+    """Mean over the whole run."""
     mean_prompt_tokens: float
     hit_share: float
-    """Of prompt tokens."""
+    """Hit tokens over prompt tokens."""
     generated_tokens: int
     snic_busy: dict[str, float]
-    """By role: share of the run that its nodes' storage NICs were reading."""
+    """By role: share of the run in which its nodes' storage NICs were reading."""
     snic_read_bytes: list[int]
-    """By node."""
+    """Bytes by node."""
     snic_max_over_mean: float
-    """Of the reads of all nodes, in the mean over windows of `balance_window_s`."""
+    """Balance of all nodes' reads: mean over windows of `balance_window_s`."""
     balance_window_s: float
     attention_max_over_mean: float
-    """Within groups of prefill engines, in the mean over the steps of the first 5 % of the run."""
+    """Balance within groups of prefill engines: mean over the steps of the first 5 % of the run."""
     prefill_busy: float
     events: int
     cpu_s: float
@@ -71,7 +71,7 @@ class SimulationResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def distribution(values: "np.ndarray[tuple[int, ...], np.dtype[np.floating]]") -> Distribution:
-    """Zeros where there are no values."""
+    """Returns zeros if there are no values."""
     if not len(values):
         return Distribution(0.0, 0.0, 0.0, 0.0, 0.0)
     p50, p90, p99 = (float(value) for value in np.percentile(values, (50, 90, 99)))
@@ -79,7 +79,7 @@ def distribution(values: "np.ndarray[tuple[int, ...], np.dtype[np.floating]]") -
 
 
 def snic_balance(simulator: Simulator) -> float:
-    """Max over mean of the nodes' reads, in the mean over windows weighted by what was read; 1 where nothing was."""
+    """Max over mean of the nodes' reads: mean over windows weighted by bytes read; 1 if nothing was read."""
     windows = np.array(list(simulator.storage.windows.values()), dtype=np.float64)
     if not windows.size or not windows.sum():
         return 1.0
@@ -87,7 +87,7 @@ def snic_balance(simulator: Simulator) -> float:
 
 
 def attention_balance(simulator: Simulator) -> float:
-    """Max over mean of attention time in a group's step, in the mean over early steps; 1 where there are none."""
+    """Max over mean of attention time in a group's step: mean over early steps; 1 if there are none."""
     until_ns = simulator.events.now * EARLY_SHARE
     ratios = [
         step.attention_peak_ns / step.attention_mean_ns

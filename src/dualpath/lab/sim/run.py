@@ -1,4 +1,4 @@
-"""Run a simulation: what is asked (`Scenario`) to what came out (`SimulationResult`)."""
+"""Runs a simulation: from the question (`Scenario`) to the answer (`SimulationResult`)."""
 
 import gc
 import resource
@@ -33,17 +33,17 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     system: str = HEADLINE
     calibration: Calibration = Calibration()
     agents_per_s: float | None = None
-    """Poisson arrivals; None: all start at once."""
+    """Rate of Poisson arrivals; None: all start at once."""
     duration_s: float | None = None
-    """Stop after so long; None: when all agents are done."""
+    """Time to stop; None: when all agents are done."""
     seed: int = 0
-    """Of the arrivals."""
+    """Seed of the arrivals."""
     faults: tuple[Fault, ...] = ()
     fetch_interval_ns: int | None = None
     """None: core's default."""
     balance_window_s: float = 1.0
     exact: bool = False
-    """Every block, layer and decode step an event, hundreds of times slower. For small cases, without faults."""
+    """Makes every block, layer and decode step an event: hundreds of times slower, for small cases without faults."""
 
     def __post_init__(self) -> None:
         find_system(self.system)
@@ -53,13 +53,13 @@ Progress = Callable[[Simulator], None]
 
 
 def run_scenario(scenario: Scenario, on_progress: Progress | None = None) -> tuple[SimulationResult, Simulator]:
-    """Simulate. Raises `machine.MachineError` for a cluster whose memory holds nothing."""
+    """Simulates. Raises `machine.MachineError` for a cluster without memory for a single block."""
     simulator = prepare(scenario)
     return finish_scenario(scenario, simulator, on_progress), simulator
 
 
 def finish_scenario(scenario: Scenario, simulator: Simulator, on_progress: Progress | None = None) -> SimulationResult:
-    """Run what `prepare` made."""
+    """Runs what `prepare` made."""
     started_s = time.process_time()
     until_ns = None if scenario.duration_s is None else round(scenario.duration_s * 1e9)
     with without_garbage_collection():
@@ -68,7 +68,7 @@ def finish_scenario(scenario: Scenario, simulator: Simulator, on_progress: Progr
 
 
 def prepare(scenario: Scenario, journal: Callable[[bytes], object] | None = None) -> Simulator:
-    """The simulator with its agents and faults, before the first event."""
+    """Returns the simulator with its agents and faults, before the first event."""
     machine = build_machine(scenario.cluster, scenario.calibration)
     constants = constants_for(machine, *typical_turn(scenario.agents))
     if scenario.fetch_interval_ns is not None:
@@ -91,7 +91,7 @@ def prepare(scenario: Scenario, journal: Callable[[bytes], object] | None = None
 
 
 def summarize(scenario: Scenario, simulator: Simulator, cpu_s: float) -> SimulationResult:
-    """The record of a run that is over."""
+    """Returns the record of a run that is over."""
     measured = simulator.measured
     simulated_s = simulator.events.now / 1e9
     ended_s = np.asarray(measured.ended_s)
@@ -144,7 +144,7 @@ def _peak_rss_bytes() -> int:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """A run makes millions of short-lived records and no cycles; the collector would look at them again and again."""
+    """Switches the collector off: a run makes millions of short-lived records without cycles, which it would rescan."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""`simulate`: a cluster and a workload by name → what came out, for the command line and for notebooks."""
+"""`simulate`: simulates a cluster and a workload given by name, for the command line and for notebooks."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ _FAULT = re.compile(r"(engine_lost|snic|storage)(?::(\d+))?@([^*]+)(?:\*([0-9.]+
 
 
 class SimulationError(ValueError):
-    """A simulation that can't be made. The message says why."""
+    """The simulation can't be made. The message says why."""
 
 
 def simulate(
@@ -45,12 +45,12 @@ def simulate(
     timeline: Path | None = None,
     on_progress: Callable[[Simulator, int], None] | None = None,
 ) -> SimulationResult:
-    """Run `agents` of `trace` on `cluster` under a virtual clock.
+    """Runs `agents` of `trace` on `cluster` under a virtual clock.
 
-    `cluster` is a preset, a TOML file or a record; `trace` what `load_source` takes. All agents start at once, or
-    `agents_per_s` arrive by a Poisson process. `faults` are written like ``snic:0@30s*0.1``. `timeline` is a file for
-    chrome://tracing. `on_progress` gets the simulator and the number of turns. Raises SimulationError, and OSError
-    where the timeline can't be written.
+    `cluster` is a preset, a TOML file or a record; `trace` is what `load_source` takes. All agents start at once, or
+    `agents_per_s` arrive by a Poisson process. `faults` look like ``snic:0@30s*0.1``. `timeline` is a file for
+    chrome://tracing. `on_progress` gets the simulator and the number of turns. Raises SimulationError, and OSError if
+    the timeline can't be written.
     """
     try:
         spec = find_cluster(cluster, model, profile)
@@ -85,10 +85,10 @@ def simulate(
 
 
 def parse_fault(text: str) -> Fault:
-    """``engine_lost:5@60s``, ``snic:0@30s*0.1``, ``storage@2min*0.5``. Raises ValueError naming the text."""
+    """Parses ``engine_lost:5@60s``, ``snic:0@30s*0.1``, ``storage@2min*0.5``. Raises ValueError naming the text."""
     match = _FAULT.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no fault; write KIND:NUMBER@TIME[*FACTOR], such as snic:0@30s*0.1")
+        raise ValueError(f"{text!r} is not a fault; write KIND:NUMBER@TIME[*FACTOR], such as snic:0@30s*0.1")
     kind, target, at, factor = match.groups()
     at_s = parse_duration_ns(at) / 1e9
     return Fault(kind=kind, target=int(target or 0), at_s=at_s, factor=float(factor or 1))  # type: ignore[arg-type]

@@ -1,11 +1,11 @@
-"""Storage reads and writes: one FIFO server a node and direction, its storage NIC (SNIC).
+"""Storage reads and writes: each node and direction has one FIFO server, its storage NIC (SNIC).
 
 Theory of operation. The storage behind the NICs can saturate all of them (paper §2), so a NIC is the only queue. A FIFO
-server needs no event but the one that says a read is there: it begins when the NIC is free and takes its bytes over the
-rate. A change of rate (a fault) is rare and looks at every read under way: `slow_down` gives each a new time, and the
-event of the old one finds that it came too early.
+server needs no event except the end of a read: the read begins when the NIC is free and takes its bytes over the rate.
+A change of rate (a fault) is rare and looks at every read under way: `slow_down` gives each a new time, and the event
+of the old one finds that it came too early.
 
-Reads and writes don't share: NICs are full duplex. Writes are 2 % of the reads and are only counted.
+Reads and writes don't share, because NICs are full duplex. Writes are 2 % of the reads and are only counted.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ SECOND_NS = 1_000_000_000
 
 
 class Storage:
-    """All nodes' SNICs. `on_loaded((turn, side, attempt))` is called when a leg is in its buffer."""
+    """All nodes' SNICs. Calls `on_loaded((turn, side, attempt))` when a leg is in its buffer."""
 
     def __init__(
         self, events: Events, nodes: int, bytes_per_s: float, latency_ns: int, on_loaded: Action, window_ns: int
@@ -33,10 +33,10 @@ class Storage:
         self.write_bytes = [0] * nodes
         self.busy_ns = [0.0] * nodes
         self.windows: dict[int, list[int]] = {}
-        """Bytes read by each node in each window of time, by when the read began."""
+        """Bytes read by each node in each window of time, by the read's beginning."""
 
     def read(self, node: NodeId, n_bytes: int, turn: LiveTurn, side: Side) -> None:
-        """Queue a leg on the node's SNIC."""
+        """Queues a leg on the node's SNIC."""
         now = self._events.now
         start_ns = self._free_ns[node]
         if start_ns < now:
@@ -54,11 +54,11 @@ class Storage:
         self._events.at(done_ns, self._arrive, (turn, side, turn.attempt))
 
     def write(self, node: NodeId, n_bytes: int) -> None:
-        """Blocks made durable."""
+        """Counts blocks made durable."""
         self.write_bytes[node] += n_bytes
 
     def slow_down(self, node: NodeId, factor: float, legs: Iterable[tuple[LiveTurn, Side]]) -> None:
-        """From now on the node's SNIC has `factor` times its rate; `legs` are its reads under way, in order."""
+        """Multiplies the node's SNIC rate by `factor` from now on; `legs` are its reads under way, in order."""
         now = self._events.now
         self._ns_per_byte[node] /= factor
         for turn, side in legs:
@@ -71,5 +71,5 @@ class Storage:
     def _arrive(self, leg: tuple[LiveTurn, Side, int]) -> None:
         turn, side, attempt = leg
         if turn.attempt == attempt and turn.load_done_ns[side is Side.DE] != self._events.now:
-            return  # the NIC changed its rate meanwhile, and another event was posted
+            return  # the NIC has changed its rate, and another event was posted
         self._on_loaded(leg)

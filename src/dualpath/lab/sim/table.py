@@ -1,4 +1,4 @@
-"""A simulation's result as a table for a terminal."""
+"""Shows a simulation's result as a table on a terminal."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -8,7 +8,7 @@ from dualpath.spec.units import format_bytes
 
 
 def result_table(result: SimulationResult) -> Table:
-    """Two columns: what, and how much."""
+    """Makes two columns: what, and how much."""
     table = Table(box=SIMPLE_HEAD, title=_title(result), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")

@@ -1,4 +1,4 @@
-"""What a user names as a workload, as agents of columns: a row of the paper's table, or recorded ones."""
+"""Loads a workload named by a user as agents of columns: a row of the paper's table, or recorded agents."""
 
 from collections.abc import Sequence
 
@@ -22,11 +22,11 @@ def agents_of(
     generate_scale: float = 1.0,
     max_context_tokens: int | None = None,
 ) -> Agents:
-    """`names`: one of ``32K``, ``48K``, ``64K``; or files that `dualpath.traces.sources` reads.
+    """`names` is one of ``32K``, ``48K``, ``64K``, or files that `dualpath.traces.sources` reads.
 
-    `count` agents (500 of the paper's, one each of recorded ones where None); more than were recorded come about by
-    prepending a round, as the paper does (§9). A recorded subagent is an agent of its own here, so its parent does not
-    wait for it. Raises TraceError, and ValueError for scales or counts that can't be.
+    `count` agents are made (None: 500 of the paper's, or one per recording). More than were recorded are made by
+    prepending a round, as in the paper (§9). A recorded subagent is an agent of its own here, so its parent does not
+    wait for it. Raises TraceError, and ValueError for impossible scales or counts.
     """
     row = paper_row(names)
     if row is not None:
@@ -39,7 +39,7 @@ def agents_of(
 
 
 def typical_turn(agents: Agents) -> tuple[float, float]:
-    """Mean prompt and mean context carried over, in tokens: what alpha and beta are sized for."""
+    """Mean prompt and mean context carried over, in tokens: alpha and beta are sized for them."""
     table = agents.table
     runs = np.bincount(agents.template, minlength=len(table)).repeat(table.turns)
     return (

@@ -1,1 +1,1 @@
-"""A cluster's networks on one Linux host: a network namespace per node, kernel rates and DSCP classes on its NICs."""
+"""A cluster's networks on one Linux host: a network namespace per node; the kernel keeps rates and DSCP classes."""

@@ -1,7 +1,7 @@
-"""What can go wrong with a testbed."""
+"""The testbed's error."""
 
 
 class TestbedError(Exception):
-    """The testbed cannot be built, used or torn down: what was wrong, where, and what to do."""
+    """The testbed can't be built, used or torn down. The message says what was wrong, where, and what to do."""
 
     __test__ = False  # pytest would take a class of this name for tests

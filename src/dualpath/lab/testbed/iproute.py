@@ -1,4 +1,4 @@
-"""`ip` and `tc` of iproute2: run, many lines at a time, with errors that say what to do."""
+"""Runs iproute2's `ip` and `tc`, many lines at a time, with errors that say what to do."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def check_tools() -> None:
 
 
 def run(tool: str, *arguments: str, text: str | None = None) -> str:
-    """What a command prints. Raises TestbedError naming the command and what it said."""
+    """Returns what a command prints. Raises TestbedError naming the command and its message."""
     command = [_which(tool) or tool, *arguments]
     shown = " ".join([tool, *arguments])
     try:
@@ -49,31 +49,31 @@ def run(tool: str, *arguments: str, text: str | None = None) -> str:
 
 
 def batch(tool: str, namespace: str, lines: Sequence[str]) -> None:
-    """Run lines of `ip` or `tc` inside a namespace, as far as the first that fails. Raises TestbedError."""
+    """Runs lines of `ip` or `tc` inside a namespace, up to the first that fails. Raises TestbedError."""
     if lines:
         run(tool, "-n", namespace, "-batch", "-", text="\n".join(lines) + "\n")
 
 
 def read_json(tool: str, *arguments: str) -> list[dict[str, Any]]:
-    """What a command with ``-json`` shows. Raises TestbedError."""
+    """Returns what a command with ``-json`` prints. Raises TestbedError."""
     text = run(tool, "-json", *arguments).strip()
     found: list[dict[str, Any]] = json.loads(text) if text else []
     return found
 
 
 def namespaces(prefix: str) -> list[str]:
-    """Network namespaces whose names start with `prefix`. Raises TestbedError."""
+    """Lists network namespaces whose names start with `prefix`. Raises TestbedError."""
     names = [str(found["name"]) for found in read_json("ip", "netns", "list")]
     return sorted(name for name in names if name.startswith(prefix))
 
 
 def pids(namespace: str) -> list[int]:
-    """Processes in a namespace. Raises TestbedError."""
+    """Lists the processes in a namespace. Raises TestbedError."""
     return [int(pid) for pid in run("ip", "netns", "pids", namespace).split()]
 
 
 def inside(namespace: str) -> tuple[str, ...]:
-    """What to put before a command so that it runs in a namespace."""
+    """Returns the words that make a command run in a namespace when put before it."""
     return (_which("ip") or "ip", "netns", "exec", namespace)
 
 
@@ -82,7 +82,7 @@ def _which(tool: str) -> str | None:
 
 
 def _failed_line(said: str, text: str | None) -> str:
-    """`said`, with the line of a batch that it is about."""
+    """Adds to `said` the line of a batch that it is about."""
     _, found, rest = said.partition("Command failed -:")
     number = rest.split()[0] if found and rest.split() else ""
     if text is None or not number.isdecimal():

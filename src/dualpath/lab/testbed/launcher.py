@@ -1,4 +1,4 @@
-"""Clusters inside a testbed: the same `dualpath serve` and `dualpath engine`, each in its node's namespace.
+"""Starts clusters inside a testbed: the usual `dualpath serve` and `dualpath engine`, each in its node's namespace.
 
 ::
 
@@ -6,7 +6,7 @@
     head      dualpath serve --join-address …           ◄─ control over mgmt0 ─┤
     pe0, de0… dualpath engine --transport tcp --data-host <address of cnic0>  ─┘
 
-The engines keep no rates themselves: the kernel does. They still count every byte by NIC, direction and class.
+The kernel keeps the rates, not the engines. These still count every byte by NIC, direction and class.
 """
 
 import asyncio
@@ -37,11 +37,11 @@ from dualpath.lab.testbed.plan import Node, Rates, make_plan
 from dualpath.spec.topology import Topology
 
 SUBNET = "10.89"
-"""Of testbeds that come and go with an experiment."""
+"""Name of testbeds that come and go with an experiment."""
 CONTROL_PORT = 5555
 HTTP_PORT = 8000
 ENGINE_GRACE_S = 5.0
-"""How long engines may take to leave after their coordinator."""
+"""Time that engines have to leave after their coordinator."""
 Result = TypeVar("Result")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
@@ -76,12 +76,12 @@ class TestbedLauncher:
     def cluster(
         self, name: str, topology: str, system: str, store: Path, limited: bool
     ) -> AbstractAsyncContextManager[LaunchedCluster]:
-        """See `ClusterLauncher.cluster`. Logs are ``NAME.log`` and, of each engine, ``NAME-pe0.log``."""
+        """See `ClusterLauncher.cluster`. Logs are ``NAME.log`` and, for each engine, ``NAME-pe0.log``."""
         return TestbedCluster(self, name, topology, system, store, self.rates if limited else Rates())
 
 
 class TestbedCluster:
-    """``async with`` it: rates set, object server up, coordinator up, engines joined; and all gone when it is left."""
+    """An async context. Entering sets rates, starts object server, coordinator and engines; leaving ends them."""
 
     __test__ = False
 
@@ -153,7 +153,7 @@ class TestbedCluster:
         await self._unless_an_engine_ends(self._stack.enter_async_context(self._serve))
 
     async def _unless_an_engine_ends(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """`work`'s result. Raises LaunchError, cancelling `work`, when an engine ends before it."""
+        """Returns `work`'s result. If an engine ends first, cancels `work` and raises LaunchError."""
         assert self._exits is not None, "the cluster has been entered"
         working = asyncio.ensure_future(work)
         try:
@@ -184,7 +184,7 @@ class TestbedCluster:
             )
 
     async def _first_exit(self) -> LaunchError:
-        """Why the cluster is not one any more, once an engine has ended."""
+        """Waits until an engine has ended; returns the error to raise."""
         waits = {asyncio.create_task(process.wait()): name for name, process in self._processes.items()}
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -198,7 +198,7 @@ class TestbedCluster:
         )
 
     async def _end_engines(self) -> None:
-        """Their coordinator has dismissed them; who does not leave is ended."""
+        """Waits for engines that their coordinator has dismissed; ends those that do not leave."""
         if self._exits is not None:
             self._exits.cancel()
         processes = list(self._processes.values())
@@ -231,9 +231,9 @@ class TestbedCluster:
 def temporary_testbed(
     topologies: Sequence[str], rates: Rates, name: str = "run", subnet: str = SUBNET
 ) -> Iterator[Callable[[Conditions, Bench, Path, Path], ClusterLauncher]]:
-    """A testbed for as long as the context lasts, large enough for all `topologies`: what `run_series` takes.
+    """Yields a launcher on a testbed large enough for all `topologies`, which lasts as long as the context.
 
-    Raises TestbedError; ValueError for what is no topology.
+    Raises TestbedError, and ValueError for a topology that can't be.
     """
     sizes = [_size(topology) for topology in topologies]
     plan = make_plan(name, max(prefill for prefill, _ in sizes), max(decode for _, decode in sizes), subnet)
@@ -252,7 +252,7 @@ def temporary_testbed(
 
 
 def _environment() -> Mapping[str, str]:
-    """Without proxies, which would be asked for the object server's address."""
+    """Returns the environment without proxies, which would get the object server's requests."""
     return {name: value for name, value in os.environ.items() if name.lower() not in _PROXIES}
 
 
@@ -262,7 +262,7 @@ def _size(topology: str) -> tuple[int, int]:
 
 
 def _engines(nodes: Sequence[Node], topology: str) -> Iterator[tuple[Node, str]]:
-    """The nodes that `topology` takes, and their roles. Raises LaunchError where there are too few."""
+    """Yields the nodes that `topology` takes, and their roles. Raises LaunchError if there are too few."""
     by_name = {node.name: node for node in nodes}
     prefill, decode = _size(topology)
     for kind, role, count in (("pe", "prefill", prefill), ("de", "decode", decode)):

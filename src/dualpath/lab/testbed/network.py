@@ -1,11 +1,11 @@
 """Builds, inspects and removes a testbed.
 
-Theory of operation. Everything a testbed has is a network namespace whose name starts with its prefix, or lives in one
-and goes with it; the only thing outside is the host's end of its management link, whose name is fixed as well. So
-`down` needs no record of what `up` did: it works after a crash, half-way through an `up`, twice, and on nothing. A
-record in ``/run`` only tells `status` and the commands that use the testbed what there is.
+Theory of operation. All of a testbed is a network namespace whose name starts with its prefix, or lives in one and goes
+with it. The only exception is the host's end of its management link, whose name is fixed as well. So `down` needs no
+record of what `up` did: it works after a crash, half-way through an `up`, twice, and on nothing. The record in ``/run``
+only tells `status` and the commands that use the testbed what there is.
 
-A namespace lives on as long as a process is in it. `down` therefore ends those first; nobody else's can be in there.
+A namespace lives on as long as a process is in it, so `down` ends those first; only the testbed's can be in there.
 """
 
 import os
@@ -30,7 +30,7 @@ _DISCIPLINES: dict[str, Discipline] = {"storage": "fifo", "compute": "classes"}
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
-    """A NIC: its rate, and bytes it has sent by class since the rate was set; None where it has no rate."""
+    """A NIC: its rate, and bytes it has sent by class since the rate was set; None if it has no rate."""
 
     name: str
     address: str
@@ -49,7 +49,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
 
 
 class Testbed(msgspec.Struct, frozen=True):
-    """What is up: kept in the state file."""
+    """A testbed that is up, as kept in the state file."""
 
     __test__ = False
 
@@ -58,7 +58,7 @@ class Testbed(msgspec.Struct, frozen=True):
 
 
 def up(plan: Plan, rates: Rates, *, replace: bool = False) -> Testbed:
-    """Build it. Leftovers of that name are refused, or removed first with `replace`; a failure leaves nothing.
+    """Builds a testbed. Refuses leftovers of that name, or removes them with `replace`. A failure leaves nothing.
 
     Raises TestbedError.
     """
@@ -81,9 +81,9 @@ def up(plan: Plan, rates: Rates, *, replace: bool = False) -> Testbed:
 
 
 def down(name: str) -> list[str]:
-    """Remove every process, namespace and link of testbed `name`, whatever state it is in. → what was removed.
+    """Removes every process, namespace and link of testbed `name` in whatever state; returns what was removed.
 
-    Raises TestbedError where something resists.
+    Raises TestbedError if something can't be removed.
     """
     iproute.check_tools()
     found = leftovers(name)
@@ -101,13 +101,13 @@ def down(name: str) -> list[str]:
 
 
 def leftovers(name: str) -> list[str]:
-    """Names of the namespaces and of the host's link that exist. Raises TestbedError."""
+    """Names the namespaces and the host's link that exist. Raises TestbedError."""
     links = {str(link["ifname"]) for link in iproute.read_json("ip", "link", "show")}
     return iproute.namespaces(namespace_prefix(name)) + [link for link in (host_link(name),) if link in links]
 
 
 def load(name: str) -> Testbed:
-    """The testbed that is up. Raises TestbedError where none is."""
+    """Returns the testbed that is up. Raises TestbedError if none is."""
     try:
         testbed = msgspec.json.decode(_state_file(name).read_bytes(), type=Testbed)
     except FileNotFoundError:
@@ -122,7 +122,7 @@ def load(name: str) -> Testbed:
 
 
 def set_rates(testbed: Testbed, rates: Rates, *, compute: Discipline = "classes") -> Testbed:
-    """Give every NIC its rate, at both ends of its veth pair; packets that wait there are lost. Raises TestbedError."""
+    """Gives every NIC its rate, at both ends of its veth pair; queued packets are lost. Raises TestbedError."""
     ports: list[str] = []
     disciplines = _DISCIPLINES | {"compute": compute}
     for node in testbed.plan.nodes:
@@ -140,12 +140,12 @@ def set_rates(testbed: Testbed, rates: Rates, *, compute: Discipline = "classes"
 
 
 def status(testbed: Testbed) -> list[NodeStatus]:
-    """Every node as it is now. Raises TestbedError."""
+    """Returns the present state of every node. Raises TestbedError."""
     return [_node_status(node, testbed.rates) for node in testbed.plan.nodes]
 
 
 def _check_subnet(plan: Plan) -> None:
-    """The host would not know which of two networks with the same addresses is meant."""
+    """Refuses a subnet that the host has already, because it could not tell the two networks apart."""
     wanted = ip_network(f"{plan.host_address}/24", strict=False)
     for link in iproute.read_json("ip", "-4", "address", "show"):
         for address in link["addr_info"]:
@@ -189,7 +189,7 @@ def _end_processes(namespace: str) -> None:
     while found := iproute.pids(namespace):
         if time.monotonic() > deadline:
             raise TestbedError(
-                f"{namespace}: processes {', '.join(map(str, found))} do not end; see why, then try again"
+                f"{namespace}: processes {', '.join(map(str, found))} do not end; find out why, then try again"
             )
         for pid in found:
             with suppress(ProcessLookupError):
@@ -211,7 +211,7 @@ def _node_status(node: Node, rates: Rates) -> NodeStatus:
 
 
 def sent_bytes_by_class(namespace: str, device: str) -> dict[str, int]:
-    """Bytes sent by class. iproute2 6.1 has no JSON for HTB classes, so this reads what it prints for people."""
+    """Returns bytes sent by class, from tc's text: iproute2 6.1 has no JSON for HTB classes."""
     sent: dict[str, int] = {}
     current = ""
     for line in iproute.run("tc", "-n", namespace, "-s", "class", "show", "dev", device).splitlines():

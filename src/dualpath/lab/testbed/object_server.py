@@ -1,6 +1,6 @@
 """A real object server for a directory: nginx with WebDAV, which answers GET (with ranges), PUT, DELETE and PROPFIND.
 
-A PUT is received into a temporary file and renamed, so an object appears whole or not at all; a GET goes out with
+nginx receives a PUT into a temporary file and renames it, so an object appears whole or not at all; it sends a GET with
 sendfile. Objects lie in the directory like the files of a `PosixStore`.
 """
 
@@ -53,7 +53,7 @@ http {{
 
 
 def missing_parts() -> str | None:
-    """What an object server lacks on this host, and how to get it; None if it can run."""
+    """Says what an object server lacks on this host, and how to get it; None if it can run."""
     if _nginx() is None:
         return f"there is no nginx: {INSTALL}"
     if _module() is None:
@@ -62,10 +62,10 @@ def missing_parts() -> str | None:
 
 
 class ObjectServer:
-    """``with ObjectServer(directory, work) as server``: entered once `server.url` answers.
+    """Use as ``with ObjectServer(directory, work) as server``: entered once `server.url` answers.
 
-    `work` takes configuration, logs and uploads under way. `prefix` is put before nginx's command line, to run it
-    somewhere else (``ip netns exec NAME``). Raises TestbedError where it can't start.
+    `work` holds configuration, logs and uploads under way. `prefix` is put before nginx's command line, to run it
+    elsewhere (``ip netns exec NAME``). Raises TestbedError if it can't start.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class ObjectServer:
         )
 
     def _wait_until_it_listens(self) -> None:
-        """nginx writes its pid file once it listens, whatever network it is in."""
+        """Waits for nginx's pid file, which it writes once it listens, whatever network it is in."""
         assert self._process is not None
         pid_file = self._work / "nginx.pid"
         deadline = time.monotonic() + START_S
@@ -146,7 +146,7 @@ class ObjectServer:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listened at a moment ago."""
+    """Returns a TCP port of the loopback interface on which nobody listened a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port

@@ -1,4 +1,4 @@
-"""Which nodes a testbed has, their NICs, names and addresses. Pure: the same arguments make the same plan.
+"""Plans a testbed's nodes, NICs, names and addresses. Pure: the same arguments make the same plan.
 
 ::
 
@@ -23,14 +23,14 @@ _HOST, _HEAD, _STORAGE, _FIRST_ENGINE = 1, 2, 3, 10
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """Bytes per second of one direction; None is no limit."""
+    """Bytes per second of one direction; None: no limit."""
 
     snic: int | None = None
-    """Of each engine's storage NIC."""
+    """Rate of each engine's storage NIC."""
     cnic: int | None = None
-    """Of each engine's compute NIC."""
+    """Rate of each engine's compute NIC."""
     storage_node: int | None = None
-    """Of the storage node's NIC, which all engines share."""
+    """Rate of the storage node's NIC, which all engines share."""
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -50,7 +50,7 @@ class Node(msgspec.Struct, frozen=True):
     devices: tuple[Device, ...]
 
     def address(self, network: str) -> str:
-        """Its address in a network. Raises KeyError where it has no NIC there."""
+        """Returns the node's address in a network. Raises KeyError if it has no NIC there."""
         return {device.network: device.address for device in self.devices}[network]
 
     @property
@@ -59,7 +59,7 @@ class Node(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """A testbed. `host_link` is the only device of it that is in the host's own namespace."""
+    """A testbed's plan. `host_link` is its only device in the host's own namespace."""
 
     name: str
     subnet: str
@@ -69,7 +69,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def prefix(self) -> str:
-        """Of the names of all its namespaces."""
+        """Prefix of the names of all its namespaces."""
         return namespace_prefix(self.name)
 
     @property
@@ -85,18 +85,18 @@ class Plan(msgspec.Struct, frozen=True):
         return _address(self.subnet, "management", _HOST)
 
     def node(self, name: str) -> Node:
-        """Raises KeyError for a node it does not have."""
+        """Returns a node. Raises KeyError if the plan does not have it."""
         return {node.name: node for node in self.nodes}[name]
 
 
 def make_plan(name: str, prefill_engines: int, decode_engines: int, subnet: str = "10.87") -> Plan:
-    """Raises ValueError for a name, a subnet or a number of engines that can't be."""
+    """Makes a plan. Raises ValueError for a bad name, subnet or number of engines."""
     check_name(name)
     if not re.fullmatch(r"\d{1,3}\.\d{1,3}", subnet) or any(int(part) > 255 for part in subnet.split(".")):
         raise ValueError(f"{subnet!r} is not the first half of an IPv4 address, such as 10.87")
     if prefill_engines < 1 or decode_engines < 1 or prefill_engines + decode_engines > MAX_ENGINES:
         raise ValueError(
-            f"a testbed has 1 prefill and 1 decode engine at least and {MAX_ENGINES} in all at most; not "
+            f"a testbed has at least 1 prefill and 1 decode engine and at most {MAX_ENGINES} in all, not "
             f"{prefill_engines} and {decode_engines}"
         )
     engines = [f"pe{n}" for n in range(prefill_engines)] + [f"de{n}" for n in range(decode_engines)]
@@ -106,9 +106,9 @@ def make_plan(name: str, prefill_engines: int, decode_engines: int, subnet: str 
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError for what is no testbed's name."""
+    """Raises ValueError if `name` can't be a testbed's."""
     if _NAME.fullmatch(name) is None:
-        raise ValueError(f"{name!r} is no testbed's name: write 1 to 8 lower-case letters and digits")
+        raise ValueError(f"{name!r} can't be a testbed's name: write 1 to 8 lower-case letters and digits")
 
 
 def namespace_prefix(name: str) -> str:
@@ -116,12 +116,12 @@ def namespace_prefix(name: str) -> str:
 
 
 def host_link(name: str) -> str:
-    """At most 15 characters, as the kernel has it."""
+    """At most 15 characters, the kernel's limit."""
     return f"dpbed-{name}"
 
 
 def rate_of(node: Node, device: Device, rates: Rates) -> int | None:
-    """The rate of a NIC, in each direction."""
+    """Returns the rate of a NIC, in each direction."""
     if node.is_engine:
         return {"management": None, "storage": rates.snic, "compute": rates.cnic}[device.network]
     return rates.storage_node if (node.name, device.network) == ("storage", "storage") else None

@@ -1,7 +1,7 @@
-"""Do messages of the high class notice KV of the low one? Measured with our channels on kernel links.
+"""Measures whether KV of the low class delays messages of the high class, with our channels on kernel links.
 
-Theory of operation. A testbed of two prefill and two decode nodes; 4 KiB messages go from pe0 to de0 and back, all the
-time. Beside them, in turn:
+Theory of operation. In a testbed of two prefill and two decode nodes, 4 KiB messages go from pe0 to de0 and back all
+the time. Beside them, in turn:
 
     idle       nothing
     elsewhere  KV from pe1 to de1, on other NICs: what the processor alone does to the messages
@@ -9,7 +9,7 @@ time. Beside them, in turn:
     classes    the same, two DSCP classes 99 : 1
     kv alone   KV from pe0 to de0, and no messages: what there is to share
 
-Rounds go through all of them, so that a machine that gets slower slows all; a figure is the median of its rounds.
+Each round goes through all phases, so a machine that gets slower slows all; a figure is the median of its rounds.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from dualpath.lab.testbed.shaping import Discipline
 SUBNET = "10.88"
 START_S = 60.0
 SETTLE_S = 0.5
-"""KV under way before messages are timed."""
+"""Time that KV flows before messages are timed."""
 ANSWER_S = 30.0
 STOP_S = 3.0
 WANTED_LATENCY_RATIO = 1.2
@@ -43,7 +43,7 @@ Answer = TypeVar("Answer")
 
 
 class Phase(msgspec.Struct, frozen=True):
-    """Medians over the rounds. No `kv_bytes_per_s` where no KV moved; no messages where only KV did."""
+    """Medians over the rounds. `kv_bytes_per_s` is None if no KV moved; message times are None if only KV did."""
 
     name: str
     p50_us: float | None = None
@@ -54,7 +54,7 @@ class Phase(msgspec.Struct, frozen=True):
 
 
 class QosReport(msgspec.Struct, frozen=True):
-    """What was measured, and the two figures that are wanted: ≤ 1.2 and ≥ 0.95."""
+    """The measurements, and the two figures with a goal: ≤ 1.2 and ≥ 0.95."""
 
     cnic_bytes_per_s: int
     message_bytes: int
@@ -64,7 +64,7 @@ class QosReport(msgspec.Struct, frozen=True):
     latency_ratio: float
     """p50 beside KV in two classes ÷ p50 idle."""
     latency_ratio_busy: float
-    """The same ÷ p50 with KV elsewhere: what is left when the processor is as busy."""
+    """p50 beside KV in two classes ÷ p50 with KV elsewhere: the effect without that of a busy processor."""
     latency_ratio_fifo: float
     """p50 beside KV in one queue ÷ p50 idle."""
     kv_share: float
@@ -78,7 +78,7 @@ class QosReport(msgspec.Struct, frozen=True):
 def measure(
     rate_bytes_per_s: int, seconds: float, rounds: int, on_phase: Callable[[str], None], name: str = "qos"
 ) -> QosReport:
-    """Build a testbed, measure, and remove it. Raises TestbedError."""
+    """Builds a testbed, measures, and removes it. Raises TestbedError."""
     testbed = network.up(make_plan(name, 2, 2, SUBNET), Rates(cnic=rate_bytes_per_s))
     try:
         phases = asyncio.run(_measure(testbed, seconds, rounds, on_phase))
@@ -138,7 +138,7 @@ async def _rounds(
 
 
 async def _phase(name: str, messages: "Peer | None", kv: "Peer | None", seconds: float) -> Phase:
-    """KV first, messages while it flows."""
+    """Starts KV first, then times messages while it flows."""
     kv_order = Order(seconds + 2 * SETTLE_S, SETTLE_S)
     moving = asyncio.create_task(kv.ask(kv_order, Moved)) if kv is not None else None
     await asyncio.sleep(SETTLE_S)
@@ -175,7 +175,7 @@ def _of(value: float | None) -> float:
 
 
 class Peer:
-    """A `qos_peer` process in a node. Raises TestbedError where it ends or does not answer in time."""
+    """A `qos_peer` process in a node. Raises TestbedError if it ends or does not answer in time."""
 
     def __init__(self, node: Node, kind: str, address: str) -> None:
         self._what = f"{kind} in {node.namespace}"
@@ -183,7 +183,7 @@ class Peer:
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> Address:
-        """Its address, or the one it has connected to."""
+        """Returns its address, or the one it has connected to."""
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(
             *self._command, stdin=pipe, stdout=pipe, start_new_session=True
@@ -191,13 +191,13 @@ class Peer:
         return await self._answer(Address, START_S)
 
     async def ask(self, order: Order, kind: type[Answer]) -> Answer:
-        """Let it do something, and wait for what came of it."""
+        """Orders something and returns the answer."""
         assert self._process is not None and self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(order) + b"\n")
         return await self._answer(kind, order.seconds + ANSWER_S)
 
     async def stop(self) -> None:
-        """It leaves when its stdin does; or is ended."""
+        """Closes its stdin, at which it leaves; ends it if it does not."""
         if self._process is None:
             return
         assert self._process.stdin is not None

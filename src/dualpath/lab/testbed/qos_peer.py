@@ -1,10 +1,10 @@
-"""A process of `dualpath testbed qos`, inside a node: it serves a pool, sends messages, or moves KV over our channels.
+"""A process of `dualpath testbed qos` in a node: it serves a pool, sends messages, or moves KV over our channels.
 
-Whoever has to do with messages goes first on the processor: on hardware they come from other processes, on other cores,
-and it is the NIC that is measured here.
+Processes that exchange messages get the processor first: on hardware they run on other cores, and the NIC is what is
+measured here.
 
-It is told what to do by lines of JSON on stdin and answers each with one on stdout; it ends with stdin, so it does not
-outlive whoever started it.
+Orders are lines of JSON on stdin; each is answered by one on stdout. The process ends with its stdin, so it does not
+outlive its parent.
 
 ::
 
@@ -38,14 +38,14 @@ BLOCK_BYTES = 1 << 20
 FLOWS = 4
 """Channels that move KV at once."""
 IN_FLIGHT = 4
-"""Blocks in flight on each."""
+"""Blocks in flight on each channel."""
 PAUSE_S = 0.002
-"""Between two messages: they shall be waited for, not fill the link."""
+"""Pause between two messages, which must be waited for and not fill the link."""
 OP_TIMEOUT_NS = 20_000_000_000
 
 
 class Order(msgspec.Struct, frozen=True):
-    """What to do. `skip_s`: KV of the first moments does not count, while connections find their rate."""
+    """What to do. `skip_s` leaves out the KV of the first moments, while connections find their rate."""
 
     seconds: float
     skip_s: float = 0.0
@@ -67,13 +67,13 @@ class Moved(msgspec.Struct, frozen=True):
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Of a pool that is served."""
+    """Address of a served pool."""
 
     address: str
 
 
 def ping(channel: FramedChannel, order: Order) -> RoundTrips:
-    """Messages of the high class, one at a time."""
+    """Sends messages of the high class, one at a time."""
     payload = bytes(MESSAGE_BYTES)
     times_ns: list[int] = []
     began_ns = time.monotonic_ns()
@@ -88,7 +88,7 @@ def ping(channel: FramedChannel, order: Order) -> RoundTrips:
 
 
 def bulk(channels: list[FramedChannel], order: Order) -> Moved:
-    """Writes of whole blocks of the low class, as fast as they go."""
+    """Writes whole blocks of the low class, as fast as they go."""
     block = np.zeros(BLOCK_BYTES, dtype=np.uint8)
     flows: list[tuple[int, FramedChannel, deque[Future[int]]]] = [(n, one, deque()) for n, one in enumerate(channels)]
     began = time.monotonic()
@@ -142,13 +142,13 @@ def _answer(record: object) -> None:
 
 
 def _go_first() -> None:
-    """Before any thread is started, which inherits it. A container may forbid it: then the processor is in the way."""
+    """Raises the priority before any thread starts, which inherits it. A container may forbid it; then it stays."""
     with suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
 
 def main(kind: str, address: str) -> None:
-    """One of the four."""
+    """Runs one of the four kinds."""
     if kind in ("echo", "ping"):
         _go_first()
     match kind:
@@ -161,7 +161,7 @@ def main(kind: str, address: str) -> None:
         case "bulk":
             _client(address, TrafficClass.LOW, FLOWS, bulk)
         case _:
-            raise SystemExit(f"{kind!r} is none of echo, serve, ping, bulk")
+            raise SystemExit(f"{kind!r} is unknown; use echo, serve, ping or bulk")
 
 
 if __name__ == "__main__":

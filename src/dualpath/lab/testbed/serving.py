@@ -1,4 +1,4 @@
-"""A cluster in a testbed that is up, for as long as somebody wants it."""
+"""Runs a cluster in a testbed that is up, until it is stopped."""
 
 import asyncio
 import os
@@ -21,10 +21,11 @@ def serve_inside(
     then: Sequence[str] = (),
     options: Sequence[str] = (),
 ) -> int:
-    """Serve until SIGINT or SIGTERM, or until the command `then`, which finds the server's address in ``DUALPATH_URL``,
-    has ended. → its exit code, or 0. `options` go to every process of the cluster.
+    """Serves until SIGINT or SIGTERM, or until the command `then` ends, which finds the server's address in
+    ``DUALPATH_URL``. Returns the command's exit code, or 0.
+    `options` go to every process of the cluster.
 
-    Raises LaunchError, OSError; ValueError for what is no topology.
+    Raises LaunchError, OSError, and ValueError for a topology that can't be.
     """
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dualpath-testbed-") as work:

@@ -1,10 +1,10 @@
 """Kernel rates and classes of one network device, as lines for ``tc -batch``.
 
-A rate is kept by HTB where packets leave a device, so a NIC takes two: one at the node's end of its veth pair and one
-at the switch's. Under the root there are two classes, 99 : 1, told apart by DSCP; each may use all that the other
-leaves, and the high one goes first (paper §5). A queue holds a few milliseconds, or one large packet.
+HTB keeps a rate where packets leave a device, so a NIC takes two: one at the node's end of its veth pair and one at the
+switch's. Under the root there are two classes, 99 : 1, told apart by DSCP. Each may use all that the other leaves, and
+the high one goes first (paper §5). A queue holds a few milliseconds, or one large packet.
 
-``fifo`` is the contrast: one queue for everybody.
+``fifo`` is the contrast: one queue for all packets.
 """
 
 from typing import Literal
@@ -21,12 +21,12 @@ MIN_QUEUE_BYTES = 512 * 1024
 MAX_QUEUE_BYTES = 8 * 1024 * 1024
 BURST_S = 0.001
 MIN_BURST_BYTES = 64 * 1024
-"""One packet of segmentation offload."""
+"""Size of one packet of segmentation offload."""
 QUANTUM_BYTES = 64 * 1024
 
 
 def shaping(device: str, rate_bytes_per_s: int | None, discipline: Discipline) -> list[str]:
-    """Lines that give `device` this rate and nothing else; None takes all limits off."""
+    """Returns lines that give `device` exactly this rate; None removes all limits."""
     clear = f"qdisc replace dev {device} root noqueue"
     if rate_bytes_per_s is None:
         return [clear]

@@ -1,4 +1,4 @@
-"""What the testbed's commands print."""
+"""Output of the testbed's commands."""
 
 from rich.table import Table
 
@@ -7,7 +7,7 @@ from dualpath.lab.testbed.qos import WANTED_KV_SHARE, WANTED_LATENCY_RATIO, QosR
 
 
 def status_table(testbed: Testbed, nodes: list[NodeStatus]) -> Table:
-    """A row per NIC."""
+    """Makes a row per NIC."""
     plan = testbed.plan
     table = Table(title=f"testbed {plan.name}: {plan.prefill_engines}P{plan.decode_engines}D", title_justify="left")
     for heading in ("node", "namespace", "processes", "NIC", "address"):
@@ -22,7 +22,7 @@ def status_table(testbed: Testbed, nodes: list[NodeStatus]) -> Table:
 
 
 def qos_table(report: QosReport) -> Table:
-    """A row per phase."""
+    """Makes a row per phase."""
     title = f"{report.message_bytes} B round trips, CNIC {_megabytes(report.cnic_bytes_per_s)}/s"
     table = Table(title=title, title_justify="left")
     table.add_column("beside")
@@ -40,7 +40,7 @@ def qos_table(report: QosReport) -> Table:
 
 
 def qos_lines(report: QosReport) -> list[str]:
-    """What the table means."""
+    """Says what the table means."""
     return [
         f"p50 in two classes: {report.latency_ratio:.2f} × idle (wanted: at most {WANTED_LATENCY_RATIO})",
         f"                    {report.latency_ratio_busy:.2f} × with KV elsewhere, the processor as busy",

@@ -1,1 +1,1 @@
-"""Figures of experiments: each takes a result file and writes one PNG."""
+"""Figures of experiments: each function takes a result file and writes one PNG."""

@@ -1,6 +1,6 @@
-"""Bars: job completion time by setting and system, and beside them what the experiment is about.
+"""Bar charts: job completion time by setting and system, beside a panel on the experiment's subject.
 
-A system has the same colour in both panels, and every bar carries its value, so nothing depends on colour alone.
+A system has the same colour in both panels, and every bar shows its value, so nothing depends on colour alone.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from dualpath.results.file import ResultFile
 from dualpath.results.roles import contenders, foremost
 
 WIDE_BARS = 7
-"""More are too narrow for ratios in the usual size."""
+"""Bars of a figure of usual size; with more, they are too narrow for ratios."""
 SYSTEM_GAP, SETTING_GAP = 0.5, 1.1
-"""Between the bars of two systems, and of two settings; a bar is 1 wide."""
+"""Gaps between the bars of two systems, and of two settings; a bar is 1 wide."""
 MATCH_COLOUR = "#4477AA"
 PAPER_COLOUR = "#D55E00"
 OFFSET: Any = {"textcoords": "offset points", "size": 9}
@@ -27,19 +27,19 @@ DrawPanel = Callable[[Any, ResultFile], None]
 
 
 def draw_traffic(result: ResultFile, path: Path) -> None:
-    """Bars by setting and system; beside them the bytes through each engine's storage NIC."""
+    """Draws bars by setting and system; beside them the bytes through each engine's storage NIC."""
     cells = cells_of(result)
     engines = sum(len(cell.median.snic_bytes) for cell in cells)
     _draw_times_beside(_draw_nics, result, path, (max(3.0, len(cells) * 1.0), max(3.0, engines * 0.62)))
 
 
 def draw_topologies(result: ResultFile, path: Path) -> None:
-    """Bars by topology; beside them the pairs that read with equally many storage NICs, which should tie."""
+    """Draws bars by topology; beside them the pairs that read with equally many storage NICs, which should tie."""
     _draw_times_beside(_draw_matches, result, path, (3, 2))
 
 
 def draw_ablation(result: ResultFile, path: Path) -> None:
-    """Bars by system; beside them the change against basic, with the paper's."""
+    """Draws bars by system; beside them the change against basic, with the paper's."""
     _draw_times_beside(_draw_changes, result, path, (3, 2))
 
 
@@ -69,7 +69,7 @@ def _draw_times(axes: Any, cells: list[Cell]) -> None:
 
 
 def _draw_bar(axes: Any, x: float, cell: Cell, headline: str | None, size: float) -> None:
-    """A median with its range, seconds and ratio on top; hatched and without figures where turns were lost."""
+    """Draws a median with its range, seconds and ratio on top; hatched and without figures if turns were lost."""
     run, times = cell.median, cell.jct
     if not cell.whole:
         axes.bar(x, run.jct_s, width=1, color="white", edgecolor=colour_of(cell.system), hatch="///")
@@ -88,7 +88,7 @@ def _draw_bar(axes: Any, x: float, cell: Cell, headline: str | None, size: float
 
 
 def _draw_nics(axes: Any, result: ResultFile) -> None:
-    """A bar per engine and run, with the balance over those that the system reads with."""
+    """Draws a bar per engine and run, with the balance over the engines that the system reads with."""
     cells = cells_of(result)
     positions = _positions(cells, [len(cell.median.snic_bytes) for cell in cells])
     most = max((n_bytes for cell in cells for n_bytes in cell.median.snic_bytes.values()), default=0) / 1e9
@@ -110,7 +110,7 @@ def _draw_nics(axes: Any, result: ResultFile) -> None:
 
 
 def _positions(cells: list[Cell], counts: list[int]) -> list[list[float]]:
-    """Centres of unit-wide bars, so many for each cell; a gap between cells, a wider one between settings."""
+    """Returns centres of unit-wide bars, `counts` per cell, with wider gaps between settings than between cells."""
     gap = SYSTEM_GAP if max(counts, default=1) > 1 else SYSTEM_GAP / 2
     gaps = [
         0.0 if before is None else gap if before.setting == cell.setting else SETTING_GAP
@@ -121,7 +121,7 @@ def _positions(cells: list[Cell], counts: list[int]) -> list[list[float]]:
 
 
 def _name_settings(axes: Any, cells: list[Cell], positions: list[list[float]], below: float) -> None:
-    """Labels of the settings, centred under their bars."""
+    """Writes the settings' labels centred under their bars."""
     for setting in dict.fromkeys(cell.setting for cell in cells):
         xs = [x for cell, xs in zip(cells, positions, strict=True) if cell.setting == setting for x in xs]
         if xs:

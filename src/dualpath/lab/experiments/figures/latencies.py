@@ -26,11 +26,11 @@ LATENCIES = (
     ("Time per output token (ms)", "tpot", 1e3),
 )
 LEGIBLE_SHARE = 0.07
-"""Of the longest bar: a shorter piece has no figure in it."""
+"""Share of the longest bar below which a piece has no figure in it."""
 
 
 def draw_arrivals(result: ResultFile, path: Path) -> None:
-    """TTFT, TTST and TPOT over agents a second: medians, and the 99th percentiles dashed."""
+    """Draws TTFT, TTST and TPOT over agents per second: medians solid, 99th percentiles dashed."""
     cells = [cell for cell in cells_of(result) if "agents_per_s" in dict(cell.setting.parameters) and cell.whole]
     if not cells:
         raise ValueError("nothing to draw: no run has agents_per_s as a parameter")
@@ -49,7 +49,7 @@ def draw_arrivals(result: ResultFile, path: Path) -> None:
 
 
 def _draw_percentile(axes: Any, cells: list[Cell], field: str, factor: float, **style: Any) -> None:
-    """`field` of one system's runs, in seconds times `factor`, by agents a second."""
+    """Draws `field` of one system's runs, in seconds times `factor`, over agents per second."""
     scaled = [
         (cell, cell.spread(lambda run: None if getattr(run, field) is None else getattr(run, field) * factor))
         for cell in cells
@@ -62,7 +62,7 @@ def _rate(cell: Cell) -> float:
 
 
 def draw_stages(result: ResultFile, path: Path) -> None:
-    """A bar per topology and system: mean seconds in each stage before the first token."""
+    """Draws a bar per topology and system: mean seconds in each stage before the first token."""
     rows = [
         (cell, means_s)
         for cell in cells_of(result)

@@ -14,12 +14,12 @@ Measure = Callable[[Run, float], Balance | None]
 
 
 def draw_snic_balance(result: ResultFile, path: Path) -> None:
-    """Bytes from storage, over the SNICs that a system may read with."""
+    """Draws the balance of bytes from storage, over the SNICs that a system may read with."""
     _draw(result, path, snic_balance, f"Bytes through storage NICs, busiest over average in {WINDOW_S:g} s windows")
 
 
 def draw_attention_balance(result: ResultFile, path: Path) -> None:
-    """Attention in prefill, over the prefill engines."""
+    """Draws the balance of attention in prefill, over the prefill engines."""
     _draw(result, path, attention_balance, f"Attention in prefill, busiest PE over average in {WINDOW_S:g} s windows")
 
 

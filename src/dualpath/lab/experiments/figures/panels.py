@@ -1,4 +1,4 @@
-"""What all figures share: a canvas, lines with ranges, a legend of systems."""
+"""Parts that all figures share: the canvas, lines with ranges, the legend of systems."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ STYLE = {
 
 @contextmanager
 def canvas(path: Path, rows: int, columns: int, height_in: float, **layout: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """A figure and its axes, row by row; written to `path` when left, unless with an exception."""
+    """Yields a figure's axes, row by row; writes the figure to `path` at the end, unless there is an exception."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             rows, columns, figsize=(WIDTH_IN, height_in), layout="constrained", squeeze=False, **layout
@@ -54,7 +54,7 @@ def canvas(path: Path, rows: int, columns: int, height_in: float, **layout: Any)
 
 
 def line(axes: Any, system: str, points: Sequence[tuple[float, Spread]], **style: Any) -> None:
-    """Medians joined, the range over repeats as a whisker."""
+    """Draws joined medians, with the range over repeats as a whisker."""
     xs = [x for x, _ in points]
     middle = [spread.median for _, spread in points]
     axes.plot(xs, middle, marker="o", ms=5, color=colour_of(system), **({"lw": 2} | style))
@@ -64,21 +64,21 @@ def line(axes: Any, system: str, points: Sequence[tuple[float, Spread]], **style
 
 
 def grid(axes: Any) -> None:
-    """Horizontal lines to read values by."""
+    """Draws horizontal lines to read values by."""
     axes.grid(axis="y", color=FAINT, lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="both", length=0)
 
 
 def from_zero(*panels: Any) -> None:
-    """One y axis for all of them, once everything is drawn: from 0 to a little over the highest point."""
+    """Gives all panels one y axis, from 0 to just above the highest point. Call it once everything is drawn."""
     top = max(axes.dataLim.y1 for axes in panels)
     for axes in panels:
         axes.set_ylim(0, top * 1.08 if top > 0 else 1)
 
 
 def ticks_at(axes: Any, values: Iterable[float]) -> None:
-    """Exactly these ticks on a logarithmic x axis."""
+    """Sets exactly these ticks on a logarithmic x axis."""
     found = sorted(set(values))
     if len(found) > 1 and min(found) > 0 and max(found) / min(found) >= 3:
         axes.set_xscale("log")
@@ -87,7 +87,7 @@ def ticks_at(axes: Any, values: Iterable[float]) -> None:
 
 
 def system_legend(figure: Any, systems: Iterable[str], more: Sequence[Any] = (), *, lines: bool = True) -> None:
-    """Under everything."""
+    """Draws the legend under all panels."""
     handles = [
         Line2D([], [], color=colour_of(one), marker="o", ms=5, lw=2, label=one)
         if lines
@@ -103,5 +103,5 @@ def dashed(label: str) -> Any:
 
 
 def label_above(axes: Any, x: float, y: float, text: str, *, lift: float = 3, size: float = 9, **style: Any) -> None:
-    """`text` centred above a point, `lift` typographic points higher."""
+    """Writes `text` centred above a point, `lift` typographic points higher."""
     axes.annotate(text, (x, y), (0, lift), textcoords="offset points", ha="center", va="bottom", size=size, **style)

@@ -1,4 +1,4 @@
-"""Lines over what an experiment varies: job completion time, and its ratio to basic beside the ideal."""
+"""Line charts over what an experiment varies: job completion time, and its ratio to basic beside the ideal."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dualpath.results.roles import foremost, is_oracle
 
 
 def draw_sweep(result: ResultFile, path: Path) -> None:
-    """The first parameter is the x axis; every combination of topology and other parameters has a column."""
+    """Draws the first parameter along x; each combination of topology and other parameters gets a column."""
     cells = cells_of(result)
     names = list(dict.fromkeys(name for cell in cells for name, _ in cell.setting.parameters))
     if not names:
@@ -49,7 +49,7 @@ def draw_sweep(result: ResultFile, path: Path) -> None:
 
 
 def split(cells: list[Cell], axis: str) -> dict[str, list[Cell]]:
-    """Panels by topology and all parameters but `axis`."""
+    """Splits cells into panels by topology and all parameters but `axis`."""
     panels: dict[str, list[Cell]] = {}
     for cell in cells:
         panels.setdefault(cell.setting.label_without(axis), []).append(cell)

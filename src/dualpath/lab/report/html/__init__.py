@@ -1,4 +1,4 @@
-"""Result files as one HTML page."""
+"""Makes one HTML page of result files."""
 
 from dualpath.lab.report.html.page import render, write_report
 

@@ -1,6 +1,6 @@
-"""What a chart is: a figure for plotly.js without its colours of ink and paper, and the same figures as a table.
+"""A chart: a figure for plotly.js without theme colours, and the same values as a table.
 
-The page's script adds what depends on the theme; the table is for readers of screens, paper and precise values.
+The page's script adds what depends on the theme; the table is for screen readers, paper and precise values.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Value = str | float | int | None
 
 
 class Variant(msgspec.Struct, frozen=True):
-    """A chart under one of its section's options."""
+    """The chart under one of its section's options."""
 
     traces: list[dict[str, Any]]
     layout: dict[str, Any]
@@ -21,7 +21,7 @@ class Variant(msgspec.Struct, frozen=True):
 
 
 class Chart(msgspec.Struct, frozen=True):
-    """One figure, with a variant for each option of its section; None where it has nothing to show."""
+    """One figure, with a variant for each option of its section; None if it has nothing to show."""
 
     id: str
     title: str
@@ -36,7 +36,7 @@ class Section(msgspec.Struct, frozen=True):
     title: str
     text: str
     choice: str
-    """What the options are, such as "setting"."""
+    """Kind of the options, such as "setting"."""
     options: list[str]
     charts: list[Chart]
 
@@ -56,7 +56,7 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 def line(
     name: str, colour: str, x: Sequence[Value], y: Sequence[float | None], hover: str, **more: Any
 ) -> dict[str, Any]:
-    """The trace of a line; `hover` is its hover text after the name. `more` goes into its ``line``."""
+    """Makes a line's trace; `hover` is its hover text after the name. `more` goes into its ``line``."""
     return {
         "type": "scatter",
         "mode": "lines",

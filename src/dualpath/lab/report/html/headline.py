@@ -14,11 +14,11 @@ from dualpath.results.roles import contenders, foremost, oracle_among
 
 ENOUGH_REPEATS = 3
 COMPUTE_BOUND = 1.15
-"""Where free I/O would not even gain this, storage is not what the job waits for."""
+"""If free I/O gains less than this, the job does not wait for storage."""
 MAX_NAMED = 4
-"""Of runs in a sentence."""
+"""Runs named in a sentence."""
 BEYOND_IDEAL = 1.05
-"""Of the ideal: more than chance."""
+"""Share of the ideal that is more than chance."""
 
 
 class Card(msgspec.Struct, frozen=True):
@@ -32,7 +32,7 @@ class Card(msgspec.Struct, frozen=True):
 
 
 def cards_of(cells: Sequence[Cell]) -> list[Card]:
-    """A card for each topology of each file."""
+    """Makes a card for each topology of each file."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.setting.place, []).append(cell)
@@ -59,14 +59,14 @@ def _card(title: str, cells: list[Cell]) -> Card:
 
 
 def _ttft_gain(cell: Cell, peers: Comparison) -> float | None:
-    """What agents that arrive at a rate see; how long they take in all is up to the rate."""
+    """Compares TTFTs, because the arrival rate sets how long the agents take in all."""
     basic = peers.cells.get(BASELINE)
     slow_s, fast_s = None if basic is None else basic.median.mean_ttft_s, cell.median.mean_ttft_s
     return slow_s / fast_s if slow_s and fast_s else None
 
 
 def _time_card(title: str, cells: list[Cell]) -> Card:
-    """Where nothing can be compared with the baseline: the time of the last system that was run."""
+    """Makes a card with the time of the last system, for runs that can't be compared with the baseline."""
     system = foremost(systems_of(cells)) or cells[-1].system
     chosen = [cell for cell in cells if cell.system == system]
     runs = [cell.median for cell in chosen]
@@ -92,7 +92,7 @@ def _ideal(runs: list[Run]) -> str:
 
 
 def _repeats(cells: list[Cell]) -> str:
-    """How many runs the figure rests on, and their spread."""
+    """Says how many runs the figure rests on, and their spread."""
     if len(cells) > 1:
         return f"over {len(cells)} settings"
     runs = cells[0].whole
@@ -115,7 +115,7 @@ def _span(values: Iterable[float | None], form: str, unit: str = "") -> str:
 
 
 def meanings(results: Sequence[ResultFile], cells: Sequence[Cell]) -> list[str]:
-    """What the figures mean; of a sweep, where each topology gained least and most."""
+    """Says what the figures mean; for a sweep, where each topology gained least and most."""
     sentences: list[str] = []
     for at, result in enumerate(results):
         name = source_name(results, at)
@@ -145,7 +145,7 @@ def _extremes(cells: list[Cell]) -> Iterator[str]:
 
 
 def cautions(results: Sequence[ResultFile], cells: Sequence[Cell]) -> list[str]:
-    """What to distrust."""
+    """Says what to distrust."""
     found = [*_failed(cells), *_few_repeats(cells), *_overlaps(cells), *_compute_bound(cells), *_beyond_ideal(cells)]
     runs = [run for result in results for run in result.runs]
     measured = [run for result in results for run in result.runs if result.kind != "prediction"]
@@ -156,7 +156,7 @@ def cautions(results: Sequence[ResultFile], cells: Sequence[Cell]) -> list[str]:
             "Agents arrive at a given rate: compare latencies, not job completion times, which the arrivals set."
         )
     if any(turn.timings is None for run in runs for turn in run.turn_results):
-        found.append("Some turns come without stages: all of their time to the first token is shown as prefill.")
+        found.append("Some turns have no stages: all of their time to the first token is shown as prefill.")
     if any(result.kind == "prediction" for result in results):
         found.append("These runs were simulated, not measured.")
     if not any(run.turn_results for run in runs):

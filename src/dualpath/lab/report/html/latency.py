@@ -1,4 +1,4 @@
-"""Charts of single turns: distributions of the latencies, and where the time to the first token went."""
+"""Charts of single turns: distributions of the latencies, and the stages of the time to first token."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,18 +19,18 @@ LATENCIES = {
     "ttst": ("First to second token", "ms", 1e3),
     "tpot": ("Time per token after the first", "ms", 1e3),
 }
-"""Of a turn result's ``<key>_s``: its name, unit and the unit's share of a second."""
+"""By key of a turn result's ``<key>_s``: its name, unit, and units per second."""
 
 
 def latency_section(cells: Sequence[Cell]) -> Section:
-    """By setting: the share of turns that took at most so long, all repeats together."""
+    """By setting, shows the share of turns that took at most a given time, all repeats together."""
     found = comparisons(cell for cell in cells if any(run.turn_results for run in cell.runs))
     groups = [list(one.cells.values()) for one in found]
     charts = [
         Chart(f"cdf-{key}", title, "", [_distribution(group, key) for group in groups])
         for key, (title, _, _) in LATENCIES.items()
     ]
-    text = "Share of the turns that took at most so long, of all repeats together. The further left, the better."
+    text = "Share of the turns that took at most that time, over all repeats. The further left, the better."
     return Section("latency", "Latencies", text, "setting", [one.setting.label for one in found], charts)
 
 
@@ -57,13 +57,13 @@ def _distribution(cells: list[Cell], key: str) -> Variant | None:
 
 
 def _steps(values: NDArray[np.float64]) -> tuple[list[float], list[float]]:
-    """The distribution of sorted `values`; of many, points at even ranks that keep the first and the last."""
+    """Returns the distribution of sorted `values`; of many, points at even ranks, with the first and the last."""
     at = np.unique(np.linspace(0, values.size - 1, min(values.size, MAX_CDF_POINTS)).round().astype(int))
     return [round(float(values[i]), 4) for i in at], [round((int(i) + 1) / values.size, 5) for i in at]
 
 
 def breakdown_section(cells: Sequence[Cell]) -> Section:
-    """By topology: the mean time to first token in its stages, as the server tells it."""
+    """By topology, shows the stages of the mean time to first token, as the server reports them."""
     groups: dict[str, list[Bar]] = {}
     for cell in cells:
         told = [turn for run in cell.runs for turn in run.turn_results if turn.timings is not None]

@@ -1,8 +1,8 @@
-"""Result files → one HTML file that needs nothing else: no server, no network, no other file.
+"""Makes one HTML file of result files that needs nothing else: no server, no network, no other file.
 
-Theory of operation. Everything is worked out here, in Python: cards, sentences, every chart (as a plotly figure without
-its colours of ink and paper) and a column per fact of every turn. The page holds the words as plain HTML, and the rest
-as one JSON document::
+Theory of operation. Python works everything out: cards, sentences, every chart (as a plotly figure without theme
+colours) and one column per fact about turns. The page holds the words as plain HTML, and the rest as one JSON
+document::
 
     result files ──► cells ──► cards, sentences ────────────────► HTML ─┐
                        ├────► charts, tables ──┐                        ├──► report.html
@@ -10,8 +10,8 @@ as one JSON document::
     plotly.js (from the plotly package) ────────────────► gzip, base64 ─┤
     templates/*.css, *.js ──────────────────────────────────────────────┘
 
-The page's own script unpacks both, draws what comes into view, and does the sorting, filtering and zooming. A content
-security policy in the page forbids it any request, so that a file from elsewhere can't tell anyone that it was read.
+The page's own script unpacks both, draws what comes into view, sorts, filters and zooms. A content security policy in
+the page forbids any request, so a file from elsewhere can't tell anyone that it was read.
 """
 
 import base64
@@ -47,17 +47,17 @@ SCRIPTS = ("table.js", "charts.js", "timeline_view.js", "timeline.js", "page.js"
 def write_report(
     result: ResultFile | Sequence[ResultFile], out: Path, prediction: ResultFile | None = None, at_most: int = MAX_TURNS
 ) -> None:
-    """Write the report of one or more results to `out`; its directory must exist.
+    """Writes the report of one or more results to `out`, whose directory must exist.
 
-    Of more than `at_most` turns, whole agents are left out of the table and the timeline. Raises OSError, and
-    ResultFileError for a prediction of other runs.
+    Beyond `at_most` turns, whole agents are left out of the table and the timeline. Raises OSError, and ResultFileError
+    for a prediction of other runs.
     """
     results = [result] if isinstance(result, ResultFile) else list(result)
     write_whole(out, render(results, prediction, at_most).encode())
 
 
 def render(results: Sequence[ResultFile], prediction: ResultFile | None = None, at_most: int = MAX_TURNS) -> str:
-    """The page. Raises ResultFileError for a prediction of other runs, ValueError for no runs."""
+    """Returns the page. Raises ResultFileError for a prediction of other runs, ValueError for no runs."""
     entries = entries_of(results)
     if not entries:
         raise ValueError("nothing to report: the result files have no runs")
@@ -108,7 +108,7 @@ def _sections(
 
 
 def _document(entries: Sequence[Entry], sections: Sequence[Section], turns: Turns) -> dict[str, Any]:
-    """What the page's script reads."""
+    """Returns what the page's script reads."""
     return {
         "sections": sections,
         "runs": {"columns": RUN_COLUMNS, "rows": run_rows(entries), "labels": [entry.label for entry in entries]},
@@ -133,7 +133,7 @@ def _versions() -> str:
 
 
 def _source(name: str) -> Markup:
-    """A stylesheet or script as it is; ours, so it needs no escaping."""
+    """Returns a stylesheet or script unchanged; it is ours and needs no escaping."""
     return Markup((Path(__file__).parents[1] / "templates" / name).read_text(encoding="utf-8"))
 
 
@@ -145,5 +145,5 @@ def _plotly() -> str:
 
 
 def _packed(content: bytes) -> str:
-    """gzip (without a time stamp: the same results give the same page), then base64."""
+    """Compresses with gzip (without a time stamp, so the same results give the same page), then encodes in base64."""
     return base64.b64encode(gzip.compress(content, compresslevel=6, mtime=0)).decode()

@@ -1,4 +1,4 @@
-"""A prediction beside what it predicts: the same runs, simulated from the measurement's own description.
+"""Sets a prediction beside its measurement: the same runs, simulated from the measurement's own description.
 
 Cells are matched by topology, system and parameters; both sides are medians over their repeats.
 """
@@ -15,14 +15,14 @@ from dualpath.results.file import ResultFile, ResultFileError, Run
 
 
 class Pair(msgspec.Struct, frozen=True):
-    """A measured cell and the median of the runs that predict it."""
+    """A measured cell with the median of the runs that predict it."""
 
     cell: Cell
     predicted: Run
 
     @property
     def jct_error(self) -> float:
-        """Predicted over measured, less one."""
+        """Predicted over measured JCT, less one."""
         return self.predicted.jct_s / self.cell.median.jct_s - 1
 
     @property
@@ -32,7 +32,7 @@ class Pair(msgspec.Struct, frozen=True):
 
 
 def pairs_of(cells: Sequence[Cell], prediction: ResultFile | None) -> list[Pair]:
-    """Of every cell that lost no turns and is predicted. Raises ResultFileError for a prediction of other runs."""
+    """Pairs every predicted cell that lost no turns. Raises ResultFileError for a prediction of other runs."""
     if prediction is None:
         return []
     predicted = {_key(cell): cell for cell in cells_of(prediction)}
@@ -46,7 +46,7 @@ def pairs_of(cells: Sequence[Cell], prediction: ResultFile | None) -> list[Pair]
 
 
 def prediction_sentence(pairs: Sequence[Pair]) -> str | None:
-    """How far off, over all pairs; None without any."""
+    """Says how far off the predictions are, over all pairs; None without any."""
     if not pairs:
         return None
     text = f"Predicted job completion times are off by {_off([pair.jct_error for pair in pairs])}"
@@ -62,7 +62,7 @@ def _off(errors: Sequence[float]) -> str:
 
 
 def prediction_section(pairs: Sequence[Pair]) -> Section:
-    """Measured (filled) and predicted (outlined) bars, with the error of each."""
+    """Makes bars of measured (filled) and predicted (outlined) times, with the error of each."""
     jct = [(pair, pair.cell.median.jct_s, pair.predicted.jct_s) for pair in pairs]
     ttft = [(pair, pair.cell.median.mean_ttft_s, pair.predicted.mean_ttft_s) for pair in pairs]
     known = [(pair, measured_s, predicted_s) for pair, measured_s, predicted_s in ttft if measured_s and predicted_s]

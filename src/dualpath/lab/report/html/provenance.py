@@ -8,7 +8,7 @@ from dualpath.spec.units import format_bytes, format_rate
 
 
 def provenance(result: ResultFile) -> list[tuple[str, str]]:
-    """Configuration and workload; the cluster's, where all runs had the same."""
+    """Configuration and workload; the cluster's setup too, if all runs had the same."""
     made, work = result.configuration, result.workload
     rows = [
         ("machine", made.machine),

@@ -1,4 +1,4 @@
-"""The runs of a page: each with its place and label, and the table of runs."""
+"""The page's runs, each with its place and label, and the table of runs."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,21 +14,21 @@ class Entry(msgspec.Struct, frozen=True):
 
     number: int
     source: int
-    """Index of its result file."""
+    """Index of the result file."""
     setting: Setting
     run: Run
     label: str
-    """``1P2D dualpath``, with the number of the repeat where there are several."""
+    """``1P2D dualpath``, with the repeat's number if there are several."""
 
 
 class Column(msgspec.Struct, frozen=True):
     """A column of a table that can be sorted and filtered."""
 
     key: str
-    """As filters name it: ``ttft>500``."""
+    """Name in filters: ``ttft>500``."""
     label: str
     digits: int | None = None
-    """After the decimal point; None for text."""
+    """Digits after the decimal point; None for text."""
 
 
 _RUN_FIGURES: list[tuple[Column, Callable[[Entry], Value]]] = [
@@ -56,7 +56,7 @@ RUN_COLUMNS = [column for column, _ in _RUN_FIGURES]
 
 
 def entries_of(results: Sequence[ResultFile]) -> list[Entry]:
-    """Every run, in the order of the files and of their runs."""
+    """Returns every run, in the order of the files and of their runs."""
     entries: list[Entry] = []
     for source, result in enumerate(results):
         repeated = any(run.repeat for run in result.runs)
@@ -67,12 +67,12 @@ def entries_of(results: Sequence[ResultFile]) -> list[Entry]:
 
 
 def cells_of_files(results: Sequence[ResultFile]) -> list[Cell]:
-    """The cells of each file, one file after another."""
+    """Returns the cells of each file, one file after another."""
     return [cell for at, result in enumerate(results) for cell in cells_of(result, source_name(results, at))]
 
 
 def source_name(results: Sequence[ResultFile], index: int) -> str:
-    """What a file is called on the page: nothing if it is the only one; numbered where two have the same name."""
+    """Names a file on the page: empty if it is the only one; numbered if two have the same name."""
     names = [result.name for result in results]
     if len(names) == 1:
         return ""
@@ -80,7 +80,7 @@ def source_name(results: Sequence[ResultFile], index: int) -> str:
 
 
 def run_rows(entries: Sequence[Entry]) -> list[list[Value]]:
-    """A row for each run, a value for each of `RUN_COLUMNS`."""
+    """Returns a row per run, with a value for each of `RUN_COLUMNS`."""
     return [[figure(entry) for _, figure in _RUN_FIGURES] for entry in entries]
 
 

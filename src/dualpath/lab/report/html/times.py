@@ -11,13 +11,13 @@ from dualpath.results.file import Run
 from dualpath.results.roles import foremost
 
 ROOMY = 4
-"""Settings in a chart whose bars have room for seconds too."""
+"""Number of settings up to which a chart's bars have room for seconds too."""
 MAX_TOGETHER = 8
-"""Settings in one chart; with more, a chart for each topology."""
+"""Settings in one chart; beyond this, each topology has its own chart."""
 
 
 def times_section(cells: Sequence[Cell]) -> Section:
-    """Bars by setting and system, with the range of the repeats; nothing for one bar, which a card tells as well."""
+    """Makes bars by setting and system, with the range of the repeats; nothing for a single bar, which a card shows."""
     if len(cells) < 2:
         return Section("times", "Job completion time", "", "", [], [])
     groups: dict[str, list[Cell]] = {"all": list(cells)}
@@ -89,7 +89,7 @@ def _tick(cell: Cell) -> str:
 
 
 def _figures_on_bar(cells: list[Cell], brief: bool) -> dict[str, Any]:
-    """Over the whiskers, where plotly's own labels would be under them."""
+    """Puts figures above the whiskers, because plotly's own labels would be under them."""
     return {
         "type": "scatter",
         "mode": "text",
@@ -133,7 +133,7 @@ SWEPT: dict[str, tuple[str, Callable[[Cell], float | None]]] = {
 
 
 def sweep_section(cells: Sequence[Cell]) -> Section:
-    """Lines along each parameter with more than one value, what else varies held fixed."""
+    """Makes lines along each parameter with more than one value, with all other parameters fixed."""
     sweeps = _sweeps([cell for cell in cells if not cell.median.errors])
     charts = [
         Chart(f"sweep-{index}", title, "", [_lines(key, group, unit, figure) for (key, _), group in sweeps.items()])

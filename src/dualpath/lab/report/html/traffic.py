@@ -1,4 +1,4 @@
-"""Charts of the storage NICs: bytes by engine, and where samples were taken, their rate and balance over time."""
+"""Charts of the storage NICs: bytes by engine, and rate and balance over time if there are samples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +12,14 @@ from dualpath.results.file import ResultFile
 from dualpath.results.roles import is_oracle, readers
 
 MAX_POINTS = 240
-"""Windows in a chart of rates: as many as a screen can show apart."""
+"""Windows in a chart of rates: as many as a screen can separate."""
 WINDOW_S = 1.0
-"""As the paper's figures have it. Engines count a read when it is done, so shorter windows show their pace of counting;
+"""Window of the paper's figures. Engines count a read when it is done, so shorter windows show when reads are counted;
 longer runs have wider windows, so that there are at most `MAX_POINTS`."""
 
 
 def traffic_section(cells: Sequence[Cell]) -> Section:
-    """By setting: what each engine's SNIC received, and max/avg over windows of each system's median run."""
+    """By setting: each engine's SNIC bytes, and max/avg over windows of each system's median run."""
     found = comparisons(cells)
     groups = [list(one.cells.values()) for one in found]
     bytes_note = (
@@ -92,9 +92,9 @@ def _balance(cells: list[Cell]) -> Variant | None:
 
 
 def rates_section(entries: Sequence[Entry], results: Sequence[ResultFile]) -> Section:
-    """By run with samples: each SNIC's rate over time, beside the rate that it is held to."""
+    """By run with samples: each SNIC's rate over time, beside the rate limit."""
     sampled = [entry for entry in entries if len(entry.run.snic_samples) > 1]
-    note = f"Received from storage, in windows of {WINDOW_S:g} s or more. Dashed: the rate that each NIC was held to."
+    note = f"Received from storage, in windows of {WINDOW_S:g} s or more. Dashed: the rate limit of each NIC."
     charts = [Chart("snic-rate", "Rate of each storage NIC", note, [_rates(entry, results) for entry in sampled])]
     return Section("rates", "NIC rates", "", "run", [entry.label for entry in sampled], charts)
 

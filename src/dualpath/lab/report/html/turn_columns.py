@@ -1,7 +1,7 @@
-"""Every turn, column by column, for the page's table and timeline.
+"""All turns as columns, for the page's table and timeline.
 
-A page stays quick up to about `MAX_TURNS` turns; of more, whole agents are left out evenly, in every run alike, so that
-a lane of the timeline is complete or absent. Charts are drawn from all turns.
+A page stays quick up to about `MAX_TURNS` turns. Beyond that, whole agents are left out evenly, the same in every run,
+so that a lane of the timeline is complete or absent. Charts are drawn from all turns.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ TURN_COLUMNS = [
 
 
 class RunTurns(msgspec.Struct, frozen=True):
-    """The turns of one run. Times in milliseconds from the run's start; a column per fact, all of one length."""
+    """One run's turns: a column per fact, all of one length. Times in milliseconds from the run's start."""
 
     run: int
     agents: list[str]
@@ -58,7 +58,7 @@ class Turns(msgspec.Struct, frozen=True):
 
 
 def turns_of(entries: Sequence[Entry], at_most: int = MAX_TURNS) -> Turns:
-    """The turns of every run that has any, of one agent in so many where they are more than `at_most`."""
+    """Returns the turns of every run that has any; beyond `at_most`, of every n-th agent only."""
     timed = [entry for entry in entries if entry.run.turn_results]
     all_turns = sum(len(entry.run.turn_results) for entry in timed)
     step = -(-all_turns // at_most)

@@ -45,7 +45,7 @@ function themedTrace(trace, { ink, paper }) {
   return themed;
 }
 
-// A section of charts with, if it has several options, a choice between them.
+// A section of charts, with a choice if it has several options.
 class ChartSection {
   constructor(section) {
     this.section = section;
@@ -101,7 +101,7 @@ class Charts {
     this.sections.forEach(({ root }) => watcher.observe(root));
   }
 
-  // In the theme's colours, those that have been seen; or every one from scratch, which also measures its room.
+  // Redraws the charts that have been seen in the theme's colours; or all from scratch, which also measures their room.
   redraw(every = false) {
     if (every) for (const plot of document.querySelectorAll(".plot")) Plotly.purge(plot);
     for (const section of this.sections) if (section.drawn || every) section.draw();

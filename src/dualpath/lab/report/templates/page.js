@@ -1,4 +1,4 @@
-// Unpacks the document and plotly.js, then puts the page together. Asks no host for anything.
+// Unpacks the document and plotly.js, then builds the page. It makes no network request.
 "use strict";
 
 async function unpacked(id) {
@@ -37,7 +37,7 @@ function isDark() {
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
-// Paper is light and as wide as a page: everything is drawn anew for it, also what has not been in view yet.
+// Paper is light and as wide as a page, so everything is redrawn for it, also what has not been in view yet.
 function watchTheme(redraw) {
   const root = document.documentElement.dataset;
   document.getElementById("theme").addEventListener("click", () => {

@@ -42,7 +42,7 @@ function plainTable(columns, rows) {
 }
 
 class DataTable {
-  // `example` is of a filter; `value(row, key)` gives a cell's value; rows are numbered from 0 to `count`.
+  // `example` shows a filter; `value(row, key)` returns a cell's value; rows are numbered from 0 up to `count`.
   constructor(root, name, example, columns, count, value) {
     Object.assign(this, { name, example, columns, count, value, page: 0, sorted: null, descending: false });
     this.rows = Array.from({ length: count }, (_, row) => row);
@@ -95,7 +95,7 @@ class DataTable {
     return button;
   }
 
-  // Numbers begin with the largest, text with A; another click turns it round. What is missing comes last.
+  // Numbers begin with the largest, text with A; another click reverses the order. Missing values come last.
   sort(column) {
     this.descending = this.sorted === column ? !this.descending : column.digits !== null;
     this.sorted = column;
@@ -131,7 +131,7 @@ class DataTable {
     this.show();
   }
 
-  // A term as a test of a row; null for a comparison with a column that there is not.
+  // Turns a term into a test of a row; null if it compares an unknown column.
   test(term) {
     const found = COMPARISON.exec(term);
     if (found === null) {

@@ -1,4 +1,4 @@
-// The timeline on its canvas: drawing, pointing, keys. What is in view is up to TimelineView.
+// The timeline on its canvas: drawing, pointing, keys. TimelineView knows what is in view.
 "use strict";
 
 const AXIS_HEIGHT = 26;
@@ -159,7 +159,7 @@ class Timeline {
     return label.length > most ? `…${label.slice(1 - most)}` : label;
   }
 
-  // At least a pixel for a span, so that no turn is lost; stages too narrow to see give way to the next.
+  // A span takes at least a pixel, so that no turn is lost; a stage too narrow to see gives way to the next.
   paintSpan(context, { turn, first, edges }, top, height, width) {
     const left = Math.max(this.x(edges[0], width), this.gutter);
     let x = left;
@@ -183,7 +183,7 @@ class Timeline {
     }
   }
 
-  // Where a pointer is: the time, the height within the lanes, and the turn there.
+  // Returns the pointer's time, its height within the lanes, and the turn there.
   under(event) {
     const box = this.canvas.getBoundingClientRect();
     const { view } = this;

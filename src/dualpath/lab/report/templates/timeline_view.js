@@ -39,7 +39,7 @@ class TimelineView {
     spans.forEach((own, engine) => this.packed(engines[engine], own));
   }
 
-  // Each span into the first lane of its engine that is free by then.
+  // Puts each span into its engine's first free lane.
   packed(label, spans) {
     const lanes = [{ label, spans: [] }];
     const free = [-Infinity];
@@ -52,7 +52,7 @@ class TimelineView {
     this.lanes.push(...lanes);
   }
 
-  // The stages `first` up to `last` of a turn: where they begin and end.
+  // Returns where a turn's stages from `first` up to `last` begin and end.
   span(turn, first, last) {
     const { columns } = this.run;
     const edges = [columns.start[turn]];
@@ -66,7 +66,7 @@ class TimelineView {
     this.scroll = 0;
   }
 
-  // `share` of the view stays where it is.
+  // Zooms around the point at `share` of the view.
   zoom(factor, share = 0.5) {
     const width = Math.min(Math.max((this.to - this.from) * factor, 1), this.end * 1.005);
     const fixed = this.from + share * (this.to - this.from);
@@ -75,7 +75,7 @@ class TimelineView {
     this.move(0, 0);
   }
 
-  // By a share of the view in time, and by pixels of lanes.
+  // Moves by a share of the view in time, and by pixels of lanes.
   move(share, pixels) {
     const width = this.to - this.from;
     this.from = Math.min(Math.max(this.from + share * width, 0), Math.max(0, this.end * 1.005 - width));
@@ -88,7 +88,7 @@ class TimelineView {
     return this.lanes.length * this.laneHeight > this.height;
   }
 
-  // The turn at a time and a height within the lanes; null for none.
+  // Returns the turn at a time and a height within the lanes, or null.
   turnAt(time, y, slack) {
     const lane = this.lanes[Math.floor((y + this.scroll) / this.laneHeight)];
     const found = lane?.spans.find(({ from, to }) => from - slack <= time && time <= to + slack);
