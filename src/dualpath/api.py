@@ -5,12 +5,13 @@ Functions here are synchronous, even while an event loop is running (a notebook)
 """
 
 import asyncio
+import http.client
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -123,19 +124,37 @@ def ask(url: str, prompt: str | Sequence[int], *, api_key: str | None = None, **
     request = urllib.request.Request(f"{url}/completions", msgspec.json.encode(body), headers)
     try:
         with urllib.request.urlopen(request, timeout=ASK_TIMEOUT_S) as response:
-            told = msgspec.json.decode(response.read())
+            told = msgspec.json.decode(response.read(), type=_Told)
     except urllib.error.HTTPError as error:
         raise AskError(error.code, _message(error.read())) from error
-    except OSError as error:
-        raise AskError(0, f"{url} does not answer ({error}); check that the server runs there") from error
-    choice, usage = told["choices"][0], told["usage"]
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise AskError(0, f"{url} does not answer as an OpenAI server: {error}") from error
+    (choice, *_), usage = told.choices, told.usage
     return Answer(
-        text=choice["text"],
-        finish_reason=choice["finish_reason"],
-        prompt_tokens=usage["prompt_tokens"],
-        cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
-        generated_tokens=usage["completion_tokens"],
+        text=choice.text,
+        finish_reason=choice.finish_reason,
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=(usage.prompt_tokens_details or {}).get("cached_tokens") or 0,
+        generated_tokens=usage.completion_tokens,
     )
+
+
+class _Choice(msgspec.Struct):
+    text: str
+    finish_reason: str
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: dict[str, int | None] | None = None
+
+
+class _Told(msgspec.Struct):
+    """What is read of a completion."""
+
+    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
+    usage: _Usage
 
 
 def _message(body: bytes) -> str:

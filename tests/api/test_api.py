@@ -70,11 +70,11 @@ def test_what_cannot_be_simulated_is_a_value_error(question: dict[str, object], 
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """Answers every request with a 503 of OpenAI's form, or with no JSON at all."""
+    """Answers every request with a 503 of OpenAI's form, with no JSON at all, or with what is no completion."""
 
     def do_POST(self) -> None:
         body = b'{"error": {"message": "no engine is left"}}' if "v1" in self.path else b"<html>"
-        self.send_response(503)
+        self.send_response(200 if "fine" in self.path else 503)
         self.end_headers()
         self.wfile.write(body)
 
@@ -95,6 +95,12 @@ def test_a_refusal_has_its_status_and_message(refusing: str) -> None:
     assert refused.value.status == 503
     with pytest.raises(dualpath.AskError, match=r"^<html>$"):
         dualpath.ask(refusing, "hello")
+
+
+def test_an_answer_that_is_no_completion_is_said(refusing: str) -> None:
+    with pytest.raises(dualpath.AskError, match="/fine does not answer as an OpenAI server") as strange:
+        dualpath.ask(f"{refusing}/fine", "hello")
+    assert strange.value.status == 0
 
 
 def test_nobody_there_is_said() -> None:

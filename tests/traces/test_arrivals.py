@@ -1,9 +1,9 @@
-"""Poisson arrivals and pauses: means, spread, order, seeds, refusals."""
+"""Poisson arrivals: means, spread, order, seeds, refusals."""
 
 import numpy as np
 import pytest
 
-from dualpath.traces.arrivals import pauses_ns, poisson_arrivals_ns
+from dualpath.traces.arrivals import poisson_arrivals_ns
 
 
 def test_gaps_between_arrivals_are_exponential_with_the_given_rate():
@@ -21,20 +21,7 @@ def test_more_arrivals_and_faster_ones_keep_the_pattern():
     assert np.abs(few - 2 * fast).max() <= 2
 
 
-def test_pauses_have_the_mean_and_the_spread():
-    pauses_s = pauses_ns(3.0, 50_000, spread=0.5, seed=2) / 1e9
-    assert pauses_s.mean() == pytest.approx(3, rel=0.02)
-    assert pauses_s.std() == pytest.approx(1.5, rel=0.02)
-    assert pauses_ns(3.0, 3, spread=0).tolist() == [3_000_000_000] * 3
-    assert pauses_ns(0, 2).tolist() == [0, 0]
-
-
 @pytest.mark.parametrize(("rate", "count"), [(0, 5), (-1, 5), (float("inf"), 5), (1, 0)])
 def test_impossible_arrivals_are_refused(rate, count):
     with pytest.raises(ValueError, match="must be above zero"):
         poisson_arrivals_ns(rate, count)
-
-
-def test_impossible_pauses_are_refused():
-    with pytest.raises(ValueError, match="from 0 up"):
-        pauses_ns(-1, 5)
