@@ -61,7 +61,7 @@ def test_plan_is_what_the_command_does(tmp_path: Path) -> None:
         ({"cluster": "ds9b"}, "no cluster 'ds9b': give one of "),
         ({"cluster": "ds27b-1p1d", "trace": "none.json"}, "none.json"),
         ({"cluster": "ds27b-1p1d", "system": "fast"}, "unknown system 'fast'"),
-        ({"cluster": "ds27b-1p1d", "faults": ["flood"]}, "'flood' is no fault"),
+        ({"cluster": "ds27b-1p1d", "faults": ["flood"]}, "'flood' is not a fault"),
     ],
 )
 def test_what_cannot_be_simulated_is_a_value_error(question: dict[str, object], message: str) -> None:

@@ -1,4 +1,4 @@
-"""When agents start and how long they pause: Poisson arrivals, think and tool time. Integer nanoseconds, seeded."""
+"""When agents start: Poisson arrivals. Integer nanoseconds, seeded."""
 
 import math
 
