@@ -15,6 +15,8 @@ from dualpath.client.resume import Journal
 from dualpath.client.rollout import ReplayOptions, Rollout, identity_of
 from dualpath.traces.trajectory import Round, Trajectory
 
+pytestmark = pytest.mark.slow
+
 CHILD = Trajectory(id="a1/0", rounds=(Round(append_tokens=20, generate_tokens=3),))
 AGENTS = [
     Trajectory(

@@ -17,6 +17,8 @@ from dualpath.spec.sampling import SamplingParams
 from .conftest import ask, cluster_config, in_cluster
 from .test_token_equality import appended
 
+pytestmark = pytest.mark.slow
+
 Reference = Callable[[str, list[int], int], list[int]]
 TOKENS = 100
 HEARTBEAT_NS = 50_000_000

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from dualpath.cluster.generator import GenerateRequest
 from dualpath.cluster.local import Cluster
 from dualpath.core.journal import replay
@@ -11,6 +13,8 @@ from dualpath.spec.sampling import SamplingParams
 
 from .conftest import ask, cluster_config, fresh_gauges, gauge, in_cluster, nothing_held
 from .test_token_equality import appended
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_restarted_cluster_finds_its_prefixes(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from dualpath.cluster.local import Cluster
 from .conftest import Answer, ask, cluster_config, gauge, in_cluster, nothing_held, running
 from .test_token_equality import appended
 
+pytestmark = pytest.mark.slow
+
 
 def test_clusters_on_one_store_hit_each_others_blocks(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """Both are up before anything is written. One evicts what the other's index names: a miss there, no more."""

@@ -17,6 +17,8 @@ from dualpath.core.vocabulary import RequestFacts
 from .conftest import ask, cluster_config, gauge, in_cluster
 from .test_token_equality import appended
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_store_removed_under_the_server_comes_back_by_itself(
     checkpoint: Callable[[str], Path], reference: Callable[[str, list[int], int], list[int]], tmp_path: Path

@@ -16,6 +16,8 @@ import pytest
 
 from dualpath.results import load_results
 
+pytestmark = pytest.mark.slow
+
 START_S = 60.0
 STOP_S = 20.0
 

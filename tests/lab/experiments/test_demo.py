@@ -11,6 +11,8 @@ from dualpath.lab.experiments.conditions import DEMO
 from dualpath.lab.experiments.series import agents_under
 from dualpath.results import load_results
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def demo(bench, monkeypatch):

@@ -20,6 +20,8 @@ from dualpath.lab.experiments.local_cluster import LaunchError
 from dualpath.lab.experiments.series import series_of
 from dualpath.results import load_results
 
+pytestmark = pytest.mark.slow
+
 SMALL = Conditions(
     topologies=("1P1D",), systems=("basic", "dualpath"), agents=2, turns=2, context_tokens=200, generate_tokens=4
 )

@@ -10,10 +10,13 @@ from dualpath.lab.report.html import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None,
-    reason="no chromium and chromedriver on the PATH (Debian: apt-get install chromium chromium-driver)",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        CHROMIUM is None or DRIVER is None,
+        reason="no chromium and chromedriver on the PATH (Debian: apt-get install chromium chromium-driver)",
+    ),
+    pytest.mark.slow,
+]
 FLAGS = (
     "--headless=new",
     "--no-sandbox",

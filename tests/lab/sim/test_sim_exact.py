@@ -3,6 +3,8 @@
 import pytest
 from small_cluster import machine_of, simulate, some_agents
 
+pytestmark = pytest.mark.slow
+
 
 def mean(values: "list[float]") -> float:
     return sum(values) / len(values)

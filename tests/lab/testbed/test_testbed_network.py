@@ -16,7 +16,7 @@ from dualpath.lab.testbed.failure import TestbedError
 from dualpath.lab.testbed.network import Testbed, down, leftovers, load, set_rates, status, up
 from dualpath.lab.testbed.plan import Rates, make_plan
 
-pytestmark = pytest.mark.privileged
+pytestmark = [pytest.mark.privileged, pytest.mark.slow]
 SEND = """
 import socket, sys, time
 target = socket.create_connection((sys.argv[1], 7777))
