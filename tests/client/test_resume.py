@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 
@@ -62,6 +63,8 @@ def interrupted(fake, path, after):
 
     asyncio.run(part())
     journal.close()
+    for _ in range(2):  # what was on its way when the client left has reached the server by then
+        urllib.request.urlopen(f"{fake.url}/models").read()
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -46,7 +46,7 @@ def test_an_engine_that_does_not_fit_is_told_so(joined: tuple[str, str], model: 
     """Another model's engine, and one whose coordinator's address is none: a line on stderr, exit code 1."""
     _, address = joined
     other = make_checkpoint(tmp_path / "other", "llama", seed=1)
-    cases = ((other, address, "is not the cluster's"), (model, "nonsense", "'nonsense' is no address"))
+    cases = ((other, address, "is not the cluster's"), (model, "nonsense", "'nonsense' is not an address"))
     shared = ("engine", "--role", "decode", "--store", tmp_path / "store", *TCP_ENGINE)
     engines = [
         subprocess.Popen(
