@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dualpath.core.policy import PolicyError
 from dualpath.core.read_path import MIN_SPLIT_BLOCKS, READ_PATHS, PathFacts, ReadPath, choose_legs, find_read_path
 from dualpath.core.vocabulary import Leg, Side
+from dualpath.spec.registry import UnknownNameError
 
 
 def legs(name: str, blocks: int, pe: int = 0, de: int = 0, *, buffer: int = 1_000, turn: int = 0) -> tuple[Leg, ...]:
@@ -102,7 +104,18 @@ def test_a_function_elsewhere_is_a_read_path_of_both_sides() -> None:
     assert legs(f"{__name__}:a_third", 9) == (Leg(Side.PE, 0, 3), Leg(Side.DE, 3, 6))
 
 
-@pytest.mark.parametrize("blocks", [-1, 10])
-def test_a_rule_that_gives_less_than_none_or_more_than_all_is_named(blocks: int) -> None:
-    with pytest.raises(ValueError, match=f"gives the PE {blocks} of 9 hit blocks"):
-        choose_legs(ReadPath(lambda _: blocks), PathFacts(9, 0, 0, 100, 0))
+@pytest.mark.parametrize("blocks", [-1, 10, 0.5, None])
+def test_a_rule_that_decides_what_cannot_be_is_named(blocks: object) -> None:
+    def rule(_: PathFacts) -> object:
+        return blocks
+
+    with pytest.raises(PolicyError, match=rf"rule gives the PE {blocks!r} of 9 hit blocks"):
+        choose_legs(ReadPath(rule), PathFacts(9, 0, 0, 100, 0))  # type: ignore[arg-type]
+
+
+NO_RULE = 42
+
+
+def test_what_is_no_function_is_no_read_path() -> None:
+    with pytest.raises(UnknownNameError, match="is 42, which is no function"):
+        find_read_path(f"{__name__}:NO_RULE")

@@ -237,3 +237,40 @@ def test_checks_can_be_turned_off_to_measure_them(
     into = bytearray(768)
     store.read(space, key, into)
     assert into.startswith(b"wrong")
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, loop, device])
+def test_what_is_no_file_is_a_bad_block_and_hangs_nobody(
+    make: Callable[[Path], object], store: PosixStore, write_chain: WriteChain, path_of: PathOf, space: Namespace
+) -> None:
+    """A FIFO would wait for a writer, a device give bytes without end; scans and descriptions pass by as well."""
+    keys = write_chain(3)
+    path_of(keys[1]).unlink()
+    make(path_of(keys[1]))
+    assert fault_of(store, space, keys[1]) in (BlockFault.HEADER, BlockFault.IO)
+    assert {record.key for record in store.scan()} == {keys[0], keys[2]}
+    description = path_of(keys[0]).parents[1] / "namespace.json"
+    description.unlink(missing_ok=True)
+    make(description)
+    assert store.descriptions() == {space.root: None}
+
+
+def test_a_shard_that_is_something_else_is_passed_by(
+    store: PosixStore, write_chain: WriteChain, path_of: PathOf, space: Namespace
+) -> None:
+    keys = write_chain(2)
+    taken = {key.hex()[:2] for key in keys}
+    shard = path_of(keys[0]).parents[1] / next(name for n in range(256) if (name := f"{n:02x}") not in taken)
+    for make in (os.mkfifo, Path.touch, loop):
+        make(shard)
+        assert {record.key for record in store.scan()} == set(keys)
+        assert store.leftovers() == [] and store.quarantined(space.root) == 0
+        shard.unlink()

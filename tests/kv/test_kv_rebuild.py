@@ -1,3 +1,4 @@
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -69,8 +70,10 @@ def test_orphans_and_bad_blocks_are_reported_then_cleaned(
     assert sorted(record.key for record in store.scan()) == sorted([chain[0], damaged[0]])
 
 
-def test_an_unreadable_store_is_an_error(store: PosixStore, tmp_path: Path, space: Namespace) -> None:
-    directory = tmp_path / "store" / space.hex
-    (directory / "ab").touch()
+def test_an_unreadable_store_is_an_error(store: PosixStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> object:
+        raise OSError(errno.EIO, "the disk is worn")
+
+    monkeypatch.setattr("dualpath.kv.stores.posix_directory.os.scandir", broken)
     with pytest.raises(StoreError, match="cannot be searched"):
         rebuild(PrefixIndex(), store)

@@ -52,14 +52,14 @@ EXAMPLES = """\
 examples:
   dualpath demo                                      basic, dualpath and oracle side by side, in minutes
   dualpath experiment ablation                       one of the paper's experiments on real clusters
-    dualpath report results/demo.json                  one HTML page: charts, every turn, a timeline
+  dualpath report results/demo.json                  one HTML page: charts, every turn, a timeline
   dualpath serve --model DIR --store DIR             an OpenAI server on http://127.0.0.1:8000/v1
   dualpath serve --topology 1P2D --model DIR --store DIR --snic-rate 100MB/s
-    dualpath store stat DIR                            what a store holds
+  dualpath store stat DIR                            what a store holds
   dualpath plan ds660b-2p4d                          what a cluster can do, and what limits it
   dualpath simulate ds660b-2p4d --agents 500         the same scheduler under a virtual clock, any cluster size
   dualpath profile --model DIR --store DIR           measure this machine, for plan and simulate
-    dualpath paper                                     simulate the paper's evaluation, theirs beside ours
+  dualpath paper                                     simulate the paper's evaluation, theirs beside ours
   sudo dualpath testbed up 1P2D                      network namespaces, kernel rates, a real object server
   dualpath COMMAND --help                            a command's options, with examples
 """

@@ -28,7 +28,7 @@ run, so an interrupted experiment keeps its finished runs.
 examples:
   dualpath experiment --list                            what there is, what it mirrors, what to expect
   dualpath experiment pd-ratio                          six minutes on two quiet cores
-    dualpath experiment ablation --quick                  a minute or two, to see that it works
+  dualpath experiment ablation --quick                  a minute or two, to see that it works
   dualpath experiment ablation --repeat 3               medians and ranges of three
   dualpath experiment append-scaling --values append_tokens=32,256 --topologies 1P1D
   dualpath experiment traces --trace sessions/*.json --agents 6

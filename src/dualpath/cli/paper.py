@@ -22,7 +22,7 @@ that are run replace their earlier rows; the others stay.
 examples:
   dualpath paper
   dualpath paper cache-compute pd-range ablation --jobs 4 --json rows.json
-    dualpath paper offline pd-sweep --scale 0.25         a quarter of the agents: quicker, but not the paper's setup
+  dualpath paper offline pd-sweep --scale 0.25         a quarter of the agents: quicker, but not the paper's setup
 """
 
 

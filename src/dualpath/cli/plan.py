@@ -8,7 +8,8 @@ from dualpath.cli.arguments import CLUSTER_HELP, add_profile, add_source, comman
 from dualpath.cli.outcome import new_console, usage_errors, write_json
 
 EXAMPLES = f"""\
-{CLUSTER_HELP} The rates are upper bounds, in closed form.
+{CLUSTER_HELP}
+The rates are upper bounds, in closed form.
 
 examples:
   dualpath plan ds660b-2p4d

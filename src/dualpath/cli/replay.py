@@ -19,8 +19,8 @@ examples:
   dualpath replay URL --trace conversation_trace.jsonl --agents 200             a Mooncake trace
   dualpath replay URL --trace mini-swe/ --tokenizer MODEL/tokenizer.json        sessions with their text
   dualpath replay URL --trace 32K --aps 0.5 --duration 10min --ttft 4s --tpot 50ms
-    dualpath replay URL --trace 32K --find-aps 0.1:3 --duration 10min             the most agents per second
-    dualpath replay URL --trace 64K --agents 500 --resume                         continue after Ctrl-C
+  dualpath replay URL --trace 32K --find-aps 0.1:3 --duration 10min             the most agents per second
+  dualpath replay URL --trace 64K --agents 500 --resume                         continue after Ctrl-C
 """
 
 

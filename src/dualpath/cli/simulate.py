@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from dualpath.lab.sim.simulator import Simulator
 
 EXAMPLES = f"""\
-{CLUSTER_HELP} All agents start at once, unless --aps gives a rate of arrivals.
+{CLUSTER_HELP}
+All agents start at once, unless --aps gives a rate of arrivals.
 
 examples:
   dualpath simulate ds660b-2p4d --agents 500

@@ -18,7 +18,7 @@ examples:
   dualpath testbed up 1P2D --snic-rate 30MB/s --cnic-rate 240MB/s
   dualpath testbed run --model .models/demo --store .store/bed                          serve until Ctrl-C
   dualpath testbed run --model .models/demo --store .store/bed -- sh -c 'curl $DUALPATH_URL/metrics'
-    dualpath testbed status                                                               nodes, rates, bytes by class
+  dualpath testbed status                                                               nodes, rates, bytes by class
   dualpath testbed down                                                                 also after a crash
   dualpath testbed qos                                                                  does KV delay messages?
 """

@@ -5,6 +5,7 @@ import asyncio
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.coordinator import Coordinator
 from dualpath.cluster.supervisor import Supervisor
+from dualpath.kv import open_store
 
 JOIN_TIMEOUT_S = 180.0
 """How long engines may take to import torch, load the model and join."""
@@ -24,6 +25,7 @@ class Cluster:
 
     async def __aenter__(self) -> "Cluster":
         """Raises TimeoutError, RuntimeError, OSError or StoreError that says why the cluster did not start."""
+        open_store(self.config.store)  # a location that can't be is told before any process starts
         self.coordinator = Coordinator(self.config, kill_engine=self._kill)
         self.supervisor = Supervisor(self.config, self.coordinator.control_address)
         try:

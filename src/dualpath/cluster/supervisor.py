@@ -20,6 +20,8 @@ from dualpath.core.vocabulary import Role
 from dualpath.transfer import TRANSPORTS
 from dualpath.transfer.pool_files import sweep_dead_pools
 
+MAX_ENGINES = 64
+"""More processes than this would take a host's memory before they could serve."""
 STOP_GRACE_S = 3.0
 """How long engines may take to leave by themselves before they are killed."""
 
@@ -35,8 +37,13 @@ class Supervisor:
 
     def start(self) -> None:
         """Start every engine of the topology."""
-        self._sweep()
         topology = self._config.topology
+        if topology.prefill_nodes + topology.decode_nodes > MAX_ENGINES:
+            raise ValueError(
+                f"{topology} is more than {MAX_ENGINES} engines on one host; start fewer, or let "
+                "engines of other hosts join with --join-address"
+            )
+        self._sweep()
         for role, count in ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes)):
             for rank in range(count):
                 self._start_engine(role, f"{role.value}-{rank}")

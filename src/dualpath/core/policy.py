@@ -13,6 +13,10 @@ FOREVER_NS = 10**18
 """Thirty years: a limit this long means no limit, and costs nothing to watch."""
 
 
+class PolicyError(ValueError):
+    """A rule has decided something that can't be. The message names the rule."""
+
+
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Rules by name, so that a policy is data: journals and messages carry it. Names may be ``module:attribute``."""
 

@@ -13,8 +13,9 @@ from typing import Literal
 
 import msgspec
 
+from dualpath.core.policy import PolicyError
 from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side
-from dualpath.spec.registry import Registry
+from dualpath.spec.registry import Registry, UnknownNameError
 
 MIN_SPLIT_BLOCKS = 4
 """`split` makes no leg shorter than this: a tiny leg costs a read request and saves nothing."""
@@ -58,8 +59,9 @@ def choose_legs(read_path: ReadPath, facts: PathFacts) -> tuple[Leg, ...]:
     """
     hit_blocks = facts.hit_blocks
     pe_blocks = read_path.pe_blocks(facts)
-    if not 0 <= pe_blocks <= hit_blocks:
-        raise ValueError(f"read path {read_path.pe_blocks} gives the PE {pe_blocks} of {hit_blocks} hit blocks")
+    if not (isinstance(pe_blocks, int) and 0 <= pe_blocks <= hit_blocks):
+        name = f"{read_path.pe_blocks.__module__}:{read_path.pe_blocks.__qualname__}"
+        raise PolicyError(f"read path {name} gives the PE {pe_blocks!r} of {hit_blocks} hit blocks; give 0 to all")
     if pe_blocks > facts.pe_buffer_blocks and read_path.readers != "PE":
         pe_blocks = 0
     if pe_blocks == 0:
@@ -127,4 +129,6 @@ READ_PATHS: Registry[ReadPath] = Registry(
 def find_read_path(name: str) -> ReadPath:
     """Raises UnknownNameError when no rule has the name. A bare function (``module:function``) may use both sides."""
     found = READ_PATHS.get(name)
+    if not callable(found) and not isinstance(found, ReadPath):
+        raise UnknownNameError(f"read path {name!r} is {found!r}, which is no function; name a rule or a ReadPath")
     return found if isinstance(found, ReadPath) else ReadPath(found)

@@ -11,12 +11,13 @@ its parent again.
 """
 
 from collections.abc import Container, Iterable
+from contextlib import suppress
 
 import msgspec
 
 from dualpath.kv.index import PrefixIndex
 from dualpath.kv.keys import BlockKey
-from dualpath.kv.stores.protocol import BadFile, BlockRecord, Store
+from dualpath.kv.stores.protocol import BadFile, BlockRecord, Store, StoreError
 
 
 class RebuildReport(msgspec.Struct, frozen=True):
@@ -52,7 +53,8 @@ def rebuild(index: PrefixIndex, store: Store, *, clean: bool = False) -> Rebuild
             delete_orphan(store, record.root, record.parent, record.key)
         for file in bad:
             if file.key is not None:
-                store.quarantine(file.root, file.key)
+                with suppress(StoreError):  # it stays where it is, and never enters the index
+                    store.quarantine(file.root, file.key)
     return RebuildReport(index.blocks - blocks_before, index.stored_bytes - bytes_before, tuple(orphans), tuple(bad))
 
 

@@ -8,6 +8,7 @@ A package adds one without changing ours. In its ``pyproject.toml``::
 A name may also be ``package.module:attribute``, which needs no entry point (``--system my_policies:MINE``).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
@@ -60,17 +61,18 @@ class Registry(Generic[Thing]):
             return self._lazy[name]()
         installed = list(entry_points(group=self._group, name=name)) if self._group else []
         if len(installed) > 1:
-            offers = ", ".join(point.value for point in installed)
+            offers = ", ".join(f"{point.value} of {point.dist.name if point.dist else '?'}" for point in installed)
             raise UnknownNameError(f"{self.kind} {name!r} is offered more than once: {offers}; uninstall all but one")
-        if not installed and ":" not in name:
+        if not installed and not re.fullmatch(r"[\w.]+:[\w.]+", name):
             raise UnknownNameError(f"unknown {self.kind} {name!r}; choose from {', '.join(self.names())}")
         return self._load(installed[0] if installed else EntryPoint(name, name, self._group or ""))
 
     def _load(self, point: EntryPoint) -> Thing:
         try:
             thing: Thing = point.load()
-        except Exception as error:  # another package's code may raise anything
-            raise UnknownNameError(f"{self.kind} {point.name!r} can't be loaded: {error}") from error
+        except (Exception, SystemExit) as error:  # another package's code may raise anything
+            what = f"{type(error).__name__}: {error}"
+            raise UnknownNameError(f"{self.kind} {point.name!r} can't be loaded: {what}") from error
         missing = [method for method in self._methods if not callable(getattr(thing, method, None))]
         if missing:
             raise UnknownNameError(f"{point.value} is no {self.kind}: it has no {' and no '.join(missing)}")

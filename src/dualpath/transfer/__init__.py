@@ -6,16 +6,16 @@ These words are used here; the field's words are in brackets:
 
 =============  =========================================================================================================
 pool, page     an engine's DRAM buffer (registered memory), and its piece that holds one Full Block, numbered from 0
-`PageRange`    consecutive bytes inside one page (descriptor). Each has a local array to copy to or from; an operation
-               has a list of both (descriptor list, scatter/gather list)
-operation      one `read` or `write` (work request): posted, in flight, ended; `chunk`: the part that passes a lane at
-once server         the side that owns the pool (target); `initiator`: the side that posts `Channel`      an initiator's
-connection to one server in one traffic class; `connection`: the same, seen by the server transport      a way to
-connect initiators to servers, such as ``shm``; found by name in `TRANSPORTS` NIC, lane      an engine's NIC, and one
-direction of it (`rx` in, `tx` out); core's arbiter shares it between classes quiet          a peer is quiet when
-nothing that it has posted can touch the pool any more cursor         only in ``transports/framed``: a transfer's
-position in its list of arrays =============
-=========================================================================================================
+`PageRange`    consecutive bytes inside one page (descriptor); beside each stands a local array that it is copied to or
+               from, and both lists together are one operation's (descriptor list, scatter/gather list)
+operation      one `read` or `write` (work request): posted, in flight, ended; `chunk`: what of it passes a lane at once
+server         the side that owns the pool (target); `initiator`: the side that posts
+`Channel`      an initiator's connection to one server in one traffic class; `connection`: the same, seen by the server
+transport      a way to connect initiators to servers, such as ``shm``; found by name in `TRANSPORTS`
+NIC, lane      of an engine, and one direction of it (`rx` in, `tx` out), shared by traffic classes under core's arbiter
+quiet          of a peer: nothing that it has posted can touch the pool any more
+cursor         only in ``transports/framed``: how far a transfer has come in its list of arrays
+=============  =========================================================================================================
 
 Elsewhere: *rows* are an engine's own arrays, tokens of one layer; a *segment* (`core.load_plan`) is a run of a prompt's
 tokens that one side reads; an *extent* (`model.paged`) is a run of device blocks.

@@ -59,7 +59,11 @@ class SchedulerDriver:
     def __init__(self, on_broken: Callable[[BaseException], None], journal: str | None) -> None:
         """`journal` is a file for every input and its commands, one JSON line each. Raises OSError if it won't open."""
         self._on_broken = on_broken
-        self._journal = open(journal, "wb") if journal else None  # noqa: SIM115 (closed in close)
+        try:
+            self._journal = open(journal, "wb") if journal else None  # noqa: SIM115 (closed in close)
+        except OSError as error:
+            message = f"the journal {journal} can't be written: {error.strerror}; give --journal a file in a folder"
+            raise OSError(error.errno, message) from error
         self._scheduler: AnyScheduler | None = None
         self._carry_out: Callable[[Command], None] = lambda _: None
         self._driving = False

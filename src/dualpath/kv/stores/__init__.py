@@ -65,4 +65,8 @@ def open_store(location: str | Path, *, durable: bool = True) -> Store:
         opener = STORES.get(scheme if is_url else "file")
     except UnknownNameError as error:
         raise StoreLocationError(f"--store {location}: {error}; or write a directory") from error
+    if not callable(opener):
+        raise StoreLocationError(
+            f"--store {location}: {scheme} names {opener!r}, which opens no store; name a function"
+        )
     return opener(str(location), durable=durable)

@@ -13,6 +13,7 @@ torn writes; they do not protect against forged files. Every fault raises `Block
 """
 
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -125,8 +126,10 @@ def io_faults(key: BlockKey) -> Iterator[None]:
 def open_block(path: Path, key: BlockKey) -> Iterator[int]:
     """The file of `key`, open for reading while the context lasts. Raises BlockError: MISSING, IO."""
     with io_faults(key):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise BlockError(key, BlockFault.HEADER, "it is not a regular file")
         yield fd
     finally:
         os.close(fd)

@@ -159,7 +159,8 @@ class PosixStore:
 
     def quarantined(self, root: BlockKey) -> int:
         """See `Inspectable.quarantined`."""
-        return len(self._files.quarantined(root))
+        with store_errors(f"the store at {self.location} cannot be searched"):
+            return len(self._files.quarantined(root))
 
     def leftovers(self, *, remove: bool = False) -> list[str]:
         """See `Inspectable.leftovers`."""

@@ -1,6 +1,8 @@
 """`StoreDirectory`: paths and housekeeping of a POSIX store's files. `naming` has their names."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,10 +82,8 @@ class StoreDirectory:
             yield from (folder / name for name in _names(folder) if is_draft(name) and is_leftover(folder / name))
 
     def description(self, root: BlockKey) -> bytes | None:
-        try:
-            return (self.namespace(root) / DESCRIPTION).read_bytes()
-        except FileNotFoundError:
-            return None
+        path = self.namespace(root) / DESCRIPTION
+        return path.read_bytes() if path.is_file() else None
 
     def quarantined(self, root: BlockKey) -> list[Path]:
         """Returns the quarantined files, oldest first."""
@@ -102,15 +102,20 @@ class StoreDirectory:
         except FileNotFoundError:
             return False
         for surplus in self.quarantined(bytes.fromhex(aside.parent.parent.name))[:-MAX_QUARANTINED_FILES]:
-            surplus.unlink(missing_ok=True)
+            shutil.rmtree(surplus, ignore_errors=True) if surplus.is_dir() else surplus.unlink(missing_ok=True)
         return True
 
 
 def _names(folder: Path) -> list[str]:
+    """Names in a folder; none where it is gone, or where something else has its name."""
     try:
         return sorted(entry.name for entry in os.scandir(folder))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return []
+        raise
 
 
 @contextmanager

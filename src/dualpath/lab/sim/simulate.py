@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dualpath.core.policy import PolicyError
 from dualpath.core.systems import HEADLINE
 from dualpath.lab.facts.cluster import ClusterError, ClusterSpec
 from dualpath.lab.facts.models import ModelConfigError
@@ -52,6 +53,8 @@ def simulate(
     chrome://tracing. `on_progress` gets the simulator and the number of turns. Raises SimulationError, and OSError if
     the timeline can't be written.
     """
+    if agents is not None and not (isinstance(agents, int) and agents >= 1):
+        raise SimulationError(f"agents must be a whole number from 1 up, not {agents!r}")
     try:
         spec = find_cluster(cluster, model, profile)
         scales = {"append_scale": append_scale, "generate_scale": generate_scale}
@@ -78,7 +81,10 @@ def simulate(
         raise SimulationError(str(error)) from error
     drawn = None if timeline is None else ChromeTrace(simulator)
     turns = int(chosen.turns.sum())
-    result = finish_scenario(scenario, simulator, on_progress and (lambda at: on_progress(at, turns)))
+    try:
+        result = finish_scenario(scenario, simulator, on_progress and (lambda at: on_progress(at, turns)))
+    except PolicyError as error:
+        raise SimulationError(str(error)) from error
     if drawn is not None and timeline is not None:
         drawn.write(timeline)
     return result
