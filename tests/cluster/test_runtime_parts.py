@@ -143,7 +143,7 @@ def test_extended_leases_never_reach_into_the_future() -> None:
 def test_transports_are_found_by_name() -> None:
     for name, complaint in (
         ("rdma", r"unknown transport 'rdma'; choose from shm, tcp"),
-        ("no_such_package:IT", r"transport 'no_such_package:IT' .*can't be loaded: No module"),
+        ("no_such_package:IT", r"transport 'no_such_package:IT' .*can't be loaded: ModuleNotFoundError: No module"),
         ("dualpath.transfer:TRANSPORTS", "is no transport: it has no serve and no connect and no sweep"),
         ("dualpath.transfer.transports.tcp:TcpTransport", "is a class; name an object of it"),
     ):
