@@ -34,7 +34,13 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     at = "address at which engines on other hosts reach this host's engines (default: %(default)s)"
     option("--data-host", "data_host", at, metavar="HOST")
     option("--threads", "threads", "torch threads per engine (default: %(default)s)", positive, "N")
-    option("--quota-ms", "quota_ns", "compute quota of a prefill batch (default: 300)", milliseconds, "MS")
+    option(
+        "--quota-ms",
+        "quota_ns",
+        f"compute quota of a prefill batch (default: {DEFAULTS['quota_ns'] / 1e6:g})",
+        milliseconds,
+        "MS",
+    )
     option("--dtype", "dtype", "(default: %(default)s)", choices=("float32", "bfloat16", "float16"))
     option("--device", "device", "cpu, or cuda where there is one (default: %(default)s)")
 

@@ -69,6 +69,17 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.rules is None:
             msgspec.structs.force_setattr(self, "rules", find_system(self.system).policy)
+        for name in ("buffer_bytes", "hbm_bytes", "threads", "quota_ns", "max_waiting", "lease_ns", "heartbeat_ns"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("snic_bytes_per_s", "cnic_bytes_per_s"):
+            rate = getattr(self, name)
+            if rate is not None and rate <= 0:
+                raise ValueError(f"{name} is {rate}; it must be above 0, or None for no limit")
+        if not isinstance(self.topology, Topology):
+            raise ValueError(f"topology is {self.topology!r}; give Topology.parse('1P2D')")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
         TRANSPORTS.get(self.transport)  # raises UnknownNameError, which is a ValueError
         if self.device_layers < 3:
             raise ValueError("device_layers must be at least 3: one loading, one computing, one shipping")

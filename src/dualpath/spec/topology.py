@@ -13,6 +13,10 @@ class Topology(msgspec.Struct, frozen=True):
     prefill_nodes: int
     decode_nodes: int
 
+    def __post_init__(self) -> None:
+        if min(self.prefill_nodes, self.decode_nodes) < 1:
+            raise ValueError(f"a topology has at least one node of each kind, not {self}; write 1P1D or more")
+
     @classmethod
     def parse(cls, text: str) -> "Topology":
         """Parse text such as ``1P2D``. Raises ValueError."""
