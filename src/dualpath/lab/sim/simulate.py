@@ -57,17 +57,11 @@ def simulate(
         raise SimulationError(f"agents must be a whole number from 1 up, not {agents!r}")
     try:
         spec = find_cluster(cluster, model, profile)
-        scales = {"append_scale": append_scale, "generate_scale": generate_scale}
-        names = [trace] if isinstance(trace, str) else trace
-        chosen = (
-            names
-            if isinstance(names, Agents)
-            else agents_of(names, agents, seed=seed, max_context_tokens=max_context_tokens, **scales)
-        )
+        chosen, name = _agents(trace, agents, seed, append_scale, generate_scale, max_context_tokens)
         scenario = Scenario(
             cluster=spec,
             agents=chosen,
-            trace="" if isinstance(names, Agents) else " ".join(names),
+            trace=name,
             system=system,
             calibration=calibration_for(spec),
             agents_per_s=agents_per_s,
@@ -88,6 +82,17 @@ def simulate(
     if drawn is not None and timeline is not None:
         drawn.write(timeline)
     return result
+
+
+def _agents(
+    trace: str | Sequence[str] | Agents, count: int | None, seed: int, append: float, generate: float, cap: int | None
+) -> tuple[Agents, str]:
+    """The agents, and the trace's name for the record."""
+    if isinstance(trace, Agents):
+        return trace, ""
+    names = [trace] if isinstance(trace, str) else trace
+    agents = agents_of(names, count, seed=seed, append_scale=append, generate_scale=generate, max_context_tokens=cap)
+    return agents, " ".join(names)
 
 
 def parse_fault(text: str) -> Fault:
