@@ -45,7 +45,7 @@ test-core: setup
 	$(BIN)/python -m pytest $(PARALLEL) tests/core -m 'not slow' --cov --cov-report=term-missing:skip-covered --cov-fail-under=100
 
 test-fast: setup ## The tests that take seconds
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
+	$(BIN)/python -m pytest -n $$(($(JOBS) + 1)) -m 'not slow'
 
 test-light: $(LIGHT)/.installed ## All tests that need no torch, without installing it (PYTHON=python3.13)
 	$(LIGHT)/bin/python -m pytest $(PARALLEL)

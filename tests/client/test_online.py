@@ -8,6 +8,8 @@ from dualpath.client.rollout import ReplayOptions
 from dualpath.results.online import Slo, Window
 from dualpath.traces.trajectory import Round, Trajectory
 
+pytestmark = pytest.mark.slow
+
 SLO = Slo(ttft_s=1.0, tpot_s=0.05)
 
 

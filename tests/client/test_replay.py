@@ -8,6 +8,8 @@ from dualpath.client.rollout import ReplayOptions
 from dualpath.results.turns import TurnFailure, percentiles
 from dualpath.traces.trajectory import Round, Trajectory
 
+pytestmark = pytest.mark.slow
+
 FAST = ReplayOptions(seed=7, retry_delay_s=0.01, turn_timeout_s=5)
 
 

@@ -10,6 +10,8 @@ from dualpath.lab.replay.replay_table import replay_sentences
 from dualpath.results import Capacity, load_results
 from dualpath.results.turns import Part
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def replay(fake, tmp_path, capsys):

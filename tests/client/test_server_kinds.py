@@ -10,6 +10,8 @@ from dualpath.client.rollout import ReplayOptions
 from dualpath.client.token_ids import append_tokens, fill_tokens
 from dualpath.traces.trajectory import Round, Trajectory
 
+pytestmark = pytest.mark.slow
+
 ONE = Trajectory(
     id="a", rounds=(Round(append_tokens=70, generate_tokens=5), Round(append_tokens=10, generate_tokens=2))
 )

@@ -17,6 +17,8 @@ from dualpath.spec import metrics
 from .engine_bench import Bench, bench
 from .test_token_equality import appended
 
+pytestmark = pytest.mark.slow
+
 Checkpoint = Callable[[str], Path]
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from dualpath.kv import BlockKey, KVLayout, KVPart, Namespace, PosixStore, block_keys, namespace
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = KVLayout(4, (KVPart("k", 2, 64), KVPart("v", 2, 64)), "float32", block_tokens=1024)  # 4 MiB: four chunks
 SPACE = namespace("crash", "1", LAYOUT)
 SITES = ("write", "fsync", "posix_fadvise", "pread", "preadv", "close", "rename")

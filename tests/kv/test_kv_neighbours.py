@@ -25,6 +25,8 @@ from dualpath.kv import (
 )
 from dualpath.kv.stores.inspection import fsck
 
+pytestmark = pytest.mark.slow
+
 PayloadOf = Callable[[BlockKey], np.ndarray]
 PathOf = Callable[[BlockKey], Path]
 WriteChain = Callable[..., list[BlockKey]]

@@ -7,6 +7,8 @@ from engine_world import BlockStore, DeBuffer, Engines, drain, enter, greedy, pe
 
 from dualpath.model import LayerwisePrefill, PagedDecode
 
+pytestmark = pytest.mark.slow
+
 Prefills = Callable[..., LayerwisePrefill]
 
 

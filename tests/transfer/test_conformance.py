@@ -29,6 +29,8 @@ from dualpath.transfer.pool_files import sweep_dead_pools
 from dualpath.transfer.traffic import TrafficManager
 from dualpath.transfer.transport import MAX_RANGES, ChannelBusy, PageRange, TransferCause, TransferError
 
+pytestmark = pytest.mark.slow
+
 HIGH, LOW = TrafficClass.HIGH, TrafficClass.LOW
 
 

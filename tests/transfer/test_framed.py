@@ -34,6 +34,8 @@ from dualpath.transfer.transports.framed.frames import (
 from dualpath.transfer.transports.shm import SharedMemoryTransport
 from dualpath.transfer.transports.tcp import TOS, TcpTransport
 
+pytestmark = pytest.mark.slow
+
 TRANSPORT_NAMES = ("shm", "tcp")
 HIGH, LOW = TrafficClass.HIGH, TrafficClass.LOW
 

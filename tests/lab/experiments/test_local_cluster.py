@@ -10,6 +10,8 @@ import pytest
 from dualpath.lab.experiments import local_cluster as cluster_module
 from dualpath.lab.experiments.local_cluster import ClusterProcess, LaunchError
 
+pytestmark = pytest.mark.slow
+
 
 def python(code):
     return [sys.executable, "-c", code]
