@@ -174,3 +174,10 @@ def test_a_process_that_ends_is_told_once_and_its_end_is_watched_no_more() -> No
         supervisor.kill(process.pid)  # not ours any more: left alone
 
     asyncio.run(run())
+
+
+def test_more_engines_than_a_host_can_have_are_refused_before_one_is_started() -> None:
+    supervisor = Supervisor(ClusterConfig(model="m", store="s", topology=Topology(60, 5)), "tcp://127.0.0.1:9")
+    with pytest.raises(ValueError, match="60P5D is more than 64 engines on one host"):
+        supervisor.start()
+    assert supervisor.pids == {}

@@ -102,7 +102,10 @@ class StoreDirectory:
         except FileNotFoundError:
             return False
         for surplus in self.quarantined(bytes.fromhex(aside.parent.parent.name))[:-MAX_QUARANTINED_FILES]:
-            shutil.rmtree(surplus, ignore_errors=True) if surplus.is_dir() else surplus.unlink(missing_ok=True)
+            if surplus.is_dir() and not surplus.is_symlink():
+                shutil.rmtree(surplus, ignore_errors=True)
+            else:
+                surplus.unlink(missing_ok=True)
         return True
 
 
