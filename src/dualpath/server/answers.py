@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from dualpath.cluster.generator import TokenLogprob
 from dualpath.server.codec import TextCodec
+from dualpath.server.errors import ApiError
 from dualpath.server.generation import Piece, Usage
 from dualpath.server.requests import CheckedRequest
 from dualpath.spec.timings import Timings
@@ -70,7 +71,13 @@ class Writer(Protocol):
         """Returns the server-sent event (or two) of one piece."""
         ...
 
-    def usage_event(self, usage: Usage) -> bytes: ...
+    def end(self, usage: Usage) -> bytes:
+        """Returns the last events of a stream that has not failed."""
+        ...
+
+    def failed(self, error: ApiError) -> bytes:
+        """Returns the event that ends a stream which fails midway."""
+        ...
 
     def whole(self, pieces: list[Piece], usage: Usage) -> bytes:
         """Returns the body of an answer that is not streamed, from all its pieces."""
@@ -92,8 +99,13 @@ class _Answer:
         self._codec = codec
         self._begun = [False] * len(checked.choices)
 
-    def usage_event(self, usage: Usage) -> bytes:
-        return b"data: %b\n\n" % _encode(self._last(self.chunk_object, [], usage))
+    def end(self, usage: Usage) -> bytes:
+        if not (self._checked.include_usage or self._checked.return_timings):
+            return DONE
+        return b"data: %b\n\n" % _encode(self._last(self.chunk_object, [], usage)) + DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        return b"data: %b\n\n" % error.body
 
     def _last(self, kind: str, choices: list[ChoiceBody], usage: Usage) -> AnswerBody:
         """Returns the body that carries usage: the last event, or the whole answer."""

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 import msgspec
 
 from dualpath.cluster.generator import GeneratedTokens, Generator, TokenLogprob
+from dualpath.server.chat.deltas import Delta
 from dualpath.server.codec import IncrementalDetokenizer, StopMatcher, TextCodec
 from dualpath.server.errors import INTERNAL, ApiError
 from dualpath.server.metrics import GenerationTimer
@@ -34,6 +35,8 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str | None
     cached_tokens: int
     timings: Timings | None = None
+    deltas: list[Delta] = []
+    """Chats: what this step adds to the message."""
 
 
 class ChoiceText:

@@ -114,11 +114,11 @@ class EventStream(StreamingResponse):
     """Server-sent events from a generator, which is always closed before the call returns.
 
     Headers are sent with the first event, so that an earlier failure is an ordinary HTTP error. A later failure becomes
-    an error event and ends the stream; `on_failure` gets the exception and returns the error for the client.
+    an event and ends the stream; `on_failure` gets the exception and returns that event.
     """
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], on_failure: Callable[[Exception], ApiError], write_timeout_s: float
+        self, events: AsyncGenerator[bytes, None], on_failure: Callable[[Exception], bytes], write_timeout_s: float
     ) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
@@ -148,7 +148,7 @@ class EventStream(StreamingResponse):
         except ClientDisconnect:
             raise
         except Exception as failure:
-            await self._write(send, b"data: %b\n\n" % self._on_failure(failure).body)
+            await self._write(send, self._on_failure(failure))
         await self._write(send, b"", more_body=False)
 
     async def _write(self, send: Send, event: bytes, more_body: bool = True) -> None:

@@ -67,6 +67,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     return_timings: bool | None = None
     cache_salt: str | None = None
+    structured_outputs: "StructuredOutputs | None" = None
 
 
 class StreamOptions(msgspec.Struct):
@@ -92,10 +93,54 @@ class ChatMessage(msgspec.Struct, omit_defaults=True):
     function_call: Any = None
 
 
+class FunctionTool(msgspec.Struct, omit_defaults=True):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct):
+    type: str
+    function: FunctionTool
+
+
+class FunctionName(msgspec.Struct):
+    name: str
+
+
+class NamedToolChoice(msgspec.Struct):
+    type: str
+    function: FunctionName
+
+
+class ResponseFormat(msgspec.Struct, omit_defaults=True):
+    """`type` is text, json_object, or json_schema with a `json_schema` {name, schema, strict}."""
+
+    type: str
+    json_schema: dict[str, Any] | None = None
+
+
+class StructuredOutputs(msgspec.Struct, omit_defaults=True):
+    """vLLM's structured_outputs: one of the four."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 class ChatRequest(GenerationRequest, kw_only=True):
-    """Body of /v1/chat/completions."""
+    """Body of /v1/chat/completions. The other chat APIs are translated into this record."""
 
     messages: list[ChatMessage]
+    tools: list[Tool] | None = None
+    tool_choice: str | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

@@ -26,6 +26,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: no log-probabilities. n: those of the chosen token and of the n most likely ones."""
+    grammar: str = ""
+    """An llguidance grammar (Lark, or its JSON form) that the generated text must match; empty: any text."""
 
 
 def finish_reason(sampling: SamplingParams, last_token_id: int, generated_tokens: int) -> str | None:

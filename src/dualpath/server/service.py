@@ -1,0 +1,126 @@
+"""What all endpoints share: the cluster, the tokenizer, the checks, the figures, and how a checked request is answered.
+
+An endpoint reads its body (`Service.body`), makes a `CheckedRequest` of it, and gives that to `Service.answer` with a
+`Writer`, which knows the shape of the answer. Nothing else generates tokens, whatever API the client speaks.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dualpath.cluster.generator import Generator
+from dualpath.server.answers import Writer
+from dualpath.server.codec import TextCodec
+from dualpath.server.errors import INTERNAL, ApiError, as_api_error
+from dualpath.server.generation import Usage, run_request
+from dualpath.server.http import EventStream, read_body, while_connected
+from dualpath.server.metrics import GenerationTimer, ServerMetrics
+from dualpath.server.protocol import Body, decode_body
+from dualpath.server.requests import CheckedRequest, RequestChecker
+
+logger = logging.getLogger(__name__)
+
+
+class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds on what clients may use of the server."""
+
+    max_body_bytes: int = 32 * 2**20
+    max_choices: int = 128
+    """Most choices (prompts × n) in one request."""
+    max_inflight_requests: int = 8192
+    body_timeout_s: float = 60.0
+    write_timeout_s: float = 60.0
+    """How long a client may leave its stream unread."""
+
+
+class Route(NamedTuple):
+    """One endpoint. `endpoints/` has a module per group, each with a function `routes`."""
+
+    path: str
+    endpoint: Callable[[Request], Awaitable[Response]]
+    methods: tuple[str, ...] = ("GET",)
+
+
+class Service:
+    """The state of one application. `endpoints` holds its paths, for the figures."""
+
+    endpoints: frozenset[str] = frozenset()
+
+    def __init__(self, generator: Generator, codec: TextCodec, limits: ServerLimits) -> None:
+        self.generator = generator
+        self.codec = codec
+        self.limits = limits
+        self.checker = RequestChecker(generator.model, codec, limits.max_choices)
+        self.metrics = ServerMetrics(generator.model.name)
+        self.created = int(time.time())
+
+    async def body(self, request: Request, kind: type[Body]) -> Body:
+        body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s)
+        return decode_body(body, kind)
+
+    async def answer(self, request: Request, checked: CheckedRequest, writer: Writer, arrived_s: float) -> Response:
+        """Generate the answer: one body, or a stream of events while the client reads it."""
+        path = request.url.path
+        pieces = run_request(
+            self.generator, self.codec, checked, partial(GenerationTimer, self.metrics, path, arrived_s)
+        )
+        usage = Usage(checked)
+        if checked.stream:
+            on_failure = partial(self._failed_midway, path, writer)
+            return EventStream(self._events(pieces, writer, usage), on_failure, self.limits.write_timeout_s)
+        return await while_connected(request.receive, self._whole(pieces, writer, usage))
+
+    async def _whole(self, pieces: AsyncGenerator[Any, None], writer: Writer, usage: Usage) -> Response:
+        collected = []
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                usage.add(piece)
+                collected.append(piece)
+        self._count(usage)
+        return Response(writer.whole(collected, usage), media_type="application/json")
+
+    async def _events(
+        self, pieces: AsyncGenerator[Any, None], writer: Writer, usage: Usage
+    ) -> AsyncGenerator[bytes, None]:
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                usage.add(piece)
+                yield writer.event(piece)
+        self._count(usage)
+        yield writer.end(usage)
+
+    def _count(self, usage: Usage) -> None:
+        self.metrics.answered(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+
+    # ── failures ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def failed(self, request: Request, failure: Exception) -> Response:
+        """Answer every failure before an answer has started."""
+        error = as_api_error(failure)
+        self.count_failure(request.url.path, error)
+        response = error.response()
+        response.headers.update(getattr(failure, "headers", None) or {})
+        return response
+
+    def _failed_midway(self, path: str, writer: Writer, failure: Exception) -> bytes:
+        """Count a failure after a stream has begun. Returns the event that tells the client."""
+        error = as_api_error(failure)
+        if error.code == INTERNAL:
+            logger.error("a stream failed with an unexpected error; please report it", exc_info=failure)
+        self.count_failure(path, error)
+        return writer.failed(error)
+
+    def count_failure(self, path: str, error: ApiError) -> None:
+        # Clients must not be able to create series.
+        self.metrics.failed(path if path in self.endpoints else "other", error.code)
+
+
+def json_response(record: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(record), status, media_type="application/json")
