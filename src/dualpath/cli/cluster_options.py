@@ -2,13 +2,15 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from dualpath.cli.arguments import byte_count, milliseconds, positive, rate, system, topology
 from dualpath.cli.outcome import UsageError, usage_errors
 from dualpath.cluster.config import ClusterConfig
+from dualpath.spec.generation_defaults import GENERATION_CONFIGS
+from dualpath.spec.sampling import LogprobsMode
 from dualpath.transfer import TRANSPORTS
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in msgspec.structs.fields(ClusterConfig)}
@@ -40,6 +42,18 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         f"compute quota of a prefill batch (default: {DEFAULTS['quota_ns'] / 1e6:g})",
         milliseconds,
         "MS",
+    )
+    option(
+        "--generation-config",
+        "generation_config",
+        "auto: sampling defaults of the model's generation_config.json; vllm: none (default: %(default)s)",
+        choices=GENERATION_CONFIGS,
+    )
+    option(
+        "--logprobs-mode",
+        "logprobs_mode",
+        "log-probabilities of the model's own distribution, or of the one drawn from (default: %(default)s)",
+        choices=get_args(LogprobsMode),
     )
     option("--dtype", "dtype", "(default: %(default)s)", choices=("float32", "bfloat16", "float16"))
     option("--device", "device", "cpu, or cuda where there is one (default: %(default)s)")

@@ -1,12 +1,15 @@
 """A cluster's settings: one record, filled from the command line and sent to every engine process."""
 
 import os
+from typing import Any, get_args
 
 import msgspec
 
 from dualpath.core.policy import QUOTA_NS, Policy
 from dualpath.core.systems import HEADLINE, find_system
 from dualpath.spec.cluster_setup import ClusterSetup, ServedCluster
+from dualpath.spec.generation_defaults import GENERATION_CONFIGS, GenerationDefaults, read_generation_defaults
+from dualpath.spec.sampling import LogprobsMode
 from dualpath.spec.topology import Topology
 from dualpath.transfer import TRANSPORTS
 
@@ -61,6 +64,10 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     served_model_name: str | None = None
+    generation_config: str = "auto"
+    """``auto``: the model's generation_config.json has the defaults of sampling; ``vllm``: it is ignored, as there."""
+    logprobs_mode: LogprobsMode = "raw_logprobs"
+    """Of which distribution log-probabilities are, for requests that don't say."""
     journal: str | None = None
     """File for every scheduler input and its commands, one JSON line each."""
     ready_file: str | None = None
@@ -80,6 +87,10 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"topology is {self.topology!r}; give Topology.parse('1P2D')")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
+        if self.generation_config not in GENERATION_CONFIGS:
+            raise ValueError(f"generation_config is {self.generation_config!r}; give {' or '.join(GENERATION_CONFIGS)}")
+        if self.logprobs_mode not in get_args(LogprobsMode):
+            raise ValueError(f"logprobs_mode is {self.logprobs_mode!r}; give {' or '.join(get_args(LogprobsMode))}")
         TRANSPORTS.get(self.transport)  # raises UnknownNameError, which is a ValueError
         if self.device_layers < 3:
             raise ValueError("device_layers must be at least 3: one loading, one computing, one shipping")
@@ -97,6 +108,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def cnic_rate(self) -> int | None:
         return None if self.policy.free_io else self.cnic_bytes_per_s
+
+    def generation_defaults(self) -> GenerationDefaults:
+        """Returns what requests get that don't say otherwise. Raises ValueError for a file that makes no sense."""
+        fields: dict[str, Any] = {} if self.generation_config == "vllm" else read_generation_defaults(self.model)
+        return GenerationDefaults(**fields, logprobs_mode=self.logprobs_mode)
 
     def served(self, layers: int, kv_bytes_per_token: int) -> ServedCluster:
         """Returns what clients are told of the cluster, to simulate it; `kv_bytes_per_token` is over all layers."""

@@ -6,6 +6,7 @@ from typing import Protocol
 import msgspec
 
 from dualpath.spec.cluster_setup import ServedCluster
+from dualpath.spec.generation_defaults import GenerationDefaults
 from dualpath.spec.metrics import Figures
 from dualpath.spec.sampling import SamplingParams
 from dualpath.spec.timings import Timings
@@ -29,6 +30,15 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     logprob: float
 
 
+class PromptLogprob(msgspec.Struct, frozen=True):
+    """What the model gave to one prompt token, after those before it."""
+
+    rank: int
+    """How many tokens were at least as likely; 1: it was the most likely one."""
+    tokens: list[TokenLogprob]
+    """The prompt's token, then the most likely ones, best first."""
+
+
 class GeneratedTokens(msgspec.Struct, frozen=True, kw_only=True):
     """One step of the stream. The last one has a `finish_reason` and may carry no tokens."""
 
@@ -41,6 +51,8 @@ class GeneratedTokens(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens whose KV was read from storage in the attempt that produced the first token (`loaded`)."""
     timings: Timings | None = None
     """Timings up to this step, if the request asked for them."""
+    prompt_logprobs: list[PromptLogprob] | None = None
+    """With the first tokens, if requested: of every prompt token but the first, which has nothing before it."""
 
 
 class RequestError(Exception):
@@ -65,6 +77,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len_tokens: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    defaults: GenerationDefaults = GenerationDefaults()
+    """What requests get that don't say otherwise."""
     cluster: ServedCluster | None = None
     """The cluster that serves it, if it says so."""
 

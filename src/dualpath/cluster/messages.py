@@ -11,7 +11,7 @@ from dualpath.core.vocabulary import Cause, EngineId, Leg, RequestId, Role, Side
 from dualpath.kv.keys import BlockKey, Namespace
 from dualpath.kv.layout import KVLayout
 from dualpath.spec.metrics import Figures
-from dualpath.spec.sampling import SamplingParams
+from dualpath.spec.sampling import SamplingParams, TokenHistory
 
 CONTROL_QUEUE_MESSAGES = 100_000
 """Bound of each control queue. An engine with this many unread messages is lost already."""
@@ -94,6 +94,30 @@ class PrefillDone(msgspec.Struct, frozen=True, tag=True):
     draw: Draw
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
+    """PE: log-probabilities of successive prompt tokens, the next ones after those told before; the first is token 1.
+
+    Each row of `token_ids` and `logprobs` has the prompt's token, then the most likely ones. One message a chunk.
+    """
+
+    request: RequestId
+    attempt: int
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    ranks: list[int]
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """What the request asks for can't be done, on any engine: no other attempt would help. `detail` is for the client.
+
+    The engine keeps the attempt's blocks until `AbortAttempt`.
+    """
+
+    request: RequestId
+    attempt: int
+    detail: str
+
+
 class AttemptFailed(msgspec.Struct, frozen=True, tag=True):
     """The engine cannot continue this attempt; it keeps the attempt's blocks until `AbortAttempt`."""
 
@@ -172,7 +196,9 @@ FromEngine = (
     | Loaded
     | LoadFailed
     | PrefillDone
+    | PromptLogprobs
     | AttemptFailed
+    | Refused
     | Tokens
     | BufferFreed
     | Stored
@@ -226,6 +252,8 @@ class StartPrefill(msgspec.Struct, frozen=True, tag=True):
     sampling: SamplingParams
     generated_tokens: int
     """Number of tokens that earlier attempts have sent to the client; they are part of this prompt."""
+    history: TokenHistory | None = None
+    """What the draw must know of earlier tokens, where the sampling asks for it."""
 
 
 class StartDecode(msgspec.Struct, frozen=True, tag=True):
@@ -238,6 +266,8 @@ class StartDecode(msgspec.Struct, frozen=True, tag=True):
     """Prompt tokens after the last full block, for the keys of later blocks."""
     sampling: SamplingParams
     generated_tokens: int
+    history: TokenHistory | None = None
+    """As for `StartPrefill`; `draw` is its newest token."""
 
 
 class AbortAttempt(msgspec.Struct, frozen=True, tag=True):

@@ -4,27 +4,37 @@ It knows no transport, policy or processes: engines give it tokens and callbacks
 """
 
 from dualpath.model.attention import UnsupportedModelError
-from dualpath.model.batch import PrefillItem, PrefillOutput
+from dualpath.model.batch import PrefillItem, PrefillOutput, Scored
 from dualpath.model.checkpoint import make_checkpoint, model_fingerprint
+from dualpath.model.constraints import TokenConstraints
 from dualpath.model.decode import PagedDecode, StepOutput
+from dualpath.model.grammar import GrammarError, Grammars
 from dualpath.model.layers import LayerIOTimeoutError
 from dualpath.model.model import LoadedModel
 from dualpath.model.paged import OutOfBlocksError
 from dualpath.model.prefill import LayerIO, LayerwisePrefill, PrefillStatistics
 from dualpath.model.profiling import profile_attention
-from dualpath.model.sampling import TokenDraw
+from dualpath.model.sampling import NoTokenError, TokenDraw
+from dualpath.model.scoring import PromptScores, ScoringError
 
 __all__ = [
+    "GrammarError",
+    "Grammars",
     "LayerIO",
     "LayerIOTimeoutError",
     "LayerwisePrefill",
     "LoadedModel",
+    "NoTokenError",
     "OutOfBlocksError",
     "PagedDecode",
     "PrefillItem",
     "PrefillOutput",
     "PrefillStatistics",
+    "PromptScores",
+    "Scored",
+    "ScoringError",
     "StepOutput",
+    "TokenConstraints",
     "TokenDraw",
     "UnsupportedModelError",
     "make_checkpoint",

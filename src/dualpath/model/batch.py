@@ -6,10 +6,22 @@ from collections.abc import Callable
 import msgspec
 from torch import Tensor
 
+from dualpath.model.constraints import TokenConstraints
 from dualpath.model.layers import Bytes
 from dualpath.model.sampling import TokenDraw, draw
+from dualpath.model.scoring import PromptScores
 from dualpath.model.spans import PackedSequence
 from dualpath.spec.sampling import SamplingParams, finish_reason
+
+
+class Scored(msgspec.Struct, frozen=True):
+    """What is scored at a chunk's positions: `next_token_ids`, and the `top` most likely tokens at each.
+
+    There are as many as the chunk has tokens; one fewer in a prompt's last chunk, after which nothing is known.
+    """
+
+    next_token_ids: list[int]
+    top: int
 
 
 class PrefillItem(msgspec.Struct, frozen=True):
@@ -23,6 +35,10 @@ class PrefillItem(msgspec.Struct, frozen=True):
     """Set for a prompt's last chunk: draw the next token."""
     generated_so_far: int = 0
     """Number of tokens the request has generated before this draw; above 0 for a retried attempt."""
+    constraints: TokenConstraints | None = None
+    """What bends the draw, where `sampling` has any of it."""
+    scored: Scored | None = None
+    """Set where the chunk's tokens are scored: log-probabilities of the tokens that follow them."""
 
 
 class PrefillOutput(msgspec.Struct, frozen=True):
@@ -32,6 +48,8 @@ class PrefillOutput(msgspec.Struct, frozen=True):
     token: TokenDraw | None = None
     finish_reason: str | None = None
     """Why the token already ends the request, if it does."""
+    scores: PromptScores | None = None
+    """Of the tokens that follow the chunk's, if the item asked."""
 
 
 class PrefillBatch:
@@ -47,6 +65,8 @@ class PrefillBatch:
         self.new_rows: list[int] = []
         self.sampled: list[int] = []
         self.sampled_rows: list[int] = []
+        self.first_queries: list[int] = []
+        """Index in the pack of each item's first new token."""
         self._lock = threading.Lock()
         sequences: list[PackedSequence] = []
         first_row = 0
@@ -56,6 +76,7 @@ class PrefillBatch:
                 PackedSequence(len(self.token_ids), len(item.token_ids), item.past_tokens, extents=(extent,))
             )
             self.first_rows.append(first_row)
+            self.first_queries.append(len(self.token_ids))
             self.token_ids += item.token_ids
             self.positions += range(item.past_tokens, length)
             self.new_rows += range(first_row + item.past_tokens, first_row + length)
@@ -87,19 +108,21 @@ class PrefillBatch:
             for i in asked:
                 self.errors[i] = self.errors[i] or errors[i]
 
-    def outputs(self, logits: Tensor | None) -> list[PrefillOutput]:
+    def outputs(self, logits: Tensor | None, scores: dict[int, PromptScores]) -> list[PrefillOutput]:
+        """`logits` are of the sampled rows; `scores` of the items that asked for them."""
         drawn: dict[int, TokenDraw | Exception] = {}
         if logits is not None and self.sampled:
             params = [p for i in self.sampled if (p := self.items[i].sampling) is not None]
-            tokens = draw(logits, params, [self.items[i].generated_so_far for i in self.sampled])
+            items = [self.items[i] for i in self.sampled]
+            tokens = draw(logits, params, [i.generated_so_far for i in items], [i.constraints for i in items])
             drawn = dict(zip(self.sampled, tokens, strict=True))
-        return [self._output(i, drawn.get(i)) for i in range(len(self.items))]
+        return [self._output(i, drawn.get(i), scores.get(i)) for i in range(len(self.items))]
 
-    def _output(self, index: int, drawn: TokenDraw | Exception | None) -> PrefillOutput:
+    def _output(self, index: int, drawn: TokenDraw | Exception | None, scores: PromptScores | None) -> PrefillOutput:
         error = self.errors[index] or (drawn if isinstance(drawn, Exception) else None)
         if error is not None or not isinstance(drawn, TokenDraw):
-            return PrefillOutput(error=error)
+            return PrefillOutput(error=error, scores=scores)
         item = self.items[index]
         assert item.sampling is not None
         reason = finish_reason(item.sampling, drawn.token_id, item.generated_so_far + 1)
-        return PrefillOutput(token=drawn, finish_reason=reason)
+        return PrefillOutput(token=drawn, finish_reason=reason, scores=scores)

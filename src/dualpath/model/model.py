@@ -49,6 +49,8 @@ class LoadedModel:
         self.max_length_tokens: int = config.max_position_embeddings
         self.eos_token_ids = eos_token_ids
         _Probe(self).run()
+        self.scores_prompts = _Probe(self).head_alone()
+        """Whether `hidden` and `head` together compute what `forward` does."""
 
     @staticmethod
     def load(path: str | Path, device: str = "cpu", dtype: str = "float32", threads: int = 1) -> LoadedModel:
@@ -95,6 +97,22 @@ class LoadedModel:
         )
         logits: Tensor = output.logits[0]
         return logits[: len(keep)]
+
+    @torch.inference_mode()
+    def hidden(self, packed: PackedPass, token_ids: list[int], positions: list[int]) -> Tensor:
+        """One packed forward without the output head. Returns ``[tokens, width]``, what `head` takes."""
+        ids, places = (torch.tensor(x, device=self.device) for x in (token_ids, positions))
+        output = self.network.get_decoder()(
+            input_ids=ids[None], position_ids=places[None], past_key_values=packed, use_cache=True, packed=packed
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Returns the logits ``[n, vocab]`` of hidden states ``[n, width]``."""
+        logits: Tensor = self.network.get_output_embeddings()(hidden)
+        return logits
 
     @property
     def attention_flops_per_token(self) -> int:
@@ -151,6 +169,18 @@ class _Probe(PackedPass):
                 f"{name} updated KV in layers {self._updated} and attended in {self._computed}; every one of its "
                 f"{len(layers)} layers must do both, in order"
             )
+
+    def head_alone(self) -> bool:
+        """Whether the model's logits are its output head's, so that a prompt can be scored slice by slice.
+
+        Some models scale or cap the head's output.
+        """
+        whole = self._model.forward(self, [0, 1], [0, 1], [1])
+        try:
+            alone = self._model.head(self._model.hidden(self, [0, 1], [0, 1])[1:])
+        except (AttributeError, TypeError):
+            return False
+        return torch.allclose(whole, alone, rtol=1e-3, atol=1e-3)
 
 
 def _refuse_other_attention(config: Any) -> None:

@@ -18,6 +18,7 @@ from dualpath.model.attention import PackedPass
 from dualpath.model.batch import PrefillBatch, PrefillItem, PrefillOutput
 from dualpath.model.layers import Bytes, DeviceLayers, LayerIOTimeoutError, LayerProgress, RunAbortedError
 from dualpath.model.model import LoadedModel
+from dualpath.model.scoring import PromptScores, score
 from dualpath.thread_names import named_threads
 
 
@@ -97,9 +98,9 @@ class LayerwisePrefill:
             self._loader.submit(_guarded, progress, lambda: self._load_all(batch, io, progress)),
             self._shipper.submit(_guarded, progress, lambda: self._ship_all(batch, io, progress)),
         ]
-        logits = self._compute(batch, progress, workers)
+        logits, scores = self._compute(batch, progress, workers)
         self._note_statistics(batch, progress, time.perf_counter_ns() - started_ns)
-        return batch.outputs(logits)
+        return batch.outputs(logits, scores)
 
     def close(self) -> None:
         """Stop the threads. A callback that hangs keeps only its own thread alive."""
@@ -125,14 +126,20 @@ class LayerwisePrefill:
             raise ValueError(f"the batch has {total} tokens, above max_batch_tokens {self.max_batch_tokens}; split it")
         return total
 
-    def _compute(self, batch: PrefillBatch, progress: LayerProgress, workers: list[Future[None]]) -> Tensor | None:
-        """Returns logits of the sampling items; None when every item has failed before the end."""
+    def _compute(
+        self, batch: PrefillBatch, progress: LayerProgress, workers: list[Future[None]]
+    ) -> tuple[Tensor | None, dict[int, PromptScores]]:
+        """Returns logits of the sampling items, None when every item has failed before the end; and scores by item."""
+        scores: dict[int, PromptScores] = {}
         try:
             packed = _PrefillPass(self.model, batch, self._device, progress)
-            logits = self.model.forward(packed, batch.token_ids, batch.positions, batch.sampled_rows)
+            if any(item.scored for item in batch.items):
+                logits = self._score(batch, packed, scores)
+            else:
+                logits = self.model.forward(packed, batch.token_ids, batch.positions, batch.sampled_rows)
             progress.wait_all_shipped()
         except _NothingLeftError:
-            return None
+            return None, scores
         except RunAbortedError as error:
             raise error.__cause__ or error from None
         except LayerIOTimeoutError:
@@ -140,7 +147,15 @@ class LayerwisePrefill:
             raise
         finally:
             self._settle(progress, workers)
-        return logits
+        return logits, scores
+
+    def _score(self, batch: PrefillBatch, packed: PackedPass, scores: dict[int, PromptScores]) -> Tensor:
+        """Fill `scores`. Returns logits of the sampling items."""
+        hidden = self.model.hidden(packed, batch.token_ids, batch.positions)
+        for i, (item, first) in enumerate(zip(batch.items, batch.first_queries, strict=True)):
+            if item.scored is not None and item.scored.next_token_ids:
+                scores[i] = score(self.model, hidden[first:], item.scored.next_token_ids, item.scored.top)
+        return self.model.head(hidden[batch.sampled_rows])
 
     def _settle(self, progress: LayerProgress, workers: list[Future[None]]) -> None:
         """Make sure that no thread touches the buffers after this run; if one hangs, forbid further runs."""

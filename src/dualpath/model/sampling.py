@@ -1,25 +1,36 @@
 """Draws tokens from logits, such that a retried attempt draws the same tokens as the lost one.
 
-Token *i* of a request is drawn with a counter-based generator keyed by ``(seed, i)``. No state survives a step, so the
-draw does not depend on the engine or on its earlier draws. One uniform number picks from the cumulative distribution in
-token order, so rounding differences between engines almost never change the choice.
+Token *i* of a request is drawn with a counter-based generator keyed by ``(seed, i)``. No state of the generator
+survives a step, so the draw does not depend on the engine or on its earlier draws. One uniform number picks from the
+cumulative distribution in token order, so rounding differences between engines almost never change the choice. What a
+draw must know of earlier tokens is in the sequence's `TokenConstraints`, which a retried attempt makes anew.
 """
+
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import MinPLogitsWarper
 
+from dualpath.model.constraints import TokenConstraints
+from dualpath.model.grammar import GrammarError
 from dualpath.spec.sampling import SamplingParams
 
 
+class NoTokenError(ValueError):
+    """The request's settings leave no token that may be drawn."""
+
+
 class TokenDraw(msgspec.Struct, frozen=True, gc=False):
-    """One drawn token. Log-probabilities are the model's own: no temperature, no mask, no truncation."""
+    """One drawn token. `SamplingParams.logprobs_mode` says of which distribution its log-probabilities are."""
 
     token_id: int
     logprob: float | None = None
     """Natural logarithm; None unless requested."""
     top: tuple[tuple[int, float], ...] = ()
-    """The most likely ``(token_id, logprob)``, best first, as many as requested."""
+    """The most likely ``(token_id, logprob)``, best first, as many as requested and possible."""
 
     @property
     def logprobs(self) -> list[tuple[int, float]] | None:
@@ -28,37 +39,58 @@ class TokenDraw(msgspec.Struct, frozen=True, gc=False):
 
 
 def draw(
-    logits: torch.Tensor, params: list[SamplingParams], generated_tokens: list[int]
+    logits: Tensor,
+    params: list[SamplingParams],
+    generated_tokens: list[int],
+    constraints: Sequence[TokenConstraints | None] | None = None,
 ) -> list[TokenDraw | Exception]:
     """Draw one token for each row of `logits` ``[n, vocab]``; row i is token number ``generated_tokens[i]`` (from 0).
 
-    A row with logits that are not numbers gets a FloatingPointError in its place; the other rows are unaffected.
+    `constraints` has an entry for each row, None for a row without any. A row gets an exception in its place, and the
+    other rows are unaffected, when its logits are not numbers (FloatingPointError), when its grammar fails
+    (GrammarError) or when nothing may be drawn (NoTokenError).
     """
     if not logits.shape[0] == len(params) == len(generated_tokens):
         raise ValueError(f"{logits.shape[0]} rows of logits, {len(params)} params, {len(generated_tokens)} positions")
     rows = logits.detach().to(device="cpu", dtype=torch.float32)
-    return [_draw_row(row, param, index) for row, param, index in zip(rows, params, generated_tokens, strict=True)]
+    held = [None] * len(params) if constraints is None else constraints
+    return [_draw_row(*row) for row in zip(rows, params, generated_tokens, held, strict=True)]
 
 
-def _draw_row(logits: torch.Tensor, params: SamplingParams, index: int) -> TokenDraw | Exception:
+def _draw_row(
+    logits: Tensor, params: SamplingParams, index: int, constraints: TokenConstraints | None
+) -> TokenDraw | Exception:
     if torch.isnan(logits).any():
         return FloatingPointError("the model's logits are not numbers; its KV or its weights are damaged")
     masked = logits
-    if index < params.min_tokens and params.stop_token_ids:
+    if constraints is not None:
+        try:
+            masked = constraints.apply(logits, index)
+        except GrammarError as error:
+            return error
+        if masked.max() == -torch.inf:
+            return NoTokenError("grammar, allowed_token_ids, bad_words and min_tokens together leave no token to draw")
+    elif index < params.min_tokens and params.stop_token_ids:
         masked = logits.clone()
         masked[list(params.stop_token_ids)] = -torch.inf
-    token_id = int(masked.argmax()) if params.temperature == 0 else _sample(masked, params, index)
+    probabilities = None if params.temperature == 0 else _probabilities(masked, params)
+    token_id = int(masked.argmax()) if probabilities is None else _pick(probabilities, params.seed, index)
     if params.logprobs is None:
         return TokenDraw(token_id)
-    logprobs = logits.log_softmax(-1)
+    if params.logprobs_mode == "raw_logprobs":
+        logprobs = logits.log_softmax(-1)
+    else:
+        logprobs = masked.log_softmax(-1) if probabilities is None else (probabilities / probabilities.sum()).log()
     top = logprobs.topk(min(params.logprobs, logprobs.shape[0]))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return TokenDraw(token_id, float(logprobs[token_id]), tuple(pairs))
+    return TokenDraw(token_id, float(logprobs[token_id]), tuple(pair for pair in pairs if pair[1] > -torch.inf))
 
 
-def _sample(logits: torch.Tensor, params: SamplingParams, index: int) -> int:
-    """Temperature, then top-k, then top-p; ties are cut in favour of the lower id."""
+def _probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Temperature, then min-p, then top-k, then top-p; ties are cut in favour of the lower id. The sum is 1 or less."""
     scaled = logits.double() / params.temperature
+    if params.min_p:
+        scaled = MinPLogitsWarper(params.min_p)(None, scaled[None])[0]
     probabilities = scaled.softmax(-1)
     vocabulary = probabilities.shape[0]
     top_k = params.top_k if 0 < params.top_k < vocabulary else vocabulary
@@ -71,10 +103,14 @@ def _sample(logits: torch.Tensor, params: SamplingParams, index: int) -> int:
         kept = torch.zeros_like(probabilities)
         kept[order] = ordered.masked_fill(dropped, 0.0)
         probabilities = kept
+    return probabilities
+
+
+def _pick(probabilities: Tensor, seed: int, index: int) -> int:
     cumulative = probabilities.cumsum(0)
-    threshold = _uniform(params.seed, index) * cumulative[-1]
+    threshold = _uniform(seed, index) * cumulative[-1]
     chosen = int(torch.searchsorted(cumulative, threshold, right=True))
-    return chosen if chosen < vocabulary else int(probabilities.nonzero()[-1])
+    return chosen if chosen < probabilities.shape[0] else int(probabilities.nonzero()[-1])
 
 
 def _uniform(seed: int, index: int) -> float:

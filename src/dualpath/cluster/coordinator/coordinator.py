@@ -39,12 +39,14 @@ class Coordinator:
     """
 
     def __init__(self, config: ClusterConfig, kill_engine: Callable[[int], None] | None = None) -> None:
-        """Raises OSError when it cannot listen at the control address or cannot write the journal."""
+        """Raises OSError when it cannot listen at the control address or cannot write the journal, ValueError when the
+        model's generation_config.json makes no sense."""
         self._config = config
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception when the coordinator itself breaks: it must then stop, because its state can no longer
         be trusted.
         """
+        config.generation_defaults()  # what is wrong with the file is said before engines start
         self._driver = SchedulerDriver(self._broken, config.journal)
         self._links = EngineLinks()
         self.membership = Membership(config, self._links, self, kill_engine)
@@ -186,6 +188,7 @@ class Coordinator:
             max_model_len_tokens=join.max_model_len_tokens,
             vocab_size=join.vocab_size,
             eos_token_ids=join.eos_token_ids,
+            defaults=config.generation_defaults(),
             cluster=config.served(join.layout.layers, join.layout.layers * join.layout.token_bytes),
         )
         self.layout = join.layout

@@ -29,6 +29,10 @@ from dualpath.spec.metrics import Figures
 _PREFIX = {Role.PREFILL: "PE", Role.DECODE: "DE"}
 
 
+class UnencodableMessageError(ValueError):
+    """A message has a value that no message can carry, such as an integer of more than 64 bits."""
+
+
 class EngineLink(msgspec.Struct):
     """One engine that has joined, or that waits to be admitted (`engine` is None)."""
 
@@ -121,13 +125,20 @@ class EngineLinks:
             yield identity, message
 
     def send(self, engine: EngineId, message: ToEngine) -> None:
-        """Queue a message. It is dropped when it can't be routed: such an engine's lease will expire."""
+        """Queue a message. It is dropped when it can't be routed: such an engine's lease will expire.
+
+        Raises UnencodableMessageError.
+        """
         link = self.by_engine.get(engine)
         if link is not None:
             self.send_to(link.identity, message)
 
     def send_to(self, identity: bytes, message: ToEngine) -> None:
-        parts = [identity, encoder.encode(message)]
+        """As `send`. Raises UnencodableMessageError, and nothing was sent."""
+        try:
+            parts = [identity, encoder.encode(message)]
+        except (OverflowError, TypeError, ValueError) as error:
+            raise UnencodableMessageError(f"{type(message).__name__} can't be encoded: {error}") from error
         asyncio.ensure_future(self._socket.send_multipart(parts, flags=zmq.NOBLOCK)).add_done_callback(self._on_sent)
 
     def _on_sent(self, sent: "asyncio.Future[Any]") -> None:

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import msgspec
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, RequestError, TokenLogprob
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, PromptLogprob, RequestError, TokenLogprob
 from dualpath.cluster.messages import Draw
 from dualpath.core.vocabulary import BLOCK_TOKENS, Decode, Leg, Load, Prefill, Prepare, RequestFacts, RequestId, Side
 from dualpath.kv.keys import BlockKey, Namespace
-from dualpath.spec.sampling import finish_reason
+from dualpath.spec.sampling import finish_reason, token_history
 from dualpath.spec.timings import Timings
 
 
@@ -76,6 +76,7 @@ class Attempt(msgspec.Struct):
     legs: list[Leg] = []
     decode_pages: list[int] | None = None
     first_draw: Draw | None = None
+    prompt_logprobs: list[PromptLogprob] = []
     stages: Stages = msgspec.field(default_factory=Stages)
 
 
@@ -124,15 +125,28 @@ class LiveRequest:
             return None
         return finish_reason(self.asked.sampling, self.generated[-1], len(self.generated))
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether this attempt owes the client its prompt's log-probabilities, which come with the first token."""
+        return self.asked.sampling.prompt_logprobs is not None and not self.generated
+
+    def note_scores(self, scores: m.PromptLogprobs) -> None:
+        """Keep the scores of one prefill chunk for the first token."""
+        assert self.current is not None
+        for token_ids, logprobs, rank in zip(scores.token_ids, scores.logprobs, scores.ranks, strict=True):
+            tokens = [TokenLogprob(token, logprob) for token, logprob in zip(token_ids, logprobs, strict=True)]
+            self.current.prompt_logprobs.append(PromptLogprob(rank, tokens))
+
     def emit(self, draw: Draw) -> None:
         """Send a token to the client; no later attempt generates it again."""
+        scores = self.current.prompt_logprobs if self.current is not None and self.scores_prompt else None
         self.generated.append(draw.token_id)
         logprobs = None
         if draw.logprobs is not None:
             logprobs = [[TokenLogprob(token_id, logprob) for token_id, logprob in draw.logprobs]]
         if self.asked.return_timings:
             self._stamp()
-        self.events.put_nowait(self._step([draw.token_id], logprobs))
+        self.events.put_nowait(self._step([draw.token_id], logprobs, prompt_logprobs=scores))
 
     def end(self, outcome: str | RequestError) -> None:
         """Send the last event: a finish reason, or the error that the client gets."""
@@ -143,7 +157,11 @@ class LiveRequest:
         self.current = None
 
     def _step(
-        self, token_ids: list[int], logprobs: list[list[TokenLogprob]] | None = None, finish_reason: str | None = None
+        self,
+        token_ids: list[int],
+        logprobs: list[list[TokenLogprob]] | None = None,
+        finish_reason: str | None = None,
+        prompt_logprobs: list[PromptLogprob] | None = None,
     ) -> GeneratedTokens:
         return GeneratedTokens(
             token_ids=token_ids,
@@ -151,6 +169,7 @@ class LiveRequest:
             finish_reason=finish_reason,
             cached_tokens=self.cached_tokens or 0,
             timings=self._timings,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _stamp(self) -> None:
@@ -173,6 +192,7 @@ def order(live: LiveRequest, command: Prepare | Load | Prefill | Decode, decode_
     attempt = live.current
     assert attempt is not None and attempt.attempt == command.attempt
     ids = (live.request, attempt.attempt)
+    sampling = live.asked.sampling
     match command:
         case Prepare():
             return m.PrepareDecode(
@@ -184,6 +204,8 @@ def order(live: LiveRequest, command: Prepare | Load | Prefill | Decode, decode_
             return m.LoadLeg(*ids, leg, live.namespace, keys)
         case Prefill():
             assert attempt.decode_pages is not None
+            if not live.scores_prompt:
+                sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
             return m.StartPrefill(
                 *ids,
                 attempt.hit_tokens,
@@ -192,10 +214,12 @@ def order(live: LiveRequest, command: Prepare | Load | Prefill | Decode, decode_
                 command.decode_engine,
                 decode_address,
                 attempt.decode_pages,
-                live.asked.sampling,
+                sampling,
                 live.generated_before,
+                token_history(sampling, live.asked.prompt_token_ids, live.generated),
             )
         case Decode():
             assert attempt.first_draw is not None
             tail = attempt.prompt_token_ids[len(attempt.keys) * BLOCK_TOKENS :]
-            return m.StartDecode(*ids, attempt.first_draw, tail, live.asked.sampling, live.generated_before)
+            history = token_history(sampling, live.asked.prompt_token_ids, live.generated)
+            return m.StartDecode(*ids, attempt.first_draw, tail, sampling, live.generated_before, history)

@@ -10,7 +10,7 @@ import time
 
 from dualpath.cluster import messages as m
 from dualpath.cluster.coordinator.driver import SchedulerDriver
-from dualpath.cluster.coordinator.links import EngineLinks
+from dualpath.cluster.coordinator.links import EngineLinks, UnencodableMessageError
 from dualpath.cluster.coordinator.live_request import LiveRequest, order
 from dualpath.cluster.coordinator.prefixes import Prefixes
 from dualpath.cluster.generator import GenerateRequest, ModelFacts, RequestError
@@ -35,6 +35,10 @@ from dualpath.core.vocabulary import (
 from dualpath.kv import BlockKey
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
+
+_OF_ATTEMPTS = (
+    m.Prepared, m.Loaded, m.LoadFailed, m.PromptLogprobs, m.PrefillDone, m.AttemptFailed, m.Refused, m.Finished
+)  # fmt: skip
 
 
 class Serving:
@@ -100,7 +104,8 @@ class Serving:
             )
         if not 0 <= min(asked.prompt_token_ids) <= max(asked.prompt_token_ids) < self.model.vocab_size:
             raise RequestError(400, "invalid_token", f"token ids must be from 0 to {self.model.vocab_size - 1}")
-        if prompt_tokens + max_tokens > self.model.max_model_len_tokens:
+        # The last token is never computed on, so it needs no place in the context.
+        if prompt_tokens + max_tokens - 1 > self.model.max_model_len_tokens:
             raise RequestError(
                 400,
                 "context_length_exceeded",
@@ -115,7 +120,8 @@ class Serving:
             keys = self.prefixes.keys(live.namespace, prompt)
         self.prefixes.unpin(live.request)
         hit_blocks = 0
-        if self._prefix_cache and not live.recompute:
+        # A hit gives KV and no logits, so a prompt that is scored is computed.
+        if self._prefix_cache and not live.recompute and not live.scores_prompt:
             hit_blocks = self.prefixes.match_and_pin(live.request, keys, _most_hit_blocks(prompt))
         return live.begin(attempt, prompt, keys, hit_blocks)
 
@@ -135,7 +141,7 @@ class Serving:
                 self._on_released(engine, message)
             case m.BufferFreed():
                 self._driver.input(lambda s, now: s.buffer_freed(now, message.request, message.attempt, message.blocks))
-            case m.Prepared() | m.Loaded() | m.LoadFailed() | m.PrefillDone() | m.AttemptFailed() | m.Finished():
+            case _ if isinstance(message, _OF_ATTEMPTS):
                 live = self._live(message.request, message.attempt)
                 if live is not None:
                     self._on_attempt_message(engine, live, message)
@@ -177,6 +183,10 @@ class Serving:
                     live.cached_tokens = attempt.hit_tokens
                 live.emit(message.draw)
                 self._driver.input(lambda s, now: s.prefill_done(now, *ids))
+            case m.PromptLogprobs():
+                live.note_scores(message)
+            case m.Refused():
+                self._give_up(live, RequestError(400, "invalid_value", message.detail))
             case m.AttemptFailed():
                 self._driver.input(lambda s, now: s.attempt_failed(now, *ids, engine, message.cause))
             case m.Finished():
@@ -219,17 +229,23 @@ class Serving:
                 decode = self._links.by_engine[command.decode_engine]
                 decode_address = decode.join.data_address
                 stages.decode_engine, stages.prefill_engine = decode.name, self._links.by_engine[command.engine].name
-        self._links.send(command.engine, order(live, command, decode_address))
+        try:
+            self._links.send(command.engine, order(live, command, decode_address))
+        except UnencodableMessageError as error:  # of the request's own values: it fails, and nothing else
+            self._give_up(live, RequestError(400, "invalid_value", f"the request can't be sent to an engine: {error}"))
 
     def _resubmit(self, live: LiveRequest, attempt: int) -> None:
         """Start a new attempt, unless the failed one had generated everything: then only its persisting was lost."""
         if live.reason is not None:
-            reason = live.reason
-            self._end(live, reason)
-            self._driver.input(lambda s, now: s.cancel(now, live.request))
+            self._give_up(live, live.reason)
             return
         facts = self._begin(live, attempt)
         self._driver.input(lambda s, now: s.resubmit(now, facts))
+
+    def _give_up(self, live: LiveRequest, outcome: str | RequestError) -> None:
+        """End a request that core has not ended: core then takes it off the engines."""
+        self._end(live, outcome)
+        self._driver.input(lambda s, now: s.cancel(now, live.request))
 
     def _end(self, live: LiveRequest, outcome: str | RequestError) -> None:
         if self._requests.pop(live.request, None) is None:

@@ -12,11 +12,12 @@ still finds its prefix next turn. Only one task frees an attempt's pages: `_deco
 import asyncio
 
 from dualpath.cluster import messages as m
+from dualpath.cluster.engines.constraining import REFUSALS, Constrainer
 from dualpath.cluster.engines.decode_attempt import DecodeAttempt, Persister
 from dualpath.cluster.engines.host import EngineHost, Owner
 from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, EngineId, Side
 from dualpath.kv import StoreError
-from dualpath.model import LoadedModel, PagedDecode, StepOutput
+from dualpath.model import GrammarError, LoadedModel, PagedDecode, StepOutput
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
 from dualpath.spec.sampling import SamplingParams
@@ -33,6 +34,7 @@ class DecodeWorker:
         self._host = host
         self._engine = PagedDecode(model, hbm_blocks)
         self._copies = named_threads(1, "copies")
+        self._constrainer = Constrainer(model, host.config.cluster.model)
         self._persister = Persister(host, self._engine, self._copies)
         self._attempts: dict[Owner, DecodeAttempt] = {}
         self._by_sequence: dict[int, DecodeAttempt] = {}
@@ -103,6 +105,11 @@ class DecodeWorker:
     async def _decode(self, attempt: DecodeAttempt, message: m.StartDecode) -> None:
         """Decode an attempt whose DE buffer is complete: copy to the device, generate, persist, then `Finished`."""
         loop = asyncio.get_running_loop()
+        refusal, constraints = None, None
+        try:
+            constraints = await self._constrainer.make(message.sampling, message.history)
+        except GrammarError as error:
+            refusal = error
         attempt.tail_token_ids = [*message.tail_token_ids, message.draw.token_id]
         self._engine.admit(
             attempt.sequence,
@@ -110,12 +117,15 @@ class DecodeWorker:
             first_token=message.draw.token_id,
             sampling=message.sampling,
             generated_so_far=message.generated_tokens,
+            constraints=constraints,
         )
         self._by_sequence[attempt.sequence] = attempt
         await loop.run_in_executor(self._copies, self._fill, attempt)
         computed = range(attempt.hit_blocks, len(attempt.keys))
         self._free_pages(attempt, [block for block in attempt.pages if block not in computed])
-        if not attempt.aborted:
+        if refusal is not None:
+            self._fail(attempt, refusal)
+        elif not attempt.aborted:
             self._join(attempt)
         for block in computed:
             await self._persister.block_in_buffer(attempt, block)
@@ -180,6 +190,9 @@ class DecodeWorker:
     def _fail(self, attempt: DecodeAttempt, error: Exception | None) -> None:
         """Stop the attempt's generation; it keeps its pages and blocks until it is aborted."""
         self._joined.discard(attempt.sequence)
+        if isinstance(error, REFUSALS):
+            self._host.send(m.Refused(*attempt.owner, str(error)))
+            return
         attempt.storing = False  # KV that fails a step may be damaged, and a checksum would make the damage look valid
         self._host.log(f"request {attempt.owner[0]} attempt {attempt.owner[1]} failed: {error!r}")
         self._host.send(m.AttemptFailed(*attempt.owner, Cause.COMPUTE_FAILED, repr(error)))
@@ -249,4 +262,5 @@ class DecodeWorker:
         }
 
     def close(self) -> None:
+        self._constrainer.close()
         self._copies.shutdown(wait=True, cancel_futures=True)

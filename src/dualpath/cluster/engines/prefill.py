@@ -10,14 +10,24 @@ import asyncio
 import time
 
 from dualpath.cluster import messages as m
+from dualpath.cluster.engines.constraining import REFUSALS, Constrainer
 from dualpath.cluster.engines.data_channels import DataChannels
 from dualpath.cluster.engines.host import EngineHost, Owner
 from dualpath.cluster.engines.layer_transfers import BatchTransfers, ItemTransfers, Rows
+from dualpath.cluster.engines.prefill_attempt import PrefillAttempt, prefill_item
 from dualpath.core.batching import AttentionCost, Chunk, PrefillQueue
 from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import Cause, Leg, Side
 from dualpath.kv import StoreError
-from dualpath.model import LayerIOTimeoutError, LayerwisePrefill, LoadedModel, PrefillItem, PrefillOutput
+from dualpath.model import (
+    GrammarError,
+    LayerIOTimeoutError,
+    LayerwisePrefill,
+    LoadedModel,
+    PrefillItem,
+    PrefillOutput,
+    ScoringError,
+)
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
 from dualpath.transfer.transport import ChannelBusy, TransferCause, TransferError
@@ -35,21 +45,6 @@ class NoTransfers:
 
     def ship_layer(self, _layer: int, rows: list[Rows | None]) -> list[Exception | None]:
         return [None] * len(rows)
-
-
-class PrefillAttempt:
-    """The PE's record of one attempt."""
-
-    def __init__(self, owner: Owner) -> None:
-        self.owner = owner
-        self.leg: Leg | None = None
-        self.pages: list[int] = []
-        self.start: m.StartPrefill | None = None
-        self.busy = False
-        """True while it is reading, connecting or in a batch: its pages can't be freed yet."""
-        self.aborted = False
-        self.quiet = True
-        """False once a transfer has failed half-way: its last bytes may still be on their way."""
 
 
 class PrefillWorker:
@@ -71,6 +66,7 @@ class PrefillWorker:
         self._peak_device_kv_bytes = 0
         self._attempts: dict[Owner, PrefillAttempt] = {}
         self._channels = DataChannels(host)
+        self._constrainer = Constrainer(model, cluster.model)
         self._work = asyncio.Event()
         host.gauge_sources.append(self._gauges)
         host.spawn(self._run_batches())
@@ -151,8 +147,18 @@ class PrefillWorker:
         self._host.spawn(self._enqueue(attempt, message))
 
     async def _enqueue(self, attempt: PrefillAttempt, message: m.StartPrefill) -> None:
-        """Connect to the decode engine before the prompt joins a batch: an engine that hangs must not delay others."""
-        error = await self._channels.open(message.decode_address)
+        """Connect to the decode engine, and compile the grammar, before the prompt joins a batch: neither may delay
+        others.
+        """
+        error: Exception | None = await self._channels.open(message.decode_address)
+        try:
+            attempt.constraints = await self._constrainer.make(message.sampling, message.history)
+            if message.sampling.prompt_logprobs is not None and not self._model.scores_prompts:
+                error = ScoringError(
+                    "prompt_logprobs: this model changes what its output head gives, and can't be scored"
+                )
+        except GrammarError as failure:
+            error = failure
         attempt.busy = False
         if attempt.aborted:
             self._release(attempt)
@@ -191,15 +197,7 @@ class PrefillWorker:
         for chunk, attempt in zip(chunks, attempts, strict=True):
             start = attempt.start
             assert start is not None
-            first = chunk.past_tokens - start.hit_tokens
-            items.append(
-                PrefillItem(
-                    token_ids=start.miss_token_ids[first : first + chunk.new_tokens],
-                    past_tokens=chunk.past_tokens,
-                    sampling=start.sampling if chunk.last else None,
-                    generated_so_far=start.generated_tokens,
-                )
-            )
+            items.append(prefill_item(chunk, start, attempt.constraints))
             plan = chunk_plan(tuple(start.legs), start.hit_tokens, chunk.past_tokens, chunk.new_tokens)
             transfers.append(
                 ItemTransfers(
@@ -228,6 +226,13 @@ class PrefillWorker:
         # A connection that has ended delivers nothing more; over an open one the rest may still be on its way.
         error = output.error
         attempt.quiet &= not isinstance(error, TransferError) or error.cause is TransferCause.PEER_CLOSED
+        if output.scores is not None:
+            scores = output.scores
+            self._host.send(
+                m.PromptLogprobs(
+                    *attempt.owner, scores.token_ids.tolist(), scores.logprobs.tolist(), scores.ranks.tolist()
+                )
+            )
         if attempt.aborted:
             self._queue.remove(*attempt.owner)
             self._release(attempt)
@@ -241,6 +246,9 @@ class PrefillWorker:
 
     def _fail(self, attempt: PrefillAttempt, error: Exception) -> None:
         """Stop the attempt; it keeps its pages until it is aborted."""
+        if isinstance(error, REFUSALS):
+            self._host.send(m.Refused(*attempt.owner, str(error)))
+            return
         cause = Cause.TRANSFER_FAILED if isinstance(error, TRANSFER_ERRORS) else Cause.COMPUTE_FAILED
         self._host.log(f"request {attempt.owner[0]} attempt {attempt.owner[1]} failed: {error!r}")
         self._host.send(m.AttemptFailed(*attempt.owner, cause, repr(error)))
@@ -274,5 +282,6 @@ class PrefillWorker:
         }
 
     def close(self) -> None:
+        self._constrainer.close()
         self._channels.close()
         self._prefill.close()
