@@ -33,7 +33,8 @@ class PromptScores(msgspec.Struct, frozen=True):
 
 @torch.inference_mode()
 def score(model: LoadedModel, hidden: Tensor, next_token_ids: list[int], top: int) -> PromptScores:
-    """Score `next_token_ids` at the positions of `hidden` ``[n, width]``."""
+    """Score `next_token_ids` at the first positions of `hidden` ``[n, width]``."""
+    hidden = hidden[: len(next_token_ids)]
     slices = []
     step = max(1, SLICE_ELEMENTS // model.vocab_size)
     for start in range(0, len(next_token_ids), step):

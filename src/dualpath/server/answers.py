@@ -13,16 +13,14 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from dualpath.cluster.generator import TokenLogprob
 from dualpath.server.codec import TextCodec
 from dualpath.server.errors import ApiError
 from dualpath.server.generation import Piece, Usage
+from dualpath.server.logprobs import LogprobShapes, PromptEntry
 from dualpath.server.requests import CheckedRequest
 from dualpath.spec.timings import Timings
 
 DONE = b"data: [DONE]\n\n"
-_LEAST_LOGPROB = -9999.0
-"""JSON has no minus infinity."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -49,6 +47,7 @@ class ChoiceBody(msgspec.Struct, kw_only=True, gc=False):
     finish_reason: str | None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: list[PromptEntry | None] | UnsetType = UNSET
 
 
 class AnswerBody(msgspec.Struct, kw_only=True, gc=False):
@@ -62,6 +61,7 @@ class AnswerBody(msgspec.Struct, kw_only=True, gc=False):
     usage: UsageBody | UnsetType | None = UNSET
     timings: Timings | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: list[PromptEntry | None] | UnsetType = UNSET
 
 
 class Writer(Protocol):
@@ -96,7 +96,7 @@ class _Answer:
         self._created = int(time.time())
         self._model = model
         self._checked = checked
-        self._codec = codec
+        self._shapes = LogprobShapes(codec, checked.tokens_as_ids)
         self._begun = [False] * len(checked.choices)
 
     def end(self, usage: Usage) -> bytes:
@@ -143,6 +143,7 @@ class _Answer:
                 logprobs=[entry for piece in own for entry in piece.logprobs or []],
                 finish_reason=own[-1].finish_reason,
                 cached_tokens=own[-1].cached_tokens,
+                prompt_logprobs=own[0].prompt_logprobs,
             )
 
 
@@ -166,29 +167,23 @@ class CompletionWriter(_Answer):
     def _choice(self, piece: Piece) -> ChoiceBody:
         choice = super()._choice(piece)
         choice.text = piece.text
-        if self._is_first(piece.choice) and self._checked.return_token_ids:
-            choice.prompt_token_ids = self._checked.choices[piece.choice].request.prompt_token_ids
-        if self._checked.logprobs is not None:
-            choice.logprobs = self._logprobs(piece)
+        checked, asked = self._checked, self._checked.choices[piece.choice]
+        entries, unscored = list(piece.logprobs or []), None
+        if self._is_first(piece.choice):
+            prompt = asked.request.prompt_token_ids
+            if checked.return_token_ids:
+                choice.prompt_token_ids = prompt
+            if checked.prompt_logprobs is not None:
+                choice.prompt_logprobs = self._shapes.prompt(piece.prompt_logprobs or [])
+            if checked.echo is not None:
+                choice.text = checked.echo[asked.prompt_index] + piece.text
+                kept, unscored = 1 + (checked.logprobs or 0), prompt[0]
+                entries = [score.tokens[:kept] for score in piece.prompt_logprobs or []] + entries
+        if checked.logprobs is not None:
+            choice.logprobs, self._offsets[piece.choice] = self._shapes.completion(
+                entries, self._offsets[piece.choice], unscored
+            )
         return choice
-
-    def _logprobs(self, piece: Piece) -> dict[str, Any]:
-        """Returns parallel lists over tokens; `text_offset` counts characters of the tokens' own texts."""
-        chosen = [entry[0] for entry in piece.logprobs or []]
-        tokens = [self._codec.token_text(c.token_id) for c in chosen]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[piece.choice])
-            self._offsets[piece.choice] += len(token)
-        return {
-            "tokens": tokens,
-            "token_logprobs": [_number(c) for c in chosen],
-            "top_logprobs": [
-                {self._codec.token_text(t.token_id): _number(t) for t in reversed(entry)}
-                for entry in piece.logprobs or []
-            ],
-            "text_offset": offsets,
-        }
 
 
 class ChatWriter(_Answer):
@@ -213,6 +208,9 @@ class ChatWriter(_Answer):
         body = self._last(self.object, choices, usage)
         if self._checked.return_token_ids:
             body.prompt_token_ids = self._checked.prompts[0]
+        if self._checked.prompt_logprobs is not None:
+            scores = next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs), [])
+            body.prompt_logprobs = self._shapes.prompt(scores)
         return _encode(body)
 
     def _opening(self, choice: int) -> bytes:
@@ -226,20 +224,8 @@ class ChatWriter(_Answer):
     def _choice(self, piece: Piece) -> ChoiceBody:
         choice = super()._choice(piece)
         if self._checked.logprobs is not None:
-            choice.logprobs = {"content": [self._logprob(entry) for entry in piece.logprobs or []], "refusal": None}
+            choice.logprobs = self._shapes.chat(piece.logprobs or [])
         return choice
-
-    def _logprob(self, entry: list[TokenLogprob]) -> dict[str, Any]:
-        chosen, *top = entry
-        return {**self._token(chosen), "top_logprobs": [self._token(t) for t in top]}
-
-    def _token(self, token: TokenLogprob) -> dict[str, Any]:
-        text = self._codec.token_text(token.token_id)
-        return {"token": text, "logprob": _number(token), "bytes": list(text.encode())}
-
-
-def _number(token: TokenLogprob) -> float:
-    return max(token.logprob, _LEAST_LOGPROB)
 
 
 def _usage_body(usage: Usage) -> UsageBody:

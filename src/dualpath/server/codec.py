@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dualpath.server.errors import ApiError, bad_parameter
+from dualpath.server.token_bytes import TokenBytes
 
 _INLINE_CHARACTERS = 2000
 """Shorter texts take less than about a millisecond; moving them to a thread would cost more than it saves."""
@@ -38,6 +39,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._token_texts: dict[int, str] = {}
+        self._token_bytes = TokenBytes(tokenizer, lambda ids: self.decode(ids, skip_special_tokens=False))
         if self._backend is not None:  # never truncate or pad a prompt silently
             self._backend.no_truncation()
             self._backend.no_padding()
@@ -46,6 +48,10 @@ class TextCodec:
         if len(text) <= _INLINE_CHARACTERS:
             return self._encode(text, add_special_tokens)
         return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    async def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Returns the tokens of each text, without special ones."""
+        return await asyncio.to_thread(lambda: [self._encode(text, add_special_tokens=False) for text in texts])
 
     async def encode_chat(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
         """Render `messages` with the model's chat template, then encode.
@@ -70,11 +76,17 @@ class TextCodec:
         )
 
     def token_text(self, token_id: int) -> str:
-        """Returns one token's text, as log-probabilities show it. Cached; the vocabulary bounds the cache."""
+        """Returns one token's text, as log-probabilities show it: U+FFFD for parts of a character. Cached; the
+        vocabulary bounds the cache.
+        """
         text = self._token_texts.get(token_id)
         if text is None:
-            text = self._token_texts[token_id] = self.decode([token_id], skip_special_tokens=False)
+            text = self._token_texts[token_id] = self.token_bytes(token_id).decode(errors="replace")
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns one token's own bytes, also where they are a part of a character."""
+        return self._token_bytes(token_id)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if self._backend is None:
@@ -149,10 +161,13 @@ class IncrementalDetokenizer:
 
 
 class StopMatcher:
-    """Passes text on until a stop string is complete; `matched` is then that string, and the text ends before it."""
+    """Passes text on until a stop string is complete; `matched` is then that string, and the text ends before it, or
+    with it if that is to be shown.
+    """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
         self.matched: str | None = None
 
@@ -163,9 +178,9 @@ class StopMatcher:
         held = self._held + text
         found = [(start + len(stop), start, stop) for stop in self._stops if (start := held.find(stop)) >= 0]
         if found:
-            _, start, self.matched = min(found)
+            end, start, self.matched = min(found)
             self._held = ""
-            return held[:start]
+            return held[: end if self._include else start]
         keep = max(self._overlap(held, stop) for stop in self._stops)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 
-from dualpath.cluster.generator import GeneratedTokens, Generator, TokenLogprob
+from dualpath.cluster.generator import GeneratedTokens, Generator, PromptLogprob, TokenLogprob
 from dualpath.server.chat.deltas import Delta
 from dualpath.server.codec import IncrementalDetokenizer, StopMatcher, TextCodec
 from dualpath.server.errors import INTERNAL, ApiError
@@ -35,22 +35,33 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str | None
     cached_tokens: int
     timings: Timings | None = None
+    prompt_logprobs: list[PromptLogprob] | None = None
+    """With the first piece, if requested."""
     deltas: list[Delta] = []
     """Chats: what this step adds to the message."""
 
 
 class ChoiceText:
-    """Turns one choice's steps into pieces: completes characters, cuts stop strings off, leaves a stop token out.
+    """Turns one choice's steps into pieces: completes characters, cuts stop strings off, leaves a stop token out
+    (unless they are to be shown).
 
     Stop strings are searched only in the text after `min_tokens` tokens.
     """
 
-    def __init__(self, codec: TextCodec, choice: Choice, stop: Sequence[str], skip_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        codec: TextCodec,
+        choice: Choice,
+        stop: Sequence[str],
+        skip_special_tokens: bool,
+        include_stop: bool = False,
+    ) -> None:
         self._choice = choice.index
         self._detokenizer = IncrementalDetokenizer(
             lambda ids: codec.decode(ids, skip_special_tokens=skip_special_tokens), choice.request.prompt_token_ids
         )
-        self._matcher = StopMatcher(stop)
+        self._matcher = StopMatcher(stop, include_stop)
+        self._include_stop = include_stop
         self._unstoppable_tokens = choice.request.sampling.min_tokens
 
     def take(self, step: GeneratedTokens) -> Piece:
@@ -58,7 +69,7 @@ class ChoiceText:
         texts: list[str] = []
         used, finish_reason = len(step.token_ids), step.finish_reason
         for i, token in enumerate(step.token_ids):
-            if finish_reason == "stop" and i + 1 == len(step.token_ids):
+            if finish_reason == "stop" and i + 1 == len(step.token_ids) and not self._include_stop:
                 break  # the stop token itself is not text
             text = self._detokenizer.push(token)
             if self._unstoppable_tokens > 0:
@@ -81,6 +92,7 @@ class ChoiceText:
             finish_reason=finish_reason,
             cached_tokens=step.cached_tokens,
             timings=step.timings,
+            prompt_logprobs=step.prompt_logprobs,
         )
 
 
@@ -88,13 +100,15 @@ async def run_choice(
     generator: Generator, codec: TextCodec, checked: CheckedRequest, choice: Choice, timer: GenerationTimer
 ) -> AsyncGenerator[Piece, None]:
     """Yields pieces of one choice. Raises RequestError as the cluster does, ApiError without a finish reason."""
-    text = ChoiceText(codec, choice, checked.stop, checked.skip_special_tokens)
+    text = ChoiceText(codec, choice, checked.stop, checked.skip_special_tokens, checked.include_stop)
     steps = generator.generate(choice.request)
     try:
         async for step in steps:
             if not step.token_ids and step.finish_reason is None:
                 continue
             piece = text.take(step)
+            if checked.prompt_only:  # the cluster always draws one token
+                piece = msgspec.structs.replace(piece, text="", token_ids=[], logprobs=None, finish_reason="length")
             timer.step(piece.finish_reason)
             yield piece
             if piece.finish_reason is not None:

@@ -10,37 +10,28 @@ from typing import Any, TypeVar
 import msgspec
 
 from dualpath.server.errors import ApiError, bad_parameter
+from dualpath.spec.sampling import LogprobsMode
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": ([],),
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "documents": ([],),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "structured_outputs": ({},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
@@ -57,11 +48,23 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
     seed: int | None = None
     n: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = None
+    logprobs_mode: LogprobsMode | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
@@ -79,6 +82,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     prompt: msgspec.Raw
     logprobs: int | None = None
+    echo: bool | None = None
 
 
 class ChatMessage(msgspec.Struct, omit_defaults=True):
@@ -177,7 +181,10 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
     try:
         record = msgspec.json.decode(body, type=kind)
         if issubclass(kind, GenerationRequest):
-            _refuse_unsupported(msgspec.json.decode(body, type=dict[str, msgspec.Raw]))
+            fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+            if kind is CompletionRequest:
+                fields.pop("echo", None)  # the one field of these that completions have and chats don't
+            _refuse_unsupported(fields)
     except msgspec.ValidationError as error:
         match = _FIELD.search(str(error))
         param = (match[1] or match[2]) if match else None

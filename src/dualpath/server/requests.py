@@ -19,14 +19,12 @@ from dualpath.server.protocol import (
     TokenizeRequest,
     decode_prompts,
 )
-from dualpath.spec.sampling import SamplingParams
+from dualpath.server.sampling import MAX_LOGPROBS, MAX_SCORED, SEEDS, Asked, SamplingChecker, check_range
 
 _COMPLETION_MAX_TOKENS = 16
-_MAX_LOGPROBS = 20
 _MAX_STOPS = 64
 _MAX_STOP_CHARACTERS = 1000
 _MAX_SALT_CHARACTERS = 1000
-_SEEDS = 2**63
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -49,6 +47,19 @@ class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool
     return_timings: bool
     logprobs: int | None
+    prompt_logprobs: int | None = None
+    """Asked for by that name; `echo` with `logprobs` asks for them too."""
+    echo: list[str] | None = None
+    """Texts of the prompts, where the answers begin with them."""
+    prompt_only: bool = False
+    """True: nothing is generated (`max_tokens` 0)."""
+    include_stop: bool = False
+    tokens_as_ids: bool = False
+    """Log-probabilities name tokens as ``token_id:123``."""
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.prompt_logprobs is not None or (self.echo is not None and self.logprobs is not None)
 
 
 class RequestChecker:
@@ -58,6 +69,8 @@ class RequestChecker:
         self._model = model
         self._codec = codec
         self._max_choices = max_choices
+        self._sampling = SamplingChecker(model, codec)
+        self.check_token_ids = self._sampling.check_token_ids
 
     async def completion(self, asked: CompletionRequest) -> CheckedRequest:
         self.check_model(asked.model)
@@ -68,19 +81,26 @@ class RequestChecker:
             prompt if isinstance(prompt, list) else await self._codec.encode(prompt, add_special_tokens=special)
             for prompt in given
         ]
-        _check_range("logprobs", asked.logprobs, 0, _MAX_LOGPROBS)
-        return self._checked(asked, prompts, "prompt", asked.max_tokens, _COMPLETION_MAX_TOKENS, asked.logprobs)
+        check_range("logprobs", asked.logprobs, 0, MAX_LOGPROBS)
+        checked = await self._checked(
+            asked, prompts, "prompt", asked.max_tokens, _COMPLETION_MAX_TOKENS, asked.logprobs, bool(asked.echo)
+        )
+        if not asked.echo:
+            return checked
+        special = checked.skip_special_tokens
+        texts = [p if isinstance(p, str) else self._codec.decode(p, skip_special_tokens=special) for p in given]
+        return msgspec.structs.replace(checked, echo=texts)
 
     async def chat(self, asked: ChatRequest) -> CheckedRequest:
         self.check_model(asked.model)
         self._check_fan_out(asked, 1)
         prompt = await self.chat_prompt(asked, asked.messages)
-        _check_range("top_logprobs", asked.top_logprobs, 0, _MAX_LOGPROBS)
+        check_range("top_logprobs", asked.top_logprobs, 0, MAX_LOGPROBS)
         if asked.top_logprobs and not asked.logprobs:
             raise bad_parameter("top_logprobs", "top_logprobs needs logprobs: true")
         limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        return self._checked(asked, [prompt], "messages", limit, None, logprobs)
+        return await self._checked(asked, [prompt], "messages", limit, None, logprobs)
 
     async def chat_prompt(self, asked: ChatRequest | TokenizeRequest, messages: list[ChatMessage]) -> list[int]:
         """Returns the tokens of a chat, as the model's template renders it."""
@@ -108,17 +128,8 @@ class RequestChecker:
                 param="model",
             )
 
-    def check_token_ids(self, token_ids: list[int], param: str) -> None:
-        """Refuse token ids for which the model has no embedding."""
-        vocabulary = self._model.vocab_size
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocabulary):
-            at, token = next((i, t) for i, t in enumerate(token_ids) if not 0 <= t < vocabulary)
-            raise bad_parameter(
-                param, f"token id {token} at position {at} is outside the model's vocabulary of {vocabulary} tokens"
-            )
-
     def _check_fan_out(self, asked: GenerationRequest, prompts: int) -> None:
-        _check_range("n", asked.n, 1, self._max_choices)
+        check_range("n", asked.n, 1, self._max_choices)
         if asked.return_timings and (asked.n or 1) * prompts > 1:
             raise bad_parameter(
                 "return_timings",
@@ -132,7 +143,7 @@ class RequestChecker:
                 "may have; send several requests",
             )
 
-    def _checked(
+    async def _checked(
         self,
         asked: GenerationRequest,
         prompts: list[list[int]],
@@ -140,19 +151,26 @@ class RequestChecker:
         limit: int | None,
         default: int | None,
         logprobs: int | None,
+        echo: bool = False,
+        grammar: str = "",
     ) -> CheckedRequest:
-        _check_range("max_tokens", limit, 1, None)
+        check_range("max_tokens", limit, 0, None)
+        prompts = self._truncated(prompts, asked.truncate_prompt_tokens, limit)
+        scored = self._scored(asked, prompts, logprobs if echo else None)
+        bad_words = await self._sampling.bad_words(asked.bad_words)
         if asked.stream_options is not None and not asked.stream:
             raise bad_parameter("stream_options", "stream_options needs stream: true")
         choices: list[Choice] = []
         for prompt_index, prompt in enumerate(prompts):
             self.check_token_ids(prompt, param)
-            sampling = self._sampling(asked, self._max_tokens(len(prompt), param, limit, default), logprobs)
-            base = secrets.randbelow(_SEEDS) if asked.seed is None else asked.seed
+            max_tokens = self._max_tokens(len(prompt), param, limit, default)
+            wanted = Asked(max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=scored, grammar=grammar)
+            sampling = self._sampling.params(asked, wanted, bad_words)
+            base = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
             for i in range(asked.n or 1):
                 request = GenerateRequest(
                     prompt_token_ids=prompt,
-                    sampling=msgspec.structs.replace(sampling, seed=(base + i) % _SEEDS),
+                    sampling=msgspec.structs.replace(sampling, seed=(base + i) % SEEDS),
                     tenant=_tenant(asked.cache_salt),
                     return_timings=bool(asked.return_timings),
                 )
@@ -167,51 +185,56 @@ class RequestChecker:
             return_token_ids=bool(asked.return_token_ids),
             return_timings=bool(asked.return_timings),
             logprobs=logprobs,
+            prompt_logprobs=asked.prompt_logprobs,
+            prompt_only=limit == 0,
+            include_stop=bool(asked.include_stop_str_in_output),
+            tokens_as_ids=bool(asked.return_tokens_as_token_ids),
         )
+
+    def _truncated(self, prompts: list[list[int]], tokens: int | None, limit: int | None) -> list[list[int]]:
+        """Keeps the last tokens of each prompt: so many, or as many as leave room for the answer (-1)."""
+        context = self._model.max_model_len_tokens
+        check_range("truncate_prompt_tokens", tokens, -1, context)
+        if tokens is None:
+            return prompts
+        if tokens == 0:
+            raise bad_parameter("truncate_prompt_tokens", "truncate_prompt_tokens is 0, which leaves no prompt")
+        kept = tokens if tokens > 0 else max(1, context - (1 if limit is None else limit))
+        return [prompt[-kept:] for prompt in prompts]
+
+    def _scored(self, asked: GenerationRequest, prompts: list[list[int]], echoed: int | None) -> int | None:
+        """Returns how many alternatives to each prompt token are asked for; None when prompts are not scored."""
+        counts = [count for count in (asked.prompt_logprobs, echoed) if count is not None]
+        if not counts:
+            return None
+        if asked.stream and asked.prompt_logprobs is not None:
+            raise bad_parameter("prompt_logprobs", "prompt_logprobs can't be streamed; set stream to false")
+        entries = sum(map(len, prompts)) * (1 + max(counts)) * (asked.n or 1)
+        if entries > MAX_SCORED:
+            raise bad_parameter(
+                "prompt_logprobs",
+                f"{sum(map(len, prompts))} prompt tokens with {max(counts)} alternatives and n={asked.n or 1} are "
+                f"{entries} log-probabilities; one answer may have {MAX_SCORED}. Send several requests, or ask for "
+                "fewer alternatives",
+            )
+        return max(counts)
 
     def _max_tokens(self, prompt_tokens: int, param: str, limit: int | None, default: int | None) -> int:
         if prompt_tokens == 0:
             raise bad_parameter(param, "the prompt is empty; give at least one token")
         room = self._model.max_model_len_tokens - prompt_tokens
-        if room < (limit or 1):
+        least = 1 if limit is None else limit
+        if room < least:
             raise bad_parameter(
                 param,
-                f"the prompt has {prompt_tokens} tokens and max_tokens is {limit or 1}, together "
-                f"{prompt_tokens + (limit or 1)}; the model's context is {self._model.max_model_len_tokens} tokens. "
+                f"the prompt has {prompt_tokens} tokens and max_tokens is {least}, together "
+                f"{prompt_tokens + least}; the model's context is {self._model.max_model_len_tokens} tokens. "
                 "Shorten the prompt or lower max_tokens",
                 code="context_length_exceeded",
             )
-        return limit or min(default or room, room)
-
-    def _sampling(self, asked: GenerationRequest, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        _check_range("min_tokens", asked.min_tokens, 0, max_tokens)
-        _check_range("temperature", asked.temperature, 0, None)
-        _check_range("top_p", asked.top_p, 0, 1)
-        if asked.top_p == 0:
-            raise bad_parameter("top_p", "top_p must be above 0; for greedy decoding set temperature to 0")
-        _check_range("top_k", asked.top_k, -1, None)
-        _check_range("seed", asked.seed, -_SEEDS, _SEEDS - 1)
-        stops = asked.stop_token_ids or []
-        self.check_token_ids(stops, "stop_token_ids")
-        ends = () if asked.ignore_eos else self._model.eos_token_ids
-        return SamplingParams(
-            max_tokens=max_tokens,
-            min_tokens=asked.min_tokens or 0,
-            temperature=1.0 if asked.temperature is None else asked.temperature,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            top_k=max(asked.top_k or 0, 0),
-            stop_token_ids=tuple(dict.fromkeys((*stops, *ends))),
-            ignore_eos=bool(asked.ignore_eos),
-            logprobs=logprobs,
-        )
-
-
-def _check_range(param: str, value: float | None, least: float, most: float | None) -> None:
-    if value is None:
-        return
-    if value < least or (most is not None and value > most):
-        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise bad_parameter(param, f"{param} is {value}; it must be {bounds}")
+        if limit is not None:
+            return limit
+        return min(default or room, self._model.defaults.max_tokens or room, room)
 
 
 def _tenant(salt: str | None) -> str:

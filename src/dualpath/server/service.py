@@ -4,6 +4,7 @@ An endpoint reads its body (`Service.body`), makes a `CheckedRequest` of it, and
 `Writer`, which knows the shape of the answer. Nothing else generates tokens, whatever API the client speaks.
 """
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -75,16 +76,18 @@ class Service:
         if checked.stream:
             on_failure = partial(self._failed_midway, path, writer)
             return EventStream(self._events(pieces, writer, usage), on_failure, self.limits.write_timeout_s)
-        return await while_connected(request.receive, self._whole(pieces, writer, usage))
+        return await while_connected(request.receive, self._whole(pieces, writer, usage, checked.scores_prompt))
 
-    async def _whole(self, pieces: AsyncGenerator[Any, None], writer: Writer, usage: Usage) -> Response:
+    async def _whole(self, pieces: AsyncGenerator[Any, None], writer: Writer, usage: Usage, is_large: bool) -> Response:
         collected = []
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 usage.add(piece)
                 collected.append(piece)
         self._count(usage)
-        return Response(writer.whole(collected, usage), media_type="application/json")
+        # A prompt's log-probabilities may take a second to write: not on the loop.
+        body = await asyncio.to_thread(writer.whole, collected, usage) if is_large else writer.whole(collected, usage)
+        return Response(body, media_type="application/json")
 
     async def _events(
         self, pieces: AsyncGenerator[Any, None], writer: Writer, usage: Usage
