@@ -13,7 +13,7 @@ from dualpath.core.journal import replay
 from dualpath.core.vocabulary import Cause, Role, Side
 from dualpath.kv import PosixStore
 from dualpath.kv.keys import block_keys, namespace
-from dualpath.spec.sampling import SamplingParams
+from dualpath.spec.sampling import SamplingParams, TokenHistory
 from dualpath.spec.topology import Topology
 
 from .fake_engine import LAYOUT, FakeEngine, Head, head
@@ -56,6 +56,14 @@ class Pair:
         """The PE computes and draws `token`."""
         start = await self.prefill.hears(m.StartPrefill, attempt + 1)
         self.prefill.say(m.PrefillDone(start.request, attempt, m.Draw(token)))
+        return start
+
+    async def prepare_and_prefill(self, count: int) -> m.StartPrefill:
+        """The next request's first attempt; `count` prompts were prepared before."""
+        prepare = await self.decode.hears(m.PrepareDecode, count + 1)
+        self.decode.say(m.Prepared(prepare.request, 0, [0, 1, 2, 3]))
+        start = await self.prefill.hears(m.StartPrefill)
+        self.prefill.say(m.PrefillDone(start.request, 0, m.Draw(50)))
         return start
 
     def tokens(self, request: int, attempt: int, *token_ids: int) -> None:
@@ -387,3 +395,75 @@ def test_a_bug_in_carrying_out_a_command_stops_the_cluster(tmp_path: Path, monke
                 await asyncio.gather(pair.client, return_exceptions=True)
 
     asyncio.run(run())
+
+
+def test_a_request_that_no_message_can_carry_fails_alone(tmp_path: Path) -> None:
+    """The server lets no such number pass. One that does get here ends its request, not the coordinator."""
+
+    async def work(pair: Pair) -> None:
+        pair.ask(top_k=2**64)
+        await pair.prepare(0)
+        with pytest.raises(RequestError, match=r"can't be sent to an engine.*StartPrefill") as caught:
+            await pair.client
+        assert caught.value.status == 400
+        for engine in (pair.prefill, pair.decode):
+            engine.say(m.Released((await engine.hears(m.AbortAttempt)).request, 0))
+        await pair.idle()
+        pair.ask(max_tokens=1)
+        start = await pair.prepare_and_prefill(1)
+        pair.decode.say(m.Finished(start.request, 0, "length"))
+        await pair.client
+        assert pair.token_ids == [50]
+
+    with_pair(tmp_path, work)
+
+
+def test_what_no_engine_can_do_ends_the_request_without_a_retry(tmp_path: Path) -> None:
+    async def work(pair: Pair) -> None:
+        pair.ask(grammar="start: missing")
+        await pair.prepare(0)
+        start = await pair.prefill.hears(m.StartPrefill)
+        assert start.history == TokenHistory()
+        pair.prefill.say(m.Refused(start.request, 0, "the grammar can't be compiled: missing"))
+        with pytest.raises(RequestError, match="can't be compiled") as caught:
+            await pair.client
+        assert (caught.value.status, caught.value.code) == (400, "invalid_value")
+        await pair.prefill.hears(m.AbortAttempt)
+        pair.prefill.say(m.Released(start.request, 0))
+        await pair.decode.hears(m.AbortAttempt)
+        pair.decode.say(m.Released(start.request, 0))
+
+    with_pair(tmp_path, work)
+
+
+def test_draws_are_told_of_earlier_tokens_where_they_need_them(tmp_path: Path) -> None:
+    """A scored prompt reads no prefix; what a retried attempt must know is in its messages."""
+    stored(tmp_path, 2)
+
+    async def work(pair: Pair) -> None:
+        pair.ask(repetition_penalty=1.5, prompt_logprobs=1)
+        await pair.prepare(0)
+        start = await pair.prefill.hears(m.StartPrefill)
+        assert (start.hit_tokens, start.sampling.prompt_logprobs) == (0, 1)
+        assert start.history == TokenHistory(PROMPT, [])
+        pair.prefill.say(m.PromptLogprobs(start.request, 0, [[1, 5]] * 199, [[-2.0, -1.0]] * 199, [3] * 199))
+        pair.prefill.say(m.PrefillDone(start.request, 0, m.Draw(50)))
+        assert (await pair.decode.hears(m.StartDecode)).history == TokenHistory(PROMPT, [50])
+        pair.tokens(start.request, 0, 51)
+        pair.decode.say(m.AttemptFailed(start.request, 0, Cause.COMPUTE_FAILED, "broken"))
+        await pair.prepare(1)
+        pair.decode.say(m.Released(start.request, 0))
+        load = await pair.prefill.hears(m.LoadLeg)
+        pair.prefill.say(m.Loaded(load.request, 1, Side.PE))
+        start = await pair.prefilled(1, 52)
+        assert (start.hit_tokens, start.sampling.prompt_logprobs) == (128, None)
+        assert start.history == TokenHistory(PROMPT, [50, 51])
+        assert (await pair.decode.hears(m.StartDecode, 2)).history == TokenHistory(PROMPT, [50, 51, 52])
+        pair.tokens(start.request, 1, 53)
+        pair.decode.say(m.Finished(start.request, 1, "length"))
+        await pair.client
+        scores = pair.got[0].prompt_logprobs
+        assert scores is not None and len(scores) == 199 and scores[0].rank == 3
+        assert all(step.prompt_logprobs is None for step in pair.got[1:])
+
+    with_pair(tmp_path, work, system="basic-layerwise")

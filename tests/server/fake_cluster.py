@@ -13,8 +13,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, ModelFacts, TokenLogprob
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, ModelFacts, PromptLogprob, TokenLogprob
 from dualpath.server import create_app, serve
+from dualpath.spec.generation_defaults import GenerationDefaults
 from dualpath.spec.metrics import Figures
 
 CHATML = (
@@ -62,11 +63,23 @@ def says(text: str, *, tokens_per_step: int = 1, finish_reason: str = "stop", ca
                 logprobs=_logprobs(part, request.sampling.logprobs),
                 finish_reason=reason if start == starts[-1] else None,
                 cached_tokens=cached_tokens,
+                prompt_logprobs=_prompt_logprobs(request) if start == 0 else None,
             )
             for start in starts
         ]
 
     return script
+
+
+def _prompt_logprobs(request: GenerateRequest) -> list[PromptLogprob] | None:
+    """Each prompt token is the second best; the best ones are those after it in the alphabet."""
+    top = request.sampling.prompt_logprobs
+    if top is None:
+        return None
+    return [
+        PromptLogprob(2, [TokenLogprob(token, -1.5), *(TokenLogprob((token + i) % 256, -i) for i in range(1, top + 1))])
+        for token in request.prompt_token_ids[1:]
+    ]
 
 
 def _logprobs(tokens: list[int], top: int | None) -> list[list[TokenLogprob]] | None:
@@ -81,8 +94,9 @@ def _logprobs(tokens: list[int], top: int | None) -> list[list[TokenLogprob]] | 
 class FakeGenerator:
     """`Generator` by script. An Exception in a script is raised there; an Event is waited for there."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, defaults: GenerationDefaults | None = None) -> None:
         self.script = script
+        self.defaults = defaults or GenerationDefaults()
         self.requests: list[GenerateRequest] = []
         self.open = 0
         self._kept: list[AsyncIterator[GeneratedTokens]] = []  # or the garbage collector would close what nobody did
@@ -99,6 +113,7 @@ class FakeGenerator:
             max_model_len_tokens=MAX_MODEL_LEN_TOKENS,
             vocab_size=VOCABULARY_TOKENS,
             eos_token_ids=(EOS,),
+            defaults=self.defaults,
         )
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[GeneratedTokens]:

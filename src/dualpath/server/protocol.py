@@ -173,7 +173,7 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 
 
 Body = TypeVar("Body", bound=msgspec.Struct)
-_FIELD = re.compile(r"at `\$\.(\w+)|required field `(\w+)`")
+_FIELD = re.compile(r"(?:at|in) `\$\.(\w+)|required field `(\w+)`")
 
 
 def decode_body(body: bytes, kind: type[Body]) -> Body:

@@ -62,7 +62,7 @@ def read_generation_defaults(model: str | Path) -> dict[str, float]:
         least, most = _BOUNDS[name]
         if not least <= value <= most:
             raise ValueError(
-                f"{path}: {name} is {value}, not from {least:g} to {most:g}; mend it, or start with "
+                f"{path}: {name} is {value:g}, not from {least:g} to {most:g}; mend it, or start with "
                 "--generation-config vllm"
             )
     if "max_new_tokens" in fields:
