@@ -27,6 +27,10 @@ class Answer(msgspec.Struct):
     finish_reason: str
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--schemas", type=int, default=100, metavar="N", help="random JSON schemas; over 100: all models")
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Path of a tiny checkpoint of an architecture, made on first use."""
