@@ -42,7 +42,13 @@ class ClusterServer:
         tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, self.config.model))
         await self.cluster.__aenter__()
         try:
-            app = create_app(self.cluster.coordinator, await tokenizer, api_keys=self.config.api_keys)
+            app = create_app(
+                self.cluster.coordinator,
+                await tokenizer,
+                api_keys=self.config.api_keys,
+                tool_call_parser=self.config.tool_call_parser,
+                reasoning_parser=self.config.reasoning_parser,
+            )
             self._port = asyncio.get_running_loop().create_future()
             self._serving = asyncio.create_task(
                 serve(app, self.config.host, self.config.port, on_bound=self._port.set_result)

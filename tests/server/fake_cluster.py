@@ -14,14 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, ModelFacts, PromptLogprob, TokenLogprob
+from dualpath.model.checkpoint import CHATML_TEMPLATE
 from dualpath.server import create_app, serve
 from dualpath.spec.generation_defaults import GenerationDefaults
 from dualpath.spec.metrics import Figures
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 MAX_MODEL_LEN_TOKENS = 256
 VOCABULARY_TOKENS = 300
 """More than the tokenizer has (259), as models pad their embedding."""
@@ -34,7 +31,7 @@ def byte_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML_TEMPLATE)
 
 
 TOKENIZER = byte_tokenizer()

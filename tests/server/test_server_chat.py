@@ -109,14 +109,8 @@ def test_token_ids_are_returned_where_vllm_puts_them() -> None:
             "messages",
             "image_url",
         ),
-        (
-            {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function"}]}]},
-            "messages",
-            "tool calls",
-        ),
         ({"messages": HELLO, "top_logprobs": 3}, "top_logprobs", "needs logprobs"),
-        ({"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
-        ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"messages": HELLO, "extra_body": {"functions": [{"name": "f"}]}}, "functions", "send tools"),
         (
             {"messages": HELLO, "extra_body": {"chat_template_kwargs": {"tokenize": True}}},
             "chat_template_kwargs",

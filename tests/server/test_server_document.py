@@ -1,12 +1,18 @@
 """docs/how-to/openai-api.md says what the code does, and its example runs."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from fake_cluster import EOS, FakeGenerator, ids, running_server, says
+from test_chat_tools import Roomy, obeys
 
-from dualpath.server.protocol import _NEUTRAL, ChatRequest, CompletionRequest
+from dualpath.server.chat.formats import CALL_FORMATS
+from dualpath.server.protocol import ChatRequest, CompletionRequest
+from dualpath.server.unsupported import UNSUPPORTED, table
 from dualpath.spec.timings import Timings
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/how-to/openai-api.md").read_text()
@@ -29,10 +35,50 @@ def test_every_timing_is_documented_and_nothing_else() -> None:
 
 
 def test_every_parameter_is_documented_and_nothing_else() -> None:
-    parameters = DOCUMENT.split("## Parameters")[1].split("## Timings")[0]
-    table, refused = parameters.split("Refused with")
-    rows = re.findall(r"^\| (`.*?) \|", table, re.M)
+    parameters = DOCUMENT.split("## Parameters")[1].split("### Not supported")[0]
+    rows = re.findall(r"^\| (`.*?) \|", parameters, re.M)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)} | {"top_logprobs"}
     fields = {*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__} - {"prompt", "messages"}
     assert named == fields
-    assert set(re.findall(r"`(\w+)`", refused)) - {"unsupported_parameter"} == set(_NEUTRAL)
+
+
+def test_what_is_not_supported_is_the_servers_table() -> None:
+    assert table() in DOCUMENT
+    assert [entry.name for entry in UNSUPPORTED] == sorted(entry.name for entry in UNSUPPORTED)
+
+
+@pytest.mark.parametrize("entry", UNSUPPORTED, ids=lambda entry: entry.name)
+def test_what_is_not_supported_is_refused_by_name_and_its_neutral_values_pass(entry: Any) -> None:
+    bodies = {"chats": ("chat/completions", {"messages": [{"role": "user", "content": "x"}]})}
+    bodies["completions"] = ("completions", {"prompt": "x"})
+    cluster = FakeGenerator(says("ok"))
+    with running_server(cluster) as url:
+        for endpoint, (path, body) in bodies.items():
+            refused = httpx.post(f"{url}/v1/{path}", json={**body, entry.name: {"set": 1}})
+            error = refused.json().get("error", {})
+            if endpoint in entry.endpoints:
+                assert (refused.status_code, error["code"], error["param"]) == (
+                    400,
+                    "unsupported_parameter",
+                    entry.name,
+                )
+                assert entry.instead in error["message"]
+            for value in (None, *entry.neutral):
+                assert httpx.post(f"{url}/v1/{path}", json={**body, entry.name: value}).status_code == 200
+
+
+TOOLS = (Path(__file__).parents[2] / "docs/how-to/tools.md").read_text()
+
+
+def test_the_tools_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", TOOLS, re.S)
+    with running_server(Roomy(obeys)) as url:
+        exec(compile(example.replace("http://127.0.0.1:8000", url), "tools.md", "exec"), {})
+    name, arguments = capsys.readouterr().out.split(" ", 1)
+    assert name == "read_file" and list(json.loads(arguments)) == ["path"]
+
+
+def test_every_format_is_documented_and_nothing_else() -> None:
+    section = TOOLS.split("### Formats")[1].split("## Structured output")[0]
+    rows = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| (`.*?) \|", section, re.M)]
+    assert {name for row in rows for name in row} == {name for form in CALL_FORMATS for name in form.names}

@@ -5,6 +5,7 @@ from typing import Any
 
 from dualpath.cli.arguments import command, port, positive, systems_help
 from dualpath.cli.cluster_options import DEFAULTS, add_cluster_options, cluster_config
+from dualpath.cli.outcome import usage_errors
 
 EXAMPLES = f"""\
 Rates and sizes take units: 60MB/s, 400Gb/s, unlimited; 64MiB, 2GB.
@@ -28,6 +29,9 @@ def add(commands: Any) -> None:
     group.add_argument("--api-key", action="append", default=[], dest="api_keys", metavar="KEY", help=keys)
     name = "model name clients use (default: the directory's)"
     group.add_argument("--name", dest="served_model_name", metavar="NAME", help=name)
+    parsers = "how the model {}; a name as in vLLM, or none (default: as the chat template says)"
+    for flag, what in (("--tool-call-parser", "writes tool calls"), ("--reasoning-parser", "marks reasoning")):
+        group.add_argument(flag, metavar="NAME", help=parsers.format(what))
     waiting = {"type": positive, "default": DEFAULTS["max_waiting"], "metavar": "N"}
     group.add_argument("--max-waiting", **waiting, help="requests that may wait; more get 429 (default: %(default)s)")
     group.add_argument("--journal", metavar="FILE", help="write every scheduler input and decision here, as JSON lines")
@@ -45,5 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs a cluster and its server until it is told to stop; with --join-address, engines come from elsewhere."""
     config = cluster_config(arguments)
     from dualpath import serving
+    from dualpath.server.chat.formats import find_call_format, find_reasoning_format
 
+    with usage_errors(ValueError):  # before engines start
+        find_call_format(config.tool_call_parser, "")
+        find_reasoning_format(config.reasoning_parser, "")
     return serving.run(config, local_engines=arguments.control_address == DEFAULTS["control_address"])

@@ -68,6 +68,10 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """``auto``: the model's generation_config.json has the defaults of sampling; ``vllm``: it is ignored, as there."""
     logprobs_mode: LogprobsMode = "raw_logprobs"
     """Of which distribution log-probabilities are, for requests that don't say."""
+    tool_call_parser: str | None = None
+    """How the model writes tool calls, a name of vLLM's; None: as its chat template says; "none": it has none."""
+    reasoning_parser: str | None = None
+    """How the model marks reasoning, likewise."""
     journal: str | None = None
     """File for every scheduler input and its commands, one JSON line each."""
     ready_file: str | None = None

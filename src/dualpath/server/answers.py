@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from dualpath.server.chat.deltas import Delta, fold
 from dualpath.server.codec import TextCodec
 from dualpath.server.errors import ApiError
 from dualpath.server.generation import Piece, Usage
@@ -42,7 +43,7 @@ class ChoiceBody(msgspec.Struct, kw_only=True, gc=False):
     index: int
     text: str | UnsetType = UNSET
     message: dict[str, Any] | UnsetType = UNSET
-    delta: dict[str, str] | UnsetType = UNSET
+    delta: dict[str, Any] | UnsetType = UNSET
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None
     token_ids: list[int] | UnsetType = UNSET
@@ -144,6 +145,7 @@ class _Answer:
                 finish_reason=own[-1].finish_reason,
                 cached_tokens=own[-1].cached_tokens,
                 prompt_logprobs=own[0].prompt_logprobs,
+                deltas=[delta for piece in own for delta in piece.deltas],
             )
 
 
@@ -195,15 +197,16 @@ class ChatWriter(_Answer):
 
     def event(self, piece: Piece) -> bytes:
         choice = self._choice(piece)
-        choice.delta = {"content": piece.text}
-        event = b"data: %b\n\n" % _encode(self._chunk(choice))
+        choice.delta = _delta(piece.deltas)
+        says = piece.deltas or piece.finish_reason or piece.logprobs or self._checked.return_token_ids
+        event = b"data: %b\n\n" % _encode(self._chunk(choice)) if says else b""
         return self._opening(piece.choice) + event if self._is_first(piece.choice) else event
 
     def whole(self, pieces: list[Piece], usage: Usage) -> bytes:
         choices = []
         for piece in self._folded(pieces):
             choice = self._choice(piece)
-            choice.message = {"role": "assistant", "content": piece.text, "refusal": None}
+            choice.message = _message(piece.deltas)
             choices.append(choice)
         body = self._last(self.object, choices, usage)
         if self._checked.return_token_ids:
@@ -226,6 +229,44 @@ class ChatWriter(_Answer):
         if self._checked.logprobs is not None:
             choice.logprobs = self._shapes.chat(piece.logprobs or [])
         return choice
+
+
+def _delta(deltas: list[Delta]) -> dict[str, Any]:
+    """Returns one event's delta. Reasoning has both its names: vLLM's, and the one that DeepSeek's clients read."""
+    if len(deltas) == 1 and deltas[0].kind == "content":
+        return {"content": deltas[0].text}
+    record: dict[str, Any] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    for delta in deltas:
+        match delta.kind:
+            case "content":
+                record["content"] = record.get("content", "") + delta.text
+            case "reasoning":
+                record["reasoning"] = record["reasoning_content"] = record.get("reasoning", "") + delta.text
+            case "call":
+                calls[delta.call] = _call(delta.call_id, delta.text, "", index=delta.call)
+            case "arguments":
+                own = calls.setdefault(delta.call, {"index": delta.call, "function": {"arguments": ""}})
+                own["function"]["arguments"] += delta.text
+    if calls:
+        record["tool_calls"] = list(calls.values())
+    return record
+
+
+def _message(deltas: list[Delta]) -> dict[str, Any]:
+    message = fold(deltas)
+    empty = None if message.calls or message.reasoning else ""
+    content = empty if message.content is None else message.content
+    record: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if message.reasoning is not None:
+        record["reasoning"] = record["reasoning_content"] = message.reasoning
+    if message.calls:
+        record["tool_calls"] = [_call(call.call_id, call.name, call.arguments) for call in message.calls]
+    return record
+
+
+def _call(call_id: str, name: str, arguments: str, **more: int) -> dict[str, Any]:
+    return {**more, "id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _usage_body(usage: Usage) -> UsageBody:

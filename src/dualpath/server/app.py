@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from dualpath import __version__
 from dualpath.cluster.generator import Generator, RequestError
+from dualpath.server.chat.dialect import Dialect
 from dualpath.server.codec import TextCodec
 from dualpath.server.endpoints import openai, operations
 from dualpath.server.errors import ApiError
@@ -30,15 +31,20 @@ def create_app(
     *,
     api_keys: Collection[str] = (),
     limits: ServerLimits | None = None,
+    tool_call_parser: str | None = None,
+    reasoning_parser: str | None = None,
 ) -> FastAPI:
     """Returns the application. `tokenizer` is a Transformers tokenizer (`load_tokenizer`). No `api_keys`: open to all.
 
-    Raises ValueError for an empty key, which would admit clients that send none.
+    `tool_call_parser` and `reasoning_parser` are names of `chat.formats`; None: as the chat template says.
+
+    Raises ValueError for an empty key, which would admit clients that send none, and for an unknown parser.
     """
     if isinstance(api_keys, str) or not all(api_keys):
         raise ValueError("api_keys must be a collection of keys, none of them empty")
     limits = limits or ServerLimits()
-    service = Service(generator, TextCodec(tokenizer), limits)
+    dialect = Dialect(tokenizer, generator.model.vocab_size, tool_call_parser, reasoning_parser)
+    service = Service(generator, TextCodec(tokenizer), dialect, limits)
     app = FastAPI(title="dualpath", version=__version__, openapi_url=None)
     app.add_middleware(
         Gate,

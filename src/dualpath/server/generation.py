@@ -13,6 +13,8 @@ import msgspec
 
 from dualpath.cluster.generator import GeneratedTokens, Generator, PromptLogprob, TokenLogprob
 from dualpath.server.chat.deltas import Delta
+from dualpath.server.chat.parsing import ChatParser, ReadingPlan
+from dualpath.server.chat.response_template import TemplateParser
 from dualpath.server.codec import IncrementalDetokenizer, StopMatcher, TextCodec
 from dualpath.server.errors import INTERNAL, ApiError
 from dualpath.server.metrics import GenerationTimer
@@ -54,9 +56,11 @@ class ChoiceText:
         choice: Choice,
         stop: Sequence[str],
         skip_special_tokens: bool,
+        hidden_token_ids: frozenset[int] = frozenset(),
         include_stop: bool = False,
     ) -> None:
         self._choice = choice.index
+        self._hidden = hidden_token_ids
         self._detokenizer = IncrementalDetokenizer(
             lambda ids: codec.decode(ids, skip_special_tokens=skip_special_tokens), choice.request.prompt_token_ids
         )
@@ -71,7 +75,7 @@ class ChoiceText:
         for i, token in enumerate(step.token_ids):
             if finish_reason == "stop" and i + 1 == len(step.token_ids) and not self._include_stop:
                 break  # the stop token itself is not text
-            text = self._detokenizer.push(token)
+            text = "" if token in self._hidden else self._detokenizer.push(token)
             if self._unstoppable_tokens > 0:
                 self._unstoppable_tokens -= 1
                 texts.append(text)
@@ -96,11 +100,40 @@ class ChoiceText:
         )
 
 
+class MessageOfChoice:
+    """Fills the deltas of a chat's pieces."""
+
+    def __init__(self, plan: ReadingPlan | None) -> None:
+        self._parser: ChatParser | TemplateParser | None = None
+        if plan is not None:
+            self._parser = ChatParser(plan) if plan.template is None else TemplateParser(plan)
+        self._named = plan is not None and plan.named
+
+    def read(self, piece: Piece) -> Piece:
+        """Returns `piece` with its deltas. An answer with calls that stopped finishes with ``tool_calls``.
+
+        As at OpenAI, a function that the request named is no decision of the model: such an answer just stops.
+        """
+        if self._parser is None:
+            return msgspec.structs.replace(piece, deltas=[Delta("content", piece.text)])
+        deltas = self._parser.push(piece.text)
+        reason = piece.finish_reason
+        if reason is not None:
+            deltas += self._parser.finish()
+            if reason == "stop" and self._parser.calls and not self._named:
+                reason = "tool_calls"
+        return msgspec.structs.replace(piece, deltas=deltas, finish_reason=reason)
+
+
 async def run_choice(
     generator: Generator, codec: TextCodec, checked: CheckedRequest, choice: Choice, timer: GenerationTimer
 ) -> AsyncGenerator[Piece, None]:
     """Yields pieces of one choice. Raises RequestError as the cluster does, ApiError without a finish reason."""
-    text = ChoiceText(codec, choice, checked.stop, checked.skip_special_tokens, checked.include_stop)
+    plan = checked.reading
+    skip = checked.skip_special_tokens and plan is None
+    hidden = plan.hidden_token_ids if plan else frozenset()
+    text = ChoiceText(codec, choice, checked.stop, skip, hidden, checked.include_stop)
+    message = MessageOfChoice(plan) if checked.is_chat else None
     steps = generator.generate(choice.request)
     try:
         async for step in steps:
@@ -109,6 +142,7 @@ async def run_choice(
             piece = text.take(step)
             if checked.prompt_only:  # the cluster always draws one token
                 piece = msgspec.structs.replace(piece, text="", token_ids=[], logprobs=None, finish_reason="length")
+            piece = piece if message is None else message.read(piece)
             timer.step(piece.finish_reason)
             yield piece
             if piece.finish_reason is not None:

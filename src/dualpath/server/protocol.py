@@ -1,7 +1,7 @@
 """Requests of clients: OpenAI's request bodies with vLLM's extensions, as msgspec records.
 
-Every field may be null, which means "not given". Unknown fields are ignored, as in vLLM. `_NEUTRAL` lists the fields
-that would change the answer and are not supported, with the values that change nothing; any other value is refused.
+Every field may be null, which means "not given". Unknown fields are ignored, as in vLLM, except those that would change
+the answer: `unsupported` lists them, and they are refused.
 """
 
 import re
@@ -10,31 +10,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from dualpath.server.errors import ApiError, bad_parameter
+from dualpath.server.unsupported import refuse_unsupported
 from dualpath.spec.sampling import LogprobsMode
-
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "chat_template": (),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "length_penalty": (1,),
-    "modalities": (["text"],),
-    "prompt_embeds": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-}
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True):
@@ -70,6 +47,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     return_timings: bool | None = None
     cache_salt: str | None = None
+    response_format: "ResponseFormat | None" = None
     structured_outputs: "StructuredOutputs | None" = None
 
 
@@ -92,6 +70,7 @@ class ChatMessage(msgspec.Struct, omit_defaults=True):
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[Any] | None = None
     function_call: Any = None
@@ -106,18 +85,33 @@ class FunctionTool(msgspec.Struct, omit_defaults=True):
     strict: bool | None = None
 
 
-class Tool(msgspec.Struct):
+class Tool(msgspec.Struct, omit_defaults=True):
     type: str
-    function: FunctionTool
+    function: FunctionTool | None = None
 
 
 class FunctionName(msgspec.Struct):
     name: str
 
 
-class NamedToolChoice(msgspec.Struct):
+class FunctionChoice(msgspec.Struct):
     type: str
     function: FunctionName
+
+
+class AllowedTools(msgspec.Struct):
+    """`mode` is auto or required."""
+
+    mode: str
+    tools: list[FunctionChoice]
+
+
+class NamedToolChoice(msgspec.Struct):
+    """`type` is function or allowed_tools, and says which of the two is given."""
+
+    type: str
+    function: FunctionName | None = None
+    allowed_tools: AllowedTools | None = None
 
 
 class ResponseFormat(msgspec.Struct, omit_defaults=True):
@@ -128,12 +122,14 @@ class ResponseFormat(msgspec.Struct, omit_defaults=True):
 
 
 class StructuredOutputs(msgspec.Struct, omit_defaults=True):
-    """vLLM's structured_outputs: one of the four."""
+    """vLLM's structured_outputs: one of the first five."""
 
-    json: str | dict[str, Any] | None = None
+    json: str | dict[str, Any] | bool | None = None
+    json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    structural_tag: Any = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -143,8 +139,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: str | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -159,6 +155,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -181,10 +178,8 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
     try:
         record = msgspec.json.decode(body, type=kind)
         if issubclass(kind, GenerationRequest):
-            fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-            if kind is CompletionRequest:
-                fields.pop("echo", None)  # the one field of these that completions have and chats don't
-            _refuse_unsupported(fields)
+            endpoint = "chats" if issubclass(kind, ChatRequest) else "completions"
+            refuse_unsupported(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), endpoint)
     except msgspec.ValidationError as error:
         match = _FIELD.search(str(error))
         param = (match[1] or match[2]) if match else None
@@ -216,12 +211,3 @@ def decode_prompts(raw: msgspec.Raw) -> list[str] | list[list[int]]:
 
 def _malformed(error: Exception) -> ApiError:
     return ApiError(400, f"the request body is not valid JSON: {error}", code="invalid_json")
-
-
-def _refuse_unsupported(fields: dict[str, msgspec.Raw]) -> None:
-    for name in _NEUTRAL.keys() & fields.keys():
-        value = msgspec.json.decode(fields[name])
-        if value is not None and value not in _NEUTRAL[name]:
-            raise bad_parameter(
-                name, f"{name} is not supported by this server; leave it out", code="unsupported_parameter"
-            )

@@ -4,11 +4,13 @@ Every mistake that a client can make is refused here, before the request reaches
 """
 
 import secrets
-from typing import Any
 
 import msgspec
 
 from dualpath.cluster.generator import GenerateRequest, ModelFacts
+from dualpath.server.chat.dialect import Dialect
+from dualpath.server.chat.messages import template_messages, template_options
+from dualpath.server.chat.parsing import ReadingPlan
 from dualpath.server.codec import TextCodec
 from dualpath.server.errors import ApiError, bad_parameter
 from dualpath.server.protocol import (
@@ -25,6 +27,8 @@ _COMPLETION_MAX_TOKENS = 16
 _MAX_STOPS = 64
 _MAX_STOP_CHARACTERS = 1000
 _MAX_SALT_CHARACTERS = 1000
+_PROMPT_END_TOKENS = (64, 4096)
+"""How much of a prompt's end says whether it ends inside reasoning: of a turn that opens, of one that goes on."""
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -56,6 +60,9 @@ class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
     include_stop: bool = False
     tokens_as_ids: bool = False
     """Log-probabilities name tokens as ``token_id:123``."""
+    is_chat: bool = False
+    reading: ReadingPlan | None = None
+    """How to read a chat's answer; None: it is content and nothing else."""
 
     @property
     def scores_prompt(self) -> bool:
@@ -65,9 +72,10 @@ class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
 class RequestChecker:
     """Checks requests against the model's facts and this server's limits. Every method raises ApiError."""
 
-    def __init__(self, model: ModelFacts, codec: TextCodec, max_choices: int) -> None:
+    def __init__(self, model: ModelFacts, codec: TextCodec, dialect: Dialect, max_choices: int) -> None:
         self._model = model
         self._codec = codec
+        self._dialect = dialect
         self._max_choices = max_choices
         self._sampling = SamplingChecker(model, codec)
         self.check_token_ids = self._sampling.check_token_ids
@@ -82,8 +90,9 @@ class RequestChecker:
             for prompt in given
         ]
         check_range("logprobs", asked.logprobs, 0, MAX_LOGPROBS)
+        limit, echo, grammar = asked.max_tokens, bool(asked.echo), await self._dialect.grammar(asked)
         checked = await self._checked(
-            asked, prompts, "prompt", asked.max_tokens, _COMPLETION_MAX_TOKENS, asked.logprobs, bool(asked.echo)
+            asked, prompts, "prompt", limit, _COMPLETION_MAX_TOKENS, asked.logprobs, echo, grammar
         )
         if not asked.echo:
             return checked
@@ -94,22 +103,25 @@ class RequestChecker:
     async def chat(self, asked: ChatRequest) -> CheckedRequest:
         self.check_model(asked.model)
         self._check_fan_out(asked, 1)
+        use = self._dialect.tool_use(asked)
         prompt = await self.chat_prompt(asked, asked.messages)
         check_range("top_logprobs", asked.top_logprobs, 0, MAX_LOGPROBS)
         if asked.top_logprobs and not asked.logprobs:
             raise bad_parameter("top_logprobs", "top_logprobs needs logprobs: true")
         limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        return await self._checked(asked, [prompt], "messages", limit, None, logprobs)
+        end = _PROMPT_END_TOKENS[bool(asked.continue_final_message)]
+        plan = self._dialect.reading(asked, use, self._codec.decode(prompt[-end:], skip_special_tokens=False))
+        grammar = await self._dialect.grammar(asked, use, plan)
+        checked = await self._checked(asked, [prompt], "messages", limit, None, logprobs, grammar=grammar)
+        return msgspec.structs.replace(checked, is_chat=True, reading=plan)
 
     async def chat_prompt(self, asked: ChatRequest | TokenizeRequest, messages: list[ChatMessage]) -> list[int]:
         """Returns the tokens of a chat, as the model's template renders it."""
         if not messages:
             raise bad_parameter("messages", "messages is empty; give at least one message")
         going_on = bool(asked.continue_final_message)
-        options: dict[str, Any] = dict(asked.chat_template_kwargs or {})
-        if forbidden := options.keys() & {"chat_template", "tokenize"}:
-            raise bad_parameter("chat_template_kwargs", f"{', '.join(sorted(forbidden))} may not be set here")
+        options = template_options(asked)
         opens_turn = asked.add_generation_prompt
         options["add_generation_prompt"] = not going_on if opens_turn is None else opens_turn
         options["continue_final_message"] = going_on
@@ -117,7 +129,7 @@ class RequestChecker:
             raise bad_parameter(
                 "continue_final_message", "continue_final_message and add_generation_prompt exclude each other"
             )
-        return await self._codec.encode_chat([_template_message(i, m) for i, m in enumerate(messages)], options)
+        return await self._codec.encode_chat(template_messages(messages, self._dialect.template), options)
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self._model.name:
@@ -250,29 +262,3 @@ def _stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
             "stop", f"stop may be up to {_MAX_STOPS} strings of 1 to {_MAX_STOP_CHARACTERS} characters each"
         )
     return stops
-
-
-def _template_message(index: int, message: ChatMessage) -> dict[str, Any]:
-    """Returns a message as chat templates need it: plain text, and only keys that were given."""
-    where = f"messages[{index}]"
-    if message.tool_calls or message.function_call:
-        raise bad_parameter(
-            "messages", f"{where} has tool calls, which are not supported", code="unsupported_parameter"
-        )
-    record: dict[str, Any] = msgspec.to_builtins(message)
-    record.pop("tool_calls", None)
-    content = message.content
-    if isinstance(content, list):
-        for part in content:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise bad_parameter(
-                    "messages",
-                    f"{where} has a content part of type {part.get('type')!r}; this server takes only "
-                    '{"type": "text", "text": "…"}',
-                    code="unsupported_content",
-                )
-        content = "\n".join(part["text"] for part in content)
-    if content is None and message.role != "assistant":
-        raise bad_parameter("messages", f"{where} has no content; give a text")
-    record["content"] = content or ""
-    return record

@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from dualpath.cluster.generator import Generator
 from dualpath.server.answers import Writer
+from dualpath.server.chat.dialect import Dialect
 from dualpath.server.codec import TextCodec
 from dualpath.server.errors import INTERNAL, ApiError, as_api_error
 from dualpath.server.generation import Usage, run_request
@@ -54,11 +55,11 @@ class Service:
 
     endpoints: frozenset[str] = frozenset()
 
-    def __init__(self, generator: Generator, codec: TextCodec, limits: ServerLimits) -> None:
+    def __init__(self, generator: Generator, codec: TextCodec, dialect: Dialect, limits: ServerLimits) -> None:
         self.generator = generator
         self.codec = codec
         self.limits = limits
-        self.checker = RequestChecker(generator.model, codec, limits.max_choices)
+        self.checker = RequestChecker(generator.model, codec, dialect, limits.max_choices)
         self.metrics = ServerMetrics(generator.model.name)
         self.created = int(time.time())
 

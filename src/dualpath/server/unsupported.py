@@ -1,0 +1,74 @@
+"""What clients may send and this server does not do: the one table, for the check and for the documents.
+
+A field of it that asks for nothing passes: null, or one of its `neutral` values. Any other value is refused by name.
+Fields that are neither supported nor here are ignored, because they don't change the answer.
+``python -m dualpath.server.unsupported`` prints the table of docs/how-to/openai-api.md.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from dualpath.server.errors import bad_parameter
+
+_BOTH = ("completions", "chats")
+_CHATS = ("chats",)
+_COMPLETIONS = ("completions",)
+
+
+class Unsupported(NamedTuple):
+    """One field: on which endpoints it is refused, the values that change nothing, and what to do instead."""
+
+    name: str
+    endpoints: tuple[str, ...]
+    neutral: tuple[Any, ...]
+    instead: str
+
+
+UNSUPPORTED = (
+    Unsupported("audio", _CHATS, (), "this server takes and gives text"),
+    Unsupported("best_of", _BOTH, (1,), "send n and choose yourself"),
+    Unsupported("chat_template", _CHATS, (), "serve the model with that template, or send chat_template_kwargs"),
+    Unsupported("documents", _CHATS, ([],), "put them into a message"),
+    Unsupported("echo", _CHATS, (False,), "send return_token_ids, or use /v1/completions"),
+    Unsupported("function_call", _CHATS, ("none", "auto"), "send tool_choice"),
+    Unsupported("functions", _CHATS, ([],), "send tools"),
+    Unsupported("guided_choice", _BOTH, (), 'send structured_outputs: {"choice": […]}'),
+    Unsupported("guided_grammar", _BOTH, (), 'send structured_outputs: {"grammar": …}'),
+    Unsupported("guided_json", _BOTH, (), 'send structured_outputs: {"json": …}'),
+    Unsupported("guided_regex", _BOTH, (), 'send structured_outputs: {"regex": …}'),
+    Unsupported("length_penalty", _BOTH, (1,), "there is no beam search"),
+    Unsupported("logits_processors", _BOTH, ([],), "send logit_bias, or structured_outputs"),
+    Unsupported("modalities", _CHATS, (["text"],), "this server takes and gives text"),
+    Unsupported("prompt_embeds", _BOTH, (), "send text or token ids"),
+    Unsupported("suffix", _COMPLETIONS, ("",), "write the model's own markers for filling in into the prompt"),
+    Unsupported("thinking_token_budget", _CHATS, (), "send max_tokens, or chat_template_kwargs"),
+    Unsupported("use_beam_search", _BOTH, (False,), "send n and choose yourself"),
+    Unsupported("web_search_options", _CHATS, (), "give the model a tool that searches"),
+)
+
+
+def refuse_unsupported(fields: Mapping[str, msgspec.Raw], endpoint: str) -> None:
+    """Raises ApiError (400) for the first field that is set and not supported on `endpoint`."""
+    for entry in UNSUPPORTED:
+        if entry.name not in fields or endpoint not in entry.endpoints:
+            continue
+        value = msgspec.json.decode(fields[entry.name])
+        if value is not None and value not in entry.neutral:
+            raise bad_parameter(
+                entry.name,
+                f"{entry.name} is not supported by this server; {entry.instead}",
+                code="unsupported_parameter",
+            )
+
+
+def table() -> str:
+    """Returns the table in Markdown."""
+    rows = ["| field | on | do |", "|---|---|---|"]
+    rows += [f"| `{entry.name}` | {', '.join(entry.endpoints)} | {entry.instead} |" for entry in UNSUPPORTED]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,157 @@
+"""Answers of a given form: response_format and structured_outputs, on both endpoints, and what can't be enforced."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+from fake_cluster import TOKENIZER, byte_tokenizer, running_server, says
+from openai import BadRequestError
+from test_chat_tools import HELLO, MODEL, Roomy, client, obeys
+
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "point", "schema": POINT}}
+LARK = 'start: "a" b\nb: "b" | "c"'
+GBNF = 'root ::= "a" b\nb ::= "b" | "c"'
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({"response_format": {"type": "json_object"}}, lambda text: isinstance(json.loads(text), dict)),
+        ({"response_format": SCHEMA}, lambda text: isinstance(json.loads(text)["x"], int)),
+        ({"structured_outputs": {"json": POINT}}, lambda text: isinstance(json.loads(text)["x"], int)),
+        ({"structured_outputs": {"json": json.dumps(POINT)}}, lambda text: isinstance(json.loads(text)["x"], int)),
+        ({"structured_outputs": {"json_object": True}}, lambda text: isinstance(json.loads(text), dict)),
+        ({"structured_outputs": {"regex": r"[a-c]{2}/\d\n"}}, lambda text: re.fullmatch(r"[a-c]{2}/\d\n", text)),
+        ({"structured_outputs": {"choice": ["yes", "né \"o\"\n"]}}, lambda text: text in ("yes", 'né "o"\n')),
+        ({"structured_outputs": {"grammar": LARK}}, lambda text: text in ("ab", "ac")),
+        ({"structured_outputs": {"grammar": GBNF}}, lambda text: text in ("ab", "ac")),
+    ],
+)  # fmt: skip
+def test_every_form_is_enforced_on_chats_and_completions(options: Any, fits: Any) -> None:
+    cluster = Roomy(obeys)
+    with running_server(cluster) as url:
+        for seed in range(3):
+            chat = client(url).chat.completions.create(model="tiny", messages=HELLO, extra_body=options, seed=seed)
+            text = client(url).completions.create(model="tiny", prompt="x", extra_body=options, seed=seed)
+            assert fits(chat.choices[0].message.content)
+            assert fits(text.choices[0].text)
+
+
+def test_no_form_leaves_the_answer_free() -> None:
+    cluster = Roomy(says("ok"))
+    with running_server(cluster) as url:
+        for options in ({"response_format": {"type": "text"}}, {"structured_outputs": {}}):
+            client(url).chat.completions.create(model="tiny", messages=HELLO, extra_body=options)
+    assert [request.sampling.grammar for request in cluster.requests] == ["", ""]
+
+
+def test_tools_and_a_form_leave_the_model_the_choice() -> None:
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": POINT, "strict": True}}]
+    cluster = Roomy(obeys)
+    calls = answers = 0
+    with running_server(cluster) as url:
+        for seed in range(12):
+            answer = client(url).chat.completions.create(
+                model="tiny", messages=HELLO, tools=tools, response_format=SCHEMA, seed=seed
+            )
+            message = answer.choices[0].message
+            for call in message.tool_calls or []:
+                assert call.type == "function" and isinstance(json.loads(call.function.arguments)["x"], int)
+            calls += bool(message.tool_calls)
+            answers += message.content is not None and isinstance(json.loads(message.content)["x"], int)
+    assert calls and answers and calls + answers == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "says_why"),
+    [
+        ({"response_format": {"type": "grammar"}}, "response_format.type", "must be text, json_object or json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "must be a JSON schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"if": {}}}}},
+            "response_format.json_schema.schema",
+            "Unimplemented keys",
+        ),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not valid JSON"),
+        ({"structured_outputs": {"json": {"type": 3}}}, "structured_outputs.json", "can't be enforced"),
+        ({"structured_outputs": {"json": {"$ref": "#/$defs/none"}}}, "structured_outputs.json", "can't be enforced"),
+        ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex", "can't be enforced"),
+        ({"structured_outputs": {"grammar": "start: foo"}}, "structured_outputs.grammar", "foo"),
+        ({"structured_outputs": {"grammar": "root ::= ("}}, "structured_outputs.grammar", "neither Lark nor GBNF"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "1 to"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "one of them"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "not supported"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": SCHEMA}, "structured_outputs", "exclude"),
+        ({"guided_json": POINT}, "guided_json", "structured_outputs"),
+        ({"structured_outputs": {"regex": "a" * 300_000}}, "structured_outputs.regex", "longer than"),
+    ],
+)  # fmt: skip
+def test_what_cant_be_enforced_is_refused_with_its_place(options: Any, param: str, says_why: str) -> None:
+    cluster = Roomy(says("ok"))
+    with running_server(cluster) as url:
+        for ask in (
+            lambda: client(url).chat.completions.create(model="tiny", messages=HELLO, extra_body=options),
+            lambda: client(url).completions.create(model="tiny", prompt="x", extra_body=options),
+        ):
+            with pytest.raises(BadRequestError, match=says_why) as caught:
+                ask()
+            assert caught.value.param == param
+    assert cluster.requests == []
+
+
+def reasoning_tokenizer() -> Any:
+    """ChatML whose template can open reasoning, close it, or leave it to the model, as Qwen's and DeepSeek's do."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template += (
+        "{% if add_generation_prompt and thinking %}{{ '<think>\\n' }}{% endif %}"
+        "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "start"),
+    [({"thinking": True}, "Hm.</think>"), ({}, "<think>Hm.</think>"), ({"enable_thinking": False}, "")],
+)
+def test_the_form_holds_after_reasoning(kwargs: Any, start: str) -> None:
+    def script(request: Any) -> Any:
+        text = TOKENIZER.decode(MODEL.draw(request.sampling.grammar, request.sampling.seed, start))
+        return says(text)(request)
+
+    with running_server(Roomy(script), reasoning_tokenizer()) as url:
+        answer: Any = client(url).chat.completions.create(
+            model="tiny",
+            messages=HELLO,
+            response_format=SCHEMA,
+            seed=1,
+            extra_body={"chat_template_kwargs": kwargs},
+        )
+    message = answer.choices[0].message
+    assert isinstance(json.loads(message.content)["x"], int)
+    assert getattr(message, "reasoning", None) == ("Hm." if start else None)
+    assert getattr(message, "reasoning_content", None) == ("Hm." if start else None)
+
+
+def test_reasoning_is_streamed_apart_and_can_be_left_out() -> None:
+    cluster = Roomy(says("<think>\nHm,\nwell.\n</think>\n\nYes."))
+    with running_server(cluster, reasoning_tokenizer()) as url:
+        ask = client(url).chat.completions.create
+        deltas: list[Any] = [chunk.choices[0].delta for chunk in ask(model="tiny", messages=HELLO, stream=True)]
+        bare: Any = ask(model="tiny", messages=HELLO, extra_body={"include_reasoning": False})
+        effort = ask(model="tiny", messages=HELLO, reasoning_effort="none")
+    assert "".join(getattr(delta, "reasoning_content", "") or "" for delta in deltas) == "Hm,\nwell."
+    assert "".join(delta.content or "" for delta in deltas) == "Yes."
+    assert not hasattr(bare.choices[0].message, "reasoning") and bare.choices[0].message.content == "Yes."
+    assert effort.choices[0].message.content == "Yes."
+    assert TOKENIZER.decode(cluster.requests[2].prompt_token_ids).endswith("</think>\n\n")
+
+
+def test_a_turn_that_goes_on_inside_reasoning() -> None:
+    messages: Any = [*HELLO, {"role": "assistant", "content": "<think>\nHm"}]
+    with running_server(Roomy(says(", yes.</think>Done")), reasoning_tokenizer()) as url:
+        answer: Any = client(url).chat.completions.create(
+            model="tiny", messages=messages, extra_body={"continue_final_message": True}
+        )
+    assert (answer.choices[0].message.reasoning, answer.choices[0].message.content) == (", yes.", "Done")
