@@ -17,12 +17,12 @@ from dualpath import __version__
 from dualpath.cluster.generator import Generator, RequestError
 from dualpath.server.chat.dialect import Dialect
 from dualpath.server.codec import TextCodec
-from dualpath.server.endpoints import openai, operations
+from dualpath.server.endpoints import messages, openai, operations, responses
 from dualpath.server.errors import ApiError
 from dualpath.server.http import Gate
 from dualpath.server.service import ServerLimits, Service
 
-GROUPS = (openai.routes, operations.routes)
+GROUPS = (openai.routes, responses.routes, messages.routes, operations.routes)
 
 
 def create_app(

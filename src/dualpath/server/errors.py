@@ -1,4 +1,7 @@
-"""Errors in OpenAI's shape, ``{"error": {"message", "type", "param", "code"}}``, as responses and stream events."""
+"""Errors in OpenAI's shape, ``{"error": {"message", "type", "param", "code"}}``, as responses and stream events.
+
+Anthropic's API has a shape of its own: ``{"type": "error", "error": {"type", "message"}, "request_id"}``.
+"""
 
 import math
 
@@ -10,12 +13,25 @@ from starlette.responses import Response
 from dualpath.cluster.generator import RequestError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+_ANTHROPIC_PATHS = "/v1/messages"
 INTERNAL = "internal_error"
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 class ApiError(Exception):
-    """An error for the client. `param` names the field at fault, `code` is a stable word for programs."""
+    """An error for the client. `param` names the field at fault, `code` is a stable word for programs.
+
+    `overflow`: how many tokens a prompt has that is too long, and how many it may have.
+    """
 
     def __init__(
         self,
@@ -25,6 +41,7 @@ class ApiError(Exception):
         code: str,
         param: str | None = None,
         retry_after_s: float | None = None,
+        overflow: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -32,6 +49,7 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
+        self.overflow = overflow
 
     @property
     def body(self) -> bytes:
@@ -40,7 +58,17 @@ class ApiError(Exception):
         record = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": record})
 
-    def response(self) -> Response:
+    @property
+    def anthropic_body(self) -> bytes:
+        """The error as JSON of Anthropic's API. Claude Code compacts its context at these words."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        message = self.message
+        if self.overflow is not None:
+            message = "prompt is too long: {} tokens > {} maximum".format(*self.overflow)
+        return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}, "request_id": None})
+
+    def response(self, path: str = "") -> Response:
+        """Returns the response, in the shape of the API that `path` belongs to."""
         headers = {}
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
@@ -48,12 +76,15 @@ class ApiError(Exception):
             headers["www-authenticate"] = "Bearer"
         if self.status in (408, 413):  # the rest of the body is not read, so the connection can't be used again
             headers["connection"] = "close"
-        return Response(self.body, self.status, headers, media_type="application/json")
+        body = self.anthropic_body if path.startswith(_ANTHROPIC_PATHS) else self.body
+        return Response(body, self.status, headers, media_type="application/json")
 
 
-def bad_parameter(param: str, message: str, *, code: str = "invalid_value") -> ApiError:
+def bad_parameter(
+    param: str, message: str, *, code: str = "invalid_value", overflow: tuple[int, int] | None = None
+) -> ApiError:
     """Returns a 400 error that names the field at fault."""
-    return ApiError(400, message, code=code, param=param)
+    return ApiError(400, message, code=code, param=param, overflow=overflow)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -39,6 +39,8 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     timings: Timings | None = None
     prompt_logprobs: list[PromptLogprob] | None = None
     """With the first piece, if requested."""
+    stop_string: str | None = None
+    """The stop string that ended the text."""
     deltas: list[Delta] = []
     """Chats: what this step adds to the message."""
 
@@ -97,6 +99,7 @@ class ChoiceText:
             cached_tokens=step.cached_tokens,
             timings=step.timings,
             prompt_logprobs=step.prompt_logprobs,
+            stop_string=self._matcher.matched,
         )
 
 
@@ -202,8 +205,11 @@ class Usage:
     def __init__(self, checked: CheckedRequest) -> None:
         self._prompt_of = [choice.prompt_index for choice in checked.choices]
         self._cached_tokens = [0] * len(checked.prompts)
+        self._reasoning = [False] * len(checked.choices)
         self.prompt_tokens = sum(map(len, checked.prompts))
         self.completion_tokens = 0
+        self.reasoning_tokens = 0
+        """Tokens of the steps at whose end the model was reasoning."""
         self.timings: Timings | None = None
 
     @property
@@ -215,3 +221,7 @@ class Usage:
         self._cached_tokens[prompt] = max(self._cached_tokens[prompt], piece.cached_tokens)
         self.completion_tokens += len(piece.token_ids)
         self.timings = piece.timings
+        if piece.deltas:
+            self._reasoning[piece.choice] = piece.deltas[-1].kind == "reasoning"
+        if self._reasoning[piece.choice]:
+            self.reasoning_tokens += len(piece.token_ids)

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import uvicorn
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -45,7 +46,7 @@ class Gate:
         error = self._refusal(scope)
         if error is not None:
             self._on_refusal(scope["path"], error)
-            return await error.response()(scope, receive, send)
+            return await error.response(scope["path"])(scope, receive, send)
         self._free -= 1
         try:
             return await self._app(scope, receive, send)
@@ -55,7 +56,9 @@ class Gate:
     def _refusal(self, scope: Scope) -> ApiError | None:
         if self._keys and not self._has_key(scope):
             return ApiError(
-                401, "missing or wrong API key; send the header Authorization: Bearer <key>", code="invalid_api_key"
+                401,
+                "missing or wrong API key; send the header Authorization: Bearer <key>, or x-api-key: <key>",
+                code="invalid_api_key",
             )
         if self._free <= 0:
             return ApiError(
@@ -67,10 +70,15 @@ class Gate:
         return None
 
     def _has_key(self, scope: Scope) -> bool:
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, given = header.partition(b" ")
-        matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return bool(scheme.lower() == b"bearer" and any(matches))
+        given = api_key(Headers(scope=scope))
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        return any(matches)
+
+
+def api_key(headers: Headers) -> bytes:
+    """Returns the key that a client has sent, in OpenAI's header or in Anthropic's; empty without one."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return (given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode("latin-1")
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:

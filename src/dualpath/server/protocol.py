@@ -1,11 +1,11 @@
 """Requests of clients: OpenAI's request bodies with vLLM's extensions, as msgspec records.
 
 Every field may be null, which means "not given". Unknown fields are ignored, as in vLLM, except those that would change
-the answer: `unsupported` lists them, and they are refused.
+the answer: `unsupported` lists them by `api`, and they are refused.
 """
 
 import re
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
@@ -57,6 +57,8 @@ class StreamOptions(msgspec.Struct):
 
 class CompletionRequest(GenerationRequest, kw_only=True):
     """Body of /v1/completions. `prompt` is one text, one list of token ids, or a list of either."""
+
+    api: ClassVar[str] = "completions"
 
     prompt: msgspec.Raw
     logprobs: int | None = None
@@ -135,6 +137,8 @@ class StructuredOutputs(msgspec.Struct, omit_defaults=True):
 class ChatRequest(GenerationRequest, kw_only=True):
     """Body of /v1/chat/completions. The other chat APIs are translated into this record."""
 
+    api: ClassVar[str] = "chats"
+
     messages: list[ChatMessage]
     tools: list[Tool] | None = None
     tool_choice: str | NamedToolChoice | None = None
@@ -177,9 +181,8 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
     """Parse a request body. Raises ApiError (400) that names the field at fault, if any."""
     try:
         record = msgspec.json.decode(body, type=kind)
-        if issubclass(kind, GenerationRequest):
-            endpoint = "chats" if issubclass(kind, ChatRequest) else "completions"
-            refuse_unsupported(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), endpoint)
+        if (api := getattr(kind, "api", None)) is not None:
+            refuse_unsupported(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), api)
     except msgspec.ValidationError as error:
         match = _FIELD.search(str(error))
         param = (match[1] or match[2]) if match else None

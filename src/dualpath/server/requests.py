@@ -116,6 +116,16 @@ class RequestChecker:
         checked = await self._checked(asked, [prompt], "messages", limit, None, logprobs, grammar=grammar)
         return msgspec.structs.replace(checked, is_chat=True, reading=plan)
 
+    async def chat_up_to(self, asked: ChatRequest, param: str, limit: int | None) -> CheckedRequest:
+        """Check a chat that gets at most `limit` tokens, or as many as the context leaves, if those are fewer."""
+        _check_range(param, limit, 1, None)
+        checked = await self.chat(asked)
+        return (
+            checked
+            if limit is None
+            else msgspec.structs.replace(checked, choices=[_cut(c, limit) for c in checked.choices])
+        )
+
     async def chat_prompt(self, asked: ChatRequest | TokenizeRequest, messages: list[ChatMessage]) -> list[int]:
         """Returns the tokens of a chat, as the model's template renders it."""
         if not messages:
@@ -243,10 +253,17 @@ class RequestChecker:
                 f"{prompt_tokens + least}; the model's context is {self._model.max_model_len_tokens} tokens. "
                 "Shorten the prompt or lower max_tokens",
                 code="context_length_exceeded",
+                overflow=None if limit else (prompt_tokens, self._model.max_model_len_tokens - 1),
             )
         if limit is not None:
             return limit
         return min(default or room, self._model.defaults.max_tokens or room, room)
+
+
+def _cut(choice: Choice, max_tokens: int) -> Choice:
+    sampling = choice.request.sampling
+    sampling = msgspec.structs.replace(sampling, max_tokens=min(max_tokens, sampling.max_tokens))
+    return msgspec.structs.replace(choice, request=msgspec.structs.replace(choice.request, sampling=sampling))
 
 
 def _tenant(salt: str | None) -> str:

@@ -37,6 +37,9 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_choices: int = 128
     """Most choices (prompts × n) in one request."""
     max_inflight_requests: int = 8192
+    max_stored_responses: int = 10_000
+    max_stored_response_bytes: int = 64 * 2**20
+    """All that /v1/responses keeps for its clients, together; the least recently used make room."""
     body_timeout_s: float = 60.0
     write_timeout_s: float = 60.0
     """How long a client may leave its stream unread."""
@@ -109,7 +112,7 @@ class Service:
         """Answer every failure before an answer has started."""
         error = as_api_error(failure)
         self.count_failure(request.url.path, error)
-        response = error.response()
+        response = error.response(request.url.path)
         response.headers.update(getattr(failure, "headers", None) or {})
         return response
 
