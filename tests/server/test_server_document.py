@@ -10,12 +10,15 @@ import pytest
 from fake_cluster import EOS, FakeGenerator, ids, running_server, says
 from test_chat_tools import Roomy, obeys
 
+from dualpath.server.chat.anthropic_request import MessagesRequest
 from dualpath.server.chat.formats import CALL_FORMATS
+from dualpath.server.chat.responses_request import ResponsesRequest
 from dualpath.server.protocol import ChatRequest, CompletionRequest
 from dualpath.server.unsupported import UNSUPPORTED, table
 from dualpath.spec.timings import Timings
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/how-to/openai-api.md").read_text()
+AGENTS = (Path(__file__).parents[2] / "docs/how-to/agents.md").read_text()
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,6 +54,8 @@ def test_what_is_not_supported_is_the_servers_table() -> None:
 def test_what_is_not_supported_is_refused_by_name_and_its_neutral_values_pass(entry: Any) -> None:
     bodies = {"chats": ("chat/completions", {"messages": [{"role": "user", "content": "x"}]})}
     bodies["completions"] = ("completions", {"prompt": "x"})
+    bodies["responses"] = ("responses", {"input": "x"})
+    bodies["messages"] = ("messages", {"model": "tiny", "max_tokens": 1, "messages": bodies["chats"][1]["messages"]})
     cluster = FakeGenerator(says("ok"))
     with running_server(cluster) as url:
         for endpoint, (path, body) in bodies.items():
@@ -82,3 +87,13 @@ def test_every_format_is_documented_and_nothing_else() -> None:
     section = TOOLS.split("### Formats")[1].split("## Structured output")[0]
     rows = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| (`.*?) \|", section, re.M)]
     assert {name for row in rows for name in row} == {name for form in CALL_FORMATS for name in form.names}
+
+
+@pytest.mark.parametrize(
+    ("section", "body"), [("## Claude Code", MessagesRequest), ("## openai-agents", ResponsesRequest)]
+)
+def test_every_field_of_the_other_apis_is_documented_and_nothing_else(section: str, body: Any) -> None:
+    fields = AGENTS.split(section)[1].split("What a body may have:")[1]
+    taken, refused = fields.split("Other fields are ignored")
+    assert set(re.findall(r"`(\w+)`", taken)) == set(body.__struct_fields__)
+    assert set(re.findall(r"`(\w+)`", refused.split("So are")[0])) == {entry.name for entry in UNSUPPORTED if body.api in entry.endpoints}

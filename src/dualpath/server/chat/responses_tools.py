@@ -129,7 +129,7 @@ def _free_text(arguments: str) -> str:
     """Returns the text in a custom tool's arguments, or all of them if the model wrote something else."""
     try:
         return msgspec.json.decode(arguments, type=dict[str, str])["input"]
-    except (msgspec.DecodeError, KeyError):
+    except (msgspec.DecodeError, KeyError, RecursionError):
         return arguments
 
 
