@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from fake_cluster import FakeGenerator, says
 
+from dualpath.cluster.generator import GenerateRequest
 from dualpath.server import service
 from dualpath.server.chat.deltas import Delta
 from dualpath.server.generation import Piece
@@ -27,19 +28,33 @@ AGENT_TURN = [
 
 
 def scripted(
-    monkeypatch: pytest.MonkeyPatch, steps: list[list[Delta]], *, finish_reason: str = "stop", cached_tokens: int = 0
+    monkeypatch: pytest.MonkeyPatch,
+    *answers: list[list[Delta]],
+    finish_reason: str = "stop",
+    cached_tokens: int = 0,
 ) -> FakeGenerator:
-    """A cluster that makes one token for each step; piece *i* of its answer brings the deltas of step *i*."""
+    """A cluster that gives these answers in turn, and the last one for ever.
+
+    It makes one token for each step of an answer; piece *i* brings the deltas of step *i*.
+    """
+    answered = 0
 
     async def run(*arguments: Any) -> AsyncGenerator[Piece, None]:
+        nonlocal answered
+        steps = answers[min(answered, len(answers) - 1)]
+        answered += 1
         i = 0
         async for piece in original(*arguments):
             yield msgspec.structs.replace(piece, deltas=steps[i] if i < len(steps) else [])
             i += 1
 
+    def script(request: GenerateRequest) -> Any:
+        text = "x" * len(answers[min(answered, len(answers)) - 1])
+        return says(text, finish_reason=finish_reason, cached_tokens=cached_tokens)(request)
+
     original = service.run_request
     monkeypatch.setattr(service, "run_request", run)
-    return FakeGenerator(says("x" * len(steps), finish_reason=finish_reason, cached_tokens=cached_tokens))
+    return FakeGenerator(script)
 
 
 def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
