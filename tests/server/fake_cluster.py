@@ -101,13 +101,14 @@ class FakeGenerator:
         self.all_closed.set()
         self.status = "ok"
         self.numbers: Figures = {}
+        self.max_model_len_tokens = MAX_MODEL_LEN_TOKENS
 
     @property
     def model(self) -> ModelFacts:
         return ModelFacts(
             name="tiny",
             path="/models/tiny",
-            max_model_len_tokens=MAX_MODEL_LEN_TOKENS,
+            max_model_len_tokens=self.max_model_len_tokens,
             vocab_size=VOCABULARY_TOKENS,
             eos_token_ids=(EOS,),
             defaults=self.defaults,

@@ -7,7 +7,6 @@ import msgspec
 import pytest
 from fake_cluster import FakeGenerator, says
 
-from dualpath.cluster.generator import GenerateRequest
 from dualpath.server import service
 from dualpath.server.chat.deltas import Delta
 from dualpath.server.generation import Piece
@@ -29,32 +28,24 @@ AGENT_TURN = [
 
 def scripted(
     monkeypatch: pytest.MonkeyPatch,
-    *answers: list[list[Delta]],
+    steps: list[list[Delta]],
+    *,
     finish_reason: str = "stop",
     cached_tokens: int = 0,
 ) -> FakeGenerator:
-    """A cluster that gives these answers in turn, and the last one for ever.
-
-    It makes one token for each step of an answer; piece *i* brings the deltas of step *i*.
-    """
-    answered = 0
+    """A cluster that makes one token for each step; piece *i* of its answer brings the deltas of step *i*."""
 
     async def run(*arguments: Any) -> AsyncGenerator[Piece, None]:
-        nonlocal answered
-        steps = answers[min(answered, len(answers) - 1)]
-        answered += 1
         i = 0
         async for piece in original(*arguments):
             yield msgspec.structs.replace(piece, deltas=steps[i] if i < len(steps) else [])
             i += 1
 
-    def script(request: GenerateRequest) -> Any:
-        text = "x" * len(answers[min(answered, len(answers)) - 1])
-        return says(text, finish_reason=finish_reason, cached_tokens=cached_tokens)(request)
-
     original = service.run_request
     monkeypatch.setattr(service, "run_request", run)
-    return FakeGenerator(script)
+    cluster = FakeGenerator(says("x" * len(steps), finish_reason=finish_reason, cached_tokens=cached_tokens))
+    cluster.max_model_len_tokens = 4096  # tools take room
+    return cluster
 
 
 def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -5,19 +5,17 @@ from typing import Any
 
 import pytest
 from anthropic import Anthropic, beta_tool
-from fake_cluster import TOKENIZER, FakeGenerator, running_server
-from scripted_deltas import scripted
+from fake_cluster import TOKENIZER, FakeGenerator, running_server, says
 
-from dualpath.server.chat.deltas import Delta
+CALL = 'Let me see.\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+ANSWER = "It is five."
 
-CALL = [
-    [Delta("reasoning", "I must add.")],
-    [Delta("content", "Let me see.")],
-    [Delta("call", "add", 0, "call_1")],
-    [Delta("arguments", '{"a": 2, ', 0)],
-    [Delta("arguments", '"b": 3}', 0)],
-]
-ANSWER = [[Delta("content", "It is ")], [Delta("content", "five.")]]
+
+def calling_then_answering() -> FakeGenerator:
+    """A model that calls a tool in its first answer, as Hermes and Qwen write it, and answers after that."""
+    cluster = FakeGenerator(lambda request: says(CALL if len(cluster.requests) == 1 else ANSWER)(request))
+    cluster.max_model_len_tokens = 4096  # tools take room
+    return cluster
 
 
 def second_prompt(cluster: FakeGenerator) -> str:
@@ -25,16 +23,16 @@ def second_prompt(cluster: FakeGenerator) -> str:
     return str(TOKENIZER.decode(second.prompt_token_ids))
 
 
-def test_anthropics_tool_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_anthropics_tool_runner() -> None:
     @beta_tool
     def add(a: int, b: int) -> str:
         """Add two numbers."""
         return f"sum={a + b}"
 
-    cluster = scripted(monkeypatch, CALL, ANSWER)
+    cluster = calling_then_answering()
     with running_server(cluster) as url:
         runner = Anthropic(base_url=url, api_key="none", max_retries=0).beta.messages.tool_runner(
-            model="tiny", max_tokens=50, tools=[add], messages=[{"role": "user", "content": "2 + 3?"}]
+            model="tiny", max_tokens=500, tools=[add], messages=[{"role": "user", "content": "2 + 3?"}]
         )
         answers = list(runner)
     assert [answer.stop_reason for answer in answers] == ["tool_use", "end_turn"]
@@ -44,8 +42,8 @@ def test_anthropics_tool_runner(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("stored", [False, True])
-def test_openai_agents(monkeypatch: pytest.MonkeyPatch, streamed: bool, stored: bool) -> None:
-    agents: Any = pytest.importorskip("agents", reason="openai-agents is not installed: docs/how-to/tests.md")
+def test_openai_agents(streamed: bool, stored: bool) -> None:
+    agents: Any = pytest.importorskip("agents", reason="pip install openai-agents to run its loop")
     from openai import AsyncOpenAI
 
     @agents.function_tool
@@ -65,7 +63,7 @@ def test_openai_agents(monkeypatch: pytest.MonkeyPatch, streamed: bool, stored: 
             pass
         return str(result.final_output)
 
-    cluster = scripted(monkeypatch, CALL, ANSWER)
+    cluster = calling_then_answering()
     with running_server(cluster) as url:
         assert asyncio.run(run(url)) == "It is five."
     assert "sum=5" in second_prompt(cluster) and "2 + 3?" in second_prompt(cluster)

@@ -13,7 +13,7 @@ from dualpath.server.chat.responses_items import Item, seal, unseal
 from dualpath.server.chat.responses_request import ResponsesRequest, as_chat
 from dualpath.server.chat.responses_tools import Tools
 from dualpath.server.errors import ApiError
-from dualpath.server.protocol import ChatRequest, NamedToolChoice, decode_body
+from dualpath.server.protocol import ChatRequest, FunctionName, NamedToolChoice, decode_body
 
 MINE = Owner(b"mine")
 
@@ -101,7 +101,6 @@ def test_settings_become_a_chats() -> None:
     assert (chat.reasoning_effort, chat.parallel_tool_calls, chat.tool_choice) == ("low", False, "required")
     assert (chat.temperature, chat.top_p, chat.top_k, chat.seed, chat.stream) == (0.5, 0.9, 5, 1, True)
     assert (chat.cache_salt, chat.max_tokens) == ("s", None)
-    assert chat_of(reasoning={"effort": "none"}).chat_template_kwargs == {"enable_thinking": False}
     assert [chat_of(text={"format": {"type": kind}}).response_format for kind in ("text",)] == [None]
 
 
@@ -114,7 +113,7 @@ def test_custom_tools_and_namespaces_are_functions_and_calls_of_them_are_not() -
         {"type": "web_search", "external_web_access": False},
     ]
     tools = Tools(given, "auto")
-    f, patch, inner = (tool.function for tool in tools.functions)
+    f, patch, inner = (tool.function for tool in tools.functions if tool.function)
     assert (f.name, f.strict, inner.name) == ("f", True, "mcp__f")
     assert patch.parameters is not None and patch.parameters["required"] == ["input"]
     assert patch.description == 'Edit.\n\nThe input must follow this lark grammar:\nstart: "x"'
@@ -131,10 +130,12 @@ def test_custom_tools_and_namespaces_are_functions_and_calls_of_them_are_not() -
 def test_tool_choice_names_one_tool_or_allows_some() -> None:
     given = [{"type": "function", "name": name} for name in "abc"]
     chosen = Tools(given, {"type": "function", "name": "b"}).choice
-    assert isinstance(chosen, NamedToolChoice) and chosen.function.name == "b"
+    assert isinstance(chosen, NamedToolChoice) and chosen.function == FunctionName("b")
     some = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": name} for name in "ac"]}
-    allowed = Tools(given, some)
-    assert ([tool.function.name for tool in allowed.functions], allowed.choice) == (["a", "c"], "required")
+    allowed = Tools(given, some).choice
+    assert isinstance(allowed, NamedToolChoice) and allowed.allowed_tools is not None
+    assert [one.function.name for one in allowed.allowed_tools.tools] == ["a", "c"]
+    assert allowed.allowed_tools.mode == "required"
 
 
 def test_the_store_keeps_within_its_bytes_and_a_conversations_end_goes_before_its_beginning() -> None:

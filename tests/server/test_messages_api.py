@@ -18,7 +18,7 @@ from dualpath.server import ServerLimits
 from dualpath.server.chat.anthropic_request import CountTokensRequest, MessagesRequest, as_chat
 from dualpath.server.chat.deltas import Delta
 from dualpath.server.errors import ApiError
-from dualpath.server.protocol import ChatRequest, decode_body
+from dualpath.server.protocol import ChatRequest, FunctionName, decode_body
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 HELLO_TEXT = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
@@ -172,6 +172,18 @@ def test_a_conversation_becomes_a_chat() -> None:
     assert chat.continue_final_message is None
 
 
+def test_a_required_tool_and_a_wanted_form_are_enforced_by_grammar() -> None:
+    cluster = FakeGenerator(says("ok"))
+    cluster.max_model_len_tokens = 4096
+    tool = {"name": "look_up", "input_schema": {"type": "object"}}
+    form = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    with running_server(cluster) as url:
+        for fields in ({}, {"tools": [tool], "tool_choice": {"type": "any"}}, {"output_config": form}):
+            assert post(url, **fields).status_code == 200
+    free, call, formed = (request.sampling.grammar for request in cluster.requests)
+    assert not free and "look_up" in call and formed
+
+
 def test_an_unfinished_answer_is_continued() -> None:
     cluster = FakeGenerator(says("ok"))
     with running_server(cluster) as url:
@@ -194,9 +206,10 @@ def test_settings_become_a_chats() -> None:
     )
     assert chat.tools is not None
     function = chat.tools[0].function
+    assert function is not None
     assert (function.name, function.description, function.parameters) == ("f", "d", {"type": "object"})
     assert function.strict is True
-    assert not isinstance(chat.tool_choice, str | None) and chat.tool_choice.function.name == "f"
+    assert not isinstance(chat.tool_choice, str | None) and chat.tool_choice.function == FunctionName("f")
     assert (chat.parallel_tool_calls, chat.reasoning_effort) == (False, "low")
     assert chat.chat_template_kwargs == {"enable_thinking": True}
     assert chat.response_format is not None and chat.response_format.json_schema is not None

@@ -143,6 +143,17 @@ def test_a_failure_midway_is_an_error_and_a_failed_response() -> None:
 # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_required_tool_and_a_wanted_form_are_enforced_by_grammar() -> None:
+    cluster = FakeGenerator(says("ok"))
+    cluster.max_model_len_tokens = 4096
+    form = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}}
+    with running_server(cluster) as url:
+        for fields in ({}, {"tools": TOOLS, "tool_choice": "required"}, {"text": form}):
+            assert post(url, **fields).status_code == 200
+    free, call, formed = (request.sampling.grammar for request in cluster.requests)
+    assert not free and "apply_patch" in call and formed
+
+
 def test_count_of_input_tokens() -> None:
     cluster = FakeGenerator(says("ok"))
     with running_server(cluster) as url:

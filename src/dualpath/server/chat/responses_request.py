@@ -103,8 +103,7 @@ def as_chat(asked: InputTokensRequest, earlier: list[Item], known: Items, tools:
         tool_choice=tools.choice,
         parallel_tool_calls=asked.parallel_tool_calls,
         response_format=_response_format(asked.text.format if asked.text else None),
-        reasoning_effort=None if effort == "none" else effort,
-        chat_template_kwargs={"enable_thinking": False} if effort == "none" else None,
+        reasoning_effort=effort,
         cache_salt=asked.cache_salt,
     )
     if isinstance(asked, ResponsesRequest):

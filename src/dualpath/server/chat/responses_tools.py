@@ -10,7 +10,7 @@ import msgspec
 
 from dualpath.server.chat.parts import Part
 from dualpath.server.errors import ApiError, bad_parameter
-from dualpath.server.protocol import FunctionName, FunctionTool, NamedToolChoice, Tool
+from dualpath.server.protocol import AllowedTools, FunctionChoice, FunctionName, FunctionTool, NamedToolChoice, Tool
 
 _OFFERED_UNASKED = ("web_search",)
 """Codex offers it to every server. The model can do without: it is not told of it, and the answer's `tools` lack it."""
@@ -112,9 +112,8 @@ class Tools:
             case "function" | "custom":
                 return NamedToolChoice(type="function", function=FunctionName(wanted.name))
             case "allowed_tools":
-                names = {tool.name for tool in wanted.tools}
-                self.functions = [f for f in self.functions if self._origins[f.function.name].name in names]
-                return str(wanted.mode)
+                chosen = [FunctionChoice("function", FunctionName(tool.name)) for tool in wanted.tools]
+                return NamedToolChoice("allowed_tools", allowed_tools=AllowedTools(wanted.mode, chosen))
         raise _unsupported("tool_choice", "tool_choice", wanted.type)
 
 
