@@ -14,7 +14,8 @@ from scripted_deltas import AGENT_TURN, CONTENT, events_of, scripted
 from dualpath.cluster.generator import GeneratedTokens, RequestError
 from dualpath.server import ServerLimits
 from dualpath.server.chat.deltas import Delta
-from dualpath.server.chat.responses_request import InputTokensRequest, ResponsesRequest
+from dualpath.server.chat.responses_request import ResponsesRequest
+from dualpath.server.unsupported import UNSUPPORTED
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 TOOLS: Any = [
@@ -292,7 +293,8 @@ def test_no_value_of_any_field_fails_the_server() -> None:
         for value in values
     ]
     fields = [(name, value) for name in ResponsesRequest.__struct_fields__ for value in values]
-    fields += [(name, value) for name in InputTokensRequest.neutral for value in values]
+    refused = [entry.name for entry in UNSUPPORTED if "responses" in entry.endpoints]
+    fields += [(name, value) for name in refused for value in values]
     fields += [("input", [item]) for item in items] + [("tools", [tool]) for tool in tools]
     fields += [("tool_choice", tool) for tool in tools]
     with running_server(FakeGenerator(says("ok"))) as url, httpx.Client(base_url=url, timeout=30) as http:

@@ -118,7 +118,7 @@ class RequestChecker:
 
     async def chat_up_to(self, asked: ChatRequest, param: str, limit: int | None) -> CheckedRequest:
         """Check a chat that gets at most `limit` tokens, or as many as the context leaves, if those are fewer."""
-        _check_range(param, limit, 1, None)
+        check_range(param, limit, 1, None)
         checked = await self.chat(asked)
         return (
             checked

@@ -15,6 +15,8 @@ from dualpath.server.errors import bad_parameter
 _BOTH = ("completions", "chats")
 _CHATS = ("chats",)
 _COMPLETIONS = ("completions",)
+_MESSAGES = ("messages",)
+_RESPONSES = ("responses",)
 
 
 class Unsupported(NamedTuple):
@@ -28,8 +30,12 @@ class Unsupported(NamedTuple):
 
 UNSUPPORTED = (
     Unsupported("audio", _CHATS, (), "this server takes and gives text"),
+    Unsupported("background", _RESPONSES, (False,), "stream the response, or wait for it"),
     Unsupported("best_of", _BOTH, (1,), "send n and choose yourself"),
     Unsupported("chat_template", _CHATS, (), "serve the model with that template, or send chat_template_kwargs"),
+    Unsupported("container", _MESSAGES, (), "run code in a tool of the client's"),
+    Unsupported("context_management", _RESPONSES, ([],), "shorten the input yourself"),
+    Unsupported("conversation", _RESPONSES, (), "send previous_response_id, or the whole input"),
     Unsupported("documents", _CHATS, ([],), "put them into a message"),
     Unsupported("echo", _CHATS, (False,), "send return_token_ids, or use /v1/completions"),
     Unsupported("function_call", _CHATS, ("none", "auto"), "send tool_choice"),
@@ -40,10 +46,15 @@ UNSUPPORTED = (
     Unsupported("guided_regex", _BOTH, (), 'send structured_outputs: {"regex": …}'),
     Unsupported("length_penalty", _BOTH, (1,), "there is no beam search"),
     Unsupported("logits_processors", _BOTH, ([],), "send logit_bias, or structured_outputs"),
+    Unsupported("mcp_servers", _MESSAGES, ([],), "give their tools with an input_schema"),
     Unsupported("modalities", _CHATS, (["text"],), "this server takes and gives text"),
+    Unsupported("moderation", _RESPONSES, (), "moderate before you send"),
+    Unsupported("prompt", _RESPONSES, (), "send instructions and input"),
     Unsupported("prompt_embeds", _BOTH, (), "send text or token ids"),
     Unsupported("suffix", _COMPLETIONS, ("",), "write the model's own markers for filling in into the prompt"),
     Unsupported("thinking_token_budget", _CHATS, (), "send max_tokens, or chat_template_kwargs"),
+    Unsupported("top_logprobs", _RESPONSES, (0,), "use /v1/chat/completions"),
+    Unsupported("truncation", _RESPONSES, ("disabled",), "shorten the input yourself"),
     Unsupported("use_beam_search", _BOTH, (False,), "send n and choose yourself"),
     Unsupported("web_search_options", _CHATS, (), "give the model a tool that searches"),
 )

@@ -71,7 +71,7 @@ class OutputConfig(msgspec.Struct):
 class CountTokensRequest(msgspec.Struct, kw_only=True):
     """Body of /v1/messages/count_tokens."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"container": (), "mcp_servers": ([],)}
+    api: ClassVar[str] = "messages"
 
     model: str
     messages: list[Turn]

@@ -37,15 +37,7 @@ class Reasoning(msgspec.Struct):
 class InputTokensRequest(msgspec.Struct, kw_only=True):
     """Body of /v1/responses/input_tokens: what makes the prompt."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "background": (False,),
-        "context_management": ([],),
-        "conversation": (),
-        "moderation": (),
-        "prompt": (),
-        "top_logprobs": (0,),
-        "truncation": ("disabled",),
-    }
+    api: ClassVar[str] = "responses"
 
     model: str | None = None
     input: str | list[Item] | None = None
