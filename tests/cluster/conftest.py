@@ -82,7 +82,14 @@ def cluster_config(model: Path, store: Path, topology: str = "1P1D", **settings:
     return ClusterConfig(model=str(model), store=str(store), topology=Topology.parse(topology), **(defaults | settings))  # type: ignore[arg-type]
 
 
-async def ask(cluster: Cluster, prompt: list[int], n: int, tenant: str = "", **sampling: object) -> Answer:
+async def ask(
+    cluster: Cluster,
+    prompt: list[int],
+    n: int,
+    tenant: str = "",
+    deadline_s: float = ANSWER_DEADLINE_S,
+    **sampling: object,
+) -> Answer:
     """One greedy request of exactly `n` tokens, unless told otherwise."""
     params: dict[str, object] = {"max_tokens": n, "temperature": 0.0, "ignore_eos": True} | sampling
     request = GenerateRequest(
@@ -91,7 +98,7 @@ async def ask(cluster: Cluster, prompt: list[int], n: int, tenant: str = "", **s
         tenant=tenant,  # type: ignore[arg-type]
     )
     answer = Answer([], 0, "")
-    async with asyncio.timeout(ANSWER_DEADLINE_S):
+    async with asyncio.timeout(deadline_s):
         async for step in cluster.coordinator.generate(request):
             answer.token_ids += step.token_ids
             answer.cached_tokens = step.cached_tokens
