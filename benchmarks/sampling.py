@@ -1,6 +1,6 @@
 """Measures what a draw costs: plain, with penalties, with min_p, with a grammar; alone and in a decode step.
 
-    python benchmarks/sampling.py [--model DIR] [--threads 1] [--json FILE]
+    python benchmarks/sampling.py [--model DIR] [--threads 1] [--draws-only] [--json FILE]
 
 Without a model it uses the tiny checkpoint. *draw* is one call for a batch of rows of random logits of the model's
 vocabulary. *step* is a decode step of sequences with 100 tokens of context. Each setting is paired with the plain one:
@@ -110,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--draws-only", action="store_true", help="a large model's steps may take minutes")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +124,10 @@ def main() -> None:
             "compile_ms": seconds(lambda: bench.grammars.matcher(tools)) * 1e3,
             "copy_ms": seconds(lambda: bench.grammars.matcher(tools)) * 1e3,
         }
-        for kind, make, count in (("draw", bench.drawing, PAIRS), ("step", bench.stepping, STEP_PAIRS)):
+        kinds = {"draw": (bench.drawing, PAIRS)} | (
+            {} if arguments.draws_only else {"step": (bench.stepping, STEP_PAIRS)}
+        )
+        for kind, (make, count) in kinds.items():
             for batch in BATCHES:
                 for name, more in SETTINGS.items():
                     plain, added = paired(make(batch, {}), make(batch, more), count)
@@ -136,10 +140,13 @@ def main() -> None:
 def show(results: dict[str, Any]) -> None:
     costs = {key: value for key, value in results.items() if not isinstance(value, dict)}
     Console().print(", ".join(f"{key} {value:.4g}" for key, value in costs.items()))
-    table = Table("setting", *(f"{kind}, batch {batch}" for kind in ("draw", "step") for batch in BATCHES))
+    columns = [
+        f"{kind} {batch}" for kind in ("draw", "step") for batch in BATCHES if f"{kind} {batch} plain" in results
+    ]
+    table = Table("setting", *(f"{column}, ms" for column in columns))
     for name in SETTINGS:
-        cells = (results[f"{kind} {batch} {name}"] for kind in ("draw", "step") for batch in BATCHES)
-        table.add_row(name, *(f"{c['plain_ms']:.2f} + {c['added_ms']:.2f} ms" for c in cells))
+        cells = (results[f"{column} {name}"] for column in columns)
+        table.add_row(name, *(f"{c['plain_ms']:.2f} {c['added_ms']:+.2f}" for c in cells))
     Console().print(table)
 
 

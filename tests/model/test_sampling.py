@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpath.model.sampling import TokenDraw, draw
+from dualpath.model.sampling import TokenDraw, _best, draw
 from dualpath.spec.sampling import SamplingParams, finish_reason
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.5])
@@ -74,6 +74,13 @@ def test_narrow_filters_are_greedy(values: list[float], seed: int) -> None:
 
 def test_ties_at_the_edge_of_top_k_keep_the_lower_ids() -> None:
     assert set(tokens(torch.zeros(6), range(300), top_k=2)) == {0, 1}
+
+
+@given(st.lists(st.integers(-3, 3), min_size=2, max_size=60), st.data())
+def test_the_best_tokens_are_those_of_a_stable_sort(values: list[int], data: st.DataObject) -> None:
+    logits = torch.tensor(values, dtype=torch.double)
+    count = data.draw(st.integers(1, len(values)))
+    assert torch.equal(_best(logits, count), logits.sort(descending=True, stable=True).indices[:count])
 
 
 def test_stop_tokens_are_masked_until_min_tokens() -> None:

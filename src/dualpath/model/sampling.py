@@ -95,7 +95,7 @@ def _probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     vocabulary = probabilities.shape[0]
     top_k = params.top_k if 0 < params.top_k < vocabulary else vocabulary
     if top_k < vocabulary or params.top_p < 1.0:
-        order = scaled.sort(descending=True, stable=True).indices[:top_k]
+        order = _best(scaled, top_k)
         ordered = probabilities[order]
         before = ordered.cumsum(0) - ordered
         dropped = before >= params.top_p * ordered.sum()
@@ -104,6 +104,14 @@ def _probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
         kept[order] = ordered.masked_fill(dropped, 0.0)
         probabilities = kept
     return probabilities
+
+
+def _best(scaled: Tensor, count: int) -> Tensor:
+    """Returns the `count` best tokens, best first, of equals the lower ids. Sorts no more than it must."""
+    if count == scaled.shape[0]:
+        return scaled.sort(descending=True, stable=True).indices
+    candidates = (scaled >= scaled.topk(count).values[-1]).nonzero()[:, 0]
+    return candidates[scaled[candidates].sort(descending=True, stable=True).indices[:count]]
 
 
 def _pick(probabilities: Tensor, seed: int, index: int) -> int:
