@@ -196,10 +196,13 @@ class ChatWriter(_Answer):
     id_prefix = "chatcmpl"
 
     def event(self, piece: Piece) -> bytes:
-        choice = self._choice(piece)
-        choice.delta = _delta(piece.deltas)
-        says = piece.deltas or piece.finish_reason or piece.logprobs or self._checked.return_token_ids
-        event = b"data: %b\n\n" % _encode(self._chunk(choice)) if says else b""
+        choice, deltas = self._choice(piece), piece.deltas
+        plain = len(deltas) == 1 and deltas[0].kind == "content"
+        choice.delta = {"content": deltas[0].text} if plain else _delta(deltas)
+        if not (choice.delta or piece.finish_reason or piece.logprobs or self._checked.return_token_ids):
+            event = b""  # what was generated is not sure yet
+        else:
+            event = b"data: %b\n\n" % _encode(self._chunk(choice))
         return self._opening(piece.choice) + event if self._is_first(piece.choice) else event
 
     def whole(self, pieces: list[Piece], usage: Usage) -> bytes:
@@ -233,8 +236,6 @@ class ChatWriter(_Answer):
 
 def _delta(deltas: list[Delta]) -> dict[str, Any]:
     """Returns one event's delta. Reasoning has both its names: vLLM's, and the one that DeepSeek's clients read."""
-    if len(deltas) == 1 and deltas[0].kind == "content":
-        return {"content": deltas[0].text}
     record: dict[str, Any] = {}
     calls: dict[int, dict[str, Any]] = {}
     for delta in deltas:

@@ -68,7 +68,8 @@ class TextCodec:
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         if self._backend is not None:
-            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+            text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+            return text
         return str(
             self._tokenizer.decode(
                 token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
@@ -129,15 +130,16 @@ class IncrementalDetokenizer:
     def push(self, token_id: int) -> str:
         """Add one token. Returns the text that is now final."""
         self._window.append(token_id)
-        self._text = self._decode(self._window)
-        unsure = len(self._text) - len(self._text.rstrip(_REPLACEMENT))
+        text = self._text = self._decode(self._window)
+        unsure = len(text) - len(text.rstrip(_REPLACEMENT)) if text.endswith(_REPLACEMENT) else 0
         self._unsure_tokens = self._unsure_tokens + 1 if unsure else 0
         junk = self._unsure_tokens > _MISSING_BYTES  # no valid character needs so many tokens
         if junk:
             unsure = min(unsure, _MISSING_BYTES)
-        final = len(self._text) - unsure
-        piece = self._text[self._given : final]
-        self._given = max(self._given, final)
+        final = len(text) - unsure
+        piece = text[self._given : final]
+        if final > self._given:
+            self._given = final
         if len(self._window) > _WINDOW_TOKENS and (junk or not unsure):
             self._cut()
         return piece

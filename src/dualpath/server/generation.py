@@ -27,7 +27,7 @@ _CLOSE_TIMEOUT_S = 30.0
 _PIECES_AHEAD = 2
 
 
-class Piece(msgspec.Struct, frozen=True, kw_only=True):
+class Piece(msgspec.Struct, kw_only=True):
     """One step of one choice. The last has a `finish_reason`. Its text may lag behind its tokens, never the reverse."""
 
     choice: int
@@ -67,6 +67,7 @@ class ChoiceText:
             lambda ids: codec.decode(ids, skip_special_tokens=skip_special_tokens), choice.request.prompt_token_ids
         )
         self._matcher = StopMatcher(stop, include_stop)
+        self._stoppable = bool(stop)
         self._include_stop = include_stop
         self._unstoppable_tokens = choice.request.sampling.min_tokens
 
@@ -75,9 +76,12 @@ class ChoiceText:
         texts: list[str] = []
         used, finish_reason = len(step.token_ids), step.finish_reason
         for i, token in enumerate(step.token_ids):
-            if finish_reason == "stop" and i + 1 == len(step.token_ids) and not self._include_stop:
+            if finish_reason == "stop" and i + 1 == used and not self._include_stop:
                 break  # the stop token itself is not text
-            text = "" if token in self._hidden else self._detokenizer.push(token)
+            text = "" if self._hidden and token in self._hidden else self._detokenizer.push(token)
+            if not self._stoppable:
+                texts.append(text)
+                continue
             if self._unstoppable_tokens > 0:
                 self._unstoppable_tokens -= 1
                 texts.append(text)
@@ -93,7 +97,7 @@ class ChoiceText:
         return Piece(
             choice=self._choice,
             text="".join(texts),
-            token_ids=step.token_ids[:used],
+            token_ids=step.token_ids if used == len(step.token_ids) else step.token_ids[:used],
             logprobs=None if step.logprobs is None else step.logprobs[:used],
             finish_reason=finish_reason,
             cached_tokens=step.cached_tokens,
@@ -112,20 +116,19 @@ class MessageOfChoice:
             self._parser = ChatParser(plan) if plan.template is None else TemplateParser(plan)
         self._named = plan is not None and plan.named
 
-    def read(self, piece: Piece) -> Piece:
-        """Returns `piece` with its deltas. An answer with calls that stopped finishes with ``tool_calls``.
+    def read(self, piece: Piece) -> None:
+        """Set the deltas of `piece`. An answer with calls that stopped finishes with ``tool_calls``.
 
         As at OpenAI, a function that the request named is no decision of the model: such an answer just stops.
         """
         if self._parser is None:
-            return msgspec.structs.replace(piece, deltas=[Delta("content", piece.text)])
-        deltas = self._parser.push(piece.text)
-        reason = piece.finish_reason
-        if reason is not None:
-            deltas += self._parser.finish()
-            if reason == "stop" and self._parser.calls and not self._named:
-                reason = "tool_calls"
-        return msgspec.structs.replace(piece, deltas=deltas, finish_reason=reason)
+            piece.deltas = [Delta("content", piece.text)]
+            return
+        piece.deltas = self._parser.push(piece.text)
+        if piece.finish_reason is not None:
+            piece.deltas += self._parser.finish()
+            if piece.finish_reason == "stop" and self._parser.calls and not self._named:
+                piece.finish_reason = "tool_calls"
 
 
 async def run_choice(
@@ -145,8 +148,9 @@ async def run_choice(
             piece = text.take(step)
             if checked.prompt_only:  # the cluster always draws one token
                 piece = msgspec.structs.replace(piece, text="", token_ids=[], logprobs=None, finish_reason="length")
-            piece = piece if message is None else message.read(piece)
             timer.step(piece.finish_reason)
+            if message is not None:
+                message.read(piece)
             yield piece
             if piece.finish_reason is not None:
                 return
