@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import msgspec
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.local import Cluster
 from dualpath.kv import StoreError
-from dualpath.server import create_app, load_tokenizer, serve
+from dualpath.server import bind, create_app, load_tokenizer, serve
 from dualpath.spec.whole_file import write_whole
 
 StartErrors = (OSError, RuntimeError, StoreError, TimeoutError, ValueError)
@@ -38,6 +39,14 @@ class ClusterServer:
         return f"http://{self.config.host}:{self._port.result()}"
 
     async def __aenter__(self) -> "ClusterServer":
+        listener = bind(self.config.host, self.config.port)
+        try:
+            return await self._start(listener)
+        except BaseException:
+            listener.close()
+            raise
+
+    async def _start(self, listener: socket.socket) -> "ClusterServer":
         # In parallel with the engines' start, because importing Transformers takes seconds.
         tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, self.config.model))
         await self.cluster.__aenter__()
@@ -51,7 +60,7 @@ class ClusterServer:
             )
             self._port = asyncio.get_running_loop().create_future()
             self._serving = asyncio.create_task(
-                serve(app, self.config.host, self.config.port, on_bound=self._port.set_result)
+                serve(app, listener, on_bound=self._port.set_result, drain_s=self.config.drain_s)
             )
             either: list[asyncio.Future[Any]] = [self._port, self._serving]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -63,11 +72,13 @@ class ClusterServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Give running requests a few seconds to end, then stop the cluster."""
-        if self._serving is not None:
-            self._serving.cancel()
-            await asyncio.gather(self._serving, return_exceptions=True)
-        await self.cluster.__aexit__()
+        """Give running requests `drain_s` to end, then stop the cluster. Cancelled: end them at once."""
+        try:
+            if self._serving is not None:
+                self._serving.cancel()
+                await asyncio.gather(self._serving, return_exceptions=True)
+        finally:
+            await self.cluster.__aexit__()
 
     async def ended(self) -> None:
         """Wait until it can't serve any more, then raise RuntimeError that says why."""
@@ -99,17 +110,21 @@ def run(config: ClusterConfig, local_engines: bool = True) -> int:
 
 
 async def _until_signalled(config: ClusterConfig, local_engines: bool) -> int:
-    stop = asyncio.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    """Serve; the first signal begins the drain, the second ends it."""
+    loop, signalled = asyncio.get_running_loop(), 0
     serving = asyncio.create_task(_serve(config, local_engines))
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-    if not serving.done():
-        serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
-        return 0
-    await serving
+
+    def stop() -> None:
+        nonlocal signalled
+        signalled += 1
+        if signalled <= 2:
+            serving.cancel()
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, stop)
+    await asyncio.wait([serving])
+    if not signalled:
+        serving.result()
     return 0
 
 

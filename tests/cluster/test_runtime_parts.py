@@ -53,15 +53,24 @@ def test_rates_are_lifted_where_io_is_free() -> None:
     assert scheduler_limits(bound).release_ns == 2 * bound.lease_ns
 
 
+def test_settings_for_engines_have_no_keys() -> None:
+    config = ClusterConfig(model="m", store="s", api_keys=("secret",), max_waiting=9)
+    assert config.without_secrets() == ClusterConfig(model="m", store="s", max_waiting=9)
+
+
 def test_every_cause_has_an_answer() -> None:
-    status = {cause: request_error(cause, 10).status for cause in Cause}
+    asked = GenerateRequest(prompt_token_ids=[1] * 10, sampling=SamplingParams(max_tokens=3))
+    errors = {cause: request_error(cause, asked, 99) for cause in Cause}
+    status = {cause: error.status for cause, error in errors.items()}
     assert status.pop(Cause.OVERLOADED) == 429
     assert status.pop(Cause.TOO_LARGE) == 400
     assert status.pop(Cause.TIMEOUT) == 504
     assert set(status.values()) == {503}
-    assert request_error(Cause.LOAD_FAILED, 10).code == "load_failed"
-    waiting_helps = [request_error(cause, 10).retry_after_s for cause in Cause if cause is not Cause.TOO_LARGE]
-    assert all(waiting_helps)
+    assert errors[Cause.LOAD_FAILED].code == "load_failed"
+    assert all(error.retry_after_s for cause, error in errors.items() if cause is not Cause.TOO_LARGE)
+    too_large = errors[Cause.TOO_LARGE]
+    assert too_large.code == "context_length_exceeded"
+    assert "This model's maximum context length is 99 tokens. However, you requested 13 tokens (10 in" in str(too_large)
 
 
 def live_request(**sampling: object) -> LiveRequest:

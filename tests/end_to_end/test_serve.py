@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,6 +100,43 @@ def test_the_official_client(model: Path, tmp_path: Path) -> None:
         assert "dualpath_nic_bytes_total{" in metrics
         assert "vllm:time_to_first_token_seconds_count" in metrics
     assert pools_of(pids) == []
+
+
+@pytest.mark.slow
+def test_clients_are_told_when_the_server_stops(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """SIGTERM while a whole answer and a stream run, which take longer than the drain."""
+    body = {"prompt": "x" * 50, "max_tokens": 3000, "ignore_eos": True}
+    with serving(model, tmp_path, "--drain-timeout", "0.5") as (url, process), ThreadPoolExecutor(2) as threads:
+        whole, stream = (
+            threads.submit(httpx.post, f"{url}/v1/completions", json=body | {"stream": streamed}, timeout=60)
+            for streamed in (False, True)
+        )
+        wait_for(lambda: "dualpath_requests_live 2.0\n" in httpx.get(f"{url}/metrics").text, 30)
+        process.send_signal(signal.SIGTERM)
+        refused = httpx.post(f"{url}/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "shutting_down")
+        assert whole.result().headers["retry-after"]
+        assert '"code":"shutting_down"' in stream.result().text.rstrip().rsplit("data: ", 1)[1]
+        assert process.wait(STOP_S) == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_keys_reach_nobody_but_the_server(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("filed-key\n")
+    keys.chmod(0o600)
+    monkeypatch.setenv("DUALPATH_API_KEY", "exported-key")
+    with serving(model, tmp_path, "--api-key-file", str(keys)) as (url, process):
+        for key, status in (("filed-key", 200), ("exported-key", 200), ("other", 401)):
+            assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == status
+        assert b"filed-key" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        parents = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1] for pid in engine_pids(url)]
+        for pid in {*engine_pids(url), *map(int, parents)}:  # engines, and the fork server that they come from
+            for told in ("cmdline", "environ"):
+                content = Path(f"/proc/{pid}/{told}").read_bytes()
+                assert b"exported-key" not in content and b"filed-key" not in content
 
 
 @pytest.mark.slow

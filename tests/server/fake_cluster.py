@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, ModelFacts, PromptLogprob, TokenLogprob
 from dualpath.model.checkpoint import CHATML_TEMPLATE
-from dualpath.server import create_app, serve
+from dualpath.server import bind, create_app, serve
 from dualpath.spec.generation_defaults import GenerationDefaults
 from dualpath.spec.metrics import Figures
 
@@ -146,7 +146,9 @@ class FakeGenerator:
 
 
 @contextlib.contextmanager
-def running_server(generator: FakeGenerator, tokenizer: Any = TOKENIZER, **options: Any) -> Iterator[str]:
+def running_server(
+    generator: FakeGenerator, tokenizer: Any = TOKENIZER, *, drain_s: float = 2.0, **options: Any
+) -> Iterator[str]:
     """The app on a free port, in a thread with its own loop; gives its address and shuts down gracefully."""
     ready = threading.Event()
     state: dict[str, Any] = {}
@@ -159,9 +161,8 @@ def running_server(generator: FakeGenerator, tokenizer: Any = TOKENIZER, **optio
         state["loop"] = asyncio.get_running_loop()
         state["task"] = asyncio.current_task()
         with contextlib.suppress(asyncio.CancelledError):
-            await serve(
-                create_app(generator, tokenizer, **options), "127.0.0.1", 0, on_bound=on_bound, shutdown_grace_s=2
-            )
+            app = create_app(generator, tokenizer, **options)
+            await serve(app, bind("127.0.0.1", 0), on_bound=on_bound, drain_s=drain_s)
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()

@@ -10,6 +10,7 @@ import pytest
 from fake_cluster import EOS, FakeGenerator, ids, running_server, says
 from test_chat_tools import Roomy, obeys
 
+from dualpath.server import ServerLimits
 from dualpath.server.chat.anthropic_request import MessagesRequest
 from dualpath.server.chat.formats import CALL_FORMATS
 from dualpath.server.chat.responses_request import ResponsesRequest
@@ -32,7 +33,7 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_timing_is_documented_and_nothing_else() -> None:
-    table = DOCUMENT.split("## Timings")[1].split("## Errors")[0]
+    table = DOCUMENT.split("## Timings")[1].split("## ")[0]
     rows = re.findall(r"^\| (`.*?) \|", table, re.M)
     assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == list(Timings.__struct_fields__)
 
@@ -97,3 +98,17 @@ def test_every_field_of_the_other_apis_is_documented_and_nothing_else(section: s
     assert set(re.findall(r"`(\w+)`", refused.split("So are")[0])) == {
         entry.name for entry in UNSUPPORTED if body.api in entry.endpoints
     }
+
+
+def test_every_limit_is_documented_with_its_value() -> None:
+    table = DOCUMENT.split("## Limits")[1].split("## Errors")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", table, re.M)
+    assert rows == [(name, shown(name, getattr(ServerLimits(), name))) for name in ServerLimits.__struct_fields__]
+
+
+def shown(name: str, value: float) -> str:
+    if name.endswith("_s"):
+        return f"{value:g} s"
+    if name.endswith("_bytes"):
+        return f"{value // 2**20} MiB" if value >= 2**20 else f"{value // 2**10} KiB"
+    return f"{value:,}"

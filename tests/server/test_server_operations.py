@@ -17,9 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dualpath import __version__
 from dualpath.cluster.generator import GeneratedTokens, TokenLogprob
-from dualpath.server import ServerLimits, create_app, load_tokenizer, serve
+from dualpath.server import ServerLimits, bind, create_app, load_tokenizer
 from dualpath.server.codec import TextCodec
-from dualpath.server.http import _bind
 from dualpath.spec.metrics import Sample
 
 
@@ -170,39 +169,16 @@ def test_the_openai_client_closing_its_stream_closes_the_generation() -> None:
         assert cluster.all_closed.wait(10)
 
 
-def test_shutdown_cuts_off_what_does_not_end_by_itself() -> None:
-    never = threading.Event()
-    cluster = FakeGenerator(lambda request: [GeneratedTokens(token_ids=[65]), never])
-    outcome: list[str] = []
-
-    def ask(url: str) -> None:
-        try:
-            httpx.post(f"{url}/v1/completions", json={"prompt": "a", "stream": True}, timeout=30)
-            outcome.append("a whole answer")
-        except httpx.HTTPError:
-            outcome.append("cut off")
-
-    with running_server(cluster) as url:
-        thread = threading.Thread(target=ask, args=(url,))
-        thread.start()
-        while not cluster.open:
-            thread.join(0.01)
-    assert cluster.all_closed.wait(5)
-    thread.join(30)
-    assert outcome == ["cut off"]
-
-
 def test_a_taken_port_is_said_plainly() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        app: Any = create_app(FakeGenerator(says("ok")), TOKENIZER)
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}.*port 0"):
-            asyncio.run(serve(app, "127.0.0.1", port))
+            bind("127.0.0.1", port)
 
 
 def test_an_event_never_waits_for_the_acknowledgement_of_the_one_before() -> None:
     """Nagle's algorithm is off on what the listener accepts: headers and the first event are two segments."""
-    with _bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+    with bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

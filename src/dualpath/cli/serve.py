@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from dualpath.cli.api_keys import add_key_options, api_keys
 from dualpath.cli.arguments import command, port, positive, systems_help
 from dualpath.cli.cluster_options import DEFAULTS, add_cluster_options, cluster_config
 from dualpath.cli.outcome import usage_errors
@@ -15,7 +16,7 @@ Rates and sizes take units: 60MB/s, 400Gb/s, unlimited; 64MiB, 2GB.
 examples:
   dualpath serve --model ~/models/Qwen3-0.6B --store /mnt/kv
   dualpath serve --topology 1P2D --model .models/demo --store .store/a --snic-rate 60MB/s --cnic-rate 480MB/s
-  dualpath serve --model DIR --store DIR --api-key secret --host 0.0.0.0 --port 80
+  dualpath serve --model DIR --store DIR --api-key-file keys --host 0.0.0.0 --port 80
 """
 
 
@@ -25,8 +26,11 @@ def add(commands: Any) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default=DEFAULTS["host"], help="address to listen on (default: %(default)s)")
     group.add_argument("--port", type=port, default=DEFAULTS["port"], help="0 picks a free one (default: %(default)s)")
-    keys = "accept only these; repeatable"
-    group.add_argument("--api-key", action="append", default=[], dest="api_keys", metavar="KEY", help=keys)
+    add_key_options(group)
+    drain = "seconds that running requests have to end when the server is told to stop (default: %(default)g)"
+    group.add_argument(
+        "--drain-timeout", type=float, default=DEFAULTS["drain_s"], dest="drain_s", metavar="S", help=drain
+    )
     name = "model name clients use (default: the directory's)"
     group.add_argument("--name", dest="served_model_name", metavar="NAME", help=name)
     parsers = "how the model {}; a name as in vLLM, or none (default: as the chat template says)"
@@ -47,6 +51,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs a cluster and its server until it is told to stop; with --join-address, engines come from elsewhere."""
+    arguments.api_keys = api_keys(arguments)
     config = cluster_config(arguments)
     from dualpath import serving
     from dualpath.server.chat.formats import find_call_format, find_reasoning_format

@@ -63,6 +63,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    """Keys that clients need, if any. Engines are not told."""
+    drain_s: float = 20.0
+    """How long running requests have to end when the server is told to stop."""
     served_model_name: str | None = None
     generation_config: str = "auto"
     """``auto``: the model's generation_config.json has the defaults of sampling; ``vllm``: it is ignored, as there."""
@@ -89,6 +92,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{name} is {rate}; it must be above 0, or None for no limit")
         if not isinstance(self.topology, Topology):
             raise ValueError(f"topology is {self.topology!r}; give Topology.parse('1P2D')")
+        if not 0 <= self.drain_s < float("inf"):
+            raise ValueError(f"drain_s is {self.drain_s}; it must be a number of seconds, 0 or more")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
         if self.generation_config not in GENERATION_CONFIGS:
@@ -98,6 +103,10 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         TRANSPORTS.get(self.transport)  # raises UnknownNameError, which is a ValueError
         if self.device_layers < 3:
             raise ValueError("device_layers must be at least 3: one loading, one computing, one shipping")
+
+    def without_secrets(self) -> "ClusterConfig":
+        """Returns the settings for a process that needs no key."""
+        return msgspec.structs.replace(self, api_keys=())
 
     @property
     def policy(self) -> Policy:

@@ -69,6 +69,18 @@ class RequestError(Exception):
         self.retry_after_s = retry_after_s
 
 
+def overflow_message(context_tokens: int, prompt_tokens: int, completion_tokens: int) -> str:
+    """Says that a request does not fit the model's context, in the words by which agents know to shorten their history.
+
+    (LiteLLM, and so aider and mini-SWE-agent, and Cline, OpenHands, opencode and others search the message for them.)
+    """
+    return (
+        f"This model's maximum context length is {context_tokens} tokens. However, you requested "
+        f"{prompt_tokens + completion_tokens} tokens ({prompt_tokens} in the messages, {completion_tokens} in the "
+        "completion). Please reduce the length of the messages or completion."
+    )
+
+
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the server must know about the model it serves."""
 

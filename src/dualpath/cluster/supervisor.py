@@ -51,7 +51,8 @@ class Supervisor:
     def _start_engine(self, role: Role, name: str) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["dualpath.cluster.engines.main"])
-        config = EngineConfig(role=role, coordinator=self._control_address, cluster=self._config, name=name)
+        cluster = self._config.without_secrets()
+        config = EngineConfig(role=role, coordinator=self._control_address, cluster=cluster, name=name)
         process = context.Process(target=engine_entry, args=(config,), name=f"dualpath-{name}", daemon=True)
         process.start()
         assert process.pid is not None

@@ -2,7 +2,7 @@
 
 from dualpath.server.app import create_app
 from dualpath.server.codec import load_tokenizer
-from dualpath.server.http import serve
-from dualpath.server.service import ServerLimits
+from dualpath.server.limits import ServerLimits
+from dualpath.server.listening import bind, serve
 
-__all__ = ["ServerLimits", "create_app", "load_tokenizer", "serve"]
+__all__ = ["ServerLimits", "bind", "create_app", "load_tokenizer", "serve"]

@@ -7,6 +7,7 @@ latest in the handlers below. `service` connects these steps; `endpoints/` has t
 """
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,7 +21,8 @@ from dualpath.server.codec import TextCodec
 from dualpath.server.endpoints import messages, openai, operations, responses
 from dualpath.server.errors import ApiError
 from dualpath.server.http import Gate
-from dualpath.server.service import ServerLimits, Service
+from dualpath.server.limits import ServerLimits
+from dualpath.server.service import Service
 
 GROUPS = (openai.routes, responses.routes, messages.routes, operations.routes)
 
@@ -44,18 +46,23 @@ def create_app(
         raise ValueError("api_keys must be a collection of keys, none of them empty")
     limits = limits or ServerLimits()
     dialect = Dialect(tokenizer, generator.model.vocab_size, tool_call_parser, reasoning_parser)
-    service = Service(generator, TextCodec(tokenizer), dialect, limits)
+    codec = TextCodec(tokenizer, generator.model.max_model_len_tokens, limits)
+    service = Service(generator, codec, dialect, limits)
     app = FastAPI(title="dualpath", version=__version__, openapi_url=None)
     app.add_middleware(
         Gate,
         api_keys=frozenset(api_keys),
         max_inflight_requests=limits.max_inflight_requests,
+        drain=service.drain,
         on_refusal=service.count_failure,
     )
     for failure in (ApiError, RequestError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(failure, service.failed)
     routes = [route for group in GROUPS for route in group(service)]
     for route in routes:
-        app.add_api_route(route.path, route.endpoint, methods=list(route.methods))
+        app.add_route(route.path, route.endpoint, methods=list(route.methods))  # GET comes with HEAD
     service.endpoints = frozenset(route.path for route in routes)
+    # What `serve` needs of it.
+    app.state.limits, app.state.drain = limits, service.drain
+    app.state.on_refusal = partial(service.count_failure, "")
     return app

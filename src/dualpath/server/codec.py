@@ -2,7 +2,8 @@
 
 It calls a fast tokenizer's backend directly. The backend's `encode` keeps the interpreter lock for the whole text.
 `encode_batch_fast` releases it and skips the offsets, which are not needed (measured on 900 kB: 0.5 against 2.4 M
-characters per second). So it is used for a single text too, in a thread when the text is long.
+characters per second). So it is used for a single text too, in a thread when the text is long (`lanes`). A text that
+can't fit the context is refused by its length alone, or after the part of it that is too long already.
 
 Tokens can't be decoded one by one: a character may be spread over several tokens (its decoding ends in U+FFFD until the
 last one comes), and a token may decode differently at the start of a text (SentencePiece drops the leading space). So
@@ -14,15 +15,22 @@ front of a long window, only where both sides provably decode as they did togeth
 ends the text (the longer of two that end together), however the text is split.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dualpath.server.errors import ApiError, bad_parameter
+from dualpath.server.errors import ApiError, bad_parameter, context_exceeded
+from dualpath.server.lanes import Lanes
+from dualpath.server.limits import ServerLimits
 from dualpath.server.token_bytes import TokenBytes
 
 _INLINE_CHARACTERS = 2000
 """Shorter texts take less than about a millisecond; moving them to a thread would cost more than it saves."""
+_INLINE_MESSAGES = 16
+_PART_CHARACTERS = 2**16
+_PART_CHARACTERS_PER_TOKEN = 8
+"""Text with more characters than this for each token of the context seldom fits: its parts are counted first."""
+_CUT_TOKENS = 256
+"""How many more tokens a text may have in two parts than as a whole."""
 
 
 def load_tokenizer(path: str) -> Any:
@@ -33,10 +41,17 @@ def load_tokenizer(path: str) -> Any:
 
 
 class TextCodec:
-    """Encodes, decodes and renders chats with one Transformers tokenizer, fast or slow."""
+    """Encodes, decodes and renders chats with one Transformers tokenizer, fast or slow.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Text that must have more than `most_tokens` tokens, the model's context, is refused before it is tokenised as a
+    whole (ApiError 400, `context_length_exceeded`).
+    """
+
+    def __init__(self, tokenizer: Any, most_tokens: int = 2**63, limits: ServerLimits | None = None) -> None:
         self._tokenizer = tokenizer
+        self._most_tokens = most_tokens
+        self._lanes = Lanes(limits or ServerLimits())
+        self._most_characters = most_tokens * _longest_token_characters(tokenizer)
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._token_texts: dict[int, str] = {}
         self._token_bytes = TokenBytes(tokenizer, lambda ids: self.decode(ids, skip_special_tokens=False))
@@ -45,15 +60,22 @@ class TextCodec:
             self._backend.no_padding()
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        if len(text) <= _INLINE_CHARACTERS:
-            return self._encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+        return (await self.encode_all([text], add_special_tokens=add_special_tokens))[0]
 
-    async def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Returns the tokens of each text, without special ones."""
-        return await asyncio.to_thread(lambda: [self._encode(text, add_special_tokens=False) for text in texts])
+    async def encode_all(self, texts: list[str], *, add_special_tokens: bool, contexts: int = 1) -> list[list[int]]:
+        """Returns the tokens of each text, which may have as many as that many contexts."""
 
-    async def encode_chat(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
+        def work() -> list[list[int]]:
+            for text in texts:
+                self._refuse_giant(text, "prompt", contexts)
+            return [self._encode(text, add_special_tokens) for text in texts]
+
+        characters = sum(map(len, texts))
+        return work() if characters <= _INLINE_CHARACTERS else await self._lanes.run(characters, work)
+
+    async def encode_chat(
+        self, messages: list[dict[str, Any]], options: dict[str, Any], contexts: int = 1
+    ) -> list[int]:
         """Render `messages` with the model's chat template, then encode.
 
         Raises ApiError (400) when there is no template or it refuses the messages.
@@ -62,9 +84,11 @@ class TextCodec:
             raise bad_parameter(
                 "messages", "this model's tokenizer has no chat template; use /v1/completions", code="no_chat_template"
             )
-        if sum(len(str(message.get("content"))) for message in messages) <= _INLINE_CHARACTERS:
-            return self._encode_chat(messages, options)
-        return await asyncio.to_thread(self._encode_chat, messages, options)
+        characters = sum(_characters(message) for message in messages)
+        plain = all(isinstance(value, (bool, str, int, type(None))) for value in options.values())
+        if plain and characters <= _INLINE_CHARACTERS and len(messages) <= _INLINE_MESSAGES:
+            return self._encode_chat(messages, options, contexts)
+        return await self._lanes.run(characters, lambda: self._encode_chat(messages, options, contexts))
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         if self._backend is not None:
@@ -94,14 +118,39 @@ class TextCodec:
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
         return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
-    def _encode_chat(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
+    def _refuse_giant(self, text: str, param: str, contexts: int) -> None:
+        """Raise ApiError when `text` must have too many tokens, at the cost of no more of it than shows that."""
+        context = self._most_tokens
+        part, tokens = max(_PART_CHARACTERS, context * _PART_CHARACTERS_PER_TOKEN), 0
+        if len(text) > self._most_characters * contexts:
+            raise context_exceeded(context, context * contexts + 1, None, param)
+        if self._backend is None or len(text) <= part:
+            return
+        for start in range(0, len(text), part):
+            pieces = self._backend.encode_batch_fast([text[start : start + part]], add_special_tokens=False)
+            tokens += len(pieces[0].ids) - _CUT_TOKENS
+            if tokens > context * contexts:
+                raise context_exceeded(context, tokens, None, param)
+
+    def _encode_chat(self, messages: list[dict[str, Any]], options: dict[str, Any], contexts: int) -> list[int]:
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except ApiError:
             raise
         except Exception as error:  # templates are the model authors' programs and may raise anything
             raise bad_parameter("messages", f"the model's chat template refuses these messages: {error}") from error
+        self._refuse_giant(text, "messages", contexts)
         return self._encode(text, add_special_tokens=False)
+
+
+def _longest_token_characters(tokenizer: Any) -> int:
+    """No text has more characters than its tokens times this. (Tokens of bytes are written with a character each.)"""
+    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+    return max(map(len, vocabulary), default=2**31)
+
+
+def _characters(message: dict[str, Any]) -> int:
+    return sum(len(value if isinstance(value, str) else str(value)) for value in message.values())
 
 
 _REPLACEMENT = "\ufffd"

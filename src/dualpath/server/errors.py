@@ -10,8 +10,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from dualpath.cluster.generator import RequestError
+from dualpath.cluster.generator import RequestError, overflow_message
 
+_MESSAGE_CHARACTERS = 2000
+"""Messages quote what the client sent, which may be megabytes."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -24,6 +26,7 @@ _ANTHROPIC_TYPES = {
 }
 _ANTHROPIC_PATHS = "/v1/messages"
 INTERNAL = "internal_error"
+SHUTTING_DOWN = "shutting_down"
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -45,7 +48,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = message if len(message) <= _MESSAGE_CHARACTERS else f"{message[:_MESSAGE_CHARACTERS]}…"
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
@@ -74,7 +77,7 @@ class ApiError(Exception):
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if self.status in (408, 413):  # the rest of the body is not read, so the connection can't be used again
+        if self.code == SHUTTING_DOWN:
             headers["connection"] = "close"
         body = self.anthropic_body if path.startswith(_ANTHROPIC_PATHS) else self.body
         return Response(body, self.status, headers, media_type="application/json")
@@ -85,6 +88,16 @@ def bad_parameter(
 ) -> ApiError:
     """Returns a 400 error that names the field at fault."""
     return ApiError(400, message, code=code, param=param, overflow=overflow)
+
+
+def context_exceeded(context_tokens: int, prompt_tokens: int, completion_tokens: int | None, param: str) -> ApiError:
+    """Returns a 400 error for a prompt that, with what is to be generated, exceeds the model's context.
+
+    `completion_tokens` None: as many as there is room for.
+    """
+    message = overflow_message(context_tokens, prompt_tokens, 1 if completion_tokens is None else completion_tokens)
+    overflow = None if completion_tokens else (prompt_tokens, context_tokens - 1)
+    return bad_parameter(param, message, code="context_length_exceeded", overflow=overflow)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
-from dualpath.server.errors import ApiError, bad_parameter
+from dualpath.server.errors import ApiError, bad_parameter, context_exceeded
 from dualpath.server.unsupported import refuse_unsupported
 from dualpath.spec.sampling import LogprobsMode
 
@@ -187,29 +187,45 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
         match = _FIELD.search(str(error))
         param = (match[1] or match[2]) if match else None
         raise ApiError(400, f"the request body is invalid: {error}", code="invalid_value", param=param) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(error) from None
     return record
 
 
-def decode_prompts(raw: msgspec.Raw) -> list[str] | list[list[int]]:
-    """Returns the prompts of a completion, at least one: texts, or lists of token ids. Raises ApiError (400)."""
+def decode_prompts(
+    raw: msgspec.Raw, most_prompts: int, context_tokens: int, most_tokens: int
+) -> list[str] | list[list[int]]:
+    """Returns the prompts of a completion, at least one: texts, or lists of token ids.
+
+    Raises ApiError (400), also for more than `most_prompts` prompts, or more than `most_tokens` ids in one of them,
+    which are counted before anything is made of them.
+    """
     text = bytes(raw)
     inner = text[1:].lstrip(b" \t\r\n")[:1] if text[:1] == b"[" else b""
     try:
         if text[:1] == b'"':
             return [msgspec.json.decode(text, type=str)]
+        if inner not in (b'"', b"["):
+            return [_token_ids(text, context_tokens, most_tokens)]
+        prompts = msgspec.json.decode(text, type=list[msgspec.Raw])
+        if len(prompts) > most_prompts:
+            raise bad_parameter("prompt", f"prompt has {len(prompts)} prompts; a request may have {most_prompts}")
         if inner == b'"':
-            return msgspec.json.decode(text, type=list[str])
-        if inner == b"[":
-            return msgspec.json.decode(text, type=list[list[int]])
-        return [msgspec.json.decode(text, type=list[int])]
+            return [msgspec.json.decode(prompt, type=str) for prompt in prompts]
+        return [_token_ids(bytes(prompt), context_tokens, most_tokens) for prompt in prompts]
     except msgspec.ValidationError as error:
         raise bad_parameter(
             "prompt", f"prompt must be a text, a list of token ids, or a list of either: {error}"
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:  # decoding the body did not look inside
         raise _malformed(error) from None
+
+
+def _token_ids(text: bytes, context_tokens: int, most_tokens: int) -> list[int]:
+    tokens = text.count(b",") + 1
+    if tokens > most_tokens:
+        raise context_exceeded(context_tokens, tokens, None, "prompt")
+    return msgspec.json.decode(text, type=list[int])
 
 
 def _malformed(error: Exception) -> ApiError:

@@ -4,6 +4,7 @@ Every mistake that a client can make is refused here, before the request reaches
 """
 
 import secrets
+from functools import partial
 
 import msgspec
 
@@ -12,7 +13,8 @@ from dualpath.server.chat.dialect import Dialect
 from dualpath.server.chat.messages import template_messages, template_options
 from dualpath.server.chat.parsing import ReadingPlan
 from dualpath.server.codec import TextCodec
-from dualpath.server.errors import ApiError, bad_parameter
+from dualpath.server.errors import ApiError, bad_parameter, context_exceeded
+from dualpath.server.lanes import decoding
 from dualpath.server.protocol import (
     ChatMessage,
     ChatRequest,
@@ -24,6 +26,9 @@ from dualpath.server.protocol import (
 from dualpath.server.sampling import MAX_LOGPROBS, MAX_SCORED, SEEDS, Asked, SamplingChecker, check_range
 
 _COMPLETION_MAX_TOKENS = 16
+_INLINE_BYTES = 2**16
+_CUT_CONTEXTS = 4
+"""A prompt that is to be cut (`truncate_prompt_tokens`) may be so many contexts long."""
 _MAX_STOPS = 64
 _MAX_STOP_CHARACTERS = 1000
 _MAX_SALT_CHARACTERS = 1000
@@ -82,13 +87,14 @@ class RequestChecker:
 
     async def completion(self, asked: CompletionRequest) -> CheckedRequest:
         self.check_model(asked.model)
-        given = decode_prompts(asked.prompt)
+        contexts = _contexts(asked)
+        given = await self._given_prompts(asked.prompt, contexts)
         self._check_fan_out(asked, len(given))
-        special = asked.add_special_tokens is not False
-        prompts = [
-            prompt if isinstance(prompt, list) else await self._codec.encode(prompt, add_special_tokens=special)
-            for prompt in given
-        ]
+        prompts = [prompt for prompt in given if isinstance(prompt, list)]
+        if not prompts:
+            texts = [prompt for prompt in given if isinstance(prompt, str)]
+            special = asked.add_special_tokens is not False
+            prompts = await self._codec.encode_all(texts, add_special_tokens=special, contexts=contexts)
         check_range("logprobs", asked.logprobs, 0, MAX_LOGPROBS)
         limit, echo, grammar = asked.max_tokens, bool(asked.echo), await self._dialect.grammar(asked)
         checked = await self._checked(
@@ -99,6 +105,11 @@ class RequestChecker:
         special = checked.skip_special_tokens
         texts = [p if isinstance(p, str) else self._codec.decode(p, skip_special_tokens=special) for p in given]
         return msgspec.structs.replace(checked, echo=texts)
+
+    async def _given_prompts(self, raw: msgspec.Raw, contexts: int) -> list[str] | list[list[int]]:
+        context = self._model.max_model_len_tokens
+        decode = partial(decode_prompts, raw, self._max_choices, context, context * contexts)
+        return decode() if len(bytes(raw)) <= _INLINE_BYTES else await decoding(decode)
 
     async def chat(self, asked: ChatRequest) -> CheckedRequest:
         self.check_model(asked.model)
@@ -139,7 +150,8 @@ class RequestChecker:
             raise bad_parameter(
                 "continue_final_message", "continue_final_message and add_generation_prompt exclude each other"
             )
-        return await self._codec.encode_chat(template_messages(messages, self._dialect.template), options)
+        rendered = template_messages(messages, self._dialect.template)
+        return await self._codec.encode_chat(rendered, options, _contexts(asked))
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self._model.name:
@@ -247,14 +259,7 @@ class RequestChecker:
         room = self._model.max_model_len_tokens - prompt_tokens
         least = 1 if limit is None else limit
         if room < least:
-            raise bad_parameter(
-                param,
-                f"the prompt has {prompt_tokens} tokens and max_tokens is {least}, together "
-                f"{prompt_tokens + least}; the model's context is {self._model.max_model_len_tokens} tokens. "
-                "Shorten the prompt or lower max_tokens",
-                code="context_length_exceeded",
-                overflow=None if limit else (prompt_tokens, self._model.max_model_len_tokens - 1),
-            )
+            raise context_exceeded(self._model.max_model_len_tokens, prompt_tokens, limit, param)
         if limit is not None:
             return limit
         return min(default or room, self._model.defaults.max_tokens or room, room)
@@ -264,6 +269,12 @@ def _cut(choice: Choice, max_tokens: int) -> Choice:
     sampling = choice.request.sampling
     sampling = msgspec.structs.replace(sampling, max_tokens=min(max_tokens, sampling.max_tokens))
     return msgspec.structs.replace(choice, request=msgspec.structs.replace(choice.request, sampling=sampling))
+
+
+def _contexts(asked: GenerationRequest | TokenizeRequest) -> int:
+    """Returns how many contexts the prompt may have."""
+    cut = getattr(asked, "truncate_prompt_tokens", None) is not None
+    return _CUT_CONTEXTS if cut else 1
 
 
 def _tenant(salt: str | None) -> str:

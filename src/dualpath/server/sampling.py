@@ -59,7 +59,8 @@ class SamplingChecker:
                 "bad_words", f"bad_words may be {_MAX_BAD_WORDS} texts of 1 to {_MAX_BAD_WORD_CHARACTERS} characters"
             )
         bare = [word.lstrip() for word in dict.fromkeys(words)]
-        encoded = await self._codec.encode_all([*bare, *(f" {word}" for word in bare)])
+        texts = [*bare, *(f" {word}" for word in bare)]
+        encoded = await self._codec.encode_all(texts, add_special_tokens=False)
         found: dict[tuple[int, ...], None] = {}
         for word, plain, spaced in zip(bare, encoded, encoded[len(bare) :], strict=False):
             if not plain:

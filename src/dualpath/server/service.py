@@ -18,31 +18,18 @@ from starlette.responses import Response
 
 from dualpath.cluster.generator import Generator
 from dualpath.server.answers import Writer
+from dualpath.server.body import Body, BodyReader
 from dualpath.server.chat.dialect import Dialect
 from dualpath.server.codec import TextCodec
+from dualpath.server.drain import Drain
 from dualpath.server.errors import INTERNAL, ApiError, as_api_error
 from dualpath.server.generation import Usage, run_request
-from dualpath.server.http import EventStream, read_body, while_connected
+from dualpath.server.http import EventStream, while_connected
+from dualpath.server.limits import ServerLimits
 from dualpath.server.metrics import GenerationTimer, ServerMetrics
-from dualpath.server.protocol import Body, decode_body
 from dualpath.server.requests import CheckedRequest, RequestChecker
 
 logger = logging.getLogger(__name__)
-
-
-class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds on what clients may use of the server."""
-
-    max_body_bytes: int = 32 * 2**20
-    max_choices: int = 128
-    """Most choices (prompts × n) in one request."""
-    max_inflight_requests: int = 8192
-    max_stored_responses: int = 10_000
-    max_stored_response_bytes: int = 64 * 2**20
-    """All that /v1/responses keeps for its clients, together; the least recently used make room."""
-    body_timeout_s: float = 60.0
-    write_timeout_s: float = 60.0
-    """How long a client may leave its stream unread."""
 
 
 class Route(NamedTuple):
@@ -63,12 +50,13 @@ class Service:
         self.codec = codec
         self.limits = limits
         self.checker = RequestChecker(generator.model, codec, dialect, limits.max_choices)
+        self.drain = Drain()
+        self._bodies = BodyReader(limits)
         self.metrics = ServerMetrics(generator.model.name)
         self.created = int(time.time())
 
     async def body(self, request: Request, kind: type[Body]) -> Body:
-        body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s)
-        return decode_body(body, kind)
+        return await self._bodies.read(request, kind)
 
     async def answer(self, request: Request, checked: CheckedRequest, writer: Writer, arrived_s: float) -> Response:
         """Generate the answer: one body, or a stream of events while the client reads it."""
@@ -79,7 +67,8 @@ class Service:
         usage = Usage(checked)
         if checked.stream:
             on_failure = partial(self._failed_midway, path, writer)
-            return EventStream(self._events(pieces, writer, usage), on_failure, self.limits.write_timeout_s)
+            events = self._events(pieces, writer, usage)
+            return EventStream(events, on_failure, self.limits.write_timeout_s, self.drain)
         return await while_connected(request.receive, self._whole(pieces, writer, usage, checked.scores_prompt))
 
     async def _whole(self, pieces: AsyncGenerator[Any, None], writer: Writer, usage: Usage, is_large: bool) -> Response:

@@ -13,7 +13,7 @@ from dualpath.cluster.coordinator.driver import SchedulerDriver
 from dualpath.cluster.coordinator.links import EngineLinks, UnencodableMessageError
 from dualpath.cluster.coordinator.live_request import LiveRequest, order
 from dualpath.cluster.coordinator.prefixes import Prefixes
-from dualpath.cluster.generator import GenerateRequest, ModelFacts, RequestError
+from dualpath.cluster.generator import GenerateRequest, ModelFacts, RequestError, overflow_message
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import (
     BLOCK_TOKENS,
@@ -109,8 +109,7 @@ class Serving:
             raise RequestError(
                 400,
                 "context_length_exceeded",
-                f"{prompt_tokens} prompt tokens and {max_tokens} to generate exceed the "
-                f"model's {self.model.max_model_len_tokens}; shorten the prompt or lower max_tokens",
+                overflow_message(self.model.max_model_len_tokens, prompt_tokens, max_tokens),
             )
 
     def _begin(self, live: LiveRequest, attempt: int, keys: list[BlockKey] | None = None) -> RequestFacts:
@@ -207,7 +206,7 @@ class Serving:
             case Finish():
                 self._end(live, live.reason or "stop")
             case Fail():
-                self._end(live, request_error(command.cause, len(live.asked.prompt_token_ids)))
+                self._end(live, request_error(command.cause, live.asked, self.model.max_model_len_tokens))
             case Cancelled():
                 self._end(live, RequestError(499, "cancelled", "the client closed the request"))
             case Resubmit():
@@ -266,7 +265,7 @@ def _most_hit_blocks(prompt: list[int]) -> int:
     return (len(prompt) - 1) // BLOCK_TOKENS
 
 
-def request_error(cause: Cause, prompt_tokens: int) -> RequestError:
+def request_error(cause: Cause, asked: GenerateRequest, context_tokens: int) -> RequestError:
     """Returns the HTTP status, code and message for a request that core has failed."""
     match cause:
         case Cause.OVERLOADED:
@@ -279,8 +278,8 @@ def request_error(cause: Cause, prompt_tokens: int) -> RequestError:
             return RequestError(
                 400,
                 "context_length_exceeded",
-                f"the KV-cache of {prompt_tokens} prompt tokens and those to generate fits no engine of this cluster; "
-                "shorten the prompt, lower max_tokens, or serve with a larger --buffer and --hbm",
+                overflow_message(context_tokens, len(asked.prompt_token_ids), asked.sampling.max_tokens)
+                + " The KV-cache of so many fits no engine of this cluster; a larger --buffer and --hbm would take it.",
             )
         case Cause.TIMEOUT:
             return RequestError(504, "deadline_exceeded", "the request was not served within its deadline", 5.0)

@@ -1,0 +1,103 @@
+"""The server on its port: bound before anything else starts, served until it is told to stop, drained then."""
+
+import asyncio
+import contextlib
+import resource
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from dualpath.server.connection import Connection
+from dualpath.server.drain import Drain
+from dualpath.server.limits import ServerLimits
+
+DRAIN_S = 20.0
+"""How long running requests have when the server is told to stop. (Kubernetes kills after 30 s.)"""
+_BACKLOG_CONNECTIONS = 2048
+_FILES_FOR_OTHERS = 256
+"""Files that the process needs beside its connections."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Returns a listener; `port` 0 takes a free one. Raises OSError that says what to do when it can't listen there."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG_CONNECTIONS)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot listen on {host}:{port}: {error.strerror}; choose another address, or port 0 for any"
+        ) from error
+    # asyncio sets this only for sockets with a protocol number, which accepted sockets of this kind lack. Without it
+    # the first event waits until the client has acknowledged the headers, 40 ms later.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+async def serve(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    on_bound: Callable[[int], None] | None = None,
+    drain_s: float = DRAIN_S,
+) -> None:
+    """Serve `app`, of `create_app`, until cancelled. Closes `listener`.
+
+    Then requests get 503 `shutting_down`; those that run have `drain_s` seconds, after which whole answers become that
+    error too and streams end with it as an event. Cancelled once more, it ends them at once. `on_bound` is called with
+    the port once connections are accepted.
+    """
+    drain: Drain = app.state.drain
+    port = int(listener.getsockname()[1])
+    server = _Server(_config(app), lambda: on_bound(port) if on_bound else None)
+    with contextlib.closing(listener):
+        running = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await drain.run_out(drain_s)
+            raise
+        finally:
+            server.should_exit = True
+            await running
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves signals to its process and calls `on_started` once it accepts connections."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+
+def _config(app: FastAPI) -> uvicorn.Config:
+    limits: ServerLimits = app.state.limits
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    connection: Any = partial(
+        Connection,
+        limits=limits,
+        most_connections=max(1, min(limits.max_connections, files - _FILES_FOR_OTHERS)),
+        on_refusal=app.state.on_refusal,
+    )
+    return uvicorn.Config(
+        app,
+        http=connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]  # seconds, whole or not
+        timeout_graceful_shutdown=1,
+    )
