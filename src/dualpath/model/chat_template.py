@@ -4,7 +4,7 @@ A checkpoint may put ``{% set default_system = … %}`` before it: the system me
 """
 
 CHATML_TEMPLATE = r"""
-{%- set has_system = messages and messages[0].role == 'system' -%}
+{%- set has_system = messages[0].role == 'system' -%}
 {%- set system = messages[0].content if has_system else default_system | default('') -%}
 {%- if has_system or system or tools -%}
     {{- '<|im_start|>system\n' + (system or '') -}}
