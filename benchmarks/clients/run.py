@@ -44,7 +44,7 @@ CLIENTS = (
     Client(
         "langchain, langgraph",
         "langchain_langgraph.py",
-        ("langchain==XX", "langchain-openai==1.7.4", "langgraph==1.2.24"),
+        ("langchain==1.5.2", "langchain-openai==1.7.4", "langgraph==1.2.24"),
     ),
     Client("pydantic-ai", "pydantic_ai_agent.py", ("pydantic-ai-slim[openai]==2.68.0",)),
     Client("litellm", "litellm_sdk.py", ("litellm==1.110.2",)),
