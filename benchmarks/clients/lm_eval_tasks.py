@@ -1,6 +1,7 @@
 """lm-eval: a multiple choice task by log-probabilities of echoed prompts, and generation, over completions and chat."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -8,7 +9,11 @@ from pathlib import Path
 
 url, model, checkpoint = sys.argv[1:4]
 QUESTIONS = [
-    {"question": f"Question: what is the capital of {country}? Answer:", "choices": choices, "gold": gold}
+    {
+        "question": f"The capital of Spain is Madrid. The capital of Greece is Athens. The capital of {country} is",
+        "choices": choices,
+        "gold": gold,
+    }
     for country, choices, gold in (
         ("France", ["Paris", "London"], 0),
         ("Italy", ["Berlin", "Rome"], 1),
@@ -35,13 +40,14 @@ test_split: test
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{choices[gold]}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 12}
-metric_list: [{metric: exact_match, ignore_case: true, regexes_to_ignore: ["^ ", "\\\\W.*"]}]
+generation_kwargs: {until: ["."], max_gen_toks: 12}
+metric_list: [{metric: exact_match, regexes_to_ignore: ["^ "]}]
 """
 RUNS = {
     "local-completions": ("completions", "capitals_choice,capitals_generate"),
     "local-chat-completions": ("chat/completions", "capitals_generate"),
 }
+scores: dict[str, float] = {}
 with tempfile.TemporaryDirectory() as scratch:
     folder = Path(scratch)
     (folder / "questions.json").write_text("\n".join(map(json.dumps, QUESTIONS)))
@@ -54,11 +60,8 @@ with tempfile.TemporaryDirectory() as scratch:
         command += ["--apply_chat_template"] if "chat" in kind else []
         run = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-3000:]
-    results = [json.loads(file.read_text())["results"] for file in sorted(folder.glob("out/**/results*.json"))]
-scores = {
-    task: next(v for k, v in row.items() if k.startswith(("acc,", "exact_match,")))
-    for r in results
-    for task, row in r.items()
-}
-assert scores["capitals_choice"] >= 0.75
-print(scores)
+        report = json.loads(max(folder.glob("out/**/results*.json"), key=os.path.getmtime).read_text())
+        for task, row in report["results"].items():
+            scores[f"{task} over {path}"] = next(v for k, v in row.items() if k.startswith(("acc,", "exact_match,")))
+assert min(scores["capitals_choice over completions"], scores["capitals_generate over completions"]) >= 0.75, scores
+print("; ".join(f"{task}: {score:.2f}" for task, score in scores.items()))

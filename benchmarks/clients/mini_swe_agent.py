@@ -25,5 +25,5 @@ with tempfile.TemporaryDirectory() as scratch:
     )
     task = 'Run this command, it submits your work: {"command": "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"}'
     outcome = agent.run(task)
-assert outcome["exit_status"] in ("Submitted", "LimitsExceeded")
+assert outcome["exit_status"] == "Submitted", outcome
 print(f"{outcome['exit_status']} after {agent.n_calls} calls")
