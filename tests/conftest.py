@@ -10,7 +10,11 @@ import pytest
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 CORE = Path(__file__).parent / "core"
-TOGETHER = ("tests/end_to_end/test_join.py", "tests/lab/report/test_report_browser.py")
+TOGETHER = (
+    "tests/end_to_end/test_join.py",
+    "tests/end_to_end/test_real_model.py",
+    "tests/lab/report/test_report_browser.py",
+)
 """Modules whose tests share something expensive: one process runs all of a module's."""
 REAL_MODEL = Path(__file__).parents[1] / ".models" / "smollm2-135m-instruct"
 NEEDS_TORCH = "needs torch (`make setup` installs it)"

@@ -1,6 +1,6 @@
 """Real clients, unchanged, against `dualpath serve` with a real model: what each did, and whether it worked.
 
-Each client gets an environment of its own (5 GB for all, kept) with the versions named here, and runs the script
+Each client gets an environment of its own (6 GB for all, kept) with the versions named here, and runs the script
 of its name in this directory, which uses the client's public API alone. All use one server with SmolLM2-135M-Instruct.
 The table goes to ``docs/results/clients.md``, each client's output to ``results/clients``.
 
@@ -11,6 +11,7 @@ The table goes to ``docs/results/clients.md``, each client's output to ``results
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,9 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MODEL = "smollm2"
-RUN_DEADLINE_S, START_DEADLINE_S, STOP_GRACE_S = 600.0, 300.0, 60.0
+INSTALL_DEADLINE_S, RUN_DEADLINE_S, START_DEADLINE_S, STOP_GRACE_S = 1800.0, 600.0, 300.0, 60.0
+SETTINGS = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "DO_NOT_TRACK": "1"}
+"""Of the environment: nothing is fetched or sent but from and to the server."""
 
 
 class Client(NamedTuple):
@@ -74,7 +77,7 @@ def ready_command(client: Client, environments: Path) -> list[str]:
             subprocess.run([sys.executable, "-m", "venv", place], check=True)
             install = [str(place / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
             install += ["-c", str(ROOT / "constraints.txt")] if client.constrained else []
-        subprocess.run([*install, *client.packages], check=True)
+        subprocess.run([*install, *client.packages], check=True, timeout=INSTALL_DEADLINE_S)
         stamp.write_text(wanted)
     if not is_node:
         return [str(place / "bin" / "python"), str(HERE / client.script)]
@@ -110,13 +113,15 @@ def tried(client: Client, environments: Path, url: str, model: Path, out: Path) 
     """Returns whether the client's script worked, and its last line."""
     try:
         command = [*ready_command(client, environments), url, MODEL, str(model)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=RUN_DEADLINE_S, check=False)
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=RUN_DEADLINE_S, check=False, env=os.environ | SETTINGS
+        )
     except FileNotFoundError as error:
         return False, f"not run: {error.filename} is not installed"
     except subprocess.CalledProcessError as error:
         return False, f"not run: its packages could not be installed ({error.cmd[0]} ended with {error.returncode})"
-    except subprocess.TimeoutExpired:
-        return False, f"did not end within {RUN_DEADLINE_S:.0f} s"
+    except subprocess.TimeoutExpired as error:
+        return False, f"did not end within {error.timeout:.0f} s"
     (out / f"{Path(client.script).stem}.log").write_text(ended.stdout + ended.stderr)
     lines = (ended.stdout if ended.returncode == 0 else ended.stderr).strip().splitlines()
     return ended.returncode == 0, lines[-1] if lines else f"ended with {ended.returncode}"

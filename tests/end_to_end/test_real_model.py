@@ -62,3 +62,24 @@ def test_every_turn_has_the_tokens_of_transformers(url: str, reference: Any, cha
         before = len(prompt) + len(choice.token_ids) - 1  # the KV of the last token was never computed
         messages.append({"role": "assistant", "content": choice.message.content})
     assert "Paris" in messages[1]["content"] or chat != "facts"
+
+
+def test_the_agent_of_the_examples_finds_the_answer(url: str) -> None:
+    shown = run("examples/agent.py", "--url", f"{url}/v1")
+    *turns, answer = shown.splitlines()
+    assert answer == "smollm2 says: 12 apples, 30 pears"
+    cached = [int(line.split(", ")[1].split()[0]) for line in turns if " cached: " in line]
+    assert len(cached) == 3 and 0 < cached[1] < cached[2]  # each turn finds the KV of the one before
+
+
+@pytest.mark.parametrize("client", ["openai_python", "anthropic_python"])
+def test_a_client_runs_unchanged(url: str, client: str) -> None:
+    """Those that the development environment has; ``make clients`` runs all."""
+    assert run(f"benchmarks/clients/{client}.py", url, SETTINGS["model"])
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / script), *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
