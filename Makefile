@@ -11,7 +11,7 @@ PIP := -m pip install -q --disable-pip-version-check -c constraints.txt
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 PARALLEL := -n $(JOBS)
 
-.PHONY: help setup services demo peer-vllm test test-core test-fast test-light check format clean
+.PHONY: help setup services demo peer-vllm clients test test-core test-fast test-light check format clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -30,6 +30,9 @@ demo: setup ## The main job: basic, dualpath and oracle side by side on real clu
 
 peer-vllm: setup ## Replay against vLLM on the CPU, in an environment of its own (2 GB, not part of setup)
 	$(BIN)/python benchmarks/peers/vllm.py
+
+clients: setup ## Real clients, unchanged, against the server, each in an environment of its own (6 GB, not part of setup)
+	$(BIN)/python benchmarks/clients/run.py
 
 check: setup ## Lint, format, types, import contracts
 	$(BIN)/ruff check src tests benchmarks examples

@@ -1,5 +1,6 @@
 """Which tests run where, and in what order."""
 
+import fcntl
 import importlib.util
 import tempfile
 from collections.abc import Iterator
@@ -9,8 +10,13 @@ import pytest
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 CORE = Path(__file__).parent / "core"
-TOGETHER = ("tests/end_to_end/test_join.py", "tests/lab/report/test_report_browser.py")
+TOGETHER = (
+    "tests/end_to_end/test_join.py",
+    "tests/end_to_end/test_real_model.py",
+    "tests/lab/report/test_report_browser.py",
+)
 """Modules whose tests share something expensive: one process runs all of a module's."""
+REAL_MODEL = Path(__file__).parents[1] / ".models" / "smollm2-135m-instruct"
 NEEDS_TORCH = "needs torch (`make setup` installs it)"
 
 
@@ -70,6 +76,20 @@ def short_tmp_path() -> Iterator[Path]:
     """For sockets, whose paths may have 107 bytes: `tmp_path` of a test that runs beside others is too long."""
     with tempfile.TemporaryDirectory(prefix="dp") as path:
         yield Path(path)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct (`dualpath checkpoint --real`), made once on this machine."""
+    from dualpath.model.real_checkpoint import FetchError, make_real_checkpoint
+
+    REAL_MODEL.parent.mkdir(exist_ok=True)
+    with REAL_MODEL.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests that run beside this one wait for it
+        try:
+            return make_real_checkpoint(REAL_MODEL)
+        except FetchError as error:
+            pytest.skip(f"the real model cannot be had here: {error}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

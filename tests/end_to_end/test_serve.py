@@ -19,7 +19,7 @@ from dualpath.results import load_results
 
 pytestmark = pytest.mark.slow
 
-START_S = 60.0
+START_S = 120.0
 STOP_S = 20.0
 
 

@@ -20,27 +20,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from dualpath.model.chat_template import CHATML_TEMPLATE
+
 Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v3"]
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-
-CHATML_TEMPLATE = (
-    "{% if tools %}{{ '<|im_start|>system\nThese functions may be called:\n<tools>\n' }}"
-    "{% for tool in tools %}{{ (tool | tojson) + '\n' }}{% endfor %}"
-    '{{ \'</tools>\nA call is written as:\n<tool_call>\n{"name": NAME, "arguments": OBJECT}\n</tool_call>\' }}'
-    "{{ '<|im_end|>\n' }}{% endif %}"
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') }}"
-    "{% for call in message['tool_calls'] or [] %}"
-    "{{ '' if loop.first and not message['content'] else '\n' }}"
-    "{{ '<tool_call>\n{\"name\": \"' + call['function']['name'] + '\", \"arguments\": ' }}"
-    "{{ (call['function']['arguments'] | tojson) + '}\n</tool_call>' }}"
-    "{% endfor %}"
-    "{{ '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-"""ChatML, with tools as Hermes and Qwen have them."""
 
 _TINY: dict[str, Any] = {
     "num_hidden_layers": 5,
