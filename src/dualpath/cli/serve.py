@@ -27,6 +27,8 @@ def add(commands: Any) -> None:
     group.add_argument("--port", type=port, default=DEFAULTS["port"], help="0 picks a free one (default: %(default)s)")
     keys = "accept only these; repeatable"
     group.add_argument("--api-key", action="append", default=[], dest="api_keys", metavar="KEY", help=keys)
+    control = "open /pause, /update_weights, /sleep … to trainers: with an API key, or from this host where none is set"
+    group.add_argument("--enable-control", action="store_true", help=control)
     name = "model name clients use (default: the directory's)"
     group.add_argument("--name", dest="served_model_name", metavar="NAME", help=name)
     parsers = "how the model {}; a name as in vLLM, or none (default: as the chat template says)"

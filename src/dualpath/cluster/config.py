@@ -63,6 +63,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    enable_control: bool = False
+    """Open the server's endpoints for trainers: pause, other weights, sleep."""
     served_model_name: str | None = None
     generation_config: str = "auto"
     """``auto``: the model's generation_config.json has the defaults of sampling; ``vllm``: it is ignored, as there."""

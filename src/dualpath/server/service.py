@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from starlette.requests import Request
@@ -57,6 +57,8 @@ class Service:
     """The state of one application. `endpoints` holds its paths, for the figures."""
 
     endpoints: frozenset[str] = frozenset()
+    who_controls: Literal["nobody", "keys", "this host"] = "nobody"
+    """Who may use the endpoints of `endpoints/control.py`; ``keys``: the gate has asked for one already."""
 
     def __init__(self, generator: Generator, codec: TextCodec, dialect: Dialect, limits: ServerLimits) -> None:
         self.generator = generator
@@ -67,8 +69,10 @@ class Service:
         self.created = int(time.time())
 
     async def body(self, request: Request, kind: type[Body]) -> Body:
-        body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s)
-        return decode_body(body, kind)
+        return decode_body(await self.raw_body(request), kind)
+
+    async def raw_body(self, request: Request) -> bytes:
+        return await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s)
 
     async def answer(self, request: Request, checked: CheckedRequest, writer: Writer, arrived_s: float) -> Response:
         """Generate the answer: one body, or a stream of events while the client reads it."""
@@ -110,11 +114,15 @@ class Service:
 
     async def failed(self, request: Request, failure: Exception) -> Response:
         """Answer every failure before an answer has started."""
-        error = as_api_error(failure)
-        self.count_failure(request.url.path, error)
-        response = error.response(request.url.path)
+        response = self.error_of(request, failure).response(request.url.path)
         response.headers.update(getattr(failure, "headers", None) or {})
         return response
+
+    def error_of(self, request: Request, failure: Exception) -> ApiError:
+        """Count a failure. Returns what the client is told of it."""
+        error = as_api_error(failure)
+        self.count_failure(request.url.path, error)
+        return error
 
     def _failed_midway(self, path: str, writer: Writer, failure: Exception) -> bytes:
         """Count a failure after a stream has begun. Returns the event that tells the client."""
