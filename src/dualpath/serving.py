@@ -57,6 +57,7 @@ class ClusterServer:
                 api_keys=self.config.api_keys,
                 tool_call_parser=self.config.tool_call_parser,
                 reasoning_parser=self.config.reasoning_parser,
+                enable_control=self.config.enable_control,
             )
             self._port = asyncio.get_running_loop().create_future()
             self._serving = asyncio.create_task(

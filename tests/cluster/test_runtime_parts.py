@@ -8,7 +8,7 @@ from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.driver import UNLIMITED_BYTES_PER_S, scheduler_constants, scheduler_limits
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.live_request import LiveRequest
-from dualpath.cluster.coordinator.serving import request_error
+from dualpath.cluster.coordinator.refusals import request_error
 from dualpath.cluster.generator import GenerateRequest, RequestError
 from dualpath.cluster.messages import Draw, Shutdown
 from dualpath.cluster.supervisor import Supervisor
@@ -76,7 +76,9 @@ def test_every_cause_has_an_answer() -> None:
 def live_request(**sampling: object) -> LiveRequest:
     params = SamplingParams(**({"max_tokens": 3, "stop_token_ids": (5,)} | sampling))  # type: ignore[arg-type]
     asked = GenerateRequest(prompt_token_ids=[1, 2], sampling=params)
-    return LiveRequest(4, asked, namespace("m", "", LAYOUT), arrived_ns=0)
+    live = LiveRequest(asked, arrived_ns=0)
+    live.enter(4, namespace("m", "", LAYOUT))
+    return live
 
 
 def test_a_live_request_knows_why_it_ended() -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+from fake_control import FakeControl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -102,6 +103,7 @@ class FakeGenerator:
         self.status = "ok"
         self.numbers: Figures = {}
         self.max_model_len_tokens = MAX_MODEL_LEN_TOKENS
+        self.control = FakeControl()
 
     @property
     def model(self) -> ModelFacts:

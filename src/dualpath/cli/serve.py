@@ -31,6 +31,8 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--drain-timeout", type=float, default=DEFAULTS["drain_s"], dest="drain_s", metavar="S", help=drain
     )
+    control = "open /pause, /update_weights, /sleep … to trainers: with an API key, or from this host where none is set"
+    group.add_argument("--enable-control", action="store_true", help=control)
     name = "model name clients use (default: the directory's)"
     group.add_argument("--name", dest="served_model_name", metavar="NAME", help=name)
     parsers = "how the model {}; a name as in vLLM, or none (default: as the chat template says)"

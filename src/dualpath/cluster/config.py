@@ -66,6 +66,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Keys that clients need, if any. Engines are not told."""
     drain_s: float = 20.0
     """How long running requests have to end when the server is told to stop."""
+    enable_control: bool = False
+    """Open the server's endpoints for trainers: pause, other weights, sleep."""
     served_model_name: str | None = None
     generation_config: str = "auto"
     """``auto``: the model's generation_config.json has the defaults of sampling; ``vllm``: it is ignored, as there."""

@@ -1,7 +1,7 @@
 """A cluster's interface to its server: what a server, or a test, asks of a cluster and what it gets back."""
 
-from collections.abc import AsyncGenerator
-from typing import Protocol
+from collections.abc import AsyncGenerator, Collection
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -19,6 +19,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     tenant: str = ""
     """Salt of the prefix namespace: requests of different tenants never share KV."""
+    request_id: str = ""
+    """The client's name for the request, by which `Control.abort` finds it; several requests may have the same."""
     return_timings: bool = False
     """True: the steps carry `GeneratedTokens.timings`."""
 
@@ -46,7 +48,8 @@ class GeneratedTokens(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[list[TokenLogprob]] | None = None
     """For each token, if requested: the chosen one first, then the most likely ones."""
     finish_reason: str | None = None
-    """``"stop"`` (a stop token, included in `token_ids`), ``"length"``, or None while more tokens follow."""
+    """``"stop"`` (a stop token, included in `token_ids`), ``"length"``, ``"abort"`` (`Control.abort`, or a pause), or
+    None while more tokens follow."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was read from storage in the attempt that produced the first token (`loaded`)."""
     timings: Timings | None = None
@@ -93,6 +96,16 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What requests get that don't say otherwise."""
     cluster: ServedCluster | None = None
     """The cluster that serves it, if it says so."""
+    weight_version: str = "default"
+    """The name of the weights that are served now; what `Control.update_weights` was given last."""
+
+
+Inflight = Literal["abort", "wait", "keep"]
+"""What a pause does with running requests. ``abort``: they end with finish reason ``abort``. ``wait``: they run to
+their end. ``keep``: they are taken off the engines, and go on after `resume` with the tokens that they have."""
+
+Memory = Literal["weights", "kv_cache"]
+"""What `Control.sleep` gives back."""
 
 
 class Generator(Protocol):
@@ -116,3 +129,52 @@ class Generator(Protocol):
     def gauges(self) -> Figures:
         """Returns the numbers of /metrics. One that is not in the catalogue is counted and not shown."""
         ...
+
+    @property
+    def control(self) -> "Control":
+        """For trainers and operators."""
+        ...
+
+
+class Control(Protocol):
+    """Changes how a cluster serves. Every call raises RequestError; calls that would meet are carried out in turn."""
+
+    async def pause(self, inflight: Inflight) -> None:
+        """Hold back new requests until `resume`. Returns when no engine has a request in hand."""
+        ...
+
+    async def resume(self) -> None: ...
+
+    @property
+    def paused(self) -> bool: ...
+
+    @property
+    def requests(self) -> int:
+        """How many requests have not ended, those that wait for `resume` included."""
+        ...
+
+    def abort(self, request_ids: Collection[str] | None) -> int:
+        """End the requests of these names, or all, with finish reason ``abort``. Returns how many there were."""
+        ...
+
+    async def update_weights(self, path: str, version: str, inflight: Inflight) -> None:
+        """Serve the checkpoint in `path`, a folder on every engine's host, from now on under the name `version`.
+
+        KV of other weights is never hit. After an error the old weights still serve, on every engine.
+        """
+        ...
+
+    async def reset_prefix_cache(self) -> None:
+        """From now on no request hits what has been stored before."""
+        ...
+
+    async def sleep(self, memory: Collection[Memory], keep_weights: bool, inflight: Inflight) -> None:
+        """Pause, and give device memory back. Weights that are not kept in host memory are read again at `wake`."""
+        ...
+
+    async def wake(self, memory: Collection[Memory]) -> None:
+        """Take the memory again; when nothing sleeps any more, resume."""
+        ...
+
+    @property
+    def sleeping(self) -> frozenset[Memory]: ...

@@ -7,6 +7,7 @@ engines follow core's commands one to one, with the payload that the engine need
 import msgspec
 
 from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.orders import DropWeights, OrderDone, ReadWeights, ReleaseMemory, RestoreMemory, UseWeights
 from dualpath.core.vocabulary import Cause, EngineId, Leg, RequestId, Role, Side
 from dualpath.kv.keys import BlockKey, Namespace
 from dualpath.kv.layout import KVLayout
@@ -204,6 +205,7 @@ FromEngine = (
     | Stored
     | Finished
     | Released
+    | OrderDone
     | Leave
 )
 
@@ -319,6 +321,11 @@ ToEngine = (
     | StartPrefill
     | StartDecode
     | AbortAttempt
+    | ReadWeights
+    | UseWeights
+    | DropWeights
+    | ReleaseMemory
+    | RestoreMemory
     | PeerJoined
     | PeerLost
     | HeartbeatAck

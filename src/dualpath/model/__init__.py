@@ -16,6 +16,14 @@ from dualpath.model.prefill import LayerIO, LayerwisePrefill, PrefillStatistics
 from dualpath.model.profiling import profile_attention
 from dualpath.model.sampling import NoTokenError, TokenDraw
 from dualpath.model.scoring import PromptScores, ScoringError
+from dualpath.model.weights import (
+    NewWeights,
+    WeightsMismatchError,
+    read_weights,
+    release_weights,
+    restore_weights,
+    use_weights,
+)
 
 __all__ = [
     "GrammarError",
@@ -24,6 +32,7 @@ __all__ = [
     "LayerIOTimeoutError",
     "LayerwisePrefill",
     "LoadedModel",
+    "NewWeights",
     "NoTokenError",
     "OutOfBlocksError",
     "PagedDecode",
@@ -37,7 +46,12 @@ __all__ = [
     "TokenConstraints",
     "TokenDraw",
     "UnsupportedModelError",
+    "WeightsMismatchError",
     "make_checkpoint",
     "model_fingerprint",
     "profile_attention",
+    "read_weights",
+    "release_weights",
+    "restore_weights",
+    "use_weights",
 ]

@@ -49,12 +49,10 @@ class PagedDecode:
     def __init__(self, model: LoadedModel, blocks: int) -> None:
         """`blocks` is the capacity of device memory in Full Blocks of KV."""
         self.model = model
-        layout = model.layout
-        self._block_tokens = layout.block_tokens
+        self._block_tokens = model.layout.block_tokens
         self._allocator = BlockAllocator(blocks)
-        shape = (blocks * self._block_tokens, model.token_elems)
-        # Zeroed, so that the host's pages exist: page faults would otherwise slow the first requests.
-        self._pool = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(layout.layers)]
+        self._pool: list[Tensor] = []
+        self.restore_memory()
         self._sequences: dict[int, _Sequence] = {}
         self._lock = threading.Lock()
         self._stepped = threading.Condition(self._lock)
@@ -64,6 +62,22 @@ class PagedDecode:
     def free_blocks(self) -> int:
         with self._lock:
             return self._allocator.free_blocks
+
+    def release_memory(self) -> None:
+        """Give the blocks' memory back until `restore_memory`. Raises RuntimeError while a sequence holds blocks."""
+        with self._lock:
+            if self._sequences:
+                raise RuntimeError(f"{len(self._sequences)} sequences hold blocks; their memory can't be given back")
+            self._pool = []
+
+    def restore_memory(self) -> None:
+        """Take the blocks' memory."""
+        shape = (self._allocator.blocks * self._block_tokens, self.model.token_elems)
+        # Zeroed, so that the host's pages exist: page faults would otherwise slow the first requests.
+        self._pool = [
+            torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+            for _ in range(self.model.layout.layers)
+        ]
 
     def blocks_for(self, prompt_tokens: int, sampling: SamplingParams, generated_so_far: int = 0) -> int:
         """Returns the number of blocks that `admit` will take."""

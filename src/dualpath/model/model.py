@@ -69,10 +69,7 @@ class LoadedModel:
         local = {"local_files_only": True}
         config = AutoConfig.from_pretrained(path, **local)
         _refuse_other_attention(config)
-        network = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_DTYPES[dtype], attn_implementation=IMPLEMENTATION, use_safetensors=True, **local
-        )
-        network.to(device).eval()
+        network = load_network(path, _DTYPES[dtype]).to(device)
         return LoadedModel(network, _eos_token_ids(path, config))
 
     @property
@@ -127,6 +124,14 @@ class LoadedModel:
         if isinstance(self.form, LatentForm):
             return 2 * self.form.heads * (self.form.nope_dim + self.form.rope_dim + self.form.value_dim)
         return 4 * self.form.heads * self.form.head_dim
+
+
+def load_network(path: str | Path, dtype: torch.dtype) -> Any:
+    """Returns a local checkpoint's network in host memory, with our attention. Raises OSError if it is none."""
+    network = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=IMPLEMENTATION, use_safetensors=True, local_files_only=True
+    )
+    return network.eval()
 
 
 class _Probe(PackedPass):

@@ -75,7 +75,7 @@ class LayerwisePrefill:
         self._layerwise, self._io_deadline_s = layerwise, io_deadline_s
         layers = model.layout.layers
         self._slots = min(device_layers, layers) if layerwise else layers
-        self._device = DeviceLayers(model.layout, self._slots, model.device, model.dtype)
+        self.release_memory()
         self._loader = named_threads(1, "prefill-loader")
         self._shipper = named_threads(1, "prefill-shipper")
         self._unusable: str | None = None
@@ -101,6 +101,10 @@ class LayerwisePrefill:
         logits, scores = self._compute(batch, progress, workers)
         self._note_statistics(batch, progress, time.perf_counter_ns() - started_ns)
         return batch.outputs(logits, scores)
+
+    def release_memory(self) -> None:
+        """Give the device buffers back; the next run takes new ones."""
+        self._device = DeviceLayers(self.model.layout, self._slots, self.model.device, self.model.dtype)
 
     def close(self) -> None:
         """Stop the threads. A callback that hangs keeps only its own thread alive."""

@@ -110,7 +110,7 @@ class _Answer:
 
     def _last(self, kind: str, choices: list[ChoiceBody], usage: Usage) -> AnswerBody:
         """Returns the body that carries usage: the last event, or the whole answer."""
-        body = self._body(kind, choices, _usage_body(usage))
+        body = self._body(kind, choices, usage_body(usage))
         if usage.timings is not None:
             body.timings = usage.timings
         return body
@@ -270,7 +270,7 @@ def _call(call_id: str, name: str, arguments: str, **more: int) -> dict[str, Any
     return {**more, "id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _usage_body(usage: Usage) -> UsageBody:
+def usage_body(usage: Usage) -> UsageBody:
     return UsageBody(
         usage.prompt_tokens,
         usage.completion_tokens,

@@ -18,13 +18,16 @@ from dualpath import __version__
 from dualpath.cluster.generator import Generator, RequestError
 from dualpath.server.chat.dialect import Dialect
 from dualpath.server.codec import TextCodec
-from dualpath.server.endpoints import messages, openai, operations, responses
+from dualpath.server.endpoints import control, messages, openai, operations, responses, rollout
 from dualpath.server.errors import ApiError
 from dualpath.server.http import Gate
 from dualpath.server.limits import ServerLimits
 from dualpath.server.service import Service
 
-GROUPS = (openai.routes, responses.routes, messages.routes, operations.routes)
+GROUPS = (
+    *(openai.routes, responses.routes, messages.routes, operations.routes),
+    *(rollout.routes, control.routes),
+)
 
 
 def create_app(
@@ -35,10 +38,13 @@ def create_app(
     limits: ServerLimits | None = None,
     tool_call_parser: str | None = None,
     reasoning_parser: str | None = None,
+    enable_control: bool = False,
 ) -> FastAPI:
     """Returns the application. `tokenizer` is a Transformers tokenizer (`load_tokenizer`). No `api_keys`: open to all.
 
     `tool_call_parser` and `reasoning_parser` are names of `chat.formats`; None: as the chat template says.
+
+    `enable_control` opens the endpoints that change how the cluster serves: to who has a key, else to this host.
 
     Raises ValueError for an empty key, which would admit clients that send none, and for an unknown parser.
     """
@@ -48,6 +54,7 @@ def create_app(
     dialect = Dialect(tokenizer, generator.model.vocab_size, tool_call_parser, reasoning_parser)
     codec = TextCodec(tokenizer, generator.model.max_model_len_tokens, limits)
     service = Service(generator, codec, dialect, limits)
+    service.who_controls = ("keys" if api_keys else "this host") if enable_control else "nobody"
     app = FastAPI(title="dualpath", version=__version__, openapi_url=None)
     app.add_middleware(
         Gate,

@@ -34,17 +34,20 @@ class BodyReader:
         self._limits = limits
         self._budget = Budget(limits.max_large_body_bytes, limits.max_waiting, limits.body_timeout_s, "large bodies")
 
-    async def read(self, request: Request, kind: type[Body]) -> Body:
-        """Returns the body, decoded. Raises ApiError: 400, 408, 413, 415, or 429 when too many large ones wait."""
+    async def read(self, request: Request, kind: type[Body], optional: bool = False) -> Body:
+        """Returns the body, decoded; where it is `optional`, no body counts as an empty object.
+
+        Raises ApiError: 400, 408, 413, 415, or 429 when too many large ones wait.
+        """
         declared_bytes = _declared_bytes(request)
         if declared_bytes is not None and declared_bytes > self._limits.max_body_bytes:
             raise self._too_large()
         if declared_bytes is not None and declared_bytes <= _LARGE_BYTES:
-            return self._decoded(await self._bytes(request), kind)
+            return self._decoded(await self._bytes(request) or (b"{}" if optional else b""), kind)
         async with self._budget.hold(self._limits.max_body_bytes if declared_bytes is None else declared_bytes):
             body = await self._bytes(request)
             if len(body) <= _LARGE_BYTES:
-                return self._decoded(body, kind)
+                return self._decoded(body or (b"{}" if optional else b""), kind)
             return await decoding(partial(self._decoded, body, kind))
 
     async def _bytes(self, request: Request) -> bytes:

@@ -88,7 +88,7 @@ class RequestChecker:
     async def completion(self, asked: CompletionRequest) -> CheckedRequest:
         self.check_model(asked.model)
         contexts = _contexts(asked)
-        given = await self._given_prompts(asked.prompt, contexts)
+        given = await self.given_prompts(asked.prompt, contexts)
         self._check_fan_out(asked, len(given))
         prompts = [prompt for prompt in given if isinstance(prompt, list)]
         if not prompts:
@@ -106,7 +106,8 @@ class RequestChecker:
         texts = [p if isinstance(p, str) else self._codec.decode(p, skip_special_tokens=special) for p in given]
         return msgspec.structs.replace(checked, echo=texts)
 
-    async def _given_prompts(self, raw: msgspec.Raw, contexts: int) -> list[str] | list[list[int]]:
+    async def given_prompts(self, raw: msgspec.Raw, contexts: int = 1) -> list[str] | list[list[int]]:
+        """Returns prompts, each of up to so many contexts of token ids (`decode_prompts`)."""
         context = self._model.max_model_len_tokens
         decode = partial(decode_prompts, raw, self._max_choices, context, context * contexts)
         return decode() if len(bytes(raw)) <= _INLINE_BYTES else await decoding(decode)

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from starlette.requests import Request
@@ -44,6 +44,8 @@ class Service:
     """The state of one application. `endpoints` holds its paths, for the figures."""
 
     endpoints: frozenset[str] = frozenset()
+    who_controls: Literal["nobody", "keys", "this host"] = "nobody"
+    """Who may use the endpoints of `endpoints/control.py`; ``keys``: the gate has asked for one already."""
 
     def __init__(self, generator: Generator, codec: TextCodec, dialect: Dialect, limits: ServerLimits) -> None:
         self.generator = generator
@@ -57,6 +59,10 @@ class Service:
 
     async def body(self, request: Request, kind: type[Body]) -> Body:
         return await self._bodies.read(request, kind)
+
+    async def optional_body(self, request: Request, kind: type[Body]) -> Body:
+        """As `body`; no body counts as an empty object."""
+        return await self._bodies.read(request, kind, optional=True)
 
     async def answer(self, request: Request, checked: CheckedRequest, writer: Writer, arrived_s: float) -> Response:
         """Generate the answer: one body, or a stream of events while the client reads it."""
@@ -99,11 +105,15 @@ class Service:
 
     async def failed(self, request: Request, failure: Exception) -> Response:
         """Answer every failure before an answer has started."""
-        error = as_api_error(failure)
-        self.count_failure(request.url.path, error)
-        response = error.response(request.url.path)
+        response = self.error_of(request, failure).response(request.url.path)
         response.headers.update(getattr(failure, "headers", None) or {})
         return response
+
+    def error_of(self, request: Request, failure: Exception) -> ApiError:
+        """Count a failure. Returns what the client is told of it."""
+        error = as_api_error(failure)
+        self.count_failure(request.url.path, error)
+        return error
 
     def _failed_midway(self, path: str, writer: Writer, failure: Exception) -> bytes:
         """Count a failure after a stream has begun. Returns the event that tells the client."""

@@ -77,7 +77,11 @@ ENGINES_REFUSED = _head("dualpath_refused_engines_total", "Engines that asked to
 ENGINES_LOST = _head("dualpath_lost_engines_total", "Engines that had joined and are gone, for whatever reason")
 _serving = partial(Metric, "cluster/coordinator/serving.py")
 REQUESTS_LIVE = _serving("dualpath_requests_live", "Requests that have not ended", unit="requests")
+REQUESTS_PARKED = _serving("dualpath_requests_parked", "Those that wait while generation is paused", unit="requests")
 STALE_MESSAGES = _serving("dualpath_stale_messages_total", "Reports about a request or an attempt that is over")
+_operator = partial(Metric, "cluster/coordinator/operator.py")
+WEIGHTS_INFO = _operator("dualpath_weights_info", "Always 1: the version of the weights", ("version",), "versions")
+WEIGHTS_UPDATES = _operator("dualpath_weights_updates_total", "Times that other weights were taken into use")
 _store = partial(Metric, "cluster/coordinator/prefixes.py")
 STORE_NAMESPACES = _store("dualpath_store_namespaces", "Tenants' namespaces in the prefix index")
 STORE_BLOCKS = _store("dualpath_store_blocks", "Full Blocks in the prefix index")
@@ -101,7 +105,11 @@ _core = partial(Metric, "core/counts.py")
 SUBMITTED = _core("dualpath_scheduler_submitted_total", "Requests that came", unit="requests")
 PLACED = _core("dualpath_scheduler_placed_total", "Attempts that got a PE and a DE", unit="attempts")
 FINISHED = _core("dualpath_scheduler_finished_total", "Requests that were answered", unit="requests")
-CANCELLED = _core("dualpath_scheduler_cancelled_total", "Requests whose client went away", unit="requests")
+CANCELLED = _core(
+    "dualpath_scheduler_cancelled_total",
+    "Requests ended early or taken off their engines: by their client, an abort, a pause",
+    unit="requests",
+)
 FETCHES = _core("dualpath_scheduler_fetches_total", "Rounds of placing the requests that wait")
 PE_READ_BLOCKS = _core("dualpath_scheduler_pe_read_blocks_total", "Hit blocks placed to be read by PEs")
 DE_READ_BLOCKS = _core("dualpath_scheduler_de_read_blocks_total", "Hit blocks placed to be read by DEs")

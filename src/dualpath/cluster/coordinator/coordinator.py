@@ -11,13 +11,17 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 from dualpath.cluster import messages as m
+from dualpath.cluster import orders as o
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.driver import SchedulerDriver, scheduler_constants, scheduler_limits
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.membership import Membership
+from dualpath.cluster.coordinator.open_requests import OpenRequests
+from dualpath.cluster.coordinator.operator import Operator
+from dualpath.cluster.coordinator.parking import Parking
 from dualpath.cluster.coordinator.prefixes import Prefixes
 from dualpath.cluster.coordinator.serving import Serving
-from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, ModelFacts, RequestError
+from dualpath.cluster.generator import Control, GeneratedTokens, GenerateRequest, ModelFacts, RequestError
 from dualpath.core.counts import figures as scheduler_figures
 from dualpath.core.ledger import Holding
 from dualpath.core.scheduler import Scheduler
@@ -53,6 +57,7 @@ class Coordinator:
         self.control_address = self._links.bind(config.control_address)
         self.layout: KVLayout | None = None
         self._serving: Serving | None = None
+        self._operator: Operator | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.strange_messages = 0
         """Messages from engines that have not joined or are lost."""
@@ -74,11 +79,11 @@ class Coordinator:
             self._links.send_to(link.identity, m.Shutdown("the cluster stops"))
         if self._serving is not None:
             error = RequestError(503, "shutting_down", "the server is shutting down; try again later", 5.0)
-            self._serving.end_all(error)
+            self._serving.requests.end_all(error)
         await asyncio.sleep(FLUSH_S)
         self._links.close()
         if self._serving is not None:
-            await asyncio.to_thread(self._serving.prefixes.close)
+            await asyncio.to_thread(self._serving.requests.prefixes.close)
 
     def watch(self, task: "asyncio.Task[None]") -> None:
         """Own a task until `stop`; if the task fails, the coordinator fails."""
@@ -99,7 +104,12 @@ class Coordinator:
 
     @property
     def model(self) -> ModelFacts:
-        return self._founded.model
+        return self._founded.requests.model
+
+    @property
+    def control(self) -> Control:
+        assert self._operator is not None, "no prefill engine has joined yet"
+        return self._operator
 
     @property
     def _founded(self) -> Serving:
@@ -111,7 +121,7 @@ class Coordinator:
         if self._serving is None:
             raise RequestError(503, "no_engine", "no engine has joined yet; try again in a moment", 1.0)
         serving = self._serving
-        live = await serving.submit(request)
+        live = await serving.requests.submit(request)
         try:
             while True:
                 event = await live.events.get()
@@ -121,7 +131,7 @@ class Coordinator:
                 if event.finish_reason is not None:
                     return
         finally:
-            serving.cancel(live)
+            serving.requests.cancel(live)
 
     # ── for those who look inside (tests, tools) ────────────────────────────────────────────────────────────────────
 
@@ -131,12 +141,12 @@ class Coordinator:
 
     def block_key(self, prompt_token_ids: list[int], block: int, tenant: str = "") -> BlockKey:
         """Returns the key of full block number `block` of a prompt."""
-        prefixes = self._founded.prefixes
+        prefixes = self._founded.requests.prefixes
         return prefixes.keys(prefixes.namespace_of(tenant), prompt_token_ids)[block]
 
     async def settle(self) -> None:
         """Wait until file work queued so far is done."""
-        await self._founded.prefixes.settle()
+        await self._founded.requests.prefixes.settle()
 
     def health(self) -> dict[str, object]:
         """See `cluster.generator.Generator.health`."""
@@ -164,6 +174,8 @@ class Coordinator:
         }
         if self._serving is not None:
             figures |= self._serving.gauges()
+        if self._operator is not None:
+            figures |= self._operator.gauges()
         for link in self._links.by_engine.values():
             assert link.engine is not None
             for sample, figure in link.gauges.items():
@@ -190,17 +202,24 @@ class Coordinator:
             eos_token_ids=join.eos_token_ids,
             defaults=config.generation_defaults(),
             cluster=config.served(join.layout.layers, join.layout.layers * join.layout.token_bytes),
+            weight_version=config.weights_version or "default",
         )
         self.layout = join.layout
         constants = scheduler_constants(config, join.layout, prefill_tokens_per_s)
         scheduler = Scheduler(config.policy, constants, scheduler_limits(config))
-        self._serving = Serving(model, prefixes, self._links, self._driver, scheduler, config.prefix_cache)
+        deadline_s = config.request_deadline_ns / 1e9
+        parking = Parking(config.max_waiting, deadline_s)
+        requests = OpenRequests(model, prefixes, self._driver, config.prefix_cache, parking)
+        self._serving = Serving(requests, self._links, self._driver, scheduler)
+        self._operator = Operator(self._links, self.membership, requests, deadline_s)
 
     def engine_joined(self, facts: EngineFacts) -> None:
         self._driver.input(lambda s, now: s.engine_joined(now, facts))
 
     def engine_lost(self, engine: EngineId) -> None:
         self._driver.input(lambda s, now: s.engine_lost(now, engine))
+        if self._operator is not None:
+            self._operator.engine_lost(engine)
 
     async def _listen(self) -> None:
         async for identity, message in self._links.messages():
@@ -212,5 +231,7 @@ class Coordinator:
                 self.strange_messages += 1
             elif isinstance(message, m.Leave):
                 self.membership.gone(link)
+            elif isinstance(message, o.OrderDone) and self._operator is not None:
+                self._operator.on_answer(link.engine, message)
             else:
                 self._founded.on_message(link.engine, message)

@@ -83,13 +83,13 @@ class Attempt(msgspec.Struct):
 class LiveRequest:
     """A request that the coordinator owns from `submit` until its last event is in `events`."""
 
-    def __init__(self, request: RequestId, asked: GenerateRequest, namespace: Namespace, arrived_ns: int) -> None:
-        self.request = request
+    def __init__(self, asked: GenerateRequest, arrived_ns: int) -> None:
         self.asked = asked
         self._arrived_ns = arrived_ns
         self._first_token_ns = 0
         self._timings: Timings | None = None
-        self.namespace = namespace
+        self._earlier_attempts = 0
+        self.ended = False
         self.generated: list[int] = []
         self.cached_tokens: int | None = None
         # Bounded by max_tokens + 1 entries, so a slow client never makes the producer wait.
@@ -97,6 +97,16 @@ class LiveRequest:
         self.current: Attempt | None = None
         self.recompute = False
         """True once an engine could not reach the store: later attempts compute the whole prompt."""
+
+    def enter(self, request: RequestId, namespace: Namespace) -> None:
+        """The scheduler will know it as `request`, and its KV is in `namespace`; after a pause both are new."""
+        self.request = request
+        self.namespace = namespace
+
+    def leave(self) -> None:
+        """It is taken off the engines, to `enter` again later."""
+        self._earlier_attempts += self.current.attempt + 1 if self.current is not None else 0
+        self.current = None
 
     def begin(self, attempt: int, prompt_token_ids: list[int], keys: list[BlockKey], hit_blocks: int) -> RequestFacts:
         """Start an attempt that has `hit_blocks` of its prompt in storage. Returns its facts for core."""
@@ -155,6 +165,7 @@ class LiveRequest:
         else:
             self.events.put_nowait(outcome)
         self.current = None
+        self.ended = True
 
     def _step(
         self,
@@ -175,7 +186,7 @@ class LiveRequest:
     def _stamp(self) -> None:
         """Note the time of a token: the stages for the first one, else how long decoding has taken so far."""
         assert self.current is not None
-        attempts = self.current.attempt + 1
+        attempts = self._earlier_attempts + self.current.attempt + 1
         if self._timings is None:
             self._first_token_ns = time.monotonic_ns()
             self._timings = self.current.stages.timings(self._arrived_ns, self.current.legs, attempts)

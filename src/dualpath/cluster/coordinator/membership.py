@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from dualpath.cluster import messages as m
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.links import EngineLink, EngineLinks
@@ -48,6 +50,8 @@ class Membership:
         self._first: m.Join | None = None
         self._founding: asyncio.Task[None] | None = None
         self._founded = False
+        self.closed = ""
+        """Why nobody may join at the moment; empty when engines may."""
         self.refused_engines = 0
         self.lost_engines = 0
         self._complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -95,6 +99,11 @@ class Membership:
             self._founding = asyncio.create_task(self._found(join, join.prefill_tokens_per_s))
             self._members.watch(self._founding)
 
+    def serve_weights(self, fingerprint: str) -> None:
+        """From now on only engines with these weights may join."""
+        assert self._first is not None
+        self._first = msgspec.structs.replace(self._first, model_fingerprint=fingerprint)
+
     async def _found(self, join: m.Join, prefill_tokens_per_s: float) -> None:
         await self._members.found(join, prefill_tokens_per_s)
         self._founded = True
@@ -103,6 +112,8 @@ class Membership:
 
     def _refusal(self, join: m.Join) -> str | None:
         """Returns why an engine can't join this cluster; None when it can."""
+        if self.closed:
+            return self.closed
         if join.buffer_blocks < 1 or (join.role is Role.DECODE and join.hbm_blocks < 1):
             return f"its buffer ({join.buffer_blocks} blocks) and device memory ({join.hbm_blocks}) hold no Full Block"
         if join.role is Role.PREFILL and not 0 < (join.prefill_tokens_per_s or 0) < math.inf:
@@ -112,7 +123,7 @@ class Membership:
             return None
         return (
             f"this engine's model ({join.model_fingerprint}, {join.layout}) is not the cluster's "
-            f"({first.model_fingerprint}, {first.layout}); start it with the same checkpoint and dtype"
+            f"({first.model_fingerprint}, {first.layout}); start it with the weights and dtype served now"
         )
 
     def _admit(self, link: EngineLink) -> None:

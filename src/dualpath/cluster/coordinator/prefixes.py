@@ -9,6 +9,7 @@ requests wait, on others. A file job that fails is counted and logged; serving d
 import asyncio
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,6 +63,7 @@ class Prefixes:
         self._clock = clock
         self._index = PrefixIndex()
         self._namespaces: dict[str, Namespace] = {}
+        self._generation = ""
         self._ready: set[BlockKey] = set()
         self._preparing: dict[BlockKey, asyncio.Future[None]] = {}
         self._files = ThreadPoolExecutor(1, thread_name_prefix="store-files")
@@ -91,9 +93,20 @@ class Prefixes:
     def namespace_of(self, tenant: str) -> Namespace:
         known = self._namespaces.get(tenant)
         if known is None:
-            known = namespace(self._fingerprint, self._weights_version, self._layout, tenant)
+            known = namespace(self._fingerprint, self._weights_version + self._generation, self._layout, tenant)
             self._namespaces[tenant] = known
         return known
+
+    def serve_weights(self, fingerprint: str) -> None:
+        """From now on match only KV of these weights, whatever their version is called: older KV of theirs hits too."""
+        self._fingerprint = fingerprint
+        self._namespaces.clear()
+
+    def forget(self) -> None:
+        """From now on match nothing that is stored already. Its blocks stay until they are evicted, and a restarted
+        cluster matches them again."""
+        self._generation = f"/{uuid.uuid4().hex}"
+        self._namespaces.clear()
 
     async def open(self, tenant: str) -> Namespace:
         """Returns the tenant's namespace, ready to match and publish. One that can't be prepared matches nothing."""

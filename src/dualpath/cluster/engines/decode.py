@@ -254,6 +254,13 @@ class DecodeWorker:
         self._host.pool.free(attempt.owner, [attempt.pages.pop(block) for block in blocks])
         self._host.send(m.BufferFreed(*attempt.owner, len(blocks)))
 
+    def release_memory(self) -> None:
+        """On the compute thread, with no attempt in hand."""
+        self._engine.release_memory()
+
+    def restore_memory(self) -> None:
+        self._engine.restore_memory()
+
     def _gauges(self) -> Figures:
         return {
             metrics.ENGINE_ATTEMPTS(): float(len(self._attempts)),

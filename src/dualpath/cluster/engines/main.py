@@ -9,13 +9,16 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 
 import torch
 
 from dualpath.cluster.engines.decode import DecodeWorker
 from dualpath.cluster.engines.host import EngineHost
+from dualpath.cluster.engines.orders import EngineOrders
 from dualpath.cluster.engines.prefill import PrefillWorker
-from dualpath.cluster.messages import EngineConfig, Join
+from dualpath.cluster.messages import EngineConfig, Join, ToEngine
+from dualpath.cluster.orders import EngineOrder
 from dualpath.core.batching import AttentionCost
 from dualpath.core.vocabulary import Role
 from dualpath.kv import StoreError
@@ -50,6 +53,7 @@ async def _serve(config: EngineConfig, model: LoadedModel) -> str:
     host = EngineHost(config, model.layout, buffer_blocks)
     loop = asyncio.get_running_loop()
     worker: PrefillWorker | DecodeWorker | None = None
+    orders: EngineOrders | None = None
     try:
         prefill_tokens_per_s = None
         # On the compute thread, so that its memory and kernels are warm for the first request.
@@ -61,13 +65,20 @@ async def _serve(config: EngineConfig, model: LoadedModel) -> str:
             await loop.run_in_executor(host.compute, worker.warm_up)
         loop.add_signal_handler(signal.SIGTERM, host.leave, "terminated")
         join = _join_message(config, model, host, hbm_blocks, prefill_tokens_per_s)
-        reason = await host.run(join, worker.handle)
+        orders = EngineOrders(host, model, worker)
+        reason = await host.run(join, _handler(worker, orders))
         host.log(f"leaves: {reason}")
         return reason
     finally:
-        if worker is not None:
-            worker.close()
+        for part in (orders, worker):
+            if part is not None:
+                part.close()
         host.close()
+
+
+def _handler(worker: PrefillWorker | DecodeWorker, orders: EngineOrders) -> Callable[[ToEngine], None]:
+    """Returns what handles every message: orders of the operator, and those about requests."""
+    return lambda message: orders.handle(message) if isinstance(message, EngineOrder) else worker.handle(message)
 
 
 def _join_message(

@@ -274,6 +274,13 @@ class PrefillWorker:
             self._host.pool.free(attempt.owner, attempt.pages)
         del self._attempts[attempt.owner]
 
+    def release_memory(self) -> None:
+        """On the compute thread, with no attempt in hand."""
+        self._prefill.release_memory()
+
+    def restore_memory(self) -> None:
+        """Nothing to do: the next batch takes its buffers."""
+
     def _gauges(self) -> Figures:
         return {
             metrics.ENGINE_ATTEMPTS(): float(len(self._attempts)),

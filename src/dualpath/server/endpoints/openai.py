@@ -77,5 +77,6 @@ class _OpenAI:
             "created": self._service.created,
             "owned_by": "dualpath",
             "max_model_len": model.max_model_len_tokens,
+            "weight_version": model.weight_version,
             "cluster": model.cluster,
         }
