@@ -133,8 +133,9 @@ class Serving:
             case Finish():
                 self.requests.end(live, live.reason or "stop")
             case Fail():
+                context_tokens = self.requests.model.max_model_len_tokens
                 self.requests.end(
-                    live, request_error(command.cause, live.asked, self.requests.model.max_model_len_tokens)
+                    live, request_error(command.cause, live.asked, context_tokens)
                 )
             case Cancelled():
                 self.requests.end(live, RequestError(499, "cancelled", "the client closed the request"))
