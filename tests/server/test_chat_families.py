@@ -1,6 +1,7 @@
 """Whatever a grammar of calls lets a model write, the parser reads it back: known names, arguments that are valid."""
 
 import asyncio
+import functools
 import json
 import random
 from typing import Any
@@ -39,6 +40,7 @@ TOKENIZERS = {"bytes": byte_tokenizer(), "markers": marker_tokenizer()}
 MODELS = {name: MaskedModel(tokenizer, 320) for name, tokenizer in TOKENIZERS.items()}
 
 
+@functools.cache
 def dialect_of(family: str, tokenizer: str) -> Dialect:
     reasoning = "openai_gptoss" if family == "openai" else "qwen3"
     return Dialect(TOKENIZERS[tokenizer], 320, family, reasoning)

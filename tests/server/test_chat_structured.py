@@ -101,6 +101,36 @@ def test_what_cant_be_enforced_is_refused_with_its_place(options: Any, param: st
     assert cluster.requests == []
 
 
+def test_a_schema_that_would_compute_for_ever_is_refused_and_harms_nobody() -> None:
+    patterns = [{"type": "string", "pattern": f"(a|b)*a(a|b){{{i}}}$"} for i in range(30, 60)]
+    with running_server(Roomy(obeys)) as url:
+        ask = client(url).chat.completions.create
+        with pytest.raises(BadRequestError, match="too much time or memory") as caught:
+            ask(model="tiny", messages=HELLO, extra_body={"structured_outputs": {"json": {"allOf": patterns}}})
+        assert caught.value.param == "structured_outputs.json"
+        answer = ask(model="tiny", messages=HELLO, extra_body={"structured_outputs": {"choice": ["yes"]}})
+        assert answer.choices[0].message.content == "yes"
+
+
+def test_grammars_are_refused_where_the_tokenizer_can_have_none() -> None:
+    class Slow:
+        """The byte tokenizer without its fast form."""
+
+        backend_tokenizer = None
+
+        def __init__(self) -> None:
+            self._fast = byte_tokenizer()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._fast, name)
+
+    with running_server(Roomy(says("ok")), Slow()) as url:
+        with pytest.raises(BadRequestError, match="no fast form") as caught:
+            client(url).chat.completions.create(model="tiny", messages=HELLO, response_format=SCHEMA)
+        assert caught.value.param == "response_format.json_schema.schema"
+        assert client(url).chat.completions.create(model="tiny", messages=HELLO).choices[0].message.content == "ok"
+
+
 def reasoning_tokenizer() -> Any:
     """ChatML whose template can open reasoning, close it, or leave it to the model, as Qwen's and DeepSeek's do."""
     tokenizer = byte_tokenizer()

@@ -102,7 +102,8 @@ def test_a_conversation_with_calls_is_rendered_as_the_model_wrote_it() -> None:
         ask(model="tiny", messages=[*HELLO, first, result], tools=[WEATHER])
     before, after = (TOKENIZER.decode(request.prompt_token_ids) for request in cluster.requests)
     assert '"name": "get_weather"' in before
-    assert after == f"{before}{CALL}<|im_end|>\n<|im_start|>tool\nsun<|im_end|>\n<|im_start|>assistant\n"
+    result_turn = "<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>\n"
+    assert after == f"{before}{CALL}<|im_end|>\n{result_turn}<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(("choice", "reason"), [("required", "tool_calls"), (NAMED, "stop")])

@@ -39,8 +39,8 @@ def test_text_parts_tool_results_and_answers_sent_back() -> None:
         client(url).chat.completions.create(model="tiny", messages=messages, max_completion_tokens=3, max_tokens=9)
     text = TOKENIZER.decode(cluster.requests[1].prompt_token_ids)
     assert text == (
-        "<|im_start|>user\na\nb<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n<|im_start|>tool\ndone<|im_end|>\n"
-        "<|im_start|>assistant\n"
+        "<|im_start|>user\na\nb<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\ndone\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
     assert cluster.requests[1].sampling.max_tokens == 3
 

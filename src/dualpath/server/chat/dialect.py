@@ -1,6 +1,5 @@
 """How the served model chats: its template, its formats of calls and reasoning, and what they make of a request."""
 
-import asyncio
 from typing import Any
 
 import msgspec
@@ -89,7 +88,7 @@ class Dialect:
             return ""
         plan = plan or ReadingPlan()
         try:
-            await asyncio.to_thread(lambda: self._grammars.special_tokens)
+            await self._grammars.start()
             grammar = _grammar(GrammarWriter(self._grammars.split), form, use, plan)
             await self._grammars.check(grammar)
         except (GrammarError, UnwritableError, RecursionError) as error:

@@ -1,16 +1,26 @@
-"""Checks grammars before they reach an engine, off the event loop, and remembers the last ones.
-
-Compiling is bounded by llguidance's own limits, and by the length of what a client may send.
-"""
+"""Checks grammars before they reach an engine, in a process of their own, and remembers the last ones."""
 
 import asyncio
 import functools
+import json
 import re
+import select
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from dualpath.server.errors import ApiError
 
 MAX_GRAMMAR_CHARACTERS = 2**18
 _REMEMBERED = 128
-_AT_ONCE = 2
+_ANSWER_TIMEOUT_S = 60.0
+"""The process ends itself long before, unless it gets no CPU."""
+_TURN_TIMEOUT_S = 30.0
+_WORKER = Path(__file__).parent / "grammar_worker.py"
 _REASON = re.compile(r"(?:.*failed to compile JSON schema: |.*?\): )?(.*)")
 
 
@@ -19,49 +29,92 @@ class GrammarError(ValueError):
 
 
 class GrammarChecker:
-    """Knows the model's vocabulary as llguidance does. It is built at the first grammar (up to a second)."""
+    """Compiles grammars for one model's vocabulary, one at a time, in a process that starts at the first one."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._process: subprocess.Popen[str] | None = None
+        self._end: Callable[[], Any] = lambda: None
+        self._turn = threading.Lock()
         self._why_not = functools.lru_cache(_REMEMBERED)(self._compile)
+        self._special_tokens: dict[str, int] = {}
+
+    async def start(self) -> None:
+        """Learn the special tokens, which `split` needs. Raises GrammarError where the model can have no grammars."""
+        if not self._special_tokens:
+            await asyncio.to_thread(self._in_turn, lambda: None)
 
     async def check(self, grammar: str) -> None:
-        """Raises GrammarError."""
+        """Raises GrammarError, or ApiError (429) when many others are being checked."""
         if len(grammar) > MAX_GRAMMAR_CHARACTERS:
             raise GrammarError(f"it is longer than {MAX_GRAMMAR_CHARACTERS} characters")
-        async with self._turns:
-            why_not = await asyncio.to_thread(self._why_not, grammar)
-        if why_not:
+        if why_not := await asyncio.to_thread(self._why_not, grammar):
             raise GrammarError(why_not)
 
     def split(self, text: str) -> list[tuple[str, int | None]]:
         """Splits `text` into ordinary text and special tokens (`grammars.SpecialTokens`)."""
-        parts = self._special_texts.split(text) if self.special_tokens else [text]
-        return [(part, self.special_tokens.get(part)) for part in parts if part]
+        special = self._special_tokens
+        pattern = "(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")"
+        return [(part, special.get(part)) for part in (re.split(pattern, text) if special else [text]) if part]
 
-    @functools.cached_property
-    def special_tokens(self) -> dict[str, int]:
-        """The tokens that llguidance never matches by their text."""
-        added = self._tokenizer.get_added_vocab()
-        return {text: token for text, token in added.items() if self._vocabulary.is_special_token(token)}
-
-    @functools.cached_property
-    def _special_texts(self) -> re.Pattern[str]:
-        return re.compile("(" + "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))) + ")")
-
-    @functools.cached_property
-    def _vocabulary(self) -> Any:
-        from llguidance.hf import from_tokenizer
-
-        return from_tokenizer(self._tokenizer, n_vocab=max(self._vocab_size, len(self._tokenizer)))
+    # ── the process; a thread at a time ─────────────────────────────────────────────────────────────────────────────
 
     def _compile(self, grammar: str) -> str:
         """Returns why `grammar` can't be compiled, or nothing."""
-        from llguidance import LLMatcher, LLParserLimits
-
-        message = LLMatcher.validate_grammar(grammar, self._vocabulary, limits=LLParserLimits(verbose_errors=False))
+        message = self._in_turn(lambda: self._answer(grammar))
+        if message is None:
+            return "it takes too much time or memory to compile; make it simpler"
         first = message.strip().split("\n", 1)[0]
         match = _REASON.fullmatch(first)
         return match[1] if match else first
+
+    def _in_turn(self, work: Callable[[], Any]) -> Any:
+        if not self._turn.acquire(timeout=_TURN_TIMEOUT_S):
+            raise ApiError(429, "too many grammars are being compiled; try again", code="overloaded", retry_after_s=5)
+        try:
+            if self._process is None:
+                self._start()
+            return work()
+        finally:
+            self._turn.release()
+
+    def _start(self) -> None:
+        if getattr(self._tokenizer, "backend_tokenizer", None) is None:
+            raise GrammarError("this model's tokenizer has no fast form, which grammars need")
+        self._process = subprocess.Popen(
+            [sys.executable, str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
+        self._end = weakref.finalize(self, _end, self._process)
+        added = self._tokenizer.get_added_vocab()
+        given = {
+            "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
+            "vocab_size": max(self._vocab_size, len(self._tokenizer)),
+            "added": list(added.values()),
+        }
+        special = self._answer(given)
+        if special is None:
+            raise ApiError(503, "grammars can't be compiled; the server's log says why", code="grammars_unavailable")
+        self._special_tokens = {text: token for text, token in added.items() if token in special}
+
+    def _answer(self, question: Any) -> Any:
+        """Returns the process's answer; None: it is gone."""
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+            ready, _, _ = select.select([process.stdout], [], [], _ANSWER_TIMEOUT_S)
+            line = process.stdout.readline() if ready else ""
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._process = None
+            self._end()
+            return None
+        return json.loads(line)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.communicate()
