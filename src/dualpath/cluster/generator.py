@@ -19,8 +19,6 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     tenant: str = ""
     """Salt of the prefix namespace: requests of different tenants never share KV."""
-    return_timings: bool = False
-    """True: the steps carry `GeneratedTokens.timings`."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -50,7 +48,7 @@ class GeneratedTokens(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     """Prompt tokens whose KV was read from storage in the attempt that produced the first token (`loaded`)."""
     timings: Timings | None = None
-    """Timings up to this step, if the request asked for them."""
+    """Timings up to this step; a test's cluster may have none."""
     prompt_logprobs: list[PromptLogprob] | None = None
     """With the first tokens, if requested: of every prompt token but the first, which has nothing before it."""
 
@@ -85,14 +83,22 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the server must know about the model it serves."""
 
     name: str
+    """What answers carry."""
     path: str
     max_model_len_tokens: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     defaults: GenerationDefaults = GenerationDefaults()
     """What requests get that don't say otherwise."""
+    aliases: tuple[str, ...] = ()
+    """More names that requests may use."""
     cluster: ServedCluster | None = None
     """The cluster that serves it, if it says so."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that requests may use; the first is what answers carry."""
+        return (self.name, *self.aliases)
 
 
 class Generator(Protocol):
