@@ -1,10 +1,13 @@
 """A cluster with its OpenAI server, in this process: `dualpath serve` and `dualpath.Server` run it."""
 
 import asyncio
+import contextlib
+import logging
 import os
+import shlex
 import signal
-import socket
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +15,78 @@ import msgspec
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.local import Cluster
+from dualpath.cluster.preflight import settled
 from dualpath.kv import StoreError
 from dualpath.server import bind, create_app, load_tokenizer, serve
+from dualpath.server.front import Front
+from dualpath.server.request_log import Observer, RequestLog, log_access
+from dualpath.spec.log import ROOT, start_log
 from dualpath.spec.whole_file import write_whole
+
+logger = logging.getLogger(f"{ROOT}.server")
 
 StartErrors = (OSError, RuntimeError, StoreError, TimeoutError, ValueError)
 """The exceptions of entering a `ClusterServer` when the cluster can't start; the message says why."""
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class ClusterServer:
-    """A cluster and its server. An async context manager, entered once all engines have joined and the port is open.
+    """A cluster and its server. An async context manager, entered once all engines have joined and requests are served.
 
-    With `local_engines` False, engines join from other hosts (`dualpath engine`). Entering raises `StartErrors`.
+    The port answers probes from the start (`server.front`). With `local_engines` False, engines join from other hosts
+    (`dualpath engine`). Entering raises `StartErrors`.
     """
 
     def __init__(self, config: ClusterConfig, local_engines: bool = True) -> None:
         self.config = config
         self.cluster = Cluster(config, local_engines)
+        self.chats = False
+        """Whether the model has a chat template."""
+        self._front = Front(lambda: self.cluster.progress())
         self._serving: asyncio.Task[None] | None = None
-        self._port: asyncio.Future[int] | None = None
+        self._port = 0
+        self._closing = contextlib.ExitStack()
 
     @property
     def url(self) -> str:
-        """``http://host:port``; the API is below ``/v1``."""
-        assert self._port is not None and self._port.done()
-        return f"http://{self.config.host}:{self._port.result()}"
+        """``http://host:port``, as this host reaches it; the API is below ``/v1``."""
+        host = _LOOPBACK.get(self.config.host, self.config.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._port}"
 
     async def __aenter__(self) -> "ClusterServer":
         listener = bind(self.config.host, self.config.port)
         try:
-            return await self._start(listener)
+            self.config = await asyncio.to_thread(settled, self.config)
         except BaseException:
             listener.close()
             raise
-
-    async def _start(self, listener: socket.socket) -> "ClusterServer":
-        # In parallel with the engines' start, because importing Transformers takes seconds.
-        tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, self.config.model))
-        await self.cluster.__aenter__()
+        self._port = int(listener.getsockname()[1])
+        self.cluster = Cluster(self.config, self.cluster.local_engines)
+        app = RequestLog(self._front, self._observers())
+        self._serving = asyncio.create_task(serve(app, listener, drain_s=self.config.drain_s))
         try:
-            app = create_app(
-                self.cluster.coordinator,
-                await tokenizer,
-                api_keys=self.config.api_keys,
-                tool_call_parser=self.config.tool_call_parser,
-                reasoning_parser=self.config.reasoning_parser,
-                enable_control=self.config.enable_control,
-            )
-            self._port = asyncio.get_running_loop().create_future()
-            self._serving = asyncio.create_task(
-                serve(app, listener, on_bound=self._port.set_result, drain_s=self.config.drain_s)
-            )
-            either: list[asyncio.Future[Any]] = [self._port, self._serving]
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not self._port.done():
-                await self._serving
+            await self._load()
         except BaseException:
             await self.__aexit__()
             raise
         return self
+
+    async def _load(self) -> None:
+        """Start the engines and, because importing Transformers takes seconds, in parallel load the tokenizer."""
+        config, front = self.config, self._front
+        tokenizer, _ = await _all(asyncio.to_thread(load_tokenizer, config.model), self.cluster.__aenter__())
+        self.chats = bool(getattr(tokenizer, "chat_template", None))
+        app = create_app(
+            self.cluster.coordinator,
+            tokenizer,
+            api_keys=config.api_keys,
+            limits=front.limits,
+            tool_call_parser=config.tool_call_parser,
+            reasoning_parser=config.reasoning_parser,
+            drain=front.drain,
+            enable_control=config.enable_control,
+        )
+        front.open(app)
 
     async def __aexit__(self, *_: object) -> None:
         """Give running requests `drain_s` to end, then stop the cluster. Cancelled: end them at once."""
@@ -79,7 +95,22 @@ class ClusterServer:
                 self._serving.cancel()
                 await asyncio.gather(self._serving, return_exceptions=True)
         finally:
-            await self.cluster.__aexit__()
+            closing = asyncio.ensure_future(self.cluster.__aexit__())
+            try:
+                await asyncio.shield(closing)
+            finally:
+                await closing  # a signal does not leave engines behind
+                await asyncio.to_thread(self._closing.close)
+
+    def _observers(self) -> tuple[Observer, ...]:
+        observers: list[Observer] = [log_access] if self.config.access_log else []
+        if self.config.otlp_traces_endpoint is not None:
+            from dualpath.server.tracing import Tracing
+
+            tracing = Tracing.to(self.config.otlp_traces_endpoint, self.config.served_model_name or "")
+            self._closing.callback(tracing.close)
+            observers.append(tracing)
+        return tuple(observers)
 
     async def ended(self) -> None:
         """Wait until it can't serve any more, then raise RuntimeError that says why."""
@@ -100,14 +131,45 @@ class ClusterServer:
             "control_address": coordinator.control_address,
         }
 
+    def welcome(self) -> str:
+        """Returns what a newcomer needs: the model's name, the address, and a request to copy."""
+        name = self.cluster.coordinator.model.name
+        config = self.config
+        asked = {"messages": [{"role": "user", "content": "Hello!"}]} if self.chats else {"prompt": "Once upon a time"}
+        body = msgspec.json.encode({"model": name, **asked, "max_tokens": 32}).decode()
+        key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
+        path = "chat/completions" if self.chats else "completions"
+        return (
+            f"dualpath {config.system} {config.topology} serves {name} at {self.url}/v1\n"
+            f"KV-cache in {config.store}, {config.dtype} on {config.device}. Try:\n"
+            f"  curl {self.url}/v1/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+        )
+
+
+async def _all(*works: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Returns the results. The first failure cancels and awaits the others, then is raised."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
 
 def run(config: ClusterConfig, local_engines: bool = True) -> int:
     """Serve until SIGINT or SIGTERM. Returns the process's exit code."""
+    start_log(config.log_format)
     try:
         return asyncio.run(_until_signalled(config, local_engines))
     except StartErrors as error:
-        print(f"dualpath serve: {error}", file=sys.stderr, flush=True)
+        print(f"dualpath serve: {_in_one_line(error)}", file=sys.stderr, flush=True)
         return 1
+
+
+def _in_one_line(error: Exception) -> str:
+    ours = isinstance(error, OSError) and error.strerror and error.filename is None
+    return " ".join((error.strerror if ours else str(error)).split())  # type: ignore[attr-defined]
 
 
 async def _until_signalled(config: ClusterConfig, local_engines: bool) -> int:
@@ -118,6 +180,8 @@ async def _until_signalled(config: ClusterConfig, local_engines: bool) -> int:
     def stop() -> None:
         nonlocal signalled
         signalled += 1
+        if signalled == 1:
+            logger.info("stops: running requests have %g s to end; a second signal ends them at once", config.drain_s)
         if signalled <= 2:
             serving.cancel()
 
@@ -131,8 +195,7 @@ async def _until_signalled(config: ClusterConfig, local_engines: bool) -> int:
 
 async def _serve(config: ClusterConfig, local_engines: bool) -> None:
     async with ClusterServer(config, local_engines) as server:
-        name = server.cluster.coordinator.model.name
-        print(f"dualpath {config.system} {config.topology} serves {name} at {server.url}/v1", flush=True)
+        print(server.welcome(), flush=True)
         if config.ready_file is not None:
             write_whole(Path(config.ready_file), msgspec.json.encode(server.facts()))
         await server.ended()

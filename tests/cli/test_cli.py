@@ -74,7 +74,8 @@ def test_the_package_runs_as_a_module():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["serve", "--store", "s"], "the following arguments are required: --model"),
+        (["serve", "--store", "s"], "dualpath serve: give a model: a Hugging Face checkpoint's directory"),
+        (["serve", "m", "--model", "n", "--store", "s"], "MODEL is m and --model is n; give one of them"),
         (
             ["serve", "--model", "m", "--store", "s", "--snic-rate", "fast"],
             "argument --snic-rate: 'fast' is not a rate",
@@ -139,7 +140,8 @@ def test_what_serve_is_not_told_is_the_configurations_default(served, model):
     from dualpath.cluster.config import ClusterConfig
 
     assert cli.main(["serve", "--model", model, "--store", "kv"]) == 7
-    assert served == [(ClusterConfig(model=model, store="kv"), True)]
+    settled = {"dtype": "float32", "served_model_name": "model"}
+    assert served == [(ClusterConfig(model=model, store="kv", **settled), True)]
 
 
 @pytest.fixture

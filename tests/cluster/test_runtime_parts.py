@@ -91,6 +91,7 @@ def test_a_live_request_knows_why_it_ended() -> None:
         live.emit(Draw(5))
         assert live.reason == "stop"
         live = live_request()
+        live.begin(0, [1, 2], [], 0)
         for token in (1, 2, 3):
             live.emit(Draw(token, [(token, -0.5), (9, -1.0)]))
         assert live.reason == "length"
@@ -173,13 +174,17 @@ def test_a_process_that_ends_is_told_once_and_its_end_is_watched_no_more() -> No
         assert process.pid is not None
         supervisor._processes[process.pid] = process
         supervisor._names[process.pid] = "prefill-0"
+        supervisor._told[process.pid], telling = multiprocessing.Pipe(duplex=False)
+        telling.send("loads weights")
+        telling.close()
         told: list[tuple[int, str]] = []
         watching = asyncio.create_task(supervisor.watch(lambda pid, why: told.append((pid, why))))
         async with asyncio.timeout(30.0):
             while not told:
                 await asyncio.sleep(0.01)
-        assert told == [(process.pid, f"prefill-0 (pid {process.pid}) ended with exit code 0")]
-        assert supervisor.pids == {}
+        why = f"prefill-0 (pid {process.pid}) ended with exit code 0: loads weights"
+        assert told == [(process.pid, why)]
+        assert supervisor.pids == {} == supervisor.steps
         assert not asyncio.get_running_loop().remove_reader(process.sentinel)
         watching.cancel()
         supervisor.kill(process.pid)  # not ours any more: left alone

@@ -41,9 +41,9 @@ class Stage:
         self.decode = decode
         self.got: list[GeneratedTokens] = []
 
-    async def ask(self, max_tokens: int = 3, return_timings: bool = True) -> None:
+    async def ask(self, max_tokens: int = 3) -> None:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        request = GenerateRequest(prompt_token_ids=PROMPT, sampling=sampling, return_timings=return_timings)
+        request = GenerateRequest(prompt_token_ids=PROMPT, sampling=sampling)
         async for step in self.cluster.coordinator.generate(request):
             self.got.append(step)
 
@@ -182,20 +182,6 @@ def test_stages_are_of_the_attempt_that_gave_the_first_token(
     on_stage(tmp_path, monkeypatch, work)
 
 
-def test_who_does_not_ask_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def work(stage: Stage) -> None:
-        client = asyncio.create_task(stage.ask(max_tokens=1, return_timings=False))
-        prepare = await stage.decode.hears(m.PrepareDecode)
-        stage.decode.say(m.Prepared(prepare.request, 0, [0, 1, 2, 3]))
-        await stage.prefilled(0, 50)
-        await stage.decode.hears(m.StartDecode)
-        stage.decode.say(m.Finished(prepare.request, 0, "length"))
-        await client
-        assert [step.timings for step in stage.got] == [None, None]
-
-    on_stage(tmp_path, monkeypatch, work)
-
-
 def test_engines_are_numbered_within_their_role(tmp_path: Path) -> None:
     async def run() -> None:
         async with head(tmp_path) as cluster:
@@ -221,7 +207,7 @@ def test_stages_add_up_in_a_real_cluster(checkpoint: Callable[[str], Path], tmp_
 
     async def turn(cluster: Cluster, prompt: list[int]) -> tuple[float, Timings]:
         sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-        request = GenerateRequest(prompt_token_ids=prompt, sampling=sampling, return_timings=True)
+        request = GenerateRequest(prompt_token_ids=prompt, sampling=sampling)
         asked_s = time.perf_counter()
         steps = [(time.perf_counter() - asked_s, step) async for step in cluster.coordinator.generate(request)]
         timings = steps[-1][1].timings

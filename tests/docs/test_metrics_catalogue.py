@@ -16,8 +16,8 @@ from dualpath.spec.metrics import CATALOGUE, NIC_BYTES, Metric, Sample, metric_o
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "dualpath"
 MEMBERS = {name: value for name, value in vars(metrics).items() if isinstance(value, Metric)}
-UNITS = """aborts attempts batches blocks bytes chunks engines errors faults fetches inputs jobs looks matches messages
-namespaces requests seconds series steps tokens updates versions"""
+UNITS = """aborts attempts batches blocks bytes chunks engines errors events faults fetches inputs jobs looks matches
+messages namespaces ratio requests seconds series steps tokens updates versions"""
 
 
 def test_the_document_is_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,6 +72,9 @@ def test_a_series_has_the_labels_of_its_metric() -> None:
     assert of_engine(metrics.DECODE_STEPS(), 3, "decode") == 'dualpath_decode_steps_total{engine="3",role="decode"}'
     assert metric_of(shown) is NIC_BYTES
     assert metric_of(sample) is None  # whose it is must be said
+    named = metrics.RUNNING('a "b"\\c\nd', "0")
+    assert named == 'vllm:num_requests_running{model_name="a \\"b\\"\\\\c\\nd",engine="0"}'
+    assert metric_of(named) is metrics.RUNNING
 
 
 @pytest.mark.parametrize(

@@ -206,11 +206,14 @@ def socket_port() -> Iterator[int]:
     [
         (("--topology", "0P1D"), "not a topology"),
         (("--snic-rate", "fast"), "not a rate"),
-        pytest.param(("--buffer", "1KiB"), "does not hold one", marks=pytest.mark.slow),
+        (("--buffer", "1KiB"), "--buffer: 1024 bytes does not hold one block of this model's KV"),
         (("--port", "99999999"), "port"),
         (("--join-address", "nonsense"), "can't listen for engines at 'nonsense'"),
         (("--journal", "/no/such/directory/journal"), "/no/such/directory/journal"),
-        pytest.param(("--store", "/dev/null"), "cannot be opened", marks=pytest.mark.slow),
+        (("--store", "/dev/null"), "--store: /dev/null can't be written to"),
+        (("--device", "cuda"), "--device cpu"),
+        (("--otlp-traces-endpoint", "localhost"), "is no URL"),
+        (("--kv-events-config", '{"enable_kv_cache_events": true, "endpoint": "x"}'), "can't use 'x'"),
     ],
 )
 def test_bad_settings_are_named(model: Path, tmp_path: Path, arguments: tuple[str, str], complaint: str) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, ModelFacts, PromptLogprob, TokenLogprob
 from dualpath.model.checkpoint import CHATML_TEMPLATE
 from dualpath.server import bind, create_app, serve
+from dualpath.server.request_log import Observer, RequestLog
 from dualpath.spec.generation_defaults import GenerationDefaults
 from dualpath.spec.metrics import Figures
 
@@ -149,7 +150,12 @@ class FakeGenerator:
 
 @contextlib.contextmanager
 def running_server(
-    generator: FakeGenerator, tokenizer: Any = TOKENIZER, *, drain_s: float = 2.0, **options: Any
+    generator: FakeGenerator,
+    tokenizer: Any = TOKENIZER,
+    *,
+    drain_s: float = 2.0,
+    observers: tuple[Observer, ...] = (),
+    **options: Any,
 ) -> Iterator[str]:
     """The app on a free port, in a thread with its own loop; gives its address and shuts down gracefully."""
     ready = threading.Event()
@@ -163,7 +169,7 @@ def running_server(
         state["loop"] = asyncio.get_running_loop()
         state["task"] = asyncio.current_task()
         with contextlib.suppress(asyncio.CancelledError):
-            app = create_app(generator, tokenizer, **options)
+            app = RequestLog(create_app(generator, tokenizer, **options), observers)
             await serve(app, bind("127.0.0.1", 0), on_bound=on_bound, drain_s=drain_s)
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))

@@ -37,13 +37,16 @@ def test_models_and_version() -> None:
         assert httpx.get(f"{url}/version").json() == {"version": __version__}
 
 
+@pytest.mark.parametrize("path", ["health", "ready", "ping"])
 @pytest.mark.parametrize(("status", "http"), [("ok", 200), ("degraded", 200), ("unavailable", 503)])
-def test_health_is_the_clusters(status: str, http: int) -> None:
+def test_health_is_the_clusters(status: str, http: int, path: str) -> None:
     cluster = FakeGenerator(says("ok"))
     cluster.status = status
-    with running_server(cluster) as url:
-        response = httpx.get(f"{url}/health")
+    with running_server(cluster, api_keys=["secret"]) as url:
+        response = httpx.get(f"{url}/{path}")
+        alive = httpx.get(f"{url}/livez")
     assert (response.status_code, response.json()["status"]) == (http, status)
+    assert alive.status_code == 200
 
 
 def test_tokenize_and_detokenize() -> None:
@@ -74,7 +77,7 @@ def test_metrics_count_what_happened() -> None:
         httpx.post(f"{url}/v1/completions", json={"prompt": ""})
         httpx.get(f"{url}/a/path/nobody/has")
         found = samples(url)
-    model = (("model_name", "tiny"),)
+    model = (("engine", "0"), ("model_name", "tiny"))
     assert found["vllm:time_to_first_token_seconds_count", model] == 2
     assert found["vllm:inter_token_latency_seconds_count", model] == 3 + 1
     assert found["vllm:e2e_request_latency_seconds_count", model] == 2

@@ -1,14 +1,13 @@
 """Options that `serve` and `engine` share. `ClusterConfig` has their names, defaults and checks."""
 
 import argparse
-from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
 
 from dualpath.cli.arguments import byte_count, milliseconds, positive, rate, system, topology
 from dualpath.cli.outcome import UsageError, usage_errors
-from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.config import DTYPES, ClusterConfig, KVEventsConfig
 from dualpath.spec.generation_defaults import GENERATION_CONFIGS
 from dualpath.spec.sampling import LogprobsMode
 from dualpath.transfer import TRANSPORTS
@@ -22,8 +21,10 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     def option(flag: str, field: str, text: str, kind: Any = str, metavar: str | None = None, **more: Any) -> None:
         group.add_argument(flag, dest=field, type=kind, metavar=metavar, default=DEFAULTS[field], help=text, **more)
 
-    group.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face checkpoint")
-    group.add_argument("--store", required=True, metavar="PLACE", help="store of KV blocks: a directory, or a URL")
+    group.add_argument(
+        "--model", metavar="DIR", help="a Hugging Face checkpoint's directory, or its name in the local cache"
+    )
+    group.add_argument("--store", metavar="PLACE", help="store of KV blocks: a directory, or a URL")
     option("--topology", "topology", "prefill and decode nodes, such as 1P2D (default: %(default)s)", topology, "T")
     option("--system", "system", "one of the systems below (default: %(default)s)", system, "NAME")
     option("--snic-rate", "snic_bytes_per_s", "rate of each storage NIC (default: unlimited)", rate, "RATE")
@@ -55,24 +56,28 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         "log-probabilities of the model's own distribution, or of the one drawn from (default: %(default)s)",
         choices=get_args(LogprobsMode),
     )
-    option("--dtype", "dtype", "(default: %(default)s)", choices=("float32", "bfloat16", "float16"))
+    dtypes = "auto is the checkpoint's own on a GPU, float32 on a CPU (default: %(default)s)"
+    option("--dtype", "dtype", dtypes, choices=DTYPES)
     option("--device", "device", "cpu, or cuda where there is one (default: %(default)s)")
+
+
+def kv_events(text: str) -> KVEventsConfig:
+    """The type of --kv-events-config."""
+    try:
+        return msgspec.json.decode(text, type=KVEventsConfig)
+    except msgspec.MsgspecError as error:
+        example = '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}'
+        raise argparse.ArgumentTypeError(f"{error}; give JSON such as {example}") from None
 
 
 def cluster_config(arguments: argparse.Namespace) -> ClusterConfig:
     """Makes the configuration from the options. Raises UsageError."""
     given = {name: value for name, value in vars(arguments).items() if name in DEFAULTS}
-    given["api_keys"] = tuple(given.get("api_keys", ()))
-    if not (Path(arguments.model) / "config.json").is_file():
-        raise UsageError(f"--model: {arguments.model} has no config.json; give a Hugging Face checkpoint's directory")
-    _check_store(arguments.store)
-    with usage_errors(ValueError):
-        return ClusterConfig(**given)
+    for name in ("model", "store"):
+        if given.get(name) is None:
+            raise UsageError(f"give --{name}")
+    from dualpath.cluster.preflight import settled
+    from dualpath.kv import StoreError
 
-
-def _check_store(location: str) -> None:
-    """Checks the store's location here, so that one error is shown and not one per engine."""
-    from dualpath.kv import StoreLocationError, open_store
-
-    with usage_errors(StoreLocationError):
-        open_store(location)
+    with usage_errors(ValueError, StoreError):
+        return settled(ClusterConfig(**given))

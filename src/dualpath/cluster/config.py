@@ -1,7 +1,7 @@
 """A cluster's settings: one record, filled from the command line and sent to every engine process."""
 
 import os
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -9,9 +9,33 @@ from dualpath.core.policy import QUOTA_NS, Policy
 from dualpath.core.systems import HEADLINE, find_system
 from dualpath.spec.cluster_setup import ClusterSetup, ServedCluster
 from dualpath.spec.generation_defaults import GENERATION_CONFIGS, GenerationDefaults, read_generation_defaults
+from dualpath.spec.log import FORMATS
 from dualpath.spec.sampling import LogprobsMode
 from dualpath.spec.topology import Topology
 from dualpath.transfer import TRANSPORTS
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class KVEventsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How KV events are published: the fields of vLLM's ``--kv-events-config``, with its defaults."""
+
+    enable_kv_cache_events: bool = False
+    publisher: Literal["zmq", "null"] | None = None
+    """None: ``zmq`` when events are enabled."""
+    endpoint: str = "tcp://*:5557"
+    replay_endpoint: str | None = None
+    buffer_steps: Annotated[int, msgspec.Meta(ge=1)] = 10_000
+    """Batches that can be replayed."""
+    hwm: Annotated[int, msgspec.Meta(ge=1)] = 100_000
+    """Batches that wait for a subscriber; more are dropped, for it alone."""
+    max_queue_size: int = 100_000
+    """Not used: no queue stands before the socket."""
+    topic: str = ""
+
+    @property
+    def enabled(self) -> bool:
+        return self.enable_kv_cache_events and self.publisher != "null"
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +61,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     data_host: str = "127.0.0.1"
     """Address at which other hosts reach this host's engines, for a transport between hosts."""
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str = "auto"
+    """``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's own on a GPU, float32 on a CPU."""
     threads: int = 1
     quota_ns: int = QUOTA_NS
     """Compute quota of a prefill batch: predicted attention-layer time (paper §6.2)."""
@@ -69,6 +94,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_control: bool = False
     """Open the server's endpoints for trainers: pause, other weights, sleep."""
     served_model_name: str | None = None
+    """The name that answers carry; the checkpoint's directory, or its name in a hub, when not given."""
+    served_model_aliases: tuple[str, ...] = ()
+    """More names that requests may use."""
     generation_config: str = "auto"
     """``auto``: the model's generation_config.json has the defaults of sampling; ``vllm``: it is ignored, as there."""
     logprobs_mode: LogprobsMode = "raw_logprobs"
@@ -77,6 +105,13 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How the model writes tool calls, a name of vLLM's; None: as its chat template says; "none": it has none."""
     reasoning_parser: str | None = None
     """How the model marks reasoning, likewise."""
+    access_log: bool = False
+    log_format: str = "text"
+    """``text`` or ``json``."""
+    otlp_traces_endpoint: str | None = None
+    """Where traces are sent, such as http://localhost:4318/v1/traces; None: there are none."""
+    kv_events: KVEventsConfig | None = None
+    """None: not published."""
     journal: str | None = None
     """File for every scheduler input and its commands, one JSON line each."""
     ready_file: str | None = None
@@ -102,6 +137,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"generation_config is {self.generation_config!r}; give {' or '.join(GENERATION_CONFIGS)}")
         if self.logprobs_mode not in get_args(LogprobsMode):
             raise ValueError(f"logprobs_mode is {self.logprobs_mode!r}; give {' or '.join(get_args(LogprobsMode))}")
+        for name, allowed in (("dtype", DTYPES), ("log_format", FORMATS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         TRANSPORTS.get(self.transport)  # raises UnknownNameError, which is a ValueError
         if self.device_layers < 3:
             raise ValueError("device_layers must be at least 3: one loading, one computing, one shipping")

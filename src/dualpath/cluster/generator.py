@@ -21,8 +21,6 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Salt of the prefix namespace: requests of different tenants never share KV."""
     request_id: str = ""
     """The client's name for the request, by which `Control.abort` finds it; several requests may have the same."""
-    return_timings: bool = False
-    """True: the steps carry `GeneratedTokens.timings`."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -53,7 +51,7 @@ class GeneratedTokens(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     """Prompt tokens whose KV was read from storage in the attempt that produced the first token (`loaded`)."""
     timings: Timings | None = None
-    """Timings up to this step, if the request asked for them."""
+    """Timings up to this step; a test's cluster may have none."""
     prompt_logprobs: list[PromptLogprob] | None = None
     """With the first tokens, if requested: of every prompt token but the first, which has nothing before it."""
 
@@ -88,16 +86,24 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the server must know about the model it serves."""
 
     name: str
+    """What answers carry."""
     path: str
     max_model_len_tokens: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     defaults: GenerationDefaults = GenerationDefaults()
     """What requests get that don't say otherwise."""
+    aliases: tuple[str, ...] = ()
+    """More names that requests may use."""
     cluster: ServedCluster | None = None
     """The cluster that serves it, if it says so."""
     weight_version: str = "default"
     """The name of the weights that are served now; what `Control.update_weights` was given last."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that requests may use; the first is what answers carry."""
+        return (self.name, *self.aliases)
 
 
 Inflight = Literal["abort", "wait", "keep"]

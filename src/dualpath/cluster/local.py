@@ -19,25 +19,48 @@ class Cluster:
 
     def __init__(self, config: ClusterConfig, local_engines: bool = True) -> None:
         self.config = config
-        self._local_engines = local_engines
+        self.local_engines = local_engines
         self.coordinator: Coordinator
         self.supervisor: Supervisor
+        self._open = False
 
     async def __aenter__(self) -> "Cluster":
         """Raises TimeoutError, RuntimeError, OSError or StoreError that says why the cluster did not start."""
         open_store(self.config.store)  # a location that can't be is told before any process starts
         self.coordinator = Coordinator(self.config, kill_engine=self._kill)
         self.supervisor = Supervisor(self.config, self.coordinator.control_address)
+        self._open = True
         try:
             self.coordinator.start()
-            if self._local_engines:
-                self.supervisor.start()
+            if self.local_engines:
+                await self._start_engines()
                 self.coordinator.watch(asyncio.create_task(self.supervisor.watch(self._on_exit)))
             await self._complete()
         except BaseException:
             await self.__aexit__()
             raise
         return self
+
+    async def _start_engines(self) -> None:
+        """On a thread, because it waits for torch's import; left only when it is done, so that no engine is missed."""
+        starting = asyncio.ensure_future(asyncio.to_thread(self.supervisor.start))
+        try:
+            await asyncio.shield(starting)
+        finally:
+            await asyncio.gather(starting, return_exceptions=True)
+
+    def progress(self) -> dict[str, object]:
+        """Returns what /health says while the cluster starts: which engines are ready, and what the others do."""
+        if not self._open:
+            return {"status": "loading", "engines": [], "starting": []}
+        ready = self.coordinator.engines()
+        joined = {engine["pid"] for engine in ready}
+        starting = [
+            {"name": name, "pid": pid, "step": self.supervisor.steps.get(pid, "")}
+            for pid, name in self.supervisor.pids.items()
+            if pid not in joined
+        ]
+        return {"status": "loading", "engines": ready, "starting": starting}
 
     async def _complete(self) -> None:
         """Wait until every engine has joined or the coordinator breaks."""
@@ -51,6 +74,10 @@ class Cluster:
             joining.cancel()
 
     async def __aexit__(self, *_: object) -> None:
+        """Stop everything; a second call does nothing."""
+        if not self._open:
+            return
+        self._open = False
         await self.coordinator.stop()
         await asyncio.to_thread(self.supervisor.stop)
 

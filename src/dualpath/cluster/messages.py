@@ -44,6 +44,8 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     eos_token_ids: tuple[int, ...]
     prefill_tokens_per_s: float | None = None
     """A PE's prompt tokens per second, hits included, measured on an agent's turn; the scheduler's β needs it."""
+    name: str = ""
+    """What its process is called in logs, such as ``prefill-0``."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
@@ -156,6 +158,10 @@ class StoredBlock(msgspec.Struct, frozen=True):
     key: BlockKey
     parent: BlockKey
     physical_bytes: int
+    salted: bool = False
+    """Whether it is of a tenant's own namespace."""
+    token_ids: list[int] = []
+    """Of a block with generated tokens; the coordinator knows those of prompts."""
 
 
 class Stored(msgspec.Struct, frozen=True, tag=True):

@@ -5,20 +5,25 @@ in a fraction of a second and share those pages. Forking is safe because the for
 """
 
 import asyncio
+import contextlib
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.messages import EngineConfig
 from dualpath.core.vocabulary import Role
+from dualpath.spec.log import ROOT
 from dualpath.transfer import TRANSPORTS
 from dualpath.transfer.pool_files import sweep_dead_pools
+
+logger = logging.getLogger(f"{ROOT}.cluster")
 
 MAX_ENGINES = 64
 """More processes than this would take a host's memory before they could serve."""
@@ -34,9 +39,12 @@ class Supervisor:
         self._control_address = control_address
         self._processes: dict[int, BaseProcess] = {}
         self._names: dict[int, str] = {}
+        self._told: dict[int, Connection] = {}
+        self.steps: dict[int, str] = {}
+        """What each engine process said last: the step of its start that it is at, or why it can't run."""
 
     def start(self) -> None:
-        """Start every engine of the topology."""
+        """Start every engine of the topology. Blocks until torch is imported, for seconds."""
         topology = self._config.topology
         if topology.prefill_nodes + topology.decode_nodes > MAX_ENGINES:
             raise ValueError(
@@ -44,20 +52,25 @@ class Supervisor:
                 "engines of other hosts join with --join-address"
             )
         self._sweep()
+        logger.info("starts %d engines; torch is imported once for all", topology.prefill_nodes + topology.decode_nodes)
         for role, count in ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes)):
             for rank in range(count):
                 self._start_engine(role, f"{role.value}-{rank}")
 
     def _start_engine(self, role: Role, name: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["dualpath.cluster.engines.main"])
+        context.set_forkserver_preload([f"dualpath.cluster.engines.{name}" for name in ("fork_server", "main")])
         cluster = self._config.without_secrets()
         config = EngineConfig(role=role, coordinator=self._control_address, cluster=cluster, name=name)
-        process = context.Process(target=engine_entry, args=(config,), name=f"dualpath-{name}", daemon=True)
+        told, telling = context.Pipe(duplex=False)
+        process = context.Process(target=engine_entry, args=(config, telling), name=f"dualpath-{name}", daemon=True)
         process.start()
+        telling.close()
         assert process.pid is not None
         self._processes[process.pid] = process
         self._names[process.pid] = name
+        self._told[process.pid] = told
+        self.steps[process.pid] = "starts"
 
     @property
     def pids(self) -> dict[int, str]:
@@ -76,18 +89,31 @@ class Supervisor:
 
         for pid, process in watched.items():
             loop.add_reader(process.sentinel, tell, pid)
+            loop.add_reader(self._told[pid], self._hear, pid)
         try:
             while True:
                 pid = await ended.get()
                 process = self._processes.pop(pid)
                 process.join(1.0)
-                why = f"{self._names[pid]} (pid {pid}) ended with exit code {process.exitcode}"
-                print(f"[supervisor] {why}", file=sys.stderr, flush=True)
+                self._hear(pid)
+                why = f"{self._names[pid]} (pid {pid}) ended with {_exit(process.exitcode)}"
+                logger.warning(why)
                 self._sweep()
-                on_exit(pid, why)
+                on_exit(pid, f"{why}: {self.steps.pop(pid)}")
         finally:
-            for process in watched.values():
+            for pid, process in watched.items():
                 loop.remove_reader(process.sentinel)
+                loop.remove_reader(self._told[pid])
+
+    def _hear(self, pid: int) -> None:
+        """Note and log what an engine has told; it closes its end when it leaves."""
+        told = self._told[pid]
+        try:
+            while not told.closed and told.poll():
+                self.steps[pid] = told.recv()
+                logging.getLogger(f"{ROOT}.engine {self._names[pid]}").info(self.steps[pid])
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(told)
 
     def kill(self, pid: int) -> None:
         """Kill the process and return when it is dead. A pid that is not ours is left alone."""
@@ -104,6 +130,8 @@ class Supervisor:
         for pid in list(self._processes):
             self.kill(pid)
         self._processes.clear()
+        for told in self._told.values():
+            told.close()
         self._sweep()
 
     def _sweep(self) -> None:
@@ -112,8 +140,19 @@ class Supervisor:
         TRANSPORTS.get(self._config.transport).sweep()
 
 
-def engine_entry(config: EngineConfig) -> None:
-    """Run one engine in this process."""
+def _exit(code: int | None) -> str:
+    if code is not None and code < 0:
+        hint = ", as the system does when memory is short" if code == -signal.SIGKILL else ""
+        return f"signal {signal.Signals(-code).name}{hint}"
+    return f"exit code {code}"
+
+
+def engine_entry(config: EngineConfig, telling: Connection) -> None:
+    """Run one engine in this process; its steps go to the supervisor, as long as that lives."""
     from dualpath.cluster.engines.main import run_engine
 
-    run_engine(config)
+    def tell(step: str) -> None:
+        with contextlib.suppress(OSError):
+            telling.send(step)
+
+    run_engine(config, tell)

@@ -4,6 +4,8 @@ Layer Block = ``[tokens, bytes]`` of one layer; Full Block = ``[layers, tokens, 
 Blocks. A Full Block is one contiguous page and a layer is a byte range of it, so nothing is ever converted.
 """
 
+from typing import Any
+
 import msgspec
 
 _ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -19,6 +21,18 @@ class KVPart(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if self.heads < 1 or self.dim < 1:
             raise ValueError(f"KV part {self.name!r} has {self.heads} heads × {self.dim} elements; both must be ≥ 1")
+
+
+def parts_of(config: Any) -> tuple[KVPart, ...]:
+    """Returns the parts of a model's KV from its Hugging Face `config`. Raises ValueError when it does not say them."""
+    if getattr(config, "kv_lora_rank", None):
+        return (KVPart("latent", 1, config.kv_lora_rank), KVPart("rope", 1, config.qk_rope_head_dim))
+    heads: int | None = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        raise ValueError("its config.json does not say num_attention_heads; its attention is not known")
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return (KVPart("k", kv_heads, head_dim), KVPart("v", kv_heads, head_dim))
 
 
 class KVLayout(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from dualpath.kv.layout import KVLayout, KVPart
+from dualpath.kv.layout import KVLayout, KVPart, parts_of
 from dualpath.model.attention import (
     IMPLEMENTATION,
     GroupedForm,
@@ -198,6 +198,10 @@ def _refuse_other_attention(config: Any) -> None:
 
 
 def _form_of(config: Any) -> tuple[GroupedForm | LatentForm, tuple[KVPart, ...]]:
+    try:
+        parts = parts_of(config)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{config.model_type}: {error}") from error
     if getattr(config, "kv_lora_rank", None):
         latent = LatentForm(
             config.num_attention_heads,
@@ -206,13 +210,8 @@ def _form_of(config: Any) -> tuple[GroupedForm | LatentForm, tuple[KVPart, ...]]
             config.qk_nope_head_dim,
             config.v_head_dim,
         )
-        return latent, (KVPart("latent", 1, latent.rank), KVPart("rope", 1, latent.rope_dim))
-    heads: int | None = getattr(config, "num_attention_heads", None)
-    if heads is None:
-        raise UnsupportedModelError(f"{config.model_type} does not say num_attention_heads; its attention is not known")
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return GroupedForm(heads, kv_heads, head_dim), (KVPart("k", kv_heads, head_dim), KVPart("v", kv_heads, head_dim))
+        return latent, parts
+    return GroupedForm(config.num_attention_heads, parts[0].heads, parts[0].dim), parts
 
 
 def _eos_token_ids(path: str | Path, config: Any) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ server-sent event, or merges all pieces into one body. Fields that the client di
 """
 
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from dualpath.server.codec import TextCodec
 from dualpath.server.errors import ApiError
 from dualpath.server.generation import Piece, Usage
 from dualpath.server.logprobs import LogprobShapes, PromptEntry
+from dualpath.server.request_log import current
 from dualpath.server.requests import CheckedRequest
 from dualpath.spec.timings import Timings
 
@@ -93,7 +93,7 @@ class _Answer:
     id_prefix: str
 
     def __init__(self, model: str, checked: CheckedRequest, codec: TextCodec) -> None:
-        self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._id = f"{self.id_prefix}-{current().id}"
         self._created = int(time.time())
         self._model = model
         self._checked = checked
@@ -111,7 +111,7 @@ class _Answer:
     def _last(self, kind: str, choices: list[ChoiceBody], usage: Usage) -> AnswerBody:
         """Returns the body that carries usage: the last event, or the whole answer."""
         body = self._body(kind, choices, usage_body(usage))
-        if usage.timings is not None:
+        if self._checked.return_timings and usage.timings is not None:
             body.timings = usage.timings
         return body
 

@@ -18,6 +18,7 @@ from dualpath import __version__
 from dualpath.cluster.generator import Generator, RequestError
 from dualpath.server.chat.dialect import Dialect
 from dualpath.server.codec import TextCodec
+from dualpath.server.drain import Drain
 from dualpath.server.endpoints import control, messages, openai, operations, responses, rollout
 from dualpath.server.errors import ApiError
 from dualpath.server.http import Gate
@@ -39,6 +40,7 @@ def create_app(
     tool_call_parser: str | None = None,
     reasoning_parser: str | None = None,
     enable_control: bool = False,
+    drain: Drain | None = None,
 ) -> FastAPI:
     """Returns the application. `tokenizer` is a Transformers tokenizer (`load_tokenizer`). No `api_keys`: open to all.
 
@@ -53,7 +55,7 @@ def create_app(
     limits = limits or ServerLimits()
     dialect = Dialect(tokenizer, generator.model.vocab_size, tool_call_parser, reasoning_parser)
     codec = TextCodec(tokenizer, generator.model.max_model_len_tokens, limits)
-    service = Service(generator, codec, dialect, limits)
+    service = Service(generator, codec, dialect, limits, drain or Drain())
     service.who_controls = ("keys" if api_keys else "this host") if enable_control else "nobody"
     app = FastAPI(title="dualpath", version=__version__, openapi_url=None)
     app.add_middleware(

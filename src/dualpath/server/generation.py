@@ -7,11 +7,13 @@ went away), because closing it frees its blocks in the cluster.
 import asyncio
 import contextlib
 import logging
+import sys
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 
-from dualpath.cluster.generator import GeneratedTokens, Generator, PromptLogprob, TokenLogprob
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, Generator, PromptLogprob, TokenLogprob
 from dualpath.server.chat.deltas import Delta
 from dualpath.server.chat.parsing import ChatParser, ReadingPlan
 from dualpath.server.chat.response_template import TemplateParser
@@ -148,22 +150,26 @@ async def run_choice(
             piece = text.take(step)
             if checked.prompt_only:  # the cluster always draws one token
                 piece = msgspec.structs.replace(piece, text="", token_ids=[], logprobs=None, finish_reason="length")
-            timer.step(piece.finish_reason)
+            timer.step(len(piece.token_ids), piece.cached_tokens, piece.finish_reason, piece.timings)
             if message is not None:
                 message.read(piece)
             yield piece
             if piece.finish_reason is not None:
                 return
     finally:
+        timer.close(sys.exc_info()[0])
         await _close(steps)
     raise ApiError(500, "the generation ended without a finish reason; please report it", code=INTERNAL)
 
 
 async def run_request(
-    generator: Generator, codec: TextCodec, checked: CheckedRequest, new_timer: Callable[[], GenerationTimer]
+    generator: Generator,
+    codec: TextCodec,
+    checked: CheckedRequest,
+    new_timer: Callable[[GenerateRequest], GenerationTimer],
 ) -> AsyncGenerator[Piece, None]:
     """Yields pieces of all choices as they come. The first failure ends all of them."""
-    sources = [run_choice(generator, codec, checked, choice, new_timer()) for choice in checked.choices]
+    sources = [run_choice(generator, codec, checked, choice, new_timer(choice.request)) for choice in checked.choices]
     async with contextlib.aclosing(sources[0] if len(sources) == 1 else _merged(sources)) as pieces:
         async for piece in pieces:
             yield piece
@@ -215,12 +221,16 @@ class Usage:
         self.reasoning_tokens = 0
         """Tokens of the steps at whose end the model was reasoning."""
         self.timings: Timings | None = None
+        self.first_token_s: float | None = None
+        """When the first token came, by ``time.perf_counter``."""
 
     @property
     def cached_tokens(self) -> int:
         return sum(self._cached_tokens)
 
     def add(self, piece: Piece) -> None:
+        if self.first_token_s is None:
+            self.first_token_s = time.perf_counter()
         prompt = self._prompt_of[piece.choice]
         self._cached_tokens[prompt] = max(self._cached_tokens[prompt], piece.cached_tokens)
         self.completion_tokens += len(piece.token_ids)

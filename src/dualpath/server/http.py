@@ -20,14 +20,14 @@ from dualpath.server.errors import ApiError
 
 T = TypeVar("T")
 
-_OPEN_PATHS = frozenset({"/health", "/metrics", "/version"})
+OPEN_PATHS = frozenset({"/health", "/livez", "/metrics", "/ping", "/ready", "/version"})
 _BUSY_RETRY_AFTER_S = 1.0
 
 
 class Gate:
     """ASGI middleware: requires an API key if any is set, bounds the requests in flight, and ends them with the server.
 
-    Spares `_OPEN_PATHS`, which show nothing that is secret.
+    Spares `OPEN_PATHS`, which show nothing that is secret.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Gate:
         self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             return await self._app(scope, receive, send)
         error = self._refusal(scope)
         if error is not None:

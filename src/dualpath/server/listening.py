@@ -6,10 +6,11 @@ import resource
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.datastructures import State
+from starlette.types import Receive, Scope, Send
 
 from dualpath.server.connection import Connection
 from dualpath.server.drain import Drain
@@ -37,8 +38,16 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+class Application(Protocol):
+    """An ASGI application of `create_app`, or one around it that shares its `state`."""
+
+    state: State
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
 async def serve(
-    app: FastAPI,
+    app: Application,
     listener: socket.socket,
     *,
     on_bound: Callable[[int], None] | None = None,
@@ -81,7 +90,7 @@ class _Server(uvicorn.Server):
         self._on_started()
 
 
-def _config(app: FastAPI) -> uvicorn.Config:
+def _config(app: Application) -> uvicorn.Config:
     limits: ServerLimits = app.state.limits
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     connection: Any = partial(

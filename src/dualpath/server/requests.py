@@ -155,10 +155,10 @@ class RequestChecker:
         return await self._codec.encode_chat(rendered, options, _contexts(asked))
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self._model.name:
+        if name is not None and name not in self._model.names:
             raise ApiError(
                 404,
-                f"the model {name!r} does not exist; this server has {self._model.name!r}",
+                f"the model {name!r} does not exist; this server has {', '.join(map(repr, self._model.names))}",
                 code="model_not_found",
                 param="model",
             )
@@ -207,7 +207,6 @@ class RequestChecker:
                     prompt_token_ids=prompt,
                     sampling=msgspec.structs.replace(sampling, seed=(base + i) % SEEDS),
                     tenant=_tenant(asked.cache_salt),
-                    return_timings=bool(asked.return_timings),
                 )
                 choices.append(Choice(len(choices), prompt_index, request))
         return CheckedRequest(

@@ -27,6 +27,7 @@ from dualpath.server.generation import Usage, run_request
 from dualpath.server.http import EventStream, while_connected
 from dualpath.server.limits import ServerLimits
 from dualpath.server.metrics import GenerationTimer, ServerMetrics
+from dualpath.server.request_log import current
 from dualpath.server.requests import CheckedRequest, RequestChecker
 
 logger = logging.getLogger(__name__)
@@ -47,12 +48,14 @@ class Service:
     who_controls: Literal["nobody", "keys", "this host"] = "nobody"
     """Who may use the endpoints of `endpoints/control.py`; ``keys``: the gate has asked for one already."""
 
-    def __init__(self, generator: Generator, codec: TextCodec, dialect: Dialect, limits: ServerLimits) -> None:
+    def __init__(
+        self, generator: Generator, codec: TextCodec, dialect: Dialect, limits: ServerLimits, drain: Drain
+    ) -> None:
         self.generator = generator
         self.codec = codec
         self.limits = limits
         self.checker = RequestChecker(generator.model, codec, dialect, limits.max_choices)
-        self.drain = Drain()
+        self.drain = drain
         self._bodies = BodyReader(limits)
         self.metrics = ServerMetrics(generator.model.name)
         self.created = int(time.time())
@@ -70,7 +73,8 @@ class Service:
         pieces = run_request(
             self.generator, self.codec, checked, partial(GenerationTimer, self.metrics, path, arrived_s)
         )
-        usage = Usage(checked)
+        record = current()
+        record.checked, record.usage = checked, (usage := Usage(checked))
         if checked.stream:
             on_failure = partial(self._failed_midway, path, writer)
             events = self._events(pieces, writer, usage)
@@ -119,7 +123,7 @@ class Service:
         """Count a failure after a stream has begun. Returns the event that tells the client."""
         error = as_api_error(failure)
         if error.code == INTERNAL:
-            logger.error("a stream failed with an unexpected error; please report it", exc_info=failure)
+            logger.error("request %s: its stream failed unexpectedly; please report it", current().id, exc_info=failure)
         self.count_failure(path, error)
         return writer.failed(error)
 

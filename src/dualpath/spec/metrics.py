@@ -17,7 +17,7 @@ Sample = NewType("Sample", str)
 
 Figures = dict[Sample, float]
 
-_LABELS = re.compile(r'(\w+)="([^"\\\n]*)"')
+_LABELS = re.compile(r'(\w+)="((?:[^"\\\n]|\\.)*)"')
 _ENGINE_LABELS = ("engine", "role")
 
 
@@ -37,7 +37,7 @@ class Metric(msgspec.Struct, frozen=True):
 
     def __call__(self, *values: str) -> Sample:
         """Returns the series with these values of `labels`. Raises ValueError for more or fewer values."""
-        return _series(self.name, dict(zip(self.labels, values, strict=True)))
+        return _series(self.name, dict(zip(self.labels, map(_escaped, values), strict=True)))
 
     @property
     def kind(self) -> str:
@@ -56,12 +56,53 @@ _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128
 _STEP_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10)
 _E2E_S = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
-# The server's. Latencies carry the names that external routers read from vLLM.
+_LENGTH_TOKENS = tuple(digit * 10**power for power in range(7) for digit in (1, 2, 5))
+ONLY_ENGINE = "0"
+"""The label `engine` of series with vLLM's names. To a router the whole cluster is one engine."""
+
+# Series with vLLM's names, which routers and its dashboard read. A request is one generation: one choice.
+_vllm = partial(Metric, "server/metrics.py", labels=("model_name", "engine"))
+TTFT = _vllm("vllm:time_to_first_token_seconds", "From a request's arrival to its first token", buckets=_TTFT_S)
+INTER_TOKEN = _vllm("vllm:inter_token_latency_seconds", "Between two steps of a generation", buckets=_STEP_S)
+_TPOT = "A generation's time after its first token, for each token after that"
+TIME_PER_TOKEN = _vllm("vllm:request_time_per_output_token_seconds", _TPOT, buckets=_STEP_S)
+E2E = _vllm("vllm:e2e_request_latency_seconds", "From a request's arrival to its last token", buckets=_E2E_S)
+_QUEUE = "From arrival at the scheduler until engines and their memory were there"
+QUEUE_TIME = _vllm("vllm:request_queue_time_seconds", _QUEUE, buckets=_E2E_S)
+_PREFILL = "From then to the first token: reading hit tokens from storage, and prefill"
+PREFILL_TIME = _vllm("vllm:request_prefill_time_seconds", _PREFILL, buckets=_E2E_S)
+DECODE_TIME = _vllm("vllm:request_decode_time_seconds", "From the first token to the last", buckets=_E2E_S)
+_INFERENCE = "Prefill and decode time together"
+INFERENCE_TIME = _vllm("vllm:request_inference_time_seconds", _INFERENCE, buckets=_E2E_S)
+PROMPT_LENGTH = _vllm("vllm:request_prompt_tokens", "Tokens of the prompt", buckets=_LENGTH_TOKENS)
+GENERATION_LENGTH = _vllm("vllm:request_generation_tokens", "Tokens generated", buckets=_LENGTH_TOKENS)
+_LIMIT = "Most tokens that may be generated"
+MAX_GENERATION = _vllm("vllm:request_max_num_generation_tokens", _LIMIT, buckets=_LENGTH_TOKENS)
+MAX_TOKENS = _vllm("vllm:request_params_max_tokens", "The same, under another name", buckets=_LENGTH_TOKENS)
+PROMPT_TOKENS = _vllm("vllm:prompt_tokens_total", "Prompt tokens of requests that got a first token")
+GENERATION_TOKENS = _vllm("vllm:generation_tokens_total", "Tokens generated")
+PREFIX_QUERIES = _vllm("vllm:prefix_cache_queries_total", "The same prompt tokens: each is looked up", unit="tokens")
+PREFIX_HITS = _vllm("vllm:prefix_cache_hits_total", "Those of them that were read from storage", unit="tokens")
+OLD_PREFIX_QUERIES = _vllm("vllm:gpu_prefix_cache_queries_total", "Older name of the queries", unit="tokens")
+OLD_PREFIX_HITS = _vllm("vllm:gpu_prefix_cache_hits_total", "Older name of the hits", unit="tokens")
+_SUCCESS = "Requests that ended: stop, length, abort (the client left), error"
+SUCCESS = Metric(
+    "server/metrics.py", "vllm:request_success_total", _SUCCESS, ("model_name", "engine", "finished_reason"), "requests"
+)
+_routed = partial(Metric, "cluster/coordinator/router_figures.py", labels=("model_name", "engine"))
+RUNNING = _routed("vllm:num_requests_running", "Requests that are read, prefilled or decoded", unit="requests")
+WAITING = _routed("vllm:num_requests_waiting", "Requests that wait for engines or for their memory", unit="requests")
+_USAGE = "Share of decode engines' KV memory that is promised to requests; 1 when there is no decode engine"
+KV_USAGE = _routed("vllm:kv_cache_usage_perc", _USAGE, unit="ratio")
+OLD_KV_USAGE = _routed("vllm:gpu_cache_usage_perc", "Older name of the same", unit="ratio")
+_CONFIG_LABELS = ("engine", "block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching")
+_CONFIG = "1; its labels have the tokens of a block and the blocks of KV memory of all decode engines"
+CACHE_CONFIG = Metric(
+    "cluster/coordinator/router_figures.py", "vllm:cache_config_info", _CONFIG, _CONFIG_LABELS, unit="blocks"
+)
+
+# The server's own.
 _server = partial(Metric, "server/metrics.py")
-_timed = partial(_server, labels=("model_name",))
-TTFT = _timed("vllm:time_to_first_token_seconds", "From a request's arrival to its first token", buckets=_TTFT_S)
-INTER_TOKEN = _timed("vllm:inter_token_latency_seconds", "Between two steps of a generation", buckets=_STEP_S)
-E2E = _timed("vllm:e2e_request_latency_seconds", "From a request's arrival to its last token", buckets=_E2E_S)
 _ENDED = "Generations that finished, by finish reason, and requests that failed, by error code"
 REQUESTS = _server("dualpath_requests_total", _ENDED, ("endpoint", "finish_reason", "error_code"))
 _TOKENS = "Tokens of answered requests: prompt, cached (of the prompt), completion"
@@ -99,6 +140,8 @@ STORE_FOUND_BLOCKS = _store("dualpath_store_found_blocks_total", "Blocks of neig
 STORE_FILE_ERRORS = _store("dualpath_store_file_errors_total", "Opening, deleting or setting aside files that failed")
 STORE_FILE_JOBS = _store("dualpath_store_file_jobs_waiting", "File jobs that are not done yet", unit="jobs")
 STORE_FAULTS = _store("dualpath_store_faults_total", "Blocks that could not be read, by what is wrong", ("cause",))
+
+KV_EVENTS = Metric("cluster/coordinator/kv_events.py", "dualpath_kv_events_total", "KV events that were published")
 
 # The scheduler's; `core.counts` pairs them with its statistics.
 _core = partial(Metric, "core/counts.py")
@@ -165,6 +208,10 @@ def metric_of(sample: Sample) -> Metric | None:
     if metric is None or tuple(found) != metric.shown_labels or _series(name, found) != sample:
         return None  # a known series in another spelling could appear twice, which makes the answer unreadable
     return metric
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def _series(name: str, labels: dict[str, str]) -> Sample:

@@ -7,6 +7,7 @@ give up. This file connects them: it listens, starts serving, answers the server
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
@@ -14,22 +15,27 @@ from dualpath.cluster import messages as m
 from dualpath.cluster import orders as o
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.driver import SchedulerDriver, scheduler_constants, scheduler_limits
+from dualpath.cluster.coordinator.kv_events import KVEvents
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.membership import Membership
 from dualpath.cluster.coordinator.open_requests import OpenRequests
 from dualpath.cluster.coordinator.operator import Operator
 from dualpath.cluster.coordinator.parking import Parking
 from dualpath.cluster.coordinator.prefixes import Prefixes
+from dualpath.cluster.coordinator.router_figures import router_figures
 from dualpath.cluster.coordinator.serving import Serving
 from dualpath.cluster.generator import Control, GeneratedTokens, GenerateRequest, ModelFacts, RequestError
 from dualpath.core.counts import figures as scheduler_figures
 from dualpath.core.ledger import Holding
 from dualpath.core.scheduler import Scheduler
-from dualpath.core.vocabulary import EngineFacts, EngineId
+from dualpath.core.vocabulary import EngineFacts, EngineId, Role
 from dualpath.kv.keys import BlockKey
 from dualpath.kv.layout import KVLayout
 from dualpath.spec import metrics
+from dualpath.spec.log import ROOT
 from dualpath.spec.metrics import Figures
+
+logger = logging.getLogger(f"{ROOT}.cluster")
 
 FLUSH_S = 0.05
 """How long the last messages to engines may take before the control socket closes."""
@@ -55,6 +61,7 @@ class Coordinator:
         self._links = EngineLinks()
         self.membership = Membership(config, self._links, self, kill_engine)
         self.control_address = self._links.bind(config.control_address)
+        self._events = KVEvents(config.kv_events if config.kv_events and config.kv_events.enabled else None)
         self.layout: KVLayout | None = None
         self._serving: Serving | None = None
         self._operator: Operator | None = None
@@ -84,6 +91,7 @@ class Coordinator:
         self._links.close()
         if self._serving is not None:
             await asyncio.to_thread(self._serving.requests.prefixes.close)
+        await self._events.close()
 
     def watch(self, task: "asyncio.Task[None]") -> None:
         """Own a task until `stop`; if the task fails, the coordinator fails."""
@@ -150,7 +158,11 @@ class Coordinator:
 
     def health(self) -> dict[str, object]:
         """See `cluster.generator.Generator.health`."""
-        engines = [
+        return {"status": self.membership.status, "engines": self.engines()}
+
+    def engines(self) -> list[dict[str, object]]:
+        """Returns the engines that have joined, for people."""
+        return [
             {
                 "engine": link.engine,
                 "name": link.name,
@@ -160,7 +172,6 @@ class Coordinator:
             }
             for link in self._links.by_engine.values()
         ]
-        return {"status": self.membership.status, "engines": engines}
 
     def gauges(self) -> Figures:
         """See `cluster.generator.Generator.gauges`."""
@@ -173,7 +184,7 @@ class Coordinator:
             **scheduler_figures(self._driver.statistics()),
         }
         if self._serving is not None:
-            figures |= self._serving.gauges()
+            figures |= self._serving.gauges() | self._router_figures(self.model.name)
         if self._operator is not None:
             figures |= self._operator.gauges()
         for link in self._links.by_engine.values():
@@ -181,6 +192,15 @@ class Coordinator:
             for sample, figure in link.gauges.items():
                 figures[metrics.of_engine(sample, link.engine, link.join.role.value)] = figure
         return figures
+
+    def _router_figures(self, model: str) -> Figures:
+        decode = {
+            engine: link.join.hbm_blocks
+            for engine, link in self._links.by_engine.items()
+            if link.join.role is Role.DECODE
+        }
+        config, statistics = self._config, self._driver.statistics()
+        return router_figures(model, config.dtype, config.prefix_cache, statistics, self._driver.held(), decode)
 
     # ── membership ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -191,11 +211,17 @@ class Coordinator:
         """
         config = self._config
         prefixes = Prefixes(
-            config.store, join.layout, join.model_fingerprint, config.weights_version, config.store_quota_bytes
+            config.store,
+            join.layout,
+            join.model_fingerprint,
+            config.weights_version,
+            config.store_quota_bytes,
+            self._events,
         )
         await prefixes.load()
         model = ModelFacts(
             name=config.served_model_name or Path(config.model).name,
+            aliases=config.served_model_aliases,
             path=config.model,
             max_model_len_tokens=join.max_model_len_tokens,
             vocab_size=join.vocab_size,
@@ -214,6 +240,10 @@ class Coordinator:
         self._operator = Operator(self._links, self.membership, requests, deadline_s)
 
     def engine_joined(self, facts: EngineFacts) -> None:
+        joined, topology = self._links.by_engine, self._config.topology
+        name = joined[facts.engine].join.name or joined[facts.engine].name
+        engines = topology.prefill_nodes + topology.decode_nodes
+        logger.info("%d of %d engines ready: %s has joined", len(joined), engines, name)
         self._driver.input(lambda s, now: s.engine_joined(now, facts))
 
     def engine_lost(self, engine: EngineId) -> None:

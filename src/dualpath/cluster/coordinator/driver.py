@@ -6,7 +6,7 @@ the exception to `on_broken`, which stops the cluster.
 """
 
 import asyncio
-import sys
+import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
@@ -20,6 +20,8 @@ from dualpath.kv.layout import KVLayout
 
 if TYPE_CHECKING:
     from dualpath.core.journal import JournaledScheduler
+
+logger = logging.getLogger(__name__)
 
 UNLIMITED_BYTES_PER_S = 10**12
 """The rate for α when the SNIC has no limit: no read queue is ever long."""
@@ -116,7 +118,7 @@ class SchedulerDriver:
             try:
                 self._journal.close()
             except OSError as error:  # the cluster must still be ended
-                print(f"[coordinator] the journal's end could not be written: {error}", file=sys.stderr, flush=True)
+                logger.error("the journal's end could not be written: %s", error)
 
     def _arm(self, wake_ns: int | None) -> None:
         if self._timer is not None and wake_ns == self._wake_ns:

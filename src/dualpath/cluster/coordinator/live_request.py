@@ -154,8 +154,7 @@ class LiveRequest:
         logprobs = None
         if draw.logprobs is not None:
             logprobs = [[TokenLogprob(token_id, logprob) for token_id, logprob in draw.logprobs]]
-        if self.asked.return_timings:
-            self._stamp()
+        self._stamp()
         self.events.put_nowait(self._step([draw.token_id], logprobs, prompt_logprobs=scores))
 
     def end(self, outcome: str | RequestError) -> None:

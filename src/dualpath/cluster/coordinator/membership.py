@@ -176,7 +176,7 @@ class Membership:
             if link.join.pid == pid:
                 self.gone(link)
         if not self._complete.done():
-            self._complete.set_exception(RuntimeError(f"{why} before the cluster was complete; see its message above"))
+            self._complete.set_exception(RuntimeError(f"not all engines are ready, and {why}"))
 
     async def watch_leases(self) -> None:
         """Until cancelled, declare engines lost whose lease has expired.

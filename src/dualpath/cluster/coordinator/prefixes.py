@@ -7,13 +7,14 @@ requests wait, on others. A file job that fails is counted and logged; serving d
 """
 
 import asyncio
-import sys
+import logging
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from dualpath.cluster.coordinator.kv_events import KVEvents
 from dualpath.cluster.messages import BlockFaultReport, StoredBlock
 from dualpath.kv import (
     BlockFault,
@@ -32,6 +33,8 @@ from dualpath.kv import (
 )
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
+
+logger = logging.getLogger(__name__)
 
 LOOK_S = 0.25
 """Longest time a request waits for a look at the store; blocks found later are published then."""
@@ -53,6 +56,7 @@ class Prefixes:
         fingerprint: str,
         weights_version: str,
         quota_bytes: int | None,
+        events: KVEvents | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = open_store(location)
@@ -60,6 +64,7 @@ class Prefixes:
         self._fingerprint = fingerprint
         self._weights_version = weights_version
         self._quota_bytes = quota_bytes
+        self._events = events or KVEvents(None)
         self._clock = clock
         self._index = PrefixIndex()
         self._namespaces: dict[str, Namespace] = {}
@@ -174,7 +179,9 @@ class Prefixes:
             del self._absent_until[next(iter(self._absent_until))]
 
     def keys(self, space: Namespace, token_ids: list[int]) -> list[BlockKey]:
-        return block_keys(space.root, token_ids, self._layout.block_tokens)
+        keys = block_keys(space.root, token_ids, self._layout.block_tokens)
+        self._events.expect(space, keys, token_ids, self._index.reach(keys))
+        return keys
 
     def match_and_pin(self, owner: int, keys: list[BlockKey], most_blocks: int) -> int:
         """Returns the longest stored prefix in blocks, up to `most_blocks`. Eviction spares it until `unpin`."""
@@ -187,13 +194,16 @@ class Prefixes:
 
     def publish(self, blocks: list[StoredBlock]) -> None:
         """Publish blocks that an engine has written and verified, then evict down to the quota."""
+        published = []
         for block in blocks:
-            published = self._index.publish(block.key, block.parent, block.physical_bytes)
-            if not published and block.key not in self._index:
+            if self._index.publish(block.key, block.parent, block.physical_bytes):
+                published.append(block)
+            elif block.key not in self._index:
                 # Its parent has been evicted meanwhile, so nothing can match it and the quota would not count it.
                 self._submit(
                     self._delete_orphans, [GoneBlock(root, block.key, block.parent) for root in self._index.roots]
                 )
+        self._events.stored(published, self._index)
         self._enforce_quota()
 
     def _enforce_quota(self) -> None:
@@ -201,6 +211,7 @@ class Prefixes:
             return
         evicted = self._index.evict(self._quota_bytes)
         if evicted:
+            self._events.removed(block.key for block in evicted)
             self._submit(self._delete, evicted)
 
     def report_faults(self, faults: list[BlockFaultReport]) -> None:
@@ -209,6 +220,7 @@ class Prefixes:
             self.faults[report.fault] += 1
             gone = self._index.drop(report.key)[::-1]
             if gone:
+                self._events.removed(block.key for block in gone)
                 self._submit(self._set_aside, gone[0])
                 self._submit(self._delete_orphans, gone[1:])
 
@@ -229,7 +241,7 @@ class Prefixes:
 
     def _note_file_error(self, error: BaseException) -> None:
         self.file_errors += 1
-        print(f"[store] {error}", file=sys.stderr, flush=True)
+        logger.warning("%s", error)
 
     def _delete(self, blocks: list[GoneBlock]) -> None:
         for block in blocks:
@@ -251,6 +263,7 @@ class Prefixes:
     def gauges(self) -> Figures:
         index = self._index.statistics()
         return {
+            **self._events.gauges(),
             metrics.STORE_NAMESPACES(): float(index.namespaces),
             metrics.STORE_BLOCKS(): float(index.blocks),
             metrics.STORE_BYTES(): float(index.stored_bytes),

@@ -134,9 +134,7 @@ class Serving:
                 self.requests.end(live, live.reason or "stop")
             case Fail():
                 context_tokens = self.requests.model.max_model_len_tokens
-                self.requests.end(
-                    live, request_error(command.cause, live.asked, context_tokens)
-                )
+                self.requests.end(live, request_error(command.cause, live.asked, context_tokens))
             case Cancelled():
                 self.requests.end(live, RequestError(499, "cancelled", "the client closed the request"))
             case Resubmit():

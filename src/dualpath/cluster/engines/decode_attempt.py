@@ -30,6 +30,8 @@ class DecodeAttempt:
         self.space: Namespace = message.namespace
         self.keys: list[BlockKey] = list(message.keys)
         """Keys of all full blocks so far; grows as generated blocks fill."""
+        self.block_token_ids: dict[int, list[int]] = {}
+        """Tokens of generated blocks that are not stored yet."""
         self.tail_token_ids: list[int] = []
         """Tokens after the last full block, including the newest, whose KV does not exist yet."""
         self.pages: dict[int, int] = dict(enumerate(pages))
@@ -51,8 +53,9 @@ class DecodeAttempt:
         self.tail_token_ids.append(token_id)
         while len(self.tail_token_ids) > BLOCK_TOKENS:
             parent = self.keys[-1] if self.keys else self.space.root
-            self.keys += block_keys(parent, self.tail_token_ids[:BLOCK_TOKENS])
-            del self.tail_token_ids[:BLOCK_TOKENS]
+            token_ids, self.tail_token_ids = self.tail_token_ids[:BLOCK_TOKENS], self.tail_token_ids[BLOCK_TOKENS:]
+            self.block_token_ids[len(self.keys)] = token_ids
+            self.keys += block_keys(parent, token_ids)
             self.to_persist.put_nowait(len(self.keys) - 1)
 
     def end(self, reason: str) -> None:
@@ -103,4 +106,5 @@ class Persister:
             self._host.log(f"block {key.hex()} could not be stored: {error}")
             return
         if attempt.storing:  # a step may have failed while this block was written
-            self._host.send(m.Stored([m.StoredBlock(key, parent, physical_bytes)]))
+            token_ids = attempt.block_token_ids.pop(block, [])
+            self._host.send(m.Stored([m.StoredBlock(key, parent, physical_bytes, attempt.space.salted, token_ids)]))

@@ -5,7 +5,7 @@ threads that read and write blocks, and the data channels' threads. KV bytes nev
 """
 
 import asyncio
-import sys
+import logging
 import time
 import uuid
 from collections import Counter
@@ -20,6 +20,7 @@ from dualpath.cluster.engines.block_io import BlockIO
 from dualpath.core.vocabulary import EngineId
 from dualpath.kv.layout import KVLayout
 from dualpath.spec import metrics
+from dualpath.spec.log import ROOT
 from dualpath.spec.metrics import Figures, Sample
 from dualpath.thread_names import COMPUTE_THREAD, named_threads
 from dualpath.transfer import TRANSPORTS
@@ -39,6 +40,7 @@ class EngineHost:
     def __init__(self, config: m.EngineConfig, layout: KVLayout, buffer_blocks: int) -> None:
         cluster = config.cluster
         self.config = config
+        self._logger = logging.getLogger(f"{ROOT}.engine {config.name}")
         self.layout = layout
         self.traffic = TrafficManager(snic_bytes_per_s=cluster.snic_rate, cnic_bytes_per_s=cluster.cnic_rate)
         name = uuid.uuid4().hex[:12]
@@ -150,7 +152,7 @@ class EngineHost:
             self.leave(f"internal error: {task.exception()!r}")
 
     def log(self, line: str) -> None:
-        print(f"[{self.config.role.value} engine {self.engine}] {line}", file=sys.stderr, flush=True)
+        self._logger.info(line)
 
     def close(self) -> None:
         """Free everything, then tell the coordinator: from then on nothing here touches any memory."""

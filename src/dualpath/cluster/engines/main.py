@@ -5,14 +5,16 @@ The supervisor's fork server starts it, after importing this module (and so torc
 """
 
 import asyncio
+import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 
 import torch
+from transformers.utils import logging as transformers_log
 
+from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.engines.decode import DecodeWorker
 from dualpath.cluster.engines.host import EngineHost
 from dualpath.cluster.engines.orders import EngineOrders
@@ -23,24 +25,45 @@ from dualpath.core.batching import AttentionCost
 from dualpath.core.vocabulary import Role
 from dualpath.kv import StoreError
 from dualpath.model import LoadedModel, model_fingerprint, profile_attention
+from dualpath.spec.log import ROOT, start_log
+
+Tell = Callable[[str], None]
+"""Takes a step of an engine's start, in the words that are logged."""
 
 
-def run_engine(config: EngineConfig) -> None:
-    """Serve until told to leave. Exits with code 1 and a line on stderr when the engine can't start or breaks."""
+def run_engine(config: EngineConfig, tell: Tell | None = None) -> None:
+    """Serve until told to leave. Exits with code 1 when the engine can't start or breaks, and tells why.
+
+    Without `tell`, the steps of the start go to this process's log.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor handles Ctrl-C
     cluster = config.cluster
+    start_log(cluster.log_format)
+    tell = tell or logging.getLogger(f"{ROOT}.engine {config.name}").info
+    transformers_log.disable_progress_bar()  # several engines' bars on one terminal are unreadable, and no log's line
     torch.set_num_threads(cluster.threads)
     try:
-        model = LoadedModel.load(cluster.model, device=cluster.device, dtype=cluster.dtype, threads=cluster.threads)
-        reason = asyncio.run(_serve(config, model))
-    except (OSError, StoreError, ValueError) as error:
-        print(f"[{config.role.value} engine, pid {os.getpid()}] can't run: {error}", file=sys.stderr, flush=True)
+        model = _load(cluster, tell)
+        reason = asyncio.run(_serve(config, model, tell))
+    except (OSError, StoreError, ValueError, torch.OutOfMemoryError) as error:
+        tell(f"can't run: {' '.join(str(error).split())}")
         raise SystemExit(1) from error
     if reason.startswith("internal error"):
         raise SystemExit(1)
 
 
-async def _serve(config: EngineConfig, model: LoadedModel) -> str:
+def _load(cluster: ClusterConfig, tell: Tell) -> LoadedModel:
+    """Raises ValueError whatever is wrong with the checkpoint: its readers have errors of many kinds."""
+    if cluster.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {cluster.device}: torch {torch.__version__} finds no CUDA device; use --device cpu")
+    tell(f"loads weights from {cluster.model}")
+    try:
+        return LoadedModel.load(cluster.model, device=cluster.device, dtype=cluster.dtype, threads=cluster.threads)
+    except Exception as error:
+        raise ValueError(f"{cluster.model} can't be loaded: {type(error).__name__}: {error}") from error
+
+
+async def _serve(config: EngineConfig, model: LoadedModel, tell: Tell) -> str:
     cluster = config.cluster
     block_bytes = model.layout.full_block_bytes
     buffer_blocks = cluster.buffer_bytes // block_bytes
@@ -58,14 +81,17 @@ async def _serve(config: EngineConfig, model: LoadedModel) -> str:
         prefill_tokens_per_s = None
         # On the compute thread, so that its memory and kernels are warm for the first request.
         if config.role is Role.PREFILL:
+            tell("measures how fast it prefills")
             worker = PrefillWorker(host, model, _attention_cost(model))
             prefill_tokens_per_s = await loop.run_in_executor(host.compute, worker.measure_tokens_per_s)
         else:
+            tell("warms up")
             worker = DecodeWorker(host, model, hbm_blocks)
             await loop.run_in_executor(host.compute, worker.warm_up)
         loop.add_signal_handler(signal.SIGTERM, host.leave, "terminated")
         join = _join_message(config, model, host, hbm_blocks, prefill_tokens_per_s)
         orders = EngineOrders(host, model, worker)
+        tell("joins")
         reason = await host.run(join, _handler(worker, orders))
         host.log(f"leaves: {reason}")
         return reason
@@ -97,6 +123,7 @@ def _join_message(
         vocab_size=model.vocab_size,
         eos_token_ids=tuple(model.eos_token_ids),
         prefill_tokens_per_s=prefill_tokens_per_s,
+        name=config.name,
     )
 
 

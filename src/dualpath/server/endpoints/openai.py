@@ -44,11 +44,14 @@ class _OpenAI:
         return await service.answer(request, checked, writer, arrived_s)
 
     async def models(self, _request: Request) -> Response:
-        return json_response({"object": "list", "data": [self._model_card()]})
+        return json_response(
+            {"object": "list", "data": [self._model_card(name) for name in self._service.generator.model.names]}
+        )
 
     async def model(self, request: Request) -> Response:
-        self._checker.check_model(request.path_params["name"])
-        return json_response(self._model_card())
+        name = request.path_params["name"]
+        self._checker.check_model(name)
+        return json_response(self._model_card(name))
 
     async def tokenize(self, request: Request) -> Response:
         asked = await self._service.body(request, TokenizeRequest)
@@ -69,13 +72,14 @@ class _OpenAI:
         self._checker.check_token_ids(asked.tokens, "tokens")
         return json_response({"prompt": self._service.codec.decode(asked.tokens, skip_special_tokens=False)})
 
-    def _model_card(self) -> dict[str, Any]:
+    def _model_card(self, name: str) -> dict[str, Any]:
         model = self._service.generator.model
         return {
-            "id": model.name,
+            "id": name,
             "object": "model",
             "created": self._service.created,
             "owned_by": "dualpath",
+            "root": model.name,
             "max_model_len": model.max_model_len_tokens,
             "weight_version": model.weight_version,
             "cluster": model.cluster,

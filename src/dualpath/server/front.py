@@ -1,0 +1,57 @@
+"""What the port answers while the cluster starts: probes, and to all else that it takes a while.
+
+The port is bound before engines load. So one in use is said at once, and an orchestrator's probes are answered.
+"""
+
+from collections.abc import Callable
+
+from starlette.datastructures import State
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dualpath.server.drain import Drain
+from dualpath.server.errors import ApiError
+from dualpath.server.limits import ServerLimits
+from dualpath.server.listening import Application
+from dualpath.server.service import json_response
+
+_RETRY_AFTER_S = 2.0
+_NOT_READY = frozenset({"/health", "/ping", "/ready"})
+
+
+class Front:
+    """ASGI: the application, from `open` on. Before, `starting` returns what /health says.
+
+    An application that is to be opened is made with this one's `limits` and `drain`.
+    """
+
+    def __init__(self, starting: Callable[[], dict[str, object]]) -> None:
+        self.limits, self.drain = ServerLimits(), Drain()
+        self.state = State({"limits": self.limits, "drain": self.drain, "on_refusal": self._refused})
+        self._starting = starting
+        self._app: Application | None = None
+
+    def open(self, app: Application) -> None:
+        """From now on `app` answers."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._app is not None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._loading(scope["path"])(scope, receive, send)
+
+    def _refused(self, error: ApiError) -> None:
+        """Let the application count a request that its connection has refused."""
+        if self._app is not None:
+            self._app.state.on_refusal(error)
+
+    def _loading(self, path: str) -> Response:
+        if path == "/livez":
+            return json_response({"status": "alive"})
+        if path in _NOT_READY:
+            response = json_response(self._starting(), 503)
+            response.headers["retry-after"] = f"{_RETRY_AFTER_S:.0f}"
+            return response
+        message = "the server is loading its model; /health says how far it is"
+        return ApiError(503, message, code="loading", retry_after_s=_RETRY_AFTER_S).response()

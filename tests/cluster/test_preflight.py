@@ -1,0 +1,162 @@
+"""What can't start is said before engines do, in one line that names the option and says what to do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from dualpath.cluster import preflight
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.preflight import settled
+from dualpath.kv import StoreError
+
+TINY: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "dtype": "bfloat16",
+}
+BLOCK_BYTES = 2 * 64 * (2 * 2 * 16) * 4
+
+
+def checkpoint(where: Path, weights: bool = True, **changes: Any) -> Path:
+    where.mkdir(parents=True)
+    (where / "config.json").write_text(json.dumps(TINY | changes))
+    if weights:
+        (where / "model.safetensors").touch()
+    return where
+
+
+def config(tmp_path: Path, **settings: Any) -> ClusterConfig:
+    given: dict[str, Any] = {"model": str(tmp_path / "tiny"), "store": str(tmp_path / "kv")}
+    return ClusterConfig(**(given | settings))
+
+
+def test_what_is_open_is_chosen_and_settling_again_changes_nothing(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "tiny")
+    once = settled(config(tmp_path))
+    assert (once.dtype, once.served_model_name, once.model) == ("float32", "tiny", str(tmp_path / "tiny"))
+    assert (tmp_path / "kv").is_dir() and list((tmp_path / "kv").iterdir()) == []
+    assert settled(once) == once
+    assert settled(config(tmp_path, served_model_name="mine")).served_model_name == "mine"
+
+
+def test_a_gpu_gets_the_checkpoints_own_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.importlib.metadata, "version", lambda _: "2.13.0")
+    monkeypatch.setattr(preflight, "_cuda_devices", lambda: 1)
+    checkpoint(tmp_path / "tiny")
+    assert settled(config(tmp_path, device="cuda")).dtype == "bfloat16"
+    assert settled(config(tmp_path, device="cuda:0", dtype="float16")).dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"architectures": ["BertForMaskedLM"]}, "is a BertForMaskedLM; give a causal language model"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "has layers of type sliding_attention"),
+        ({"weights": False}, r"has no \*.safetensors"),
+    ],
+)
+def test_a_checkpoint_that_can_not_be_served(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    checkpoint(tmp_path / "tiny", **changes)
+    with pytest.raises(ValueError, match=f"^--model: .*{complaint}"):
+        settled(config(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_config_that_is_none(tmp_path: Path, text: str) -> None:
+    (checkpoint(tmp_path / "tiny") / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"^--model: .*tiny/config.json can't be read: "):
+        settled(config(tmp_path))
+
+
+@pytest.mark.parametrize("option", ["buffer_bytes", "hbm_bytes"])
+def test_memory_that_holds_no_block(tmp_path: Path, option: str) -> None:
+    checkpoint(tmp_path / "tiny")
+    with pytest.raises(
+        ValueError, match=f"^--{option[:-6]}: {BLOCK_BYTES - 1} bytes does not hold one .* {BLOCK_BYTES} "
+    ):
+        settled(config(tmp_path, **{option: BLOCK_BYTES - 1}))
+    settled(config(tmp_path, **{option: BLOCK_BYTES}))
+
+
+@pytest.mark.parametrize(
+    ("torch", "devices", "complaint"),
+    [("2.13.0+cpu", 1, r"torch \(2.13.0\+cpu\) is built without CUDA"), ("2.13.0", 0, "no CUDA device is found here")],
+)
+def test_cuda_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: str, devices: int, complaint: str
+) -> None:
+    checkpoint(tmp_path / "tiny")
+    monkeypatch.setattr(preflight.importlib.metadata, "version", lambda _: torch)
+    monkeypatch.setattr(preflight, "_cuda_devices", lambda: devices)
+    with pytest.raises(ValueError, match=f"^--device: .*{complaint}.*--device cpu"):
+        settled(config(tmp_path, device="cuda"))
+
+
+def test_a_device_that_is_none(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "tiny")
+    with pytest.raises(ValueError, match="'gpu' is not supported; choose cpu or cuda"):
+        settled(config(tmp_path, device="gpu"))
+
+
+def test_a_store_that_can_not_be_written(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "tiny")
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"^--store: .*file/kv can't be written to: Not a directory"):
+        settled(config(tmp_path, store=str(tmp_path / "file" / "kv")))
+    with pytest.raises(StoreError, match="unknown kind of store 'ftp'"):
+        settled(config(tmp_path, store="ftp://x"))
+
+
+def cached(home: Path, name: str, weights: bool) -> Path:
+    """A model in the local Hugging Face cache, as its own tools lay it out."""
+    repository = home / "hub" / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c0ffee")
+    return checkpoint(repository / "snapshots" / "c0ffee", weights=weights)
+
+
+SETTLE = """
+import sys, msgspec
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.preflight import settled
+try:
+    found = settled(ClusterConfig(model=sys.argv[1], store=sys.argv[2]))
+    print(found.model, found.served_model_name)
+except ValueError as error:
+    print(error)
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_name_of_the_hub_is_found_in_the_local_cache_or_told_how_to_get(tmp_path: Path, weights: bool) -> None:
+    snapshot = cached(tmp_path / "home", "org/Model-1.5B", weights)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-c", SETTLE, "org/Model-1.5B", str(tmp_path / "kv")]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+    if weights:
+        assert told == f"{snapshot} org/Model-1.5B\n"
+    else:
+        assert "`hf download org/Model-1.5B --local-dir Model-1.5B`, then serve Model-1.5B" in told
+
+
+def test_a_place_that_is_no_checkpoint_and_no_name(tmp_path: Path) -> None:
+    for model in (str(tmp_path), str(tmp_path / "none"), "none"):
+        with pytest.raises(ValueError, match=f"^--model: {model} has no config.json"):
+            settled(config(tmp_path, model=model))
+
+
+def test_a_setting_of_the_log_that_can_not_be(tmp_path: Path) -> None:
+    for name, value in (("dtype", "int8"), ("log_format", "xml")):
+        with pytest.raises(ValueError, match=f"{name} is '{value}'; it must be one of"):
+            msgspec.structs.replace(config(tmp_path), **{name: value})
