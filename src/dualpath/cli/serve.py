@@ -41,8 +41,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_key_options(group)
     names = "names that requests may use; answers carry the first (default: the checkpoint's)"
     group.add_argument("--served-model-name", "--name", nargs="+", dest="names", metavar="NAME", help=names)
-    waiting = {"type": positive, "default": DEFAULTS["max_waiting"], "metavar": "N"}
-    group.add_argument("--max-waiting", **waiting, help="requests that may wait; more get 429 (default: %(default)s)")
     drain = "seconds that running requests have to end when the server is told to stop (default: %(default)g)"
     group.add_argument(
         "--drain-timeout", type=float, default=DEFAULTS["drain_s"], dest="drain_s", metavar="S", help=drain
