@@ -13,6 +13,8 @@ from msgspec import inspect
 
 from dualpath.server.chat.anthropic_request import CountTokensRequest, MessagesRequest
 from dualpath.server.chat.responses_request import InputTokensRequest, ResponsesRequest
+from dualpath.server.endpoints import rollout
+from dualpath.server.endpoints.rollout import SglangGenerate, VllmGenerate
 from dualpath.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from dualpath.server.unsupported import UNSUPPORTED
 
@@ -22,8 +24,12 @@ class Endpoint(NamedTuple):
     kind: type[msgspec.Struct]
     smallest: dict[str, Any]
     """A body that is answered with 200."""
+    free: tuple[str, tuple[str, ...]] = ("", ())
+    """A field that is a record without a schema, and the names that are read from it."""
 
 
+_SAMPLING = tuple(field.name for field in msgspec.structs.fields(CompletionRequest))
+_SGLANG_SAMPLING = (*rollout._SAME, *rollout._OTHER_NAMES, *rollout._GRAMMARS)
 _MESSAGES = [{"role": "user", "content": "a"}]
 ENDPOINTS = [
     Endpoint("/v1/completions", CompletionRequest, {"prompt": "a", "max_tokens": 3}),
@@ -41,6 +47,13 @@ ENDPOINTS = [
     Endpoint("/v1/responses", ResponsesRequest, {"input": "a", "max_output_tokens": 3}),
     Endpoint("/v1/responses", ResponsesRequest, {"input": "a", "max_output_tokens": 3, "stream": True}),
     Endpoint("/v1/responses/input_tokens", InputTokensRequest, {"input": "a"}),
+    Endpoint("/inference/v1/generate", VllmGenerate, {"token_ids": [1]}, ("sampling_params", _SAMPLING)),
+    Endpoint(
+        "/generate",
+        SglangGenerate,
+        {"text": "a"},
+        ("sampling_params", _SGLANG_SAMPLING),
+    ),
 ]
 
 VALUES: list[bytes] = [
@@ -108,7 +121,9 @@ def requests(endpoint: Endpoint) -> Iterator[tuple[str, bytes]]:
     names |= {entry.name for entry in UNSUPPORTED if getattr(endpoint.kind, "api", "") in entry.endpoints}
     for name, value in itertools.product(sorted(names), VALUES):
         yield f"{name} = {value[:40]!r}", _body(smallest | {name: value})
-    for path, value in itertools.product(_inner(endpoint.kind), VALUES):
+    field, free = endpoint.free
+    paths = [*_inner(endpoint.kind), *([field, name] for name in free)]
+    for path, value in itertools.product(paths, VALUES):
         yield f"{'.'.join(path)} = {value[:40]!r}", _body(smallest | {path[0]: _nested(path[1:], value)})
 
 
@@ -146,6 +161,9 @@ def _inner(kind: type[msgspec.Struct]) -> Iterator[list[str]]:
         yield from walk([field.encode_name], field.type)
 
 
+_USUAL = {"role": b'"user"', "content": b'"a"', "type": b'"function"', "name": b'"f"'}
+
+
 def _nested(path: list[str], value: bytes) -> bytes:
     """Returns `value` at `path`, beside what the records on the way usually need."""
     if not path:
@@ -154,5 +172,4 @@ def _nested(path: list[str], value: bytes) -> bytes:
     inner = _nested(rest, value)
     if head == "[]":
         return b"[%b]" % inner
-    usual = {"role": b'"user"', "content": b'"a"', "type": b'"function"', "name": b'"f"'}
-    return _body(usual | {head: inner})
+    return _body(_USUAL | {head: inner})

@@ -106,17 +106,13 @@ def _is_deeper(level: bytes, most: int) -> bool:
 
 
 def check_values(record: msgspec.Struct, limits: ServerLimits) -> None:
-    """Raises ApiError (400) for a list in `record` that is too long to be walked, and for a number beyond 64 bits."""
+    """Raises ApiError (400) for a list in `record` that is too long to be walked."""
     for name, value in zip(record.__struct_fields__, msgspec.structs.astuple(record), strict=True):
-        if value is None:
-            continue
         if isinstance(value, list):
             named = {"messages": limits.max_messages, "tools": limits.max_tools}
             most = named.get(name, limits.max_list_entries)
             if len(value) > most:
                 raise bad_parameter(name, f"{name} has {len(value)} entries; a request may have {most}")
-        elif isinstance(value, int) and not -(2**63) <= value < 2**64:
-            raise bad_parameter(name, f"{name} is out of range; it must be between {-(2**63)} and {2**64 - 1}")
 
 
 def _too_much(limits: ServerLimits) -> ApiError:

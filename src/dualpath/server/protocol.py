@@ -189,6 +189,9 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
         raise ApiError(400, f"the request body is invalid: {error}", code="invalid_value", param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(error) from None
+    for name, value in zip(record.__struct_fields__, msgspec.structs.astuple(record), strict=True):
+        if isinstance(value, int) and not -(2**63) <= value < 2**64:  # sums of such may have no decimal form
+            raise bad_parameter(name, f"{name} is out of range; it must be between {-(2**63)} and {2**64 - 1}")
     return record
 
 
