@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+import psutil
 import pytest
 from fake_cluster import TOKENIZER, byte_tokenizer, running_server, says
 from openai import BadRequestError
@@ -110,6 +111,18 @@ def test_a_schema_that_would_compute_for_ever_is_refused_and_harms_nobody() -> N
         assert caught.value.param == "structured_outputs.json"
         answer = ask(model="tiny", messages=HELLO, extra_body={"structured_outputs": {"choice": ["yes"]}})
         assert answer.choices[0].message.content == "yes"
+
+
+def test_no_process_is_left_when_the_server_has_stopped() -> None:
+    def workers() -> int:
+        children = psutil.Process().children(recursive=True)
+        return sum("grammar_worker" in " ".join(child.cmdline()) for child in children)
+
+    before = workers()
+    with running_server(Roomy(obeys)) as url:
+        client(url).chat.completions.create(model="tiny", messages=HELLO, response_format=SCHEMA)
+        assert workers() == before + 1
+    assert workers() == before
 
 
 def test_grammars_are_refused_where_the_tokenizer_can_have_none() -> None:

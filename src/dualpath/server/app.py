@@ -74,4 +74,5 @@ def create_app(
     # What `serve` needs of it.
     app.state.limits, app.state.drain = limits, service.drain
     app.state.on_refusal = partial(service.count_failure, "")
+    app.state.close = dialect.close
     return app

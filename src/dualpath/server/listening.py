@@ -72,6 +72,7 @@ async def serve(
         finally:
             server.should_exit = True
             await running
+            app.state.close()
 
 
 class _Server(uvicorn.Server):

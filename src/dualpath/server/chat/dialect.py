@@ -35,6 +35,10 @@ class Dialect:
         self._grammars = GrammarChecker(tokenizer, vocab_size)
         self._hidden = _hidden_tokens(tokenizer, self.calls, self.reasoning)
 
+    def close(self) -> None:
+        """End the process that compiles grammars, if there is one."""
+        self._grammars.close()
+
     def tool_use(self, asked: ChatRequest) -> ToolUse:
         """Returns what the request says of tools. Raises ApiError (400), also where this model can't use them."""
         use = tool_use(asked)

@@ -58,6 +58,10 @@ class GrammarChecker:
         pattern = "(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")"
         return [(part, special.get(part)) for part in (re.split(pattern, text) if special else [text]) if part]
 
+    def close(self) -> None:
+        """End the process. A grammar that is being compiled is then too much."""
+        self._end()
+
     # ── the process; a thread at a time ─────────────────────────────────────────────────────────────────────────────
 
     def _compile(self, grammar: str) -> str:
@@ -73,7 +77,7 @@ class GrammarChecker:
         if not self._turn.acquire(timeout=_TURN_TIMEOUT_S):
             raise ApiError(429, "too many grammars are being compiled; try again", code="overloaded", retry_after_s=5)
         try:
-            if self._process is None:
+            if self._process is None or self._process.poll() is not None:
                 self._start()
             return work()
         finally:
@@ -106,7 +110,7 @@ class GrammarChecker:
             process.stdin.flush()
             ready, _, _ = select.select([process.stdout], [], [], _ANSWER_TIMEOUT_S)
             line = process.stdout.readline() if ready else ""
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # it has ended, or is being ended
             line = ""
         if not line:
             self._process = None

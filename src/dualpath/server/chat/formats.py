@@ -75,11 +75,9 @@ class ReasoningFormat(msgspec.Struct, frozen=True, kw_only=True):
     anywhere: bool = False
     """False: only a message's start is reasoning; `open` later is ordinary text."""
     after: str = ""
-    """What the model writes after `close`, whatever comes next."""
+    """What the model writes after `close`, whatever comes next; before content it writes `content`."""
     content: str = ""
-    """What the model writes before content."""
-    noise: str = ""
-    """Regular expression of markers around content."""
+    noise: str = ""  # as a call's
 
 
 _OBJECT = r'\s*\{\s*"(?:name|arguments|parameters|type|id)"'
