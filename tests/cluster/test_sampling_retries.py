@@ -59,7 +59,7 @@ async def answer(cluster: Cluster, prompt: list[int], fail_after: int | None, **
         async for step in cluster.coordinator.generate(GenerateRequest(prompt_token_ids=prompt, sampling=params)):
             steps.append(step)
             if fail_after is not None and sum(len(s.token_ids) for s in steps) == fail_after:
-                (live,) = serving._requests.values()
+                (live,) = serving.requests.running.values()
                 links = cluster.coordinator._links.by_engine
                 decode = next(engine for engine, link in links.items() if link.join.role is Role.DECODE)
                 assert live.current is not None
