@@ -27,7 +27,9 @@ class Front:
 
     def __init__(self, starting: Callable[[], dict[str, object]]) -> None:
         self.limits, self.drain = ServerLimits(), Drain()
-        self.state = State({"limits": self.limits, "drain": self.drain, "on_refusal": self._refused})
+        self.state = State(
+            {"limits": self.limits, "drain": self.drain, "on_refusal": self._refused, "close": self._close}
+        )
         self._starting = starting
         self._app: Application | None = None
 
@@ -45,6 +47,10 @@ class Front:
         """Let the application count a request that its connection has refused."""
         if self._app is not None:
             self._app.state.on_refusal(error)
+
+    def _close(self) -> None:
+        if self._app is not None:
+            self._app.state.close()
 
     def _loading(self, path: str) -> Response:
         if path == "/livez":

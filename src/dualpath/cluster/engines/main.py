@@ -88,7 +88,8 @@ async def _serve(config: EngineConfig, model: LoadedModel, tell: Tell) -> str:
             tell("warms up")
             worker = DecodeWorker(host, model, hbm_blocks)
             await loop.run_in_executor(host.compute, worker.warm_up)
-        loop.add_signal_handler(signal.SIGTERM, host.leave, "terminated")
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # `fork_server` says why it may be
+            loop.add_signal_handler(signal.SIGTERM, host.leave, "terminated")
         join = _join_message(config, model, host, hbm_blocks, prefill_tokens_per_s)
         orders = EngineOrders(host, model, worker)
         tell("joins")
