@@ -185,6 +185,24 @@ def test_what_leaves_storage_is_announced_too(short_tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_kv_that_is_not_matched_any_more_is_cleared(short_tmp_path: Path) -> None:
+    """The cache is reset, or other weights are served: the same prompt is stored again under another hash."""
+
+    async def run() -> None:
+        async with announced(short_tmp_path) as (prefixes, _, router):
+            before = await store(prefixes, TOKENS[:64], physical_bytes=1)
+            await router.next()
+            for change in (prefixes.forget, lambda: prefixes.serve_weights("other")):
+                change()
+                assert (await router.next())[2].events == [Cleared()]
+                after = await store(prefixes, TOKENS[:64], physical_bytes=1)
+                (event,) = (await router.next())[2].events
+                assert isinstance(event, Stored) and event.block_hashes == after != before
+                before = after
+
+    asyncio.run(run())
+
+
 def test_a_subscriber_gets_again_what_it_has_missed(short_tmp_path: Path) -> None:
     async def run() -> None:
         async with announced(short_tmp_path, buffer_steps=3) as (prefixes, _, router):

@@ -128,6 +128,8 @@ class KVEvents:
         self._send([BlockRemoved(hashes)] if hashes else [])
 
     def cleared(self) -> None:
+        """Announce that earlier blocks are not matched any more; those still to be stored from before are not told."""
+        self._expected.clear()
         self._send([AllBlocksCleared()] if self._on else [])
 
     def gauges(self) -> Figures:

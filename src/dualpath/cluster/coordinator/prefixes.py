@@ -106,12 +106,14 @@ class Prefixes:
         """From now on match only KV of these weights, whatever their version is called: older KV of theirs hits too."""
         self._fingerprint = fingerprint
         self._namespaces.clear()
+        self._events.cleared()
 
     def forget(self) -> None:
         """From now on match nothing that is stored already. Its blocks stay until they are evicted, and a restarted
         cluster matches them again."""
         self._generation = f"/{uuid.uuid4().hex}"
         self._namespaces.clear()
+        self._events.cleared()
 
     async def open(self, tenant: str) -> Namespace:
         """Returns the tenant's namespace, ready to match and publish. One that can't be prepared matches nothing."""
