@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import inspect
 
-from dualpath.server.chat.anthropic_request import CountTokensRequest, MessagesRequest
-from dualpath.server.chat.responses_request import InputTokensRequest, ResponsesRequest
+from dualpath.server.anthropic.request import CountTokensRequest, MessagesRequest
 from dualpath.server.endpoints import rollout
 from dualpath.server.endpoints.rollout import SglangGenerate, VllmGenerate
 from dualpath.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from dualpath.server.responses.request import InputTokensRequest, ResponsesRequest
 from dualpath.server.unsupported import UNSUPPORTED
 
 

@@ -8,12 +8,12 @@ import pytest
 from dualpath.server.chat.conversation import Conversation
 from dualpath.server.chat.deltas import Delta
 from dualpath.server.chat.parts import Part, Parts
-from dualpath.server.chat.response_store import Owner, ResponseStore, item_id, response_id
-from dualpath.server.chat.responses_items import Item, seal, unseal
-from dualpath.server.chat.responses_request import ResponsesRequest, as_chat
-from dualpath.server.chat.responses_tools import Tools
 from dualpath.server.errors import ApiError
 from dualpath.server.protocol import ChatRequest, FunctionName, NamedToolChoice, decode_body
+from dualpath.server.responses.items import Item, seal, unseal
+from dualpath.server.responses.request import ResponsesRequest, as_chat
+from dualpath.server.responses.store import Owner, ResponseStore, item_id, response_id
+from dualpath.server.responses.tools import Tools
 
 MINE = Owner(b"mine")
 

@@ -15,7 +15,7 @@ from scripted_deltas import AGENT_TURN, CONTENT, events_of, scripted
 
 from dualpath.cluster.generator import GeneratedTokens, RequestError
 from dualpath.server import ServerLimits
-from dualpath.server.chat.anthropic_request import CountTokensRequest, MessagesRequest, as_chat
+from dualpath.server.anthropic.request import CountTokensRequest, MessagesRequest, as_chat
 from dualpath.server.chat.deltas import Delta
 from dualpath.server.errors import ApiError
 from dualpath.server.protocol import ChatRequest, FunctionName, decode_body

@@ -14,7 +14,7 @@ from scripted_deltas import AGENT_TURN, CONTENT, events_of, scripted
 from dualpath.cluster.generator import GeneratedTokens, RequestError
 from dualpath.server import ServerLimits
 from dualpath.server.chat.deltas import Delta
-from dualpath.server.chat.responses_request import ResponsesRequest
+from dualpath.server.responses.request import ResponsesRequest
 from dualpath.server.unsupported import UNSUPPORTED
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)

@@ -11,10 +11,10 @@ from fake_cluster import EOS, FakeGenerator, ids, running_server, says
 from test_chat_tools import Roomy, obeys
 
 from dualpath.server import ServerLimits
-from dualpath.server.chat.anthropic_request import MessagesRequest
+from dualpath.server.anthropic.request import MessagesRequest
 from dualpath.server.chat.formats import CALL_FORMATS
-from dualpath.server.chat.responses_request import ResponsesRequest
 from dualpath.server.protocol import ChatRequest, CompletionRequest
+from dualpath.server.responses.request import ResponsesRequest
 from dualpath.server.unsupported import UNSUPPORTED, table
 from dualpath.spec.timings import Timings
 

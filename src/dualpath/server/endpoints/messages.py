@@ -5,8 +5,8 @@ import time
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dualpath.server.chat.anthropic_answer import MessagesWriter
-from dualpath.server.chat.anthropic_request import CountTokensRequest, MessagesRequest, as_chat
+from dualpath.server.anthropic.answer import MessagesWriter
+from dualpath.server.anthropic.request import CountTokensRequest, MessagesRequest, as_chat
 from dualpath.server.service import Route, Service, json_response
 
 

@@ -7,13 +7,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dualpath.server.chat.response_store import Owner, ResponseStore
-from dualpath.server.chat.responses_answer import Keep, ResponsesWriter
-from dualpath.server.chat.responses_request import InputTokensRequest, ResponsesRequest, as_chat, own_items
-from dualpath.server.chat.responses_tools import Tools
 from dualpath.server.errors import bad_parameter
 from dualpath.server.http import api_key
 from dualpath.server.protocol import ChatRequest
+from dualpath.server.responses.answer import Keep, ResponsesWriter
+from dualpath.server.responses.request import InputTokensRequest, ResponsesRequest, as_chat, own_items
+from dualpath.server.responses.store import Owner, ResponseStore
+from dualpath.server.responses.tools import Tools
 from dualpath.server.service import Route, Service, json_response
 
 

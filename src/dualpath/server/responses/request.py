@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 import msgspec
 
 from dualpath.server.chat.conversation import Conversation
-from dualpath.server.chat.responses_items import Item, Items, add_items
-from dualpath.server.chat.responses_tools import Tools
 from dualpath.server.errors import bad_parameter
 from dualpath.server.protocol import ChatRequest, ResponseFormat
+from dualpath.server.responses.items import Item, Items, add_items
+from dualpath.server.responses.tools import Tools
 
 _ENCRYPTED = "reasoning.encrypted_content"
 _LOGPROBS = "message.output_text.logprobs"

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from dualpath.server.chat.responses_items import Item
 from dualpath.server.errors import ApiError
+from dualpath.server.responses.items import Item
 
 
 def response_id(key: str) -> str:

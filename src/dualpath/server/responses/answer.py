@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 
 from dualpath.server.chat.parts import Part, Parts, Step
-from dualpath.server.chat.response_store import item_id, response_id
-from dualpath.server.chat.responses_items import seal
-from dualpath.server.chat.responses_request import Format, Reasoning, ResponsesRequest, Text
-from dualpath.server.chat.responses_tools import Tools
 from dualpath.server.errors import ApiError
 from dualpath.server.generation import Piece, Usage
 from dualpath.server.requests import CheckedRequest
+from dualpath.server.responses.items import seal
+from dualpath.server.responses.request import Format, Reasoning, ResponsesRequest, Text
+from dualpath.server.responses.store import item_id, response_id
+from dualpath.server.responses.tools import Tools
 
 Keep = Callable[[str, bytes, list[dict[str, Any]]], None]
 """Stores a response: its id, its body, its output items."""

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from dualpath.server.chat.conversation import Conversation
-from dualpath.server.chat.responses_tools import Tools
 from dualpath.server.errors import ApiError, bad_parameter
+from dualpath.server.responses.tools import Tools
 
 _SEAL = "dualpath:"
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
