@@ -6,12 +6,19 @@ from anthropic import Anthropic
 
 url, model = sys.argv[1:3]
 client = Anthropic(base_url=url, api_key="none", max_retries=0)
-schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+schema = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 tools = [{"name": "weather", "description": "The weather of a city", "input_schema": schema}]
 turns = [{"role": "user", "content": "How is the weather in Paris?"}]
 counted = client.messages.count_tokens(model=model, messages=turns, tools=tools, system="Be brief.")
 asked = {"model": model, "max_tokens": 60, "tools": tools, "system": "Be brief."}
-message = client.messages.create(messages=turns, tool_choice={"type": "any"}, **asked)
+message = client.messages.create(
+    messages=turns, tool_choice={"type": "any", "disable_parallel_tool_use": True}, **asked
+)
 usage = message.usage
 assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted.input_tokens
 call = next(block for block in message.content if block.type == "tool_use")
