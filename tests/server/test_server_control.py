@@ -15,7 +15,10 @@ CALLS: list[tuple[str, dict[str, Any] | None, tuple[Any, ...]]] = [
     ("/pause?mode=keep&clear_cache=false", None, ("pause", "keep")),
     ("/pause?wait_for_inflight_requests=true", None, ("pause", "wait")),
     ("/resume", None, ("resume",)),
+    ("/pause", {"mode": "keep"}, ("pause", "keep")),
+    ("/pause", {"wait_for_inflight_requests": True}, ("pause", "wait")),
     ("/abort_requests", {}, ("abort", None)),
+    ("/abort_requests", {"request_ids": []}, ("abort", [])),
     ("/abort_requests", {"request_ids": ["a", "b"]}, ("abort", ["a", "b"])),
     ("/update_weights", {"weight_dir": "/w/step_5"}, ("update_weights", "/w/step_5", "step_5", "wait")),
     (
@@ -84,6 +87,35 @@ def test_without_keys_only_this_host(client: tuple[str, int] | None, allowed: bo
 
 
 @pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://elsewhere.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Host": "elsewhere.example"},
+        {"Host": "elsewhere.example:8000"},
+    ],
+)
+def test_without_keys_no_web_page_of_this_host_controls(headers: dict[str, str]) -> None:
+    cluster = FakeGenerator(says("ok"))
+    with running_server(cluster, enable_control=True) as url:
+        for ask in (
+            lambda: httpx.post(f"{url}/pause", headers=headers),
+            lambda: httpx.get(f"{url}/flush_cache", headers=headers),
+        ):
+            assert ask().json()["error"]["code"] == "control_closed"
+        for name in ("localhost", "127.0.0.1:8000", "[::1]:8000"):
+            assert httpx.post(f"{url}/pause", headers={"Host": name}).status_code == 200
+    assert cluster.control.calls == [("pause", "abort")] * 3
+
+
+def test_a_misspelt_field_aborts_nothing() -> None:
+    cluster = FakeGenerator(says("ok"))
+    with running_server(cluster, enable_control=True) as url:
+        assert httpx.post(f"{url}/abort_requests", json={"request_id": "x"}).status_code == 400
+    assert cluster.control.calls == []
+
+
+@pytest.mark.parametrize(
     ("path", "body", "param"),
     [
         ("/pause?mode=never", None, "mode"),
@@ -93,6 +125,8 @@ def test_without_keys_only_this_host(client: tuple[str, int] | None, allowed: bo
         ("/update_weights", {"model_path": "/w", "weight_version": 'a"b'}, "weight_version"),
         ("/update_weights", {"model_path": "/w", "load_format": "gguf"}, "load_format"),
         ("/abort_request", {}, "rid"),
+        ("/pause", {"mode": "never"}, "mode"),
+        ("/pause?wait_for_inflight_requests=banana", None, "wait_for_inflight_requests"),
         ("/release_memory_occupation", {"tags": ["all"]}, "tags"),
     ],
 )

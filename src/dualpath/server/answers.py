@@ -17,7 +17,7 @@ from dualpath.server.codec import TextCodec
 from dualpath.server.errors import ApiError
 from dualpath.server.generation import Piece, Usage
 from dualpath.server.logprobs import LogprobShapes, PromptEntry
-from dualpath.server.request_log import current
+from dualpath.server.request_record import current
 from dualpath.server.requests import CheckedRequest
 from dualpath.spec.timings import Timings
 

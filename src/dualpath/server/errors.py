@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from dualpath.cluster.generator import RequestError, overflow_message
+from dualpath.server.request_record import current
 
 _MESSAGE_CHARACTERS = 2000
 """Messages quote what the client sent, which may be megabytes."""
@@ -68,7 +69,9 @@ class ApiError(Exception):
         message = self.message
         if self.overflow is not None:
             message = "prompt is too long: {} tokens > {} maximum".format(*self.overflow)
-        return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}, "request_id": None})
+        return msgspec.json.encode(
+            {"type": "error", "error": {"type": kind, "message": message}, "request_id": current().id}
+        )
 
     def response(self, path: str = "") -> Response:
         """Returns the response, in the shape of the API that `path` belongs to."""

@@ -174,6 +174,9 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 
 
 Body = TypeVar("Body", bound=msgspec.Struct)
+_HALF_CHARACTER = re.compile(
+    rb"(?<!\\)(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+)
 _FIELD = re.compile(r"(?:at|in) `\$\.(\w+)|required field `(\w+)`")
 
 
@@ -188,7 +191,7 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
         param = (match[1] or match[2]) if match else None
         raise ApiError(400, f"the request body is invalid: {error}", code="invalid_value", param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _malformed(error) from None
+        raise _malformed(error, body) from None
     for name, value in zip(record.__struct_fields__, msgspec.structs.astuple(record), strict=True):
         if isinstance(value, int) and not -(2**63) <= value < 2**64:  # sums of such may have no decimal form
             raise bad_parameter(name, f"{name} is out of range; it must be between {-(2**63)} and {2**64 - 1}")
@@ -221,7 +224,7 @@ def decode_prompts(
             "prompt", f"prompt must be a text, a list of token ids, or a list of either: {error}"
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:  # decoding the body did not look inside
-        raise _malformed(error) from None
+        raise _malformed(error, text) from None
 
 
 def _token_ids(text: bytes, context_tokens: int, most_tokens: int) -> list[int]:
@@ -231,5 +234,8 @@ def _token_ids(text: bytes, context_tokens: int, most_tokens: int) -> list[int]:
     return msgspec.json.decode(text, type=list[int])
 
 
-def _malformed(error: Exception) -> ApiError:
-    return ApiError(400, f"the request body is not valid JSON: {error}", code="invalid_json")
+def _malformed(error: Exception, text: bytes) -> ApiError:
+    why: object = error
+    if half := _HALF_CHARACTER.search(text):
+        why = f"{half[0].decode()} is half of a character, as of an emoji that was cut; send whole ones"
+    return ApiError(400, f"the request body is not valid JSON: {why}", code="invalid_json")

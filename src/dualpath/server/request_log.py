@@ -9,18 +9,14 @@ import re
 import time
 import uuid
 from collections.abc import Callable
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from starlette.types import Message, Receive, Scope, Send
 
 from dualpath.server.http import OPEN_PATHS
 from dualpath.server.listening import Application
-
-if TYPE_CHECKING:
-    from dualpath.server.generation import Usage
-    from dualpath.server.requests import CheckedRequest
+from dualpath.server.request_record import CURRENT, RequestRecord
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("dualpath.access")
@@ -30,30 +26,8 @@ _SENT_ID = re.compile(rb"[\w.:+/=@-]{1,128}", re.ASCII)
 _MAX_PATH_CHARACTERS = 200
 
 
-class RequestRecord:
-    """What is known of one request so far. `arrived_s` is ``time.perf_counter``'s."""
-
-    __slots__ = ("arrived_s", "checked", "id", "status", "usage")
-
-    def __init__(self, request_id: str) -> None:
-        self.id = request_id
-        self.arrived_s = time.perf_counter()
-        self.status: int | None = None
-        self.checked: CheckedRequest | None = None
-        """What it asks to be generated; None as long as it has not passed the checks."""
-        self.usage: Usage | None = None
-        """Tokens and times of that, which grow while it is answered."""
-
-
-_current: ContextVar[RequestRecord | None] = ContextVar("request", default=None)
-
 Observer = Callable[[Scope, RequestRecord], None]
 """Is told of every request once it has ended."""
-
-
-def current() -> RequestRecord:
-    """Returns the record of the request that this runs for; outside of one, a new record."""
-    return _current.get() or RequestRecord(uuid.uuid4().hex)
 
 
 class RequestLog:
@@ -76,14 +50,14 @@ class RequestLog:
                 message["headers"] = [*message.get("headers", ()), header]
             await send(message)
 
-        token = _current.set(record)
+        token = CURRENT.set(record)
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
             logger.error("request %s failed unexpectedly; please report it", record.id)
             raise
         finally:
-            _current.reset(token)
+            CURRENT.reset(token)
             for observer in self._observers:
                 observer(scope, record)
 

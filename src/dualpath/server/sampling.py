@@ -76,6 +76,8 @@ class SamplingChecker:
         if fields.top_p == 0:
             raise bad_parameter("top_p", "top_p must be above 0; for greedy decoding set temperature to 0")
         check_range("min_tokens", fields.min_tokens, 0, asked.max_tokens)
+        if fields.allowed_token_ids == []:
+            raise bad_parameter("allowed_token_ids", "allowed_token_ids is empty, which leaves no token; leave it out")
         given = {name: getattr(fields, name) for name in _DEFAULTED}
         chosen = {n: getattr(self._model.defaults, n) if value is None else value for n, value in given.items()}
         return SamplingParams(

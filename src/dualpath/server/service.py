@@ -27,7 +27,7 @@ from dualpath.server.generation import Usage, run_request
 from dualpath.server.http import EventStream, while_connected
 from dualpath.server.limits import ServerLimits
 from dualpath.server.metrics import GenerationTimer, ServerMetrics
-from dualpath.server.request_log import current
+from dualpath.server.request_record import current
 from dualpath.server.requests import CheckedRequest, RequestChecker
 
 logger = logging.getLogger(__name__)

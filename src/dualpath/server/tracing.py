@@ -17,7 +17,7 @@ from starlette.types import Scope
 
 from dualpath import __version__
 from dualpath.server.http import OPEN_PATHS
-from dualpath.server.request_log import RequestRecord
+from dualpath.server.request_record import RequestRecord
 
 _EXPORT_S = 3
 """How long a batch of spans may take, so also how long the server's end waits for a collector that is away."""

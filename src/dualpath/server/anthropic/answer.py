@@ -7,7 +7,7 @@ import msgspec
 from dualpath.server.chat.parts import Part, Parts, Step
 from dualpath.server.errors import ApiError
 from dualpath.server.generation import Piece, Usage
-from dualpath.server.request_log import current
+from dualpath.server.request_record import current
 from dualpath.server.requests import CheckedRequest
 
 _SIGNATURE = "dualpath"

@@ -24,6 +24,7 @@ _VERSION = re.compile(r'[^"\\\x00-\x1f\x7f]{1,128}')
 _HEALTH_S = 20.0
 _MEMORY: tuple[Memory, ...] = get_args(Memory)
 _INFLIGHT: tuple[Inflight, ...] = get_args(Inflight)
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _SGLANG_MODES: dict[str, Inflight] = {"abort": "abort", "retract": "keep", "in_place": "keep"}
 _FROM_PATH = 'weights come from a folder here: POST /update_weights with {"model_path": DIR}'
 _ELSEWHERE = {
@@ -52,12 +53,20 @@ class UpdateWeights(msgspec.Struct, kw_only=True):
     load_format: Literal["auto", "safetensors"] | None = None
 
 
-class AbortRequests(msgspec.Struct, kw_only=True):
-    """Body of /abort_requests (vLLM) and /abort_request (SGLang)."""
+class AbortRequests(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of /abort_requests (vLLM) and /abort_request (SGLang). A misspelt field must not abort everything."""
 
     request_ids: list[str] | None = None
+    """None: all requests; an empty list: none of them."""
     rid: str | None = None
     abort_all: bool | None = None
+
+
+class Pause(msgspec.Struct, kw_only=True):
+    """Body of /pause. vLLM has these in the query; the query wins."""
+
+    mode: Inflight | None = None
+    wait_for_inflight_requests: bool | None = None
 
 
 class PauseGeneration(msgspec.Struct, kw_only=True):
@@ -110,8 +119,11 @@ class _Control:
                 raise ApiError(
                     403, "trainers' endpoints are closed; start with --enable-control", code="control_closed"
                 )
-            if who == "this host" and not _is_loopback(request):
-                what = "without API keys only this host may use trainers' endpoints; start with --api-key"
+            if who == "this host" and not (_is_loopback(request) and _is_no_page(request)):
+                what = (
+                    "without API keys only programs of this host may use trainers' endpoints, at its own address and "
+                    "not from a web page; start with --api-key"
+                )
                 raise ApiError(403, what, code="control_closed")
             return await endpoint(request)
 
@@ -120,8 +132,9 @@ class _Control:
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def pause(self, request: Request) -> Response:
-        waits = request.query_params.get("wait_for_inflight_requests", "").lower() in ("1", "true")
-        await self._control.pause("wait" if waits else _inflight(request))
+        asked = await self._service.optional_body(request, Pause)
+        mode = _inflight(request, asked.mode or "abort")
+        await self._control.pause("wait" if _waits(request) or asked.wait_for_inflight_requests else mode)
         # vLLM empties the cache on request; here KV is named by its weights, so it stays right and is kept.
         return json_response({"status": "paused"})
 
@@ -136,7 +149,7 @@ class _Control:
 
     async def abort_requests(self, request: Request) -> Response:
         asked = await self._service.optional_body(request, AbortRequests)
-        return json_response({"status": "aborted", "aborted": self._control.abort(asked.request_ids or None)})
+        return json_response({"status": "aborted", "aborted": self._control.abort(asked.request_ids)})
 
     async def abort_request(self, request: Request) -> Response:
         asked = await self._service.optional_body(request, AbortRequests)
@@ -253,14 +266,36 @@ class _Control:
 
 
 def _is_loopback(request: Request) -> bool:
+    return request.client is not None and _is_loopback_address(request.client.host)
+
+
+def _is_loopback_address(text: str) -> bool:
     try:
-        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+        return ipaddress.ip_address(text).is_loopback
     except ValueError:
         return False
 
 
-def _inflight(request: Request) -> Inflight:
-    mode = request.query_params.get("mode", "abort")
+def _is_no_page(request: Request) -> bool:
+    """False for what a browser sends for a page of elsewhere, also one whose name was made to mean this host."""
+    headers = request.headers
+    host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
+    if "origin" in headers or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        return False
+    return host == "localhost" or _is_loopback_address(host.strip("[]"))
+
+
+def _waits(request: Request) -> bool:
+    given = request.query_params.get("wait_for_inflight_requests", "false").lower()
+    if given not in _BOOLEANS:
+        raise bad_parameter(
+            "wait_for_inflight_requests", f"wait_for_inflight_requests is {given!r}; give true or false"
+        )
+    return _BOOLEANS[given]
+
+
+def _inflight(request: Request, default: str = "abort") -> Inflight:
+    mode = request.query_params.get("mode", default)
     for known in _INFLIGHT:
         if mode == known:
             return known
