@@ -78,7 +78,8 @@ def reference(checkpoint: Callable[[str], Path]) -> Callable[[str, list[int], in
 
 def cluster_config(model: Path, store: Path, topology: str = "1P1D", **settings: object) -> ClusterConfig:
     """A small, fast cluster: 64 MiB buffers, no fsync (these tests are not about power cuts)."""
-    defaults: dict[str, object] = {"buffer_bytes": 2**26, "hbm_bytes": 2**26, "durable": False, "port": 0}
+    sizes = {"buffer_bytes": 2**26, "hbm_bytes": 2**26}
+    defaults: dict[str, object] = sizes | {"dtype": "float32", "durable": False, "port": 0}
     return ClusterConfig(model=str(model), store=str(store), topology=Topology.parse(topology), **(defaults | settings))  # type: ignore[arg-type]
 
 
