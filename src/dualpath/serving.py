@@ -153,8 +153,9 @@ async def _all(*works: Coroutine[Any, Any, Any]) -> list[Any]:
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            if not task.cancelling():  # a second cancellation would interrupt the first one's cleaning up
+                task.cancel()
+        await asyncio.wait(tasks)
 
 
 def run(config: ClusterConfig, local_engines: bool = True) -> int:

@@ -1,6 +1,7 @@
 """A whole cluster on this host: the coordinator in this process, each engine in its own process."""
 
 import asyncio
+import contextlib
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.coordinator import Coordinator
@@ -47,7 +48,10 @@ class Cluster:
         try:
             await asyncio.shield(starting)
         finally:
-            await asyncio.gather(starting, return_exceptions=True)
+            self.supervisor.start_no_more()
+            while not starting.done():  # however often this is cancelled
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([starting])
 
     def progress(self) -> dict[str, object]:
         """Returns what /health says while the cluster starts: which engines are ready, and what the others do."""

@@ -40,6 +40,7 @@ class Supervisor:
         self._processes: dict[int, BaseProcess] = {}
         self._names: dict[int, str] = {}
         self._told: dict[int, Connection] = {}
+        self._starts = True
         self.steps: dict[int, str] = {}
         """What each engine process said last: the step of its start that it is at, or why it can't run."""
 
@@ -55,7 +56,12 @@ class Supervisor:
         logger.info("starts %d engines; torch is imported once for all", topology.prefill_nodes + topology.decode_nodes)
         for role, count in ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes)):
             for rank in range(count):
-                self._start_engine(role, f"{role.value}-{rank}")
+                if self._starts:
+                    self._start_engine(role, f"{role.value}-{rank}")
+
+    def start_no_more(self) -> None:
+        """Let `start`, on its thread, end after the engine that it is starting. Nothing happens when it has ended."""
+        self._starts = False
 
     def _start_engine(self, role: Role, name: str) -> None:
         context = multiprocessing.get_context("forkserver")
