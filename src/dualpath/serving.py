@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.local import Cluster
+from dualpath.cluster.local import Cluster, wait_out
 from dualpath.cluster.preflight import settled
 from dualpath.kv import StoreError
 from dualpath.server import bind, create_app, load_tokenizer, serve
@@ -155,7 +155,7 @@ async def _all(*works: Coroutine[Any, Any, Any]) -> list[Any]:
         for task in tasks:
             if not task.cancelling():  # a second cancellation would interrupt the first one's cleaning up
                 task.cancel()
-        await asyncio.wait(tasks)
+        await wait_out(tasks)
 
 
 def run(config: ClusterConfig, local_engines: bool = True) -> int:

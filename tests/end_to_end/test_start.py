@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,14 +111,16 @@ def test_an_engine_that_can_not_load_is_named_with_its_reason_and_nothing_is_lef
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in seen), 10)
 
 
-@pytest.mark.parametrize("line", ["torch is imported", "loads weights"])
-def test_ctrl_c_while_engines_load_ends_all_of_them(model: Path, tmp_path: Path, line: str) -> None:
-    """A terminal sends it to all processes."""
+@pytest.mark.parametrize(("line", "times"), [("torch is imported", 1), ("torch is imported", 3), ("loads weights", 1)])
+def test_ctrl_c_while_engines_load_ends_all_of_them(model: Path, tmp_path: Path, line: str, times: int) -> None:
+    """A terminal sends it to all processes; impatient people send it several times."""
     log = tmp_path / "log"
     with started(log, model, "--store", tmp_path / "kv") as (_, process):
         wait_for(lambda: line in log.read_text(), START_S)
         seen = children(process.pid)
-        os.killpg(process.pid, signal.SIGINT)
+        for _ in range(times):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.2)
         assert process.wait(START_S) == 0
     assert seen
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in seen), 10)

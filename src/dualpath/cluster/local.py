@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+from collections.abc import Collection
+from typing import Any
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.coordinator import Coordinator
@@ -10,6 +12,13 @@ from dualpath.kv import open_store
 
 JOIN_TIMEOUT_S = 180.0
 """How long engines may take to import torch, load the model and join."""
+
+
+async def wait_out(futures: Collection[asyncio.Future[Any]]) -> None:
+    """Wait until all have ended, however often this task is cancelled meanwhile; what they clean up must be done."""
+    while not all(future.done() for future in futures):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait(futures)
 
 
 class Cluster:
@@ -49,9 +58,7 @@ class Cluster:
             await asyncio.shield(starting)
         finally:
             self.supervisor.start_no_more()
-            while not starting.done():  # however often this is cancelled
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([starting])
+            await wait_out([starting])
 
     def progress(self) -> dict[str, object]:
         """Returns what /health says while the cluster starts: which engines are ready, and what the others do."""
