@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _make_real(path: Path) -> None:
     from dualpath.model.real_checkpoint import FetchError, make_real_checkpoint
 
-    with usage_errors(FileExistsError), command_errors(OSError, FetchError):
+    with command_errors(OSError, FetchError), usage_errors(FileExistsError):
         make_real_checkpoint(path, say=lambda line: print(line, file=sys.stderr, flush=True))
 
 
