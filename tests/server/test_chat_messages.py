@@ -76,6 +76,24 @@ def test_calls_and_reasoning_reach_the_template_as_it_wants_them(arguments: str,
     assert prompt_of(messages, tokenizer) == f"[user] hello\n[assistant]  (why) f:{rendered}\n[tool] r\n"
 
 
+@pytest.mark.parametrize("text", ['{"path": ', "[1]", "say hello"])
+@pytest.mark.parametrize(
+    ("arguments", "rendered"),
+    [
+        ("call.function.arguments", "{}"),
+        ("'' + call.function.arguments", "{}"),
+        ("call.function.arguments.items() | list", "[('INVALID_JSON', {!r})]"),
+        ("call.function.arguments['INVALID_JSON']", "{}"),
+    ],
+)
+def test_arguments_that_are_no_json_go_back_as_they_came(arguments: str, rendered: str, text: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": text}}
+    messages: Any = [*HELLO, {"role": "assistant", "tool_calls": [call]}]
+    tokenizer = tokenizer_of(KNOWN_ROLES, ARGUMENTS=arguments)
+    assert f"f:{rendered.format(text)}\n" in prompt_of(messages, tokenizer)
+    assert f'"arguments": {text}}}\n</tool_call>' in prompt_of(messages, TOKENIZER)
+
+
 def test_tools_that_the_template_does_not_show_are_refused() -> None:
     with running_server(Roomy(says("ok")), tokenizer_of(KNOWN_ROLES)) as url:
         ask = client(url).chat.completions.create

@@ -4,16 +4,21 @@ import json
 import re
 from typing import Any
 
+import jsonschema
 import psutil
 import pytest
 from fake_cluster import TOKENIZER, byte_tokenizer, running_server, says
 from openai import BadRequestError
-from test_chat_tools import HELLO, MODEL, Roomy, client, obeys
+from test_chat_tools import HELLO, MODEL, WEATHER, Roomy, client, obeys
+
+from dualpath.cluster.generator import RequestError
 
 POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
 SCHEMA: Any = {"type": "json_schema", "json_schema": {"name": "point", "schema": POINT}}
 LARK = 'start: "a" b\nb: "b" | "c"'
 GBNF = 'root ::= "a" b\nb ::= "b" | "c"'
+
+ENDLESS = {"$defs": {"n": {"$ref": "#/$defs/n"}}, "$ref": "#/$defs/n"}
 
 
 @pytest.mark.parametrize(
@@ -43,7 +48,7 @@ def test_every_form_is_enforced_on_chats_and_completions(options: Any, fits: Any
 def test_no_form_leaves_the_answer_free() -> None:
     cluster = Roomy(says("ok"))
     with running_server(cluster) as url:
-        for options in ({"response_format": {"type": "text"}}, {"structured_outputs": {}}):
+        for options in ({"response_format": {"type": "text"}}, {"structured_outputs": None}):
             client(url).chat.completions.create(model="tiny", messages=HELLO, extra_body=options)
     assert [request.sampling.grammar for request in cluster.requests] == ["", ""]
 
@@ -86,6 +91,12 @@ def test_tools_and_a_form_leave_the_model_the_choice() -> None:
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "not supported"),
         ({"structured_outputs": {"regex": "a"}, "response_format": SCHEMA}, "structured_outputs", "exclude"),
         ({"guided_json": POINT}, "guided_json", "structured_outputs"),
+        ({"structured_outputs": {}}, "structured_outputs", "has none of json"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs", "has none of json"),
+        ({"structured_outputs": {"jsn": POINT}}, "structured_outputs", "unknown field `jsn`"),
+        ({"structured_outputs": {"json": ENDLESS}}, "structured_outputs.json", "no text can begin: NoExtensionBias$"),
+        ({"structured_outputs": {"json": {"pattern": "(["}}}, "structured_outputs.json", r"\(\[ error: .*class$"),
+        ({"structured_outputs": {"json": {"pattern": "(?=a)"}}}, "structured_outputs.json", "look-ahead .*supported$"),
         ({"structured_outputs": {"regex": "a" * 300_000}}, "structured_outputs.regex", "longer than"),
     ],
 )  # fmt: skip
@@ -100,6 +111,61 @@ def test_what_cant_be_enforced_is_refused_with_its_place(options: Any, param: st
                 ask()
             assert caught.value.param == param
     assert cluster.requests == []
+
+
+def test_a_grammar_that_an_engine_cant_follow_is_named() -> None:
+    refused = RequestError(400, "invalid_value", "the grammar can't be followed: too many expressions")
+    with running_server(Roomy(lambda request: [refused])) as url:
+        with pytest.raises(BadRequestError, match="regex can't be enforced: the grammar can't be followed") as caught:
+            client(url).completions.create(model="tiny", prompt="x", extra_body={"structured_outputs": {"regex": "a"}})
+        assert caught.value.param == "structured_outputs.regex"
+        with pytest.raises(BadRequestError) as caught:
+            client(url).chat.completions.create(model="tiny", messages=HELLO, tools=[WEATHER], tool_choice="required")
+        assert caught.value.param == "tools"
+
+
+LARGE = 2**53 + 1
+
+
+@pytest.mark.parametrize(
+    ("schema", "says_where"),
+    [
+        ({"const": LARGE}, f"const has {LARGE}"),
+        ({"properties": {"a": {"enum": [1, {"b": [LARGE]}]}}}, rf"properties\.a\.enum has {LARGE}"),
+        ({"properties": {"const": {"type": "integer", "minimum": LARGE}}}, r"properties\.const\.minimum is"),
+        ({"anyOf": [{}, {"type": "integer", "minimum": 10**22}]}, r"anyOf\[1\]\.minimum is 1"),
+        ({"items": {"type": "integer", "maximum": -(2**63)}}, r"items\.maximum is -9"),
+        ({"type": "integer", "exclusiveMinimum": 2**53}, "exclusiveMinimum is 9"),
+        ({"type": "integer", "multipleOf": LARGE}, "multipleOf is 9"),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.001}, "exclusiveMinimum is 0.*shorter than 1"),
+        ({"type": "number", "minimum": -1.5, "exclusiveMaximum": -1}, "exclusiveMaximum is -1.*shorter than 1"),
+    ],
+)
+def test_numbers_that_would_be_enforced_as_others_are_refused(schema: Any, says_where: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    with running_server(Roomy(obeys)) as url, pytest.raises(BadRequestError, match=says_where) as caught:
+        client(url).completions.create(model="tiny", prompt="x", extra_body={"response_format": form})
+    assert caught.value.param == "response_format.json_schema.schema"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 2**60},
+        {"type": "integer", "minimum": 2**60, "maximum": 2**63 - 1},
+        {"type": "integer", "exclusiveMinimum": 0, "maximum": 3},
+        {"type": "object", "properties": {"minimum": {"default": LARGE, "const": 5}}, "required": ["minimum"]},
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 2},
+        {"enum": [True, None, "9007199254740993", 0.1]},
+    ],
+)
+def test_numbers_that_can_be_kept_are(schema: Any) -> None:
+    with running_server(Roomy(obeys)) as url:
+        for seed in range(3):
+            answer = client(url).completions.create(
+                model="tiny", prompt="x", seed=seed, extra_body={"structured_outputs": {"json": schema}}
+            )
+            jsonschema.validate(json.loads(answer.choices[0].text), schema)
 
 
 def test_a_schema_that_would_compute_for_ever_is_refused_and_harms_nobody() -> None:

@@ -188,6 +188,54 @@ def test_a_call_that_runs_into_the_limit_is_given_as_far_as_it_came() -> None:
     assert call.type == "function" and call.function.arguments == '{"city": "Pa'
 
 
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_a_required_call_that_is_cut_in_its_head_leaves_no_text(choice: Any) -> None:
+    with running_server(Roomy(says(f"{CALL}\n{CALL}"))) as url:
+        ask = client(url).chat.completions.create
+        for tokens in (5, 20, len(CALL) + 5, len(CALL) + 30):
+            options: Any = {"tools": [WEATHER], "tool_choice": choice, "max_tokens": tokens}
+            whole = ask(model="tiny", messages=HELLO, **options).choices[0]
+            assert (whole.finish_reason, whole.message.content) == ("length", None)
+            assert len(whole.message.tool_calls or []) == tokens // len(CALL)
+            chunks = list(ask(model="tiny", messages=HELLO, stream=True, **options))
+            assert folded(chunks)["content"] == ""
+        auto = ask(model="tiny", messages=HELLO, tools=[WEATHER], max_tokens=20)
+    assert auto.choices[0].message.content == CALL[:20]
+
+
+@pytest.mark.parametrize("per_step", [1, 7, 1000])
+def test_stop_strings_are_searched_in_text_and_not_in_calls(per_step: int) -> None:
+    stops = ["Paris", "city", "</tool_call>", "END"]
+    said = says(f"Let me\n{CALL}\nSeen. END{CALL}", tokens_per_step=per_step)
+    with running_server(Roomy(said)) as url:
+        ask = client(url).chat.completions.create
+        choice = ask(model="tiny", messages=HELLO, tools=[WEATHER], stop=stops).choices[0]
+        streamed = folded(list(ask(model="tiny", messages=HELLO, tools=[WEATHER], stop=stops, stream=True)))
+        plain = ask(model="tiny", messages=HELLO, stop=stops).choices[0]
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function" and json.loads(call.function.arguments) == {"city": "Paris"}
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let meSeen.")
+    assert streamed["content"] == choice.message.content and streamed["calls"][0][2] == call.function.arguments
+    assert plain.message.content == f"Let me\n{CALL[: CALL.index('city')]}"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_stop_token_is_no_text_also_where_special_tokens_are(apart: bool) -> None:
+    def script(request: GenerateRequest) -> list[Any]:
+        (step,) = says("ok", tokens_per_step=9)(request)
+        assert isinstance(step, GeneratedTokens)
+        if not apart:
+            return [step]
+        end = GeneratedTokens(token_ids=[], finish_reason="stop")
+        return [msgspec.structs.replace(step, finish_reason=None), end]
+
+    with running_server(Roomy(script)) as url:
+        ask = client(url).chat.completions.create
+        for shown, text in ((False, "ok"), (True, "ok<|im_end|>")):
+            options = {"skip_special_tokens": False, "include_stop_str_in_output": shown}
+            assert ask(model="tiny", messages=HELLO, extra_body=options).choices[0].message.content == text
+
+
 @pytest.mark.parametrize(
     ("options", "param", "says_why"),
     [
@@ -212,16 +260,39 @@ def test_a_call_that_runs_into_the_limit_is_given_as_far_as_it_came() -> None:
         ),
         (
             {
+                "tools": [OTHER, {"type": "function", "function": {"name": "b", "parameters": {"if": {}}}}],
+                "tool_choice": {"type": "function", "function": {"name": "b"}},
+            },
+            "tools[1].function.parameters",
+            "Unimplemented",
+        ),
+        (
+            {
+                "tools": [
+                    {"type": "function", "function": {"name": "a", "parameters": {"if": {}}}},
+                    {"type": "function", "function": {"name": "b", "strict": True, "parameters": {"if": {}}}},
+                ]
+            },
+            "tools[1].function.parameters",
+            "Unimplemented",
+        ),
+        (
+            {"tools": [OTHER, {"type": "function", "function": {"name": "b", "parameters": {"type": "string"}}}]},
+            "tools[1].function.parameters",
+            "schema of an object",
+        ),
+        (
+            {
                 "messages": [
                     *HELLO,
                     {
                         "role": "assistant",
-                        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}],
+                        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": [1]}}],
                     },
                 ]
             },
             "messages[1].tool_calls[0].function.arguments",
-            "not valid JSON",
+            "JSON text of an object",
         ),
         ({"tools": [OTHER], "tool_choice": "required", "response_format": {"type": "json_object"}},
          "response_format", "exclude"),

@@ -58,7 +58,8 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"the grammar can't be followed: {self._matcher.get_error()}")
+            why = self._matcher.get_error().split("\n", 1)[0]
+            raise GrammarError(f"the grammar can't be followed: {why}")
 
 
 class Grammars:

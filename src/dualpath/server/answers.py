@@ -209,7 +209,7 @@ class ChatWriter(_Answer):
         choices = []
         for piece in self._folded(pieces):
             choice = self._choice(piece)
-            choice.message = _message(piece.deltas)
+            choice.message = _message(piece.deltas, self._checked.only_calls)
             choices.append(choice)
         body = self._last(self.object, choices, usage)
         if self._checked.return_token_ids:
@@ -254,9 +254,9 @@ def _delta(deltas: list[Delta]) -> dict[str, Any]:
     return record
 
 
-def _message(deltas: list[Delta]) -> dict[str, Any]:
+def _message(deltas: list[Delta], only_calls: bool) -> dict[str, Any]:
     message = fold(deltas)
-    empty = None if message.calls or message.reasoning else ""
+    empty = None if message.calls or message.reasoning or only_calls else ""
     content = empty if message.content is None else message.content
     record: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if message.reasoning is not None:

@@ -13,7 +13,14 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 
-from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, Generator, PromptLogprob, TokenLogprob
+from dualpath.cluster.generator import (
+    GeneratedTokens,
+    GenerateRequest,
+    Generator,
+    PromptLogprob,
+    RequestError,
+    TokenLogprob,
+)
 from dualpath.server.chat.deltas import Delta
 from dualpath.server.chat.parsing import ChatParser, ReadingPlan
 from dualpath.server.chat.response_template import TemplateParser
@@ -51,7 +58,7 @@ class ChoiceText:
     """Turns one choice's steps into pieces: completes characters, cuts stop strings off, leaves a stop token out
     (unless they are to be shown).
 
-    Stop strings are searched only in the text after `min_tokens` tokens.
+    Stop strings are searched only in the text after `min_tokens` tokens, and not inside the tool calls of `message`.
     """
 
     def __init__(
@@ -62,15 +69,18 @@ class ChoiceText:
         skip_special_tokens: bool,
         hidden_token_ids: frozenset[int] = frozenset(),
         include_stop: bool = False,
+        message: "MessageOfChoice | None" = None,
     ) -> None:
         self._choice = choice.index
-        self._hidden = hidden_token_ids
+        # A stop token is no text, and may come a step before the finish reason does.
+        stop_tokens = () if include_stop else choice.request.sampling.stop_token_ids
+        self._hidden = hidden_token_ids.union(stop_tokens)
         self._detokenizer = IncrementalDetokenizer(
             lambda ids: codec.decode(ids, skip_special_tokens=skip_special_tokens), choice.request.prompt_token_ids
         )
         self._matcher = StopMatcher(stop, include_stop)
         self._stoppable = bool(stop)
-        self._include_stop = include_stop
+        self._message = message
         self._unstoppable_tokens = choice.request.sampling.min_tokens
 
     def take(self, step: GeneratedTokens) -> Piece:
@@ -78,27 +88,20 @@ class ChoiceText:
         texts: list[str] = []
         used, finish_reason = len(step.token_ids), step.finish_reason
         for i, token in enumerate(step.token_ids):
-            if finish_reason == "stop" and i + 1 == used and not self._include_stop:
-                break  # the stop token itself is not text
-            text = "" if self._hidden and token in self._hidden else self._detokenizer.push(token)
-            if not self._stoppable:
-                texts.append(text)
-                continue
-            if self._unstoppable_tokens > 0:
-                self._unstoppable_tokens -= 1
-                texts.append(text)
-                continue
-            texts.append(self._matcher.push(text))
+            text = "" if token in self._hidden else self._detokenizer.push(token)
+            texts.append(self._searched(text) if self._stoppable else text)
             if self._matcher.matched is not None:
                 used, finish_reason = i + 1, "stop"
                 break
         if finish_reason is not None and self._matcher.matched is None:
-            texts.append(self._matcher.push(self._detokenizer.finish()))
-            texts.append(self._matcher.finish())
+            texts += [self._searched(self._detokenizer.finish()), self._shown(self._matcher.finish())]
             finish_reason = finish_reason if self._matcher.matched is None else "stop"
+        text = "".join(texts)
+        if self._message is not None and not self._stoppable:
+            self._message.push(text)
         return Piece(
             choice=self._choice,
-            text="".join(texts),
+            text=text,
             token_ids=step.token_ids if used == len(step.token_ids) else step.token_ids[:used],
             logprobs=None if step.logprobs is None else step.logprobs[:used],
             finish_reason=finish_reason,
@@ -108,17 +111,42 @@ class ChoiceText:
             stop_string=self._matcher.matched,
         )
 
+    def _searched(self, text: str) -> str:
+        if self._unstoppable_tokens > 0:
+            self._unstoppable_tokens -= 1
+        elif self._message is not None and self._message.in_call:
+            text = self._matcher.finish() + text
+        else:
+            text = self._matcher.push(text)
+        return self._shown(text)
+
+    def _shown(self, text: str) -> str:
+        """What is searched next depends on what this text means, so the message reads it at once."""
+        if self._message is not None and self._stoppable:
+            self._message.push(text)
+        return text
+
 
 class MessageOfChoice:
-    """Fills the deltas of a chat's pieces."""
+    """Reads a chat's text, and fills the deltas of its pieces."""
 
     def __init__(self, plan: ReadingPlan | None) -> None:
         self._parser: ChatParser | TemplateParser | None = None
         if plan is not None:
             self._parser = ChatParser(plan) if plan.template is None else TemplateParser(plan)
         self._named = plan is not None and plan.named
+        self._deltas: list[Delta] = []
 
-    def read(self, piece: Piece) -> None:
+    @property
+    def in_call(self) -> bool:
+        return self._parser is not None and self._parser.in_call
+
+    def push(self, text: str) -> None:
+        """Read text of the piece that comes next."""
+        if self._parser is not None:
+            self._deltas += self._parser.push(text)
+
+    def fill(self, piece: Piece) -> None:
         """Set the deltas of `piece`. An answer with calls that stopped finishes with ``tool_calls``.
 
         As at OpenAI, a function that the request named is no decision of the model: such an answer just stops.
@@ -126,7 +154,7 @@ class MessageOfChoice:
         if self._parser is None:
             piece.deltas = [Delta("content", piece.text)]
             return
-        piece.deltas = self._parser.push(piece.text)
+        piece.deltas, self._deltas = self._deltas, []
         if piece.finish_reason is not None:
             piece.deltas += self._parser.finish()
             if piece.finish_reason == "stop" and self._parser.calls and not self._named:
@@ -140,8 +168,9 @@ async def run_choice(
     plan = checked.reading
     skip = checked.skip_special_tokens and plan is None
     hidden = plan.hidden_token_ids if plan else frozenset()
-    text = ChoiceText(codec, choice, checked.stop, skip, hidden, checked.include_stop)
     message = MessageOfChoice(plan) if checked.is_chat else None
+    read = None if checked.prompt_only else message
+    text = ChoiceText(codec, choice, checked.stop, skip, hidden, checked.include_stop, read)
     steps = generator.generate(choice.request)
     try:
         async for step in steps:
@@ -152,14 +181,23 @@ async def run_choice(
                 piece = msgspec.structs.replace(piece, text="", token_ids=[], logprobs=None, finish_reason="length")
             timer.step(len(piece.token_ids), piece.cached_tokens, piece.finish_reason, piece.timings)
             if message is not None:
-                message.read(piece)
+                message.fill(piece)
             yield piece
             if piece.finish_reason is not None:
                 return
+    except RequestError as error:
+        raise _located(error, checked.form) from None
     finally:
         timer.close(sys.exc_info()[0])
         await _close(steps)
     raise ApiError(500, "the generation ended without a finish reason; please report it", code=INTERNAL)
+
+
+def _located(error: RequestError, form: str) -> Exception:
+    """Returns the error with the field it comes from, where that is a grammar that an engine could not follow."""
+    if not (form and error.status == 400 and "grammar" in str(error)):
+        return error
+    return ApiError(400, f"{form} can't be enforced: {error}", code=error.code, param=form)
 
 
 async def run_request(

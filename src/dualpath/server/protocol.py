@@ -123,8 +123,8 @@ class ResponseFormat(msgspec.Struct, omit_defaults=True):
     json_schema: dict[str, Any] | None = None
 
 
-class StructuredOutputs(msgspec.Struct, omit_defaults=True):
-    """vLLM's structured_outputs: one of the first five."""
+class StructuredOutputs(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """vLLM's structured_outputs: one of the first five. An unknown one is refused: it would leave the answer free."""
 
     json: str | dict[str, Any] | bool | None = None
     json_object: bool | None = None

@@ -12,6 +12,7 @@ from dualpath.cluster.generator import GenerateRequest, ModelFacts
 from dualpath.server.chat.dialect import Dialect
 from dualpath.server.chat.messages import template_messages, template_options
 from dualpath.server.chat.parsing import ReadingPlan
+from dualpath.server.chat.structured import grammar_field
 from dualpath.server.codec import TextCodec
 from dualpath.server.errors import ApiError, bad_parameter, context_exceeded
 from dualpath.server.lanes import decoding
@@ -68,6 +69,13 @@ class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
     is_chat: bool = False
     reading: ReadingPlan | None = None
     """How to read a chat's answer; None: it is content and nothing else."""
+
+    form: str = ""
+    """The field that the answer's grammar comes from; empty: there is none."""
+
+    @property
+    def only_calls(self) -> bool:
+        return self.reading is not None and self.reading.required
 
     @property
     def scores_prompt(self) -> bool:
@@ -221,6 +229,7 @@ class RequestChecker:
             logprobs=logprobs,
             prompt_logprobs=asked.prompt_logprobs,
             prompt_only=limit == 0,
+            form=grammar_field(asked) if grammar else "",
             include_stop=bool(asked.include_stop_str_in_output),
             tokens_as_ids=bool(asked.return_tokens_as_token_ids),
         )

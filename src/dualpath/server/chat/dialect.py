@@ -73,6 +73,7 @@ class Dialect:
             include_reasoning=asked.include_reasoning is not False,
             parallel=asked.parallel_tool_calls is not False,
             named=use.named,
+            required=use.mode == "required",
             types={one.name: value_types(one.parameters) for one in use.functions} if calls else {},
             hidden_token_ids=self._hidden if hides else frozenset(),
             template=template,
@@ -96,14 +97,18 @@ class Dialect:
             grammar = _grammar(GrammarWriter(self._grammars.split), form, use, plan)
             await self._grammars.check(grammar)
         except (GrammarError, UnwritableError, RecursionError) as error:
-            raise await self._located(form, use, plan, error) from None
+            raise await self._located(asked, form, use, plan, error) from None
         return grammar
 
-    async def _located(self, form: Structure | None, use: ToolUse, plan: ReadingPlan, why: Exception) -> ApiError:
+    async def _located(
+        self, asked: GenerationRequest, form: Structure | None, use: ToolUse, plan: ReadingPlan, why: Exception
+    ) -> ApiError:
         """Returns the error for a grammar that can't be compiled, with the field whose own grammar can't."""
         parts: list[tuple[str, Structure | None, ToolUse]] = [] if form is None else [(form.param, form, _NO_TOOLS)]
         parts += [
-            (f"tools[{i}].function.parameters", None, ToolUse([one], "required")) for i, one in enumerate(use.functions)
+            (f"tools[{place}].function.parameters", None, ToolUse([tool.function], "required"))
+            for place, tool in enumerate(getattr(asked, "tools", None) or ())
+            if tool.function in use.functions and (use.mode == "required" or tool.function.strict)
         ]
         for param, own_form, own_use in parts:
             try:

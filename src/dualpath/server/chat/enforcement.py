@@ -21,11 +21,20 @@ _ANSWER_TIMEOUT_S = 60.0
 """The process ends itself long before, unless it gets no CPU."""
 _TURN_TIMEOUT_S = 30.0
 _WORKER = Path(__file__).parent / "grammar_worker.py"
-_REASON = re.compile(r"(?:.*failed to compile JSON schema: |.*?\): )?(.*)")
+_MAX_REASON_CHARACTERS = 500
+_PLACE = re.compile(r"\A.*failed to compile JSON schema: |\A[^\n]*?\d+\(\d+\): ")
+_NOT_FOR_CLIENTS = re.compile(r"\n +\d+ \| .*|\n\s*\^+(?=\n)|<non-verbose/>", re.DOTALL)
+"""The listing of our grammar's text, the marks under a pattern, llguidance's own marks."""
 
 
 class GrammarError(ValueError):
     """A grammar that can't be compiled; the message says why."""
+
+
+def readable(message: str) -> str:
+    """Returns what llguidance says in one bounded line, without the places in a text that the client never saw."""
+    line = " ".join(_PLACE.sub("", _NOT_FOR_CLIENTS.sub("", message)).split())
+    return line if len(line) <= _MAX_REASON_CHARACTERS else f"{line[:_MAX_REASON_CHARACTERS]}…"
 
 
 class GrammarChecker:
@@ -69,9 +78,7 @@ class GrammarChecker:
         message = self._in_turn(lambda: self._answer(grammar))
         if message is None:
             return "it takes too much time or memory to compile; make it simpler"
-        first = message.strip().split("\n", 1)[0]
-        match = _REASON.fullmatch(first)
-        return match[1] if match else first
+        return readable(message)
 
     def _in_turn(self, work: Callable[[], Any]) -> Any:
         if not self._turn.acquire(timeout=_TURN_TIMEOUT_S):

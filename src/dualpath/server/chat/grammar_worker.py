@@ -4,7 +4,7 @@ No limit of llguidance's bounds what an intersection of patterns costs: 1.5 kB o
 gigabytes. Here such a grammar ends this process and nothing else. So it imports none of our packages.
 
 Lines of JSON: first the tokenizer, which is answered with the ids of the special tokens among `added`; then one grammar
-a line, each answered with why it can't be compiled, or an empty text.
+a line, each answered with why it can't be compiled or begun, or an empty text.
 """
 
 import json
@@ -29,7 +29,12 @@ def main() -> None:
     for line in sys.stdin:
         # The signal's default action ends the process, whatever it is computing.
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        message = LLMatcher.validate_grammar(json.loads(line), vocabulary, limits=limits)
+        grammar = json.loads(line)
+        message = LLMatcher.validate_grammar(grammar, vocabulary, limits=limits)
+        if not message:  # some faults show only where the first token is to be drawn
+            matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+            begins = any(matcher.compute_bitmask())
+            message = "" if begins and not matcher.is_error() else f"no text can begin: {matcher.get_error()}"
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(message), flush=True)
 

@@ -15,7 +15,7 @@ from typing import Any
 import regex
 
 from dualpath.server.chat.formats import CallFormat, ReasoningFormat, TaggedParameters
-from dualpath.server.chat.schemas import resolved, types_of
+from dualpath.server.chat.schemas import inexact_number, resolved, types_of
 
 _ANSWER_SPACE = {"whitespace_pattern": r"[ \n\t]{1,40}"}
 _CALL_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -92,6 +92,8 @@ class GrammarWriter:
         if schema is False:
             raise UnwritableError("the schema false allows nothing")
         record = {} if schema is True else schema
+        if why_not := inexact_number(record):
+            raise UnwritableError(why_not)
         return self.rule("%json " + json.dumps({**record, "x-guidance": space}))
 
     def regex(self, pattern: str) -> str:

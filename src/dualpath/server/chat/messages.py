@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from dualpath.server.chat.template import ChatTemplate
-from dualpath.server.errors import ApiError, bad_parameter
+from dualpath.server.errors import bad_parameter
 from dualpath.server.protocol import ChatMessage, ChatRequest, TokenizeRequest
 
 _MAX_ROLES = 16
@@ -95,8 +95,7 @@ def _call(where: str, call: Any, template: ChatTemplate) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise bad_parameter(where, f'{where} must be {{"id": …, "type": "function", "function": {{"name": …}}}}')
-    arguments = _arguments(f"{where}.function.arguments", function.get("arguments"))
-    written: Any = json.dumps(arguments, ensure_ascii=False) if template.wants_text_arguments else arguments
+    written = _arguments(f"{where}.function.arguments", function.get("arguments"), template)
     return {
         "id": str(call.get("id") or ""),
         "type": "function",
@@ -104,11 +103,17 @@ def _call(where: str, call: Any, template: ChatTemplate) -> dict[str, Any]:
     }
 
 
-def _arguments(where: str, given: Any) -> dict[str, Any]:
+def _arguments(where: str, given: Any, template: ChatTemplate) -> Any:
+    """Returns a call's arguments as the template takes them.
+
+    Text that is no JSON object is what a model wrote by mistake, or was cut off: it goes back as it is where the
+    template can show it.
+    """
+    text = given if isinstance(given, str) and given.strip() else "{}"
+    if given and not isinstance(given, str | dict):
+        raise bad_parameter(where, f"{where} must be the JSON text of an object")
     try:
-        arguments = msgspec.json.decode(given) if isinstance(given, str) and given.strip() else given or {}
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ApiError(400, f"{where} is not valid JSON: {error}", code="invalid_value", param=where) from None
-    if not isinstance(arguments, dict):
-        raise bad_parameter(where, f"{where} must be the JSON of an object")
-    return arguments
+        arguments = given if isinstance(given, dict) else msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        return text if template.takes_text_arguments else {"INVALID_JSON": text}
+    return json.dumps(arguments, ensure_ascii=False) if template.wants_text_arguments else arguments

@@ -40,6 +40,8 @@ class ReadingPlan(msgspec.Struct, frozen=True, kw_only=True):
     """False: calls after the first are dropped."""
     named: bool = False
     """The request named the function to call."""
+    required: bool = False
+    """The answer is calls and nothing else."""
     hidden_token_ids: frozenset[int] = frozenset()
     """Special tokens that are no text of the answer, though the answer is read with special tokens."""
     types: dict[str, dict[str, frozenset[str]]] = {}
@@ -66,6 +68,10 @@ class ChatParser:
         self._opening = 0
         self._state: Callable[[], bool] = self._reasoning if plan.reasoning_open else self._content
 
+    @property
+    def in_call(self) -> bool:
+        return self._state in (self._header, self._object, self._arguments, self._closing)
+
     def push(self, text: str) -> list[Delta]:
         """Returns what `text` adds to the message, as far as it is sure."""
         self._held += text
@@ -81,6 +87,8 @@ class ChatParser:
             self._reason(held.rstrip())
         elif self._state == self._arguments:
             self._argue(held)
+        elif self._plan.required:
+            pass  # the beginning of a call, cut off before its name
         elif self._state == self._object:
             self._say(self._read + held)
         elif self._state != self._closing and not (self.calls and held.isspace()):

@@ -25,6 +25,10 @@ class TemplateParser:
         self._pending = ""
         """Text that has not come out yet: a marker's beginning, or a call that has not ended."""
 
+    @property
+    def in_call(self) -> bool:
+        return False  # the parser tells of a call when it has ended
+
     def push(self, text: str) -> list[Delta]:
         """Returns what `text` adds to the message, as far as it is sure."""
         if self._parser is None:

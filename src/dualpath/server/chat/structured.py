@@ -39,6 +39,12 @@ def structure(asked: GenerationRequest) -> Structure | None:
     return by_format or by_outputs
 
 
+def grammar_field(asked: GenerationRequest) -> str:
+    """Returns the field that the grammar of a request comes from."""
+    form = structure(asked)
+    return "tools" if form is None else form.param
+
+
 def _of_format(asked: GenerationRequest) -> Structure | None:
     form = asked.response_format
     if form is None or form.type == "text":
@@ -70,7 +76,7 @@ def _of_outputs(asked: GenerationRequest) -> Structure | None:
         )
     given = [name for name in _OUTPUTS if getattr(outputs, name) not in (None, False)]
     if not given:
-        return None
+        raise bad_parameter("structured_outputs", f"structured_outputs has none of {', '.join(_OUTPUTS)}; give one")
     if len(given) > 1:
         raise bad_parameter("structured_outputs", f"structured_outputs has {' and '.join(given)}; give one of them")
     return _of_output(given[0], getattr(outputs, given[0]))

@@ -35,8 +35,13 @@ class ChatTemplate:
     @functools.cached_property
     def wants_text_arguments(self) -> bool:
         """Whether it takes a call's arguments only as JSON text. Most take an object."""
-        as_object, as_text = ([_USER, _calling(arguments)] for arguments in ({_MARK: 1}, '{"x9a7f3mark": 1}'))
-        return _MARK not in (self._render(as_object) or "") and _MARK in (self._render(as_text) or "")
+        return _MARK not in (self._render([_USER, _calling({_MARK: 1})]) or "") and self.takes_text_arguments
+
+    @functools.cached_property
+    def takes_text_arguments(self) -> bool:
+        """Whether it shows a call's arguments as they are, if they are JSON text."""
+        text = f'{{"{_MARK}": 1}}'
+        return text in (self._render([_USER, _calling(text)]) or "")
 
     def _takes_role(self, role: str) -> bool | None:
         """Returns whether a message of this role comes out; None where the template refuses it, and says why."""

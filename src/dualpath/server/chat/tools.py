@@ -67,6 +67,9 @@ def _function(index: int, tool: Any) -> FunctionTool:
             f"tools[{index}].function.name", "a function's name is 1 to 128 letters, digits, and _ . : / -"
         )
     function: FunctionTool = tool.function
+    if function.parameters and function.parameters.get("type", "object") != "object":
+        param = f"tools[{index}].function.parameters"
+        raise bad_parameter(param, f"{param} must be the schema of an object, with type: object")
     return function
 
 
