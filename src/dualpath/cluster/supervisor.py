@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -70,7 +71,14 @@ class Supervisor:
         config = EngineConfig(role=role, coordinator=self._control_address, cluster=cluster, name=name)
         told, telling = context.Pipe(duplex=False)
         process = context.Process(target=engine_entry, args=(config, telling), name=f"dualpath-{name}", daemon=True)
-        process.start()
+        # `fork_server` ignores them; one that came before that would end it with a traceback. The tracker, which is
+        # started first, unblocks them.
+        resource_tracker.ensure_running()
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
         telling.close()
         assert process.pid is not None
         self._processes[process.pid] = process

@@ -6,5 +6,7 @@ take its requests along, which have time to end; the process that serves tells e
 
 import signal
 
-for number in (signal.SIGINT, signal.SIGTERM):
+_FOR_THE_SERVER = (signal.SIGINT, signal.SIGTERM)
+for number in _FOR_THE_SERVER:
     signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_SERVER)  # the supervisor has blocked them until here
