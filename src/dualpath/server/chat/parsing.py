@@ -86,7 +86,7 @@ class ChatParser:
         if self._state == self._reasoning:
             self._reason(held.rstrip())
         elif self._state == self._arguments:
-            self._argue(held)
+            self._argue(self._reader.cut(held))
         elif self._plan.required:
             pass  # the beginning of a call, cut off before its name
         elif self._state == self._object:
