@@ -168,7 +168,7 @@ class ChatParser:
         return True
 
     def _arguments(self) -> bool:
-        if not self._read:
+        if not self._read and self._calls_format.parameters is None:  # a tagged value's white space is its own
             self._held = self._held.lstrip()
         read = self._reader.read(self._held)
         self._held = read.rest
