@@ -17,7 +17,8 @@ from dualpath.server.chat.dialect import Dialect
 from dualpath.server.chat.formats import CALL_FORMATS, REASONING_FORMATS
 from dualpath.server.chat.parsing import ChatParser, ReadingPlan
 from dualpath.server.chat.tools import ToolUse
-from dualpath.server.protocol import ChatRequest, FunctionTool
+from dualpath.server.errors import ApiError
+from dualpath.server.protocol import ChatRequest, FunctionTool, Tool
 
 FAMILIES = [form.names[0] for form in CALL_FORMATS]
 MARKERS = [
@@ -124,6 +125,67 @@ def test_a_strict_call_is_valid_wherever_it_starts_in_free_text(family: str, tok
         text, message = drawn_message(family, tokenizer, ToolUse(tools, "auto"), plan, seed, start)
         assert message.calls and (form.instead or (message.content or "").startswith("Let me see.")), text
         check_calls(text, message, tools)
+
+
+TAGGED = [form.names[0] for form in CALL_FORMATS if form.parameters is not None]
+OPTIONAL_TEXT: dict[str, Any] = {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "null"}]}
+
+
+def with_parameter(schema: Any) -> list[FunctionTool]:
+    return [FunctionTool("f", parameters={"type": "object", "properties": {"a": schema}, "required": ["a"]})]
+
+
+@pytest.mark.parametrize("family", TAGGED)
+@pytest.mark.parametrize("schema", [OPTIONAL_TEXT, {"oneOf": [{"enum": ["x", "yes"]}, {"type": "boolean"}]}])
+def test_alternatives_of_a_text_are_enforced_in_tagged_formats(family: str, schema: Any) -> None:
+    tools = with_parameter(schema)
+    plan = with_types(plan_of(family, reasoning_closed=True), tools)
+    for seed in range(8):
+        text, message = drawn_message(family, "bytes", ToolUse(tools, "required"), plan, seed)
+        check_calls(text, message, tools)
+
+
+@pytest.mark.parametrize("family", TAGGED)
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"a": {"type": "string", "not": {"const": "x"}}}},
+        {"properties": {"a": {"anyOf": 5}}},
+        {"properties": {"a": {"enum": 5, "type": "string"}}},
+        {"properties": []},
+        {"required": 5},
+        {"required": ["a"]},
+    ],
+)
+def test_what_tagged_formats_cant_enforce_is_refused(family: str, parameters: Any) -> None:
+    tool = Tool("function", FunctionTool("f", parameters=parameters))
+    plan, asked = plan_of(family, reasoning_closed=True), ChatRequest(messages=[], tools=[tool])
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(dialect_of(family, "bytes").grammar(asked, ToolUse([tool.function], "required"), plan))
+    assert (caught.value.status, caught.value.param) == (400, "tools[0].function.parameters")
+
+
+@pytest.mark.parametrize("family", TAGGED)
+def test_a_value_with_the_formats_own_mark_is_refused(family: str) -> None:
+    form = dialect_of(family, "bytes").calls
+    assert form is not None and form.parameters is not None
+    tool = Tool("function", with_parameter({"enum": ["x", f"y{form.parameters.end}z"]})[0])
+    asked = ChatRequest(messages=[], tools=[tool])
+    with pytest.raises(ApiError, match="own mark"):
+        asyncio.run(dialect_of(family, "bytes").grammar(asked, ToolUse([tool.function], "required"), plan_of(family)))
+
+
+@pytest.mark.parametrize("family", TAGGED)
+def test_arguments_that_are_cut_are_the_beginning_of_the_whole(family: str) -> None:
+    tools = with_parameter({"type": "string", "minLength": 4, "maxLength": 9})
+    plan = with_types(plan_of(family, reasoning_closed=True), tools)
+    text, message = drawn_message(family, "bytes", ToolUse(tools, "required"), plan, 1)
+    for cut in range(len(text)):
+        parser = ChatParser(plan)
+        calls = fold([*parser.push(text[:cut]), *parser.finish()]).calls
+        assert all(
+            whole.arguments.startswith(call.arguments) for whole, call in zip(message.calls, calls, strict=False)
+        )
 
 
 def test_every_format_has_a_name_of_its_own() -> None:

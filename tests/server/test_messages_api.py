@@ -21,6 +21,8 @@ from dualpath.server.errors import ApiError
 from dualpath.server.protocol import ChatRequest, FunctionName, decode_body
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
+TOOL = {"name": "f", "input_schema": {"type": "object"}}
+CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 HELLO_TEXT = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 EVENTS: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 
@@ -41,6 +43,18 @@ def chat_of(**fields: Any) -> ChatRequest:
 
 
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("stop", "reason", "sequence"), [("END", "stop_sequence", "END"), ("name", "tool_use", None)])
+def test_a_stop_sequence_that_ended_the_answer_is_the_reason_also_after_calls(
+    stop: str, reason: str, sequence: str | None
+) -> None:
+    cluster = FakeGenerator(says(f"{CALL}END" if sequence else CALL))
+    cluster.max_model_len_tokens = 8192
+    with running_server(cluster) as url:
+        answer = post(url, tools=[TOOL], stop_sequences=[stop], max_tokens=100).json()
+    assert (answer["stop_reason"], answer["stop_sequence"]) == (reason, sequence)
+    assert [block["input"] for block in answer["content"]] == [{}]
 
 
 def test_an_answer_with_its_usage(monkeypatch: pytest.MonkeyPatch) -> None:

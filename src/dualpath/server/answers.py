@@ -206,10 +206,10 @@ class ChatWriter(_Answer):
         return self._opening(piece.choice) + event if self._is_first(piece.choice) else event
 
     def whole(self, pieces: list[Piece], usage: Usage) -> bytes:
-        choices = []
+        choices, reading = [], self._checked.reading
         for piece in self._folded(pieces):
             choice = self._choice(piece)
-            choice.message = _message(piece.deltas, self._checked.only_calls)
+            choice.message = _message(piece.deltas, only_calls=reading is not None and reading.required)
             choices.append(choice)
         body = self._last(self.object, choices, usage)
         if self._checked.return_token_ids:

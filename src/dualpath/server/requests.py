@@ -74,10 +74,6 @@ class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The field that the answer's grammar comes from; empty: there is none."""
 
     @property
-    def only_calls(self) -> bool:
-        return self.reading is not None and self.reading.required
-
-    @property
     def scores_prompt(self) -> bool:
         return self.prompt_logprobs is not None or (self.echo is not None and self.logprobs is not None)
 

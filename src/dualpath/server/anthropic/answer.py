@@ -66,10 +66,10 @@ class MessagesWriter:
         assert self._last is not None
         if self._last.finish_reason == "length":
             reason = "model_context_window_exceeded" if self._ends_context else "max_tokens"
-        elif any(part.kind == "call" for part in self._parts.all):
-            reason = "tool_use"
+        elif self._last.stop_string is not None:
+            reason = "stop_sequence"
         else:
-            reason = "end_turn" if self._last.stop_string is None else "stop_sequence"
+            reason = "tool_use" if any(part.kind == "call" for part in self._parts.all) else "end_turn"
         return {"stop_reason": reason, "stop_sequence": self._last.stop_string}
 
 

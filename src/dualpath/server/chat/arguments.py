@@ -27,6 +27,10 @@ class ArgumentsReader(Protocol):
         """Read on. `text` is the last `rest`, with what has been generated since."""
         ...
 
+    def cut(self, text: str) -> str:
+        """Returns what the last `rest` adds to the arguments where the answer ends inside them."""
+        ...
+
 
 class JsonReader:
     """Finds the end of one JSON object. Text that can't be JSON ends it too, as a closing marker would."""
@@ -60,6 +64,9 @@ class JsonReader:
                 return Read(text[: match.start()], text[match.start() :], True)
         return Read(text, "", False)
 
+    def cut(self, text: str) -> str:
+        return text
+
 
 class ParameterReader:
     """Reads tagged parameters, one JSON member each. `types` has the JSON types of those that are not just strings."""
@@ -87,6 +94,19 @@ class ParameterReader:
             out += self._member(self._key, text[:end])
             self._key, text = None, text[end + len(self._form.end) :]
 
+    def cut(self, text: str) -> str:
+        if self._key is None:
+            return ""
+        end = self._form.end
+        marker = next((n for n in range(min(len(text), len(end) - 1), 0, -1) if text.endswith(end[:n])), 0)
+        value = text[: len(text) - marker]
+        value = value.removeprefix("\n").removesuffix("\n") if self._form.padded else value
+        is_text = "string" in self._types.get(self._key, _TEXT)
+        return f"{self._start(self._key)}{_quoted(value)[:-1] if is_text else value.lstrip()}"
+
+    def _start(self, key: str) -> str:
+        return f"{', ' if self._members else '{'}{_quoted(key)}: "
+
     def _json_end(self, text: str) -> int:
         """Returns where an array or object ends, in whose strings the end marker is text; 0 for other values."""
         if "string" in self._types.get(self._key or "", _TEXT) or not text.lstrip().startswith(("{", "[")):
@@ -96,9 +116,8 @@ class ParameterReader:
     def _member(self, key: str, value: str) -> str:
         if self._form.padded:
             value = value.removeprefix("\n").removesuffix("\n")
-        self._members += 1
-        start = "{" if self._members == 1 else ", "
-        return f"{start}{_quoted(key)}: {as_json(value, self._types.get(key, _TEXT))}"
+        start, self._members = self._start(key), self._members + 1
+        return start + as_json(value, self._types.get(key, _TEXT))
 
 
 _TEXT = frozenset(("string",))

@@ -32,6 +32,8 @@ _TAGGED_KEYS = frozenset(
         "$schema",
     )
 )
+_ANNOTATIONS = frozenset(("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"))
+_UNWRITABLE_IN_TEXT = frozenset(("anyOf", "oneOf", "allOf", "not", "if", "then", "else"))
 
 SpecialTokens = Callable[[str], list[tuple[str, int | None]]]
 """Splits a text into parts: ordinary text with None, or one special token's text with its id."""
@@ -157,25 +159,44 @@ class GrammarWriter:
         if other := sorted(schema.keys() - _TAGGED_KEYS):
             raise UnwritableError(f"this model writes parameters one by one, which can't be held to {', '.join(other)}")
         members = []
-        for name, value in (schema.get("properties") or {}).items():
+        properties = schema.get("properties", {})
+        if not isinstance(properties, dict):
+            raise UnwritableError("properties must be an object")
+        required = _list(schema, "required") if schema.get("required") else []
+        if unknown := [name for name in required if name not in properties]:
+            raise UnwritableError(f"required names {unknown[0]!r}, which is not among the properties")
+        for name, value in properties.items():
             member = self._member(form, name, value, schema)
-            members.append(member if name in (schema.get("required") or ()) else f"({member})?")
+            members.append(member if name in required else f"({member})?")
         return self.rule(" ".join(members)) if members else ""
 
     def _member(self, form: TaggedParameters, name: str, schema: Any, root: Mapping[str, Any]) -> str:
         schema = resolved(schema, root)
         schema = schema if isinstance(schema, dict) else {}
-        before = self.literal(
-            form.before + name + (form.as_text if "string" in types_of(schema, root) else form.as_json or form.as_text)
-        )
-        if "string" not in types_of(schema, root):
+        is_text = "string" in types_of(schema, root)
+        before = self.literal(form.before + name + (form.as_text if is_text else form.as_json or form.as_text))
+        if not is_text:
             definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
             return f"{before} {self.json({**definitions, **schema}, _CALL_SPACE)} {self.literal(form.after)}"
-        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        for key in ("anyOf", "oneOf"):
+            if key in schema and not schema.keys() - _ANNOTATIONS - {key}:
+                return self.rule(" | ".join(self._member(form, name, one, root) for one in _list(schema, key)))
+        if other := sorted(schema.keys() & _UNWRITABLE_IN_TEXT):
+            raise UnwritableError(f"this model writes strings as they are, which can't be held to {', '.join(other)}")
+        values = [schema["const"]] if "const" in schema else _list(schema, "enum") if "enum" in schema else None
         if values is not None:
             texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+            if marked := next((text for text in texts if form.end.strip() in text), None):
+                raise UnwritableError(f"{marked!r} has this model's own mark {form.end.strip()!r} in it")
             return f"{before} {self.choice(texts)} {self.literal(form.after)}"
         return f"{before} {self.until(form.after, _text_pattern(schema), form.end)}"
+
+
+def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
+    value = schema[key]
+    if not isinstance(value, list) or not value:
+        raise UnwritableError(f"{key} must be a list that is not empty")
+    return value
 
 
 def _text_pattern(schema: Mapping[str, Any]) -> str:

@@ -86,7 +86,7 @@ class ChatParser:
         if self._state == self._reasoning:
             self._reason(held.rstrip())
         elif self._state == self._arguments:
-            self._argue(held)
+            self._argue(self._reader.cut(held))
         elif self._plan.required:
             pass  # the beginning of a call, cut off before its name
         elif self._state == self._object:
@@ -168,7 +168,7 @@ class ChatParser:
         return True
 
     def _arguments(self) -> bool:
-        if not self._read:
+        if not self._read and self._calls_format.parameters is None:  # a tagged value's white space is its own
             self._held = self._held.lstrip()
         read = self._reader.read(self._held)
         self._held = read.rest
