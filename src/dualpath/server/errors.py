@@ -3,7 +3,10 @@
 Anthropic's API has a shape of its own: ``{"type": "error", "error": {"type", "message"}, "request_id"}``.
 """
 
+import contextlib
 import math
+import re
+from collections.abc import Iterator, Mapping
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -91,6 +94,19 @@ def bad_parameter(
 ) -> ApiError:
     """Returns a 400 error that names the field at fault."""
     return ApiError(400, message, code=code, param=param, overflow=overflow)
+
+
+@contextlib.contextmanager
+def in_words_of_client(names: Mapping[str, str]) -> Iterator[None]:
+    """Name fields in errors as a client does whose request was translated. `names`: patterns of ours, and theirs."""
+    try:
+        yield
+    except ApiError as error:
+        for ours, theirs in names.items():
+            if error.param is not None:
+                error.param = re.sub(rf"^{ours}(?=$|[.\[])", theirs, error.param)
+            error.message = re.sub(rf"(?<![\w.]){ours}(?!\w)", theirs, error.message)
+        raise
 
 
 def context_exceeded(context_tokens: int, prompt_tokens: int, completion_tokens: int | None, param: str) -> ApiError:

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dualpath.server.errors import bad_parameter
+from dualpath.server.errors import bad_parameter, in_words_of_client
 from dualpath.server.http import api_key
 from dualpath.server.protocol import ChatRequest
 from dualpath.server.responses.answer import Keep, ResponsesWriter
@@ -15,6 +15,14 @@ from dualpath.server.responses.request import InputTokensRequest, ResponsesReque
 from dualpath.server.responses.store import Owner, ResponseStore
 from dualpath.server.responses.tools import Tools
 from dualpath.server.service import Route, Service, json_response
+
+_WORDS = {
+    r"response_format\.json_schema\.schema": "text.format.schema",
+    r"response_format": "text.format",
+    r"(tools\[\d+\])\.function": r"\1",
+    r"messages": "input",
+}
+"""Fields of a chat, and what they are called here."""
 
 
 def routes(service: Service) -> list[Route]:
@@ -39,17 +47,19 @@ class _Responses:
         asked = await service.body(request, ResponsesRequest)
         owner = Owner(_key_digest(request), asked.cache_salt)
         tools = Tools(asked.tools, asked.tool_choice)
-        chat = self._chat(asked, owner, tools)
-        checked = await service.checker.chat_up_to(chat, "max_output_tokens", asked.max_output_tokens)
+        with in_words_of_client(_WORDS):
+            chat = self._chat(asked, owner, tools)
+            checked = await service.checker.chat_up_to(chat, "max_output_tokens", asked.max_output_tokens)
         writer = ResponsesWriter(service.generator.model.name, checked, asked, tools, self._keep(asked, owner))
         return await service.answer(request, checked, writer, arrived_s)
 
     async def input_tokens(self, request: Request) -> Response:
         asked = await self._service.body(request, InputTokensRequest)
         owner = Owner(_key_digest(request), asked.cache_salt)
-        chat = self._chat(asked, owner, Tools(asked.tools, asked.tool_choice))
-        self._service.checker.check_model(chat.model)
-        prompt = await self._service.checker.chat_prompt(chat, chat.messages)
+        with in_words_of_client(_WORDS):
+            chat = self._chat(asked, owner, Tools(asked.tools, asked.tool_choice))
+            self._service.checker.check_model(chat.model)
+            prompt = await self._service.checker.chat_prompt(chat, chat.messages)
         return json_response({"object": "response.input_tokens", "input_tokens": len(prompt)})
 
     async def retrieve(self, request: Request) -> Response:

@@ -11,7 +11,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dualpath.server.errors import bad_parameter
+from dualpath.server.errors import bad_parameter, in_words_of_client
 from dualpath.server.protocol import CompletionRequest, StreamOptions, decode_body
 from dualpath.server.requests import CheckedRequest
 from dualpath.server.rollout_writers import SglangWriter, VllmWriter
@@ -33,6 +33,14 @@ _OTHER_NAMES = {
     "no_stop_trim": "include_stop_str_in_output",
 }
 _GRAMMARS = {"json_schema": "json", "regex": "regex", "ebnf": "grammar"}
+_SGLANG_WORDS = {
+    **{ours: theirs for theirs, ours in _OTHER_NAMES.items()},
+    **{rf"structured_outputs\.{ours}": theirs for theirs, ours in _GRAMMARS.items()},
+    "prompt_logprobs": "top_logprobs_num",
+    "logprobs": "top_logprobs_num",
+    "cache_salt": "extra_key",
+}
+"""Fields of /v1/completions, and what SGLang calls them."""
 _NOT_GIVEN = msgspec.Raw(b"null")
 _UNSUPPORTED = ("stop_regex", "structural_tag", "custom_logit_processor")
 """Sampling parameters, or fields, of SGLang that would change the answer; null and false ask for nothing."""
@@ -105,7 +113,8 @@ class _Rollout:
             fields[name] = getattr(asked, name)
         if "max_tokens" not in fields:
             fields["max_tokens"] = self._room([prompt])
-        checked = await self._check(fields, [prompt], [asked.request_id or ""])
+        with in_words_of_client({"prompt": "token_ids"}):
+            checked = await self._check(fields, [prompt], [asked.request_id or ""])
         return await service.answer(request, checked, VllmWriter(service, checked, asked.request_id), arrived_s)
 
     async def sglang(self, request: Request) -> Response:
@@ -127,7 +136,9 @@ class _Rollout:
         rids = [asked.rid] * len(prompts) if isinstance(asked.rid, str) else asked.rid or [""] * len(prompts)
         if len(rids) != len(prompts):
             raise bad_parameter("rid", f"there are {len(rids)} names for {len(prompts)} prompts")
-        checked = await self._check(fields, prompts, rids)
+        given = "text" if asked.text is not None else "input_ids"
+        with in_words_of_client(_SGLANG_WORDS | {"prompt": given}):
+            checked = await self._check(fields, prompts, rids)
         several = isinstance(asked.text, list) or _is_nested(asked.input_ids) or len(checked.choices) > 1
         writer = SglangWriter(service, checked, several, bool(asked.return_text_in_logprobs), scored_from)
         return await service.answer(request, checked, writer, arrived_s)
@@ -144,7 +155,8 @@ class _Rollout:
         return [await self._service.codec.encode(text, add_special_tokens=True) for text in texts]
 
     async def _token_prompts(self, raw: msgspec.Raw, param: str, most: int) -> list[list[int]]:
-        prompts = await self._checker.given_prompts(raw)
+        with in_words_of_client({"prompt": param}):
+            prompts = await self._checker.given_prompts(raw)
         ids = [prompt for prompt in prompts if isinstance(prompt, list)]
         if len(ids) != len(prompts) or (most == 1 and _is_nested(raw)):
             raise bad_parameter(
