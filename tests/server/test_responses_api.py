@@ -166,7 +166,7 @@ def test_count_of_input_tokens() -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "says_why"),
     [
-        ({"input": None}, "messages", "messages is empty"),
+        ({"input": None}, "input", "input is empty"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input", r"input\[0\] has role 'tool'"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", r"content\[0\].*input_image"),
         ({"input": [{"role": "user"}]}, "input", r"input\[0\].content is missing"),
