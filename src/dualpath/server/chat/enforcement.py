@@ -11,15 +11,20 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dualpath.server.errors import ApiError
+from dualpath.thread_names import named_threads
+
+T = TypeVar("T")
 
 MAX_GRAMMAR_CHARACTERS = 2**18
 _REMEMBERED = 128
 _ANSWER_TIMEOUT_S = 60.0
 """The process ends itself long before, unless it gets no CPU."""
 _TURN_TIMEOUT_S = 30.0
+_WAITING = 4
+"""Threads: one compiles, others answer for grammars that are known. They are nobody else's, who would wait too."""
 _WORKER = Path(__file__).parent / "grammar_worker.py"
 _MAX_REASON_CHARACTERS = 500
 _PLACE = re.compile(r"\A.*failed to compile JSON schema: |\A[^\n]*?\d+\(\d+\): ")
@@ -46,19 +51,20 @@ class GrammarChecker:
         self._process: subprocess.Popen[str] | None = None
         self._end: Callable[[], Any] = lambda: None
         self._turn = threading.Lock()
+        self._threads = named_threads(_WAITING, "grammars")
         self._why_not = functools.lru_cache(_REMEMBERED)(self._compile)
         self._special_tokens: dict[str, int] = {}
 
     async def start(self) -> None:
         """Learn the special tokens, which `split` needs. Raises GrammarError where the model can have no grammars."""
         if not self._special_tokens:
-            await asyncio.to_thread(self._in_turn, lambda: None)
+            await self._beside(self._in_turn, lambda: None)
 
     async def check(self, grammar: str) -> None:
         """Raises GrammarError, or ApiError (429) when many others are being checked."""
         if len(grammar) > MAX_GRAMMAR_CHARACTERS:
             raise GrammarError(f"it is longer than {MAX_GRAMMAR_CHARACTERS} characters")
-        if why_not := await asyncio.to_thread(self._why_not, grammar):
+        if why_not := await self._beside(self._why_not, grammar):
             raise GrammarError(why_not)
 
     def split(self, text: str) -> list[tuple[str, int | None]]:
@@ -70,6 +76,10 @@ class GrammarChecker:
     def close(self) -> None:
         """End the process. A grammar that is being compiled is then too much."""
         self._end()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _beside(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     # ── the process; a thread at a time ─────────────────────────────────────────────────────────────────────────────
 
