@@ -34,7 +34,7 @@ def test_clusters_on_one_store_hit_each_others_blocks(checkpoint: Callable[[str]
             assert back.cached_tokens == 448, "and back"
             assert (again.token_ids, back.token_ids) == (first.token_ids, second.token_ids)
 
-            prefixes = other.coordinator._founded.prefixes
+            prefixes = other.coordinator._founded.requests.prefixes
             prefixes._quota_bytes = 0
             prefixes._enforce_quota()
             await other.coordinator.settle()

@@ -42,7 +42,7 @@ def test_a_store_removed_under_the_server_comes_back_by_itself(
     in_cluster(config, work)
 
 
-def test_a_journal_whose_disk_is_full_stops_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_journal_whose_disk_is_full_stops_the_cluster(caplog: pytest.LogCaptureFixture) -> None:
     """A journal with a gap would replay to something else: whoever asked for one is told at once."""
 
     async def run() -> None:
@@ -57,6 +57,6 @@ def test_a_journal_whose_disk_is_full_stops_the_cluster(capsys: pytest.CaptureFi
                 driver.input(lambda s, now, facts=facts: s.submit(now, facts))  # type: ignore[misc]
         assert [type(error) for error in broken] == [OSError]
         driver.close()  # must not raise: it is the first step of ending the cluster
-        assert "the journal's end could not be written" in capsys.readouterr().err
+        assert "the journal's end could not be written" in caplog.text
 
     asyncio.run(run())
