@@ -11,7 +11,7 @@ from dualpath.client.replay import replay
 from dualpath.client.rollout import ReplayOptions
 from dualpath.cluster.generator import GeneratedTokens, ModelFacts, RequestError
 from dualpath.lab.experiments.nic_bytes import NicBytes, nic_meter
-from dualpath.server import create_app, serve
+from dualpath.server import bind, create_app, serve
 from dualpath.traces.trajectory import Round, Trajectory
 
 
@@ -52,7 +52,7 @@ async def serving(cluster):
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     app = create_app(cluster, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>"))
     bound = asyncio.get_running_loop().create_future()
-    running = asyncio.create_task(serve(app, "127.0.0.1", 0, on_bound=bound.set_result))
+    running = asyncio.create_task(serve(app, bind("127.0.0.1", 0), on_bound=bound.set_result))
     try:
         yield f"http://127.0.0.1:{await asyncio.wait_for(bound, 20)}/v1"
     finally:
