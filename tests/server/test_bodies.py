@@ -98,9 +98,10 @@ def test_entries_of_lists_are_bounded(url: str) -> None:
         record = ChatRequest(**fields)  # type: ignore[arg-type]
         with pytest.raises(ApiError, match=f"{[*fields][-1]} has {most + 1} entries; a request may have {most}"):
             check_values(record, LIMITS)
-    body = b'{"messages": [%b{"role": "user"}]}' % (b'{"role": "user"},' * LIMITS.max_messages)
-    status, code, told = ask(url, body, "/v1/chat/completions")
-    assert (status, code, told["error"]["param"]) == (400, "invalid_value", "messages")
+    many = b'%b{"role": "user", "content": ""}' % (b'{"role": "user", "content": ""},' * LIMITS.max_messages)
+    for field, path in (("messages", "/v1/chat/completions"), ("input", "/v1/responses")):
+        status, code, told = ask(url, b'{"%b": [%b]}' % (field.encode(), many), path)
+        assert (status, code, told["error"]["param"]) == (400, "invalid_value", field)
 
 
 @pytest.mark.parametrize(

@@ -53,22 +53,30 @@ def test_what_is_not_supported_is_the_servers_table() -> None:
 
 @pytest.mark.parametrize("entry", UNSUPPORTED, ids=lambda entry: entry.name)
 def test_what_is_not_supported_is_refused_by_name_and_its_neutral_values_pass(entry: Any) -> None:
-    bodies = {"chats": ("chat/completions", {"messages": [{"role": "user", "content": "x"}]})}
-    bodies["completions"] = ("completions", {"prompt": "x"})
-    bodies["responses"] = ("responses", {"input": "x"})
-    bodies["messages"] = ("messages", {"model": "tiny", "max_tokens": 1, "messages": bodies["chats"][1]["messages"]})
+    hello = [{"role": "user", "content": "x"}]
+    bodies: dict[str, tuple[str, dict[str, Any]]] = {
+        "chats": ("/v1/chat/completions", {"messages": hello}),
+        "completions": ("/v1/completions", {"prompt": "x"}),
+        "responses": ("/v1/responses", {"input": "x"}),
+        "messages": ("/v1/messages", {"model": "tiny", "max_tokens": 1, "messages": hello}),
+        "/generate": ("/generate", {"text": "x"}),
+        "/inference/v1/generate": ("/inference/v1/generate", {"token_ids": [1]}),
+    }
     cluster = FakeGenerator(says("ok"))
     with running_server(cluster) as url:
         for endpoint in entry.endpoints:
             path, body = bodies[endpoint]
-            refused = httpx.post(f"{url}/v1/{path}", json={**body, entry.name: {"set": 1}})
+            refused = httpx.post(f"{url}{path}", json={**body, entry.name: {"set": 1}})
             error = refused.json()["error"]
             assert refused.status_code == 400
             assert f"{entry.name} is not supported" in error["message"] and entry.instead in error["message"]
             if endpoint != "messages":  # Anthropic's errors have neither
                 assert (error["code"], error["param"]) == ("unsupported_parameter", entry.name)
+            if endpoint == "/generate":  # SGLang's clients send some of them with the sampling parameters
+                inner = httpx.post(f"{url}{path}", json={**body, "sampling_params": {entry.name: {"set": 1}}})
+                assert inner.json()["error"]["param"] == entry.name
             for value in (None, *entry.neutral):
-                assert httpx.post(f"{url}/v1/{path}", json={**body, entry.name: value}).status_code == 200
+                assert httpx.post(f"{url}{path}", json={**body, entry.name: value}).status_code == 200
 
 
 TOOLS = (Path(__file__).parents[2] / "docs/how-to/tools.md").read_text()

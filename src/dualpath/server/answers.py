@@ -6,7 +6,6 @@ server-sent event, or merges all pieces into one body. Fields that the client di
 """
 
 import time
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -15,7 +14,7 @@ from msgspec import UNSET, UnsetType
 from dualpath.server.chat.deltas import Delta, fold
 from dualpath.server.codec import TextCodec
 from dualpath.server.errors import ApiError
-from dualpath.server.generation import Piece, Usage
+from dualpath.server.generation import Piece, Usage, by_choice
 from dualpath.server.logprobs import LogprobShapes, PromptEntry
 from dualpath.server.request_record import current
 from dualpath.server.requests import CheckedRequest
@@ -131,23 +130,6 @@ class _Answer:
         first, self._begun[choice] = not self._begun[choice], True
         return first
 
-    def _folded(self, pieces: list[Piece]) -> Iterator[Piece]:
-        """Yields one piece per choice, merged from all its pieces."""
-        of_choice: list[list[Piece]] = [[] for _ in self._checked.choices]
-        for piece in pieces:
-            of_choice[piece.choice].append(piece)
-        for choice, own in enumerate(of_choice):
-            yield Piece(
-                choice=choice,
-                text="".join(piece.text for piece in own),
-                token_ids=[token for piece in own for token in piece.token_ids],
-                logprobs=[entry for piece in own for entry in piece.logprobs or []],
-                finish_reason=own[-1].finish_reason,
-                cached_tokens=own[-1].cached_tokens,
-                prompt_logprobs=own[0].prompt_logprobs,
-                deltas=[delta for piece in own for delta in piece.deltas],
-            )
-
 
 class CompletionWriter(_Answer):
     """/v1/completions."""
@@ -163,7 +145,7 @@ class CompletionWriter(_Answer):
         return b"data: %b\n\n" % _encode(self._chunk(self._choice(piece)))
 
     def whole(self, pieces: list[Piece], usage: Usage) -> bytes:
-        choices = [self._choice(piece) for piece in self._folded(pieces)]
+        choices = [self._choice(piece) for piece in by_choice(pieces)]
         return _encode(self._last(self.object, choices, usage))
 
     def _choice(self, piece: Piece) -> ChoiceBody:
@@ -207,7 +189,7 @@ class ChatWriter(_Answer):
 
     def whole(self, pieces: list[Piece], usage: Usage) -> bytes:
         choices, reading = [], self._checked.reading
-        for piece in self._folded(pieces):
+        for piece in by_choice(pieces):
             choice = self._choice(piece)
             choice.message = _message(piece.deltas, only_calls=reading is not None and reading.required)
             choices.append(choice)

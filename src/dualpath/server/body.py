@@ -109,7 +109,7 @@ def check_values(record: msgspec.Struct, limits: ServerLimits) -> None:
     """Raises ApiError (400) for a list in `record` that is too long to be walked."""
     for name, value in zip(record.__struct_fields__, msgspec.structs.astuple(record), strict=True):
         if isinstance(value, list):
-            named = {"messages": limits.max_messages, "tools": limits.max_tools}
+            named = {"messages": limits.max_messages, "input": limits.max_messages, "tools": limits.max_tools}
             most = named.get(name, limits.max_list_entries)
             if len(value) > most:
                 raise bad_parameter(name, f"{name} has {len(value)} entries; a request may have {most}")

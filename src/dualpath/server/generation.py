@@ -9,7 +9,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
 import msgspec
 
@@ -52,6 +52,26 @@ class Piece(msgspec.Struct, kw_only=True):
     """The stop string that ended the text."""
     deltas: list[Delta] = []
     """Chats: what this step adds to the message."""
+
+
+def merged(pieces: Sequence[Piece]) -> Piece:
+    """Returns one choice's pieces as one."""
+    return msgspec.structs.replace(
+        pieces[-1],
+        text="".join(piece.text for piece in pieces),
+        token_ids=[token for piece in pieces for token in piece.token_ids],
+        logprobs=[entry for piece in pieces for entry in piece.logprobs or []],
+        prompt_logprobs=pieces[0].prompt_logprobs,
+        deltas=[delta for piece in pieces for delta in piece.deltas],
+    )
+
+
+def by_choice(pieces: Iterable[Piece]) -> list[Piece]:
+    """Returns one piece for each choice, in their order, from all pieces of an answer."""
+    of_choice: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        of_choice.setdefault(piece.choice, []).append(piece)
+    return [merged(own) for _, own in sorted(of_choice.items())]
 
 
 class ChoiceText:

@@ -69,7 +69,6 @@ class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
     is_chat: bool = False
     reading: ReadingPlan | None = None
     """How to read a chat's answer; None: it is content and nothing else."""
-
     form: str = ""
     """The field that the answer's grammar comes from; empty: there is none."""
 

@@ -9,7 +9,7 @@ from dualpath.cluster.generator import Generator, TokenLogprob
 from dualpath.server.answers import DONE, usage_body
 from dualpath.server.codec import TextCodec
 from dualpath.server.errors import ApiError
-from dualpath.server.generation import Piece, Usage
+from dualpath.server.generation import Piece, Usage, by_choice, merged
 from dualpath.server.logprobs import LogprobShapes, number
 from dualpath.server.requests import CheckedRequest
 
@@ -44,7 +44,7 @@ class VllmWriter:
         return b"data: %b\n\n" % error.body
 
     def whole(self, pieces: list[Piece], usage: Usage) -> bytes:
-        choices = [self._choice(piece) for piece in _by_choice(pieces)]
+        choices = [self._choice(piece) for piece in by_choice(pieces)]
         scores = next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs), [])
         body = {"request_id": self._request_id, "model": self._service.generator.model.name, "choices": choices}
         prompt = None if self._checked.prompt_logprobs is None else self._shapes.prompt(scores)
@@ -79,7 +79,7 @@ class SglangWriter:
 
     def event(self, piece: Piece) -> bytes:
         before = self._so_far.get(piece.choice)
-        self._so_far[piece.choice] = piece = piece if before is None else _merged([before, piece])
+        self._so_far[piece.choice] = piece = piece if before is None else merged([before, piece])
         record = self._record(piece)
         return b"data: %b\n\n" % _encode({**record, "index": piece.choice} if self._several else record)
 
@@ -90,7 +90,7 @@ class SglangWriter:
         return b"data: %b\n\n" % error.body
 
     def whole(self, pieces: list[Piece], usage: Usage) -> bytes:  # noqa: ARG002
-        records = [self._record(piece) for piece in _by_choice(pieces)]
+        records = [self._record(piece) for piece in by_choice(pieces)]
         return _encode(records if self._several else records[0])
 
     def _record(self, piece: Piece) -> dict[str, Any]:
@@ -139,21 +139,3 @@ class SglangWriter:
 
     def _text(self, token_id: int) -> str | None:
         return self._service.codec.token_text(token_id) if self._with_text else None
-
-
-def _by_choice(pieces: list[Piece]) -> list[Piece]:
-    """Returns one piece per choice, in their order."""
-    of_choice: dict[int, list[Piece]] = {}
-    for piece in pieces:
-        of_choice.setdefault(piece.choice, []).append(piece)
-    return [_merged(own) for _, own in sorted(of_choice.items())]
-
-
-def _merged(pieces: list[Piece]) -> Piece:
-    return msgspec.structs.replace(
-        pieces[-1],
-        text="".join(piece.text for piece in pieces),
-        token_ids=[token for piece in pieces for token in piece.token_ids],
-        logprobs=[entry for piece in pieces for entry in piece.logprobs or []],
-        prompt_logprobs=pieces[0].prompt_logprobs,
-    )

@@ -8,7 +8,6 @@ import msgspec
 from dualpath.server.errors import bad_parameter
 from dualpath.server.protocol import ChatRequest, FunctionTool
 
-MAX_TOOLS = 512
 _NAME = re.compile(r"[\w.:/-]{1,128}")
 _MODES = ("none", "auto", "required")
 
@@ -36,12 +35,11 @@ class ToolUse(msgspec.Struct, frozen=True):
 def tool_use(asked: ChatRequest) -> ToolUse:
     """Raises ApiError (400) that names the tool or the choice at fault."""
     functions = [_function(index, tool) for index, tool in enumerate(asked.tools or [])]
-    if len(functions) > MAX_TOOLS:
-        raise bad_parameter("tools", f"tools has {len(functions)} entries; at most {MAX_TOOLS} are supported")
-    names = [function.name for function in functions]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise bad_parameter(f"tools[{index}].function.name", f"two tools are called {name!r}")
+    names: set[str] = set()
+    for index, function in enumerate(functions):
+        if function.name in names:
+            raise bad_parameter(f"tools[{index}].function.name", f"two tools are called {function.name!r}")
+        names.add(function.name)
     choice = asked.tool_choice
     if choice is None:
         return ToolUse(functions, "auto" if functions else "none")
@@ -84,7 +82,8 @@ def _by_mode(functions: list[FunctionTool], mode: str) -> ToolUse:
 
 
 def _chosen(functions: list[FunctionTool], names: list[str]) -> list[FunctionTool]:
+    chosen, known = set(names), {function.name for function in functions}
     for name in names:
-        if name not in [function.name for function in functions]:
+        if name not in known:
             raise bad_parameter("tool_choice", f"tool_choice names {name!r}, which is not among the tools")
-    return [function for function in functions if function.name in names]
+    return [function for function in functions if function.name in chosen]

@@ -5,7 +5,7 @@ bound and refusal is the same. What differs is the shape of the answer (`server/
 """
 
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from starlette.requests import Request
@@ -16,6 +16,7 @@ from dualpath.server.protocol import CompletionRequest, StreamOptions, decode_bo
 from dualpath.server.requests import CheckedRequest
 from dualpath.server.rollout_writers import SglangWriter, VllmWriter
 from dualpath.server.service import Route, Service
+from dualpath.server.unsupported import refuse_unsupported
 
 AS_SAMPLED = "processed_logprobs"
 """Both endpoints' default of `logprobs_mode`: what importance ratios need."""
@@ -42,16 +43,12 @@ _SGLANG_WORDS = {
 }
 """Fields of /v1/completions, and what SGLang calls them."""
 _NOT_GIVEN = msgspec.Raw(b"null")
-_UNSUPPORTED = ("stop_regex", "structural_tag", "custom_logit_processor")
-"""Sampling parameters, or fields, of SGLang that would change the answer; null and false ask for nothing."""
-_UNSUPPORTED_FIELDS = (
-    *("image_data", "audio_data", "video_data", "input_embeds", "lora_path", "session_params", "token_ids_logprob"),
-    *("return_hidden_states", "return_routed_experts", "custom_logit_processor"),
-)
 
 
 class VllmGenerate(msgspec.Struct, kw_only=True):
     """Body of /inference/v1/generate."""
+
+    api: ClassVar[str] = "/inference/v1/generate"
 
     token_ids: msgspec.Raw
     sampling_params: dict[str, msgspec.Raw] | None = None
@@ -60,12 +57,12 @@ class VllmGenerate(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
-    features: Any = None
-    kv_transfer_params: Any = None
 
 
 class SglangGenerate(msgspec.Struct, kw_only=True):
     """Body of /generate: `text` or `input_ids`, one or a list of either."""
+
+    api: ClassVar[str] = "/generate"
 
     text: str | list[str] | None = None
     input_ids: msgspec.Raw = _NOT_GIVEN
@@ -77,16 +74,6 @@ class SglangGenerate(msgspec.Struct, kw_only=True):
     return_text_in_logprobs: bool | None = None
     stream: bool | None = None
     extra_key: str | None = None
-    image_data: Any = None
-    audio_data: Any = None
-    video_data: Any = None
-    input_embeds: Any = None
-    lora_path: Any = None
-    session_params: Any = None
-    token_ids_logprob: Any = None
-    return_hidden_states: Any = None
-    return_routed_experts: Any = None
-    custom_logit_processor: Any = None
 
 
 def routes(service: Service) -> list[Route]:
@@ -106,8 +93,7 @@ class _Rollout:
         arrived_s = time.perf_counter()
         service = self._service
         asked = await service.body(request, VllmGenerate)
-        _refuse({name: getattr(asked, name) for name in ("features", "kv_transfer_params")})
-        (prompt,) = await self._token_prompts(asked.token_ids, "token_ids", 1)
+        (prompt,) = await self._token_prompts(asked.token_ids, "token_ids", several=False)
         fields: dict[str, Any] = {"logprobs_mode": AS_SAMPLED, **(asked.sampling_params or {})}
         for name in ("model", "stream", "stream_options", "cache_salt"):
             fields[name] = getattr(asked, name)
@@ -121,7 +107,6 @@ class _Rollout:
         arrived_s = time.perf_counter()
         service = self._service
         asked = await service.body(request, SglangGenerate)
-        _refuse({name: getattr(asked, name) for name in _UNSUPPORTED_FIELDS})
         prompts = await self._sglang_prompts(asked)
         fields = _sglang_fields(asked)
         room = self._room(prompts)
@@ -147,22 +132,20 @@ class _Rollout:
         has_ids = bytes(asked.input_ids) != b"null"
         if (asked.text is None) != has_ids:
             raise bad_parameter("text", "give either text or input_ids")
-        most = self._service.limits.max_choices
         if has_ids:
-            return await self._token_prompts(asked.input_ids, "input_ids", most)
+            return await self._token_prompts(asked.input_ids, "input_ids", several=True)
+        most = self._service.limits.max_choices
         texts = [asked.text] if isinstance(asked.text, str) else asked.text or []
-        _check_count("text", len(texts), most)
-        return [await self._service.codec.encode(text, add_special_tokens=True) for text in texts]
+        if not 0 < len(texts) <= most:
+            raise bad_parameter("text", f"text has {len(texts)} prompts; a request may have 1 to {most}")
+        return await self._service.codec.encode_all(texts, add_special_tokens=True)
 
-    async def _token_prompts(self, raw: msgspec.Raw, param: str, most: int) -> list[list[int]]:
+    async def _token_prompts(self, raw: msgspec.Raw, param: str, several: bool) -> list[list[int]]:
         with in_words_of_client({"prompt": param}):
             prompts = await self._checker.given_prompts(raw)
         ids = [prompt for prompt in prompts if isinstance(prompt, list)]
-        if len(ids) != len(prompts) or (most == 1 and _is_nested(raw)):
-            raise bad_parameter(
-                param, f"{param} must be a list of token ids" + (", or a list of such" if most > 1 else "")
-            )
-        _check_count(param, len(ids), most)
+        if len(ids) != len(prompts) or (_is_nested(raw) and not several):
+            raise bad_parameter(param, f"{param} must be a list of token ids" + (", or a list of such" * several))
         return ids
 
     def _room(self, prompts: list[list[int]]) -> int:
@@ -188,7 +171,7 @@ class _Rollout:
 def _sglang_fields(asked: SglangGenerate) -> dict[str, Any]:
     """Returns the fields of /v1/completions that ask for the same."""
     params = asked.sampling_params or {}
-    _refuse({name: params.get(name) for name in _UNSUPPORTED})
+    refuse_unsupported(params, asked.api)
     fields: dict[str, Any] = {name: params[name] for name in _SAME if params.get(name) is not None}
     fields |= {ours: params[theirs] for theirs, ours in _OTHER_NAMES.items() if params.get(theirs) is not None}
     grammar = {ours: params[theirs] for theirs, ours in _GRAMMARS.items() if params.get(theirs) is not None}
@@ -198,19 +181,6 @@ def _sglang_fields(asked: SglangGenerate) -> dict[str, Any]:
         fields["logprobs"] = asked.top_logprobs_num or 0
     fields.setdefault("logprobs_mode", AS_SAMPLED)
     return fields | {"stream": bool(asked.stream), "cache_salt": asked.extra_key}
-
-
-def _refuse(fields: dict[str, Any]) -> None:
-    for name, value in fields.items():
-        if value not in (None, False, [], {}):
-            raise bad_parameter(
-                name, f"{name} is not supported by this server; leave it out", code="unsupported_parameter"
-            )
-
-
-def _check_count(param: str, prompts: int, most: int) -> None:
-    if not 0 < prompts <= most:
-        raise bad_parameter(param, f"{param} has {prompts} prompts; a request may have 1 to {most}")
 
 
 def _is_nested(raw: msgspec.Raw) -> bool:

@@ -26,7 +26,6 @@ class Format(msgspec.Struct):
 
 class Text(msgspec.Struct):
     format: Format | None = None
-    verbosity: str | None = None
 
 
 class Reasoning(msgspec.Struct):
