@@ -47,7 +47,7 @@ def test_help_has_an_example(action: str, capsys: pytest.CaptureFixture[str]) ->
 def test_a_store_that_can_not_be_is_told_before_anything_starts(
     store: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.json").touch()
+    (tmp_path / "config.json").write_text("{}")
     assert main(["serve", "--model", str(tmp_path), "--store", store]) == 2
     assert message in capsys.readouterr().err
 
