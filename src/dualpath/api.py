@@ -20,7 +20,7 @@ from dualpath.client.replay import warm_up
 from dualpath.client.rollout import ReplayOptions
 from dualpath.cluster.config import ClusterConfig
 from dualpath.results.turns import ReplayResult
-from dualpath.serving import ClusterServer
+from dualpath.serving.cluster_server import ClusterServer
 from dualpath.spec.metrics import Figures
 from dualpath.traces.trajectory import Trajectory
 

@@ -114,7 +114,7 @@ def served(monkeypatch, tmp_path):
         asked.append((config, local_engines))
         return 7
 
-    monkeypatch.setattr("dualpath.serving.run", run)
+    monkeypatch.setattr("dualpath.serving.supervising.run", run)
     monkeypatch.chdir(tmp_path)
     return asked
 

@@ -15,7 +15,8 @@ def serve(monkeypatch, tmp_path, capsys):
     model.mkdir()
     (model / "config.json").write_text("{}")
     asked = []
-    monkeypatch.setattr("dualpath.serving.run", lambda config, local_engines=True: asked.append(config) or 7)
+    served = "dualpath.serving.supervising.run"
+    monkeypatch.setattr(served, lambda config, local_engines=True: asked.append(config) or 7)
 
     def run(*argv):
         try:

@@ -1,9 +1,12 @@
-"""An engine's worker in the test's own process: real buffer, data server, store and model; the coordinator is the test.
+"""A node agent and an engine in the test's own process, all real; the coordinator is the test.
 
-Messages go straight into `worker.handle`; what the engine would send is kept in `sent`.
+The agent is on the test's event loop; the engine is on threads, attached by its agent's socket. Messages go straight
+into `worker.handle`; what the agent would send is kept in `sent`.
 """
 
 import asyncio
+import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -12,11 +15,15 @@ from typing import TypeVar
 import torch
 
 from dualpath.cluster import messages as m
+from dualpath.cluster.agent.decode import DecodeWorker
+from dualpath.cluster.agent.host import EngineHost
+from dualpath.cluster.agent.main import NodeAgent
+from dualpath.cluster.agent.prefill import PrefillWorker
+from dualpath.cluster.attachment import AgentConfig, EngineConfig
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.engines.decode import DecodeWorker
-from dualpath.cluster.engines.host import EngineHost
-from dualpath.cluster.engines.prefill import PrefillWorker
-from dualpath.core.batching import AttentionCost
+from dualpath.cluster.engines.decode import DecodeCompute
+from dualpath.cluster.engines.main import Engine
+from dualpath.cluster.engines.prefill import PrefillCompute
 from dualpath.core.vocabulary import Role, TrafficClass
 from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
 from dualpath.model import LoadedModel
@@ -33,9 +40,16 @@ Message = TypeVar("Message")
 class Bench:
     """One worker and its host."""
 
-    def __init__(self, host: EngineHost, worker: DecodeWorker | PrefillWorker, sent: list[m.FromEngine]) -> None:
+    def __init__(
+        self,
+        host: EngineHost,
+        worker: DecodeWorker | PrefillWorker,
+        compute: DecodeCompute | PrefillCompute,
+        sent: list[m.FromEngine],
+    ) -> None:
         self.host = host
         self.worker = worker
+        self.compute = compute
         self.sent = sent
 
     @property
@@ -94,21 +108,27 @@ class Bench:
 async def bench(model: Path, store: Path, role: Role, **settings: object) -> AsyncIterator[Bench]:
     torch.set_num_threads(1)
     loaded = LoadedModel.load(str(model), device="cpu", dtype="float32", threads=1)
-    cluster: ClusterConfig = cluster_config(model, store, **settings)
-    config = m.EngineConfig(role=role, coordinator="tcp://127.0.0.1:9", cluster=cluster)
-    host = EngineHost(config, loaded.layout, cluster.buffer_bytes // loaded.layout.full_block_bytes)
-    host.engine = 7
+    # No coordinator answers, and none is missed.
+    cluster: ClusterConfig = cluster_config(model, store, lease_ns=10**15, **settings)
     sent: list[m.FromEngine] = []
-    host.send = sent.append  # type: ignore[method-assign]
-    worker: DecodeWorker | PrefillWorker
-    if role is Role.DECODE:
-        worker = DecodeWorker(host, loaded, cluster.hbm_bytes // loaded.layout.full_block_bytes)
-    else:
-        cost = AttentionCost(fixed_ns=0.0, ns_per_flop=0.0, flops_per_token=1.0, flops_per_pair=1.0)
-        worker = PrefillWorker(host, loaded, cost)
-    try:
-        yield Bench(host, worker, sent)
-    finally:
-        await host.end_tasks()
-        worker.close()
-        host.close()
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/agent.sock"
+        engine = Engine(EngineConfig(role=role, agent=path, cluster=cluster, name="engine"), loaded, lambda _: None)
+        running = threading.Thread(target=engine.run, args=(lambda _: None,), daemon=True)
+        try:
+            config = AgentConfig(coordinator="tcp://127.0.0.1:9", cluster=cluster, name="node", socket=path)
+            async with NodeAgent(config) as agent:
+                running.start()
+                async with asyncio.timeout(WAIT_S):
+                    while not agent.members:
+                        await asyncio.sleep(0.005)
+                member = next(iter(agent.members))
+                member.host.link.send = sent.append  # type: ignore[method-assign]
+                member.host.link.engine = 7
+                if isinstance(engine.worker, PrefillCompute):
+                    while engine.worker.io is None:
+                        await asyncio.sleep(0.005)
+                yield Bench(member.host, member.worker, engine.worker, sent)
+            await asyncio.to_thread(running.join)
+        finally:
+            engine.close()

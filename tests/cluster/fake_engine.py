@@ -89,12 +89,30 @@ class FakeEngine:
         self._socket.close()
 
 
+class FakeCrew:
+    """Has children of any ticket, and notes what it is told of them."""
+
+    def __init__(self) -> None:
+        self.killed: list[str] = []
+        self.restarts = 0
+        self.members: list[str] = []
+
+    def kill(self, ticket: str) -> None:
+        self.killed.append(ticket)
+
+    def ready(self, ticket: str) -> None:
+        self.members.append(ticket)
+
+    def starting(self) -> list[dict[str, object]]:
+        return []
+
+
 class Head:
     """A coordinator and the means to make engines for it."""
 
-    def __init__(self, coordinator: Coordinator, context: zmq.asyncio.Context, killed: list[int]) -> None:
+    def __init__(self, coordinator: Coordinator, context: zmq.asyncio.Context, crew: FakeCrew) -> None:
         self.coordinator = coordinator
-        self.killed = killed
+        self.crew = crew
         self._context = context
         self.engines: list[FakeEngine] = []
 
@@ -113,11 +131,11 @@ class Head:
 async def head(store: Path, **settings: object) -> AsyncIterator[Head]:
     defaults: dict[str, object] = {"model": "models/tiny", "store": str(store), "topology": Topology(1, 1)}
     config = ClusterConfig(**(defaults | settings))  # type: ignore[arg-type]
-    killed: list[int] = []
-    coordinator = Coordinator(config, kill_engine=killed.append)
+    crew = FakeCrew()
+    coordinator = Coordinator(config, crew)
     coordinator.start()
     context = zmq.asyncio.Context()
-    made = Head(coordinator, context, killed)
+    made = Head(coordinator, context, crew)
     try:
         yield made
         assert not coordinator.failure.done(), coordinator.failure

@@ -28,5 +28,5 @@ def test_a_setting_that_cannot_be_is_named(name: str, value: object) -> None:
 
 @pytest.mark.parametrize("nodes", [(0, 1), (1, 0), (-1, 2)])
 def test_a_topology_has_a_node_of_each_kind(nodes: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="at least one node of each kind"):
+    with pytest.raises(ValueError, match="one node of each kind"):
         Topology(*nodes)

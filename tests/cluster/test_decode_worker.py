@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from dualpath.cluster import messages as m
+from dualpath.cluster.attachment import SequenceStep, Steps
+from dualpath.cluster.engines.decode import DecodeCompute
 from dualpath.core.vocabulary import Leg, Role, Side
 from dualpath.kv import PosixStore, StoreWriteError
 from dualpath.model import StepOutput
-from dualpath.model.sampling import TokenDraw
 from dualpath.spec import metrics
 
 from .engine_bench import Bench, bench
@@ -36,9 +37,10 @@ def test_warming_up_leaves_nothing_behind(checkpoint: Checkpoint, tmp_path: Path
     prompt = appended(0, 130)
 
     async def work(engine: Bench) -> None:
-        free_blocks = engine.worker._gauges()["dualpath_hbm_free_blocks"]
-        engine.worker.warm_up()
-        assert engine.worker._gauges()["dualpath_hbm_free_blocks"] == free_blocks
+        assert isinstance(engine.compute, DecodeCompute)
+        free_blocks = engine.compute.gauges()
+        engine.compute.warm_up()
+        assert engine.compute.gauges() == free_blocks
         engine.prepare(0, prompt)
         await engine.hears(m.Prepared)
         engine.start(0, prompt)
@@ -94,7 +96,7 @@ def test_a_peer_is_lost_while_a_leg_is_read(checkpoint: Checkpoint, tmp_path: Pa
 
     async def work(engine: Bench) -> None:
         engine.prepare(0, prompt, hit_tokens=192)
-        with engine.peer("3"):
+        with engine.peer(engine.host.link.tag(3)):
             leg = Leg(Side.DE, 0, 3)
             engine.worker.handle(m.LoadLeg(0, 0, leg, engine.space, engine.keys(prompt)[:3]))
             await asyncio.sleep(0)  # the read is under way, and fails at once: there is no block
@@ -110,7 +112,7 @@ def test_pages_that_a_lost_peer_may_still_touch_are_quarantined(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A peer that hangs over shared memory can't be proven quiet: its pages are nobody's until it is."""
-    monkeypatch.setattr("dualpath.cluster.engines.decode.QUIET_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("dualpath.cluster.agent.decode.QUIET_TIMEOUT_S", 0.05)
     prompt = appended(0, 200)
 
     async def work(engine: Bench) -> None:
@@ -132,11 +134,62 @@ def test_pages_that_a_lost_peer_may_still_touch_are_quarantined(
     on_bench(checkpoint, tmp_path, work)
 
 
+def test_an_engine_that_loses_its_coordinator_lets_go_of_everything(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Prepared, reading, decoding: all is free when `abandon` ends, every peer is disconnected, the memory stays."""
+    prompt = appended(0, 200)
+
+    async def work(engine: Bench) -> None:
+        engine.worker.handle(m.PeerJoined(3, "shm:/nowhere"))
+        for request in range(3):
+            engine.prepare(request, prompt)
+        engine.worker.handle(m.LoadLeg(1, 0, Leg(Side.DE, 0, 2), engine.space, engine.keys(prompt)[:2]))
+        engine.start(2, prompt, max_tokens=3000)
+        await engine.hears(m.Tokens)
+        with engine.peer(engine.host.link.tag(3)) as peer:
+            await asyncio.wait_for(engine.worker.abandon(), 20.0)
+            engine.nothing_held()
+            async with asyncio.timeout(20.0):
+                while peer.is_open:
+                    await asyncio.sleep(0.01)
+        said = len(engine.said(m.Finished))
+        engine.prepare(0, prompt)  # of the next epoch, whose ids begin anew
+        engine.start(0, prompt)
+        await engine.hears(m.Finished, said + 1)
+
+    on_bench(checkpoint, tmp_path, work)
+
+
+def test_it_lets_go_of_nothing_that_a_peer_may_still_touch(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no coordinator to say that a prefill engine has stopped: each of this epoch must be proven quiet."""
+    monkeypatch.setattr("dualpath.cluster.engines.decode.QUIET_TIMEOUT_S", 0.05)
+    prompt = appended(0, 200)
+
+    async def work(engine: Bench) -> None:
+        from concurrent.futures import Future
+
+        quiet: dict[str, Future[None]] = {engine.host.link.tag(peer): Future() for peer in (3, 5)}
+        for peer in (3, 5):
+            engine.worker.handle(m.PeerJoined(peer, "shm:/nowhere"))
+        engine.prepare(0, prompt)
+        monkeypatch.setattr(engine.host.server, "quiesce", quiet.__getitem__)
+        letting_go = asyncio.create_task(engine.worker.abandon())
+        for tag in sorted(quiet):
+            await asyncio.sleep(0.2)
+            statistics = engine.host.pool.statistics()
+            assert statistics.quarantined_pages == 4 and not letting_go.done()
+            quiet[tag].set_result(None)
+        await asyncio.wait_for(letting_go, 20.0)
+
+    on_bench(checkpoint, tmp_path, work)
+
+
 def test_a_step_that_ends_after_its_sequence_was_released(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """An abort may release a sequence before the step that it took part in is reported: its share is dropped."""
 
     async def work(engine: Bench) -> None:
-        engine.worker._on_step([StepOutput(99, TokenDraw(1), None)])  # type: ignore[union-attr]
+        engine.worker.on_steps(Steps([SequenceStep(99, m.Draw(1))]))
         assert not engine.said(m.Tokens)
 
     on_bench(checkpoint, tmp_path, work)
@@ -149,7 +202,8 @@ def test_a_failed_step_fails_its_requests_and_stores_nothing_more(
     prompt = appended(0, 130)
 
     async def work(engine: Bench) -> None:
-        real_step = engine.worker._engine.step  # type: ignore[union-attr]
+        assert isinstance(engine.compute, DecodeCompute)
+        real_step = engine.compute._engine.step
         fail = True
 
         def step() -> list[StepOutput]:
@@ -157,7 +211,7 @@ def test_a_failed_step_fails_its_requests_and_stores_nothing_more(
                 raise RuntimeError("the device is on fire")
             return real_step()
 
-        monkeypatch.setattr(engine.worker._engine, "step", step)  # type: ignore[union-attr]
+        monkeypatch.setattr(engine.compute._engine, "step", step)
         engine.prepare(0, prompt)
         engine.start(0, prompt, max_tokens=200, ignore_eos=True)
         failed = await engine.hears(m.AttemptFailed)
@@ -198,7 +252,7 @@ def test_the_event_loop_never_waits_for_a_nic(
         assert len(threads) == 3 + 2  # three prompt blocks in, two generated blocks out
         assert threading.get_ident() not in threads
 
-    on_bench(checkpoint, tmp_path, work)
+    on_bench(checkpoint, tmp_path, work, cnic_bytes_per_s=10**9)
 
 
 def test_storage_that_cannot_be_written_or_opened(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpath.cluster.engines.layer_transfers import AttemptCancelledError, BatchTransfers, ItemTransfers, token_runs
+from dualpath.cluster.agent.layer_transfers import AttemptCancelledError, BatchTransfers, ItemTransfers, token_runs
 from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side, TrafficClass
 from dualpath.kv.layout import KVLayout, KVPart

@@ -49,7 +49,7 @@ def test_a_decode_engine_that_waits_for_the_first_prefill_engine_is_kept_alive(t
         for engine in (early, dead):
             engine.say(join_message(Role.DECODE))
         beats = 0
-        while not dead.all(m.Shutdown):  # until its lease is over
+        while not dead.all(m.NotMember):  # until its lease is over
             early.beat()
             await asyncio.sleep(0.02)
             beats += 1
@@ -120,22 +120,23 @@ def test_each_prefill_engine_learns_of_each_decode_engine_whoever_joins_first(tm
         await late.hears(m.PeerJoined)
         assert [peer.data_address for peer in founder.all(m.PeerJoined)] == ["shm:/nowhere/left", "shm:/nowhere/stays"]
         assert late.all(m.PeerJoined) == [m.PeerJoined(stays.engine, "shm:/nowhere/stays")]
-        assert not stays.all(m.PeerJoined)
+        await stays.hears(m.PeerJoined, 2)
+        assert [peer.engine for peer in stays.all(m.PeerJoined)] == [founder.engine, late.engine]
 
     with_head(tmp_path, work)
 
 
 def test_a_silent_engine_is_killed_before_others_learn_that_it_is_lost(tmp_path: Path) -> None:
     async def work(cluster: Head) -> None:
-        prefill = await cluster.new(Role.PREFILL).join(pid=4711)
+        prefill = await cluster.new(Role.PREFILL).join(ticket="its own")
         decode = await cluster.new(Role.DECODE).join()
         while not decode.all(m.PeerLost):
             decode.beat()
             await asyncio.sleep(0.02)
-        assert cluster.killed == [4711]
+        assert cluster.crew.killed == ["its own"]
         lost = decode.all(m.PeerLost)[0]
         assert (lost.engine, lost.data_address) == (prefill.engine, "shm:/nowhere/prefill")
-        assert "no longer counted in" in (await prefill.hears(m.Shutdown)).reason
+        assert "no longer counted in" in (await prefill.hears(m.NotMember)).reason
         assert cluster.coordinator.membership.status == "unavailable"
 
     with_head(tmp_path, work, lease_ns=300_000_000, heartbeat_ns=20_000_000)
@@ -147,17 +148,90 @@ def test_an_engine_that_leaves_is_gone_at_once_and_not_killed(tmp_path: Path) ->
         decode = await cluster.new(Role.DECODE).join()
         cluster.engines[0].say(m.Leave("terminated"))
         await decode.hears(m.PeerLost)
-        assert cluster.killed == []
+        assert cluster.crew.killed == []
 
     with_head(tmp_path, work, lease_ns=60_000_000_000)
 
 
-def test_a_process_that_dies_before_the_cluster_is_complete_ends_the_wait(tmp_path: Path) -> None:
+def test_an_engine_that_can_not_start_ends_the_wait(tmp_path: Path) -> None:
     async def work(cluster: Head) -> None:
-        await cluster.new(Role.PREFILL).join(pid=4711)
-        cluster.coordinator.membership.process_died(4711, "prefill-0 (pid 4711) ended")
-        with pytest.raises(RuntimeError, match="prefill-0"):
+        await cluster.new(Role.PREFILL).join(ticket="its own")
+        cluster.coordinator.membership.hopeless("decode-0 (pid 4711) ended")
+        with pytest.raises(RuntimeError, match="not all engines are ready, and decode-0"):
             await cluster.coordinator.membership.complete(10.0)
+
+    with_head(tmp_path, work)
+
+
+def test_a_process_that_dies_is_no_member_any_more_and_the_wait_goes_on(tmp_path: Path) -> None:
+    """Its supervisor starts another."""
+
+    async def work(cluster: Head) -> None:
+        membership = cluster.coordinator.membership
+        await cluster.new(Role.PREFILL).join(ticket="first")
+        membership.process_died("nobody's")
+        assert membership.count(Role.PREFILL) == 1
+        membership.process_died("first")
+        assert membership.count(Role.PREFILL) == 0
+        await cluster.new(Role.PREFILL).join(ticket="second")
+        await cluster.new(Role.DECODE).join(ticket="third")
+        await membership.complete(10.0)
+        assert cluster.crew.members == ["first", "second", "third"]
+
+    with_head(tmp_path, work)
+
+
+def test_a_cluster_that_comes_back_is_content_with_an_engine_of_each_role(tmp_path: Path) -> None:
+    async def work(cluster: Head) -> None:
+        for role in Role:
+            await cluster.new(role).join()
+        await cluster.coordinator.membership.complete(10.0, enough_s=0.1)
+        with pytest.raises(TimeoutError):
+            await cluster.coordinator.membership.complete(0.1)
+
+    with_head(tmp_path, work, topology=Topology(1, 2))
+
+
+def test_that_nobody_is_left_to_serve_is_the_coordinators_end(tmp_path: Path) -> None:
+    """While others serve, an engine that can't start is no reason to end."""
+
+    async def run() -> None:
+        with pytest.raises(AssertionError, match="nobody serves, and decode-0"):
+            async with head(tmp_path) as cluster:
+                for role in Role:
+                    await cluster.new(role).join(ticket=role.value)
+                coordinator = cluster.coordinator
+                await coordinator.membership.complete(10.0)
+                coordinator.membership.hopeless("decode-1 can't start")
+                assert not coordinator.failure.done()
+                coordinator.membership.process_died(Role.DECODE.value)
+                coordinator.membership.hopeless("decode-0 can't start")
+
+    asyncio.run(run())
+
+
+def test_a_join_in_the_name_of_anothers_process_ends_nobody(tmp_path: Path) -> None:
+    """A pid is anybody's to name, so it is only shown; what counts is the ticket that the supervisor has given."""
+
+    async def work(cluster: Head) -> None:
+        prefill = await cluster.new(Role.PREFILL).join(pid=1, ticket="forged")
+        while not prefill.all(m.NotMember):
+            await asyncio.sleep(0.02)
+        assert cluster.crew.killed == ["forged"]
+
+    with_head(tmp_path, work, lease_ns=300_000_000, heartbeat_ns=20_000_000)
+
+
+def test_an_engine_is_retired_when_it_has_nothing_in_hand_and_is_not_counted_as_lost(tmp_path: Path) -> None:
+    async def work(cluster: Head) -> None:
+        coordinator = cluster.coordinator
+        for role in Role:
+            await cluster.new(role).join(ticket=role.value)
+        assert "no member" in await coordinator.retire("nobody's")
+        assert await coordinator.retire(Role.DECODE.value) == ""
+        assert "another takes its place" in (await cluster.engines[1].hears(m.Shutdown)).reason
+        coordinator.membership.process_died(Role.DECODE.value)
+        assert coordinator.membership.lost_engines == 0
 
     with_head(tmp_path, work)
 

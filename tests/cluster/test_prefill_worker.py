@@ -124,6 +124,33 @@ def test_abort_right_after_each_message(checkpoint: Checkpoint, tmp_path: Path) 
     on_bench(checkpoint, tmp_path, work)
 
 
+def test_an_engine_that_loses_its_coordinator_lets_go_of_everything(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Reading, loaded, and in a batch: all is free and disconnected when `abandon` ends, and the engine goes on."""
+    leg = Leg(Side.PE, 0, 2)
+
+    async def work(engine: Bench) -> None:
+        store = PosixStore(tmp_path, durable=False)
+        parent = engine.space.root
+        for key in engine.keys(PROMPT)[:2]:
+            store.write(engine.space, key, parent, bytes(engine.host.layout.full_block_bytes))
+            parent = key
+        async with decode_buffer(engine, tmp_path / "de") as server:
+            engine.worker.handle(m.LoadLeg(0, 0, leg, engine.space, engine.keys(PROMPT)[:2]))
+            await engine.hears(m.Loaded)
+            engine.worker.handle(m.LoadLeg(1, 0, leg, engine.space, engine.keys(PROMPT)[:2]))
+            start_prefill(engine, 2, server.address)
+            await asyncio.sleep(0)
+            channels = engine.worker._channels  # type: ignore[union-attr]
+            await asyncio.wait_for(engine.worker.abandon(), 20.0)
+            engine.nothing_held()
+            assert channels.get(server.address) is None
+            done = len(engine.said(m.PrefillDone))
+            start_prefill(engine, 0, server.address)  # of the next epoch, whose ids begin anew
+            await engine.hears(m.PrefillDone, done + 1)
+
+    on_bench(checkpoint, tmp_path, work)
+
+
 def test_a_dead_decode_engine_fails_its_own_requests_only(checkpoint: Checkpoint, tmp_path: Path) -> None:
     async def work(engine: Bench) -> None:
         async with decode_buffer(engine, tmp_path / "de") as server:
@@ -262,7 +289,7 @@ def test_a_transfer_that_fails_half_way_is_told(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Late bytes may still be on their way: whoever frees the pages must disconnect us first."""
-    monkeypatch.setattr("dualpath.cluster.engines.layer_transfers.TRANSFER_DEADLINE_NS", 1)
+    monkeypatch.setattr("dualpath.cluster.agent.layer_transfers.TRANSFER_DEADLINE_NS", 1)
 
     async def work(engine: Bench) -> None:
         async with decode_buffer(engine, tmp_path / "de") as server:
@@ -284,15 +311,15 @@ def test_a_transfer_that_ended_with_its_connection_is_quiet(
             start_prefill(engine, 0, server.address)
             await engine.hears(m.PrefillDone)
             channel = engine.worker._channels.get(server.address)  # type: ignore[union-attr]
-            real = engine.worker._compute  # type: ignore[union-attr]
+            real = engine.worker._transfers  # type: ignore[union-attr]
 
-            def compute(*arguments: object) -> object:
+            def transfers(*arguments: object) -> object:
                 channel.close()  # between joining the batch and moving its bytes
                 monkeypatch.setattr(engine.worker._channels, "get", lambda _: channel)  # type: ignore[union-attr]
                 return real(*arguments)  # type: ignore[arg-type]
 
             with monkeypatch.context() as patch:
-                patch.setattr(engine.worker, "_compute", compute)
+                patch.setattr(engine.worker, "_transfers", transfers)
                 start_prefill(engine, 1, server.address)
                 assert (await engine.hears(m.AttemptFailed)).cause is Cause.TRANSFER_FAILED
             engine.worker.handle(m.AbortAttempt(1, 0))
@@ -310,7 +337,7 @@ def test_a_batch_that_cannot_be_computed_fails_each_of_its_requests(
 
         async with decode_buffer(engine, tmp_path / "de") as server:
             with monkeypatch.context() as patch:
-                patch.setattr(engine.worker._prefill, "run", broken)  # type: ignore[union-attr]
+                patch.setattr(engine.compute._prefill, "run", broken)  # type: ignore[union-attr]
                 start_prefill(engine, 0, server.address)
                 failed = await engine.hears(m.AttemptFailed)
             assert (failed.cause, "out of memory" in failed.detail) == (Cause.COMPUTE_FAILED, True)

@@ -11,7 +11,6 @@ from dualpath.cluster.coordinator.live_request import LiveRequest
 from dualpath.cluster.coordinator.refusals import request_error
 from dualpath.cluster.generator import GenerateRequest, RequestError
 from dualpath.cluster.messages import Draw, Shutdown
-from dualpath.cluster.supervisor import Supervisor
 from dualpath.core.vocabulary import Cause, Role
 from dualpath.kv.keys import namespace
 from dualpath.spec.sampling import SamplingParams
@@ -161,39 +160,3 @@ def test_transports_are_found_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=complaint):
             ClusterConfig(model="m", store="s", transport=name)
-
-
-def test_a_process_that_ends_is_told_once_and_its_end_is_watched_no_more() -> None:
-    """A dead process's sentinel is readable for ever: left in the loop it would spin."""
-    import multiprocessing
-
-    async def run() -> None:
-        supervisor = Supervisor(ClusterConfig(model="m", store="s"), "tcp://127.0.0.1:9")
-        process = multiprocessing.get_context("spawn").Process(target=print)
-        process.start()
-        assert process.pid is not None
-        supervisor._processes[process.pid] = process
-        supervisor._names[process.pid] = "prefill-0"
-        supervisor._told[process.pid], telling = multiprocessing.Pipe(duplex=False)
-        telling.send("loads weights")
-        telling.close()
-        told: list[tuple[int, str]] = []
-        watching = asyncio.create_task(supervisor.watch(lambda pid, why: told.append((pid, why))))
-        async with asyncio.timeout(30.0):
-            while not told:
-                await asyncio.sleep(0.01)
-        why = f"prefill-0 (pid {process.pid}) ended with exit code 0: loads weights"
-        assert told == [(process.pid, why)]
-        assert supervisor.pids == {} == supervisor.steps
-        assert not asyncio.get_running_loop().remove_reader(process.sentinel)
-        watching.cancel()
-        supervisor.kill(process.pid)  # not ours any more: left alone
-
-    asyncio.run(run())
-
-
-def test_more_engines_than_a_host_can_have_are_refused_before_one_is_started() -> None:
-    supervisor = Supervisor(ClusterConfig(model="m", store="s", topology=Topology(60, 5)), "tcp://127.0.0.1:9")
-    with pytest.raises(ValueError, match="60P5D is more than 64 engines on one host"):
-        supervisor.start()
-    assert supervisor.pids == {}

@@ -46,6 +46,7 @@ def journal() -> list[bytes]:
     core.finished(40_000_004, 5, 2)
     core.submit(50_000_000, RequestFacts(6, 0, 700, 640, 20))
     core.cancel(50_000_001, 6)
+    core.engine_draining(50_000_001, DE, True)
     core.engine_lost(50_000_002, PE)
     audit(core.life)
     return lines

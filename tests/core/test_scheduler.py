@@ -452,6 +452,42 @@ def test_a_decode_engine_lost_behind_its_prefill_engine_is_not_told() -> None:
     assert cluster.core.held() == ()
 
 
+@pytest.mark.parametrize("system", ["dualpath", "dualpath-rr", "basic", "de-only"])
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+def test_a_draining_engine_ends_what_it_has_and_gets_nothing_new(system: str, role: Role) -> None:
+    cluster = Cluster(system, prefill=(1, 3), decode=(2, 4))
+    leaver, other = (1, 3) if role is Role.PREFILL else (2, 4)
+    cluster.submit(hit=0)
+    assert leaver in (cluster.core.life.requests[7].prefill_engine, cluster.core.life.requests[7].decode_engine)
+    cluster.does("engine_draining", leaver, True)
+    for request in range(20, 25):
+        cluster.submit(request, hit=0)
+        placed = cluster.core.life.requests[request]
+        assert (placed.prefill_engine if role is Role.PREFILL else placed.decode_engine) == other
+    assert Decode(7, 0, 2) in [*cluster.does("prepared", 7, 0), *cluster.does("prefill_done", 7, 0)]
+    assert cluster.does("finished", 7, 0) == [Finish(7)]
+    assert cluster.core.load_of(leaver).seq == 0
+
+
+@pytest.mark.parametrize("leaver", [PE, DE])
+@pytest.mark.parametrize("system", ["dualpath", "dualpath-rr"])
+def test_with_the_only_engine_of_a_role_draining_requests_wait(system: str, leaver: int) -> None:
+    """They are neither refused nor lost: for the engine to come back, or for another."""
+    cluster = Cluster(system)
+    cluster.does("engine_draining", leaver, True)
+    assert cluster.submit(hit=0) == []
+    cluster.does("engine_draining", leaver, False)
+    assert cluster.does("wake") == [] and cluster.core.life.requests[7].prefill_engine == PE
+    cluster.does("engine_draining", leaver, True)
+    assert cluster.submit(8, hit=0) == []
+    cluster.join(9, Role.PREFILL if leaver == PE else Role.DECODE)
+    placed = cluster.core.life.requests[8]
+    assert 9 in (placed.prefill_engine, placed.decode_engine)
+    assert cluster.submit(9, prompt=64 * 200, hit=0) == [Fail(9, Cause.TOO_LARGE)]
+    cluster.does("engine_draining", 99, True)
+    assert cluster.core.statistics()["dropped_engine_draining"] == 1
+
+
 def test_attempts_run_out_with_the_last_cause() -> None:
     cluster = Cluster()
     cluster.submit(hit=0)

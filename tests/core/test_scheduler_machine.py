@@ -83,7 +83,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         getattr(cluster.core, name)(cluster.now, *arguments)
         cluster.carry_out()
 
-    @rule(which=index, what=st.integers(0, 8))
+    @rule(which=index, what=st.integers(0, 9))
     def nonsense(self, which: int, what: int) -> None:
         """Words about attempts, sides and engines that do not exist, or are not where the speaker thinks."""
         cluster, now, key = self.cluster, self.cluster.now, (which % 16, which // 16 + 3)
@@ -97,6 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             lambda core: core.attempt_failed(now, *key, which, Cause.TIMEOUT),
             lambda core: core.released(now, *key, which),
             lambda core: core.engine_lost(now, 1_000 + which),
+            lambda core: core.engine_draining(now, 1_000 + which, True),
         ]
         said[what](cluster.core)
         assert cluster.core.take_commands() == []
@@ -112,6 +113,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         if which % 4 == 0:
             engines = sorted(self.cluster.engines)
             self.cluster.lose(engines[which // 4 % len(engines)])
+
+    @rule(which=index, draining=st.booleans())
+    @precondition(lambda self: self.cluster.engines)
+    def drain(self, which: int, draining: bool) -> None:
+        cluster, engines = self.cluster, sorted(self.cluster.engines)
+        cluster.core.engine_draining(cluster.now, engines[which % len(engines)], draining)
+        cluster.carry_out()
 
     @rule(kind=st.integers(0, 7))
     @precondition(lambda self: len(self.cluster.engines) < 7)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "dualpath"
 MEMBERS = {name: value for name, value in vars(metrics).items() if isinstance(value, Metric)}
 UNITS = """aborts attempts batches blocks bytes chunks engines errors events faults fetches inputs jobs looks matches
-messages namespaces ratio requests seconds series steps tokens updates versions"""
+messages namespaces parts ratio requests seconds series steps tokens updates versions"""
 
 
 def test_the_document_is_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:

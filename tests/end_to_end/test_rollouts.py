@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from dualpath.cluster.config import ClusterConfig
-from dualpath.serving import ClusterServer
+from dualpath.serving.cluster_server import ClusterServer
 
 PROMPT = list(range(40, 240))
 

@@ -172,7 +172,7 @@ def test_killed_engine_under_the_server(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_survives_a_killed_coordinator(
+def test_nothing_survives_a_killed_supervisor(
     model: Path, short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """kill -9 of the serving process at work: its engines leave by themselves, with their memory and socket files."""

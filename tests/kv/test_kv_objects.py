@@ -291,5 +291,5 @@ def test_without_obstore_one_line_says_what_to_install(monkeypatch: pytest.Monke
 
 def test_importing_the_stores_starts_no_object_library() -> None:
     """The supervisor's fork server imports the runtime; obstore has threads, which do not survive a fork."""
-    code = "import sys, dualpath.kv, dualpath.cluster.engines.block_io; sys.exit('obstore' in sys.modules)"
+    code = "import sys, dualpath.kv, dualpath.cluster.agent.block_io; sys.exit('obstore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

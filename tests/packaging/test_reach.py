@@ -12,7 +12,7 @@ MOST = 0.38
 
 def test_serve_imports_well_under_half_of_the_source_and_nothing_of_the_laboratory() -> None:
     code = (
-        "import json, sys, dualpath.serving;"
+        "import json, sys, dualpath.serving.cluster_server;"
         "ours = {n: m.__file__ for n, m in sys.modules.items() if n.partition('.')[0] == 'dualpath'};"
         "print(json.dumps([ours, 'torch' in sys.modules]))"
     )

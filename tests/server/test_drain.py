@@ -27,9 +27,11 @@ class Stopping:
 
     async def _main(self, cluster: FakeGenerator, drain_s: float) -> None:
         listener = bind("127.0.0.1", 0)
+        self.listener = listener.dup()
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._loop = asyncio.get_running_loop()
         app = create_app(cluster, TOKENIZER)
+        self._drain = app.state.drain
         self._serving = asyncio.create_task(
             serve(app, listener, on_bound=lambda port: self._ready.set(), drain_s=drain_s)
         )
@@ -38,6 +40,9 @@ class Stopping:
     def stop(self) -> None:
         with contextlib.suppress(RuntimeError):  # it has stopped
             self._loop.call_soon_threadsafe(self._serving.cancel)
+
+    def hand_over(self) -> None:
+        self._loop.call_soon_threadsafe(self._drain.hand_over.set)
 
     def join(self) -> None:
         self._thread.join(20)
@@ -143,3 +148,36 @@ def test_an_idle_server_stops_at_once_whatever_the_drain() -> None:
         assert client.get(f"{server.url}/health").status_code == 200
         server.stop()
         server.join()
+
+
+def test_a_server_that_hands_over_answers_what_it_has_and_leaves_the_rest_to_another() -> None:
+    """A connection that comes meanwhile waits in the backlog of the socket that both hold."""
+    release = threading.Event()
+    cluster = FakeGenerator(lambda request: [release, *says("1")(request)])
+    with Stopping(cluster, drain_s=60) as old, old.listener as held:
+        first, first_got = asking(old.url)
+        wait_until(lambda: cluster.open)
+        with connect(old.url) as waiting:  # it has said nothing yet, and is given the time to
+            assert httpx.get(f"{old.url}/livez").status_code == 200  # so that one has been accepted, too
+            old.hand_over()
+            waiting.sendall(post("/v1/completions", b'{"prompt": "a"}'))
+            wait_until(lambda: len(cluster.requests) == 2)
+            release.set()
+            assert waiting.recv(12) == b"HTTP/1.1 200"
+        first.join(30)
+        old.join()
+        assert first_got[0].json()["choices"][0]["text"] == "1"
+        second, second_got = asking(old.url)
+        second.join(0.2)
+        assert second.is_alive() and not second_got
+        app = create_app(FakeGenerator(says("2")), TOKENIZER)
+
+        async def succeed() -> None:
+            serving = asyncio.create_task(serve(app, held.dup(), drain_s=1))
+            while second.is_alive():
+                await asyncio.sleep(0.01)
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+
+        asyncio.run(succeed())
+        assert second_got[0].json()["choices"][0]["text"] == "2"

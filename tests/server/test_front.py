@@ -19,7 +19,7 @@ def front() -> Iterator[tuple[str, Front]]:
     """A front on a port, and its address."""
     listener = bind("127.0.0.1", 0)
     made, bound = Front(lambda: STARTING), threading.Event()
-    loop = asyncio.new_event_loop()
+    loop = made._loop = asyncio.new_event_loop()  # type: ignore[attr-defined]
     serving = loop.create_task(serve(made, listener, on_bound=lambda _: bound.set(), drain_s=0))
     port = listener.getsockname()[1]
 
@@ -52,3 +52,25 @@ def test_while_engines_load_probes_are_answered_and_all_else_is_told_to_come_bac
     made.drain.begun = True
     assert (httpx.get(f"{url}/ready").status_code, httpx.get(f"{url}/ready").json()) == (503, {"status": "draining"})
     assert httpx.get(f"{url}/livez").status_code == 200
+
+
+def test_a_successors_requests_wait_for_the_application_and_probes_do_not(front: tuple[str, Front]) -> None:
+    url, made = front
+    made.patience_s = 30.0
+    got: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: got.append(httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=60))
+    )
+    asking.start()
+    assert httpx.get(f"{url}/livez").status_code == 200
+    assert httpx.get(f"{url}/health").status_code == 503
+    asking.join(0.2)
+    assert asking.is_alive() and not got
+    app = create_app(FakeGenerator(says("ok")), TOKENIZER, limits=made.limits, drain=made.drain)
+    made._loop.call_soon_threadsafe(made.open, app)  # type: ignore[attr-defined]
+    asking.join(30)
+    assert got[0].json()["choices"][0]["text"] == "ok"
+    made._app = None
+    made._opened.clear()
+    made.patience_s = 0.1  # it does not wait for ever
+    assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).json()["error"]["code"] == "loading"

@@ -56,6 +56,8 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         "log-probabilities of the model's own distribution, or of the one drawn from (default: %(default)s)",
         choices=get_args(LogprobsMode),
     )
+    grace = "seconds that an engine without a coordinator keeps its memory before it leaves (default: %(default)g)"
+    option("--grace", "grace_s", grace, float, "S")
     dtypes = "auto is the checkpoint's own on a GPU, float32 on a CPU (default: %(default)s)"
     option("--dtype", "dtype", dtypes, choices=DTYPES)
     option("--device", "device", "cpu, or cuda where there is one (default: %(default)s)")

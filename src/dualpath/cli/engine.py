@@ -1,9 +1,9 @@
-"""``dualpath engine``: one engine that joins a coordinator."""
+"""``dualpath engine``: a node, of one engine or more, that joins a coordinator."""
 
 import argparse
 from typing import Any
 
-from dualpath.cli.arguments import command, not_negative
+from dualpath.cli.arguments import command, not_negative, positive
 from dualpath.cli.cluster_options import add_cluster_options, cluster_config
 
 EXAMPLES = """\
@@ -14,26 +14,21 @@ example, on a node that shares the store and the model directory with the coordi
 
 
 def add(commands: Any) -> None:
-    parser = command(commands, "engine", "start one engine that joins a coordinator", EXAMPLES, run)
+    parser = command(commands, "engine", "start a node that joins a coordinator", EXAMPLES, run)
     parser.add_argument("--role", choices=("prefill", "decode"), required=True)
     parser.add_argument("--coordinator", metavar="ADDRESS", required=True, help="serve's --join-address")
-    parser.add_argument("--rank", type=not_negative, default=0, help="tells engines of one role apart in logs")
+    parser.add_argument("--rank", type=not_negative, default=0, help="tells nodes of one role apart in logs")
+    parser.add_argument("--engines", type=positive, default=1, help="engines of the node (default: %(default)s)")
     add_cluster_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs one engine in this process until its coordinator releases it."""
-    from dualpath.cluster.engines.main import run_engine
-    from dualpath.cluster.messages import EngineConfig
-    from dualpath.core.vocabulary import Role
+    """Runs the node's agent and engines as children of this process, until its coordinator releases them."""
+    import msgspec
 
-    role = Role(arguments.role)
-    run_engine(
-        EngineConfig(
-            role=role,
-            coordinator=arguments.coordinator,
-            cluster=cluster_config(arguments),
-            name=f"{role.value}-{arguments.rank}",
-        )
-    )
-    return 0
+    from dualpath.cluster.node import run_node
+    from dualpath.core.vocabulary import Role
+    from dualpath.spec.topology import Topology
+
+    config = msgspec.structs.replace(cluster_config(arguments), topology=Topology(1, 1, arguments.engines))
+    return run_node(config, arguments.coordinator, Role(arguments.role), arguments.rank)

@@ -45,6 +45,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--drain-timeout", type=float, default=DEFAULTS["drain_s"], dest="drain_s", metavar="S", help=drain
     )
+    joining = "seconds that engines may take to load and join (default: %(default)g)"
+    group.add_argument(
+        "--join-timeout",
+        type=float,
+        default=DEFAULTS["join_timeout_s"],
+        dest="join_timeout_s",
+        metavar="S",
+        help=joining,
+    )
     control = "open /pause, /update_weights, /sleep … to trainers: with an API key, or from this host where none is set"
     group.add_argument("--enable-control", action="store_true", help=control)
     parsers = "how the model {}; a name as in vLLM, or none (default: as the chat template says)"
@@ -83,13 +92,13 @@ def run(arguments: argparse.Namespace) -> int:
     given.served_model_name, *given.served_model_aliases = given.names or [None]
     given.served_model_aliases = tuple(given.served_model_aliases)
     config = cluster_config(given)
-    from dualpath import serving
     from dualpath.server.chat.formats import find_call_format, find_reasoning_format
+    from dualpath.serving import supervising
 
     with usage_errors(ValueError):  # before engines start
         find_call_format(config.tool_call_parser, "")
         find_reasoning_format(config.reasoning_parser, "")
-    return serving.run(config, local_engines=given.control_address == DEFAULTS["control_address"])
+    return supervising.run(config, local_engines=given.control_address == DEFAULTS["control_address"])
 
 
 def _one_model(argument: str | None, option: str | None) -> str:

@@ -83,6 +83,10 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     lease_ns: int = 5_000_000_000
     """An engine that is silent for this long is lost."""
     heartbeat_ns: int = 200_000_000
+    grace_s: float = 600.0
+    """How long an engine that has lost its coordinator, or waits for its first, keeps its memory before it leaves."""
+    join_timeout_s: float = 180.0
+    """How long engines may take to import torch, load the model and join, when a cluster starts."""
     control_address: str = "tcp://127.0.0.1:0"
     """Address at which engines join; port 0 picks a free port."""
     host: str = "127.0.0.1"
@@ -129,6 +133,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{name} is {rate}; it must be above 0, or None for no limit")
         if not isinstance(self.topology, Topology):
             raise ValueError(f"topology is {self.topology!r}; give Topology.parse('1P2D')")
+        for name in ("grace_s", "join_timeout_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number of seconds above 0")
         if not 0 <= self.drain_s < float("inf"):
             raise ValueError(f"drain_s is {self.drain_s}; it must be a number of seconds, 0 or more")
         if not 0 <= self.port <= 65535:

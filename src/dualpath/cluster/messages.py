@@ -6,7 +6,6 @@ engines follow core's commands one to one, with the payload that the engine need
 
 import msgspec
 
-from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.orders import DropWeights, OrderDone, ReadWeights, ReleaseMemory, RestoreMemory, UseWeights
 from dualpath.core.vocabulary import Cause, EngineId, Leg, RequestId, Role, Side
 from dualpath.kv.keys import BlockKey, Namespace
@@ -46,6 +45,15 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     """A PE's prompt tokens per second, hits included, measured on an agent's turn; the scheduler's β needs it."""
     name: str = ""
     """What its process is called in logs, such as ``prefill-0``."""
+    ticket: str = ""
+    """The member's own secret, the same in each of its Joins: by it the coordinator knows a member that comes back, and
+    the supervisor the process that it started."""
+    node: str = ""
+    """The name of its node, unique in the cluster; engines of a node share its SNIC. Empty: a node of its own."""
+    agent_pid: int = 0
+    """The process that holds its buffer and moves its bytes: its node's agent."""
+    agent_ticket: str = ""
+    """That process's, for the supervisor."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
@@ -220,9 +228,10 @@ FromEngine = (
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """The engine is admitted; its id is `engine`."""
+    """The engine is admitted; its id is `engine`. `epoch` is the coordinator's: each one that starts has its own."""
 
     engine: EngineId
+    epoch: int = 0
 
 
 class PrepareDecode(msgspec.Struct, frozen=True, tag=True):
@@ -290,7 +299,8 @@ class AbortAttempt(msgspec.Struct, frozen=True, tag=True):
 
 
 class PeerJoined(msgspec.Struct, frozen=True, tag=True):
-    """PE: a decode engine has joined; connect to its buffer now, so that no prompt has to wait for that."""
+    """An engine of the other role has joined. A PE connects to the DE's buffer now, so that no prompt has to wait for
+    that; a DE notes who may touch its buffer."""
 
     engine: EngineId
     data_address: str
@@ -304,7 +314,18 @@ class PeerLost(msgspec.Struct, frozen=True, tag=True):
 
 
 class HeartbeatAck(msgspec.Struct, frozen=True, tag=True):
-    """The coordinator is alive. An engine that gets none of these for the length of its lease leaves."""
+    """The coordinator of this `epoch` is alive. A member that gets none of these for two leases takes it for lost."""
+
+    epoch: int = 0
+
+
+class NotMember(msgspec.Struct, frozen=True, tag=True):
+    """The coordinator does not know the engine, or no longer: it has restarted, or has counted the engine out.
+
+    The engine may join again, once it has let go of all that it did as a member.
+    """
+
+    reason: str
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
@@ -335,17 +356,9 @@ ToEngine = (
     | PeerJoined
     | PeerLost
     | HeartbeatAck
+    | NotMember
     | Shutdown
 )
-
-
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings that an engine process starts with."""
-
-    role: Role
-    coordinator: str
-    cluster: ClusterConfig
-    name: str = ""
 
 
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

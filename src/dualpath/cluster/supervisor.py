@@ -1,172 +1,298 @@
-"""Starts a cluster's engine processes on this host, notices when one ends, and ends them all.
+"""Starts the parts of a cluster on this host, brings back each one that ends, and ends them all.
 
-Engines are forked from a server process that has imported torch and transformers once. The second and later ones start
-in a fraction of a second and share those pages. Forking is safe because the fork server has no other threads.
+A *part* is a process of the table: the server with its coordinator (under `dualpath serve`), an engine. A part that
+ends is started again after a pause, which doubles with each end in a row up to `MOST_PAUSE_S`, and is short again once
+the part has been ready for `HEALTHY_S`. One that can't start at all is told to the owner as hopeless, with the reason.
 """
 
 import asyncio
 import contextlib
 import logging
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
 import time
-from collections.abc import Callable
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
+from typing import Any
 
-from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.messages import EngineConfig
-from dualpath.core.vocabulary import Role
+import msgspec
+
+from dualpath.cluster.children import Child, Start, seconds_ready, start
 from dualpath.spec.log import ROOT
-from dualpath.transfer import TRANSPORTS
-from dualpath.transfer.pool_files import sweep_dead_pools
 
 logger = logging.getLogger(f"{ROOT}.cluster")
 
-MAX_ENGINES = 64
-"""More processes than this would take a host's memory before they could serve."""
 STOP_GRACE_S = 3.0
-"""How long engines may take to leave by themselves before they are killed."""
+"""How long parts may take to leave by themselves before they are killed."""
+FIRST_PAUSE_S, MOST_PAUSE_S = 0.25, 10.0
+HEALTHY_S = 30.0
+MOST_FAILED_STARTS = 5
+CAN_NOT_RUN = "can't run: "
+"""How the last words of a part begin that says itself why it can't start."""
+
+
+async def wait_out(futures: Collection["asyncio.Future[Any]"]) -> None:
+    """Wait until all have ended, however often this task is cancelled meanwhile; what they clean up must be done."""
+    while not all(future.done() for future in futures):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait(futures)
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A row of the table: what it is called, such as ``decode-1``, and how it is started."""
+
+    name: str
+    start: Start
+    dismiss: Callable[[Child], None] | None = None
+    """Tells its process to leave when all ends; None: it learns that otherwise."""
+
+
+class ReplaceError(Exception):
+    """A part could not be replaced; the message says why. It goes on as it was, or is brought back."""
+
+
+class Slot:
+    """A part's processes: one, none while it is down, two while one replaces the other."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.current: Child | None = None
+        self.retiring: Child | None = None
+        """The process that is about to be replaced: its end is no accident."""
+        self.ends_in_a_row = 0
+        self.failed_starts = 0
+        self.ever_ready = False
+        self.note = "waits to be started"
+        """What it does while it has no process."""
+
+    def pause_s(self) -> float:
+        return min(MOST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** max(0, self.ends_in_a_row - 1))
 
 
 class Supervisor:
-    """Owns the engine processes it started. Used from one asyncio thread."""
+    """Owns the processes it has started, and ends no others. Used from one asyncio thread.
 
-    def __init__(self, config: ClusterConfig, control_address: str) -> None:
-        self._config = config
-        self._control_address = control_address
-        self._processes: dict[int, BaseProcess] = {}
-        self._names: dict[int, str] = {}
-        self._told: dict[int, Connection] = {}
-        self._starts = True
-        self.steps: dict[int, str] = {}
-        """What each engine process said last: the step of its start that it is at, or why it can't run."""
+    `on_end(ticket, why)` is called when a process has ended; `on_change()` after each change of `starting`;
+    `on_hopeless(why)` when a part can't start, each time that it has failed.
+    """
 
-    def start(self) -> None:
-        """Start every engine of the topology. Blocks until torch is imported, for seconds."""
-        topology = self._config.topology
-        if topology.prefill_nodes + topology.decode_nodes > MAX_ENGINES:
-            raise ValueError(
-                f"{topology} is more than {MAX_ENGINES} engines on one host; start fewer, or let "
-                "engines of other hosts join with --join-address"
-            )
-        self._sweep()
-        logger.info("starts %d engines; torch is imported once for all", topology.prefill_nodes + topology.decode_nodes)
-        for role, count in ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes)):
-            for rank in range(count):
-                if self._starts:
-                    self._start_engine(role, f"{role.value}-{rank}")
+    def __init__(
+        self,
+        parts: Iterable[Part],
+        *,
+        sweep: Callable[[], None],
+        on_end: Callable[[Child, str], None],
+        on_hopeless: Callable[[str], None],
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._slots = {part.name: Slot(part) for part in parts}
+        self._sweep = sweep
+        self._on_end = on_end
+        self._on_hopeless = on_hopeless
+        self._on_change = on_change
+        self._children: dict[str, Child] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self.restarts = 0
+        """Processes that were started again."""
 
-    def start_no_more(self) -> None:
-        """Let `start`, on its thread, end after the engine that it is starting. Nothing happens when it has ended."""
-        self._starts = False
-
-    def _start_engine(self, role: Role, name: str) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([f"dualpath.cluster.engines.{name}" for name in ("fork_server", "main")])
-        cluster = self._config.without_secrets()
-        config = EngineConfig(role=role, coordinator=self._control_address, cluster=cluster, name=name)
-        told, telling = context.Pipe(duplex=False)
-        process = context.Process(target=engine_entry, args=(config, telling), name=f"dualpath-{name}", daemon=True)
-        # `fork_server` ignores them; one that came before that would end it with a traceback. The tracker, which is
-        # started first, unblocks them.
-        resource_tracker.ensure_running()
-        former = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, former)
-        telling.close()
-        assert process.pid is not None
-        self._processes[process.pid] = process
-        self._names[process.pid] = name
-        self._told[process.pid] = told
-        self.steps[process.pid] = "starts"
+    # ── what there is ───────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def pids(self) -> dict[int, str]:
-        """Returns the live engine processes: pid → name, such as ``decode-1``."""
-        return {pid: self._names[pid] for pid, process in self._processes.items() if process.is_alive()}
+        """Returns the live processes: pid → name."""
+        return {child.pid: child.name for child in self._children.values() if child.is_alive}
 
-    async def watch(self, on_exit: Callable[[int, str], None]) -> None:
-        """Until cancelled, call ``on_exit(pid, why)`` for every engine process that ends."""
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Queue[int] = asyncio.Queue()
-        watched = dict(self._processes)
+    def starting(self) -> list[dict[str, object]]:
+        """Returns the parts that are not ready, and what each does, for /health."""
+        rows: list[dict[str, object]] = []
+        for slot in self._slots.values():
+            child = slot.current
+            if child is None or child.ready_s is None:
+                step = slot.note if child is None else child.step
+                rows.append({"name": slot.part.name, "pid": child.pid if child else None, "step": step})
+        return rows
 
-        def tell(pid: int) -> None:
-            loop.remove_reader(watched[pid].sentinel)  # it stays readable for ever
-            ended.put_nowait(pid)
+    def child(self, name: str) -> Child | None:
+        """Returns the part's process; None while it has none."""
+        return self._slots[name].current
 
-        for pid, process in watched.items():
-            loop.add_reader(process.sentinel, tell, pid)
-            loop.add_reader(self._told[pid], self._hear, pid)
+    # ── starting ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def start(self) -> None:
+        """Start every part, one after the other: the first fork server's import of torch takes seconds."""
+        self._sweep()
+        for slot in self._slots.values():
+            if not self._stopping:
+                await self._launch(slot)
+
+    async def _launch(self, slot: Slot) -> Child:
+        """Start the part's process and make it the current one. A start that fails counts as a process that ended."""
+        child = Child(slot.part.name)
+        slot.note = "starts"
+        launching = asyncio.wrap_future(start(child, slot.part.start))
         try:
-            while True:
-                pid = await ended.get()
-                process = self._processes.pop(pid)
-                process.join(1.0)
-                self._hear(pid)
-                why = f"{self._names[pid]} (pid {pid}) ended with {_exit(process.exitcode)}"
-                logger.warning(why)
-                self._sweep()
-                on_exit(pid, f"{why}: {self.steps.pop(pid)}")
+            await asyncio.shield(launching)
+        except (OSError, EOFError) as error:  # the fork server has died, or the system refuses a process
+            child.step = f"can't be started: {error!r}"
+            self._on_missed(slot, child)
         finally:
-            for pid, process in watched.items():
-                loop.remove_reader(process.sentinel)
-                loop.remove_reader(self._told[pid])
+            await wait_out([launching])  # so that no process is missed
+            if child.process is not None:
+                self._watch(slot, child)
+        return child
 
-    def _hear(self, pid: int) -> None:
-        """Note and log what an engine has told; it closes its end when it leaves."""
-        told = self._told[pid]
+    def _on_missed(self, slot: Slot, child: Child) -> None:
+        child.told.close()
+        logger.warning("%s %s", child.name, child.step)
+        self._count_end(slot, child, f"{child.name} {child.step}")
+        self.spawn(self._bring_back(slot))
+
+    def _watch(self, slot: Slot, child: Child) -> None:
+        assert child.process is not None
+        slot.current = child
+        self._children[child.ticket] = child
+        loop = asyncio.get_running_loop()
+        loop.add_reader(child.process.sentinel, self._ended, slot, child)
+        loop.add_reader(child.told, self._hear, child)
+        self._on_change()
+
+    def _hear(self, child: Child) -> None:
+        """Note and log what a part has told; it closes its end when it leaves."""
         try:
-            while not told.closed and told.poll():
-                self.steps[pid] = told.recv()
-                logging.getLogger(f"{ROOT}.engine {self._names[pid]}").info(self.steps[pid])
+            while not child.told.closed and child.told.poll():
+                child.step = str(child.told.recv())
+                logging.getLogger(f"{ROOT}.{_kind(child.name)}").info(child.step)
         except (EOFError, OSError):
-            asyncio.get_running_loop().remove_reader(told)
+            asyncio.get_running_loop().remove_reader(child.told)
+        self._on_change()
 
-    def kill(self, pid: int) -> None:
-        """Kill the process and return when it is dead. A pid that is not ours is left alone."""
-        process = self._processes.get(pid)
-        if process is not None and process.is_alive():
-            os.kill(pid, signal.SIGKILL)
-            process.join(5.0)
+    def ready(self, ticket: str) -> None:
+        """A part does its work now. A ticket that is nobody's is ignored."""
+        child = self._children.get(ticket)
+        if child is not None and child.ready_s is None:
+            child.ready_s = time.monotonic()
+            slot = self._slots[child.name]
+            slot.failed_starts, slot.ever_ready = 0, True
+            self._on_change()
 
-    def stop(self) -> None:
-        """Give engines `STOP_GRACE_S` to leave by themselves, then kill them."""
-        deadline = time.monotonic() + STOP_GRACE_S
-        for process in self._processes.values():
-            process.join(max(0.0, deadline - time.monotonic()))
-        for pid in list(self._processes):
-            self.kill(pid)
-        self._processes.clear()
-        for told in self._told.values():
-            told.close()
+    # ── ending, and coming back ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _ended(self, slot: Slot, child: Child) -> None:
+        assert child.process is not None
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(child.process.sentinel)  # it stays readable for ever
+        self._hear(child)
+        loop.remove_reader(child.told)
+        child.told.close()
+        del self._children[child.ticket]
+        why = f"{child.name} (pid {child.pid}) ended with {child.end()}"
+        logger.log(logging.DEBUG if self._stopping else logging.WARNING, why)
+        self._sweep()
+        self._on_end(child, f"{why}: {child.step}")
+        if slot.current is child:
+            slot.current = None
+        if slot.current is None and slot.retiring is None and not self._stopping:
+            self._count_end(slot, child, f"{why}: {child.step}")
+            self.spawn(self._bring_back(slot))
+        self._on_change()
+
+    def _count_end(self, slot: Slot, child: Child, why: str) -> None:
+        slot.ends_in_a_row = 1 if seconds_ready(child) > HEALTHY_S else slot.ends_in_a_row + 1
+        slot.failed_starts += child.ready_s is None
+        refuses = child.step.startswith(CAN_NOT_RUN) and not slot.ever_ready
+        if refuses or slot.failed_starts >= MOST_FAILED_STARTS:
+            self._on_hopeless(why)
+
+    async def _bring_back(self, slot: Slot) -> None:
+        pause_s = slot.pause_s()
+        slot.note = f"has ended and starts again in {pause_s:g} s"
+        self._on_change()
+        await asyncio.sleep(pause_s)
+        if not self._stopping and slot.current is None:
+            self.restarts += 1
+            await self._launch(slot)
+
+    # ── replacing ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def replace(
+        self, name: str, retire: Callable[[Child, Child | None], Awaitable[None]], *, first: bool, timeout_s: float
+    ) -> None:
+        """Put a new process in the place of a part's. With `first` the new one is started before the old one ends.
+
+        `retire(old, new)` has the old one do its last work and leave; it raises ReplaceError when it stays. `new` is
+        None where it comes later. `timeout_s` bounds how long the new one takes to be ready. Raises ReplaceError.
+        """
+        slot = self._slots[name]
+        old = slot.current
+        if old is None or old.ready_s is None or slot.retiring is not None:
+            raise ReplaceError(f"{name} is not serving; see the log, and try again when /health is ok")
+        slot.retiring = old
+        try:
+            new = await self._launch(slot) if first else None
+            try:
+                await retire(old, new)
+            except BaseException:
+                slot.current = old
+                if new is not None:
+                    new.kill()
+                raise
+            await self._until(lambda: old.ticket not in self._children, timeout_s, f"the old {name} did not leave")
+            new = new or await self._launch(slot)
+            await self.until_ready(new, timeout_s)
+        finally:
+            slot.retiring = None
+            if slot.current is None and not self._stopping:
+                self.spawn(self._bring_back(slot))
+
+    async def until_ready(self, child: Child, timeout_s: float) -> None:
+        """Raises ReplaceError when it ends before, or takes too long."""
+        over = lambda: child.ready_s is not None or child.ticket not in self._children  # noqa: E731
+        await self._until(over, timeout_s, f"the new {child.name} is not ready: {child.step}")
+        if child.ready_s is None:
+            raise ReplaceError(f"the new {child.name} has ended: {child.step}")
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float, complaint: str) -> None:
+        give_up_s = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > give_up_s:
+                raise ReplaceError(f"{complaint}, after {timeout_s:.0f} s")
+            await asyncio.sleep(0.02)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Own a task until `stop`."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def kill(self, ticket: str) -> None:
+        """Kill the process with that ticket and return when it is dead. A ticket that is nobody's is left alone."""
+        child = self._children.get(ticket)
+        if child is not None:
+            child.kill()
+
+    def start_no_more(self) -> None:
+        """From now on nothing is started, and what ends stays down."""
+        self._stopping = True
+
+    async def stop(self) -> None:
+        """Give parts `STOP_GRACE_S` to leave by themselves, then kill them. No process is left when it returns."""
+        self._stopping = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await wait_out(tasks)
+        for child in self._children.values():
+            dismiss = self._slots[child.name].part.dismiss
+            if dismiss is not None:
+                dismiss(child)
+        deadline_s = time.monotonic() + STOP_GRACE_S
+        while self._children and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.02)
+        for child in list(self._children.values()):
+            await asyncio.to_thread(child.kill)
+        while self._children and time.monotonic() < deadline_s + STOP_GRACE_S:  # each is dead; its sentinel says so
+            await asyncio.sleep(0.005)
         self._sweep()
 
-    def _sweep(self) -> None:
-        """Remove what killed engines of any cluster with this transport have left behind."""
-        sweep_dead_pools()
-        TRANSPORTS.get(self._config.transport).sweep()
 
-
-def _exit(code: int | None) -> str:
-    if code is not None and code < 0:
-        hint = ", as the system does when memory is short" if code == -signal.SIGKILL else ""
-        return f"signal {signal.Signals(-code).name}{hint}"
-    return f"exit code {code}"
-
-
-def engine_entry(config: EngineConfig, telling: Connection) -> None:
-    """Run one engine in this process; its steps go to the supervisor, as long as that lives."""
-    from dualpath.cluster.engines.main import run_engine
-
-    def tell(step: str) -> None:
-        with contextlib.suppress(OSError):
-            telling.send(step)
-
-    run_engine(config, tell)
+def _kind(name: str) -> str:
+    return name if name == "server" else f"engine {name}"

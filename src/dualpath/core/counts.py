@@ -5,7 +5,7 @@ from dualpath.core.vocabulary import Cause
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures, Sample
 
-_INPUTS = (*ACCEPTS, "released", "engine_lost", "resubmit", "cancel")
+_INPUTS = (*ACCEPTS, "released", "engine_lost", "engine_draining", "resubmit", "cancel")
 
 COUNTS: dict[str, Sample] = {
     "submitted": metrics.SUBMITTED(),

@@ -12,6 +12,7 @@ at a third of the cost.
 from bisect import bisect_left
 from itertools import groupby
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -48,12 +49,13 @@ class PrefillEngines:
 
     def __init__(self, queues: ReadQueues) -> None:
         self._queues = queues
+        self.draining: set[EngineId] = set()
         self.facts: list[EngineFacts] = []
         self.slots: dict[EngineId, int] = {}
         self.seq = _column([])
         self.tok = _column([])
         self.buffer_capacity = _column([])
-        self._index()
+        self.index()
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -72,14 +74,14 @@ class PrefillEngines:
         self.facts.insert(slot, facts)
         self.seq = np.insert(self.seq, slot, 0)
         self.tok = np.insert(self.tok, slot, 0)
-        self._index()
+        self.index()
 
     def remove(self, engine: EngineId) -> None:
         slot = self.slots[engine]
         del self.facts[slot]
         self.seq = np.delete(self.seq, slot)
         self.tok = np.delete(self.tok, slot)
-        self._index()
+        self.index()
 
     def start(self, engine: EngineId, tokens: int) -> None:
         """The engine has one unfinished request more."""
@@ -92,7 +94,7 @@ class PrefillEngines:
         self.seq_at[slot] -= 1
         self.tok_at[slot] -= tokens
 
-    def _index(self) -> None:
+    def index(self) -> None:
         self.slots = {facts.engine: slot for slot, facts in enumerate(self.facts)}
         self.seq_at, self.tok_at = self.seq.data, self.tok.data
         self._place_of = [self._queues.place(facts.node) for facts in self.facts]
@@ -126,6 +128,7 @@ class DecodeEngines:
     """The DEs, by slot in order of group, then id."""
 
     def __init__(self) -> None:
+        self.draining: set[EngineId] = set()
         self.facts: list[EngineFacts] = []
         self.slots: dict[EngineId, int] = {}
         self.groups: dict[GroupId, DecodeGroup] = {}
@@ -138,7 +141,7 @@ class DecodeEngines:
         self.hbm_capacity = _column([])
         self.buffer_capacity = _column([])
         self._queued: dict[GroupId, int] = {}
-        self._index()
+        self.index()
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -149,7 +152,7 @@ class DecodeEngines:
         self.seq = np.insert(self.seq, slot, 0)
         self.tok = np.insert(self.tok, slot, 0)
         self.hbm_free = np.insert(self.hbm_free, slot, facts.hbm_blocks)
-        self._index()
+        self.index()
 
     def remove(self, engine: EngineId) -> None:
         slot = self.slots[engine]
@@ -157,7 +160,7 @@ class DecodeEngines:
         self.seq = np.delete(self.seq, slot)
         self.tok = np.delete(self.tok, slot)
         self.hbm_free = np.delete(self.hbm_free, slot)
-        self._index()
+        self.index()
 
     def start(self, engine: EngineId, tokens: int) -> None:
         """The engine has one unfinished request more."""
@@ -189,7 +192,7 @@ class DecodeEngines:
         group.tok_total += tokens
         self._group_load_at[group.position] += tokens
 
-    def _index(self) -> None:
+    def index(self) -> None:
         self.slots = {facts.engine: slot for slot, facts in enumerate(self.facts)}
         self.hbm_capacity = _column([facts.hbm_blocks for facts in self.facts])
         self.buffer_capacity = _column([facts.buffer_blocks for facts in self.facts])
@@ -244,10 +247,23 @@ class Fleet:
         """Remove an engine; the caller has ended its reads."""
         facts = self.facts.pop(engine)
         del self._place_of[engine]
-        (self.prefill if facts.role is Role.PREFILL else self.decode).remove(engine)
+        columns = self.prefill if facts.role is Role.PREFILL else self.decode
+        columns.draining.discard(engine)
+        columns.remove(engine)
         self._engines_of_node[facts.node].remove(engine)
         if not self._engines_of_node[facts.node]:
             del self._engines_of_node[facts.node]
+
+    def drain(self, engine: EngineId, draining: bool) -> None:
+        """While an engine is draining, it gets no more requests; those that it has go on."""
+        facts = self.facts[engine]
+        columns = self.prefill if facts.role is Role.PREFILL else self.decode
+        (columns.draining.add if draining else columns.draining.discard)(engine)
+        seen = (
+            msgspec.structs.replace(facts, buffer_blocks=-1) if draining else facts
+        )  # placement sees room for nothing
+        columns.facts[columns.slots[engine]] = seen
+        columns.index()
 
     def read_queue_tokens(self, engine: EngineId) -> int:
         """Returns the read queue of the engine's node."""
@@ -260,7 +276,10 @@ class Fleet:
         self.read_queues.tokens_at[self._place_of[engine]] -= leg.blocks * BLOCK_TOKENS
 
     def refusal(self, pe_blocks: int, de_blocks: int, hbm_blocks: int) -> Cause | None:
-        """Returns why no engine, however idle, could take such a request; None when some PE and some DE could."""
+        """Returns why no engine, however idle, could take such a request; None when some PE and some DE could.
+
+        A draining engine counts: it may come back, or another take its place.
+        """
         prefill, decode = self.prefill, self.decode
         if (
             pe_blocks <= prefill.smallest_buffer_blocks
@@ -271,6 +290,14 @@ class Fleet:
         if not prefill or not decode:
             return Cause.NO_ENGINE
         fits = (decode.buffer_capacity >= de_blocks) & (decode.hbm_capacity >= hbm_blocks)
-        if pe_blocks > prefill.buffer_capacity.max() or not fits.any():
+        if pe_blocks <= prefill.buffer_capacity.max() and fits.any():
+            return None
+        if not (prefill.draining or decode.draining):
             return Cause.TOO_LARGE
-        return None
+        least = {Role.PREFILL: (pe_blocks, 0), Role.DECODE: (de_blocks, hbm_blocks)}
+        fitting = {
+            facts.role
+            for facts in self.facts.values()
+            if (facts.buffer_blocks, facts.hbm_blocks) >= least[facts.role] and facts.hbm_blocks >= least[facts.role][1]
+        }
+        return None if len(fitting) == len(least) else Cause.TOO_LARGE

@@ -24,6 +24,7 @@ JOURNAL_VERSION = 1
 INPUTS: dict[str, Callable[..., None]] = {
     "engine_joined": Scheduler.engine_joined,
     "engine_lost": Scheduler.engine_lost,
+    "engine_draining": Scheduler.engine_draining,
     "submit": Scheduler.submit,
     "resubmit": Scheduler.resubmit,
     "cancel": Scheduler.cancel,
@@ -133,6 +134,7 @@ class JournaledScheduler:
 
     engine_joined = _journaled(Scheduler.engine_joined)
     engine_lost = _journaled(Scheduler.engine_lost)
+    engine_draining = _journaled(Scheduler.engine_draining)
     submit = _journaled(Scheduler.submit)
     resubmit = _journaled(Scheduler.resubmit)
     cancel = _journaled(Scheduler.cancel)

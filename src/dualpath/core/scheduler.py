@@ -85,6 +85,18 @@ class Scheduler:
         withdrawal.lose(life, engine)
         life.settle()
 
+    def engine_draining(self, now: int, engine: EngineId, draining: bool) -> None:
+        """From now on the engine gets no more requests, or gets them again. What it has in hand goes on."""
+        life = self.life
+        life.begin(now)
+        if engine not in life.fleet.facts:
+            life.counts["dropped_engine_draining"] += 1
+            return
+        life.waiting.start_over()  # a request that waits for its other engine may have been promised this one
+        life.fleet.drain(engine, draining)
+        life.changed = True
+        life.settle()
+
     # ── the driver's requests ───────────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, now: int, facts: RequestFacts) -> None:

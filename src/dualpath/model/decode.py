@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dualpath.model.attention import PackedPass
@@ -29,7 +30,7 @@ from dualpath.model.sampling import TokenDraw, draw
 from dualpath.model.spans import PackedSequence
 from dualpath.spec.sampling import SamplingParams, finish_reason
 
-Page = np.ndarray[tuple[int], np.dtype[np.uint8]]
+Page = NDArray[np.uint8]
 
 
 class StepOutput(msgspec.Struct, frozen=True):
@@ -186,6 +187,19 @@ class PagedDecode:
             row = copied.row(block_index * self._block_tokens)
             for layer, pool in enumerate(self._pool):
                 target[layer].copy_(pool[row : row + self._block_tokens])
+
+    def leave(self, sequence: int) -> None:
+        """Take the sequence out of the batch from the next step on; it keeps its blocks. Raises KeyError."""
+        with self._lock:
+            self._find(sequence).joined = False
+
+    def leave_all(self) -> list[int]:
+        """Take every joined sequence out of the batch, after a step that failed. Returns those that still generated."""
+        with self._lock:
+            leaving = [i for i, s in self._sequences.items() if s.joined and s.finished is None]
+            for sequence in leaving:
+                self._sequences[sequence].joined = False
+            return leaving
 
     def release(self, sequence: int) -> None:
         """Free the sequence's blocks, finished or not. Raises KeyError if unknown, RuntimeError during a copy."""

@@ -8,20 +8,23 @@ l−1 is shipped, and at most three layers' KV of the batch are on the device.
 
 `LayerProgress` implements only that rule: four counters under one condition variable, deadlines for the compute
 thread's waits, and an abort that ends all waits. `DeviceLayers` is the memory: on a CPU the I/O callbacks get views of
-the buffers themselves; on an accelerator they get pinned staging memory, and the copies run on separate streams.
+the buffers themselves; on an accelerator they get pinned staging memory, and the copies run on separate streams. Both
+kinds of host memory come from a `HostMemory`.
 """
 
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dualpath.kv.layout import KVLayout
 
-Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+Bytes = NDArray[np.uint8]
 
 
 class RunAbortedError(RuntimeError):
@@ -101,11 +104,36 @@ class LayerProgress:
         return time.perf_counter_ns() - started_ns
 
 
+class HostMemory(Protocol):
+    """Where host memory of the layers comes from: that of another process too, so that it can move their KV."""
+
+    def take(self, n_bytes: int) -> Bytes:
+        """Returns `n_bytes`, aligned to a page, that are not in use. Raises OSError when memory is short."""
+        ...
+
+    def clear(self) -> None:
+        """Nothing that was taken is used any more."""
+        ...
+
+
+class OwnMemory:
+    """Host memory of this process."""
+
+    def take(self, n_bytes: int) -> Bytes:
+        return np.empty(n_bytes, np.uint8)
+
+    def clear(self) -> None:
+        """It goes with its last use."""
+
+
 class DeviceLayers:
     """`slots` device buffers ``[rows, token_elems]``. They are kept between runs and grow for a larger batch."""
 
-    def __init__(self, layout: KVLayout, slots: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._layout, self._device, self._dtype = layout, device, dtype
+    def __init__(
+        self, layout: KVLayout, slots: int, device: torch.device, dtype: torch.dtype, memory: HostMemory
+    ) -> None:
+        self._layout, self._device, self._dtype, self._memory = layout, device, dtype, memory
+        self._memory.clear()
         self._slots: list[Tensor] = [torch.empty(0)] * slots
         self._staging: dict[str, Tensor] = {}
         self._streams: dict[str, torch.cuda.Stream] = {}
@@ -119,11 +147,36 @@ class DeviceLayers:
         if rows <= self._capacity_rows:
             return
         self._capacity_rows = min(limit_rows, max(rows, 2 * self._capacity_rows))
-        shape = (self._capacity_rows, self._layout.token_bytes // self._dtype.itemsize)
         self._slots = [torch.empty(0)] * len(self._slots)  # free the old ones before taking the new
-        self._slots = [torch.empty(shape, dtype=self._dtype, device=self._device) for _ in self._slots]
+        self._unpin()
+        self._memory.clear()
         if self._streams:
-            self._staging = {way: torch.empty(shape, dtype=self._dtype, pin_memory=True) for way in self._streams}
+            shape = (self._capacity_rows, self._layout.token_bytes // self._dtype.itemsize)
+            self._slots = [torch.empty(shape, dtype=self._dtype, device=self._device) for _ in self._slots]
+            self._staging = {way: self._pinned(self._host_rows()) for way in self._streams}
+        else:
+            self._slots = [self._host_rows() for _ in self._slots]
+
+    def _host_rows(self) -> Tensor:
+        taken = self._memory.take(self._capacity_rows * self._layout.token_bytes)
+        return torch.from_numpy(taken).view(self._dtype).view(self._capacity_rows, -1)
+
+    def _pinned(self, rows: Tensor) -> Tensor:
+        status = torch.cuda.cudart().cudaHostRegister(rows.data_ptr(), rows.nbytes, 0)  # type: ignore[no-untyped-call]
+        if int(status) != 0:
+            raise RuntimeError(f"staging memory of {rows.nbytes} bytes can't be pinned: CUDA error {int(status)}")
+        return rows
+
+    def _unpin(self) -> None:
+        for staged in self._staging.values():
+            torch.cuda.cudart().cudaHostUnregister(staged.data_ptr())  # type: ignore[no-untyped-call]
+        self._staging = {}
+
+    def close(self) -> None:
+        """Give the memory back; the object can't be used any more."""
+        self._slots = []
+        self._unpin()
+        self._memory.clear()
 
     def rows(self, layer: int) -> Tensor:
         """The device buffer of `layer`."""

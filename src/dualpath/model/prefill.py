@@ -16,7 +16,15 @@ from torch import Tensor
 
 from dualpath.model.attention import PackedPass
 from dualpath.model.batch import PrefillBatch, PrefillItem, PrefillOutput
-from dualpath.model.layers import Bytes, DeviceLayers, LayerIOTimeoutError, LayerProgress, RunAbortedError
+from dualpath.model.layers import (
+    Bytes,
+    DeviceLayers,
+    HostMemory,
+    LayerIOTimeoutError,
+    LayerProgress,
+    OwnMemory,
+    RunAbortedError,
+)
 from dualpath.model.model import LoadedModel
 from dualpath.model.scoring import PromptScores, score
 from dualpath.thread_names import named_threads
@@ -62,10 +70,12 @@ class LayerwisePrefill:
         layerwise: bool = True,
         max_batch_tokens: int = 65536,
         io_deadline_s: float = 120.0,
+        memory: HostMemory | None = None,
     ) -> None:
         """`layerwise=False` holds all layers of the batch: it loads all, computes all, ships all (the ablation's base).
 
-        `max_batch_tokens` bounds a batch's cached and new tokens together, and therefore the device buffers.
+        `max_batch_tokens` bounds a batch's cached and new tokens together, and therefore the device buffers. `memory`
+        is where the callbacks' host memory comes from.
         """
         if device_layers < 2 or max_batch_tokens < 1:
             raise ValueError(f"{device_layers=} must be at least 2 and {max_batch_tokens=} at least 1")
@@ -75,7 +85,8 @@ class LayerwisePrefill:
         self._layerwise, self._io_deadline_s = layerwise, io_deadline_s
         layers = model.layout.layers
         self._slots = min(device_layers, layers) if layerwise else layers
-        self.release_memory()
+        self._memory = memory or OwnMemory()
+        self._device = self._new_device()
         self._loader = named_threads(1, "prefill-loader")
         self._shipper = named_threads(1, "prefill-shipper")
         self._unusable: str | None = None
@@ -104,7 +115,12 @@ class LayerwisePrefill:
 
     def release_memory(self) -> None:
         """Give the device buffers back; the next run takes new ones."""
-        self._device = DeviceLayers(self.model.layout, self._slots, self.model.device, self.model.dtype)
+        self._device.close()
+        self._device = self._new_device()
+
+    def _new_device(self) -> DeviceLayers:
+        model = self.model
+        return DeviceLayers(model.layout, self._slots, model.device, model.dtype, self._memory)
 
     def close(self) -> None:
         """Stop the threads. A callback that hangs keeps only its own thread alive."""

@@ -16,6 +16,8 @@ class Drain:
     def __init__(self) -> None:
         self.begun = False
         """True: new requests are refused."""
+        self.hand_over = asyncio.Event()
+        """Set: another process takes new connections. Those here get their answers, then they are closed."""
         self._over = False
         self._running: set[asyncio.Task[object]] = set()
         self._empty = asyncio.Event()

@@ -3,6 +3,8 @@
 The port is bound before engines load. So one in use is said at once, and an orchestrator's probes are answered.
 """
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 
 from starlette.datastructures import State
@@ -17,6 +19,7 @@ from dualpath.server.service import json_response
 
 _RETRY_AFTER_S = 2.0
 _NOT_READY = frozenset({"/health", "/ping", "/ready"})
+_PROBES = _NOT_READY | {"/livez"}
 
 
 class Front:
@@ -30,14 +33,21 @@ class Front:
         self.state = State(
             {"limits": self.limits, "drain": self.drain, "on_refusal": self._refused, "close": self._close}
         )
+        self.patience_s = 0.0
+        """How long requests wait for the application rather than be told that it loads."""
         self._starting = starting
         self._app: Application | None = None
+        self._opened = asyncio.Event()
 
     def open(self, app: Application) -> None:
         """From now on `app` answers."""
         self._app = app
+        self._opened.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._app is None and self.patience_s and scope["type"] == "http" and scope["path"] not in _PROBES:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._opened.wait(), self.patience_s)
         if self._app is not None:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":

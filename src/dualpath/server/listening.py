@@ -18,24 +18,10 @@ from dualpath.server.limits import ServerLimits
 
 DRAIN_S = 20.0
 """How long running requests have when the server is told to stop. (Kubernetes kills after 30 s.)"""
-_BACKLOG_CONNECTIONS = 2048
+_FIRST_REQUEST_S = 0.5
+"""How long a connection that has just been made may take to bring its request, before it counts as idle."""
 _FILES_FOR_OTHERS = 256
 """Files that the process needs beside its connections."""
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Returns a listener; `port` 0 takes a free one. Raises OSError that says what to do when it can't listen there."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG_CONNECTIONS)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"cannot listen on {host}:{port}: {error.strerror}; choose another address, or port 0 for any"
-        ) from error
-    # asyncio sets this only for sockets with a protocol number, which accepted sockets of this kind lack. Without it
-    # the first event waits until the client has acknowledged the headers, 40 ms later.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
 
 
 class Application(Protocol):
@@ -57,19 +43,21 @@ async def serve(
 
     Then requests get 503 `shutting_down`; those that run have `drain_s` seconds, after which whole answers become that
     error too and streams end with it as an event. Cancelled once more, it ends them at once. `on_bound` is called with
-    the port once connections are accepted.
+    the port once connections are accepted. Returns after `Drain.hand_over`, when every request has its answer.
     """
     drain: Drain = app.state.drain
     port = int(listener.getsockname()[1])
     server = _Server(_config(app), lambda: on_bound(port) if on_bound else None)
     with contextlib.closing(listener):
         running = asyncio.create_task(server.serve(sockets=[listener]))
+        handing_over = asyncio.create_task(server.leave_after(drain.hand_over))
         try:
             await asyncio.shield(running)
         except asyncio.CancelledError:
             await drain.run_out(drain_s)
             raise
         finally:
+            handing_over.cancel()
             server.should_exit = True
             await running
             app.state.close()
@@ -85,6 +73,15 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def leave_after(self, handed_over: asyncio.Event) -> None:
+        """Wait for the event; then take no more connections, and end when all have been answered, however late."""
+        await handed_over.wait()
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(_FIRST_REQUEST_S)
+        self.config.timeout_graceful_shutdown = None
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -116,6 +116,12 @@ MALFORMED_MESSAGES = _head("dualpath_malformed_messages_total", "Messages that t
 UNROUTABLE_MESSAGES = _head("dualpath_unroutable_messages_total", "Messages that the coordinator could not send")
 ENGINES_REFUSED = _head("dualpath_refused_engines_total", "Engines that asked to join and do not fit the cluster")
 ENGINES_LOST = _head("dualpath_lost_engines_total", "Engines that had joined and are gone, for whatever reason")
+ENGINES_RETURNED = _head(
+    "dualpath_returned_engines_total", "Engines that had lost this coordinator and came back to it"
+)
+PARTS_RESTARTED = _head(
+    "dualpath_restarted_parts_total", "Processes of this host that had ended and were started again"
+)
 _serving = partial(Metric, "cluster/coordinator/serving.py")
 REQUESTS_LIVE = _serving("dualpath_requests_live", "Requests that have not ended", unit="requests")
 REQUESTS_PARKED = _serving("dualpath_requests_parked", "Those that wait while generation is paused", unit="requests")
@@ -165,28 +171,38 @@ DRAINING_HBM = _core("dualpath_scheduler_draining_hbm_blocks", "Device memory th
 OVERDUE_RELEASES = _core("dualpath_scheduler_overdue_releases", "Aborts unanswered past their deadline", unit="aborts")
 
 # The engines'; they come with heartbeats.
-_engine = partial(Metric, "cluster/engines", by_engine=True)
+_engine = partial(Metric, "cluster/agent", by_engine=True)
 ENGINE_ATTEMPTS = _engine("dualpath_engine_attempts", "Attempts that the engine has in hand")
 ENGINE_STALE_MESSAGES = _engine("dualpath_engine_stale_messages_total", "Orders for an attempt that is over")
-_host = partial(Metric, "cluster/engines/host.py", by_engine=True)
+_host = partial(Metric, "cluster/agent/host.py", by_engine=True)
 BUFFER_FREE_BLOCKS = _host("dualpath_buffer_free_blocks", "Pages of the engine's buffer that nobody holds")
 BUFFER_HELD_BLOCKS = _host("dualpath_buffer_held_blocks", "Pages that an attempt holds")
 BUFFER_QUARANTINED_BLOCKS = _host("dualpath_buffer_quarantined_blocks", "Pages that a lost peer might still write to")
 BUFFER_HIGH_WATER_BLOCKS = _host("dualpath_buffer_high_water_blocks", "The most pages that were taken at one time")
 _NIC = "Bytes through the engine's storage NIC (snic) and compute NIC (cnic)"
 NIC_BYTES = _host("dualpath_nic_bytes_total", _NIC, ("nic", "direction", "traffic_class"))
-_prefill = partial(Metric, "cluster/engines/prefill.py", by_engine=True)
-_decode = partial(Metric, "cluster/engines/decode.py", by_engine=True)
+_prefill = partial(Metric, "cluster/agent/prefill.py", by_engine=True)
+_decode = partial(Metric, "cluster/agent/decode.py", by_engine=True)
 PREFILL_WAITING_TOKENS = _prefill("dualpath_prefill_waiting_tokens", "Tokens that wait to be prefilled")
-PREFILL_PEAK_KV_BYTES = _prefill("dualpath_prefill_peak_device_kv_bytes", "The most KV on the device at one time")
+PREFILL_PEAK_KV_BYTES = Metric(
+    "cluster/engines/prefill.py",
+    "dualpath_prefill_peak_device_kv_bytes",
+    "The most KV on the device at one time",
+    by_engine=True,
+)
 PREFILL_BATCHES = _prefill("dualpath_prefill_batches_total", "Batches prefilled")
 PREFILL_CHUNKS = _prefill("dualpath_prefill_chunks_total", "Chunks of prompts in these batches")
 PREFILL_TOKENS = _prefill("dualpath_prefill_tokens_total", "Tokens computed in them (miss tokens)")
 DECODE_RUNNING_REQUESTS = _decode("dualpath_decode_running_requests", "Requests in the running batch")
 DECODE_STEPS = _decode("dualpath_decode_steps_total", "Steps of the running batch")
 DECODE_TOKENS = _decode("dualpath_decode_tokens_total", "Tokens generated in them")
-HBM_FREE_BLOCKS = _decode("dualpath_hbm_free_blocks", "Full Blocks of device memory that nobody holds")
-_writes = partial(Metric, "cluster/engines/decode_attempt.py", by_engine=True)
+HBM_FREE_BLOCKS = Metric(
+    "cluster/engines/decode.py",
+    "dualpath_hbm_free_blocks",
+    "Full Blocks of device memory that nobody holds",
+    by_engine=True,
+)
+_writes = partial(Metric, "cluster/agent/decode_attempt.py", by_engine=True)
 STORE_WRITE_ERRORS = _writes("dualpath_store_write_errors_total", "Writes of blocks that failed; generation goes on")
 
 CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in globals().values() if isinstance(metric, Metric)}

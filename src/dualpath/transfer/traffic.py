@@ -236,8 +236,9 @@ def _sleep_ns(n_ns: int) -> None:
 class TrafficManager:
     """The NICs of one engine. Rates are per direction; None leaves the pacing to the hardware.
 
-    `weights` are HIGH's and LOW's. `clock` returns nanoseconds, and every deadline in this package is a time of that
-    clock; `sleep` takes nanoseconds.
+    `snic` is the node's, if its engines share one (paper §2); else the manager has one of its own. `weights` are HIGH's
+    and LOW's. `clock` returns nanoseconds, and every deadline in this package is a time of that clock; `sleep` takes
+    nanoseconds.
     """
 
     def __init__(
@@ -245,6 +246,7 @@ class TrafficManager:
         snic_bytes_per_s: int | None = None,
         cnic_bytes_per_s: int | None = None,
         *,
+        snic: Nic | None = None,
         weights: Weights = (99, 1),
         burst_ns: int = BURST_NS,
         clock: Clock = time.monotonic_ns,
@@ -252,7 +254,7 @@ class TrafficManager:
     ) -> None:
         self.clock = clock
         lane = partial(Lane, clock=clock, sleep=sleep, weights=weights, burst_ns=burst_ns)
-        self.snic = Nic("snic", partial(lane, rate_bytes_per_s=snic_bytes_per_s, whole_chunks=True))
+        self.snic = snic or Nic("snic", partial(lane, rate_bytes_per_s=snic_bytes_per_s, whole_chunks=True))
         self.cnic = Nic("cnic", partial(lane, rate_bytes_per_s=cnic_bytes_per_s, whole_chunks=False))
 
     def local_copy(

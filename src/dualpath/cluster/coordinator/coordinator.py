@@ -8,7 +8,8 @@ give up. This file connects them: it listens, starts serving, answers the server
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+import socket
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from dualpath.cluster import messages as m
@@ -17,11 +18,12 @@ from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.driver import SchedulerDriver, scheduler_constants, scheduler_limits
 from dualpath.cluster.coordinator.kv_events import KVEvents
 from dualpath.cluster.coordinator.links import EngineLinks
-from dualpath.cluster.coordinator.membership import Membership
+from dualpath.cluster.coordinator.membership import Crew, Membership
 from dualpath.cluster.coordinator.open_requests import OpenRequests
 from dualpath.cluster.coordinator.operator import Operator
 from dualpath.cluster.coordinator.parking import Parking
 from dualpath.cluster.coordinator.prefixes import Prefixes
+from dualpath.cluster.coordinator.retiring import retire
 from dualpath.cluster.coordinator.router_figures import router_figures
 from dualpath.cluster.coordinator.serving import Serving
 from dualpath.cluster.generator import Control, GeneratedTokens, GenerateRequest, ModelFacts, RequestError
@@ -44,23 +46,23 @@ FLUSH_S = 0.05
 class Coordinator:
     """Controls one cluster. Implements `cluster.generator.Generator`.
 
-    Whoever starts local engines gives `kill_engine(pid)`. It must end the process and return once the process is dead,
-    so that an engine declared lost can no longer touch memory.
+    Whoever starts local engines is the `crew`. `control` listens at the control address already, if somebody holds it.
     """
 
-    def __init__(self, config: ClusterConfig, kill_engine: Callable[[int], None] | None = None) -> None:
+    def __init__(self, config: ClusterConfig, crew: Crew | None = None, control: socket.socket | None = None) -> None:
         """Raises OSError when it cannot listen at the control address or cannot write the journal, ValueError when the
         model's generation_config.json makes no sense."""
         self._config = config
+        self._crew = crew
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception when the coordinator itself breaks: it must then stop, because its state can no longer
         be trusted.
         """
         config.generation_defaults()  # what is wrong with the file is said before engines start
-        self._driver = SchedulerDriver(self._broken, config.journal)
+        self._driver = SchedulerDriver(self.broken, config.journal)
         self._links = EngineLinks()
-        self.membership = Membership(config, self._links, self, kill_engine)
-        self.control_address = self._links.bind(config.control_address)
+        self.membership = Membership(config, self._links, self, crew)
+        self.control_address = self._links.bind(config.control_address, control)
         self._events = KVEvents(config.kv_events if config.kv_events and config.kv_events.enabled else None)
         self.layout: KVLayout | None = None
         self._serving: Serving | None = None
@@ -76,13 +78,13 @@ class Coordinator:
         self.watch(asyncio.create_task(self._listen()))
         self.watch(asyncio.create_task(self.membership.watch_leases()))
 
-    async def stop(self) -> None:
-        """Tell engines to leave, end open requests, and close."""
+    async def stop(self, *, keep_engines: bool = False) -> None:
+        """Tell engines to leave, end open requests, and close. Engines that are kept wait for another coordinator."""
         self._driver.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for link in self._links.all():
+        for link in self._links.all() if not keep_engines else ():
             self._links.send_to(link.identity, m.Shutdown("the cluster stops"))
         if self._serving is not None:
             error = RequestError(503, "shutting_down", "the server is shutting down; try again later", 5.0)
@@ -101,9 +103,10 @@ class Coordinator:
     def _on_task_done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._broken(error)
+            self.broken(error)
 
-    def _broken(self, error: BaseException) -> None:
+    def broken(self, error: BaseException) -> None:
+        """Note that this coordinator can't go on."""
         if not self.failure.done():
             self.failure.set_exception(error)
             self.failure.exception()  # mark it as seen: the caller may stop us without looking at it
@@ -158,7 +161,8 @@ class Coordinator:
 
     def health(self) -> dict[str, object]:
         """See `cluster.generator.Generator.health`."""
-        return {"status": self.membership.status, "engines": self.engines()}
+        starting = self._crew.starting() if self._crew is not None else []
+        return {"status": self.membership.status, "engines": self.engines(), "starting": starting}
 
     def engines(self) -> list[dict[str, object]]:
         """Returns the engines that have joined, for people."""
@@ -167,6 +171,7 @@ class Coordinator:
                 "engine": link.engine,
                 "name": link.name,
                 "role": link.join.role.value,
+                "node": link.join.node,
                 "pid": link.join.pid,
                 "host": link.join.host,
             }
@@ -181,6 +186,8 @@ class Coordinator:
             metrics.UNROUTABLE_MESSAGES(): float(self._links.unroutable_messages),
             metrics.ENGINES_REFUSED(): float(self.membership.refused_engines),
             metrics.ENGINES_LOST(): float(self.membership.lost_engines),
+            metrics.ENGINES_RETURNED(): float(self.membership.returned_engines),
+            metrics.PARTS_RESTARTED(): float(self._crew.restarts if self._crew is not None else 0),
             **scheduler_figures(self._driver.statistics()),
         }
         if self._serving is not None:
@@ -242,9 +249,12 @@ class Coordinator:
     def engine_joined(self, facts: EngineFacts) -> None:
         joined, topology = self._links.by_engine, self._config.topology
         name = joined[facts.engine].join.name or joined[facts.engine].name
-        engines = topology.prefill_nodes + topology.decode_nodes
-        logger.info("%d of %d engines ready: %s has joined", len(joined), engines, name)
+        logger.info("%d of %d engines ready: %s has joined", len(joined), topology.engines, name)
         self._driver.input(lambda s, now: s.engine_joined(now, facts))
+
+    async def retire(self, ticket: str) -> str:
+        """See `retiring.retire`."""
+        return await retire(self._links, self._driver, ticket, self._config.request_deadline_ns / 1e9)
 
     def engine_lost(self, engine: EngineId) -> None:
         self._driver.input(lambda s, now: s.engine_lost(now, engine))

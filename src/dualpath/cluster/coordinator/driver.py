@@ -15,7 +15,7 @@ from dualpath.cluster.config import ClusterConfig
 from dualpath.core.ledger import Holding
 from dualpath.core.policy import Constants, Limits
 from dualpath.core.scheduler import Scheduler
-from dualpath.core.vocabulary import Command
+from dualpath.core.vocabulary import Command, EngineId
 from dualpath.kv.layout import KVLayout
 
 if TYPE_CHECKING:
@@ -109,6 +109,12 @@ class SchedulerDriver:
     def held(self) -> tuple[Holding, ...]:
         """Returns the holdings in core's ledger; empty when the cluster is idle."""
         return self._scheduler.held() if self._scheduler is not None else ()
+
+    def is_busy(self, engine: EngineId) -> bool:
+        """Returns whether an engine has anything of a request in hand; one that is lost has not."""
+        if self._scheduler is None or all(facts.engine != engine for facts in self._scheduler.engines()):
+            return False
+        return self._scheduler.load_of(engine).seq > 0 or any(one.engine == engine for one in self.held())
 
     def close(self) -> None:
         """Close the journal and ignore all later inputs."""

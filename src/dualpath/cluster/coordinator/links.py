@@ -5,6 +5,8 @@ therefore a new engine, and late messages under its old identity are dropped.
 """
 
 import asyncio
+import secrets
+import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -19,6 +21,7 @@ from dualpath.cluster.messages import (
     Heartbeat,
     HeartbeatAck,
     Join,
+    NotMember,
     ToEngine,
     encoder,
     from_engine_decoder,
@@ -43,6 +46,8 @@ class EngineLink(msgspec.Struct):
     name: str = ""
     """A name such as ``PE0``: engines of a role are numbered in the order of admission; no number is reused."""
     gauges: Figures = {}
+    retired: bool = False
+    """Whether it has been told to leave because another takes its place."""
 
 
 class EngineLinks:
@@ -54,6 +59,8 @@ class EngineLinks:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.set_hwm(CONTROL_QUEUE_MESSAGES)
+        self.epoch = secrets.randbits(62)
+        """This coordinator's own: what belongs to another epoch is not about its engines or requests."""
         self._by_identity: dict[bytes, EngineLink] = {}
         self.by_engine: dict[EngineId, EngineLink] = {}
         self._next_engine: EngineId = 0
@@ -61,8 +68,13 @@ class EngineLinks:
         self.malformed_messages = 0
         self.unroutable_messages = 0
 
-    def bind(self, address: str) -> str:
-        """Listen, and return the address with its real port. Raises OSError that names the address."""
+    def bind(self, address: str, listener: socket.socket | None = None) -> str:
+        """Listen, and return the address with its real port. Raises OSError that names the address.
+
+        `listener`, if given, listens there already; it is used up.
+        """
+        if listener is not None:
+            self._socket.setsockopt(zmq.USE_FD, listener.detach())
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -94,6 +106,10 @@ class EngineLinks:
     def link_of(self, identity: bytes) -> EngineLink | None:
         return self._by_identity.get(identity)
 
+    def of_ticket(self, ticket: str) -> list[EngineLink]:
+        """Returns the links of one member: more than one when it has come back. An empty ticket is nobody's."""
+        return [link for link in self._by_identity.values() if ticket and link.join.ticket == ticket]
+
     def all(self) -> list[EngineLink]:
         return list(self._by_identity.values())
 
@@ -120,8 +136,10 @@ class EngineLinks:
                 link.last_heard_ns = time.monotonic_ns()
                 if isinstance(message, Heartbeat):
                     link.gauges = message.gauges
-                    self.send_to(identity, HeartbeatAck())
+                    self.send_to(identity, HeartbeatAck(self.epoch))
                     continue
+            elif isinstance(message, Heartbeat):
+                self.send_to(identity, NotMember("this coordinator does not know you"))
             yield identity, message
 
     def send(self, engine: EngineId, message: ToEngine) -> None:

@@ -8,7 +8,6 @@ leases by heartbeats. All engines must have the same model and layout.
 import asyncio
 import math
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -16,7 +15,10 @@ import msgspec
 from dualpath.cluster import messages as m
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.links import EngineLink, EngineLinks
-from dualpath.core.vocabulary import EngineFacts, EngineId, Role
+from dualpath.core.vocabulary import EngineFacts, EngineId, NodeId, Role
+
+_LOOK_S = 0.5
+"""How often a start that may be content with fewer engines looks whether they are enough."""
 
 
 class Members(Protocol):
@@ -32,21 +34,44 @@ class Members(Protocol):
 
     def engine_lost(self, engine: EngineId) -> None: ...
 
+    def broken(self, error: BaseException) -> None: ...
+
+
+class Crew(Protocol):
+    """Who has started the engines of this host. Tickets that are not of its children mean nothing to it."""
+
+    def kill(self, ticket: str) -> None:
+        """End that process, and return once it is dead: it then touches no memory any more."""
+        ...
+
+    def ready(self, ticket: str) -> None:
+        """That engine is a member now."""
+        ...
+
+    @property
+    def restarts(self) -> int:
+        """How many processes had ended and were started again."""
+        ...
+
+    def starting(self) -> list[dict[str, object]]:
+        """Returns its children that are not ready, and what each does, for /health."""
+        ...
+
 
 class Membership:
-    """Used from one asyncio thread. `kill_engine(pid)` ends a local process and returns once it is dead."""
+    """Used from one asyncio thread."""
 
     def __init__(
         self,
         config: ClusterConfig,
         links: EngineLinks,
         members: Members,
-        kill_engine: Callable[[int], None] | None,
+        crew: Crew | None,
     ) -> None:
         self._config = config
         self._links = links
         self._members = members
-        self._kill_engine = kill_engine
+        self._crew = crew
         self._first: m.Join | None = None
         self._founding: asyncio.Task[None] | None = None
         self._founded = False
@@ -54,20 +79,27 @@ class Membership:
         """Why nobody may join at the moment; empty when engines may."""
         self.refused_engines = 0
         self.lost_engines = 0
+        self._nodes: dict[str, NodeId] = {}
+        self.returned_engines = 0
         self._complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def complete(self, timeout_s: float) -> None:
-        """Wait until every engine of the topology has joined.
+    async def complete(self, timeout_s: float, enough_s: float | None = None) -> None:
+        """Wait until every engine of the topology has joined; after `enough_s`, a PE and a DE are enough.
 
-        Raises TimeoutError that says how many have joined, RuntimeError when one ended before it joined.
+        Raises TimeoutError that says how many have joined, RuntimeError when one can't start.
         """
-        try:
-            await asyncio.wait_for(asyncio.shield(self._complete), timeout_s)
-        except TimeoutError:
-            raise TimeoutError(
-                f"after {timeout_s:.0f} s {self.count(Role.PREFILL)} prefill and {self.count(Role.DECODE)} decode "
-                f"engines of {self._config.topology} have joined; see the engines' messages above"
-            ) from None
+        began_s = time.monotonic()
+        while not self._complete.done():
+            await asyncio.wait([self._complete], timeout=min(_LOOK_S, timeout_s))
+            waited_s = time.monotonic() - began_s
+            if enough_s is not None and waited_s > enough_s and self.status != "unavailable":
+                return
+            if waited_s > timeout_s and not self._complete.done():
+                raise TimeoutError(
+                    f"after {timeout_s:.0f} s {self.count(Role.PREFILL)} prefill and {self.count(Role.DECODE)} decode "
+                    f"engines of {self._config.topology} have joined; see the engines' messages above"
+                )
+        self._complete.result()
 
     def count(self, role: Role) -> int:
         return sum(link.join.role is role for link in self._links.by_engine.values())
@@ -82,22 +114,30 @@ class Membership:
 
     def _wanted(self, role: Role) -> int:
         topology = self._config.topology
-        return topology.prefill_nodes if role is Role.PREFILL else topology.decode_nodes
+        nodes = topology.prefill_nodes if role is Role.PREFILL else topology.decode_nodes
+        return nodes * topology.engines_per_node
 
     def join(self, identity: bytes, join: m.Join) -> None:
-        """Admit, refuse or hold an engine that asks to join."""
+        """Admit, refuse or hold an engine that asks to join.
+
+        One that comes back has let go of all that it did before. It is admitted first, so that its requests find it.
+        """
         refusal = self._refusal(join)
         if refusal is not None:
             self.refused_engines += 1
             self._links.send_to(identity, m.Refusal(refusal))
             return
         self._first = self._first or join
+        former = self._links.of_ticket(join.ticket)
         link = self._links.expect(identity, join)
         if self._founded:
             self._admit(link)
         elif self._founding is None and join.prefill_tokens_per_s is not None:
             self._founding = asyncio.create_task(self._found(join, join.prefill_tokens_per_s))
             self._members.watch(self._founding)
+        for before in former:
+            self.returned_engines += 1
+            self._remove(before)
 
     def serve_weights(self, fingerprint: str) -> None:
         """From now on only engines with these weights may join."""
@@ -118,6 +158,10 @@ class Membership:
             return f"its buffer ({join.buffer_blocks} blocks) and device memory ({join.hbm_blocks}) hold no Full Block"
         if join.role is Role.PREFILL and not 0 < (join.prefill_tokens_per_s or 0) < math.inf:
             return f"a prefill engine must tell its speed; it said {join.prefill_tokens_per_s} tokens per second"
+        if any(
+            join.node and link.join.node == join.node and link.join.role is not join.role for link in self._links.all()
+        ):
+            return f"node {join.node} has engines of the other role; a node has one role, so give it another name"
         first = self._first
         if first is None or (join.layout, join.model_fingerprint) == (first.layout, first.model_fingerprint):
             return None
@@ -129,12 +173,15 @@ class Membership:
     def _admit(self, link: EngineLink) -> None:
         join = link.join
         engine = self._links.admit(link)
-        self._links.send(engine, m.Welcome(engine))
+        self._links.send(engine, m.Welcome(engine, self._links.epoch))
+        if self._crew is not None:
+            for ticket in filter(None, (join.ticket, join.agent_ticket)):
+                self._crew.ready(ticket)
         self._members.engine_joined(
             EngineFacts(
                 engine=engine,
                 role=join.role,
-                node=engine,  # one engine per node here: each has its own SNIC and CNIC
+                node=self._node_of(join, engine),
                 group=0 if join.role is Role.PREFILL else 1,
                 buffer_blocks=join.buffer_blocks,
                 hbm_blocks=join.hbm_blocks,
@@ -144,39 +191,67 @@ class Membership:
         if self.status == "ok" and not self._complete.done():
             self._complete.set_result(None)
 
+    def _node_of(self, join: m.Join, engine: EngineId) -> NodeId:
+        """Returns the number of the engine's node: a node's first engine gives it its own."""
+        return self._nodes.setdefault(join.node, engine) if join.node else engine
+
     def _introduce(self, newcomer: EngineLink) -> None:
-        """Tell every prefill engine about every decode engine, when one of the two is the newcomer."""
+        """Tell every prefill engine and every decode engine of each other, when one of the two is the newcomer."""
         for other in self._links.by_engine.values():
             pair = {newcomer.join.role: newcomer, other.join.role: other}
             if len(pair) == 2:
-                prefill, decode = pair[Role.PREFILL].engine, pair[Role.DECODE].engine
-                assert prefill is not None and decode is not None
-                self._links.send(prefill, m.PeerJoined(decode, pair[Role.DECODE].join.data_address))
+                prefill, decode = pair[Role.PREFILL], pair[Role.DECODE]
+                assert prefill.engine is not None and decode.engine is not None
+                self._links.send(decode.engine, m.PeerJoined(prefill.engine, prefill.join.data_address))
+                self._links.send(prefill.engine, m.PeerJoined(decode.engine, decode.join.data_address))
 
-    def lost(self, link: EngineLink, why: str) -> None:
-        """Remove an engine that may still run. If its process is local, kill it before anybody acts on the loss."""
-        self._links.send_to(link.identity, m.Shutdown(f"no longer counted in: {why}"))
-        if self._kill_engine is not None:
-            self._kill_engine(link.join.pid)
+    def lost(self, link: EngineLink, why: str, *, for_good: bool = False) -> None:
+        """Remove an engine that may still run. If its process is local, kill it before anybody acts on the loss.
+
+        One of another host may come back by itself, except `for_good`.
+        """
+        reason = f"no longer counted in: {why}"
+        self._links.send_to(link.identity, m.Shutdown(reason) if for_good else m.NotMember(reason))
+        if self._crew is not None:
+            self._crew.kill(link.join.ticket)
+            if self._agent_is_silent(link):
+                self._crew.kill(link.join.agent_ticket)
         self.gone(link)
 
     def gone(self, link: EngineLink) -> None:
         """Remove an engine that surely touches no memory any more: it has said so, or its process is dead."""
+        if link.engine is not None and not link.retired:
+            self.lost_engines += 1
+        self._remove(link)
+
+    def _remove(self, link: EngineLink) -> None:
         self._links.forget(link)
         if link.engine is None:
             return
-        self.lost_engines += 1
         for other in self._links.by_engine:
             self._links.send(other, m.PeerLost(link.engine, link.join.data_address))
         self._members.engine_lost(link.engine)
 
-    def process_died(self, pid: int, why: str) -> None:
-        """A local engine process has ended, before or after it joined."""
+    def _agent_is_silent(self, link: EngineLink) -> bool:
+        """Returns whether the node's agent says nothing, for no engine of its node: it then may still move bytes."""
+        since_ns = time.monotonic_ns() - self._config.lease_ns
+        agent = link.join.agent_ticket
+        return bool(agent) and all(
+            other.last_heard_ns < since_ns for other in self._links.all() if other.join.agent_ticket == agent
+        )
+
+    def process_died(self, ticket: str) -> None:
+        """A local process has ended. What an engine held is its agent's to free, who then leaves for it."""
         for link in self._links.all():
-            if link.join.pid == pid:
+            if ticket == (link.join.agent_ticket or link.join.ticket):
                 self.gone(link)
+
+    def hopeless(self, why: str) -> None:
+        """A local engine can't start. That is the cluster's end when it can't serve without."""
         if not self._complete.done():
             self._complete.set_exception(RuntimeError(f"not all engines are ready, and {why}"))
+        elif self.status == "unavailable":
+            self._members.broken(RuntimeError(f"nobody serves, and {why}"))
 
     async def watch_leases(self) -> None:
         """Until cancelled, declare engines lost whose lease has expired.

@@ -157,7 +157,7 @@ class Operator:
         for engine, why in engines.items():
             link = self._links.by_engine.get(engine)
             if link is not None:
-                self._membership.lost(link, f"its weights are not the cluster's: {why}")
+                self._membership.lost(link, f"its weights are not the cluster's: {why}", for_good=True)
 
     async def reset_prefix_cache(self) -> None:
         self._requests.prefixes.forget()

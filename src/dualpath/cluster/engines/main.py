@@ -1,38 +1,49 @@
-"""An engine process from start to end: load the model, measure, join, work, leave.
+"""An engine process from start to end: load the model, measure, attach to the node's agent, compute, leave.
 
-The supervisor's fork server starts it, after importing this module (and so torch) once for all engines of a host; or
-`dualpath engine` does. Read `host` next, then `prefill` and `decode`.
+It has these threads: the main thread, which takes the agent's calls; one compute thread (torch); one for copies; a few
+for grammars and weights; one that beats; and, of a prefill engine, a loader and a shipper. The supervisor's fork server
+starts it, after importing this module (and so torch) once for all engines of a host. Read `prefill` and `decode` next.
 """
 
-import asyncio
+import contextlib
 import logging
 import os
+import secrets
 import signal
-import socket
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 
+import msgspec
 import torch
 from transformers.utils import logging as transformers_log
 
+from dualpath.cluster import attachment as a
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.engines.decode import DecodeWorker
-from dualpath.cluster.engines.host import EngineHost
+from dualpath.cluster.engines.constraining import Constrainer
+from dualpath.cluster.engines.decode import DecodeCompute
 from dualpath.cluster.engines.orders import EngineOrders
-from dualpath.cluster.engines.prefill import PrefillWorker
-from dualpath.cluster.messages import EngineConfig, Join, ToEngine
-from dualpath.cluster.orders import EngineOrder
-from dualpath.core.batching import AttentionCost
+from dualpath.cluster.engines.prefill import AgentLayerIO, PrefillCompute
 from dualpath.core.vocabulary import Role
-from dualpath.kv import StoreError
-from dualpath.model import LoadedModel, model_fingerprint, profile_attention
+from dualpath.model import LayerIOTimeoutError, LoadedModel, model_fingerprint, profile_attention
 from dualpath.spec.log import ROOT, start_log
+from dualpath.thread_names import COMPUTE_THREAD, named_threads
+from dualpath.transfer.pool import BufferPool
 
 Tell = Callable[[str], None]
 """Takes a step of an engine's start, in the words that are logged."""
 
+ATTACH_S = 600.0
+"""How long an engine waits for its agent: at the start, and when it has lost it."""
+RETRY_S = 0.1
+"""Pause between two tries."""
 
-def run_engine(config: EngineConfig, tell: Tell | None = None) -> None:
-    """Serve until told to leave. Exits with code 1 when the engine can't start or breaks, and tells why.
+_decoder = msgspec.msgpack.Decoder(a.ToEngineProcess)
+
+
+def run_engine(config: a.EngineConfig, tell: Tell | None = None) -> None:
+    """Compute until told to leave. Exits with code 1 when the engine can't start or breaks, and tells why.
 
     Without `tell`, the steps of the start go to this process's log.
     """
@@ -43,13 +54,14 @@ def run_engine(config: EngineConfig, tell: Tell | None = None) -> None:
     transformers_log.disable_progress_bar()  # several engines' bars on one terminal are unreadable, and no log's line
     torch.set_num_threads(cluster.threads)
     try:
-        model = _load(cluster, tell)
-        reason = asyncio.run(_serve(config, model, tell))
-    except (OSError, StoreError, ValueError, torch.OutOfMemoryError) as error:
+        engine = Engine(config, _load(cluster, tell), tell)
+        try:
+            engine.run(tell)
+        finally:
+            engine.close()
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         tell(f"can't run: {' '.join(str(error).split())}")
         raise SystemExit(1) from error
-    if reason.startswith("internal error"):
-        raise SystemExit(1)
 
 
 def _load(cluster: ClusterConfig, tell: Tell) -> LoadedModel:
@@ -63,76 +75,207 @@ def _load(cluster: ClusterConfig, tell: Tell) -> LoadedModel:
         raise ValueError(f"{cluster.model} can't be loaded: {type(error).__name__}: {error}") from error
 
 
-async def _serve(config: EngineConfig, model: LoadedModel, tell: Tell) -> str:
-    cluster = config.cluster
-    block_bytes = model.layout.full_block_bytes
-    buffer_blocks = cluster.buffer_bytes // block_bytes
-    hbm_blocks = cluster.hbm_bytes // block_bytes if config.role is Role.DECODE else 0
-    if buffer_blocks < 1 or (config.role is Role.DECODE and hbm_blocks < 1):
-        raise ValueError(
-            f"a Full Block of this model is {block_bytes} bytes; --buffer {cluster.buffer_bytes} or --hbm "
-            f"{cluster.hbm_bytes} does not hold one"
+class LeaveError(Exception):
+    """The agent has told this engine to leave, or it can't go on (`failed`)."""
+
+    def __init__(self, reason: str, failed: bool) -> None:
+        super().__init__(reason)
+        self.failed = failed
+
+
+class Engine:
+    """A loaded engine, which attaches to its agent, and to the next one if that is lost."""
+
+    def __init__(self, config: a.EngineConfig, model: LoadedModel, tell: Tell) -> None:
+        """Raises ValueError when the device memory does not hold a block."""
+        cluster = config.cluster
+        self._config = config
+        self._compute: Executor = named_threads(1, COMPUTE_THREAD)
+        self._copies: Executor = named_threads(1, "copies")
+        self._constrainer = Constrainer(model, cluster.model)
+        self._connection: a.Connection | None = None
+        self._ending: LeaveError | None = None
+        self.facts = a.Attach(
+            role=config.role,
+            name=config.name,
+            pid=os.getpid(),
+            ticket=config.ticket or secrets.token_hex(16),
+            layout=model.layout,
+            model_fingerprint=model_fingerprint(cluster.model),
+            max_model_len_tokens=model.max_length_tokens,
+            vocab_size=model.vocab_size,
+            eos_token_ids=tuple(model.eos_token_ids),
+            scores_prompts=model.scores_prompts,
         )
-    host = EngineHost(config, model.layout, buffer_blocks)
-    loop = asyncio.get_running_loop()
-    worker: PrefillWorker | DecodeWorker | None = None
-    orders: EngineOrders | None = None
-    try:
-        prefill_tokens_per_s = None
+        self.worker: PrefillCompute | DecodeCompute
         # On the compute thread, so that its memory and kernels are warm for the first request.
         if config.role is Role.PREFILL:
             tell("measures how fast it prefills")
-            worker = PrefillWorker(host, model, _attention_cost(model))
-            prefill_tokens_per_s = await loop.run_in_executor(host.compute, worker.measure_tokens_per_s)
+            self.worker = self._start_prefill(model)
         else:
             tell("warms up")
-            worker = DecodeWorker(host, model, hbm_blocks)
-            await loop.run_in_executor(host.compute, worker.warm_up)
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # `fork_server` says why it may be
-            loop.add_signal_handler(signal.SIGTERM, host.leave, "terminated")
-        join = _join_message(config, model, host, hbm_blocks, prefill_tokens_per_s)
-        orders = EngineOrders(host, model, worker)
-        tell("joins")
-        reason = await host.run(join, _handler(worker, orders))
-        host.log(f"leaves: {reason}")
-        return reason
-    finally:
-        for part in (orders, worker):
-            if part is not None:
-                part.close()
-        host.close()
+            self.worker = self._start_decode(model)
+        self._orders = EngineOrders(cluster.model, model, self.worker, self._compute)
 
+    def _start_prefill(self, model: LoadedModel) -> PrefillCompute:
+        worker = PrefillCompute(model, self._config.cluster, self._constrainer)
+        fixed_ns, ns_per_flop = profile_attention(model)
+        self.facts = msgspec.structs.replace(
+            self.facts,
+            rows_path=str(worker.rows.path),
+            prefill_tokens_per_s=self._compute.submit(worker.measure_tokens_per_s).result(),
+            attention=a.AttentionFigures(
+                fixed_ns, ns_per_flop, model.attention_flops_per_token, model.attention_flops_per_pair
+            ),
+        )
+        return worker
 
-def _handler(worker: PrefillWorker | DecodeWorker, orders: EngineOrders) -> Callable[[ToEngine], None]:
-    """Returns what handles every message: orders of the operator, and those about requests."""
-    return lambda message: orders.handle(message) if isinstance(message, EngineOrder) else worker.handle(message)
+    def _start_decode(self, model: LoadedModel) -> DecodeCompute:
+        cluster, block_bytes = self._config.cluster, model.layout.full_block_bytes
+        hbm_blocks = cluster.hbm_bytes // block_bytes
+        if hbm_blocks < 1:
+            raise ValueError(
+                f"a Full Block of this model is {block_bytes} bytes; --hbm {cluster.hbm_bytes} does not hold one"
+            )
+        worker = DecodeCompute(model, hbm_blocks, self._constrainer, self._compute, self._send)
+        self._compute.submit(worker.warm_up).result()
+        self.facts = msgspec.structs.replace(self.facts, hbm_blocks=hbm_blocks)
+        return worker
 
+    # ── life ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def _join_message(
-    config: EngineConfig, model: LoadedModel, host: EngineHost, hbm_blocks: int, prefill_tokens_per_s: float | None
-) -> Join:
-    return Join(
-        role=config.role,
-        pid=os.getpid(),
-        host=socket.gethostname(),
-        buffer_blocks=host.pool.pages,
-        hbm_blocks=hbm_blocks,
-        data_address=host.server.address,
-        layout=model.layout,
-        model_fingerprint=model_fingerprint(config.cluster.model),
-        max_model_len_tokens=model.max_length_tokens,
-        vocab_size=model.vocab_size,
-        eos_token_ids=tuple(model.eos_token_ids),
-        prefill_tokens_per_s=prefill_tokens_per_s,
-        name=config.name,
-    )
+    def run(self, tell: Tell) -> None:
+        """Serve agents, one after another, until told to leave. Raises OSError when none is there for `ATTACH_S`,
+        SystemExit with code 1 when this engine can't go on."""
+        waits = "joins"
+        try:
+            while True:
+                connection = self._connect(tell, waits)
+                try:
+                    self._serve(connection)
+                except (OSError, msgspec.MsgspecError, a.NotAPeerError) as error:
+                    if self._orders.asleep:
+                        raise LeaveError("its memory sleeps, and who could wake it is gone", failed=True) from error
+                    waits = f"has lost its agent ({error}), and waits for it"
+                finally:
+                    self._detach()
+        except LeaveError as leaving:
+            tell(f"leaves: {leaving}")
+            if leaving.failed:
+                raise SystemExit(1) from leaving
 
+    def _connect(self, tell: Tell, waits: str) -> a.Connection:
+        tell(waits)
+        deadline_s = time.monotonic() + ATTACH_S
+        while True:
+            try:
+                return a.Connection.to(self._config.agent)
+            except OSError as error:
+                if time.monotonic() > deadline_s:
+                    raise OSError(f"no agent at {self._config.agent} for {ATTACH_S:.0f} s: {error}") from error
+                time.sleep(RETRY_S)
 
-def _attention_cost(model: LoadedModel) -> AttentionCost:
-    fixed_ns, ns_per_flop = profile_attention(model)
-    return AttentionCost(
-        fixed_ns=fixed_ns,
-        ns_per_flop=ns_per_flop,
-        flops_per_token=model.attention_flops_per_token,
-        flops_per_pair=model.attention_flops_per_pair,
-    )
+    def _serve(self, connection: a.Connection) -> None:
+        """Take the agent's calls until it is gone. Raises ConnectionError, LeaveError."""
+        self._connection = connection
+        fingerprint = self._orders.fingerprint or self.facts.model_fingerprint
+        connection.send(msgspec.structs.replace(self.facts, model_fingerprint=fingerprint))
+        ended = threading.Event()
+        beats = threading.Thread(target=self._beat, args=(ended,), name="beats", daemon=True)
+        beats.start()
+        try:
+            while True:
+                self._handle(connection.receive(_decoder))
+        except OSError:
+            if self._ending is not None:
+                raise self._ending from None
+            raise
+        finally:
+            ended.set()
+            beats.join()
+
+    def _detach(self) -> None:
+        """Nothing of the agent that is gone may go on: its sequences and batches end."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if isinstance(self.worker, PrefillCompute):
+            self.worker.detach()
+        else:
+            self._copies.submit(self.worker.detach).result()
+        self._compute.submit(lambda: None).result()  # the batch or step in progress has ended
+        self._constrainer.clear()
+
+    def _beat(self, ended: threading.Event) -> None:
+        while not ended.wait(self._config.cluster.heartbeat_ns / 1e9):
+            self._send(a.Beat(self.worker.gauges()))
+
+    def _send(self, message: a.FromEngineProcess) -> None:
+        """Send from any thread; to an agent that is gone, nothing."""
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(OSError):  # the main thread sees the end too
+                connection.send(message)
+
+    def _leave(self, reason: str) -> None:
+        """End this process from any thread."""
+        self._ending = LeaveError(reason, failed=True)
+        if self._connection is not None:
+            self._connection.close()
+
+    def close(self) -> None:
+        self._orders.close()
+        self._constrainer.close()
+        if isinstance(self.worker, PrefillCompute):
+            self.worker.close()
+
+    # ── calls ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _handle(self, message: a.ToEngineProcess) -> None:
+        worker = self.worker
+        match message:
+            case a.Attached():
+                self._attached(message)
+            case a.Constrain():
+                self._constrainer.make(message, self._send)
+            case a.Forget():
+                self._constrainer.forget(message)
+            case a.CarryOut():
+                self._orders.carry_out(message, self._send, self._leave)
+            case a.Leave():
+                raise LeaveError(message.reason, message.failed)
+            case a.RunBatch() if isinstance(worker, PrefillCompute):
+                self._compute.submit(self._run_batch, worker, message)
+            case a.Stop() if isinstance(worker, DecodeCompute):
+                self._copies.submit(worker.stop, message.sequence)
+            case a.Admit() | a.Fill() | a.Begin() | a.CopyOut() | a.Release() if isinstance(worker, DecodeCompute):
+                self._copies.submit(self._answer, worker, message)
+            case _:
+                raise a.NotAPeerError(f"a {self._config.role.value} engine was sent {type(message).__name__}")
+
+    def _attached(self, message: a.Attached) -> None:
+        if isinstance(self.worker, DecodeCompute):
+            self.worker.pages = BufferPool.attach(message.pool_path)
+            return
+        connections = []
+        for way in ("load", "ship"):
+            connection = a.Connection.to(self._config.agent)
+            connection.send(a.LayerThread(message.attachment, way))
+            connections.append(connection)
+        self.worker.io = AgentLayerIO(self.worker.rows, *connections)
+
+    def _run_batch(self, worker: PrefillCompute, message: a.RunBatch) -> None:
+        try:
+            self._send(worker.run_batch(message))
+        except LayerIOTimeoutError as error:
+            # A thread hangs in a transfer: only the end of this process proves that it is quiet.
+            self._leave(f"internal error: {error}")
+        except Exception as error:  # the batch failed: its agent fails each of its requests
+            self._send(a.BatchDone(message.call, [], repr(error)))
+
+    def _answer(self, worker: DecodeCompute, call: a.Admit | a.Fill | a.Begin | a.CopyOut | a.Release) -> None:
+        try:
+            reply = worker.serve(call)
+        except Exception as error:
+            reply = a.Reply(call.call, error=repr(error))
+        self._send(reply)

@@ -83,18 +83,19 @@ def _check(name: str, cluster: ClusterSetup, model: str, profile: Profile, where
 
 
 def _machine(topology: Topology, cluster: ClusterSetup, profile: Profile) -> Machine:
-    kv_bytes, rates, prefill = cluster.kv_bytes_per_token, profile.rates, topology.prefill_nodes
+    kv_bytes, rates, g = cluster.kv_bytes_per_token, profile.rates, topology.engines_per_node
+    prefill = topology.prefill_nodes * g
     block_bytes = kv_bytes * BLOCK_TOKENS
     engines = tuple(
         EngineFacts(
             engine=number,
             role=Role.PREFILL if number < prefill else Role.DECODE,
-            node=number,
+            node=number // g,
             group=int(number >= prefill),
             buffer_blocks=_SERVE.buffer_bytes // block_bytes,
             hbm_blocks=0 if number < prefill else _SERVE.hbm_bytes // block_bytes,
         )
-        for number in range(prefill + topology.decode_nodes)
+        for number in range(topology.engines)
     )
     return Machine(
         name=str(topology),

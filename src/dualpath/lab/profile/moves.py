@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dualpath.cluster.agent.block_io import BlockIO
+from dualpath.cluster.agent.layer_transfers import BatchTransfers, ItemTransfers
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.engines.block_io import BlockIO
-from dualpath.cluster.engines.layer_transfers import BatchTransfers, ItemTransfers
 from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side, TrafficClass
 from dualpath.kv import KVLayout, block_keys, namespace

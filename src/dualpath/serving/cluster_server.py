@@ -1,29 +1,27 @@
-"""A cluster with its OpenAI server, in this process: `dualpath serve` and `dualpath.Server` run it."""
+"""A cluster with its OpenAI server in this process: for `dualpath.Server`, and for the server part of `dualpath serve`.
+
+A successor, which takes over from a server that still ends its requests, goes through its start in steps (`Standby`):
+it loads, then takes new connections and lets their requests wait, then starts its coordinator, then answers.
+"""
 
 import asyncio
 import contextlib
-import logging
 import os
 import shlex
-import signal
-import sys
+import socket
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.local import Cluster, wait_out
+from dualpath.cluster.local import Cluster, Situation
 from dualpath.cluster.preflight import settled
+from dualpath.cluster.supervisor import wait_out
 from dualpath.kv import StoreError
 from dualpath.server import bind, create_app, load_tokenizer, serve
 from dualpath.server.front import Front
 from dualpath.server.request_log import Observer, RequestLog, log_access
-from dualpath.spec.log import ROOT, start_log
-from dualpath.spec.whole_file import write_whole
-
-logger = logging.getLogger(f"{ROOT}.server")
 
 StartErrors = (OSError, RuntimeError, StoreError, TimeoutError, ValueError)
 """The exceptions of entering a `ClusterServer` when the cluster can't start; the message says why."""
@@ -37,8 +35,10 @@ class ClusterServer:
     (`dualpath engine`). Entering raises `StartErrors`.
     """
 
-    def __init__(self, config: ClusterConfig, local_engines: bool = True) -> None:
+    def __init__(self, config: ClusterConfig, local_engines: bool = True, situation: Situation | None = None) -> None:
         self.config = config
+        self._local_engines = local_engines
+        self._situation = situation or Situation()
         self.cluster = Cluster(config, local_engines)
         self.chats = False
         """Whether the model has a chat template."""
@@ -54,27 +54,41 @@ class ClusterServer:
         return f"http://{f'[{host}]' if ':' in host else host}:{self._port}"
 
     async def __aenter__(self) -> "ClusterServer":
-        listener = bind(self.config.host, self.config.port)
+        situation = self._situation
+        listener = situation.listener or bind(self.config.host, self.config.port)
         try:
             self.config = await asyncio.to_thread(settled, self.config)
         except BaseException:
             listener.close()
             raise
         self._port = int(listener.getsockname()[1])
-        self.cluster = Cluster(self.config, self.cluster.local_engines)
-        app = RequestLog(self._front, self._observers())
-        self._serving = asyncio.create_task(serve(app, listener, drain_s=self.config.drain_s))
+        self.cluster = Cluster(self.config, self._local_engines, situation)
         try:
-            await self._load()
+            if situation.standby is None:
+                self._listen(listener)
+                tokenizer, _ = await _all(asyncio.to_thread(load_tokenizer, self.config.model), self._start_cluster())
+            else:
+                tokenizer = await asyncio.to_thread(load_tokenizer, self.config.model)
+                await situation.standby.may_listen()
+                self._front.patience_s = self.config.request_deadline_ns / 1e9
+                self._listen(listener)
+                await situation.standby.may_control()
+                await self._start_cluster()
+            self._open(tokenizer)
         except BaseException:
             await self.__aexit__()
             raise
         return self
 
-    async def _load(self) -> None:
-        """Start the engines and, because importing Transformers takes seconds, in parallel load the tokenizer."""
+    def _listen(self, listener: socket.socket) -> None:
+        app = RequestLog(self._front, self._observers())
+        self._serving = asyncio.create_task(serve(app, listener, drain_s=self.config.drain_s))
+
+    async def _start_cluster(self) -> None:
+        await self.cluster.__aenter__()
+
+    def _open(self, tokenizer: Any) -> None:
         config, front = self.config, self._front
-        tokenizer, _ = await _all(asyncio.to_thread(load_tokenizer, config.model), self.cluster.__aenter__())
         self.chats = bool(getattr(tokenizer, "chat_template", None))
         app = create_app(
             self.cluster.coordinator,
@@ -89,7 +103,10 @@ class ClusterServer:
         front.open(app)
 
     async def __aexit__(self, *_: object) -> None:
-        """Give running requests `drain_s` to end, then stop the cluster. Cancelled: end them at once."""
+        """Give running requests `drain_s` to end, then stop the cluster. Cancelled: end them at once.
+
+        After `hand_over` the engines stay, for the successor.
+        """
         try:
             if self._serving is not None:
                 self._serving.cancel()
@@ -112,8 +129,13 @@ class ClusterServer:
             observers.append(tracing)
         return tuple(observers)
 
+    def hand_over(self) -> None:
+        """Take no more connections; `ended` returns when all have been answered and closed."""
+        self.cluster.keeps_engines = True
+        self._front.drain.hand_over.set()
+
     async def ended(self) -> None:
-        """Wait until it can't serve any more, then raise RuntimeError that says why."""
+        """Wait until it serves no more. Raises RuntimeError that says why it can't."""
         assert self._serving is not None
         watched: list[asyncio.Future[Any]] = [self._serving, self.cluster.coordinator.failure]
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
@@ -146,6 +168,12 @@ class ClusterServer:
         )
 
 
+def in_one_line(error: BaseException) -> str:
+    """Returns what went wrong, for the last line that a user reads."""
+    ours = isinstance(error, OSError) and error.filename is None and error.strerror
+    return " ".join((ours or str(error)).split())
+
+
 async def _all(*works: Coroutine[Any, Any, Any]) -> list[Any]:
     """Returns the results. The first failure cancels and awaits the others, then is raised."""
     tasks = [asyncio.create_task(work) for work in works]
@@ -156,47 +184,3 @@ async def _all(*works: Coroutine[Any, Any, Any]) -> list[Any]:
             if not task.cancelling():  # a second cancellation would interrupt the first one's cleaning up
                 task.cancel()
         await wait_out(tasks)
-
-
-def run(config: ClusterConfig, local_engines: bool = True) -> int:
-    """Serve until SIGINT or SIGTERM. Returns the process's exit code."""
-    start_log(config.log_format)
-    try:
-        return asyncio.run(_until_signalled(config, local_engines))
-    except StartErrors as error:
-        print(f"dualpath serve: {_in_one_line(error)}", file=sys.stderr, flush=True)
-        return 1
-
-
-def _in_one_line(error: Exception) -> str:
-    ours = isinstance(error, OSError) and error.strerror and error.filename is None
-    return " ".join((error.strerror if ours else str(error)).split())  # type: ignore[attr-defined]
-
-
-async def _until_signalled(config: ClusterConfig, local_engines: bool) -> int:
-    """Serve; the first signal begins the drain, the second ends it."""
-    loop, signalled = asyncio.get_running_loop(), 0
-    serving = asyncio.create_task(_serve(config, local_engines))
-
-    def stop() -> None:
-        nonlocal signalled
-        signalled += 1
-        if signalled == 1:
-            logger.info("stops: running requests have %g s to end; a second signal ends them at once", config.drain_s)
-        if signalled <= 2:
-            serving.cancel()
-
-    for name in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(name, stop)
-    await asyncio.wait([serving])
-    if not signalled:
-        serving.result()
-    return 0
-
-
-async def _serve(config: ClusterConfig, local_engines: bool) -> None:
-    async with ClusterServer(config, local_engines) as server:
-        print(server.welcome(), flush=True)
-        if config.ready_file is not None:
-            write_whole(Path(config.ready_file), msgspec.json.encode(server.facts()))
-        await server.ended()

@@ -1,8 +1,8 @@
 """Moves one prefill batch's KV, layer by layer: turns core's chunk plans into copies and channel operations.
 
 Before layer l computes, its hit rows are copied from the PE buffer (locally, through the CNIC) or pulled from the DE
-buffer (a read over the compute network). Afterwards its rows are put into the DE buffer (paper §4.1 ②③). The engine's
-loader and shipper threads call this code. An item that fails or is cancelled does not affect the others.
+buffer (a read over the compute network). Afterwards its rows are put into the DE buffer (paper §4.1 ②③). The threads
+that serve the engine's loader and shipper call this code. An item that fails or is cancelled does not affect others.
 """
 
 import time
@@ -81,13 +81,20 @@ class AttemptCancelledError(Exception):
 
 
 class BatchTransfers:
-    """Implements `model.prefill.LayerIO` over the PE buffer and the channels to decode engines."""
+    """Does what `model.prefill.LayerIO` says, over the PE buffer and the channels to decode engines."""
 
     def __init__(self, layout: KVLayout, pool: BufferPool, traffic: TrafficManager, items: list[ItemTransfers]) -> None:
         self._layout = layout
         self._pool = pool
         self._traffic = traffic
         self._items = items
+        self.errors: list[Exception | None] = [None] * len(items)
+        """The first failure of each item."""
+
+    def note(self, errors: list[Exception | None]) -> None:
+        """Keep the first failure of each item; several threads may call."""
+        for index, error in enumerate(errors):
+            self.errors[index] = self.errors[index] or error
 
     def load_layer(self, layer: int, destinations: list[Rows | None]) -> list[Exception | None]:
         """Fill every destination. All pulls run together, while local copies are made."""

@@ -30,6 +30,9 @@ class BlockIO:
         self._reads = named_threads(IO_THREADS, "block-reads")
         self._writes = named_threads(IO_THREADS, "block-writes")
         self._store = open_store(cluster.store, durable=cluster.durable)
+        self.read_bytes = 0
+        """Bytes of this engine's reads; its node's SNIC counts those of all."""
+        self.written_bytes = 0
 
     async def read_leg(
         self, space: Namespace, keys: list[BlockKey], pages: list[int], cancelled: Callable[[], bool]
@@ -76,7 +79,9 @@ class BlockIO:
         return self._store.write(space, key, parent, payload, self._pace_write)
 
     def _pace_read(self, n_bytes: int) -> None:
+        self.read_bytes += n_bytes
         self._traffic.snic.rx.acquire(TrafficClass.LOW, n_bytes)
 
     def _pace_write(self, n_bytes: int) -> None:
+        self.written_bytes += n_bytes
         self._traffic.snic.tx.acquire(TrafficClass.LOW, n_bytes)

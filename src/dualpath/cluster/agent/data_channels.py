@@ -6,7 +6,7 @@ when an engine joins or before a prompt joins a batch. The compute thread only g
 
 import asyncio
 
-from dualpath.cluster.engines.host import EngineHost
+from dualpath.cluster.agent.host import EngineHost
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.thread_names import named_threads
 from dualpath.transfer.transport import Channel, TransferError
@@ -58,6 +58,10 @@ class DataChannels:
         if channel is not None:
             await asyncio.get_running_loop().run_in_executor(self._threads, channel.close)
 
+    async def drop_all(self) -> None:
+        """Close every channel, also one that is still being opened: the next ones are of another epoch."""
+        await asyncio.gather(*(self.drop(address) for address in [*self._opening, *self._channels]))
+
     def close(self) -> None:
         """Close every channel; their transfers in progress end."""
         for channel in self._channels.values():
@@ -69,6 +73,6 @@ class DataChannels:
             address,
             self._host.traffic,
             traffic_class=TrafficClass.LOW,
-            peer_tag=str(self._host.engine),
+            peer_tag=self._host.link.tag(self._host.link.engine),
             timeout_s=CONNECT_TIMEOUT_S,
         )

@@ -1,7 +1,7 @@
 """A decode engine's record of one attempt, and how the attempt's new KV reaches storage (paper §4.1).
 
-Prompt blocks are written from the DE buffer, generated blocks from the device as each fills. A block is reported as
-stored only when it is durable and verified, and after its parent.
+Prompt blocks are written from the DE buffer; generated blocks from a staging page, into which the engine copies each as
+it fills. A block is reported as stored only when it is durable and verified, and after its parent.
 """
 
 import asyncio
@@ -10,12 +10,12 @@ from concurrent.futures import Executor
 import numpy as np
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.engines.host import EngineHost, Owner
+from dualpath.cluster.agent.host import EngineHost
+from dualpath.cluster.attachment import CopyOut, Owner
 from dualpath.cluster.messages import PrepareDecode
 from dualpath.core.vocabulary import BLOCK_TOKENS
 from dualpath.kv import StoreError
 from dualpath.kv.keys import BlockKey, Namespace, block_keys
-from dualpath.model import PagedDecode
 from dualpath.spec import metrics
 
 
@@ -68,35 +68,43 @@ class DecodeAttempt:
 class Persister:
     """Writes each attempt's blocks in order, and several attempts concurrently."""
 
-    def __init__(self, host: EngineHost, engine: PagedDecode, copies: Executor) -> None:
+    def __init__(self, host: EngineHost, copies: Executor) -> None:
         self._host = host
-        self._engine = engine
         self._copies = copies
 
     async def block_in_buffer(self, attempt: DecodeAttempt, block: int) -> None:
         """Write a prompt block that the prefill engine computed, from its page of the DE buffer."""
-        page = self._host.pool.view(attempt.pages[block])
-        await self._write(attempt, block, page[: self._host.layout.full_block_bytes])
+        await self._write(attempt, block, attempt.pages[block])
 
     async def generated_blocks(self, attempt: DecodeAttempt) -> None:
-        """Write each generated block as it fills, until the attempt has no more."""
-        staging = np.empty(self._host.layout.full_block_bytes, dtype=np.uint8)
-        loop = asyncio.get_running_loop()
+        """Write each generated block as it fills, until the attempt has no more. Raises EngineGoneError."""
         while (block := await attempt.to_persist.get()) is not None:
-            if attempt.storing:
-                await loop.run_in_executor(self._copies, self._copy_out, attempt.sequence, block, staging)
-                await self._write(attempt, block, staging)
+            if not attempt.storing:
+                continue
+            page = await self._host.staging.get()
+            try:
+                if await self._copy_out(attempt, block, page):
+                    await self._write(attempt, block, page)
+            finally:
+                self._host.staging.put_nowait(page)
 
-    def _copy_out(self, sequence: int, block: int, staging: np.ndarray) -> None:
-        """On the copying thread: copy a block from the device to the host, through the CNIC."""
-        self._engine.copy_block(sequence, block, staging)
-        self._host.traffic.local_copy(staging.nbytes)
+    async def _copy_out(self, attempt: DecodeAttempt, block: int, page: int) -> bool:
+        """Have the engine copy a block from the device into a page, through the CNIC. Returns False if it can't."""
+        n_bytes = self._host.layout.full_block_bytes
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._copies, self._host.traffic.local_copy, n_bytes)
+        reply = await self._host.attached.call(lambda call: CopyOut(call, attempt.sequence, block, page))
+        if reply.error:
+            attempt.storing = False
+            self._host.log(f"block {block} of request {attempt.owner[0]} could not be copied: {reply.error}")
+        return not reply.error
 
-    async def _write(self, attempt: DecodeAttempt, block: int, payload: np.ndarray) -> None:
+    async def _write(self, attempt: DecodeAttempt, block: int, page: int) -> None:
         if not attempt.storing:
             return
         key = attempt.keys[block]
         parent = attempt.keys[block - 1] if block else attempt.space.root
+        payload: np.ndarray = self._host.pool.view(page)[: self._host.layout.full_block_bytes]
         try:
             physical_bytes = await self._host.blocks.write(attempt.space, key, parent, payload)
         except StoreError as error:

@@ -1,0 +1,145 @@
+"""What an agent keeps for one engine of its node: control link, buffer, CNIC, data server, block I/O.
+
+An agent has these threads: the asyncio main thread (control only), and for each engine a few I/O threads that read and
+write blocks, the data channels' threads, and those that serve a prefill engine's layers. KV bytes never pass through
+the main thread.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from dualpath.cluster import messages as m
+from dualpath.cluster.agent.attached import AttachedEngine
+from dualpath.cluster.agent.block_io import BlockIO
+from dualpath.cluster.attachment import AgentConfig, Attach, Attached, Leave, Owner
+from dualpath.cluster.control_link import ComeBack, ControlLink
+from dualpath.core.vocabulary import Role
+from dualpath.spec import metrics
+from dualpath.spec.log import ROOT
+from dualpath.spec.metrics import Figures, Sample
+from dualpath.transfer import TRANSPORTS
+from dualpath.transfer.pool import BufferPool
+from dualpath.transfer.traffic import Nic, TrafficManager
+
+ABANDON_POLL_S = 0.005
+"""How often a member that lets go of its attempts looks whether any is left."""
+STAGING_BLOCKS = 4
+"""Pages beside a decode engine's buffer, through which generated blocks go to storage; each is held for one write."""
+STAGING: Owner = (-1, 0)
+"""The holder of those pages."""
+
+
+def make_pool(facts: Attach, buffer_bytes: int) -> BufferPool:
+    """Take an engine's buffer, which may be seconds of work. Raises ValueError when it does not hold a block, OSError
+    when memory is short."""
+    block_bytes = facts.layout.full_block_bytes
+    blocks = buffer_bytes // block_bytes
+    if blocks < 1:
+        raise ValueError(f"--buffer {buffer_bytes} does not hold a Full Block of this model, {block_bytes} bytes")
+    if facts.role is Role.DECODE:
+        blocks += STAGING_BLOCKS
+    return BufferPool.create(uuid.uuid4().hex[:12], block_bytes, blocks)
+
+
+class EngineHost:
+    """One engine's part of its node. Used from the main asyncio thread unless a method says otherwise."""
+
+    def __init__(self, config: AgentConfig, attached: AttachedEngine, snic: Nic, pool: BufferPool) -> None:
+        """Raises ValueError or OSError when the data server can't listen, StoreError for a store that can't be."""
+        cluster, facts = config.cluster, attached.facts
+        self.config = config
+        self.attached = attached
+        self._logger = logging.getLogger(f"{ROOT}.engine {facts.name}")
+        self.layout = facts.layout
+        self.traffic = TrafficManager(snic=snic, cnic_bytes_per_s=cluster.cnic_rate)
+        self.pool = pool
+        self.staging: asyncio.Queue[int] = asyncio.Queue()
+        """Free staging pages."""
+        staging_blocks = STAGING_BLOCKS if facts.role is Role.DECODE else 0
+        self.buffer_blocks = pool.pages - staging_blocks
+        for page in pool.allocate(STAGING, staging_blocks):
+            self.staging.put_nowait(page)
+        self.transport = TRANSPORTS.get(cluster.transport)
+        self.server = self.transport.serve(self.pool, self.traffic, host=cluster.data_host, name=uuid.uuid4().hex[:12])
+        self.blocks = BlockIO(cluster, self.layout, self.pool, self.traffic)
+        self.link = ControlLink(heartbeat_ns=cluster.heartbeat_ns, lease_ns=cluster.lease_ns, grace_s=cluster.grace_s)
+        self.link.alive = self._engine_beats
+        self.link.gauge_sources.append(self._own_gauges)
+        self.counters: Counter[Sample] = Counter({counter(): 0 for counter in metrics.ENGINE_COUNTERS})
+
+    def _engine_beats(self) -> bool:
+        """Returns False when the engine has been silent for its lease: the coordinator must not think that it lives."""
+        silent_s = asyncio.get_running_loop().time() - self.attached.heard_s
+        return silent_s < self.config.cluster.lease_ns / 1e9
+
+    def tell_pool(self, attachment: str) -> None:
+        """Tell the engine where its buffer is."""
+        self.attached.tell(Attached(attachment, str(self.pool.path)))
+
+    # ── control ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def gauge_sources(self) -> list[Callable[[], Figures]]:
+        return self.link.gauge_sources
+
+    @property
+    def ended(self) -> "asyncio.Future[str]":
+        return self.link.ended
+
+    def send(self, message: m.FromEngine) -> None:
+        self.link.send(message)
+
+    def leave(self, reason: str) -> None:
+        self.link.leave(reason)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        return self.link.spawn(work)
+
+    async def end_tasks(self) -> None:
+        await self.link.end_tasks()
+
+    async def run(self, join: m.Join, handle: Callable[[m.ToEngine], None], come_back: ComeBack) -> str:
+        """See `ControlLink.connect` and `ControlLink.run`."""
+        self.link.connect(self.config.coordinator)
+        return await self.link.run(join, handle, come_back)
+
+    def log(self, line: str) -> None:
+        self._logger.info(line)
+
+    def dismiss(self, reason: str, failed: bool) -> None:
+        """Tell the engine process to end."""
+        self.attached.tell(Leave(reason, failed))
+
+    def free(self) -> None:
+        """Free everything; from then on nothing here touches any memory. Blocks until transfers have ended."""
+        self.server.close()
+        self.blocks.close()
+        self.pool.close()
+
+    # ── gauges ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _own_gauges(self) -> Figures:
+        pool = self.pool.statistics()
+        staging = self.pool.pages - self.buffer_blocks
+        figures: Figures = {
+            metrics.BUFFER_FREE_BLOCKS(): float(pool.free_pages),
+            metrics.BUFFER_HELD_BLOCKS(): float(pool.held_pages - staging),
+            metrics.BUFFER_QUARANTINED_BLOCKS(): float(pool.quarantined_pages),
+            metrics.BUFFER_HIGH_WATER_BLOCKS(): float(pool.high_water_pages - staging),
+        }
+        cnic = self.traffic.statistics().cnic
+        moved = {
+            ("snic", "rx"): (0, self.blocks.read_bytes),
+            ("snic", "tx"): (0, self.blocks.written_bytes),
+            ("cnic", "rx"): (cnic.rx.high_bytes, cnic.rx.low_bytes),
+            ("cnic", "tx"): (cnic.tx.high_bytes, cnic.tx.low_bytes),
+        }
+        for (nic, direction), (high_bytes, low_bytes) in moved.items():
+            figures[metrics.NIC_BYTES(nic, direction, "high")] = float(high_bytes)
+            figures[metrics.NIC_BYTES(nic, direction, "low")] = float(low_bytes)
+        own = {sample: float(value) for sample, value in self.counters.items()}
+        return figures | own | self.attached.gauges

@@ -1,0 +1,278 @@
+"""A prefill engine's requests: their legs, the batches packed under the compute quota, their layers (paper §4.1, §6.2).
+
+An attempt's life here: `LoadLeg` (PE side only) → blocks are read from storage into the PE buffer → `StartPrefill` → a
+wait in core's `PrefillQueue` → one or more chunks, computed by the engine → the PE buffer pages are freed,
+`PrefillDone`. `AbortAttempt` may come at any point: reads and computation in progress end as soon as they can, then the
+agent answers `Released`.
+"""
+
+import asyncio
+
+from dualpath.cluster import messages as m
+from dualpath.cluster.agent.attached import EngineGoneError
+from dualpath.cluster.agent.data_channels import DataChannels
+from dualpath.cluster.agent.host import ABANDON_POLL_S, EngineHost
+from dualpath.cluster.agent.layer_threads import LayerThreads
+from dualpath.cluster.agent.layer_transfers import BatchTransfers, ItemTransfers
+from dualpath.cluster.agent.prefill_attempt import PrefillAttempt, chunk_item
+from dualpath.cluster.attachment import ChunkResult, Constrain, Forget, Owner, Steps
+from dualpath.core.batching import AttentionCost, Chunk, PrefillQueue
+from dualpath.core.load_plan import chunk_plan
+from dualpath.core.vocabulary import Cause, Leg, Side
+from dualpath.kv import StoreError
+from dualpath.spec import metrics
+from dualpath.spec.metrics import Figures
+from dualpath.transfer.transport import ChannelBusy, TransferCause, TransferError
+
+TRANSFER_ERRORS = (TransferError, ChannelBusy, ConnectionError)
+
+
+class PrefillWorker:
+    """Handles the coordinator's messages to one prefill engine, on the agent's main thread."""
+
+    def __init__(self, host: EngineHost, layers: LayerThreads) -> None:
+        cluster = host.config.cluster
+        self._host = host
+        self._layers = layers
+        self._queue = PrefillQueue(
+            _attention_cost(host),
+            cluster.quota_ns,
+            cluster.max_batch_tokens,
+            cluster.max_batch_requests,
+            cluster.max_batch_kv_tokens,
+        )
+        self._attempts: dict[Owner, PrefillAttempt] = {}
+        self._channels = DataChannels(host)
+        self._work = asyncio.Event()
+        host.gauge_sources.append(self._gauges)
+        host.spawn(self._run_batches())
+
+    def handle(self, message: m.ToEngine) -> None:
+        match message:
+            case m.LoadLeg():
+                attempt = self._hold((message.request, message.attempt), message.leg)
+                self._host.spawn(self._load(attempt, message))
+            case m.StartPrefill():
+                self._start(message)
+            case m.AbortAttempt():
+                self._abort((message.request, message.attempt))
+            case m.PeerJoined():
+                self._host.spawn(self._meet(message))
+            case m.PeerLost():
+                self._host.spawn(self._channels.drop(message.data_address))
+            case _:
+                raise TypeError(f"a prefill engine was sent {type(message).__name__}")
+
+    async def _meet(self, message: m.PeerJoined) -> None:
+        """Connect to a new decode engine now: mapping its buffer is slow and would delay a first token."""
+        error = await self._channels.open(message.data_address)
+        if error is not None:
+            self._host.log(f"can't connect to engine {message.engine}: {error}; its first prompt will try again")
+
+    # ── loading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _hold(self, owner: Owner, leg: Leg) -> PrefillAttempt:
+        """Record the attempt at once, not in the loading task, so that an abort right after finds it."""
+        attempt = self._attempts[owner] = PrefillAttempt(owner)
+        attempt.leg = leg
+        attempt.pages = self._host.pool.allocate(owner, leg.blocks)
+        attempt.busy = True
+        return attempt
+
+    async def _load(self, attempt: PrefillAttempt, message: m.LoadLeg) -> None:
+        faults: list[m.BlockFaultReport] | None = None
+        try:
+            faults = await self._host.blocks.read_leg(
+                message.namespace, message.keys, attempt.pages, lambda: attempt.aborted
+            )
+        except StoreError as error:
+            self._host.log(f"request {message.request} can't be loaded: {error}")
+        attempt.busy = False
+        if attempt.aborted:
+            self._release(attempt)
+        elif faults is None or faults:
+            self._host.send(m.LoadFailed(*attempt.owner, Side.PE, faults or []))
+        else:
+            self._host.send(m.Loaded(*attempt.owner, Side.PE))
+
+    # ── computing ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self, message: m.StartPrefill) -> None:
+        owner = (message.request, message.attempt)
+        attempt = self._attempts.get(owner)
+        loads_here = any(leg.side is Side.PE for leg in message.legs)
+        if loads_here != (attempt is not None) or (attempt is not None and (attempt.aborted or attempt.start)):
+            self._host.counters[metrics.ENGINE_STALE_MESSAGES()] += 1
+            return
+        if attempt is None:
+            attempt = self._attempts[owner] = PrefillAttempt(owner)
+        attempt.start = message
+        attempt.busy = True
+        self._host.spawn(self._enqueue(attempt, message))
+
+    async def _enqueue(self, attempt: PrefillAttempt, message: m.StartPrefill) -> None:
+        """Connect to the decode engine, and have the grammar compiled, before the prompt joins a batch: neither may
+        delay others.
+        """
+        error = await self._channels.open(message.decode_address)
+        refusal = "" if error is not None else await self._refusal(attempt, message)
+        attempt.busy = False
+        if attempt.aborted:
+            self._release(attempt)
+        elif refusal:
+            self._host.send(m.Refused(*attempt.owner, refusal))
+        elif error is not None:
+            self._fail(attempt, error)
+        else:
+            self._queue.push(*attempt.owner, message.hit_tokens, len(message.miss_token_ids))
+            self._work.set()
+
+    async def _refusal(self, attempt: PrefillAttempt, message: m.StartPrefill) -> str:
+        """Returns why this prompt can't be computed as it asks; empty when it can."""
+        engine, sampling = self._host.attached, message.sampling
+        if sampling.prompt_logprobs is not None and not engine.facts.scores_prompts:
+            return "prompt_logprobs: this model changes what its output head gives, and can't be scored"
+        if not sampling.is_constrained:
+            return ""
+        try:
+            return (await engine.call(lambda call: Constrain(call, attempt.owner, sampling, message.history))).error
+        except EngineGoneError:
+            return ""  # and so is this engine's part of the agent, in a moment
+
+    async def _run_batches(self) -> None:
+        while True:
+            await self._work.wait()
+            chunks = self._queue.next_batch()
+            if not chunks:
+                self._work.clear()
+                continue
+            attempts = [self._attempts[chunk.request, chunk.attempt] for chunk in chunks]
+            for attempt in attempts:
+                attempt.busy = True
+            transfers = self._transfers(chunks, attempts)
+            try:
+                results = await self._compute(chunks, attempts, transfers)
+            except EngineGoneError:
+                return  # transfers may go on, so every page stays held until `close` has seen their end
+            self._host.counters[metrics.PREFILL_BATCHES()] += 1
+            for chunk, attempt, result, error in zip(chunks, attempts, results, transfers.errors, strict=True):
+                self._on_chunk(chunk, attempt, result, error)
+
+    def _transfers(self, chunks: tuple[Chunk, ...], attempts: list[PrefillAttempt]) -> BatchTransfers:
+        items = []
+        for chunk, attempt in zip(chunks, attempts, strict=True):
+            start = attempt.start
+            assert start is not None
+            items.append(
+                ItemTransfers(
+                    chunk_plan(tuple(start.legs), start.hit_tokens, chunk.past_tokens, chunk.new_tokens),
+                    attempt.pages,
+                    attempt.leg.first_block if attempt.leg is not None else 0,
+                    start.decode_pages,
+                    self._channels.get(start.decode_address),
+                    lambda attempt=attempt: attempt.aborted,  # type: ignore[misc]
+                )
+            )
+        return BatchTransfers(self._host.layout, self._host.pool, self._host.traffic, items)
+
+    async def _compute(
+        self, chunks: tuple[Chunk, ...], attempts: list[PrefillAttempt], transfers: BatchTransfers
+    ) -> list[ChunkResult]:
+        """Have the engine compute one batch, all layers. Returns a result for each chunk. Raises EngineGoneError."""
+        items = []
+        for chunk, attempt in zip(chunks, attempts, strict=True):
+            assert attempt.start is not None
+            items.append(chunk_item(chunk, attempt.start))
+        self._layers.batch = transfers
+        try:
+            done = await self._host.attached.run_batch(items)
+        finally:
+            self._layers.batch = None
+        return done.results if not done.error else [ChunkResult(error=done.error)] * len(chunks)
+
+    def _on_chunk(self, chunk: Chunk, attempt: PrefillAttempt, result: ChunkResult, error: Exception | None) -> None:
+        """`error` is that of the chunk's transfers."""
+        attempt.busy = False
+        self._queue.chunk_done(*attempt.owner)
+        self._host.counters[metrics.PREFILL_CHUNKS()] += 1
+        self._host.counters[metrics.PREFILL_TOKENS()] += chunk.new_tokens
+        # A connection that has ended delivers nothing more; over an open one the rest may still be on its way.
+        attempt.quiet &= not isinstance(error, TransferError) or error.cause is TransferCause.PEER_CLOSED
+        if result.scores is not None:
+            scores = result.scores
+            self._host.send(m.PromptLogprobs(*attempt.owner, scores.token_ids, scores.logprobs, scores.ranks))
+        if attempt.aborted:
+            self._queue.remove(*attempt.owner)
+            self._release(attempt)
+        elif error is not None or result.error:
+            self._queue.remove(*attempt.owner)
+            if result.refused:
+                self._host.send(m.Refused(*attempt.owner, result.error))
+            else:
+                self._fail(attempt, error or RuntimeError(result.error))
+        elif chunk.last:
+            assert result.draw is not None
+            self._give_back(attempt)
+            self._host.send(m.PrefillDone(*attempt.owner, result.draw))
+
+    def _fail(self, attempt: PrefillAttempt, error: Exception) -> None:
+        """Stop the attempt; it keeps its pages until it is aborted."""
+        cause = Cause.TRANSFER_FAILED if isinstance(error, TRANSFER_ERRORS) else Cause.COMPUTE_FAILED
+        self._host.log(f"request {attempt.owner[0]} attempt {attempt.owner[1]} failed: {error!r}")
+        self._host.send(m.AttemptFailed(*attempt.owner, cause, repr(error)))
+
+    def on_steps(self, _message: Steps) -> None:
+        """A prefill engine makes none."""
+
+    # ── giving back ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _abort(self, owner: Owner) -> None:
+        attempt = self._attempts.get(owner)
+        if attempt is None:
+            self._host.send(m.Released(*owner))
+            return
+        attempt.aborted = True
+        if not attempt.busy:
+            self._queue.remove(*owner)
+            self._release(attempt)
+
+    async def abandon(self) -> None:
+        """The coordinator is lost: abort every attempt, and disconnect from decode engines. Ends when all is free."""
+        for owner in list(self._attempts):
+            self._abort(owner)
+        while self._attempts:
+            await asyncio.sleep(ABANDON_POLL_S)
+        await self._channels.drop_all()
+
+    def _release(self, attempt: PrefillAttempt) -> None:
+        self._give_back(attempt)
+        self._host.send(m.Released(*attempt.owner, attempt.quiet))
+
+    def _give_back(self, attempt: PrefillAttempt) -> None:
+        if attempt.pages:
+            self._host.pool.free(attempt.owner, attempt.pages)
+        if attempt.start is not None and attempt.start.sampling.is_constrained:
+            self._host.attached.tell(Forget(attempt.owner))
+        del self._attempts[attempt.owner]
+
+    def _gauges(self) -> Figures:
+        return {
+            metrics.ENGINE_ATTEMPTS(): float(len(self._attempts)),
+            metrics.PREFILL_WAITING_TOKENS(): float(self._queue.waiting_tokens),
+        }
+
+    def close(self) -> None:
+        """Blocks until transfers in progress have ended."""
+        self._channels.close()
+        self._layers.close()
+
+
+def _attention_cost(host: EngineHost) -> AttentionCost:
+    measured = host.attached.facts.attention
+    assert measured is not None, "a prefill engine says how long its attention takes"
+    return AttentionCost(
+        fixed_ns=measured.fixed_ns,
+        ns_per_flop=measured.ns_per_flop,
+        flops_per_token=measured.flops_per_token,
+        flops_per_pair=measured.flops_per_pair,
+    )

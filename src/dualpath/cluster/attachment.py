@@ -1,0 +1,394 @@
+"""What a node agent and the engine processes of its node say to each other: records over Unix sockets, KV in memory.
+
+An engine computes and its agent does everything else. The engine connects to its agent's socket and sends `Attach`; the
+agent makes the engine's buffer and answers `Attached`. From then on the agent calls the engine, and each call gets one
+`Reply` or `BatchDone` with its number; `Steps` and `Beat` come unasked. A prefill engine opens two connections more,
+one for its loader thread and one for its shipper thread (`LayerThread`), on which it calls the agent (`LayerCall`).
+
+KV bytes are never in a record. A page is one of the buffer pool, which the engine maps; a span is a range of the
+engine's rows (`SharedRows`), which the agent maps.
+
+A frame is its length (4 bytes, little-endian) and a msgpack record. When a connection ends, the other side is gone: the
+kernel closes it however a process dies.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import struct
+import threading
+from typing import Any, Literal
+
+import msgspec
+
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.messages import Draw
+from dualpath.cluster.orders import EngineOrder, OrderDone
+from dualpath.core.vocabulary import Role
+from dualpath.kv.layout import KVLayout
+from dualpath.spec.metrics import Figures
+from dualpath.spec.sampling import SamplingParams, TokenHistory
+
+MAX_FRAME_BYTES = 256 * 2**20
+"""Longer than any batch of the longest prompts."""
+_LENGTH = struct.Struct("<I")
+
+LEAVE = signal.SIGUSR1
+"""Tells an agent to end, with its engines."""
+Owner = tuple[int, int]
+"""``(request, attempt)``."""
+Span = tuple[int, int]
+"""First byte and number of bytes in an engine's rows."""
+Way = Literal["load", "ship"]
+
+
+class NotAPeerError(Exception):
+    """Bytes that are no frame of ours, or a process of another user."""
+
+
+# ── an engine attaches ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class AttentionFigures(msgspec.Struct, frozen=True):
+    """The measured time of an attention layer, for the compute quota (paper §6.2); see `AttentionCost` in core."""
+
+    fixed_ns: float
+    ns_per_flop: float
+    flops_per_token: float
+    flops_per_pair: float
+
+
+class Attach(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Engine: it has loaded its model, and this is what it is."""
+
+    role: Role
+    name: str
+    pid: int
+    layout: KVLayout
+    model_fingerprint: str
+    max_model_len_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    hbm_blocks: int = 0
+    """Device memory for KV of a decode engine, in Full Blocks."""
+    prefill_tokens_per_s: float | None = None
+    attention: AttentionFigures | None = None
+    """Of a prefill engine."""
+    scores_prompts: bool = True
+    ticket: str
+    """See `messages.Join`."""
+    rows_path: str = ""
+    """File of a prefill engine's `SharedRows`."""
+
+
+class LayerThread(msgspec.Struct, frozen=True, tag=True):
+    """Engine: this connection is for one of its threads; `attachment` is from `Attached`."""
+
+    attachment: str
+    way: Way
+
+
+class Attached(msgspec.Struct, frozen=True, tag=True):
+    """Agent: the engine's buffer is at `pool_path`. `attachment` is a secret of these two."""
+
+    attachment: str
+    pool_path: str
+
+
+First = Attach | LayerThread
+
+# ── agent → engine ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Constrain(msgspec.Struct, frozen=True, tag=True):
+    """Make what bends the attempt's draws; kept until it is used or forgotten."""
+
+    call: int
+    owner: Owner
+    sampling: SamplingParams
+    history: TokenHistory | None
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """Drop what `Constrain` has made; it is not needed any more."""
+
+    owner: Owner
+
+
+class ChunkItem(msgspec.Struct, frozen=True):
+    """One chunk of a prefill batch."""
+
+    owner: Owner
+    token_ids: list[int]
+    past_tokens: int
+    sampling: SamplingParams | None
+    """Of a prompt's last chunk: draw the next token."""
+    generated_tokens: int
+    next_token_ids: list[int] | None = None
+    """The tokens that follow the chunk's, where they are scored."""
+    top: int = 0
+
+
+class RunBatch(msgspec.Struct, frozen=True, tag=True):
+    """PE: compute a batch, layer by layer; answered by `BatchDone`."""
+
+    call: int
+    items: list[ChunkItem]
+
+
+class Admit(msgspec.Struct, frozen=True, tag=True):
+    """DE: take device blocks for a sequence."""
+
+    call: int
+    sequence: int
+    owner: Owner
+    prompt_tokens: int
+    first_token: int
+    sampling: SamplingParams
+    generated_tokens: int
+
+
+class Fill(msgspec.Struct, frozen=True, tag=True):
+    """DE: copy pages to the device. Answered when they are copied, in the order of the calls about a sequence."""
+
+    call: int
+    sequence: int
+    blocks: list[tuple[int, int, int]]
+    """Block, page, tokens."""
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    """DE: decode the sequence from the next step on. A finish reason in the answer: its first token was the last."""
+
+    call: int
+    sequence: int
+
+
+class CopyOut(msgspec.Struct, frozen=True, tag=True):
+    """DE: copy a finished Full Block from the device into a page."""
+
+    call: int
+    sequence: int
+    block: int
+    page: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """DE: generate nothing more for the sequence."""
+
+    sequence: int
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """DE: give the sequence's device blocks back, after every earlier call about it."""
+
+    call: int
+    sequence: int
+
+
+class CarryOut(msgspec.Struct, frozen=True, tag=True):
+    """An operator's order."""
+
+    call: int
+    order: EngineOrder
+
+
+class Leave(msgspec.Struct, frozen=True, tag=True):
+    """End this process."""
+
+    reason: str
+    failed: bool = False
+    """True when a supervisor should see an exit code of failure."""
+
+
+Call = Constrain | RunBatch | Admit | Fill | Begin | CopyOut | Release | CarryOut
+ToEngineProcess = Attached | Call | Forget | Stop | Leave
+
+# ── engine → agent ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Reply(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a call. `refused`: what the request asks for can't be, on any engine."""
+
+    call: int
+    error: str = ""
+    refused: bool = False
+    finish_reason: str | None = None
+    order_done: OrderDone | None = None
+
+
+class Scores(msgspec.Struct, frozen=True):
+    """Log-probabilities at successive positions; see `messages.PromptLogprobs`."""
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    ranks: list[int]
+
+
+class ChunkResult(msgspec.Struct, frozen=True):
+    """The result of one chunk."""
+
+    error: str = ""
+    refused: bool = False
+    draw: Draw | None = None
+    scores: Scores | None = None
+
+
+class BatchDone(msgspec.Struct, frozen=True, tag=True):
+    """A batch has been computed, or has failed as a whole (`error`)."""
+
+    call: int
+    results: list[ChunkResult]
+    error: str = ""
+
+
+class SequenceStep(msgspec.Struct, frozen=True):
+    """One sequence's result of a decode step: a token, or the error that ended it."""
+
+    sequence: int
+    draw: Draw | None
+    finish_reason: str | None = None
+    error: str = ""
+    refused: bool = False
+
+
+class Steps(msgspec.Struct, frozen=True, tag=True):
+    """A decode step's results."""
+
+    steps: list[SequenceStep]
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """The engine is alive; its own series."""
+
+    gauges: Figures
+
+
+FromEngineProcess = Reply | BatchDone | Steps | Beat
+
+# ── a prefill engine's layer threads ─────────────────────────────────────────────────────────────────────────────────
+
+
+class LayerCall(msgspec.Struct, frozen=True):
+    """Load or ship one layer of the batch that runs; a span for each item, None where nothing is to be done."""
+
+    layer: int
+    spans: list[Span | None]
+
+
+class LayerResult(msgspec.Struct, frozen=True):
+    """An error for each item, empty where it went well."""
+
+    errors: list[str]
+
+
+# ── settings of the two kinds of process ─────────────────────────────────────────────────────────────────────────────
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings that a node agent starts with."""
+
+    coordinator: str
+    cluster: ClusterConfig
+    name: str
+    """The node's, unique in the cluster."""
+    socket: str
+    """Where its engines attach: a Unix socket in a directory of the owner's alone."""
+    ticket: str = ""
+    """By which its supervisor knows it."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings that an engine process starts with."""
+
+    role: Role
+    agent: str
+    """Its agent's socket."""
+    cluster: ClusterConfig
+    name: str = ""
+    ticket: str = ""
+    """What its `Join` says; empty: it makes one itself."""
+
+
+# ── frames ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def body_bytes(header: bytes | bytearray) -> int:
+    """Returns the length of the frame that follows. Raises NotAPeerError."""
+    n_bytes = int(_LENGTH.unpack(header)[0])
+    if n_bytes > MAX_FRAME_BYTES:
+        raise NotAPeerError(f"a frame of {n_bytes} bytes is no frame of ours")
+    return n_bytes
+
+
+class Connection:
+    """One end of a connection, for threads: any thread may send, one receives. Raises ConnectionError at its end."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._sending = threading.Lock()
+
+    @classmethod
+    def to(cls, path: str) -> "Connection":
+        """Connect to an agent. Raises OSError when nobody listens there."""
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connected.connect(path)
+        except OSError:
+            connected.close()
+            raise
+        return cls(connected)
+
+    def send(self, message: msgspec.Struct) -> None:
+        with self._sending:
+            self._socket.sendall(frame(message))
+
+    def receive(self, decoder: "msgspec.msgpack.Decoder[Any]") -> Any:
+        """Raises ConnectionError at the end, NotAPeerError for what is no frame, msgspec.MsgspecError for a record of
+        another kind."""
+        return decoder.decode(self._exactly(body_bytes(self._exactly(_LENGTH.size))))
+
+    def close(self) -> None:
+        """End the connection; a thread that receives gets ConnectionError."""
+        with contextlib.suppress(OSError):  # the other side was first
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _exactly(self, n_bytes: int) -> bytearray:
+        buffer = bytearray(n_bytes)
+        rest = memoryview(buffer)
+        while rest:
+            received = self._socket.recv_into(rest)
+            if not received:
+                raise ConnectionError("the other side has closed the connection")
+            rest = rest[received:]
+        return buffer
+
+
+async def first_record(accepted: socket.socket) -> First:
+    """Returns what a process that has connected says first. Raises NotAPeerError, ConnectionError, MsgspecError."""
+    credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    if struct.unpack("3i", credentials)[1] != os.getuid():
+        raise NotAPeerError("a process of another user")
+    header = await _exactly(accepted, _LENGTH.size)
+    first: First = msgspec.msgpack.decode(await _exactly(accepted, body_bytes(header)), type=First)
+    return first
+
+
+async def _exactly(accepted: socket.socket, n_bytes: int) -> bytes:
+    loop, parts = asyncio.get_running_loop(), bytearray()
+    while len(parts) < n_bytes:
+        part = await loop.sock_recv(accepted, n_bytes - len(parts))
+        if not part:
+            raise ConnectionError("the other side has closed the connection")
+        parts += part
+    return bytes(parts)

@@ -1,0 +1,148 @@
+"""The nodes of a topology as parts of a supervisor's table, and what sweeps up after killed ones.
+
+A node's agent is a fresh process. Engines are forked from a server process that has imported torch and transformers
+once: the second and later ones start in a fraction of a second and share those pages. Forking is safe because the fork
+server has no other threads.
+"""
+
+import contextlib
+import fcntl
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import msgspec
+
+from dualpath.cluster.attachment import LEAVE, AgentConfig, EngineConfig
+from dualpath.cluster.children import Child, end_with_parent, leave_signals_to_the_parent, started
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.supervisor import Part
+from dualpath.core.vocabulary import Role
+from dualpath.spec.log import ROOT
+from dualpath.transfer import TRANSPORTS
+from dualpath.transfer.pool_files import create_locked, sweep_dead_pools
+
+logger = logging.getLogger(f"{ROOT}.cluster")
+
+MAX_ENGINES = 64
+"""More processes than this would take a host's memory before they could serve."""
+_FORK_SERVER = "dualpath.cluster.engines.fork_server"
+_PRELOADED = [_FORK_SERVER, "dualpath.cluster.engines.main", "dualpath.cluster.engines.fork_server_ready"]
+_SOCKETS = "dualpath-sockets-"
+_LOCK = "lock"
+
+
+class NodeParts(msgspec.Struct, frozen=True):
+    """One node: its agent, and its engines, which attach to that."""
+
+    agent: Part
+    engines: list[Part]
+
+
+def node_parts(config: ClusterConfig, control_address: str) -> list[NodeParts]:
+    """Returns every node of the topology. Raises ValueError when it has too many engines for one host."""
+    topology = config.topology
+    if topology.engines > MAX_ENGINES:
+        raise ValueError(
+            f"{topology} is more than {MAX_ENGINES} engines on one host; start fewer, or let "
+            "nodes of other hosts join with --join-address"
+        )
+    counts = ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes))
+    directory = _socket_directory()
+    return [one_node(config, control_address, role, rank, directory) for role, n in counts for rank in range(n)]
+
+
+def one_node(
+    config: ClusterConfig, control_address: str, role: Role, rank: int, directory: str | None = None
+) -> NodeParts:
+    """Returns one node; `directory` is where its engines find its agent."""
+    socket = f"{directory or _socket_directory()}/{role.value}-{rank}.sock"
+    engines = config.topology.engines_per_node
+    numbers = range(engines * rank, engines * (rank + 1))
+    return NodeParts(
+        _agent(config, control_address, f"{role.value}-node-{rank}", socket),
+        [_engine(config, socket, role, f"{role.value}-{number}") for number in numbers],
+    )
+
+
+def all_parts(nodes: list[NodeParts]) -> list[Part]:
+    """Returns the parts of nodes: agents first, which are there at once."""
+    return [node.agent for node in nodes] + [engine for node in nodes for engine in node.engines]
+
+
+def _agent(config: ClusterConfig, control_address: str, name: str, socket: str) -> Part:
+    def start(child: Child) -> BaseProcess:
+        settings = AgentConfig(
+            coordinator=control_address,
+            cluster=config.without_secrets(),
+            name=f"{os.uname().nodename}/{os.getpid()}/{name}",
+            socket=socket,
+            ticket=child.ticket,
+        )
+        return started("spawn", agent_entry, (settings, os.getpid()), name)
+
+    return Part(name, start, dismiss=lambda child: os.kill(child.pid, LEAVE))
+
+
+def _engine(config: ClusterConfig, agent: str, role: Role, name: str) -> Part:
+    def start(child: Child) -> BaseProcess:
+        if name == f"{Role.PREFILL.value}-0":
+            logger.info("starts engines; torch is imported once for all")
+        multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+        cluster = config.without_secrets()
+        settings = EngineConfig(role=role, agent=agent, cluster=cluster, name=name, ticket=child.ticket)
+        return started("forkserver", engine_entry, (settings, child.telling), name)
+
+    return Part(name, start)
+
+
+def agent_entry(config: AgentConfig, parent: int) -> None:
+    """Run a node agent in this process."""
+    leave_signals_to_the_parent()
+    signal.signal(LEAVE, signal.SIG_DFL)
+    end_with_parent(parent, LEAVE)
+    from dualpath.cluster.agent.main import run_agent
+
+    run_agent(config)
+
+
+def engine_entry(config: EngineConfig, telling: Connection) -> None:
+    """Run one engine in this process; its steps go to the supervisor, as long as that lives."""
+    leave_signals_to_the_parent()
+    preloaded = sys.modules.get(_FORK_SERVER)  # not in a program that had a fork server of its own before
+    end_with_parent(preloaded.PID if preloaded is not None else os.getppid())
+    from dualpath.cluster.engines.main import run_engine
+
+    def tell(step: str) -> None:
+        with contextlib.suppress(OSError):
+            telling.send(step)
+
+    run_engine(config, tell)
+
+
+def _socket_directory() -> str:
+    """Returns a directory of this user alone, which a sweep spares while this process lives."""
+    directory = tempfile.mkdtemp(prefix=_SOCKETS)
+    create_locked(Path(directory) / _LOCK)
+    return directory
+
+
+def sweep(config: ClusterConfig) -> None:
+    """Remove what killed processes of any cluster with this transport have left behind."""
+    sweep_dead_pools()
+    TRANSPORTS.get(config.transport).sweep()
+    for directory in Path(tempfile.gettempdir()).glob(f"{_SOCKETS}*"):
+        with contextlib.suppress(OSError):  # its owner lives, it is gone, or it is another user's
+            descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory, ignore_errors=True)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,66 @@
+"""`dualpath engine`: a small process that keeps the parts of one node running, which joins a coordinator elsewhere."""
+
+import asyncio
+import logging
+import signal
+
+from dualpath.cluster.children import Child
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.engine_parts import all_parts, one_node, sweep
+from dualpath.cluster.supervisor import Supervisor
+from dualpath.core.vocabulary import Role
+from dualpath.spec.log import ROOT, start_log
+
+logger = logging.getLogger(f"{ROOT}.cluster")
+
+JOINS = "joins"
+"""The step at which an engine has done all that can go wrong with its start."""
+
+
+def run_node(config: ClusterConfig, coordinator: str, role: Role, rank: int) -> int:
+    """Run a node of `config.topology.engines_per_node` engines until they are dismissed, or SIGINT or SIGTERM come.
+
+    Returns the process's exit code: 1 when an engine can't run.
+    """
+    start_log(config.log_format)
+    return asyncio.run(_Node(config, coordinator, role, rank).run())
+
+
+class _Node:
+    def __init__(self, config: ClusterConfig, coordinator: str, role: Role, rank: int) -> None:
+        self._over = asyncio.Event()
+        self._code = 0
+        self._supervisor = Supervisor(
+            all_parts([one_node(config, coordinator, role, rank)]),
+            sweep=lambda: sweep(config),
+            on_end=self._ended,
+            on_hopeless=self._hopeless,
+            on_change=self._look,
+        )
+
+    async def run(self) -> int:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, self._over.set)
+        try:
+            await self._supervisor.start()
+            await self._over.wait()
+        finally:
+            await self._supervisor.stop()
+        return self._code
+
+    def _look(self) -> None:
+        for row in self._supervisor.starting():
+            child = self._supervisor.child(str(row["name"]))
+            if child is not None and child.step == JOINS:
+                self._supervisor.ready(child.ticket)
+
+    def _ended(self, child: Child, _why: str) -> None:
+        """An engine that has ended by itself, and well, was dismissed: the node is not needed any more."""
+        if child.process is not None and child.process.exitcode == 0:
+            self._supervisor.start_no_more()
+            self._over.set()
+
+    def _hopeless(self, why: str) -> None:
+        logger.error("%s", why)
+        self._code = 1
+        self._over.set()
