@@ -163,7 +163,7 @@ def test_it_lets_go_of_nothing_that_a_peer_may_still_touch(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is no coordinator to say that a prefill engine has stopped: each of this epoch must be proven quiet."""
-    monkeypatch.setattr("dualpath.cluster.engines.decode.QUIET_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("dualpath.cluster.agent.decode.QUIET_TIMEOUT_S", 0.05)
     prompt = appended(0, 200)
 
     async def work(engine: Bench) -> None:

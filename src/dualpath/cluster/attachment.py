@@ -201,6 +201,8 @@ class Leave(msgspec.Struct, frozen=True, tag=True):
     reason: str
     failed: bool = False
     """True when a supervisor should see an exit code of failure."""
+    refused: bool = False
+    """True when it can't take part as it is, and would not the next time."""
 
 
 Call = Constrain | RunBatch | Admit | Fill | Begin | CopyOut | Release | CarryOut

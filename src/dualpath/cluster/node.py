@@ -7,7 +7,7 @@ import signal
 from dualpath.cluster.children import Child
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.engine_parts import all_parts, one_node, sweep
-from dualpath.cluster.supervisor import Supervisor
+from dualpath.cluster.supervisor import CAN_NOT_RUN, Supervisor
 from dualpath.core.vocabulary import Role
 from dualpath.spec.log import ROOT, start_log
 
@@ -56,7 +56,9 @@ class _Node:
 
     def _ended(self, child: Child, _why: str) -> None:
         """An engine that has ended by itself, and well, was dismissed: the node is not needed any more."""
-        if child.process is not None and child.process.exitcode == 0:
+        if child.step.startswith(CAN_NOT_RUN):
+            self._hopeless(f"{child.name} {child.step}")
+        elif child.process is not None and child.process.exitcode == 0:
             self._supervisor.start_no_more()
             self._over.set()
 

@@ -110,9 +110,9 @@ class EngineHost:
     def log(self, line: str) -> None:
         self._logger.info(line)
 
-    def dismiss(self, reason: str, failed: bool) -> None:
+    def dismiss(self, reason: str, failed: bool, refused: bool = False) -> None:
         """Tell the engine process to end."""
-        self.attached.tell(Leave(reason, failed))
+        self.attached.tell(Leave(reason, failed, refused))
 
     def free(self) -> None:
         """Free everything; from then on nothing here touches any memory. Blocks until transfers have ended."""

@@ -135,7 +135,7 @@ class NodeAgent:
         try:
             member = await self._member(engine)
         except (OSError, ValueError, StoreError) as error:
-            engine.tell(Leave(f"its agent can't serve it: {error}", failed=True))
+            engine.tell(Leave(f"its agent can't serve it: {error}", failed=True, refused=True))
             engine.close(str(error))
             return
         attachment = uuid.uuid4().hex

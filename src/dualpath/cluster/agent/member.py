@@ -49,7 +49,7 @@ class Member:
             host.dismiss(reason, failed=reason.startswith(("internal error", ABANDONED)))
         except (ConnectionRefusedError, ValueError) as error:
             host.log(f"can't join: {error}")
-            host.dismiss(f"it can't join: {error}", failed=True)
+            host.dismiss(f"it can't join: {error}", failed=True, refused=True)
         finally:
             await host.end_tasks()
             host.attached.close("dismissed")

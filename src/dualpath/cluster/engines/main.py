@@ -25,6 +25,7 @@ from dualpath.cluster.engines.constraining import Constrainer
 from dualpath.cluster.engines.decode import DecodeCompute
 from dualpath.cluster.engines.orders import EngineOrders
 from dualpath.cluster.engines.prefill import AgentLayerIO, PrefillCompute
+from dualpath.cluster.supervisor import CAN_NOT_RUN
 from dualpath.core.vocabulary import Role
 from dualpath.model import LayerIOTimeoutError, LoadedModel, model_fingerprint, profile_attention
 from dualpath.spec.log import ROOT, start_log
@@ -60,7 +61,7 @@ def run_engine(config: a.EngineConfig, tell: Tell | None = None) -> None:
         finally:
             engine.close()
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        tell(f"can't run: {' '.join(str(error).split())}")
+        tell(f"{CAN_NOT_RUN}{' '.join(str(error).split())}")
         raise SystemExit(1) from error
 
 
@@ -78,8 +79,8 @@ def _load(cluster: ClusterConfig, tell: Tell) -> LoadedModel:
 class LeaveError(Exception):
     """The agent has told this engine to leave, or it can't go on (`failed`)."""
 
-    def __init__(self, reason: str, failed: bool) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, failed: bool, refused: bool = False) -> None:
+        super().__init__(f"{CAN_NOT_RUN}{reason}" if refused else f"leaves: {reason}")
         self.failed = failed
 
 
@@ -160,7 +161,7 @@ class Engine:
                 finally:
                     self._detach()
         except LeaveError as leaving:
-            tell(f"leaves: {leaving}")
+            tell(str(leaving))
             if leaving.failed:
                 raise SystemExit(1) from leaving
 
@@ -243,7 +244,7 @@ class Engine:
             case a.CarryOut():
                 self._orders.carry_out(message, self._send, self._leave)
             case a.Leave():
-                raise LeaveError(message.reason, message.failed)
+                raise LeaveError(message.reason, message.failed, message.refused)
             case a.RunBatch() if isinstance(worker, PrefillCompute):
                 self._compute.submit(self._run_batch, worker, message)
             case a.Stop() if isinstance(worker, DecodeCompute):
