@@ -79,7 +79,7 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class BlockFaultReport(msgspec.Struct, frozen=True):
-    """A block that could not be read, and why (a `kv.stores.block_file.BlockFault` value)."""
+    """A block that could not be read, and why (a `kv.stores.errors.BlockFault` value)."""
 
     key: BlockKey
     fault: str

@@ -5,7 +5,14 @@ from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
 from dualpath.kv.layout import KVLayout, KVPart
 from dualpath.kv.rebuild import RebuildReport, ancestors, delete_orphan, publish_all, rebuild
 from dualpath.kv.stores import STORES, StoreOpener, open_store
-from dualpath.kv.stores.block_file import BlockError, BlockFault
+from dualpath.kv.stores.errors import (
+    BlockError,
+    BlockFault,
+    BlockUnavailableError,
+    StoreError,
+    StoreLocationError,
+    StoreWriteError,
+)
 from dualpath.kv.stores.posix import PosixStore
 from dualpath.kv.stores.protocol import (
     BadFile,
@@ -13,9 +20,6 @@ from dualpath.kv.stores.protocol import (
     Inspectable,
     NamespaceDescription,
     Store,
-    StoreError,
-    StoreLocationError,
-    StoreWriteError,
 )
 
 __all__ = [
@@ -25,6 +29,7 @@ __all__ = [
     "BlockFault",
     "BlockKey",
     "BlockRecord",
+    "BlockUnavailableError",
     "GoneBlock",
     "IndexStatistics",
     "Inspectable",

@@ -17,7 +17,8 @@ import msgspec
 
 from dualpath.kv.index import PrefixIndex
 from dualpath.kv.keys import BlockKey
-from dualpath.kv.stores.protocol import BadFile, BlockRecord, Store, StoreError
+from dualpath.kv.stores.errors import StoreError
+from dualpath.kv.stores.protocol import BadFile, BlockRecord, Store
 
 
 class RebuildReport(msgspec.Struct, frozen=True):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from dualpath.kv.stores.protocol import Store, StoreLocationError
+from dualpath.kv.stores.errors import StoreLocationError
+from dualpath.kv.stores.protocol import Store
 from dualpath.spec.registry import Registry, UnknownNameError
 
 

@@ -9,15 +9,14 @@
     H        payload: the Full Block, layer after layer, exactly layers × layer_block_bytes
 
 The payload starts on a page, so that it can be read straight into a page-aligned buffer. The checksums find decay and
-torn writes; they do not protect against forged files. Every fault raises `BlockError`.
+torn writes; they do not protect against forged files. A fault raises `BlockError`,
+and a system error `BlockUnavailableError`: it says nothing of the block.
 """
 
 import os
-import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 
 import msgspec
@@ -25,6 +24,8 @@ import numpy as np
 import xxhash
 
 from dualpath.kv.keys import BlockKey, Namespace
+from dualpath.kv.stores.entries import NotAFileError, open_file
+from dualpath.kv.stores.errors import BlockError, BlockFault, BlockUnavailableError
 
 PAGE_BYTES = 4096
 CHUNK_BYTES = 1 << 20
@@ -38,27 +39,6 @@ _VERSION = 1
 _MAX_LAYERS = 1 << 16
 _FIXED = struct.Struct("<8sIIIIQ16s16s16s")
 _CHECKSUM = struct.Struct("<Q")
-
-
-class BlockFault(Enum):
-    """What is wrong with a stored block. The value is what metrics and reports show."""
-
-    MISSING = "missing"
-    TRUNCATED = "truncated"
-    CHECKSUM = "checksum"
-    HEADER = "header"
-    """It is not a block file, has another key, namespace or layout, or has a damaged header."""
-    IO = "io"
-
-
-class BlockError(Exception):
-    """A stored block that cannot be served: treat it as a miss. `cause` says why."""
-
-    def __init__(self, key: BlockKey, cause: BlockFault, detail: str) -> None:
-        super().__init__(f"block {key.hex()}: {cause.value}: {detail}")
-        self.key = key
-        self.cause = cause
-        self.detail = detail
 
 
 class BlockHeader(msgspec.Struct, frozen=True, gc=False):
@@ -113,30 +93,32 @@ def payload_checksums(payload: memoryview, layer_block_bytes: int) -> tuple[int,
 
 @contextmanager
 def io_faults(key: BlockKey) -> Iterator[None]:
-    """Turn an OSError of the with-block into a BlockError: MISSING when there is no file, else IO."""
+    """Turn an OSError of the with-block into a BlockUnavailableError: no system error says what a block's bytes are."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise BlockError(key, BlockFault.MISSING, str(error)) from error
     except OSError as error:
-        raise BlockError(key, BlockFault.IO, str(error)) from error
+        raise BlockUnavailableError(key, str(error)) from error
 
 
 @contextmanager
 def open_block(path: Path, key: BlockKey) -> Iterator[int]:
-    """The file of `key`, open for reading while the context lasts. Raises BlockError: MISSING, IO."""
-    with io_faults(key):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
+    """The file of `key`, open for reading while the context lasts. Raises BlockError: MISSING, HEADER."""
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise BlockError(key, BlockFault.HEADER, "it is not a regular file")
+        fd = open_file(path)
+    except FileNotFoundError as error:
+        raise BlockError(key, BlockFault.MISSING, str(error)) from error
+    except NotAFileError as error:
+        raise BlockError(key, BlockFault.HEADER, str(error)) from error
+    except OSError as error:
+        raise BlockUnavailableError(key, str(error)) from error
+    try:
         yield fd
     finally:
         os.close(fd)
 
 
 def read_header(fd: int, key: BlockKey) -> BlockHeader:
-    """`decode_header` of an open file that should hold `key`. Raises BlockError: TRUNCATED, HEADER, IO."""
+    """`decode_header` of an open file that should hold `key`. Raises BlockError: TRUNCATED, HEADER."""
     with io_faults(key):
         n_bytes = os.fstat(fd).st_size
 
@@ -218,7 +200,7 @@ def _whole(key: BlockKey, head: Callable[[int], bytes], header_bytes: int) -> by
 def read_payload(fd: int, header: BlockHeader, into: memoryview, pace: Pace, *, verify: bool = True) -> None:
     """Read the payload into `into` (exactly `payload_bytes`, writable bytes), chunk by chunk; hash layers as they fill.
 
-    Raises BlockError: TRUNCATED, CHECKSUM, IO. After an error the content of `into` is undefined.
+    Raises BlockError: TRUNCATED, CHECKSUM. After an error the content of `into` is undefined.
     """
     filled, layers = 0, LayerChecks(header, into)
     while filled < len(into):

@@ -19,7 +19,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import from_url
 
-from dualpath.kv.stores.protocol import StoreError, StoreLocationError
+from dualpath.kv.stores.errors import StoreError, StoreLocationError
 
 REQUEST_S = 60.0
 """Longest duration of one request, body included."""

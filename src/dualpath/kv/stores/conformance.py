@@ -15,7 +15,7 @@ from hashlib import shake_128
 
 from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
 from dualpath.kv.layout import KVLayout, KVPart
-from dualpath.kv.stores.block_file import BlockError, BlockFault
+from dualpath.kv.stores.errors import BlockError, BlockFault
 from dualpath.kv.stores.protocol import Inspectable, Store
 
 OpenStore = Callable[[], Store]

@@ -12,7 +12,7 @@ import msgspec
 
 from dualpath.kv.keys import BlockKey
 from dualpath.kv.rebuild import ancestors, delete_orphan
-from dualpath.kv.stores.block_file import BlockError, BlockFault
+from dualpath.kv.stores.errors import BlockError, BlockFault, StoreError
 from dualpath.kv.stores.naming import block_name
 from dualpath.kv.stores.protocol import (
     BadFile,
@@ -20,7 +20,6 @@ from dualpath.kv.stores.protocol import (
     Inspectable,
     NamespaceDescription,
     Store,
-    StoreError,
 )
 
 Progress = Callable[[int, int], None]

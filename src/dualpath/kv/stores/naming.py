@@ -11,7 +11,7 @@
 import msgspec
 
 from dualpath.kv.keys import KEY_BYTES, BlockKey, Namespace
-from dualpath.kv.stores.block_file import BlockFault
+from dualpath.kv.stores.errors import BlockFault
 from dualpath.kv.stores.protocol import NamespaceDescription
 
 MAX_QUARANTINED_FILES = 64

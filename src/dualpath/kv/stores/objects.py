@@ -21,8 +21,6 @@ from contextlib import suppress
 from dualpath.kv.keys import BlockKey, Namespace
 from dualpath.kv.stores.block_file import (
     CHUNK_BYTES,
-    BlockError,
-    BlockFault,
     BlockHeader,
     LayerChecks,
     Pace,
@@ -32,6 +30,7 @@ from dualpath.kv.stores.block_file import (
     unpaced,
 )
 from dualpath.kv.stores.bucket import Body, Bucket, ObjectRecord
+from dualpath.kv.stores.errors import BlockError, BlockFault, StoreError, StoreWriteError
 from dualpath.kv.stores.naming import (
     BAD,
     BLOCK_SUFFIX,
@@ -50,8 +49,6 @@ from dualpath.kv.stores.protocol import (
     BlockBuffer,
     BlockRecord,
     NamespaceDescription,
-    StoreError,
-    StoreWriteError,
     bytes_of_block,
     check_keys,
     room_for_block,

@@ -15,8 +15,6 @@ from pathlib import Path
 from dualpath.kv.keys import BlockKey, Namespace
 from dualpath.kv.stores.block_file import (
     CHUNK_BYTES,
-    BlockError,
-    BlockFault,
     BlockHeader,
     Pace,
     check_namespace,
@@ -27,6 +25,8 @@ from dualpath.kv.stores.block_file import (
     read_payload,
     unpaced,
 )
+from dualpath.kv.stores.entries import is_folder
+from dualpath.kv.stores.errors import BlockError, BlockFault, BlockUnavailableError, StoreError, StoreWriteError
 from dualpath.kv.stores.naming import DESCRIPTION, describe, described
 from dualpath.kv.stores.posix_directory import StoreDirectory, store_errors
 from dualpath.kv.stores.protocol import (
@@ -34,8 +34,6 @@ from dualpath.kv.stores.protocol import (
     BlockBuffer,
     BlockRecord,
     NamespaceDescription,
-    StoreError,
-    StoreWriteError,
     bytes_of_block,
     check_keys,
     room_for_block,
@@ -92,8 +90,9 @@ class PosixStore:
             with open_block(self._files.block_path(space.root, key), key) as fd:
                 header = check_namespace(read_header(fd, key), space)
                 read_payload(fd, header, view, pace, verify=self._verify_reads)
-        except BlockError as error:
-            if error.cause in (BlockFault.MISSING, BlockFault.IO) and not self._files.path.is_dir():
+        except (BlockError, BlockUnavailableError) as error:
+            bad = isinstance(error, BlockError) and error.cause is not BlockFault.MISSING
+            if not bad and not is_folder(self._files.path):
                 raise StoreError(f"{self.location} cannot be opened: there is no such directory") from error
             raise
 
@@ -203,7 +202,7 @@ class PosixStore:
                 header = check_namespace(read_header(fd, key), space)
                 read_payload(fd, header, self._scratch(header.payload_bytes), unpaced)
                 return physical_bytes(os.fstat(fd))
-        except BlockError:
+        except (BlockError, BlockUnavailableError):
             return None
 
     def _commit(self, draft: Draft, header: BlockHeader, space: Namespace) -> int:
@@ -252,5 +251,5 @@ class PosixStore:
 def _write_errors(key: BlockKey, path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, BlockError) as error:
+    except (OSError, BlockError, BlockUnavailableError) as error:
         raise StoreWriteError(key, path, error) from error

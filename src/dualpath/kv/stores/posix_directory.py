@@ -9,14 +9,13 @@ from pathlib import Path
 
 from dualpath.kv.keys import BlockKey
 from dualpath.kv.stores.block_file import (
-    BlockError,
-    BlockFault,
     check_root,
     io_faults,
     open_block,
     physical_bytes,
     read_header,
 )
+from dualpath.kv.stores.errors import BlockError, BlockFault, StoreError, StoreLocationError
 from dualpath.kv.stores.naming import (
     BAD,
     BLOCK_SUFFIX,
@@ -28,7 +27,7 @@ from dualpath.kv.stores.naming import (
     is_shard_name,
     key_of,
 )
-from dualpath.kv.stores.protocol import BadFile, BlockRecord, StoreError, StoreLocationError
+from dualpath.kv.stores.protocol import BadFile, BlockRecord
 from dualpath.spec.whole_file import is_draft, is_leftover
 
 

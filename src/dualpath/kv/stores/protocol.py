@@ -20,7 +20,6 @@ once. Each process opens its own store and keeps it for its whole life; nobody c
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import msgspec
@@ -28,31 +27,11 @@ from numpy.typing import NDArray
 
 from dualpath.kv.keys import KEY_BYTES, BlockKey, Namespace
 from dualpath.kv.layout import KVLayout
-from dualpath.kv.stores.block_file import BlockFault, Pace, unpaced
+from dualpath.kv.stores.block_file import Pace, unpaced
+from dualpath.kv.stores.errors import BlockFault
 
 BlockBuffer = memoryview | bytes | bytearray | NDArray[Any]
 """C-contiguous memory of exactly `KVLayout.full_block_bytes`, of any element type and shape."""
-
-
-class StoreError(Exception):
-    """A store cannot be opened, reached or searched; the message says where, the system's error and what to do."""
-
-
-class StoreLocationError(StoreError):
-    """``--store`` does not name a store: an unknown kind, a bad URL, no such directory, or a missing package."""
-
-
-class StoreWriteError(StoreError):
-    """A block was not written or is not known to be durable, so it must not be published.
-
-    No part of it is left under a temporary name. `__cause__` is the original error.
-    """
-
-    def __init__(self, key: BlockKey, where: Path | str, cause: Exception) -> None:
-        super().__init__(
-            f"block {key.hex()} was not written to {where}: {cause}; check the store's free space and disk"
-        )
-        self.key = key
 
 
 class BlockRecord(msgspec.Struct, frozen=True, gc=False):
