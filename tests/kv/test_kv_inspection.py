@@ -6,12 +6,28 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from dualpath.kv import BlockFault, BlockKey, Namespace, PosixStore, StoreError, StoreLocationError, namespace
+from dualpath.kv import (
+    BlockFault,
+    BlockKey,
+    Namespace,
+    PosixStore,
+    StoreError,
+    StoreLocationError,
+    block_keys,
+    namespace,
+)
 from dualpath.kv.stores.block_file import PAGE_BYTES
 from dualpath.kv.stores.inspection import fsck, stat
 
 PathOf = Callable[[BlockKey], Path]
 WriteChain = Callable[..., list[BlockKey]]
+
+
+def begin(store: PosixStore, space: Namespace) -> BlockKey:
+    """Give a namespace its first block."""
+    (key,) = block_keys(space.root, range(16), 16)
+    store.write(space, key, space.root, bytes(space.layout.full_block_bytes))
+    return key
 
 
 def test_stat_describes_every_namespace(
@@ -28,21 +44,22 @@ def test_stat_describes_every_namespace(
     for second, key in enumerate(sound, start=10):
         os.utime(path_of(key), (second, second))
     other_space = namespace("model-b", "7", space.layout, "salt")
-    store.prepare(other_space)
+    other_key = begin(store, other_space)
+    os.utime(path_of(other_key).parents[2] / other_space.hex / other_key.hex()[:2] / f"{other_key.hex()}.kv", (9, 9))
 
     found = stat(store)
     spaces = {one.namespace: one for one in found.namespaces}
     assert set(spaces) == {space.hex, other_space.hex}
     mine, other = spaces[space.hex], spaces[other_space.hex]
     assert (mine.blocks, mine.payload_bytes, mine.unreadable_files, mine.quarantined_files) == (5, 5 * 768, 1, 1)
-    assert mine.physical_bytes == found.physical_bytes == sum(record.physical_bytes for record in store.scan())
+    assert mine.physical_bytes == sum(one.physical_bytes for one in store.scan() if one.root == space.root)
     assert mine.deepest_chain_blocks == 4, "two of the trunk and two of the branch; the branch's last hangs in the air"
     assert (mine.oldest_mtime_ns, mine.newest_mtime_ns) == (10 * 10**9, 14 * 10**9)
     assert mine.description is not None and mine.description.layout == space.layout
-    assert (other.blocks, other.oldest_mtime_ns, other.newest_mtime_ns) == (0, None, None)
+    assert (other.blocks, other.oldest_mtime_ns, other.newest_mtime_ns) == (1, 9 * 10**9, 9 * 10**9)
     assert other.description is not None
     assert (other.description.model_fingerprint, other.description.salted) == ("model-b", True)
-    assert found.blocks == 5
+    assert found.blocks == 6 and found.physical_bytes == mine.physical_bytes + other.physical_bytes
 
 
 def test_a_sound_store_is_clean(store: PosixStore, tmp_path: Path, write_chain: WriteChain) -> None:
@@ -121,7 +138,8 @@ def test_fsck_needs_no_description(
 
 def test_a_description_of_another_namespace_does_not_count(store: PosixStore, tmp_path: Path, space: Namespace) -> None:
     other = namespace("model-b", "1", space.layout)
-    store.prepare(other)
+    for one in (space, other):
+        begin(store, one)
     mine = tmp_path / "store" / space.hex / "namespace.json"
     mine.write_bytes((tmp_path / "store" / other.hex / "namespace.json").read_bytes())
     assert fsck(store).undescribed == (space.hex,)
@@ -163,8 +181,8 @@ def test_a_block_that_vanishes_meanwhile_is_passed_over(
 def test_every_namespace_is_described(store: PosixStore, tmp_path: Path, space: Namespace) -> None:
     wider = msgspec.structs.replace(space.layout, dtype="float32")
     salted, other = namespace("tiny-model", "1", space.layout, "a tenant"), namespace("tiny-model", "1", wider)
-    for more in (salted, other):
-        store.prepare(more)
+    for one in (space, salted, other):
+        begin(store, one)
     (tmp_path / "store" / salted.hex / "namespace.json").write_bytes(b"\xff")
     found = store.descriptions()
     assert {root: one and one.layout for root, one in found.items()} == {

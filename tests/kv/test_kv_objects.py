@@ -261,7 +261,7 @@ def test_objects_removed_under_a_live_store(
     assert store.quarantine(space.root, keys[0]) is None
     with pytest.raises(BlockError, match="missing"):
         store.read(space, keys[0], bytearray(768))
-    monkeypatch.setattr("dualpath.kv.stores.objects.DESCRIBE_S", 0.0)
+    monkeypatch.setattr("dualpath.kv.stores.object_namespaces.DESCRIBE_S", 0.0)
     write_all()
     assert [record.key for record in store.find(space.root, keys)] == keys
     assert fsck(store).is_clean
@@ -285,7 +285,7 @@ def test_without_obstore_one_line_says_what_to_install(monkeypatch: pytest.Monke
     with pytest.raises(StoreLocationError, match=r"pip install 'dualpath\[s3\]'"):
         open_store("s3://bucket/prefix")
     open_store(tmp_path)
-    open_store(f"file://{tmp_path}").prepare(namespace("model", "1", LAYOUT))
+    open_store(f"file://{tmp_path}/made").prepare(namespace("model", "1", LAYOUT))
     assert list(tmp_path.iterdir())
 
 

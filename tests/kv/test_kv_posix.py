@@ -212,7 +212,10 @@ def test_opening_removes_only_leftovers(
     store.read(space, key, bytearray(768))
 
 
-def test_the_description_is_repaired_at_open(store: PosixStore, tmp_path: Path, space: Namespace) -> None:
+def test_the_description_is_repaired_at_open(
+    store: PosixStore, tmp_path: Path, space: Namespace, write_chain: WriteChain
+) -> None:
+    write_chain(1)
     path = tmp_path / "store" / space.hex / "namespace.json"
     described = msgspec.json.decode(path.read_bytes())
     assert described["namespace"] == space.hex

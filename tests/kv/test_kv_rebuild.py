@@ -74,6 +74,6 @@ def test_an_unreadable_store_is_an_error(store: PosixStore, monkeypatch: pytest.
     def broken(_: object) -> object:
         raise OSError(errno.EIO, "the disk is worn")
 
-    monkeypatch.setattr("dualpath.kv.stores.posix_directory.os.scandir", broken)
+    monkeypatch.setattr("pathlib.Path.iterdir", broken)
     with pytest.raises(StoreError, match="cannot be searched"):
         rebuild(PrefixIndex(), store)

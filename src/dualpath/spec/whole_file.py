@@ -33,12 +33,15 @@ _HOST = _host()
 
 
 class Draft:
-    """A file being written. End it with `commit` or `discard`; both close `fd`. All methods pass OSError on."""
+    """A file being written. End it with `commit` or `discard`; both close `fd`. All methods pass OSError on.
 
-    def __init__(self, final: Path) -> None:
+    `mode` has its permission bits, less the umask's.
+    """
+
+    def __init__(self, final: Path, mode: int = 0o644) -> None:
         self._final = final
         self._temporary = final.with_name(f".{final.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}")
-        self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
 
     def append(self, data: bytes | memoryview) -> None:
         """Write all of `data` at the end of the file."""
@@ -71,7 +74,11 @@ class Draft:
 
 def write_whole(final: Path, data: bytes, *, durable: bool = False) -> None:
     """Write `data` to `final`, replacing any file there: readers see the old file or the new one. Raises OSError."""
-    draft = Draft(final)
+    fill_whole(Draft(final), data, durable=durable)
+
+
+def fill_whole(draft: Draft, data: bytes, *, durable: bool) -> None:
+    """`write_whole` into a draft that is just begun."""
     try:
         draft.append(data)
         if durable:
@@ -102,8 +109,8 @@ def is_leftover(path: Path) -> bool:
     if host == _HOST and pid.isdecimal() and not _is_running(int(pid)):
         return True
     try:
-        return time.time() - path.stat().st_mtime > LEFTOVER_AGE_S
-    except FileNotFoundError:
+        return time.time() - path.lstat().st_mtime > LEFTOVER_AGE_S
+    except OSError:  # it is gone, or can't be told now
         return False
 
 

@@ -1,10 +1,15 @@
 """`Bucket`: named objects behind S3, Google Cloud, Azure or plain HTTP (WebDAV), through obstore.
 
 It uses only what every such server can do: whole PUTs, which appear at once or not at all, GET, HEAD, DELETE, and lists
-of one folder. Requests are retried for `RETRY_S` and end after `REQUEST_S`. A server that still does not answer raises
-`StoreError`; an object that does not exist is None. The functions block, without the GIL.
+of one folder. Requests are retried for `RETRY_S` and end after `REQUEST_S`. An object that does not exist is None. The
+functions block, without the GIL.
 
-For `COOL_S` after such a failure every call fails at once, so that a prompt of many blocks does not wait for each.
+A request that fails says nothing of the others: a server may refuse one object, or break off its body. So a failure is
+followed by a question: for the first byte of an object that was read before, or of one that nobody has. If the server
+answers, the failure is that object's: `ObjectError`. If it does not, the failure is the server's: `StoreError`. For
+`COOL_S` after such a failure every call that it speaks of (of this object, or of all) fails at once, so that a prompt
+of many blocks does not wait for each. Refused writes never speak against reads; two refused objects in a row speak
+against all writes.
 """
 
 import time
@@ -27,6 +32,12 @@ CONNECT_S = 5.0
 RETRY_S = 10.0
 MAX_RETRIES = 4
 COOL_S = 1.0
+PROBE_S = 5.0
+"""Longest duration of the question whether the server answers at all."""
+MAX_REFUSED = 1024
+"""Most objects that are remembered as refused."""
+PROBE = "dualpath-probe"
+"""A name that no object has: a server that says so answers."""
 PIECE_BYTES = 256 * 1024
 """Approximate size of the pieces in which bodies arrive."""
 _SECRETS = ("key", "secret", "token", "password")
@@ -38,6 +49,10 @@ class ObjectRecord(msgspec.Struct, frozen=True, gc=False):
     name: str
     n_bytes: int
     mtime_ns: int
+
+
+class ObjectError(StoreError):
+    """One object can't be read, written or listed now, while the server answers other requests."""
 
 
 class Body(msgspec.Struct, frozen=True):
@@ -56,16 +71,22 @@ class _Meta(TypedDict):
 class Bucket:
     """`objects` is an obstore store, `location` its name in messages; `Bucket.open` makes both from a URL.
 
-    `folder` is a prefix of every name.
+    `folder` is a prefix of every name. `probes` is a store of the same objects that gives up sooner.
     """
 
     def __init__(
-        self, objects: Any, location: str, folder: str = "", clock: Callable[[], float] = time.monotonic
+        self,
+        objects: Any,
+        location: str,
+        folder: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        probes: Any = None,
     ) -> None:
         self._objects = objects
-        self._clock = clock
-        self._away_until = float("-inf")
+        self._probes = objects if probes is None else probes
         self._folder = f"{folder}/" if folder else ""
+        self._health = Health(clock, self._answers)
+        self._known: str | None = None
         self.location = location
 
     @classmethod
@@ -88,23 +109,26 @@ class Bucket:
         insecure = parts.scheme == "http" or options.get("endpoint", "").startswith("http://")
         config: dict[str, Any] = {"config": options} if options else {}
         try:
-            objects = from_url(
-                f"{parts.scheme}://{parts.netloc}/" if folder else plain,
-                client_options={
-                    "allow_http": insecure,
-                    "connect_timeout": timedelta(seconds=CONNECT_S),
-                    "timeout": timedelta(seconds=REQUEST_S),
-                },
-                retry_config={"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)},
-                **config,
+            objects, probes = (
+                from_url(
+                    f"{parts.scheme}://{parts.netloc}/" if folder else plain,
+                    client_options={
+                        "allow_http": insecure,
+                        "connect_timeout": timedelta(seconds=CONNECT_S),
+                        "timeout": timedelta(seconds=most_s),
+                    },
+                    retry_config={"max_retries": retries, "retry_timeout": timedelta(seconds=RETRY_S)},
+                    **config,
+                )
+                for most_s, retries in ((REQUEST_S, MAX_RETRIES), (PROBE_S, 0))
             )
         except (BaseError, ValueError, TypeError) as error:
             raise StoreLocationError(f"the store at {url} cannot be opened: {_summary(error)}") from error
-        return cls(objects, plain, folder)
+        return cls(objects, plain, folder, probes=probes)
 
     def get(self, name: str) -> Body | None:
-        """Returns the object; None if there is none. Iterating over its pieces may raise StoreError."""
-        with self._errors(f"{name} can't be read"):
+        """Returns the object; None if there is none. Iterating over its pieces may raise StoreError, too."""
+        with self._errors("read", name):
             try:
                 found = obstore.get(self._objects, self._folder + name)
             except FileNotFoundError:
@@ -113,7 +137,7 @@ class Bucket:
 
     def head_bytes(self, name: str, n_bytes: int) -> bytes | None:
         """Returns up to `n_bytes` from the object's start; None if there is none. Raises StoreError."""
-        with self._errors(f"{name} can't be read"):
+        with self._errors("read", name):
             try:
                 return bytes(obstore.get(self._objects, self._folder + name, options={"range": (0, n_bytes)}).bytes())
             except FileNotFoundError:
@@ -121,7 +145,7 @@ class Bucket:
 
     def record(self, name: str) -> ObjectRecord | None:
         """Returns the object's record; None if there is none. Raises StoreError."""
-        with self._errors(f"{name} can't be found"):
+        with self._errors("read", name):
             try:
                 return self._record(obstore.head(self._objects, self._folder + name))
             except FileNotFoundError:
@@ -129,18 +153,18 @@ class Bucket:
 
     def put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
         """Write an object of `parts`, whole or not at all; replaces an existing one. Raises StoreError."""
-        with self._errors(f"{name} can't be written"):
+        with self._errors("written", name):
             obstore.put(self._objects, self._folder + name, iter(parts), use_multipart=False)
 
     def delete(self, name: str) -> None:
         """Delete an object; a missing one is not an error. Raises StoreError."""
-        with self._errors(f"{name} can't be deleted"), suppress(FileNotFoundError):
+        with self._errors("deleted", name), suppress(FileNotFoundError):
             obstore.delete(self._objects, self._folder + name)
 
     def folder(self, name: str = "") -> tuple[list[str], list[ObjectRecord]]:
         """Returns the names of the folders and the objects directly in a folder, both in order. Raises StoreError."""
         prefix = f"{self._folder}{name}/" if name else self._folder
-        with self._errors(f"{name or '/'} can't be listed"):
+        with self._errors("listed", f"{name}/"):
             try:
                 found = obstore.list_with_delimiter(self._objects, prefix or None)
             except FileNotFoundError:
@@ -149,23 +173,85 @@ class Bucket:
             return folders, sorted(map(self._record, found["objects"]), key=lambda record: record.name)
 
     def _pieces(self, name: str, stream: Any) -> Iterator[memoryview]:
-        with self._errors(f"{name} can't be read to its end"):
+        with self._errors("read", name):
             for piece in stream:
                 yield memoryview(piece)
+        self._known = name
 
     def _record(self, meta: _Meta) -> ObjectRecord:
         mtime_ns = round(meta["last_modified"].timestamp() * 1e9)
         return ObjectRecord(meta["path"].removeprefix(self._folder), meta["size"], mtime_ns)
 
     @contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
-        if self._clock() < self._away_until:
-            raise StoreError(f"{self.location}: {what}: the server did not answer a moment ago")
+    def _errors(self, done: str, name: str) -> Iterator[None]:
+        """Raises StoreError, or ObjectError where only the object `name` can't be read, written, deleted or listed."""
+        what = f"{self.location}: {name} can't be {done}"
+        self._health.check(done, name, what)
         try:
             yield
         except (BaseError, OSError) as error:
-            self._away_until = self._clock() + COOL_S
-            raise StoreError(f"{self.location}: {what}: {_summary(error)}") from error
+            kind = self._health.failed(done, name)
+            raise kind(f"{what}: {_summary(error)}") from error
+        self._health.succeeded(done)
+
+    def _answers(self, name: str) -> bool:
+        """Ask the server for one byte of another object than `name`. Returns True if it gives it, or has no such."""
+        for other in {self._known, PROBE} - {None, name}:
+            try:
+                obstore.get(self._probes, f"{self._folder}{other}", options={"range": (0, 1)}).bytes()
+            except FileNotFoundError:
+                return True
+            except (BaseError, OSError):
+                continue
+            return True
+        return False
+
+
+class Health:
+    """What recent failures speak against: one object, all writes, or the server. Times are the clock's, in seconds.
+
+    `answers` asks the server for another object than the one it is given.
+    """
+
+    def __init__(self, clock: Callable[[], float], answers: Callable[[str], bool]) -> None:
+        self._clock = clock
+        self._answers = answers
+        self._away_until = float("-inf")
+        self._no_writes_until = float("-inf")
+        self._unwritten: str | None = None
+        self._refused_until: dict[tuple[str, str], float] = {}
+
+    def check(self, done: str, name: str, what: str) -> None:
+        """Raises StoreError or ObjectError at once where the same has just failed."""
+        now = self._clock()
+        if now < self._away_until:
+            raise StoreError(f"{what}: the server did not answer a moment ago")
+        if done == "written" and now < self._no_writes_until:
+            raise StoreError(f"{what}: the server refused other objects a moment ago")
+        if now < self._refused_until.get((done, name), now):
+            raise ObjectError(f"{what}: the server refused it a moment ago")
+
+    def failed(self, done: str, name: str) -> type[StoreError]:
+        """Note a failure. Returns the kind of error that it is."""
+        answers = self._answers(name)
+        until = self._clock() + COOL_S
+        if not answers:
+            self._away_until = until
+            return StoreError
+        self._refused_until.pop((done, name), None)
+        self._refused_until[done, name] = until
+        while len(self._refused_until) > MAX_REFUSED:
+            with suppress(KeyError, StopIteration, RuntimeError):  # another thread may do the same
+                del self._refused_until[next(iter(self._refused_until))]
+        if done == "written":
+            if self._unwritten not in (None, name):
+                self._no_writes_until = until
+            self._unwritten = name
+        return ObjectError
+
+    def succeeded(self, done: str) -> None:
+        if done == "written":
+            self._unwritten = None
 
 
 def _summary(error: Exception) -> str:

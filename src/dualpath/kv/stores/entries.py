@@ -60,6 +60,14 @@ def names(folder: Path) -> list[str]:
         raise
 
 
+def names_now(folder: Path) -> list[str]:
+    """`names`; none where the folder can't be listed now."""
+    try:
+        return names(folder)
+    except OSError:
+        return []
+
+
 def is_folder(path: Path) -> bool:
     """Returns True for a folder, or a link to one. Raises OSError if it can't be told now."""
     try:

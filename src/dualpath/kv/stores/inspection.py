@@ -2,7 +2,8 @@
 
 Both may run while the store is in use. A file that vanishes meanwhile is skipped; a draft that is being written is left
 alone. A block counts as an orphan only when a second look still does not find its parent, and is deleted only when a
-look right before the deletion does not find it either.
+look right before the deletion does not find it either. What can't be read now is reported and left alone, and so is
+what builds on it.
 """
 
 from collections import defaultdict
@@ -12,7 +13,7 @@ import msgspec
 
 from dualpath.kv.keys import BlockKey
 from dualpath.kv.rebuild import ancestors, delete_orphan
-from dualpath.kv.stores.errors import BlockError, BlockFault, StoreError
+from dualpath.kv.stores.errors import BlockError, BlockFault, BlockUnavailableError, StoreError
 from dualpath.kv.stores.naming import block_name
 from dualpath.kv.stores.protocol import (
     BadFile,
@@ -74,7 +75,11 @@ class FsckReport(msgspec.Struct, frozen=True):
     leftovers: tuple[str, ...]
     """Abandoned temporary files."""
     undescribed: tuple[str, ...]
-    """Namespaces without a sound ``namespace.json``; opening the store with their model writes it again."""
+    """Namespaces without a sound ``namespace.json``; the next block of theirs writes it again."""
+    unavailable: tuple[BadFile, ...]
+    """What can't be read now, whatever is in it: mend the disk or the permissions, or remove it by hand."""
+    not_repaired: tuple[str, ...]
+    """What could not be repaired, and why."""
     quarantined_files: int
     """Files in quarantine, those of this run included."""
     repaired: bool
@@ -83,7 +88,12 @@ class FsckReport(msgspec.Struct, frozen=True):
     @property
     def is_clean(self) -> bool:
         """Nothing was found that needs repair."""
-        return not (self.bad_files or self.orphans or self.leftovers or self.undescribed)
+        return not (self.bad_files or self.orphans or self.leftovers or self.undescribed or self.unavailable)
+
+    @property
+    def is_repaired(self) -> bool:
+        """Everything that was found has been repaired."""
+        return self.repaired and not self.not_repaired and not self.unavailable
 
 
 def inspectable(store: Store) -> Inspectable:
@@ -105,6 +115,7 @@ def stat(store: Store) -> StoreStat:
         tuple(
             _stat_namespace(root, description, records[root], len(bad[root]), store.quarantined(root))
             for root, description in sorted(descriptions.items())
+            if description is not None or records[root] or bad[root] or store.quarantined(root)
         ),
     )
 
@@ -117,21 +128,22 @@ def fsck(store: Store, *, repair: bool = False, progress: Progress | None = None
     """
     store = inspectable(store)
     descriptions = store.descriptions()
-    scanned, bad_of = _scanned(store)
+    scanned, faulty = _scanned(store)
     sound: dict[BlockKey, BlockRecord] = {}
-    bad_files = [file for files in bad_of.values() for file in files]
+    faults = [file for files in faulty.values() for file in files]
     records = [record for of_root in scanned.values() for record in of_root]
     for done, record in enumerate(records, 1):
         fault = _fault(store, record, descriptions.get(record.root))
         if fault is None:
             sound[record.key] = record
         elif fault.cause is not BlockFault.MISSING:
-            bad_files.append(fault)
+            faults.append(fault)
         if progress is not None:
             progress(done, len(records))
-    orphans = _orphans(store, sound, {file.key for file in bad_files})
-    if repair:
-        _repair(store, bad_files, orphans)
+    bad_files = tuple(file for file in faults if file.cause is not BlockFault.UNAVAILABLE)
+    unavailable = tuple(file for file in faults if file.cause is BlockFault.UNAVAILABLE)
+    orphans = _orphans(store, sound, {file.key for file in bad_files}, {file.key for file in unavailable})
+    leftovers = store.leftovers()
     return FsckReport(
         location=store.location,
         namespaces=len(descriptions),
@@ -139,13 +151,19 @@ def fsck(store: Store, *, repair: bool = False, progress: Progress | None = None
         sound_blocks=len(sound),
         checked_bytes=sum(record.payload_bytes for record in sound.values()),
         faults={fault.value: n for fault in BlockFault if (n := sum(file.cause is fault for file in bad_files))},
-        bad_files=tuple(bad_files),
+        bad_files=bad_files,
         orphans=tuple(block_name(record.root, record.key) for record in orphans),
-        leftovers=tuple(store.leftovers(remove=repair)),
-        undescribed=tuple(root.hex() for root, description in descriptions.items() if description is None),
+        leftovers=tuple(leftovers),
+        undescribed=_undescribed(descriptions, {*scanned, *faulty}),
+        unavailable=unavailable,
+        not_repaired=_repair(store, bad_files, orphans) if repair else (),
         quarantined_files=sum(map(store.quarantined, descriptions)),
         repaired=repair,
     )
+
+
+def _undescribed(descriptions: dict[BlockKey, NamespaceDescription | None], used: set[BlockKey]) -> tuple[str, ...]:
+    return tuple(root.hex() for root, found in descriptions.items() if found is None and root in used)
 
 
 def _scanned(store: Inspectable) -> tuple[dict[BlockKey, list[BlockRecord]], dict[BlockKey, list[BadFile]]]:
@@ -166,32 +184,56 @@ def _fault(store: Inspectable, record: BlockRecord, description: NamespaceDescri
             store.verify(record.root, record.key)
         except BlockError as error:
             cause, detail = error.cause, error.detail
+        except BlockUnavailableError as error:
+            cause, detail = BlockFault.UNAVAILABLE, error.detail
         else:
             return None
     return BadFile(block_name(record.root, record.key), record.root, record.key, cause, detail)
 
 
-def _orphans(store: Store, sound: dict[BlockKey, BlockRecord], bad_keys: set[BlockKey | None]) -> list[BlockRecord]:
-    """Returns sound blocks whose parent is neither a root nor sound nor written meanwhile, with their descendants."""
+def _orphans(
+    store: Store, sound: dict[BlockKey, BlockRecord], bad: set[BlockKey | None], unavailable: set[BlockKey | None]
+) -> list[BlockRecord]:
+    """Returns sound blocks whose parent is neither a root nor sound nor written meanwhile, with their descendants.
+
+    Nobody can say it of a block whose parent can't be read now.
+    """
     children = _children_of(sound.values())
     orphans = []
     for parent, below in children.items():
-        if parent in sound or parent == below[0].root:
+        if parent in sound or parent == below[0].root or parent in unavailable:
             continue
-        if parent in bad_keys or ancestors(store, below[0], sound) is None:
+        try:
+            lost = parent in bad or ancestors(store, below[0], sound) is None
+        except BlockUnavailableError:
+            continue
+        if lost:
             orphans += [record for generation in _generations(children, parent) for record in generation]
     return orphans
 
 
-def _repair(store: Inspectable, bad_files: list[BadFile], orphans: list[BlockRecord]) -> None:
-    """Quarantine what is still bad, and delete orphans whose parent is still missing, parents first."""
+def _repair(store: Inspectable, bad_files: Iterable[BadFile], orphans: list[BlockRecord]) -> tuple[str, ...]:
+    """Quarantine what is still bad, delete orphans whose parent is still missing, parents first, and leftovers.
+
+    Returns what could not be done: one file's failure holds up no other's repair.
+    """
+    failed = []
+
+    def attempt(repair: Callable[..., object], *arguments: object, **options: object) -> None:
+        try:
+            repair(*arguments, **options)
+        except StoreError as error:
+            failed.append(str(error))
+
     for file in bad_files:
         if file.key is None:
-            store.set_aside(file)
+            attempt(store.set_aside, file)
         else:
-            store.quarantine(file.root, file.key)
+            attempt(store.quarantine, file.root, file.key)
     for record in orphans:
-        delete_orphan(store, record.root, record.parent, record.key)
+        attempt(delete_orphan, store, record.root, record.parent, record.key)
+    attempt(store.leftovers, remove=True)
+    return tuple(failed)
 
 
 def _stat_namespace(

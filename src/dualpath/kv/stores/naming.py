@@ -17,6 +17,8 @@ from dualpath.kv.stores.protocol import NamespaceDescription
 MAX_QUARANTINED_FILES = 64
 """A namespace keeps this many bad files for inspection; quarantining one more deletes the oldest."""
 DESCRIPTION = "namespace.json"
+MAX_DESCRIPTION_BYTES = 1 << 16
+"""A description of more bytes is none of ours; ours have less than a thousand."""
 BLOCK_SUFFIX = ".kv"
 BAD = "bad"
 
@@ -61,7 +63,7 @@ def described(text: bytes | None, root: BlockKey) -> NamespaceDescription | None
     """Decodes what `describe` wrote for the namespace of `root`; None if missing, damaged or of another one."""
     try:
         found = msgspec.json.decode(text or b"", type=NamespaceDescription)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return found if found.namespace == root.hex() else None
 

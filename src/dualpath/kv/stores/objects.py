@@ -10,40 +10,37 @@ keeps objects as files, ``dualpath store fsck`` can check its directory, too.
   is checked when it is complete.
 * It is **found again** by listing. Headers are fetched `HEADER_REQUESTS` at a time, because a list has no parents.
 
-A bad object raises `BlockError`. A server that does not answer raises `StoreError`, and no block is to blame.
+A bad object raises `BlockError`, one that its server refuses `BlockUnavailableError`. A server that does not answer
+raises `StoreError`, and no block is to blame.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 
 from dualpath.kv.keys import BlockKey, Namespace
+from dualpath.kv.stores.arriving import Arriving
 from dualpath.kv.stores.block_file import (
     CHUNK_BYTES,
     BlockHeader,
-    LayerChecks,
     Pace,
     check_namespace,
     check_root,
     decode_header,
     unpaced,
 )
-from dualpath.kv.stores.bucket import Body, Bucket, ObjectRecord
-from dualpath.kv.stores.errors import BlockError, BlockFault, StoreError, StoreWriteError
+from dualpath.kv.stores.bucket import Body, Bucket, ObjectError, ObjectRecord
+from dualpath.kv.stores.errors import BlockError, BlockFault, BlockUnavailableError, StoreError, StoreWriteError
 from dualpath.kv.stores.naming import (
     BAD,
-    BLOCK_SUFFIX,
-    DESCRIPTION,
     MAX_QUARANTINED_FILES,
     bad_name,
     block_name,
-    describe,
     described,
-    is_namespace_name,
-    is_shard_name,
     key_of,
 )
+from dualpath.kv.stores.object_namespaces import ObjectNamespaces
 from dualpath.kv.stores.protocol import (
     BadFile,
     BlockBuffer,
@@ -56,9 +53,6 @@ from dualpath.kv.stores.protocol import (
 
 HEADER_REQUESTS = 16
 """Headers fetched at a time: a server answers them in the time of a few round trips."""
-DESCRIBE_S = 60.0
-"""After this long the next write describes its namespace again: the bucket may have been emptied."""
-_MAX_DESCRIPTION_BYTES = 1 << 20
 
 
 class ObjectStore:
@@ -72,16 +66,13 @@ class ObjectStore:
         self._bucket = bucket
         self._verify_writes = verify_writes
         self._verify_reads = verify_reads
-        self._described_s: dict[BlockKey, float] = {}
+        self._spaces = ObjectNamespaces(bucket)
 
     # ── what serving asks ───────────────────────────────────────────────────────────────────────────────────────────
 
     def prepare(self, space: Namespace) -> None:
-        """See `Store.prepare`."""
-        name, text = f"{space.hex}/{DESCRIPTION}", describe(space)
-        if self._bucket.head_bytes(name, len(text) + 1) != text:
-            self._bucket.put(name, [text])
-        self._described_s[space.root] = time.monotonic()
+        """See `Store.prepare`. Asks whether the server answers."""
+        self._spaces.description(space.root)
 
     def write(
         self, space: Namespace, key: BlockKey, parent: BlockKey, payload: BlockBuffer, pace: Pace = unpaced
@@ -91,8 +82,7 @@ class ObjectStore:
         view = bytes_of_block(payload, space.layout)
         name = block_name(space.root, key)
         try:
-            if time.monotonic() - self._described_s.get(space.root, float("-inf")) > DESCRIBE_S:
-                self.prepare(space)
+            self._spaces.describe(space)
             present = self._valid_block(space, key)
         except StoreError as error:
             raise StoreWriteError(key, name, error) from error
@@ -105,10 +95,13 @@ class ObjectStore:
             self._bucket.put(name, [header.encode(), view])
             if self._verify_writes and self._fetch(space, key, memoryview(bytearray(len(view)))) != header:
                 raise BlockError(key, BlockFault.HEADER, "the header that was read back is another")
-        except (StoreError, BlockError) as error:
+        except BlockError as error:
             with suppress(StoreError):  # it must not be found; if the server is out of reach, readers check it anyway
                 self._bucket.delete(name)
             raise StoreWriteError(key, f"{self.location}/{name}", error) from error
+        except StoreError as error:  # it may be there and sound, also since before: readers check it
+            raise StoreWriteError(key, f"{self.location}/{name}", error) from error
+        self._spaces.note_block(space.root, key)
         return header.header_bytes + header.payload_bytes
 
     def read(self, space: Namespace, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
@@ -118,20 +111,26 @@ class ObjectStore:
     def find(self, root: BlockKey, keys: Sequence[BlockKey]) -> list[BlockRecord]:
         """See `Store.find`. A look is one HEAD; once the first block is found, more are sent together."""
         records: list[BlockRecord] = []
-        with ThreadPoolExecutor(HEADER_REQUESTS, thread_name_prefix="store-find") as requests:
-            for start, stop in _batches(len(keys)):
-                for found in requests.map(lambda key: self._look(root, key), keys[start:stop]):
-                    if not isinstance(found, BlockRecord):
-                        return records
-                    records.append(found)
+        try:
+            with ThreadPoolExecutor(HEADER_REQUESTS, thread_name_prefix="store-find") as requests:
+                for start, stop in _batches(len(keys)):
+                    for found in requests.map(lambda key: self._look(root, key), keys[start:stop]):
+                        if not isinstance(found, BlockRecord):
+                            return records
+                        records.append(found)
+        except BlockUnavailableError:
+            if not records:
+                raise
         return records
 
     def delete(self, root: BlockKey, key: BlockKey) -> bool:
-        """See `Store.delete`."""
+        """See `Store.delete`. The last block of a namespace takes its description and its bad blocks with it."""
         name = block_name(root, key)
         if self._bucket.record(name) is None:
             return False
         self._bucket.delete(name)
+        with suppress(StoreError):  # the block is gone, and what stays is small
+            self._spaces.note_deleted(root, key)
         return True
 
     def quarantine(self, root: BlockKey, key: BlockKey) -> BlockFault | None:
@@ -146,12 +145,12 @@ class ObjectStore:
     def scan(self, on_bad: Callable[[BadFile], None] | None = None) -> Iterator[BlockRecord]:
         """See `Store.scan`. Fetches one header a block."""
         with ThreadPoolExecutor(HEADER_REQUESTS, thread_name_prefix="store-scan") as requests:
-            for root in self._roots():
-                for shard in filter(is_shard_name, self._bucket.folder(root.hex())[0]):
-                    objects = self._bucket.folder(f"{root.hex()}/{shard}")[1]
-                    blocks = [found for found in objects if found.name.endswith(BLOCK_SUFFIX)]
-                    for record in requests.map(self._examine, [root] * len(blocks), blocks):
+            for root in self._spaces.roots():
+                for listed in self._spaces.listed(root):
+                    found = [listed] if isinstance(listed, BadFile) else requests.map(partial(self._seen, root), listed)
+                    for record in found:
                         if isinstance(record, BlockRecord):
+                            self._spaces.note_block(root, record.key)
                             yield record
                         elif record is not None and on_bad is not None:
                             on_bad(record)
@@ -160,15 +159,14 @@ class ObjectStore:
 
     def descriptions(self) -> dict[BlockKey, NamespaceDescription | None]:
         """See `Inspectable.descriptions`."""
-        names = {root: f"{root.hex()}/{DESCRIPTION}" for root in self._roots()}
-        texts = {root: self._bucket.head_bytes(name, _MAX_DESCRIPTION_BYTES) for root, name in names.items()}
-        return {root: described(text, root) for root, text in texts.items()}
+        return {root: described(self._spaces.description(root), root) for root in self._spaces.roots()}
 
     def verify(self, root: BlockKey, key: BlockKey) -> None:
         """See `Inspectable.verify`."""
-        arriving = _Arriving(self._get(root, key))
-        header = check_root(decode_header(key, arriving.n_bytes, arriving.head), root)
-        arriving.payload(header, memoryview(bytearray(header.payload_bytes)), unpaced, verify=True)
+        with _about(key):
+            arriving = Arriving(self._get(root, key))
+            header = check_root(decode_header(key, arriving.n_bytes, arriving.head), root)
+            arriving.payload(header, memoryview(bytearray(header.payload_bytes)), unpaced, verify=True)
 
     def set_aside(self, file: BadFile) -> None:
         """See `Inspectable.set_aside`."""
@@ -178,21 +176,32 @@ class ObjectStore:
         """See `Inspectable.quarantined`."""
         return len(self._bucket.folder(f"{root.hex()}/{BAD}")[1])
 
-    def leftovers(self, *, remove: bool = False) -> list[str]:  # noqa: ARG002
-        """See `Inspectable.leftovers`. There are none: a PUT is whole or not at all."""
-        return []
+    def leftovers(self, *, remove: bool = False) -> list[str]:
+        """See `Inspectable.leftovers`. A PUT is whole or not at all, so there are only namespaces without blocks."""
+        abandoned = [root for root in self._spaces.roots() if self._spaces.is_abandoned(root)]
+        for root in abandoned if remove else ():
+            self._spaces.remove_if_empty(root)
+        return [root.hex() for root in abandoned]
 
     # ── one object ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _roots(self) -> list[BlockKey]:
-        return [bytes.fromhex(name) for name in self._bucket.folder()[0] if is_namespace_name(name)]
-
     def _look(self, root: BlockKey, key: BlockKey) -> BlockRecord | BadFile | None:
-        found = self._bucket.record(block_name(root, key))
+        with _about(key):
+            found = self._bucket.record(block_name(root, key))
         return None if found is None else self._examine(root, found)
 
+    def _seen(self, root: BlockKey, found: ObjectRecord) -> BlockRecord | BadFile | None:
+        """`_examine`, for reports: an object that can't be read now is one, too. Raises StoreError."""
+        try:
+            return self._examine(root, found)
+        except BlockUnavailableError as error:
+            return BadFile(found.name, root, error.key, BlockFault.UNAVAILABLE, error.detail)
+
     def _examine(self, root: BlockKey, found: ObjectRecord) -> BlockRecord | BadFile | None:
-        """Returns the record from an object's name and header; None if it has vanished. Raises StoreError."""
+        """Returns the record from an object's name and header; None if it has vanished.
+
+        Raises StoreError, BlockUnavailableError.
+        """
         key = key_of(found.name)
         if key is None:
             return BadFile(found.name, root, None, BlockFault.HEADER, "the object's name and place fit no key")
@@ -204,17 +213,18 @@ class ObjectStore:
             return raw
 
         try:
-            header = check_root(decode_header(key, found.n_bytes, head), root)
+            with _about(key):
+                header = check_root(decode_header(key, found.n_bytes, head), root)
         except BlockError as error:
             gone = error.cause is BlockFault.MISSING
             return None if gone else BadFile(found.name, root, key, error.cause, error.detail)
         return BlockRecord(root, key, header.parent, header.payload_bytes, found.n_bytes, found.mtime_ns)
 
     def _valid_block(self, space: Namespace, key: BlockKey) -> int | None:
-        """Returns the size of an existing sound block; None if there is none. Raises StoreError."""
+        """Returns the size of an existing sound block; None if there is none to be had. Raises StoreError."""
         try:
             header = self._fetch(space, key, memoryview(bytearray(space.layout.full_block_bytes)))
-        except BlockError:
+        except (BlockError, BlockUnavailableError):
             return None
         return header.header_bytes + header.payload_bytes
 
@@ -228,9 +238,10 @@ class ObjectStore:
         self, space: Namespace, key: BlockKey, into: memoryview, pace: Pace = unpaced, *, verify: bool = True
     ) -> BlockHeader:
         """Read a block's payload into `into` and return its header. Raises BlockError, StoreError."""
-        arriving = _Arriving(self._get(space.root, key))
-        header = check_namespace(decode_header(key, arriving.n_bytes, arriving.head), space)
-        arriving.payload(header, into, pace, verify=verify)
+        with _about(key):
+            arriving = Arriving(self._get(space.root, key))
+            header = check_namespace(decode_header(key, arriving.n_bytes, arriving.head), space)
+            arriving.payload(header, into, pace, verify=verify)
         return header
 
     def _set_aside(self, name: str, cause: BlockFault) -> bool:
@@ -247,42 +258,16 @@ class ObjectStore:
         return True
 
 
-class _Arriving:
-    """An object being received: its header first, then its payload."""
-
-    def __init__(self, body: Body) -> None:
-        self.n_bytes = body.n_bytes
-        self._pieces = body.pieces
-        self._raw = b""
-
-    def head(self, n_bytes: int) -> bytes:
-        """Returns its first `n_bytes`, or fewer if it ends earlier."""
-        while len(self._raw) < n_bytes and (piece := next(self._pieces, None)) is not None:
-            self._raw += piece
-        return self._raw[:n_bytes]
-
-    def payload(self, header: BlockHeader, into: memoryview, pace: Pace, *, verify: bool) -> None:
-        """Copy the payload into `into` and check each layer against its checksum. Raises BlockError, StoreError."""
-        filled, layers = 0, LayerChecks(header, into)
-        for piece in self._after(header.header_bytes):
-            while piece:
-                chunk = piece[: min(CHUNK_BYTES, len(into) - filled)]
-                if not chunk:
-                    raise BlockError(header.key, BlockFault.HEADER, "the server sent more bytes than it had announced")
-                pace(len(chunk))
-                into[filled : filled + len(chunk)] = chunk
-                filled, piece = filled + len(chunk), piece[len(chunk) :]
-                if verify:
-                    layers.check(filled)
-        if filled < len(into):
-            raise BlockError(header.key, BlockFault.TRUNCATED, f"the object ended after {filled} payload bytes")
-
-    def _after(self, header_bytes: int) -> Iterator[memoryview]:
-        yield memoryview(self._raw)[header_bytes:]
-        yield from self._pieces
-
-
 def _batches(n: int) -> Iterator[tuple[int, int]]:
     """The first alone, then `HEADER_REQUESTS` at a time."""
     yield 0, 1
     yield from ((start, start + HEADER_REQUESTS) for start in range(1, n, HEADER_REQUESTS))
+
+
+@contextmanager
+def _about(key: BlockKey) -> Iterator[None]:
+    """Turn what is said of one object into what it says of the block of `key`."""
+    try:
+        yield
+    except ObjectError as error:
+        raise BlockUnavailableError(key, str(error)) from error

@@ -3,9 +3,11 @@
 Theory of operation. There is one file per Full Block (see `block_file`), in a folder per namespace (see `naming`). A
 block is written under a temporary name, flushed, read back and checked, and renamed into place: it is visible only when
 it is whole, checked and durable. A crash leaves a temporary file, which `prepare` removes. Concurrent writers of one
-key each rename a valid file. If a folder was removed, the next write makes it again.
+key each rename a valid file. If a folder was removed, the next write makes it again; a namespace has one only while it
+has blocks (see `posix_namespaces`).
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +27,12 @@ from dualpath.kv.stores.block_file import (
     read_payload,
     unpaced,
 )
-from dualpath.kv.stores.entries import is_folder
+from dualpath.kv.stores.entries import NOT_THERE
+from dualpath.kv.stores.entries import remove as remove_entry
 from dualpath.kv.stores.errors import BlockError, BlockFault, BlockUnavailableError, StoreError, StoreWriteError
-from dualpath.kv.stores.naming import DESCRIPTION, describe, described
+from dualpath.kv.stores.naming import describe, described
 from dualpath.kv.stores.posix_directory import StoreDirectory, store_errors
+from dualpath.kv.stores.posix_namespaces import NamespaceFolders
 from dualpath.kv.stores.protocol import (
     BadFile,
     BlockBuffer,
@@ -38,7 +42,9 @@ from dualpath.kv.stores.protocol import (
     check_keys,
     room_for_block,
 )
-from dualpath.spec.whole_file import Draft, fsync_directory, write_whole
+from dualpath.spec.whole_file import Draft, fsync_directory
+
+logger = logging.getLogger(__name__)
 
 
 class PosixStore:
@@ -53,20 +59,25 @@ class PosixStore:
     ) -> None:
         self.location = str(directory)
         self._files = StoreDirectory(Path(directory))
+        self._folders = NamespaceFolders(self._files, durable=durable)
         self._durable = durable
         self._verify_writes = verify_writes
         self._verify_reads = verify_reads
-        self._shards_made: set[Path] = set()
         self._thread = threading.local()
 
     # ── what serving asks ───────────────────────────────────────────────────────────────────────────────────────────
 
     def prepare(self, space: Namespace) -> None:
-        """See `Store.prepare`. Also removes what killed writers have left in the namespace."""
+        """See `Store.prepare`. Also removes what killed writers have left in the namespace, where it may."""
         with store_errors(f"the store at {self.location} cannot be opened"):
-            self._prepare(space)
+            self._files.make_store()
+        try:
             for path in self._files.leftovers(space.root):
-                path.unlink(missing_ok=True)
+                remove_entry(path)
+            if self._files.description(space.root) != describe(space) and self._files.shards(space.root):
+                self._folders.describe(space.root, describe(space))
+        except OSError as error:  # a store that can't be written to can be read
+            logger.warning("the store at %s cannot be tidied: %s", self.location, error)
 
     def write(
         self, space: Namespace, key: BlockKey, parent: BlockKey, payload: BlockBuffer, pace: Pace = unpaced
@@ -79,9 +90,7 @@ class PosixStore:
         except StoreWriteError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-        # The folder was removed meanwhile: make it again, once.
-        self._shards_made.discard(self._files.block_path(space.root, key).parent)
-        return self._write(space, key, parent, view, pace)
+        return self._write(space, key, parent, view, pace)  # its folder was removed meanwhile, with the draft in it
 
     def read(self, space: Namespace, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
         """See `Store.read`. `pace` counts payload bytes, without the header."""
@@ -92,28 +101,38 @@ class PosixStore:
                 read_payload(fd, header, view, pace, verify=self._verify_reads)
         except (BlockError, BlockUnavailableError) as error:
             bad = isinstance(error, BlockError) and error.cause is not BlockFault.MISSING
-            if not bad and not is_folder(self._files.path):
+            if not bad and not self._files.is_there():
                 raise StoreError(f"{self.location} cannot be opened: there is no such directory") from error
             raise
 
     def find(self, root: BlockKey, keys: Sequence[BlockKey]) -> list[BlockRecord]:
         """See `Store.find`. A look is one failed open; a find reads one page."""
-        records = []
-        for key in keys:
-            found = self._files.examine(root, self._files.block_path(root, key))
-            if not isinstance(found, BlockRecord):
-                break
-            records.append(found)
+        records: list[BlockRecord] = []
+        try:
+            for key in keys:
+                found = self._files.examine(root, self._files.block_path(root, key))
+                if not isinstance(found, BlockRecord):
+                    break
+                records.append(found)
+        except BlockUnavailableError:
+            if not records:
+                raise
         return records
 
     def delete(self, root: BlockKey, key: BlockKey) -> bool:
-        """See `Store.delete`."""
+        """See `Store.delete`. The last block of a namespace takes its folder with it."""
+        path = self._files.block_path(root, key)
         with store_errors(f"block {key.hex()} cannot be deleted"):
             try:
-                self._files.block_path(root, key).unlink()
-            except FileNotFoundError:
-                return False
-            return True
+                path.unlink()
+            except IsADirectoryError:
+                return self._files.set_aside(path, BlockFault.HEADER)
+            except OSError as error:
+                if error.errno in NOT_THERE:
+                    return False
+                raise
+        self._folders.remove_if_empty(root)
+        return True
 
     def quarantine(self, root: BlockKey, key: BlockKey) -> BlockFault | None:
         """See `Store.quarantine`. A namespace keeps the newest `MAX_QUARANTINED_FILES` in its ``bad`` folder."""
@@ -130,13 +149,11 @@ class PosixStore:
     def scan(self, on_bad: Callable[[BadFile], None] | None = None) -> Iterator[BlockRecord]:
         """See `Store.scan`. Reads one page per block."""
         with store_errors(f"the store at {self.location} cannot be searched"):
-            for root in self._files.roots():
-                for path in self._files.block_paths(root):
-                    found = self._files.examine(root, path)
-                    if isinstance(found, BlockRecord):
-                        yield found
-                    elif found is not None and on_bad is not None:
-                        on_bad(found)
+            for found in self._files.everything():
+                if isinstance(found, BlockRecord):
+                    yield found
+                elif on_bad is not None:
+                    on_bad(found)
 
     # ── what `dualpath store` asks ──────────────────────────────────────────────────────────────────────────────────
 
@@ -166,8 +183,11 @@ class PosixStore:
         with store_errors(f"the store at {self.location} cannot be cleaned"):
             found = [path for root in self._files.roots() for path in self._files.leftovers(root)]
             for path in found if remove else ():
-                path.unlink(missing_ok=True)
-            return [str(path) for path in found]
+                remove_entry(path)
+            empty = [root for root in self._files.roots() if self._folders.is_abandoned(root)]
+            for root in empty if remove else ():
+                self._folders.remove_if_empty(root)
+            return [str(path) for path in (*found, *map(self._files.namespace, empty))]
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -176,12 +196,12 @@ class PosixStore:
         path = self._files.block_path(space.root, key)
         present = self._valid_block(space, key)
         with _write_errors(key, path):
-            self._make_shard(space, path.parent)
             if present is not None:
+                self._folders.settle(space, path.parent)
                 if self._durable:  # the writer that renamed it into place may not have flushed the name yet
                     fsync_directory(path.parent)
                 return present
-            draft = Draft(path)
+            draft = self._folders.begin(space, path)
         try:
             header = BlockHeader.describing(view, space, key, parent)
             with _write_errors(key, path):
@@ -217,27 +237,12 @@ class PosixStore:
                 raise BlockError(header.key, BlockFault.HEADER, "the header that was read back is another")
             read_payload(fd, found, self._scratch(found.payload_bytes), unpaced)
         n_bytes = physical_bytes(os.fstat(fd))
-        draft.commit(durable=self._durable)
+        try:
+            draft.commit(durable=self._durable)
+        except IsADirectoryError:
+            self._files.set_aside(self._files.block_path(space.root, header.key), BlockFault.HEADER)
+            draft.commit(durable=self._durable)
         return n_bytes
-
-    def _prepare(self, space: Namespace) -> None:
-        """Make the namespace's folder and description."""
-        folder = self._files.namespace(space.root)
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            if self._durable:
-                fsync_directory(folder.parent)
-        if self._files.description(space.root) != describe(space):
-            write_whole(folder / DESCRIPTION, describe(space), durable=self._durable)
-
-    def _make_shard(self, space: Namespace, shard: Path) -> None:
-        """Make the shard and flush its name, unless that is done: the folder must be as durable as its blocks."""
-        if shard not in self._shards_made:
-            self._prepare(space)
-            shard.mkdir(exist_ok=True)
-            if self._durable:
-                fsync_directory(shard.parent)
-            self._shards_made.add(shard)
 
     def _scratch(self, n_bytes: int) -> memoryview:
         """Returns memory for one Full Block; each thread that checks keeps its own."""

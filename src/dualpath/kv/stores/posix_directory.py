@@ -1,25 +1,25 @@
-"""`StoreDirectory`: paths and housekeeping of a POSIX store's files. `naming` has their names."""
+"""`StoreDirectory`: paths and housekeeping of a POSIX store's files. `naming` has their names.
 
-import errno
+New files and folders are for their owner alone. A store whose directory is setgid and writable for its group
+(``chmod 2770``) is shared: then they are for that group, too. Nothing is ever for others.
+"""
+
 import os
-import shutil
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dualpath.kv.keys import BlockKey
-from dualpath.kv.stores.block_file import (
-    check_root,
-    io_faults,
-    open_block,
-    physical_bytes,
-    read_header,
-)
-from dualpath.kv.stores.errors import BlockError, BlockFault, StoreError, StoreLocationError
+from dualpath.kv.stores.block_file import check_root, io_faults, open_block, physical_bytes, read_header
+from dualpath.kv.stores.entries import NOT_THERE, is_folder, names, names_now, read_file, remove
+from dualpath.kv.stores.errors import BlockError, BlockFault, BlockUnavailableError, StoreError, StoreLocationError
 from dualpath.kv.stores.naming import (
     BAD,
     BLOCK_SUFFIX,
     DESCRIPTION,
+    MAX_DESCRIPTION_BYTES,
     MAX_QUARANTINED_FILES,
     bad_name,
     block_name,
@@ -28,7 +28,9 @@ from dualpath.kv.stores.naming import (
     key_of,
 )
 from dualpath.kv.stores.protocol import BadFile, BlockRecord
-from dualpath.spec.whole_file import is_draft, is_leftover
+from dualpath.spec.whole_file import Draft, is_draft, is_leftover
+
+_SHARED = stat.S_ISGID | stat.S_IWGRP
 
 
 class StoreDirectory:
@@ -43,9 +45,20 @@ class StoreDirectory:
     def namespace(self, root: BlockKey) -> Path:
         return self.path / root.hex()
 
+    def is_there(self) -> bool:
+        """Returns True when the store's directory can be looked into now. Raises nothing."""
+        with suppress(OSError):
+            return is_folder(self.path)
+        return False
+
+    # ── what is there ───────────────────────────────────────────────────────────────────────────────────────────────
+
     def examine(self, root: BlockKey, path: Path) -> BlockRecord | BadFile | None:
-        """Returns the record from a block file's name and header; None if the file has vanished."""
-        name = str(path.relative_to(self.path))
+        """Returns the record from a block file's name and header; None if the file has vanished.
+
+        Raises BlockUnavailableError.
+        """
+        name = self._name(path)
         key = key_of(name)
         if key is None:
             return BadFile(name, root, None, BlockFault.HEADER, "the file's name and place fit no key")
@@ -59,65 +72,149 @@ class StoreDirectory:
             return None if gone else BadFile(name, root, key, error.cause, error.detail)
         return BlockRecord(root, key, header.parent, header.payload_bytes, physical_bytes(status), status.st_mtime_ns)
 
+    def everything(self) -> Iterator[BlockRecord | BadFile]:
+        """Yields what lies in a block's place, and what lies in a folder's place and is none or can't be listed now.
+
+        Raises StoreLocationError when the store is not a directory.
+        """
+        for name, may_be_one in self._namespaces():
+            if may_be_one:
+                yield from self._everything_of(bytes.fromhex(name))
+            else:
+                yield _no_folder(name)
+
+    def _everything_of(self, root: BlockKey) -> Iterator[BlockRecord | BadFile]:
+        folder = self.namespace(root)
+        try:
+            below = [folder / name for name in names(folder) if is_shard_name(name) or name == BAD]
+        except OSError as error:
+            yield BadFile(root.hex(), root, None, BlockFault.UNAVAILABLE, str(error))
+            return
+        for path in below:
+            try:
+                if not is_folder(path):
+                    yield _no_folder(self._name(path))
+                found = [] if path.name == BAD else _blocks(path)
+            except OSError as error:
+                yield BadFile(self._name(path), root, None, BlockFault.UNAVAILABLE, str(error))
+                continue
+            for block in found:
+                record = self._examined(root, block)
+                if record is not None:
+                    yield record
+
+    def _examined(self, root: BlockKey, path: Path) -> BlockRecord | BadFile | None:
+        try:
+            return self.examine(root, path)
+        except BlockUnavailableError as error:
+            return BadFile(self._name(path), root, error.key, BlockFault.UNAVAILABLE, error.detail)
+
     def roots(self) -> list[BlockKey]:
         """Returns the namespaces, in order of name. Raises StoreLocationError when the store is not a directory."""
+        return [bytes.fromhex(name) for name, may_be_one in self._namespaces() if may_be_one]
+
+    def _namespaces(self) -> list[tuple[str, bool]]:
+        """Returns the entries with a namespace's name; False for one that is certainly no folder."""
         try:
-            names = [entry.name for entry in os.scandir(self.path) if entry.is_dir()]
+            found = sorted(path.name for path in self.path.iterdir())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreLocationError(f"{self.path} is not a directory; give the directory of a store") from error
-        return [bytes.fromhex(name) for name in sorted(names) if is_namespace_name(name)]
+        return [(name, _may_be_folder(self.path / name)) for name in found if is_namespace_name(name)]
 
-    def _shards(self, root: BlockKey) -> list[Path]:
+    def shards(self, root: BlockKey) -> list[Path]:
+        """Returns the shards that can be listed now."""
         folder = self.namespace(root)
-        return [folder / name for name in _names(folder) if is_shard_name(name)]
-
-    def block_paths(self, root: BlockKey) -> Iterator[Path]:
-        for shard in self._shards(root):
-            yield from (shard / name for name in _names(shard) if name.endswith(BLOCK_SUFFIX) and not is_draft(name))
+        return [folder / name for name in names_now(folder) if is_shard_name(name)]
 
     def leftovers(self, root: BlockKey) -> Iterator[Path]:
-        """Yields abandoned temporary files."""
-        for folder in (self.namespace(root), *self._shards(root)):
-            yield from (folder / name for name in _names(folder) if is_draft(name) and is_leftover(folder / name))
+        """Yields abandoned temporary files, of the folders that can be listed now."""
+        for folder in (self.namespace(root), *self.shards(root)):
+            yield from (folder / name for name in names_now(folder) if is_draft(name) and is_leftover(folder / name))
 
     def description(self, root: BlockKey) -> bytes | None:
-        path = self.namespace(root) / DESCRIPTION
-        return path.read_bytes() if path.is_file() else None
+        """Returns what ``namespace.json`` holds, for as far as it may be one of ours; None if it can't be read."""
+        return read_file(self.namespace(root) / DESCRIPTION, MAX_DESCRIPTION_BYTES)
 
     def quarantined(self, root: BlockKey) -> list[Path]:
-        """Returns the quarantined files, oldest first."""
+        """Returns the quarantined files that can be listed now, oldest first."""
         folder, found = self.namespace(root) / BAD, []
-        for name in _names(folder):
-            with suppress(FileNotFoundError):
-                found.append(((folder / name).stat().st_ctime_ns, folder / name))
+        for name in names_now(folder):
+            with suppress(OSError):
+                found.append(((folder / name).lstat().st_ctime_ns, folder / name))
         return [path for _, path in sorted(found)]
 
-    def set_aside(self, path: Path, cause: BlockFault) -> bool:
-        """Move a bad file into quarantine. Returns False if it is gone already."""
-        aside = self.path / bad_name(str(path.relative_to(self.path)), cause)
-        aside.parent.mkdir(parents=True, exist_ok=True)
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.path))
+
+    # ── what is made and moved ──────────────────────────────────────────────────────────────────────────────────────
+
+    def draft(self, final: Path) -> Draft:
+        """Begin a file, which `Draft.commit` puts in place of `final`."""
+        bits = self._permissions() & 0o660
+        draft = Draft(final, bits)
+        if bits & stat.S_IRWXG:  # whatever the umask says
+            os.fchmod(draft.fd, bits)
+        return draft
+
+    def make_store(self) -> bool:
+        """Make the store's own directory, for its owner alone, unless it is there. Returns False if it was."""
         try:
-            path.replace(aside)
-        except FileNotFoundError:
+            self.path.mkdir(0o700, parents=True)
+        except FileExistsError:
+            os.close(os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))  # or it is something else
             return False
-        for surplus in self.quarantined(bytes.fromhex(aside.parent.parent.name))[:-MAX_QUARANTINED_FILES]:
-            if surplus.is_dir() and not surplus.is_symlink():
-                shutil.rmtree(surplus, ignore_errors=True)
-            else:
-                surplus.unlink(missing_ok=True)
+        return True
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder below the store unless it is there. What else is in its place is set aside."""
+        bits = self._permissions()
+        try:
+            path.mkdir(bits)
+        except FileExistsError:
+            if is_folder(path):
+                return
+            self.set_aside(path, BlockFault.HEADER)
+            path.mkdir(bits, exist_ok=True)
+        if bits & stat.S_IRWXG:
+            path.chmod(bits)
+
+    def set_aside(self, path: Path, cause: BlockFault) -> bool:
+        """Move what is bad into quarantine, whatever it is. Returns False if it is gone already."""
+        aside = self.path / bad_name(self._name(path), cause)
+        try:
+            if path in aside.parents:  # it lies where quarantine must be: give way first
+                path = path.replace(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"))
+            for folder in (aside.parent.parent, aside.parent):
+                self.make_folder(folder)
+            remove(aside)
+            path.replace(aside)
+        except OSError as error:
+            if error.errno in NOT_THERE and not os.path.lexists(path):
+                return False
+            raise
+        with suppress(OSError):  # it is done; what can't be removed now is surplus next time
+            for surplus in self.quarantined(bytes.fromhex(aside.parent.parent.name))[:-MAX_QUARANTINED_FILES]:
+                remove(surplus)
+        return True
+
+    def _permissions(self) -> int:
+        mode = self.path.stat().st_mode
+        return 0o2770 if mode & _SHARED == _SHARED else 0o700
+
+
+def _no_folder(name: str) -> BadFile:
+    return BadFile(name, bytes.fromhex(name.split("/")[0]), None, BlockFault.HEADER, "it is not a directory")
+
+
+def _may_be_folder(path: Path) -> bool:
+    try:
+        return is_folder(path)
+    except OSError:
         return True
 
 
-def _names(folder: Path) -> list[str]:
-    """Names in a folder; none where it is gone, or where something else has its name."""
-    try:
-        return sorted(entry.name for entry in os.scandir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return []
-        raise
+def _blocks(shard: Path) -> list[Path]:
+    return [shard / name for name in names(shard) if name.endswith(BLOCK_SUFFIX) and not is_draft(name)]
 
 
 @contextmanager

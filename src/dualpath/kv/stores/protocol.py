@@ -49,7 +49,10 @@ class BlockRecord(msgspec.Struct, frozen=True, gc=False):
 
 
 class BadFile(msgspec.Struct, frozen=True):
-    """A file in a store that holds no servable block. `key` is None when its name is not a key."""
+    """What a store has in a block's place and can't serve. `key` is None when its name is not a key.
+
+    One whose `cause` is UNAVAILABLE can't be read now: nothing speaks against it.
+    """
 
     path: str
     """Relative to the store."""
