@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS blocks (root BLOB, key BLOB, parent BLOB, bytes INTEG
 """
 RECORD = "SELECT root, key, parent, bytes, bytes, mtime_ns FROM blocks WHERE fault IS NULL"
 ROW = "root = ? AND key = ? AND fault IS NULL"
+SOUND = "SELECT 1 FROM blocks WHERE root = ? AND fault IS NULL"
 BUSY_S = 30.0
 
 
@@ -50,9 +51,9 @@ class SqliteStore:
         if not self._path.is_absolute():
             raise StoreLocationError(f"{location} names no file; write sqlite:///path/to/file")
 
-    def prepare(self, space: Namespace) -> None:
+    def prepare(self, space: Namespace) -> None:  # noqa: ARG002 (a namespace is described with its first block)
         with self._errors():
-            self._db().execute("INSERT OR REPLACE INTO namespaces VALUES (?, ?)", (space.root, describe(space)))
+            self._db()
 
     def write(
         self, space: Namespace, key: BlockKey, parent: BlockKey, payload: BlockBuffer, pace: Pace = unpaced
@@ -65,6 +66,7 @@ class SqliteStore:
         try:
             if not self._is_sound(space.root, key):
                 self._db().execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+                self._db().execute("INSERT OR REPLACE INTO namespaces VALUES (?, ?)", (space.root, describe(space)))
                 self.verify(space.root, key)
         except (sqlite3.Error, OSError, BlockError) as error:
             raise StoreWriteError(key, self.location, error) from error
@@ -91,7 +93,10 @@ class SqliteStore:
 
     def delete(self, root: BlockKey, key: BlockKey) -> bool:
         with self._errors():
-            return self._db().execute(f"DELETE FROM blocks WHERE {ROW}", (root, key)).rowcount > 0
+            deleted = self._db().execute(f"DELETE FROM blocks WHERE {ROW}", (root, key)).rowcount > 0
+            for table in ("namespaces", "blocks"):  # the last block takes its namespace and its bad blocks with it
+                self._db().execute(f"DELETE FROM {table} WHERE root = ? AND NOT EXISTS ({SOUND})", (root, root))
+            return deleted
 
     def quarantine(self, root: BlockKey, key: BlockKey) -> BlockFault | None:
         try:

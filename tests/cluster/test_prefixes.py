@@ -194,7 +194,8 @@ def test_file_work_that_fails_is_counted(
 def test_a_tenant_whose_directory_cannot_be_opened_matches_nothing(tmp_path: Path) -> None:
     async def work(storage: Storage) -> None:
         space = storage.prefixes.namespace_of("unlucky")
-        (tmp_path / space.hex).write_text("not a directory")
+        tmp_path.rename(tmp_path.with_name("elsewhere"))
+        tmp_path.write_text("not a directory")
         opened = await asyncio.gather(*(storage.prefixes.open("unlucky") for _ in range(3)))
         assert opened == [space] * 3
         assert storage.prefixes.match_and_pin(1, storage.prefixes.keys(space, prompt(1, 2)), 2) == 0

@@ -1,14 +1,17 @@
 """What every store promises: files of a file system, objects through obstore, objects behind a real server."""
 
+import errno
 import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import obstore
 import pytest
 from obstore.store import LocalStore
 
@@ -73,6 +76,43 @@ def store(open_store: OpenStore, layout: KVLayout, space: Namespace) -> Store:
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
 def test_what_every_store_must_do(open_store: OpenStore, check: Callable[[OpenStore], None]) -> None:
     check(open_store)
+
+
+@pytest.mark.parametrize("check", conformance.FAULT_CHECKS, ids=lambda check: check.__name__)
+def test_what_every_store_must_do_about_faults(
+    open_store: OpenStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    check: Callable[[OpenStore, conformance.Unreadable], None],
+) -> None:
+    @contextmanager
+    def unreadable(key: BlockKey) -> Iterator[None]:
+        """Files fail to open; objects are refused: the server may not read the file, or the library says so."""
+        opening, getting, heading = os.open, obstore.get, obstore.head
+
+        def refuse(name: object) -> None:
+            if key.hex() in str(name) and "tmp" not in Path(str(name)).name:
+                raise PermissionError(errno.EIO, "an error that is no fault of the block")
+
+        def os_open(path: object, *arguments: int, **options: int) -> int:
+            refuse(path)
+            return opening(path, *arguments, **options)  # type: ignore[arg-type]
+
+        def get(objects: object, name: str, **options: object) -> object:
+            refuse(name)
+            return getting(objects, name, **options)  # type: ignore[arg-type]
+
+        def head(objects: object, name: str) -> object:
+            refuse(name)
+            return heading(objects, name)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            for where, what, instead in ((os, "open", os_open), (obstore, "get", get), (obstore, "head", head)):
+                patch.setattr(where, what, instead)
+            yield
+
+    monkeypatch.setattr("dualpath.kv.stores.bucket.COOL_S", 0.0)
+    check(open_store, unreadable)
 
 
 def drafts(directory: Path) -> list[Path]:

@@ -45,7 +45,7 @@ def _stat(arguments: argparse.Namespace) -> int:
 
 
 def _fsck(arguments: argparse.Namespace) -> int:
-    """Checks a store. The exit code is 1 if something is bad and was not repaired."""
+    """Checks a store. The exit code is 1 if something is bad and was not repaired, or could not be read."""
     import msgspec
 
     from dualpath.kv.stores.inspection import fsck
@@ -56,7 +56,7 @@ def _fsck(arguments: argparse.Namespace) -> int:
         report = fsck(store, repair=arguments.repair, progress=progress)
     write_json(arguments.json, report)
     console.print(*fsck_lines(msgspec.to_builtins(report)), sep="\n", highlight=False, soft_wrap=True)
-    return 0 if report.is_clean or report.repaired else 1
+    return 0 if report.is_clean or report.is_repaired else 1
 
 
 @contextmanager

@@ -31,6 +31,8 @@ CLEAN = {
     "orphans": [],
     "leftovers": [],
     "undescribed": [],
+    "unavailable": [],
+    "not_repaired": [],
     "repaired": False,
 }
 
@@ -59,5 +61,10 @@ def test_findings_are_listed_up_to_a_bound_and_say_what_to_do():
     assert lines[22] == "  and 2 more; --json FILE lists them all"
     assert lines[24] == "  kv/o.kv"
     assert lines[-1].startswith("nothing was changed; --repair")
+    unread = list(fsck_lines(CLEAN | {"unavailable": [{"path": "kv/1.kv", "cause": "unavailable", "detail": "EIO"}]}))
+    assert unread[1:3] == ["1 blocks or folders that can't be read now, and are left alone", "  kv/1.kv: EIO"]
     repaired = list(fsck_lines(CLEAN | {"leftovers": ["kv/x"], "repaired": True}))
     assert repaired[-1] == "repaired: bad files are set aside, orphans and leftovers deleted"
+    partly = list(fsck_lines(CLEAN | {"leftovers": ["kv/x"], "not_repaired": ["kv/x: read-only"], "repaired": True}))
+    assert partly[-3:-1] == ["1 repairs that failed", "  kv/x: read-only"]
+    assert partly[-1] == "repaired: the rest of the bad files are set aside, orphans and leftovers deleted"

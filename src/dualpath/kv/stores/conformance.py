@@ -6,19 +6,25 @@ Each takes a function that opens the same store, empty at first, as a separate p
     def test_my_store(check, tmp_path):
         check(lambda: MyStore(f"mine://{tmp_path}", durable=True))
 
-They can't test a power cut or a damaged medium: test those with the store's own means.
+They can't test a power cut or a damaged medium: test those with the store's own means. `FAULT_CHECKS` also take
+``unreadable(key)``: a context in which the store can't read that block, for a reason that says nothing about its bytes.
 """
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from hashlib import shake_128
 
+from dualpath.kv.index import PrefixIndex
 from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
 from dualpath.kv.layout import KVLayout, KVPart
-from dualpath.kv.stores.errors import BlockError, BlockFault
+from dualpath.kv.rebuild import rebuild
+from dualpath.kv.stores.errors import BlockError, BlockFault, BlockUnavailableError
+from dualpath.kv.stores.inspection import fsck
 from dualpath.kv.stores.protocol import Inspectable, Store
 
 OpenStore = Callable[[], Store]
+Unreadable = Callable[[BlockKey], AbstractContextManager[None]]
 
 LAYOUT = KVLayout(3, (KVPart("k", 2, 64), KVPart("v", 2, 64)), "float32", block_tokens=1024)
 """Blocks of 3 MiB: more than one chunk."""
@@ -88,6 +94,20 @@ def namespaces_share_nothing(opened: OpenStore) -> None:
     assert read(store, OTHER, KEYS[0]) is BlockFault.MISSING
     assert store.find(OTHER.root, KEYS) == [] and not store.delete(OTHER.root, KEYS[0])
     assert read(store, SPACE, KEYS[0]) == payload_of(KEYS[0])
+
+
+def a_namespace_without_blocks_leaves_nothing(opened: OpenStore) -> None:
+    """A tenant that stores nothing, or whose last block is gone, costs no file: there may be millions."""
+    store = opened()
+    store.prepare(OTHER)
+    if isinstance(store, Inspectable):
+        assert OTHER.root not in store.descriptions()
+    write_chain(store, 2)
+    assert store.delete(SPACE.root, KEYS[1]) and store.delete(SPACE.root, KEYS[0])
+    if isinstance(store, Inspectable):
+        assert not any(store.descriptions().values()) and store.quarantined(SPACE.root) == 0
+    write_chain(store, 1)
+    assert read(store, SPACE, KEYS[0]) == payload_of(KEYS[0]), "it can come back"
 
 
 def a_sound_block_is_left_alone(opened: OpenStore) -> None:
@@ -161,11 +181,39 @@ def one_that_can_be_inspected_describes_its_namespaces(opened: OpenStore) -> Non
         assert store.quarantined(SPACE.root) == 0 and store.leftovers() == []
 
 
+def a_block_that_cannot_be_read_now_is_left_alone(opened: OpenStore, unreadable: Unreadable) -> None:
+    store = opened()
+    write_chain(store, 3)
+    with unreadable(KEYS[1]):
+        for touch in (
+            lambda: store.read(SPACE, KEYS[1], bytearray(LAYOUT.full_block_bytes)),
+            lambda: store.find(SPACE.root, KEYS[1:]),
+            lambda: store.quarantine(SPACE.root, KEYS[1]),
+        ):
+            try:
+                touch()
+            except BlockUnavailableError as error:
+                assert error.key == KEYS[1]
+            else:
+                raise AssertionError("no BlockUnavailableError was raised")
+        assert read(store, SPACE, KEYS[0]) == payload_of(KEYS[0]), "other blocks are not affected"
+        assert [one.key for one in store.find(SPACE.root, KEYS)] == KEYS[:1], "what was found before it counts"
+        report = rebuild(PrefixIndex(), store, clean=True)
+        assert (report.published_blocks, report.orphans, report.bad) == (1, (), ())
+        assert [file.key for file in report.unavailable] == [KEYS[1]]
+        if isinstance(store, Inspectable):
+            found = fsck(store, repair=True)
+            assert not found.is_clean and not found.is_repaired and not found.bad_files and not found.orphans
+    assert [read(store, SPACE, key) for key in KEYS[:3]] == [payload_of(key) for key in KEYS[:3]]
+    assert rebuild(PrefixIndex(), store).published_blocks == 3
+
+
 CHECKS: tuple[Callable[[OpenStore], None], ...] = (
     what_one_process_writes_another_finds_and_reads,
     what_is_not_there_is_missing,
     a_find_ends_at_the_first_missing_block,
     namespaces_share_nothing,
+    a_namespace_without_blocks_leaves_nothing,
     a_sound_block_is_left_alone,
     pace_sees_every_payload_byte,
     what_pace_raises_ends_a_write_without_a_trace,
@@ -173,3 +221,5 @@ CHECKS: tuple[Callable[[OpenStore], None], ...] = (
     many_threads_may_write_and_read_at_once,
     one_that_can_be_inspected_describes_its_namespaces,
 )
+
+FAULT_CHECKS: tuple[Callable[[OpenStore, Unreadable], None], ...] = (a_block_that_cannot_be_read_now_is_left_alone,)

@@ -151,15 +151,24 @@ def fsck(store: Store, *, repair: bool = False, progress: Progress | None = None
         sound_blocks=len(sound),
         checked_bytes=sum(record.payload_bytes for record in sound.values()),
         faults={fault.value: n for fault in BlockFault if (n := sum(file.cause is fault for file in bad_files))},
-        bad_files=bad_files,
+        bad_files=tuple(map(_printable, bad_files)),
         orphans=tuple(block_name(record.root, record.key) for record in orphans),
-        leftovers=tuple(leftovers),
+        leftovers=tuple(map(_printable_text, leftovers)),
         undescribed=_undescribed(descriptions, {*scanned, *faulty}),
-        unavailable=unavailable,
+        unavailable=tuple(map(_printable, unavailable)),
         not_repaired=_repair(store, bad_files, orphans) if repair else (),
         quarantined_files=sum(map(store.quarantined, descriptions)),
         repaired=repair,
     )
+
+
+def _printable(file: BadFile) -> BadFile:
+    return msgspec.structs.replace(file, path=_printable_text(file.path), detail=_printable_text(file.detail))
+
+
+def _printable_text(text: str) -> str:
+    """Returns `text` with escapes for what a terminal or JSON can't take: names of files may have any bytes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _undescribed(descriptions: dict[BlockKey, NamespaceDescription | None], used: set[BlockKey]) -> tuple[str, ...]:

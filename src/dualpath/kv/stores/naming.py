@@ -8,6 +8,8 @@
                     bad/ab…cd.checksum      quarantined files, never served again
 """
 
+import os
+
 import msgspec
 
 from dualpath.kv.keys import KEY_BYTES, BlockKey, Namespace
@@ -16,6 +18,8 @@ from dualpath.kv.stores.protocol import NamespaceDescription
 
 MAX_QUARANTINED_FILES = 64
 """A namespace keeps this many bad files for inspection; quarantining one more deletes the oldest."""
+MAX_BAD_STEM_BYTES = 200
+"""Of a bad file's own name this much is kept: file systems take 255 bytes, and its fault comes behind it."""
 DESCRIPTION = "namespace.json"
 MAX_DESCRIPTION_BYTES = 1 << 16
 """A description of more bytes is none of ours; ours have less than a thousand."""
@@ -38,7 +42,8 @@ def key_of(name: str) -> BlockKey | None:
 def bad_name(name: str, cause: BlockFault) -> str:
     """Returns the name in quarantine of the bad file `name`, wherever it is in its namespace."""
     root, *_, last = name.split("/")
-    return f"{root}/{BAD}/{last.removesuffix(BLOCK_SUFFIX)}.{cause.value}"
+    stem = os.fsdecode(os.fsencode(last.removesuffix(BLOCK_SUFFIX))[:MAX_BAD_STEM_BYTES])
+    return f"{root}/{BAD}/{stem}.{cause.value}"
 
 
 def is_namespace_name(name: str) -> bool:

@@ -51,12 +51,15 @@ def fsck_lines(report: Mapping[str, Any]) -> Iterator[str]:
         f"({format_bytes(report['checked_bytes'])} checked in {report['namespaces']} namespaces)"
     )
     bad = [f"{file['path']}: {file['cause']}: {file['detail']}" for file in report["bad_files"]]
+    unavailable = [f"{file['path']}: {file['detail']}" for file in report["unavailable"]]
     found = False
     for title, items in (
         ("bad files", bad),
         ("orphans: sound blocks that no prefix leads to", report["orphans"]),
-        ("leftovers of writers that are gone", report["leftovers"]),
-        ("namespaces without a sound description", report["undescribed"]),
+        ("leftovers: half-written files and empty namespaces", report["leftovers"]),
+        ("namespaces without a sound description; their next block brings it", report["undescribed"]),
+        ("blocks or folders that can't be read now, and are left alone", unavailable),
+        ("repairs that failed", report["not_repaired"]),
     ):
         if items:
             found = True
@@ -65,7 +68,8 @@ def fsck_lines(report: Mapping[str, Any]) -> Iterator[str]:
             if len(items) > MAX_LISTED:
                 yield f"  and {len(items) - MAX_LISTED:,} more; --json FILE lists them all"
     if report["repaired"] and found:
-        yield "repaired: bad files are set aside, orphans and leftovers deleted"
+        rest = "the rest of the " if report["not_repaired"] else ""
+        yield f"repaired: {rest}bad files are set aside, orphans and leftovers deleted"
     elif found:
         yield "nothing was changed; --repair sets bad files aside and deletes orphans and leftovers"
 
