@@ -1,16 +1,22 @@
 """``dualpath store stat|fsck``."""
 
 import argparse
-from collections.abc import Iterator
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dualpath.cli.arguments import command
 from dualpath.cli.outcome import command_errors, file_progress, new_console, usage_errors, write_json
 
 if TYPE_CHECKING:
     from dualpath.kv import Store
+
+T = TypeVar("T")
 
 
 def add(commands: Any) -> None:
@@ -38,7 +44,7 @@ def _stat(arguments: argparse.Namespace) -> int:
     from dualpath.lab.report.store import stat_table
 
     with _opened(arguments.store) as store:
-        report = stat(store)
+        report = _interruptible(lambda: stat(store))
     write_json(arguments.json, report)
     new_console().print(stat_table(msgspec.to_builtins(report)))
     return 0
@@ -53,7 +59,7 @@ def _fsck(arguments: argparse.Namespace) -> int:
 
     console = new_console()
     with _opened(arguments.store) as store, file_progress(console) as progress:
-        report = fsck(store, repair=arguments.repair, progress=progress)
+        report = _interruptible(lambda: fsck(store, repair=arguments.repair, progress=progress))
     write_json(arguments.json, report)
     console.print(*fsck_lines(msgspec.to_builtins(report)), sep="\n", highlight=False, soft_wrap=True)
     return 0 if report.is_clean or report.is_repaired else 1
@@ -65,4 +71,22 @@ def _opened(location: str) -> "Iterator[Store]":
     from dualpath.kv import StoreError, StoreLocationError, open_store
 
     with command_errors(StoreError), usage_errors(StoreLocationError):
-        yield open_store(location)
+        try:
+            yield open_store(location)
+        except KeyboardInterrupt:  # at once: Python's own way to end would wait for threads that wait for a server
+            print("dualpath: interrupted", file=sys.stderr, flush=True)
+            os._exit(130)
+
+
+def _interruptible(work: Callable[[], T]) -> T:
+    """Runs `work` on a thread and returns what it does: a call that waits for a server would not notice Ctrl-C."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="store", daemon=True).start()
+    return outcome.result()

@@ -40,10 +40,10 @@ def key_of(name: str) -> BlockKey | None:
 
 
 def bad_name(name: str, cause: BlockFault) -> str:
-    """Returns the name in quarantine of the bad file `name`, wherever it is in its namespace."""
-    root, *_, last = name.split("/")
-    stem = os.fsdecode(os.fsencode(last.removesuffix(BLOCK_SUFFIX))[:MAX_BAD_STEM_BYTES])
-    return f"{root}/{BAD}/{stem}.{cause.value}"
+    """Returns the name in quarantine of the bad file `name`, wherever it is in its namespace, or in its place."""
+    parts = name.split("/")
+    stem = os.fsdecode(os.fsencode(parts[-1].removesuffix(BLOCK_SUFFIX))[:MAX_BAD_STEM_BYTES])
+    return f"{parts[0]}/{BAD}/{stem}.{cause.value}"
 
 
 def is_namespace_name(name: str) -> bool:

@@ -88,7 +88,7 @@ class PosixStore:
         try:
             return self._write(space, key, parent, view, pace)
         except StoreWriteError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in NOT_THERE:
                 raise
         return self._write(space, key, parent, view, pace)  # its folder was removed meanwhile, with the draft in it
 

@@ -159,11 +159,11 @@ class StoreDirectory:
     def make_store(self) -> bool:
         """Make the store's own directory, for its owner alone, unless it is there. Returns False if it was."""
         try:
-            self.path.mkdir(0o700, parents=True)
-        except FileExistsError:
-            os.close(os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))  # or it is something else
-            return False
-        return True
+            os.close(os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        except FileNotFoundError:
+            self.path.mkdir(0o700, parents=True, exist_ok=True)
+            return True
+        return False
 
     def make_folder(self, path: Path) -> None:
         """Make a folder below the store unless it is there. What else is in its place is set aside."""

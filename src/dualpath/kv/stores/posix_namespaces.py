@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dualpath.kv.keys import BlockKey, Namespace
-from dualpath.kv.stores.entries import names, names_now, remove
+from dualpath.kv.stores.entries import NOT_THERE, names, names_now, remove
 from dualpath.kv.stores.errors import BlockFault
 from dualpath.kv.stores.naming import BAD, DESCRIPTION, describe, is_shard_name
 from dualpath.kv.stores.posix_directory import StoreDirectory
@@ -47,7 +47,7 @@ class NamespaceFolders:
                 if draft is not None:
                     draft.discard()
                 self._settled.pop(block.parent, None)
-                if not isinstance(error, FileNotFoundError) or attempt == ATTEMPTS:
+                if error.errno not in NOT_THERE or attempt == ATTEMPTS:
                     raise
             else:
                 return draft
