@@ -1,8 +1,6 @@
 """kill -9 in the middle of writes: after reopening, only whole and valid blocks are there, and no temporary file."""
 
 import os
-import random
-import select
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,8 @@ import numpy as np
 import pytest
 
 from dualpath.kv import BlockKey, KVLayout, KVPart, Namespace, PosixStore, block_keys, namespace
+
+from .crash_writers import run
 
 pytestmark = pytest.mark.slow
 
@@ -95,32 +95,10 @@ def test_killed_at_every_step_of_a_write(tmp_path: Path) -> None:
     assert visible.count(True) >= 2, "killed after the rename"
 
 
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """From outside, while the child writes block after block; a block it has announced is there for good."""
-    moments, announced_in_all = random.Random(7), 0
-    for _ in range(25):
-        directory = tmp_path / "store"
-        receive, send = os.pipe()
-
-        def work(directory: Path = directory, send: int = send) -> None:
-            store = PosixStore(directory)
-            for n, (key, parent) in enumerate(zip(KEYS, [SPACE.root, *KEYS], strict=False)):
-                store.delete(SPACE.root, key)
-                store.write(SPACE, key, parent, payload_of(key), pace=lambda _: os.write(send, b"c") and None)
-                os.write(send, b"%d" % n)
-            signal.pause()
-
-        child = in_child(work)
-        os.close(send)
-        events, wanted = b"", moments.randint(1, 5 * len(KEYS) - 1)
-        while len(events) < wanted:
-            assert select.select([receive], [], [], 60)[0], "the child is stuck"
-            events += os.read(receive, 1)
-        os.kill(child, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        os.close(receive)
-        announced = {KEYS[int(event)] for event in events.decode() if event != "c"}
-        announced_in_all += len(announced)
-        # The block after the last announced one may have been deleted again by the child, never an announced one.
-        assert announced <= reopened(directory)
-    assert announced_in_all > 0
+@pytest.mark.parametrize(("kills", "writers"), [(25, 1), (40, 3)])
+def test_killed_at_random_moments(tmp_path: Path, kills: int, writers: int) -> None:
+    """From outside, while several write and delete in the same namespaces. `crash_writers` does it a thousand times."""
+    figures = run(tmp_path, kills=kills, writers=writers, seed=7)
+    assert figures.acknowledged_blocks > kills / 2 and figures.checked_blocks > kills / 2
+    assert (figures.lost_blocks, figures.torn_blocks, figures.drafts_after_cleaning) == (0, 0, 0)
+    assert figures.drafts_left_by_kills > 0, "some died in the middle of a block"
