@@ -152,7 +152,7 @@ def _check_store(location: str) -> None:
     if "://" in location:
         return
     try:
-        Path(location).mkdir(parents=True, exist_ok=True)
+        Path(location).mkdir(0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=location):
             pass
     except OSError as error:

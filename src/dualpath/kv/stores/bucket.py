@@ -25,6 +25,7 @@ from obstore.exceptions import BaseError
 from obstore.store import from_url
 
 from dualpath.kv.stores.errors import StoreError, StoreLocationError
+from dualpath.kv.stores.remembered import remember
 
 REQUEST_S = 60.0
 """Longest duration of one request, body included."""
@@ -238,11 +239,7 @@ class Health:
         if not answers:
             self._away_until = until
             return StoreError
-        self._refused_until.pop((done, name), None)
-        self._refused_until[done, name] = until
-        while len(self._refused_until) > MAX_REFUSED:
-            with suppress(KeyError, StopIteration, RuntimeError):  # another thread may do the same
-                del self._refused_until[next(iter(self._refused_until))]
+        remember(self._refused_until, (done, name), until, MAX_REFUSED)
         if done == "written":
             if self._unwritten not in (None, name):
                 self._no_writes_until = until

@@ -68,6 +68,17 @@ def names_now(folder: Path) -> list[str]:
         return []
 
 
+def is_empty(folder: Path) -> bool:
+    """Returns False if anything is in a folder, True if nothing is or it is none. Raises OSError."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return True
+        raise
+
+
 def is_folder(path: Path) -> bool:
     """Returns True for a folder, or a link to one. Raises OSError if it can't be told now."""
     try:

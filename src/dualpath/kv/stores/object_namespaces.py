@@ -7,7 +7,6 @@ to be there, and lists only when that one is deleted.
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
 from dualpath.kv.keys import BlockKey, Namespace
 from dualpath.kv.stores.bucket import Bucket, ObjectError, ObjectRecord
@@ -27,7 +26,7 @@ from dualpath.spec.whole_file import LEFTOVER_AGE_S
 
 DESCRIBE_S = 60.0
 """After this long the next write describes its namespace again: the bucket may have been emptied."""
-MAX_REMEMBERED = 4096
+MAX_REMEMBERED = 1 << 16
 """Most namespaces of which something is remembered."""
 
 
@@ -55,7 +54,7 @@ class ObjectNamespaces:
         if self.description(space.root) != describe(space):
             with suppress(ObjectError):  # a namespace without a description, no more
                 self._bucket.put(_name(space.root), [describe(space)])
-        _remember(self._described_s, space.root, time.monotonic())
+        remember(self._described_s, space.root, time.monotonic(), MAX_REMEMBERED)
 
     def listed(self, root: BlockKey) -> Iterator[list[ObjectRecord] | BadFile]:
         """Yields the blocks of each shard as its list has them, or says what can't be listed now."""
@@ -69,7 +68,7 @@ class ObjectNamespaces:
 
     def note_block(self, root: BlockKey, key: BlockKey) -> None:
         """Remember that a namespace has this block. Raises nothing."""
-        _remember(self._known_block, root, key)
+        remember(self._known_block, root, key, MAX_REMEMBERED)
 
     def note_deleted(self, root: BlockKey, key: BlockKey) -> None:
         """Remove the namespace if the block that was just deleted may have been its last."""
@@ -78,6 +77,8 @@ class ObjectNamespaces:
 
     def is_abandoned(self, root: BlockKey) -> bool:
         """Returns True for a namespace that has had a description, but no block or bad one, for `LEFTOVER_AGE_S`."""
+        if root in self._known_block:
+            return False
         with suppress(ObjectError):
             found = self._bucket.record(_name(root))
             if found is not None and time.time() - found.mtime_ns / 1e9 > LEFTOVER_AGE_S:
@@ -110,12 +111,3 @@ class ObjectNamespaces:
 
 def _name(root: BlockKey) -> str:
     return f"{root.hex()}/{DESCRIPTION}"
-
-
-def _remember(what: dict[BlockKey, Any], root: BlockKey, value: Any) -> None:
-    """Keep a value of a namespace, and forget the oldest of too many."""
-    what.pop(root, None)
-    what[root] = value
-    while len(what) > MAX_REMEMBERED:
-        with suppress(KeyError, StopIteration, RuntimeError):  # another thread may do the same
-            del what[next(iter(what))]

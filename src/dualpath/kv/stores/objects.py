@@ -51,6 +51,8 @@ from dualpath.kv.stores.protocol import (
     room_for_block,
 )
 
+MAX_QUARANTINED_BYTES = 1 << 28
+"""A bad object of more bytes passes through no memory of ours: it is deleted."""
 HEADER_REQUESTS = 16
 """Headers fetched at a time: a server answers them in the time of a few round trips."""
 
@@ -249,7 +251,8 @@ class ObjectStore:
         body = self._bucket.get(name)
         if body is None:
             return False
-        self._bucket.put(bad_name(name, cause), list(body.pieces))
+        if body.n_bytes <= MAX_QUARANTINED_BYTES:
+            self._bucket.put(bad_name(name, cause), list(body.pieces))
         self._bucket.delete(name)
         folder = bad_name(name, cause).rpartition("/")[0]
         oldest_first = sorted(self._bucket.folder(folder)[1], key=lambda record: record.mtime_ns)

@@ -15,14 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from dualpath.kv.keys import BlockKey, Namespace
-from dualpath.kv.stores.entries import NOT_THERE, names, names_now, remove
+from dualpath.kv.stores.entries import NOT_THERE, is_empty, names, remove
 from dualpath.kv.stores.errors import BlockFault
 from dualpath.kv.stores.naming import BAD, DESCRIPTION, describe, is_shard_name
 from dualpath.kv.stores.posix_directory import StoreDirectory
+from dualpath.kv.stores.remembered import remember
 from dualpath.spec.whole_file import LEFTOVER_AGE_S, Draft, fill_whole, fsync_directory
 
 MAX_SETTLED = 1 << 14
-"""Most shards that a process remembers as settled; 256 shards of 64 namespaces."""
+"""Most shards that a process remembers; 256 shards of 64 namespaces."""
 ATTEMPTS = 8
 """Folders that are removed again and again while they are made: a writer gives up then."""
 
@@ -34,6 +35,7 @@ class NamespaceFolders:
         self._files = files
         self._durable = durable
         self._settled: dict[Path, tuple[int, int]] = {}
+        self._used: dict[BlockKey, Path] = {}  # a shard of each namespace that was not empty when last looked at
 
     def begin(self, space: Namespace, block: Path) -> Draft:
         """Begin the file of a block, in folders that are described and, if durable, flushed."""
@@ -69,10 +71,7 @@ class NamespaceFolders:
             for folder in (shard.parent, self._files.path):
                 fsync_directory(folder)
         if identity is not None:
-            self._settled[shard] = identity
-        while len(self._settled) > MAX_SETTLED:
-            with suppress(KeyError, StopIteration, RuntimeError):  # another thread may do the same
-                del self._settled[next(iter(self._settled))]
+            remember(self._settled, shard, identity, MAX_SETTLED)
 
     def describe(self, root: BlockKey, text: bytes) -> None:
         """Write a namespace's description, in place of whatever is there."""
@@ -85,11 +84,17 @@ class NamespaceFolders:
 
     def remove_if_empty(self, root: BlockKey) -> bool:
         """Remove a namespace without blocks and drafts, and what it has in quarantine. Returns True if it did."""
-        folder, shards = self._files.namespace(root), self._files.shards(root)
-        if any(names_now(shard) for shard in shards):
-            return False
-        text = self._files.description(root)
+        folder, text = self._files.namespace(root), None
         try:
+            used = self._used.get(root)
+            if used is not None and not is_empty(used):
+                return False
+            shards = self._files.shards(root)
+            used = next((shard for shard in reversed(shards) if not is_empty(shard)), None)
+            if used is not None:
+                remember(self._used, root, used, MAX_SETTLED)
+                return False
+            text = self._files.description(root)
             (folder / DESCRIPTION).unlink(missing_ok=True)
             for shard in shards:
                 shard.rmdir()
@@ -108,7 +113,7 @@ class NamespaceFolders:
         try:
             below = names(folder)
             shards = [name for name in below if is_shard_name(name)]
-            if {*below} - {*shards, DESCRIPTION, BAD} or any(names(folder / name) for name in [*shards, BAD]):
+            if {*below} - {*shards, DESCRIPTION, BAD} or not all(is_empty(folder / name) for name in [*shards, BAD]):
                 return False
             return time.time() - folder.stat().st_mtime > LEFTOVER_AGE_S
         except OSError:

@@ -7,8 +7,14 @@ knowing of each other, so every store keeps these promises:
   ``durable=False``, once it survives a power cut.
 * **Nothing bad is served.** `read` checks the header and every layer against checksums. On a fault it raises
   `BlockError` and changes nothing: the owner of the index drops the block there, then calls `quarantine`.
+* **A bad day costs hits, never blocks.** Only a checksum, a wrong header or length, or "not there" speaks against a
+  block. Whatever else goes wrong with one block raises `BlockUnavailableError`, and what goes wrong with the store
+  another `StoreError` (`errors` tells them apart). Then nothing is deleted, set aside or called an orphan, and other
+  blocks, and reads where only writes fail, go on.
 * A block's key names its content, so concurrent writers of one key are harmless, and the last one wins.
 * **Removal is harmless.** If blocks, or all of a live store, are removed, they are misses and can be written again.
+* **What is empty is gone.** A namespace costs something from its first block until its last one is deleted, not before
+  and not after: there may be millions of tenants. So does what a process remembers of one.
 
 A store keeps no quota and no list of blocks. It reports each block's size; the coordinator's `PrefixIndex` counts and
 evicts.
@@ -81,9 +87,11 @@ class Store(Protocol):
         ...
 
     def prepare(self, space: Namespace) -> None:
-        """Get ready for blocks of `space`, and describe it. May be repeated. Raises StoreError.
+        """Get ready for blocks of `space`, and tidy up what killed writers left there. May be repeated.
 
-        The coordinator calls it before it matches a tenant's first request; an engine may `write` without it.
+        It leaves nothing behind: `write` describes a namespace. Raises StoreError when the store can't be used, not
+        when it can't be changed. The coordinator calls it before it matches a tenant's first request; an engine may
+        `write` without it.
         """
         ...
 
@@ -101,33 +109,40 @@ class Store(Protocol):
     def read(self, space: Namespace, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
         """Fill `into` with a block. Raises BlockError, leaving `into` undefined; ValueError for a wrong size.
 
-        `BlockFault.MISSING` means that the block is gone. StoreError means that the store does not answer: no block is
-        to blame, and none is dropped.
+        `BlockFault.MISSING` means that the block is gone. BlockUnavailableError means that it can't be read now,
+        another StoreError that the store does not answer: then no block is to blame.
         """
         ...
 
     def find(self, root: BlockKey, keys: Sequence[BlockKey]) -> list[BlockRecord]:
-        """Returns records of the blocks of `keys` up to the first that is missing or has a bad header.
+        """Returns records of the blocks of `keys` up to the first that is missing, has a bad header or can't be read.
 
-        A request waits for this, and mostly `keys[0]` is missing: that case must cost one look. Raises StoreError.
+        A request waits for this, and mostly `keys[0]` is missing: that case must cost one look. Raises StoreError;
+        BlockUnavailableError when `keys[0]` can't be read now: who asks whether a block is there must not take that
+        for a no.
         """
         ...
 
     def delete(self, root: BlockKey, key: BlockKey) -> bool:
-        """Remove a block and free its space. Returns False if it is gone already. Raises StoreError."""
+        """Remove a block and free its space; the last one takes its namespace with it. Returns False if it is gone.
+
+        Raises StoreError.
+        """
         ...
 
     def quarantine(self, root: BlockKey, key: BlockKey) -> BlockFault | None:
         """Check every byte of a block again, and quarantine it if it is bad, so that it is never served again.
 
-        Returns its fault; None if it is gone, or sound because it was written again. Raises StoreError.
+        Returns its fault; None if it is gone, or sound because it was written again. Raises StoreError, and changes
+        nothing, when it can't be checked now.
         """
         ...
 
     def scan(self, on_bad: Callable[[BadFile], None] | None = None) -> Iterator[BlockRecord]:
-        """Yields every block of every namespace with a sound header; the others go to `on_bad`. Raises StoreError.
+        """Yields every block of every namespace with a sound header; what else is there goes to `on_bad`.
 
-        Blocks written or deleted meanwhile may or may not be seen.
+        What can't be read or listed now goes there, too, as `BlockFault.UNAVAILABLE`. Blocks written or deleted
+        meanwhile may or may not be seen. Raises StoreError when the store can't be listed at all.
         """
         ...
 
@@ -137,11 +152,11 @@ class Inspectable(Store, Protocol):
     """A store that `dualpath store` can inspect; optional for a store. All methods may raise StoreError."""
 
     def descriptions(self) -> dict[BlockKey, NamespaceDescription | None]:
-        """Returns the namespaces by root key; None for a missing or damaged description."""
+        """Returns the namespaces by root key; None for a description that is missing, damaged or can't be read."""
         ...
 
     def verify(self, root: BlockKey, key: BlockKey) -> None:
-        """Check every byte of a block. Raises BlockError."""
+        """Check every byte of a block. Raises BlockError, BlockUnavailableError."""
         ...
 
     def set_aside(self, file: BadFile) -> None:
@@ -153,7 +168,7 @@ class Inspectable(Store, Protocol):
         ...
 
     def leftovers(self, *, remove: bool = False) -> list[str]:
-        """Returns abandoned half-written files; `remove` deletes them."""
+        """Returns abandoned half-written files and namespaces without blocks; `remove` deletes them."""
         ...
 
 
