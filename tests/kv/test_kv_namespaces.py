@@ -145,7 +145,7 @@ def _interrupt(patch: pytest.MonkeyPatch, is_now: Callable[[], bool], meanwhile:
 
         return wrapped
 
-    for call in ("open", "mkdir", "rmdir", "unlink", "replace", "listdir", "lstat", "fsync"):
+    for call in ("open", "mkdir", "rmdir", "unlink", "replace", "listdir", "scandir", "lstat", "fsync"):
         patch.setattr(os, call, before(getattr(os, call)))
 
 

@@ -22,6 +22,7 @@ from dualpath.kv.stores.naming import (
     key_of,
 )
 from dualpath.kv.stores.protocol import BadFile
+from dualpath.kv.stores.remembered import remember
 from dualpath.spec.whole_file import LEFTOVER_AGE_S
 
 DESCRIBE_S = 60.0
