@@ -136,7 +136,7 @@ def test_storage_that_fills_up_does_not_stop_serving(
         (space,) = (path for path in tmp_path.iterdir() if path.is_dir())
         for shard in range(256):
             if not (space / f"{shard:02x}").exists():
-                (space / f"{shard:02x}").write_text("in the way")
+                (space / f"{shard:02x}").symlink_to("/sys")  # a folder in which nobody can make a file
         prompt = appended(1, 200)
         for _ in range(2):
             answer = await ask(cluster, prompt, 4)

@@ -14,15 +14,18 @@ CUT = "cut"
 """A fault: half of the body comes, then the connection ends. Another fault is a status code."""
 RESET = "reset"
 """A fault: the connection ends at once."""
+HANG = "hang"
+"""A fault: no answer comes while the server runs."""
 
 
 class FaultyObjects:
-    """`faults` maps (method, a part of the object's name) to a status code, `CUT` or `RESET`; "" is in every name."""
+    """`faults` maps (method, a part of the object's name) to a status code or a fault; "" is in every name."""
 
     def __init__(self, port: int = 0) -> None:
         self.objects: dict[str, bytes] = {}
         self.faults: dict[tuple[str, str], int | str] = {}
         self.asked: Counter[str] = Counter()
+        self.over = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/kv"
@@ -34,6 +37,7 @@ class FaultyObjects:
         try:
             yield self
         finally:
+            self.over.set()
             self._server.shutdown()
             self._server.server_close()
             thread.join()
@@ -77,7 +81,9 @@ class FaultyObjects:
                 name, fault = unquote(self.path).lstrip("/"), None
                 body = self.body()
                 fault = outer.fault(self.command, name)
-                if fault == RESET:
+                if fault == HANG:
+                    outer.over.wait()
+                if fault in (RESET, HANG):
                     self.connection.close()
                     self.close_connection = True
                 elif isinstance(fault, int):

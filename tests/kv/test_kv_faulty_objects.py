@@ -1,5 +1,9 @@
 """One object that its server refuses is told from a server that is away, and writes from reads."""
 
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -23,7 +27,7 @@ from dualpath.kv.stores.bucket import Health, ObjectError
 from dualpath.kv.stores.inspection import fsck, stat
 from dualpath.kv.stores.objects import ObjectStore
 
-from .faulty_objects import CUT, RESET, FaultyObjects
+from .faulty_objects import CUT, HANG, RESET, FaultyObjects
 
 PayloadOf = Callable[[BlockKey], np.ndarray]
 ONE_OBJECT = [403, 401, 500, 503, 429, CUT, RESET]
@@ -199,6 +203,7 @@ def test_a_shard_that_can_not_be_listed_makes_no_orphans(
 ) -> None:
     before = dict(server.objects)
     server.faults["PROPFIND", f"{space.hex}/{keys[1].hex()[:2]}"] = 500
+    server.faults["PROPFIND", f"{space.hex}/bad"] = 500
     report = rebuild(PrefixIndex(), ObjectStore(server.bucket()), clean=True)
     assert (report.orphans, report.bad, len(report.unavailable)) == ((), (), 1)
     assert fsck(ObjectStore(server.bucket()), repair=True).orphans == ()
@@ -275,3 +280,28 @@ def test_a_known_object_that_is_refused_is_not_what_is_asked_for(
     assert len(server.objects[name_of(space, keys[2])]) == PAGE_BYTES + 768
     with pytest.raises(BlockError, match="missing"):
         read(store, space, b"0" * 16)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize("method", ["PROPFIND", "GET"])
+def test_a_command_ends_when_it_is_told_to(
+    sent: signal.Signals, code: int, method: str, store: ObjectStore, server: FaultyObjects
+) -> None:
+    """Also while it waits for a server that hangs: Python's own way would end with the last request, in a minute."""
+    server.faults[method, ""] = HANG
+    server.asked.clear()
+    ignored = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = f"{ignored}; from dualpath.cli import main; sys.exit(main(['store', 'fsck', {server.url!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", run], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not server.asked[method]:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == code and b"Traceback" not in said
+    assert sent is signal.SIGTERM or b"interrupted" in said

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 NOT_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
@@ -99,6 +100,18 @@ def remove(path: Path) -> None:
     except OSError as error:
         if error.errno not in NOT_THERE:
             raise
+
+
+def remove_all(paths: Iterable[Path]) -> None:
+    """`remove` each. Raises the last OSError after it has tried them all."""
+    failure: OSError | None = None
+    for path in paths:
+        try:
+            remove(path)
+        except OSError as error:
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def _reason(path: Path, error: OSError) -> OSError:

@@ -176,7 +176,9 @@ class ObjectStore:
 
     def quarantined(self, root: BlockKey) -> int:
         """See `Inspectable.quarantined`."""
-        return len(self._bucket.folder(f"{root.hex()}/{BAD}")[1])
+        with suppress(ObjectError):
+            return len(self._bucket.folder(f"{root.hex()}/{BAD}")[1])
+        return 0
 
     def leftovers(self, *, remove: bool = False) -> list[str]:
         """See `Inspectable.leftovers`. A PUT is whole or not at all, so there are only namespaces without blocks."""
@@ -255,9 +257,10 @@ class ObjectStore:
             self._bucket.put(bad_name(name, cause), list(body.pieces))
         self._bucket.delete(name)
         folder = bad_name(name, cause).rpartition("/")[0]
-        oldest_first = sorted(self._bucket.folder(folder)[1], key=lambda record: record.mtime_ns)
-        for surplus in oldest_first[:-MAX_QUARANTINED_FILES]:
-            self._bucket.delete(surplus.name)
+        with suppress(ObjectError):  # it is done; what can't be deleted now is surplus next time
+            oldest_first = sorted(self._bucket.folder(folder)[1], key=lambda record: record.mtime_ns)
+            for surplus in oldest_first[:-MAX_QUARANTINED_FILES]:
+                self._bucket.delete(surplus.name)
         return True
 
 

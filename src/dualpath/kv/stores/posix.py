@@ -27,8 +27,7 @@ from dualpath.kv.stores.block_file import (
     read_payload,
     unpaced,
 )
-from dualpath.kv.stores.entries import NOT_THERE
-from dualpath.kv.stores.entries import remove as remove_entry
+from dualpath.kv.stores.entries import NOT_THERE, remove_all
 from dualpath.kv.stores.errors import BlockError, BlockFault, BlockUnavailableError, StoreError, StoreWriteError
 from dualpath.kv.stores.naming import describe, described
 from dualpath.kv.stores.posix_directory import StoreDirectory, store_errors
@@ -72,8 +71,7 @@ class PosixStore:
         with store_errors(f"the store at {self.location} cannot be opened"):
             self._files.make_store()
         try:
-            for path in self._files.leftovers(space.root):
-                remove_entry(path)
+            remove_all(self._files.leftovers(space.root))
             if self._files.description(space.root) != describe(space) and self._files.shards(space.root):
                 self._folders.describe(space.root, describe(space))
         except OSError as error:  # a store that can't be written to can be read
@@ -182,8 +180,8 @@ class PosixStore:
         """See `Inspectable.leftovers`."""
         with store_errors(f"the store at {self.location} cannot be cleaned"):
             found = [path for root in self._files.roots() for path in self._files.leftovers(root)]
-            for path in found if remove else ():
-                remove_entry(path)
+            if remove:
+                remove_all(found)
             empty = [root for root in self._files.roots() if self._folders.is_abandoned(root)]
             for root in empty if remove else ():
                 self._folders.remove_if_empty(root)
