@@ -173,7 +173,8 @@ class StoreDirectory:
         except FileExistsError:
             if is_folder(path):
                 return
-            self.set_aside(path, BlockFault.HEADER)
+            if os.path.lexists(path):  # else it was a folder that somebody has just removed
+                self.set_aside(path, BlockFault.HEADER)
             path.mkdir(bits, exist_ok=True)
         if bits & stat.S_IRWXG:
             path.chmod(bits)
