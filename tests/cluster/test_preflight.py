@@ -1,5 +1,6 @@
 """What can't start is said before engines do, in one line that names the option and says what to do."""
 
+import errno
 import json
 import os
 import subprocess
@@ -114,6 +115,24 @@ def test_a_store_that_can_not_be_written(tmp_path: Path) -> None:
         settled(config(tmp_path, store=str(tmp_path / "file" / "kv")))
     with pytest.raises(StoreError, match="unknown kind of store 'ftp'"):
         settled(config(tmp_path, store="ftp://x"))
+
+
+def test_a_store_on_a_read_only_disk_is_served_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A snapshot of KV, or a disk that its kernel has given up writing to."""
+    checkpoint(tmp_path / "tiny")
+
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    settled(config(tmp_path))
+    assert "nothing is stored" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", lambda *_, **__: refuse())
+        with pytest.raises(StoreError, match="Read-only"):
+            settled(config(tmp_path, store=str(tmp_path / "nowhere")))
 
 
 def cached(home: Path, name: str, weights: bool) -> Path:

@@ -6,7 +6,9 @@ do. What only the engines can know (whether the weights load, whether the model 
 
 import contextlib
 import ctypes
+import errno
 import importlib.metadata
+import logging
 import re
 import tempfile
 from importlib.util import find_spec
@@ -19,6 +21,8 @@ import msgspec
 from dualpath.cluster.config import DTYPES, ClusterConfig
 from dualpath.kv import KVLayout, StoreError, open_store
 from dualpath.kv.layout import parts_of
+
+logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DEVICES = re.compile(r"cpu|cuda(:\d+)?")
@@ -147,7 +151,10 @@ def _check_sizes(config: ClusterConfig, facts: dict[str, Any], dtype: str) -> No
 
 
 def _check_store(location: str) -> None:
-    """Check the place, and that a directory can be written to; a server of objects is asked by the coordinator."""
+    """Check the place, and that a directory can be written to, or was mounted so that it can't.
+
+    A server of objects is asked by the coordinator.
+    """
     open_store(location)
     if "://" in location:
         return
@@ -156,6 +163,9 @@ def _check_store(location: str) -> None:
         with tempfile.TemporaryFile(dir=location):
             pass
     except OSError as error:
+        if error.errno == errno.EROFS and Path(location).is_dir():
+            logger.warning("--store: %s is on a read-only disk: what it has is served, and nothing is stored", location)
+            return
         raise StoreError(
             f"--store: {location} can't be written to: {error.strerror}; give a directory of yours"
         ) from error
