@@ -23,7 +23,6 @@ from dualpath.kv import (
 )
 from dualpath.kv.stores import bucket as buckets
 from dualpath.kv.stores.block_file import PAGE_BYTES
-from dualpath.kv.stores.bucket import Health, ObjectError
 from dualpath.kv.stores.inspection import fsck, stat
 from dualpath.kv.stores.objects import ObjectStore
 
@@ -241,31 +240,6 @@ def test_abandoned_descriptions_are_leftovers(
     assert store.leftovers() == [empty.hex]
     assert rebuild(PrefixIndex(), store, clean=True).published_blocks == 4
     assert not any(empty.hex in name for name in server.objects) and store.leftovers() == []
-
-
-def test_what_failures_speak_against() -> None:
-    now, answers = 0.0, True
-    health = Health(lambda: now, lambda name: answers)
-    assert health.failed("read", "a") is ObjectError
-    health.check("read", "b", "b")
-    health.check("written", "a", "a")
-    with pytest.raises(ObjectError):
-        health.check("read", "a", "a")
-    now = buckets.COOL_S
-    health.check("read", "a", "a")
-    for name in "abc":
-        health.failed("written", name)
-    with pytest.raises(StoreError, match="refused other objects"):
-        health.check("written", "d", "d")
-    health.check("read", "d", "d")
-    now, answers = 2 * buckets.COOL_S, False
-    assert health.failed("written", "a") is StoreError
-    with pytest.raises(StoreError, match="did not answer"):
-        health.check("read", "d", "d")
-    for number in range(2 * buckets.MAX_REFUSED):
-        answers = True
-        health.failed("read", str(number))
-    assert len(health._refused_until) == buckets.MAX_REFUSED
 
 
 def test_a_known_object_that_is_refused_is_not_what_is_asked_for(

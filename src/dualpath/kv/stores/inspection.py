@@ -121,10 +121,9 @@ def stat(store: Store) -> StoreStat:
 
 
 def fsck(store: Store, *, repair: bool = False, progress: Progress | None = None) -> FsckReport:
-    """Check every byte of a store.
+    """Check every byte of a store. `repair` quarantines bad files, deletes orphans and leftovers, and says what failed.
 
-    `repair` quarantines bad files and deletes orphans and leftovers. Raises StoreError if the store can't be read,
-    repaired or inspected.
+    Raises StoreError if the store can't be read or inspected.
     """
     store = inspectable(store)
     descriptions = store.descriptions()
@@ -143,7 +142,7 @@ def fsck(store: Store, *, repair: bool = False, progress: Progress | None = None
     bad_files = tuple(file for file in faults if file.cause is not BlockFault.UNAVAILABLE)
     unavailable = tuple(file for file in faults if file.cause is BlockFault.UNAVAILABLE)
     orphans = _orphans(store, sound, {file.key for file in bad_files}, {file.key for file in unavailable})
-    leftovers = store.leftovers()
+    leftovers = tuple(map(_printable_text, store.leftovers()))
     return FsckReport(
         location=store.location,
         namespaces=len(descriptions),
@@ -153,7 +152,7 @@ def fsck(store: Store, *, repair: bool = False, progress: Progress | None = None
         faults={fault.value: n for fault in BlockFault if (n := sum(file.cause is fault for file in bad_files))},
         bad_files=tuple(map(_printable, bad_files)),
         orphans=tuple(block_name(record.root, record.key) for record in orphans),
-        leftovers=tuple(map(_printable_text, leftovers)),
+        leftovers=leftovers,
         undescribed=_undescribed(descriptions, {*scanned, *faulty}),
         unavailable=tuple(map(_printable, unavailable)),
         not_repaired=_repair(store, bad_files, orphans) if repair else (),
