@@ -63,7 +63,7 @@ def test_all_that_the_scheduler_counts_is_shown() -> None:
 
 
 def test_a_series_has_the_labels_of_its_metric() -> None:
-    sample = NIC_BYTES("snic", "rx", "high")
+    sample = NIC_BYTES("snic", "rx", "high", "node")
     assert sample == 'dualpath_nic_bytes_total{nic="snic",direction="rx",traffic_class="high"}'
     with pytest.raises(ValueError, match="zip"):
         NIC_BYTES("snic")

@@ -180,7 +180,7 @@ BUFFER_HELD_BLOCKS = _host("dualpath_buffer_held_blocks", "Pages that an attempt
 BUFFER_QUARANTINED_BLOCKS = _host("dualpath_buffer_quarantined_blocks", "Pages that a lost peer might still write to")
 BUFFER_HIGH_WATER_BLOCKS = _host("dualpath_buffer_high_water_blocks", "The most pages that were taken at one time")
 _NIC = "Bytes through the engine's storage NIC (snic) and compute NIC (cnic)"
-NIC_BYTES = _host("dualpath_nic_bytes_total", _NIC, ("nic", "direction", "traffic_class"))
+NIC_BYTES = _host("dualpath_nic_bytes_total", _NIC, ("nic", "direction", "traffic_class", "node"))
 _prefill = partial(Metric, "cluster/agent/prefill.py", by_engine=True)
 _decode = partial(Metric, "cluster/agent/decode.py", by_engine=True)
 PREFILL_WAITING_TOKENS = _prefill("dualpath_prefill_waiting_tokens", "Tokens that wait to be prefilled")

@@ -39,6 +39,16 @@ def test_bytes_of_a_nic_are_summed_over_classes_and_named_by_role_and_rank():
     )
 
 
+def test_engines_of_a_node_have_one_nic():
+    text = metrics(*((engine, "decode", "snic", "rx", "low", 10**engine) for engine in range(4)))
+    for engine, node in enumerate("abab"):
+        text = text.replace(f'engine="{engine}"', f'engine="{engine}",node="host/{node}"')
+    assert NicBytes(text).snic_received_since(NicBytes(metrics((9, "decode", "snic", "rx", "low", 0)))) == {
+        "DE0": 101,
+        "DE1": 1010,
+    }
+
+
 def test_metrics_of_something_else_are_refused():
     with pytest.raises(MetricsError, match="no dualpath_nic_bytes_total"):
         NicBytes("other 1\n")

@@ -139,7 +139,7 @@ class EngineHost:
             ("cnic", "tx"): (cnic.tx.high_bytes, cnic.tx.low_bytes),
         }
         for (nic, direction), (high_bytes, low_bytes) in moved.items():
-            figures[metrics.NIC_BYTES(nic, direction, "high")] = float(high_bytes)
-            figures[metrics.NIC_BYTES(nic, direction, "low")] = float(low_bytes)
+            for traffic_class, n_bytes in (("high", high_bytes), ("low", low_bytes)):
+                figures[metrics.NIC_BYTES(nic, direction, traffic_class, self.config.name)] = float(n_bytes)
         own = {sample: float(value) for sample, value in self.counters.items()}
         return figures | own | self.attached.gauges

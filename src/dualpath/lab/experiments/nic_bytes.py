@@ -1,4 +1,4 @@
-"""Reads from /metrics how many bytes each engine's storage NIC received: now, when settled, or over time."""
+"""Reads from /metrics how many bytes each node's storage NIC received: now, when settled, or over time."""
 
 import asyncio
 import time
@@ -30,6 +30,7 @@ class NicBytes:
     def __init__(self, text: str) -> None:
         self._bytes: dict[tuple[int, str, str], int] = {}
         self._roles: dict[int, str] = {}
+        self._nodes: dict[int, str] = {}
         # The parser is slow and runs four times a second beside the measured cluster, so nothing else is parsed.
         lines = [line for line in text.splitlines(keepends=True) if line.startswith(SERIES)]
         for family in text_string_to_metric_families("".join(lines)):
@@ -42,19 +43,25 @@ class NicBytes:
         engine = int(labels["engine"])
         key = (engine, labels["nic"], labels["direction"])
         self._roles[engine] = labels["role"]
+        self._nodes[engine] = labels.get("node") or str(engine)
         self._bytes[key] = self._bytes.get(key, 0) + int(n_bytes)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NicBytes) and self._bytes == other._bytes
 
     def snic_received_since(self, before: "NicBytes") -> dict[str, int]:
-        """Returns bytes by engine: ``PE0``, ``PE1``, …, then ``DE0``, …, numbered within their role by engine id."""
+        """Returns bytes by node: ``PE0``, ``PE1``, …, then ``DE0``, …, in order of their first engine's id.
+
+        What the engines of a node read has passed its one SNIC.
+        """
         received: dict[str, int] = {}
         for role in ("prefill", "decode"):
-            engines = sorted(engine for engine, its_role in self._roles.items() if its_role == role)
-            for rank, engine in enumerate(engines):
+            names: dict[str, str] = {}
+            for engine in sorted(engine for engine, its_role in self._roles.items() if its_role == role):
+                name = names.setdefault(self._nodes[engine], f"{PREFIX[role]}{len(names)}")
                 key = (engine, "snic", "rx")
-                received[f"{PREFIX[role]}{rank}"] = self._bytes.get(key, 0) - before._bytes.get(key, 0)
+                n_bytes = self._bytes.get(key, 0) - before._bytes.get(key, 0)
+                received[name] = received.get(name, 0) + n_bytes
         return received
 
 

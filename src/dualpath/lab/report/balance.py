@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dualpath.results.file import Run, SnicSample
 from dualpath.results.roles import readers
+from dualpath.spec.topology import Topology
 
 LEAST_SHARE = 0.2
 """A window with less than this share of the median window's work has no balance: the job starts, ends or pauses."""
@@ -73,8 +74,10 @@ def attention_balance(run: Run, width_s: float) -> Balance | None:
     A turn's attention is its new tokens times the tokens they attend to (hit tokens, and half of the new ones). It is
     spread evenly over the time from having everything read to the first token, on its PE.
     """
-    engines = sorted(engine for engine in run.snic_bytes if engine.startswith("PE"))
     timed = [(turn, turn.timings) for turn in run.turn_results if turn.timings is not None]
+    size = Topology.parse(run.topology)
+    idle_too = {f"PE{number}" for number in range(size.prefill_nodes * size.engines_per_node)}
+    engines = sorted(idle_too | {timings.prefill_engine for _, timings in timed})
     if len(engines) < 2 or not timed:
         return None
     edges_s = np.arange(0.0, max(turn.start_s + turn.ttft_s for turn, _ in timed) + width_s, width_s)
