@@ -64,7 +64,7 @@ def test_all_that_the_scheduler_counts_is_shown() -> None:
 
 def test_a_series_has_the_labels_of_its_metric() -> None:
     sample = NIC_BYTES("snic", "rx", "high", "node")
-    assert sample == 'dualpath_nic_bytes_total{nic="snic",direction="rx",traffic_class="high"}'
+    assert sample == 'dualpath_nic_bytes_total{nic="snic",direction="rx",traffic_class="high",node="node"}'
     with pytest.raises(ValueError, match="zip"):
         NIC_BYTES("snic")
     shown = of_engine(sample, 3, "decode")
@@ -84,10 +84,10 @@ def test_a_series_has_the_labels_of_its_metric() -> None:
         "not a name",
         "",
         "dualpath_nic_bytes_total",
-        'dualpath_nic_bytes_total{nic="a\nb",direction="rx",traffic_class="high"}',
+        'dualpath_nic_bytes_total{nic="a\nb",direction="rx",traffic_class="high",node="node"}',
         'dualpath_nic_bytes_total{direction="rx",nic="snic"}',
-        'dualpath_nic_bytes_total{nic="snic", direction="rx",traffic_class="high"}',
-        'dualpath_nic_bytes_total{nic="snic",direction="rx",traffic_class="high"} 7\ndualpath_requests_live',
+        'dualpath_nic_bytes_total{nic="snic", direction="rx",traffic_class="high",node="node"}',
+        'dualpath_nic_bytes_total{nic="snic",direction="rx",traffic_class="high",node="n"} 7\ndualpath_requests_live',
         "dualpath_requests_live",  # the coordinator's own
     ],
 )
