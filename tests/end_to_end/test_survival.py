@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from dualpath.model.checkpoint import make_checkpoint
+
 from .test_serve import START_S, command, pools_of, serving, wait_for
 from .test_start import children, started
 
@@ -33,9 +35,11 @@ def cached(answer: httpx.Response) -> int:
     return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
-def is_up(url: str) -> bool:
+def is_up(url: str, without: int = 0) -> bool:
+    """Whether all engines serve, and none of them is the process `without`."""
     try:
-        return httpx.get(f"{url}/health", timeout=5).json()["status"] == "ok"
+        told = httpx.get(f"{url}/health", timeout=5).json()
+        return told["status"] == "ok" and all(engine["pid"] != without for engine in told["engines"])
     except (httpx.HTTPError, ValueError):
         return False
 
@@ -92,6 +96,24 @@ def test_each_process_that_is_killed_is_brought_back(model: Path, tmp_path: Path
             assert facts["starting"] == []
             wait_for(lambda facts=facts: json.loads(ready.read_bytes())["engines"] == facts["engines"], 10)
             assert json.loads(ready.read_bytes())["pid"] == process.pid
+
+
+def test_what_is_brought_back_has_the_weights_that_are_served(model: Path, tmp_path: Path) -> None:
+    """After an update: an engine with those of the start would be refused, and a server would name the wrong ones."""
+    other = make_checkpoint(tmp_path / "step-2", "qwen3", seed=8)
+    with serving(model, tmp_path, "--enable-control") as (url, process):
+        before = tokens(ask(url))
+        asked = {"model_path": str(other), "weight_version": "step-2"}
+        assert httpx.post(f"{url}/update_weights_from_disk", json=asked, timeout=60).json()["success"]
+        right = tokens(ask(url))
+        assert right != before
+        for victim in (engine_of(url, "decode"), server_of(process.pid), engine_of(url, "prefill")):
+            os.kill(victim, signal.SIGKILL)
+            wait_for(lambda victim=victim: not runs(victim), 10)
+            wait_for(lambda victim=victim: is_up(url, without=victim), START_S)
+            assert httpx.get(f"{url}/get_weight_version").json() == {"weight_version": "step-2"}
+            answer = ask(url)
+            assert tokens(answer) == right and cached(answer) == 192
 
 
 def test_a_coordinator_that_stood_still_has_lost_nobody(model: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -46,8 +47,13 @@ class NodeParts(msgspec.Struct, frozen=True):
     engines: list[Part]
 
 
-def node_parts(config: ClusterConfig, control_address: str) -> list[NodeParts]:
-    """Returns every node of the topology. Raises ValueError when it has too many engines for one host."""
+def node_parts(
+    config: ClusterConfig, control_address: str, weights: Callable[[], str] | None = None
+) -> list[NodeParts]:
+    """Returns every node of the topology. `weights()` is the checkpoint that is served when an engine starts.
+
+    Raises ValueError when there are too many engines for one host.
+    """
     topology = config.topology
     if topology.engines > MAX_ENGINES:
         raise ValueError(
@@ -56,19 +62,25 @@ def node_parts(config: ClusterConfig, control_address: str) -> list[NodeParts]:
         )
     counts = ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes))
     directory = _socket_directory()
-    return [one_node(config, control_address, role, rank, directory) for role, n in counts for rank in range(n)]
+    where = directory, weights
+    return [one_node(config, control_address, role, rank, *where) for role, n in counts for rank in range(n)]
 
 
 def one_node(
-    config: ClusterConfig, control_address: str, role: Role, rank: int, directory: str | None = None
+    config: ClusterConfig,
+    control_address: str,
+    role: Role,
+    rank: int,
+    directory: str | None = None,
+    weights: Callable[[], str] | None = None,
 ) -> NodeParts:
-    """Returns one node; `directory` is where its engines find its agent."""
+    """Returns one node; `directory` is where its engines find its agent. `weights`: see `node_parts`."""
     socket = f"{directory or _socket_directory()}/{role.value}-{rank}.sock"
     engines = config.topology.engines_per_node
     numbers = range(engines * rank, engines * (rank + 1))
     return NodeParts(
         _agent(config, control_address, f"{role.value}-node-{rank}", socket),
-        [_engine(config, socket, role, f"{role.value}-{number}") for number in numbers],
+        [_engine(config, socket, role, f"{role.value}-{number}", weights) for number in numbers],
     )
 
 
@@ -91,12 +103,13 @@ def _agent(config: ClusterConfig, control_address: str, name: str, socket: str) 
     return Part(name, start, dismiss=lambda child: os.kill(child.pid, LEAVE))
 
 
-def _engine(config: ClusterConfig, agent: str, role: Role, name: str) -> Part:
+def _engine(config: ClusterConfig, agent: str, role: Role, name: str, weights: Callable[[], str] | None) -> Part:
     def start(child: Child) -> BaseProcess:
         if name == f"{Role.PREFILL.value}-0":
             logger.info("starts engines; torch is imported once for all")
         multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
-        cluster = config.without_secrets()
+        served = config.model if weights is None else weights()
+        cluster = msgspec.structs.replace(config.without_secrets(), model=served)
         settings = EngineConfig(role=role, agent=agent, cluster=cluster, name=name, ticket=child.ticket)
         return started("forkserver", engine_entry, (settings, child.telling), name)
 

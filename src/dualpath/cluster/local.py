@@ -43,7 +43,7 @@ class OwnEngines:
         """Start the topology's engines. Raises ValueError when there are too many of them."""
         self.coordinator = coordinator
         self.supervisor = Supervisor(
-            all_parts(node_parts(self._config, coordinator.control_address)),
+            all_parts(node_parts(self._config, coordinator.control_address, lambda: coordinator.weights[0])),
             sweep=lambda: sweep(self._config),
             on_end=self._ended,
             on_hopeless=coordinator.membership.hopeless,
@@ -105,6 +105,8 @@ class Situation(msgspec.Struct):
     """Who runs the engines; None: the cluster does."""
     listener: socket.socket | None = None
     """Where the server listens; None: it binds the configured address."""
+    weights: tuple[str, str] | None = None
+    """What the coordinator before has served at last: the checkpoint's path, and its version."""
     control: socket.socket | None = None
     """Listens at the control address; None: the coordinator binds it."""
     standby: Standby | None = None
@@ -138,7 +140,7 @@ class Cluster:
     async def __aenter__(self) -> "Cluster":
         """Raises TimeoutError, RuntimeError, OSError or StoreError that says why the cluster did not start."""
         open_store(self.config.store)  # a location that can't be is told before any process starts
-        self.coordinator = Coordinator(self.config, self.crew, self._situation.control)
+        self.coordinator = Coordinator(self.config, self.crew, self._situation.control, self._situation.weights)
         self._open = True
         try:
             self.coordinator.start()

@@ -55,6 +55,8 @@ class ServerPart:
         """Ticket → the pipe for words."""
         self._answers: dict[tuple[str, type[Any]], Any] = {}
         self.has_served = False
+        self.weights: tuple[str, str] | None = None
+        """What has been served at last; None before."""
         self.greeting: list[object] = []
         """What each new server is told first."""
 
@@ -67,6 +69,7 @@ class ServerPart:
             local_engines=self._local_engines,
             parent=os.getpid(),
             comes_back=self.has_served,
+            weights=self.weights,
             succeeds=bool(self._pipes),
         )
         try:

@@ -128,6 +128,7 @@ class _Part:
         situation = Situation(
             crew=self._engines if orders.local_engines else None,
             listener=self._listener,
+            weights=orders.weights,
             control=self._control,
             standby=self._steps if orders.succeeds else None,
             enough_s=ENOUGH_S if orders.comes_back else None,
@@ -151,12 +152,12 @@ class _Part:
 
     async def _tell_facts(self, server: ClusterServer) -> None:
         """Keep the ready file right: engines come and go."""
-        told: dict[str, object] | None = None
+        told: w.Serving | None = None
         while True:
-            facts = server.facts()
-            if facts != told:
-                self._pipes.words.send(w.Serving(facts, server.welcome()))
-                told = facts
+            said = w.Serving(server.facts(), server.welcome(), server.cluster.coordinator.weights)
+            if said != told:
+                self._pipes.words.send(said)
+                told = said
             await asyncio.sleep(FACTS_S)
 
     def _listen(self) -> None:

@@ -63,7 +63,7 @@ class SupervisedCluster:
         address, control = control_listener(config.control_address)
         self._config = config = msgspec.structs.replace(config, control_address=address)
         self._listener = listener
-        nodes = node_parts(config, address) if local_engines else []
+        nodes = node_parts(config, address, self._served_weights) if local_engines else []
         self._server = ServerPart(
             config, local_engines, listener, control, on_word=self._on_word, kill=lambda ticket: self._kill(ticket)
         )
@@ -135,6 +135,9 @@ class SupervisedCluster:
 
     # ── the parts ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _served_weights(self) -> str:
+        return self._config.model if self._server.weights is None else self._server.weights[0]
+
     def _kill(self, ticket: str) -> None:
         self._supervisor.kill(ticket)
 
@@ -146,7 +149,7 @@ class SupervisedCluster:
                 self._supervisor.ready(child.ticket)
                 if not self._server.has_served:
                     print(word.welcome, flush=True)
-                self._server.has_served = True
+                self._server.has_served, self._server.weights = True, word.weights
                 if self._config.ready_file is not None:
                     facts = word.facts | {"pid": os.getpid(), "orders": self._orders.name}
                     write_whole(Path(self._config.ready_file), msgspec.json.encode(facts))

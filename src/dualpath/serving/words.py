@@ -80,6 +80,8 @@ class Serving(msgspec.Struct, frozen=True):
 
     facts: dict[str, object]
     welcome: str
+    weights: tuple[str, str]
+    """What is served now: the checkpoint's path, and its version."""
 
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +92,8 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     parent: int
     comes_back: bool
     """Whether one has served before."""
+    weights: tuple[str, str] | None
+    """What that one has served at last."""
     succeeds: bool
     """Whether that one still runs, and hands over."""
 

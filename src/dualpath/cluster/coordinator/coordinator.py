@@ -47,13 +47,21 @@ class Coordinator:
     """Controls one cluster. Implements `cluster.generator.Generator`.
 
     Whoever starts local engines is the `crew`. `control` listens at the control address already, if somebody holds it.
+    `weights` (path, version) are those that a coordinator before has served at last.
     """
 
-    def __init__(self, config: ClusterConfig, crew: Crew | None = None, control: socket.socket | None = None) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        crew: Crew | None = None,
+        control: socket.socket | None = None,
+        weights: tuple[str, str] | None = None,
+    ) -> None:
         """Raises OSError when it cannot listen at the control address or cannot write the journal, ValueError when the
         model's generation_config.json makes no sense."""
         self._config = config
         self._crew = crew
+        self._first_weights = weights or (config.model, config.weights_version or "default")
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception when the coordinator itself breaks: it must then stop, because its state can no longer
         be trusted.
@@ -116,6 +124,11 @@ class Coordinator:
     @property
     def model(self) -> ModelFacts:
         return self._founded.requests.model
+
+    @property
+    def weights(self) -> tuple[str, str]:
+        """The path of the checkpoint that is served now, and its version."""
+        return (self.model.path, self.model.weight_version) if self._serving is not None else self._first_weights
 
     @property
     def control(self) -> Control:
@@ -229,13 +242,13 @@ class Coordinator:
         model = ModelFacts(
             name=config.served_model_name or Path(config.model).name,
             aliases=config.served_model_aliases,
-            path=config.model,
+            path=self._first_weights[0],
             max_model_len_tokens=join.max_model_len_tokens,
             vocab_size=join.vocab_size,
             eos_token_ids=join.eos_token_ids,
             defaults=config.generation_defaults(),
             cluster=config.served(join.layout.layers, join.layout.layers * join.layout.token_bytes),
-            weight_version=config.weights_version or "default",
+            weight_version=self._first_weights[1],
         )
         self.layout = join.layout
         constants = scheduler_constants(config, join.layout, prefill_tokens_per_s)
