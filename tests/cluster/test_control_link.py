@@ -231,3 +231,22 @@ def test_what_a_member_is_told_for_good_ends_it() -> None:
         assert member.let_go == 0
 
     alone(work)
+
+
+def test_a_member_may_leave_rather_than_come_back() -> None:
+    """As an engine does whose memory sleeps: nobody but the lost coordinator can wake it."""
+
+    async def work(links: EngineLinks, member: Member) -> None:
+        messages = links.messages()
+        identity, _ = await anext(messages)
+        links.send_to(identity, m.Welcome(3, epoch=1))
+        await member.joined()
+        member.may_return.clear()
+        links.send_to(identity, m.NotMember("restarted"))
+        async with asyncio.timeout(WAIT_S):
+            while not member.let_go:
+                await asyncio.sleep(0.005)
+        member.link.leave(f"{ABANDONED}: it sleeps")
+        assert await asyncio.wait_for(member.running, WAIT_S) == f"{ABANDONED}: it sleeps"
+
+    alone(work)

@@ -276,10 +276,7 @@ class Fleet:
         self.read_queues.tokens_at[self._place_of[engine]] -= leg.blocks * BLOCK_TOKENS
 
     def refusal(self, pe_blocks: int, de_blocks: int, hbm_blocks: int) -> Cause | None:
-        """Returns why no engine, however idle, could take such a request; None when some PE and some DE could.
-
-        A draining engine counts: it may come back, or another take its place.
-        """
+        """Returns why no engine, however idle or draining, could take such a request; None when some PE and DE could."""
         prefill, decode = self.prefill, self.decode
         if (
             pe_blocks <= prefill.smallest_buffer_blocks
@@ -294,10 +291,10 @@ class Fleet:
             return None
         if not (prefill.draining or decode.draining):
             return Cause.TOO_LARGE
-        least = {Role.PREFILL: (pe_blocks, 0), Role.DECODE: (de_blocks, hbm_blocks)}
         fitting = {
             facts.role
             for facts in self.facts.values()
-            if (facts.buffer_blocks, facts.hbm_blocks) >= least[facts.role] and facts.hbm_blocks >= least[facts.role][1]
+            if (facts.role is Role.PREFILL and facts.buffer_blocks >= pe_blocks)
+            or (facts.role is Role.DECODE and facts.buffer_blocks >= de_blocks and facts.hbm_blocks >= hbm_blocks)
         }
-        return None if len(fitting) == len(least) else Cause.TOO_LARGE
+        return None if len(fitting) == len(Role) else Cause.TOO_LARGE
