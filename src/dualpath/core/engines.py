@@ -276,7 +276,7 @@ class Fleet:
         self.read_queues.tokens_at[self._place_of[engine]] -= leg.blocks * BLOCK_TOKENS
 
     def refusal(self, pe_blocks: int, de_blocks: int, hbm_blocks: int) -> Cause | None:
-        """Returns why no engine, however idle or draining, could take such a request; None when some PE and DE could."""
+        """Returns why no engine, idle or draining, could ever take such a request; None when some PE and DE could."""
         prefill, decode = self.prefill, self.decode
         if (
             pe_blocks <= prefill.smallest_buffer_blocks
