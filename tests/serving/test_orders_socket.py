@@ -12,11 +12,12 @@ from dualpath.cluster.supervisor import ReplaceError
 from dualpath.serving.orders_socket import FAILED, OrdersSocket, give_order
 
 AS_NOBODY = """
-import os, socket, sys
+import contextlib, os, socket, sys
 os.setuid(65534)
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(chr(0) + sys.argv[1])
-connection.sendall(b"works")
+with contextlib.suppress(BrokenPipeError):  # it may have been refused before it has said a word
+    connection.sendall(b"works")
 print(connection.recv(1000).decode())
 """
 
