@@ -1,5 +1,6 @@
 """`dualpath serve` after each of its processes has been killed or stopped, and while all of them are replaced."""
 
+import contextlib
 import json
 import os
 import signal
@@ -55,9 +56,20 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def server_of(supervisor: int) -> int:
-    """The process that has the HTTP server and the coordinator."""
-    (found,) = (pid for pid in children(supervisor) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+def server_of(url: str, supervisor: int) -> int:
+    """The process that has the HTTP server and the coordinator: beside the supervisor, only it holds the listener."""
+    port = f":{int(url.rpartition(':')[2]):04X} "
+    (line,) = (line for line in Path("/proc/net/tcp").read_text().splitlines() if port in line and " 0A " in line)
+    listener = f"socket:[{line.split()[9]}]"
+    (found,) = (pid for pid in children(supervisor) if listener in open_files(pid))
+    return found
+
+
+def open_files(pid: int) -> list[str]:
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(str(path.readlink()))
     return found
 
 
@@ -74,7 +86,7 @@ def test_each_process_that_is_killed_is_brought_back(model: Path, tmp_path: Path
         for name in ("prefill", "decode", "server", "fork server"):
             match name:
                 case "server":
-                    victim = server_of(process.pid)
+                    victim = server_of(url, process.pid)
                 case "fork server":
                     victim = parent_of(engine_of(url, "prefill"))
                 case role:
@@ -107,7 +119,7 @@ def test_what_is_brought_back_has_the_weights_that_are_served(model: Path, tmp_p
         assert httpx.post(f"{url}/update_weights_from_disk", json=asked, timeout=60).json()["success"]
         right = tokens(ask(url))
         assert right != before
-        for victim in (engine_of(url, "decode"), server_of(process.pid), engine_of(url, "prefill")):
+        for victim in (engine_of(url, "decode"), server_of(url, process.pid), engine_of(url, "prefill")):
             os.kill(victim, signal.SIGKILL)
             wait_for(lambda victim=victim: not runs(victim), 10)
             wait_for(lambda victim=victim: is_up(url, without=victim), START_S)
@@ -122,7 +134,7 @@ def test_a_coordinator_that_stood_still_has_lost_nobody(model: Path, tmp_path: P
     with serving(model, tmp_path) as (url, process):
         right = tokens(ask(url))
         engines = {engine_of(url, role) for role in ("prefill", "decode")}
-        server = server_of(process.pid)
+        server = server_of(url, process.pid)
         streamed: list[int] = []
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
             lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
@@ -155,7 +167,10 @@ def test_a_rolling_restart_loses_no_request(model: Path, tmp_path: Path, topolog
         return asked, given
 
     with serving(model, tmp_path, "--topology", topology) as (url, process), ThreadPoolExecutor(3) as threads:
-        before = {server_of(process.pid), *(engine["pid"] for engine in httpx.get(f"{url}/health").json()["engines"])}
+        before = {
+            server_of(url, process.pid),
+            *(engine["pid"] for engine in httpx.get(f"{url}/health").json()["engines"]),
+        }
         clients = [threads.submit(client, number) for number in range(3)]
         try:
             asked = command("restart", "--ready-file", tmp_path / "ready.json")

@@ -5,7 +5,6 @@ the *thread* that started it ends (`PR_SET_PDEATHSIG`); children are therefore s
 the process. A parent that died before the child could say so is noticed by its pid.
 """
 
-import asyncio
 import ctypes
 import multiprocessing
 import os
@@ -40,20 +39,6 @@ def leave_signals_to_the_parent() -> None:
     for number in SIGNALS_OF_THE_PARENT:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS_OF_THE_PARENT)
-
-
-def when_supervisor_ends(call: Callable[[], object]) -> None:
-    """Have this process's event loop call it then. Nothing happens in a process that no supervisor has started."""
-    loop, supervisor = asyncio.get_running_loop(), multiprocessing.parent_process()
-    if supervisor is None:
-        return
-    sentinel = supervisor.sentinel
-
-    def ended() -> None:
-        loop.remove_reader(sentinel)
-        call()
-
-    loop.add_reader(sentinel, ended)
 
 
 class Child:
