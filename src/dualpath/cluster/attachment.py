@@ -35,6 +35,8 @@ MAX_FRAME_BYTES = 256 * 2**20
 """Longer than any batch of the longest prompts."""
 _LENGTH = struct.Struct("<I")
 
+LISTENS = "listens for engines"
+"""What an agent tells its supervisor once engines can attach."""
 LEAVE = signal.SIGUSR1
 """Tells an agent to end, with its engines."""
 Owner = tuple[int, int]

@@ -59,6 +59,10 @@ class Child:
         pid = self.process.pid if self.process is not None else None
         return pid or 0
 
+    def is_ready(self, says: str | None = None) -> bool:
+        """Returns whether it is ready for work, or has said that."""
+        return self.ready_s is not None or self.step == says
+
     @property
     def is_alive(self) -> bool:
         return self.process is not None and self.process.is_alive()

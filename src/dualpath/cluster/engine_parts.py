@@ -98,7 +98,7 @@ def _agent(config: ClusterConfig, control_address: str, name: str, socket: str) 
             socket=socket,
             ticket=child.ticket,
         )
-        return started("spawn", agent_entry, (settings, os.getpid()), name)
+        return started("spawn", agent_entry, (settings, os.getpid(), child.telling), name)
 
     return Part(name, start, dismiss=lambda child: os.kill(child.pid, LEAVE))
 
@@ -116,14 +116,14 @@ def _engine(config: ClusterConfig, agent: str, role: Role, name: str, weights: C
     return Part(name, start)
 
 
-def agent_entry(config: AgentConfig, parent: int) -> None:
-    """Run a node agent in this process."""
+def agent_entry(config: AgentConfig, parent: int, telling: Connection) -> None:
+    """Run a node agent in this process; its steps go to the supervisor."""
     leave_signals_to_the_parent()
     signal.signal(LEAVE, signal.SIG_DFL)
     end_with_parent(parent, LEAVE)
     from dualpath.cluster.agent.main import run_agent
 
-    run_agent(config)
+    run_agent(config, _teller(telling))
 
 
 def engine_entry(config: EngineConfig, telling: Connection) -> None:
@@ -133,11 +133,17 @@ def engine_entry(config: EngineConfig, telling: Connection) -> None:
     end_with_parent(preloaded.PID if preloaded is not None else os.getppid())
     from dualpath.cluster.engines.main import run_engine
 
+    run_engine(config, _teller(telling))
+
+
+def _teller(telling: Connection) -> Callable[[str], None]:
+    """Returns what tells the supervisor a step, as long as that lives."""
+
     def tell(step: str) -> None:
         with contextlib.suppress(OSError):
             telling.send(step)
 
-    run_engine(config, tell)
+    return tell
 
 
 def _socket_directory() -> str:

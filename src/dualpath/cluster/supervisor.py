@@ -242,11 +242,11 @@ class Supervisor:
             if slot.current is None and not self._stopping:
                 self.spawn(self._bring_back(slot))
 
-    async def until_ready(self, child: Child, timeout_s: float) -> None:
-        """Raises ReplaceError when it ends before, or takes too long."""
-        over = lambda: child.ready_s is not None or child.ticket not in self._children  # noqa: E731
-        await self._until(over, timeout_s, f"the new {child.name} is not ready: {child.step}")
-        if child.ready_s is None:
+    async def until_ready(self, child: Child, timeout_s: float, says: str | None = None) -> None:
+        """Wait until it is ready, or `says` that. Raises ReplaceError when it ends before, or takes too long."""
+        complaint = f"the new {child.name} is not ready: {child.step}"
+        await self._until(lambda: child.is_ready(says) or child.ticket not in self._children, timeout_s, complaint)
+        if not child.is_ready(says):
             raise ReplaceError(f"the new {child.name} has ended: {child.step}")
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float, complaint: str) -> None:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
+from dualpath.cluster.attachment import LISTENS
 from dualpath.cluster.children import Child
 from dualpath.cluster.engine_parts import NodeParts
 from dualpath.cluster.supervisor import ReplaceError, Supervisor
@@ -51,8 +52,10 @@ class RollingRestart:
             say(f"restarts the {SERVER}")
             await self._supervisor.replace(SERVER, self._retire_server, first=True, timeout_s=self._timeout_s)
 
-    async def _retire_agent(self, node: NodeParts, say: Say, old: Child, _new: Child | None) -> None:
+    async def _retire_agent(self, node: NodeParts, say: Say, old: Child, new: Child | None) -> None:
         """Replace the node's engines, which attach to the new agent; the old one has nothing to do then."""
+        assert new is not None
+        await self._supervisor.until_ready(new, self._timeout_s, says=LISTENS)
         of_role = Counter(_role(engine.name) for other in self._nodes for engine in other.engines)
         for engine in node.engines:
             say(f"restarts {engine.name}")

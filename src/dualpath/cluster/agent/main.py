@@ -11,7 +11,7 @@ import logging
 import signal
 import socket
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dualpath.cluster.agent.layer_threads import LayerThreads
 from dualpath.cluster.agent.member import Member
 from dualpath.cluster.attachment import (
     LEAVE,
+    LISTENS,
     AgentConfig,
     Attach,
     Connection,
@@ -43,20 +44,21 @@ STOP_S = 5.0
 logger = logging.getLogger(f"{ROOT}.agent")
 
 
-def run_agent(config: AgentConfig) -> None:
+def run_agent(config: AgentConfig, tell: Callable[[str], None]) -> None:
     """Serve the node's engines until the supervisor ends this process. Exits with code 1 when it can't."""
     start_log(config.cluster.log_format)
     try:
-        asyncio.run(_serve(config))
+        asyncio.run(_serve(config, tell))
     except (OSError, ValueError, StoreError) as error:
-        logger.error("%s can't run: %s", config.name, " ".join(str(error).split()))
+        tell(f"can't run: {' '.join(str(error).split())}")
         raise SystemExit(1) from error
 
 
-async def _serve(config: AgentConfig) -> None:
+async def _serve(config: AgentConfig, tell: Callable[[str], None]) -> None:
     dismissed = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(LEAVE, dismissed.set)
     async with NodeAgent(config):
+        tell(LISTENS)
         await dismissed.wait()
         signal.alarm(round(2 * STOP_S))  # whatever hangs must not outlive the supervisor
 
