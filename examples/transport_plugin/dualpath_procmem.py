@@ -4,6 +4,9 @@ An example of somebody else's transport, and a small model of RDMA: truly one-si
 socket; its address says where its pool lies in its memory, and the kernel copies while the server's process does
 something else. It needs Linux and the right to trace processes of the same user (`connect` says so where it is denied).
 
+It makes no use of the cluster's `key`: what keeps others out is the kernel's own rule that only the same user's
+processes (and root's) may trace one. Any process of this user can read and write the pool.
+
 A server can't see who is copying, so quiet is proven by locks. Each channel has a file in the server's directory and
 holds a shared lock on it while it moves an operation. To disconnect it the server removes the file, which the channel
 looks at before every chunk, and waits for the exclusive lock. The kernel drops the locks of the dead.
@@ -162,6 +165,9 @@ class Channel:
 class Server:
     """A directory with a lock that says that we live, and the channels' files."""
 
+    refused_connections = 0
+    """The kernel refuses, and tells nobody."""
+
     def __init__(self, pool: BufferPool, name: str) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)  # where Yama would let only our parents trace us
         self._home = Path(tempfile.gettempdir()) / f"{PREFIX}{os.getpid()}-{name}"
@@ -216,7 +222,7 @@ class Server:
 class ProcessMemoryTransport:
     """`dualpath.transfer.transport.Transport`."""
 
-    def serve(self, pool: BufferPool, traffic: TrafficManager, *, host: str, name: str) -> Server:  # noqa: ARG002
+    def serve(self, pool: BufferPool, traffic: TrafficManager, *, host: str, name: str, key: bytes) -> Server:  # noqa: ARG002
         return Server(pool, name)
 
     def connect(
@@ -226,6 +232,7 @@ class ProcessMemoryTransport:
         *,
         traffic_class: TrafficClass,
         peer_tag: str,
+        key: bytes,  # noqa: ARG002
         max_ops_in_flight: int = 64,
         timeout_s: float = 5.0,  # noqa: ARG002  nothing here waits
     ) -> Channel:

@@ -119,13 +119,19 @@ def served(monkeypatch, tmp_path):
     return asked
 
 
-def test_serve_fills_a_configuration_from_its_options(served, model):
+def test_serve_fills_a_configuration_from_its_options(served, model, tmp_path):
+    from dualpath.cluster.cluster_secret import ClusterSecret
+
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef" * 2)
+    secret.chmod(0o600)
     argv = ["serve", "--model", model, "--store", "kv", "--topology", "1P2D", "--system", "basic"]
     argv += ["--snic-rate", "60MB/s", "--cnic-rate", "400Gb/s", "--buffer", "64MiB", "--hbm", "2GiB"]
     argv += ["--store-quota", "1GB", "--port", "0", "--api-key", "a", "--api-key", "b", "--transport", "tcp"]
     argv += ["--threads", "2", "--journal", "j", "--ready-file", "r", "--max-waiting", "9", "--quota-ms", "2.5"]
     argv += ["--join-address", "tcp://0.0.0.0:5555"]
-    assert cli.main(argv) == 7
+    assert cli.main(argv) == 2
+    assert cli.main([*argv, "--cluster-secret-file", str(secret)]) == 7
     ((config, local_engines),) = served
     assert not local_engines
     assert (config.model, config.store, str(config.topology), config.system) == (model, "kv", "1P2D", "basic")
@@ -134,6 +140,7 @@ def test_serve_fills_a_configuration_from_its_options(served, model):
     assert (config.port, config.api_keys, config.transport, config.threads) == (0, ("a", "b"), "tcp", 2)
     assert (config.journal, config.ready_file, config.max_waiting, config.quota_ns) == ("j", "r", 9, 2_500_000)
     assert config.control_address == "tcp://0.0.0.0:5555"
+    assert config.cluster_secret == ClusterSecret.of_file(secret)
 
 
 def test_what_serve_is_not_told_is_the_configurations_default(served, model):

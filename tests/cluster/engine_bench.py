@@ -20,6 +20,7 @@ from dualpath.cluster.agent.host import EngineHost
 from dualpath.cluster.agent.main import NodeAgent
 from dualpath.cluster.agent.prefill import PrefillWorker
 from dualpath.cluster.attachment import AgentConfig, EngineConfig
+from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.engines.decode import DecodeCompute
 from dualpath.cluster.engines.main import Engine
@@ -96,7 +97,11 @@ class Bench:
     def peer(self, tag: str) -> Iterator[Channel]:
         """A channel into the engine's buffer, as another engine would open it."""
         channel = self.host.transport.connect(
-            self.host.server.address, TrafficManager(), traffic_class=TrafficClass.LOW, peer_tag=tag
+            self.host.server.address,
+            TrafficManager(),
+            traffic_class=TrafficClass.LOW,
+            peer_tag=tag,
+            key=self.host.config.cluster.secret.data_key,
         )
         try:
             yield channel
@@ -109,7 +114,9 @@ async def bench(model: Path, store: Path, role: Role, **settings: object) -> Asy
     torch.set_num_threads(1)
     loaded = LoadedModel.load(str(model), device="cpu", dtype="float32", threads=1)
     # No coordinator answers, and none is missed.
-    cluster: ClusterConfig = cluster_config(model, store, lease_ns=10**15, **settings)
+    cluster: ClusterConfig = cluster_config(
+        model, store, lease_ns=10**15, cluster_secret=ClusterSecret.random(), **settings
+    )
     sent: list[m.FromEngine] = []
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/agent.sock"

@@ -11,14 +11,17 @@ import zmq
 import zmq.asyncio
 
 from dualpath.cluster import messages as m
+from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.coordinator import Coordinator
+from dualpath.cluster.curve import secure_client
 from dualpath.core.vocabulary import Role
 from dualpath.kv.layout import KVLayout, KVPart
 from dualpath.spec.topology import Topology
 
 LAYOUT = KVLayout(layers=2, parts=(KVPart("k", 1, 2), KVPart("v", 1, 2)), dtype="float32")
 WAIT_S = 10.0
+SECRET = ClusterSecret.random()
 Message = TypeVar("Message")
 _decoder = msgspec.msgpack.Decoder(m.ToEngine)
 
@@ -44,10 +47,11 @@ def join_message(role: Role, **changes: object) -> m.Join:
 class FakeEngine:
     """A DEALER socket with a heart that beats when told to."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, role: Role) -> None:
+    def __init__(self, context: zmq.asyncio.Context, address: str, role: Role, secret: ClusterSecret = SECRET) -> None:
         self.role = role
         self.heard: list[m.ToEngine] = []
         self._socket = context.socket(zmq.DEALER)
+        secure_client(self._socket, secret)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
         self._listening = asyncio.create_task(self._listen())
@@ -130,6 +134,7 @@ class Head:
 @asynccontextmanager
 async def head(store: Path, **settings: object) -> AsyncIterator[Head]:
     defaults: dict[str, object] = {"model": "models/tiny", "store": str(store), "topology": Topology(1, 1)}
+    defaults["cluster_secret"] = SECRET
     config = ClusterConfig(**(defaults | settings))  # type: ignore[arg-type]
     crew = FakeCrew()
     coordinator = Coordinator(config, crew)

@@ -15,7 +15,7 @@ from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.core.vocabulary import Role
 from dualpath.spec.topology import Topology
 
-from .fake_engine import WAIT_S, join_message
+from .fake_engine import SECRET, WAIT_S, join_message
 
 FAST = {"heartbeat_ns": 20_000_000, "lease_ns": 300_000_000}
 
@@ -24,7 +24,7 @@ class Member:
     """A link with a task that runs it; it notes each time that it let go of everything."""
 
     def __init__(self, role: Role, address: str, grace_s: float = 60.0) -> None:
-        self.link = ControlLink(**FAST, grace_s=grace_s)
+        self.link = ControlLink(SECRET, **FAST, grace_s=grace_s)
         self.heard: list[m.ToEngine] = []
         self.let_go = 0
         self.may_return = asyncio.Event()
@@ -64,7 +64,12 @@ async def members(address: str, **options: float) -> AsyncIterator[list[Member]]
 @asynccontextmanager
 async def coordinating(store: Path, address: str = "tcp://127.0.0.1:0") -> AsyncIterator[Coordinator]:
     config = ClusterConfig(
-        model="models/tiny", store=str(store), topology=Topology(1, 1), control_address=address, **FAST
+        cluster_secret=SECRET,
+        model="models/tiny",
+        store=str(store),
+        topology=Topology(1, 1),
+        control_address=address,
+        **FAST,
     )
     coordinator = Coordinator(config)
     coordinator.start()
@@ -190,7 +195,7 @@ def alone(work: Callable[[EngineLinks, Member], Awaitable[None]]) -> None:
     """Run `work` with a member and a coordinator's bare end, whose every word is the test's."""
 
     async def run() -> None:
-        links = EngineLinks()
+        links = EngineLinks(SECRET)
         member = Member(Role.PREFILL, links.bind("tcp://127.0.0.1:0"))
         try:
             await work(links, member)

@@ -13,6 +13,7 @@ import zmq.asyncio
 
 from dualpath.cli.cluster_options import kv_events
 from dualpath.cluster.config import KVEventsConfig
+from dualpath.cluster.coordinator import kv_events as published
 from dualpath.cluster.coordinator.kv_events import MAX_EXPECTED_BLOCKS, KVEvents
 from dualpath.cluster.coordinator.prefixes import Prefixes
 from dualpath.cluster.messages import BlockFaultReport, StoredBlock
@@ -264,9 +265,22 @@ def test_an_address_that_can_not_be_is_named() -> None:
 
 def test_the_option_is_vllms() -> None:
     given = kv_events('{"enable_kv_cache_events": true, "publisher": "zmq", "topic": "kv-events", "hwm": 9}')
-    assert given.enabled and (given.endpoint, given.topic, given.hwm) == ("tcp://*:5557", "kv-events", 9)
+    assert given.enabled and (given.endpoint, given.topic, given.hwm) == (None, "kv-events", 9)
     assert not kv_events("{}").enabled
     assert not kv_events('{"enable_kv_cache_events": true, "publisher": "null"}').enabled
     for text in ("tcp://*:1", '{"endpont": "x"}', '{"buffer_steps": 0}', '{"publisher": "kafka"}'):
         with pytest.raises(Exception, match="give JSON such as"):
             kv_events(text)
+
+
+def test_without_an_endpoint_only_this_host_can_subscribe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events have prompts' tokens, and nobody who subscribes shows a key."""
+    assert published.LOOPBACK == "tcp://127.0.0.1:5557"
+    monkeypatch.setattr(published, "LOOPBACK", "tcp://127.0.0.1:*")
+
+    async def run() -> None:
+        events = KVEvents(KVEventsConfig(enable_kv_cache_events=True))
+        assert events._publisher.getsockopt(zmq.LAST_ENDPOINT).startswith(b"tcp://127.0.0.1:")
+        await events.close()
+
+    asyncio.run(run())

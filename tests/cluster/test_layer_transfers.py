@@ -36,6 +36,9 @@ def test_runs_cover_the_tokens_once_and_in_order(
     assert all(1 <= run.tokens <= BLOCK_TOKENS - run.first_token for run in runs)
 
 
+KEY = bytes(range(32))
+
+
 class World:
     """A PE buffer, a DE buffer with its server, and a channel between them."""
 
@@ -44,7 +47,7 @@ class World:
         self.traffic = TrafficManager()
         self.pe = BufferPool.create("transfers-pe", LAYOUT.full_block_bytes, 8)
         self.de = BufferPool.create("transfers-de", LAYOUT.full_block_bytes, 8)
-        self.server = self.transport.serve(self.de, TrafficManager(), host="127.0.0.1", name="transfers-de")
+        self.server = self.transport.serve(self.de, TrafficManager(), host="127.0.0.1", name="transfers-de", key=KEY)
         self.channel = self.connect()
         rng = np.random.default_rng(1)
         for pool in (self.pe, self.de):
@@ -53,7 +56,7 @@ class World:
 
     def connect(self) -> Channel:
         address = self.server.address
-        return self.transport.connect(address, self.traffic, traffic_class=TrafficClass.LOW, peer_tag="0")
+        return self.transport.connect(address, self.traffic, traffic_class=TrafficClass.LOW, peer_tag="0", key=KEY)
 
     def batch(self, *items: ItemTransfers) -> BatchTransfers:
         return BatchTransfers(LAYOUT, self.pe, self.traffic, list(items))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dualpath.cluster import messages as m
+from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.cluster.coordinator.membership import Membership
 from dualpath.core.vocabulary import Role
@@ -281,7 +282,7 @@ def test_a_held_up_coordinator_gives_engines_the_time_back(monkeypatch: pytest.M
 
     async def run(late_s: list[float]) -> None:
         nonlocal clock_ns
-        links = EngineLinks()
+        links = EngineLinks(ClusterSecret.random())
         link = links.expect(b"one", join_message(Role.DECODE))
         link.last_heard_ns = clock_ns
         watched = Watched(links)

@@ -15,6 +15,7 @@ import pytest
 from dualpath.cluster import attachment as a
 from dualpath.cluster.agent.main import NodeAgent
 from dualpath.cluster.agent.member import Member
+from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.cluster.local import Cluster
 from dualpath.core.vocabulary import Role, TrafficClass
 from dualpath.transfer.pool import BufferPool
@@ -35,7 +36,8 @@ def path() -> Iterator[str]:
 
 @asynccontextmanager
 async def agent_at(path: str, store: Path, **settings: object) -> AsyncIterator[NodeAgent]:
-    cluster = cluster_config(Path("model"), store, **({"buffer_bytes": 8 * BLOCK_BYTES, "lease_ns": 10**15} | settings))
+    defaults = {"buffer_bytes": 8 * BLOCK_BYTES, "lease_ns": 10**15, "cluster_secret": ClusterSecret.random()}
+    cluster = cluster_config(Path("model"), store, **(defaults | settings))
     config = a.AgentConfig(coordinator="tcp://127.0.0.1:9", cluster=cluster, name="node", socket=path)
     async with NodeAgent(config) as agent:
         yield agent

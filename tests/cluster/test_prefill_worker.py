@@ -31,7 +31,9 @@ async def decode_buffer(engine: Bench, where: Path) -> AsyncIterator[FramedServe
     """A decode engine as far as a prefill engine sees it: a buffer with a server."""
     layout = engine.host.layout
     pool = BufferPool.create(where.name, layout.full_block_bytes, 32)
-    server = FramedServer(SharedMemoryTransport(), pool, TrafficManager(), f"shm:{where}.sock")
+    server = FramedServer(
+        SharedMemoryTransport(), pool, TrafficManager(), f"shm:{where}.sock", engine.host.config.cluster.secret.data_key
+    )
     try:
         yield server
     finally:

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.driver import UNLIMITED_BYTES_PER_S, scheduler_constants, scheduler_limits
 from dualpath.cluster.coordinator.links import EngineLinks
@@ -54,7 +55,9 @@ def test_rates_are_lifted_where_io_is_free() -> None:
 
 def test_settings_for_engines_have_no_keys() -> None:
     config = ClusterConfig(model="m", store="s", api_keys=("secret",), max_waiting=9)
-    assert config.without_secrets() == ClusterConfig(model="m", store="s", max_waiting=9)
+    assert config.without_api_keys() == ClusterConfig(model="m", store="s", max_waiting=9)
+    known = ClusterConfig(model="m", store="s", max_waiting=9, cluster_secret=ClusterSecret.random())
+    assert known.without_secrets() == config.without_api_keys()
 
 
 def test_every_cause_has_an_answer() -> None:
@@ -118,7 +121,7 @@ def test_a_second_attempt_asks_for_what_is_left() -> None:
 
 def test_links_count_what_cannot_be_delivered_and_name_a_bad_address() -> None:
     async def run() -> None:
-        links = EngineLinks()
+        links = EngineLinks(ClusterSecret.random())
         with pytest.raises(OSError, match="can't listen for engines at 'nonsense'"):
             links.bind("nonsense")
         assert links.bind("tcp://127.0.0.1:0").startswith("tcp://127.0.0.1:")
@@ -142,7 +145,7 @@ def test_extended_leases_never_reach_into_the_future() -> None:
     import time
 
     async def run() -> None:
-        links = EngineLinks()
+        links = EngineLinks(ClusterSecret.random())
         link = links.expect(b"one", join_message(Role.DECODE))
         links.extend_leases(60_000_000_000)
         assert link.last_heard_ns <= time.monotonic_ns()

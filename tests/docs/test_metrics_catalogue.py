@@ -16,8 +16,8 @@ from dualpath.spec.metrics import CATALOGUE, NIC_BYTES, Metric, Sample, metric_o
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "dualpath"
 MEMBERS = {name: value for name, value in vars(metrics).items() if isinstance(value, Metric)}
-UNITS = """aborts attempts batches blocks bytes chunks engines errors events faults fetches inputs jobs looks matches
-messages namespaces parts ratio requests seconds series steps tokens updates versions"""
+UNITS = """aborts attempts batches blocks bytes chunks connections engines errors events faults fetches inputs jobs
+looks matches messages namespaces parts ratio requests seconds series steps tokens updates versions"""
 
 
 def test_the_document_is_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """`dualpath engine`: engines that are started by hand and join a coordinator over TCP."""
 
+import secrets
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,19 +13,29 @@ from dualpath.model.checkpoint import make_checkpoint
 from .test_serve import START_S, STOP_S, command, serving, socket_port
 
 TCP_ENGINE = ("--transport", "tcp", "--buffer", "64MiB", "--hbm", "64MiB")
+Joined = tuple[str, str, tuple[str, Path]]
+
+
+def secret_file(where: Path) -> Path:
+    file = where / "secret"
+    file.touch(0o600)
+    file.write_text(secrets.token_hex(32))
+    return file
 
 
 @pytest.fixture(scope="module")
-def joined(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A coordinator alone, and engines started by hand that join it, as on several hosts: its URL, where to join."""
+def joined(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Joined]:
+    """A coordinator alone, and engines started by hand that join it, as on several hosts: its URL, where
+    to join, and the options that say the secret."""
     where = tmp_path_factory.mktemp("joined")
     with socket_port() as port:
         address = f"tcp://127.0.0.1:{port}"
-    shared = ("--coordinator", address, "--model", model, "--store", where / "store", *TCP_ENGINE)
+    secret = ("--cluster-secret-file", secret_file(where))
+    shared = ("--coordinator", address, "--model", model, "--store", where / "store", *TCP_ENGINE, *secret)
     engines = [subprocess.Popen(command("engine", "--role", role, *shared)) for role in ("prefill", "decode")]
     try:
-        with serving(model, where, "--join-address", address, "--transport", "tcp") as (url, _):
-            yield url, address
+        with serving(model, where, "--join-address", address, "--transport", "tcp", *secret) as (url, _):
+            yield url, address, secret
         assert [engine.wait(STOP_S) for engine in engines] == [0, 0]
     finally:
         for engine in engines:
@@ -33,7 +44,7 @@ def joined(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 
 
 @pytest.mark.slow
-def test_engines_join_over_tcp(joined: tuple[str, str]) -> None:
+def test_engines_join_over_tcp(joined: Joined) -> None:
     client = openai.OpenAI(base_url=f"{joined[0]}/v1", api_key="none", max_retries=0)
     name = client.models.list().data[0].id
     for expected in (0, 192):
@@ -42,12 +53,12 @@ def test_engines_join_over_tcp(joined: tuple[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_an_engine_that_does_not_fit_is_told_so(joined: tuple[str, str], model: Path, tmp_path: Path) -> None:
+def test_an_engine_that_does_not_fit_is_told_so(joined: Joined, model: Path, tmp_path: Path) -> None:
     """Another model's engine, and one whose coordinator's address is none: a line on stderr, exit code 1."""
-    _, address = joined
+    _, address, secret = joined
     other = make_checkpoint(tmp_path / "other", "llama", seed=1)
     cases = ((other, address, "is not the cluster's"), (model, "nonsense", "'nonsense' is not an address"))
-    shared = ("engine", "--role", "decode", "--store", tmp_path / "store", *TCP_ENGINE)
+    shared = ("engine", "--role", "decode", "--store", tmp_path / "store", *TCP_ENGINE, *secret)
     engines = [
         subprocess.Popen(
             command(*shared, "--coordinator", coordinator, "--model", checkpoint), stderr=subprocess.PIPE, text=True
@@ -60,3 +71,15 @@ def test_an_engine_that_does_not_fit_is_told_so(joined: tuple[str, str], model: 
         assert engine.returncode == 1
         assert complaint in said
         assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_an_engine_without_the_secret_says_so(model: Path, tmp_path: Path) -> None:
+    argv = command(
+        "engine", "--role", "decode", "--coordinator", "tcp://127.0.0.1:9", "--model", model, "--store", tmp_path
+    )
+    engine = subprocess.run(argv, capture_output=True, text=True, timeout=START_S)
+    assert engine.returncode == 2
+    assert (
+        "an engine needs the secret of the cluster that it joins; give one with --cluster-secret-file" in engine.stderr
+    )

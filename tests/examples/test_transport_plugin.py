@@ -1,6 +1,7 @@
 """Somebody else's transport (``examples/transport_plugin``), installed and named in a command, serves a cluster."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -45,6 +46,11 @@ def serving(model: Path, where: Path, environment: dict[str, str], transport: st
             raise
 
 
+def _made(where: Path) -> list[Path]:
+    """What lies there beside the directory of this user's sockets and secrets."""
+    return [path for path in where.rglob("dualpath-*") if path.name != f"dualpath-{os.geteuid()}"]
+
+
 def received_bytes(url: str) -> float:
     """KV bytes that compute NICs received."""
     metrics = httpx.get(f"{url}/metrics").text.splitlines()
@@ -60,8 +66,8 @@ def test_tokens_are_those_over_shared_memory(install: Install, short_tmp_path: P
         where = short_tmp_path / transport
         where.mkdir()
         with serving(model, where, environment, transport) as url:
-            assert len(list(where.glob(left))) == 2, "each engine's server, and nothing of another transport"
-            assert len(list(where.glob("dualpath-*"))) == 2
+            assert len(list(where.rglob(left))) == 2, "each engine's server, and nothing of another transport"
+            assert len(_made(where)) == 2
             (card,) = httpx.get(f"{url}/v1/models").json()["data"]
             said[transport] = []
             for prompt, hit_tokens in zip(TURNS, (0, 192), strict=True):
@@ -74,7 +80,7 @@ def test_tokens_are_those_over_shared_memory(install: Install, short_tmp_path: P
             while not received_bytes(url):  # engines tell with their heartbeats
                 assert time.monotonic() < deadline, "no byte was counted on a compute NIC"
                 time.sleep(0.05)
-        assert not list(where.glob("dualpath-*"))
+        assert not _made(where)
     assert said["procmem"] == said["shm"]
     assert [len(tokens) for tokens in said["shm"]] == [9, 9]
 
@@ -86,8 +92,10 @@ def test_help_and_errors_know_it(install: Install, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "dualpath", "serve", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
-    assert "shm, tcp, procmem, or MODULE:ATTRIBUTE" in " ".join(serve("--help").stdout.split())
+    assert "shm, tcp, tcp-authenticated, procmem, or MODULE:ATTRIBUTE" in " ".join(serve("--help").stdout.split())
     (tmp_path / "config.json").write_text("{}")
     refused = serve("--model", str(tmp_path), "--store", str(tmp_path / "store"), "--transport", "rdma")
     assert refused.returncode == 2
-    assert refused.stderr == "dualpath serve: unknown transport 'rdma'; choose from shm, tcp, procmem\n"
+    assert (
+        refused.stderr == "dualpath serve: unknown transport 'rdma'; choose from shm, tcp, tcp-authenticated, procmem\n"
+    )

@@ -155,6 +155,7 @@ def running_server(
     *,
     drain_s: float = 2.0,
     observers: tuple[Observer, ...] = (),
+    tls: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[str]:
     """The app on a free port, in a thread with its own loop; gives its address and shuts down gracefully."""
@@ -170,7 +171,7 @@ def running_server(
         state["task"] = asyncio.current_task()
         with contextlib.suppress(asyncio.CancelledError):
             app = RequestLog(create_app(generator, tokenizer, **options), observers)
-            await serve(app, bind("127.0.0.1", 0), on_bound=on_bound, drain_s=drain_s)
+            await serve(app, bind("127.0.0.1", 0), on_bound=on_bound, drain_s=drain_s, tls=tls)
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()

@@ -7,7 +7,9 @@ import pytest
 import zmq.asyncio
 
 from dualpath.cluster import messages as m
+from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.cluster.coordinator.links import EngineLinks
+from dualpath.cluster.curve import secure_client
 from dualpath.serving.control_listener import control_listener
 
 
@@ -16,11 +18,12 @@ def test_one_coordinator_after_another_listens_at_the_same_address() -> None:
         address, held = control_listener("tcp://127.0.0.1:0")
         assert held is not None and not address.endswith(":0")
         context = zmq.asyncio.Context()
-        member = context.socket(zmq.DEALER)
+        member, secret = context.socket(zmq.DEALER), ClusterSecret.random()
+        secure_client(member, secret)
         member.connect(address)
         try:
             for _ in range(2):
-                links = EngineLinks()
+                links = EngineLinks(secret)
                 assert links.bind(address, held.dup()) == address
                 await member.send(m.encoder.encode(m.Leave("bye")))
                 _, heard = await asyncio.wait_for(anext(links.messages()), 10.0)

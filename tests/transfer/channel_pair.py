@@ -17,6 +17,7 @@ PAGES = 12
 WAIT_S = 30
 SLOW = 1_000_000
 """Bytes per second: a page takes a third of a second."""
+KEY = bytes(range(32))
 WHOLE = PageRange(0, 0, PAGE_BYTES)
 
 
@@ -54,14 +55,18 @@ class Pair:
         if rates:
             self.server_traffic = TrafficManager(**rates)
         if address is None:
-            self.server = self.transport.serve(self.pool, self.server_traffic, host="127.0.0.1", name=self.name)
+            self.server = self.transport.serve(
+                self.pool, self.server_traffic, host="127.0.0.1", name=self.name, key=KEY
+            )
         else:
-            self.server = FramedServer(self.transport, self.pool, self.server_traffic, address)
+            self.server = FramedServer(self.transport, self.pool, self.server_traffic, address, KEY)
         return self.server
 
-    def connect(self, traffic_class: TrafficClass = TrafficClass.LOW, peer_tag: str = "pe0", **options):
+    def connect(
+        self, traffic_class: TrafficClass = TrafficClass.LOW, peer_tag: str = "pe0", key: bytes = KEY, **options
+    ):
         channel = self.transport.connect(
-            self.server.address, self.traffic, traffic_class=traffic_class, peer_tag=peer_tag, **options
+            self.server.address, self.traffic, traffic_class=traffic_class, peer_tag=peer_tag, key=key, **options
         )
         self.channels.append(channel)
         return channel

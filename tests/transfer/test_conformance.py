@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from channel_pair import PAGE_BYTES, PAGES, SLOW, WAIT_S, WHOLE, Pair, deadline_ns, random_bytes, until
+from channel_pair import KEY, PAGE_BYTES, PAGES, SLOW, WAIT_S, WHOLE, Pair, deadline_ns, random_bytes, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -220,7 +220,7 @@ def test_posting_beyond_the_bound_raises_at_once_and_recovers(pair):
 @pytest.mark.parametrize("address", ["", "nonsense", "http://host:1", "{}"])
 def test_an_address_that_is_none_is_named(pair, address):
     with pytest.raises(ValueError, match="is not an address of transport") as failure:
-        pair.transport.connect(address, pair.traffic, traffic_class=LOW, peer_tag="pe0")
+        pair.transport.connect(address, pair.traffic, traffic_class=LOW, peer_tag="pe0", key=KEY)
     assert repr(address) in str(failure.value)
 
 
@@ -333,7 +333,7 @@ def test_a_server_that_closes_ends_its_channels_and_another_takes_its_place(pair
     assert cause_of(first.read([PageRange(0, 0, 1)], [byte], deadline_ns())) is TransferCause.PEER_CLOSED
     assert not first.is_open
     with pytest.raises(TransferError, match="cannot connect") as failure:
-        pair.transport.connect(gone, pair.traffic, traffic_class=LOW, peer_tag="pe0")
+        pair.transport.connect(gone, pair.traffic, traffic_class=LOW, peer_tag="pe0", key=KEY)
     assert failure.value.cause is TransferCause.PEER_CLOSED
     pair.server.close()
     pair.serve()
@@ -392,7 +392,7 @@ from dualpath.transfer.traffic import TrafficManager
 pool = BufferPool.create("victim", 8 << 20, 2)
 pool.view(0)[:] = 0x11
 traffic = TrafficManager(cnic_bytes_per_s=4_000_000)
-server = TRANSPORTS.get(sys.argv[1]).serve(pool, traffic, host="127.0.0.1", name="victim")
+server = TRANSPORTS.get(sys.argv[1]).serve(pool, traffic, host="127.0.0.1", name="victim", key=bytes(range(32)))
 print(server.address, flush=True)
 sys.stdin.read()
 """
@@ -404,7 +404,11 @@ from dualpath.transfer import TRANSPORTS
 from dualpath.transfer.traffic import TrafficManager
 from dualpath.transfer.transport import PageRange
 channel = TRANSPORTS.get(sys.argv[1]).connect(
-    sys.argv[2], TrafficManager(cnic_bytes_per_s=int(sys.argv[3])), traffic_class=TrafficClass.LOW, peer_tag="victim"
+    sys.argv[2],
+    TrafficManager(cnic_bytes_per_s=int(sys.argv[3])),
+    traffic_class=TrafficClass.LOW,
+    peer_tag="victim",
+    key=bytes(range(32)),
 )
 source = np.full(int(sys.argv[4]), 0x11, np.uint8)
 future = channel.write([PageRange(0, 0, len(source))], [source], time.monotonic_ns() + 60_000_000_000)
@@ -438,6 +442,7 @@ def test_a_server_killed_in_the_middle_fails_the_future_and_nothing_is_touched_a
             TrafficManager(cnic_bytes_per_s=4_000_000),
             traffic_class=LOW,
             peer_tag="pe0",
+            key=KEY,
         )
         memory = np.zeros(8 << 20, np.uint8)
         future = getattr(channel, verb)([PageRange(0, 0, 8 << 20)], [memory], deadline_ns())
@@ -487,4 +492,5 @@ def test_sweeping_removes_what_a_killed_server_left_and_nothing_else(transport, 
         works(pair, pair.connect())
     finally:
         pair.close()
-    assert sorted(short_tmp_path.iterdir()) == [short_tmp_path / "dualpath-notes.txt"]
+    left = [path for path in short_tmp_path.rglob("*") if not path.is_dir()]
+    assert left == [short_tmp_path / "dualpath-notes.txt"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from channel_pair import PAGE_BYTES, PAGES, SLOW, WAIT_S, WHOLE, Pair, deadline_ns, random_bytes, until
+from channel_pair import KEY, PAGE_BYTES, PAGES, SLOW, WAIT_S, WHOLE, Pair, deadline_ns, random_bytes, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_conformance import SERVER, WRITER, cause_of, child
@@ -22,26 +22,31 @@ from dualpath.transfer.traffic import TrafficManager
 from dualpath.transfer.transport import PageRange, TransferCause, TransferError
 from dualpath.transfer.transports.framed.frames import (
     CAUSES,
-    VERSION,
     Frame,
     FrameKind,
-    Hello,
     Stream,
     StreamClosed,
-    Welcome,
     pack_ranges,
+)
+from dualpath.transfer.transports.framed.handshake import (
+    VERSION,
+    Welcome,
+    challenge,
+    check_hello,
+    packed,
+    shake_hands,
 )
 from dualpath.transfer.transports.shm import SharedMemoryTransport
 from dualpath.transfer.transports.tcp import TOS, TcpTransport
 
 pytestmark = pytest.mark.slow
 
-TRANSPORT_NAMES = ("shm", "tcp")
+TRANSPORT_NAMES = ("shm", "tcp", "tcp-authenticated")
 HIGH, LOW = TrafficClass.HIGH, TrafficClass.LOW
 
 
 def connect(address, **options):
-    return TcpTransport().connect(address, TrafficManager(), traffic_class=LOW, peer_tag="pe0", **options)
+    return TcpTransport().connect(address, TrafficManager(), traffic_class=LOW, peer_tag="pe0", key=KEY, **options)
 
 
 class RawPeer:
@@ -51,9 +56,7 @@ class RawPeer:
         self.socket = connected = pair.transport.dial(pair.server.address, LOW, WAIT_S)
         self.stream = Stream(connected, time.monotonic_ns)
         if tag:
-            body = msgspec.msgpack.encode(Hello(VERSION, tag, LOW))
-            self.stream.send(Frame(FrameKind.HELLO, n_bytes=len(body)), [body])
-            self.stream.receive_bytes(self.receive(FrameKind.WELCOME).n_bytes)
+            shake_hands(self.stream, KEY, tag, LOW, pair.transport.authenticated, deadline_ns())
 
     def receive(self, kind: FrameKind) -> Frame:
         frame = self.stream.receive_frame(deadline_ns())
@@ -64,6 +67,10 @@ class RawPeer:
         total_bytes = sum(one.n_bytes for one in ranges)
         frame = Frame(kind, op, total_bytes, len(ranges), timeout_ns=int(timeout_s * 1e9))
         self.stream.send(frame, [pack_ranges(ranges)])
+
+    def sealed(self, said: bytes) -> bytes:
+        """As a member says it whose frames carry MACs: nonsense, but its own."""
+        return said if self.stream.seal is None else self.stream.seal.opening(said, 0)
 
     def chunk(self, op: int, payload: bytes, inline: bool) -> None:
         self.stream.send(Frame(FrameKind.DATA, op, len(payload)), [payload] if inline else [])
@@ -129,9 +136,13 @@ class SilentServer:
     def _welcome(self) -> None:
         connected, _ = self.listener.accept()
         self.stream = Stream(connected, time.monotonic_ns)
-        self.stream.receive_bytes(self.stream.receive_frame().n_bytes)
-        body = msgspec.msgpack.encode(Welcome(VERSION, 8 << 20, 8))
-        self.stream.send(Frame(FrameKind.WELCOME, n_bytes=len(body)), [body])
+        given = challenge(authenticated=False)
+        connected.sendall(packed(FrameKind.CHALLENGE, given))
+        session = check_hello(KEY, given, self.stream.receive_bytes(self.stream.receive_frame().n_bytes))
+        welcome = Welcome(VERSION, 8 << 20, 8)
+        connected.sendall(
+            packed(FrameKind.WELCOME, msgspec.structs.replace(welcome, proof=session.server_proof(welcome)))
+        )
 
 
 @pytest.fixture
@@ -231,8 +242,8 @@ def test_server_refuses_bad_descriptors_by_an_error_and_goes_on(pair, raw_peers)
     assert (error.op, CAUSES[error.cause]) == (1, TransferCause.BAD_DESCRIPTOR)
     assert b"page 12" in peer.stream.receive_bytes(error.n_bytes)
     peer.open(FrameKind.WRITE, 2, [PageRange(0, PAGE_BYTES - 1, 2_000)])
-    peer.chunk(2, b"\x33" * 1_500, pair.kind == "tcp")
-    peer.chunk(2, b"\x33" * 500, pair.kind == "tcp")
+    peer.chunk(2, b"\x33" * 1_500, pair.kind != "shm")
+    peer.chunk(2, b"\x33" * 500, pair.kind != "shm")
     error = peer.receive(FrameKind.ERROR)
     assert (error.op, CAUSES[error.cause]) == (2, TransferCause.BAD_DESCRIPTOR)
     peer.stream.receive_bytes(error.n_bytes)
@@ -274,13 +285,14 @@ def test_a_peer_that_talks_nonsense_is_counted_and_closed(pair, raw_peers, said,
     peer.socket.setblocking(True)
     peer.socket.settimeout(WAIT_S)
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
-        peer.socket.sendall(said)
+        peer.socket.sendall(peer.sealed(said))
         while peer.socket.recv(65_536):
             pass
     peer.stream.close()
     until(lambda: server.statistics().connections_open == 1, "the connection is gone")
     statistics = server.statistics()
-    assert (statistics.protocol_errors, statistics.ops_in_flight) == (1, 0)
+    refused = (0, 1) if tag else (1, 0)  # a stranger is turned away at the door
+    assert (statistics.connections_refused, statistics.protocol_errors, statistics.ops_in_flight) == (*refused, 0)
     assert good.ping(b"ok", deadline_ns()).result(WAIT_S) == b"ok"
 
 
@@ -291,7 +303,7 @@ def test_random_bytes_do_not_bring_a_server_down(pair, said, greeted):
     peer = RawPeer(pair, tag="raw" if greeted else "")
     peer.socket.setblocking(True)
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
-        peer.socket.sendall(said)
+        peer.socket.sendall(peer.sealed(said))
     peer.stream.close()
     until(lambda: server.statistics().connections_open == 0, "the connection is gone")
     assert server.statistics().ops_in_flight == 0
@@ -312,7 +324,7 @@ def test_quiesce_of_a_peer_with_nothing_in_flight_is_done_at_once(pair):
 
 def test_quiesce_waits_for_what_is_in_flight_and_not_for_what_comes_later(pair, raw_peers):
     server = pair.serve()
-    inline = pair.kind == "tcp"
+    inline = pair.kind != "shm"
     peer = raw_peers(pair, tag="pe0")
     peer.open(FrameKind.WRITE, 1, [PageRange(0, 0, 100)])
     until(lambda: server.statistics().ops_in_flight == 1, "the write is open")
@@ -412,7 +424,7 @@ def test_reconnect_after_the_server_restarted_at_its_address(pair):
     assert pair.connect().ping(b"3", deadline_ns()).result(WAIT_S) == b"3"
     assert not first.is_open
     with pytest.raises(OSError, match="cannot listen at"):
-        type(pair.server)(pair.transport, pair.pool, pair.traffic, address)
+        type(pair.server)(pair.transport, pair.pool, pair.traffic, address, KEY)
 
 
 def test_server_socket_left_by_a_killed_server_is_replaced():
@@ -519,6 +531,6 @@ def test_tcp_marks_both_ends_with_the_class():
             channel.ping(b"", deadline_ns()).result(WAIT_S)
             assert channel._stream._socket.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == TOS[traffic_class]
             served = list(pair.server._connections.values())[-1]
-            assert served._connected.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == TOS[traffic_class]
+            assert served._stream._socket.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == TOS[traffic_class]
     finally:
         pair.close()

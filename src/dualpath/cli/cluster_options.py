@@ -1,12 +1,15 @@
 """Options that `serve` and `engine` share. `ClusterConfig` has their names, defaults and checks."""
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
 
 from dualpath.cli.arguments import byte_count, milliseconds, positive, rate, system, topology
 from dualpath.cli.outcome import UsageError, usage_errors
+from dualpath.cluster.cluster_secret import SECRET_VARIABLE, ClusterSecret
 from dualpath.cluster.config import DTYPES, ClusterConfig, KVEventsConfig
 from dualpath.spec.generation_defaults import GENERATION_CONFIGS
 from dualpath.spec.sampling import LogprobsMode
@@ -36,6 +39,10 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     option("--transport", "transport", f"between engines: {transports} (default: %(default)s)", metavar="NAME")
     at = "address at which engines on other hosts reach this host's engines (default: %(default)s)"
     option("--data-host", "data_host", at, metavar="HOST")
+    secret = (
+        f"what the cluster's processes know each other by; or ${SECRET_VARIABLE} (default: made for this host alone)"
+    )
+    option("--cluster-secret-file", "cluster_secret", secret, cluster_secret, "FILE")
     option("--threads", "threads", "torch threads per engine (default: %(default)s)", positive, "N")
     option(
         "--quota-ms",
@@ -72,8 +79,19 @@ def kv_events(text: str) -> KVEventsConfig:
         raise argparse.ArgumentTypeError(f"{error}; give JSON such as {example}") from None
 
 
+def cluster_secret(path: str) -> ClusterSecret:
+    """The type of --cluster-secret-file."""
+    try:
+        return ClusterSecret.of_file(Path(path))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def cluster_config(arguments: argparse.Namespace) -> ClusterConfig:
-    """Makes the configuration from the options. Raises UsageError."""
+    """Makes the configuration from the options. Processes that this one starts don't inherit the environment's secret.
+
+    Raises UsageError.
+    """
     given = {name: value for name, value in vars(arguments).items() if name in DEFAULTS}
     for name in ("model", "store"):
         if given.get(name) is None:
@@ -82,4 +100,6 @@ def cluster_config(arguments: argparse.Namespace) -> ClusterConfig:
     from dualpath.kv import StoreError
 
     with usage_errors(ValueError, StoreError):
-        return settled(ClusterConfig(**given))
+        config = settled(ClusterConfig(**given))
+    os.environ.pop(SECRET_VARIABLE, None)
+    return config

@@ -5,11 +5,12 @@ from typing import Any
 
 from dualpath.cli.arguments import command, not_negative, positive
 from dualpath.cli.cluster_options import add_cluster_options, cluster_config
+from dualpath.cli.outcome import UsageError
 
 EXAMPLES = """\
 example, on a node that shares the store and the model directory with the coordinator:
   dualpath engine --role decode --coordinator tcp://10.0.0.1:5555 --model DIR --store DIR --transport tcp \\
-      --data-host 10.0.0.2
+      --data-host 10.0.0.2 --cluster-secret-file FILE
 """
 
 
@@ -26,9 +27,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the node's agent and engines as children of this process, until its coordinator releases them."""
     import msgspec
 
+    from dualpath.cluster.cluster_secret import HOW_TO_GIVE
     from dualpath.cluster.node import run_node
     from dualpath.core.vocabulary import Role
     from dualpath.spec.topology import Topology
 
-    config = msgspec.structs.replace(cluster_config(arguments), topology=Topology(1, 1, arguments.engines))
+    given = cluster_config(arguments)
+    if given.cluster_secret is None:
+        raise UsageError(f"an engine needs the secret of the cluster that it joins; {HOW_TO_GIVE}")
+    config = msgspec.structs.replace(given, topology=Topology(1, 1, arguments.engines))
     return run_node(config, arguments.coordinator, Role(arguments.role), arguments.rank)

@@ -38,6 +38,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", metavar="FILE", help="options as YAML, TOML or JSON")
     group.add_argument("--host", default=DEFAULTS["host"], help="address to listen on (default: %(default)s)")
     group.add_argument("--port", type=port, default=DEFAULTS["port"], help="0 picks a free one (default: %(default)s)")
+    certificate = "the server's certificate and its chain, as PEM: it then speaks HTTPS"
+    group.add_argument("--ssl-certfile", metavar="FILE", help=certificate)
+    group.add_argument("--ssl-keyfile", metavar="FILE", help="its key, where it is not in the same file")
+    group.add_argument("--ssl-ca-certs", metavar="FILE", help="whose certificates clients may show")
+    reqs = "whether clients must show one: 0 no, 1 they may, 2 they must (default: %(default)s)"
+    group.add_argument("--ssl-cert-reqs", type=int, choices=(0, 1, 2), default=DEFAULTS["ssl_cert_reqs"], help=reqs)
     add_key_options(group)
     names = "names that requests may use; answers carry the first (default: the checkpoint's)"
     group.add_argument("--served-model-name", "--name", nargs="+", dest="names", metavar="NAME", help=names)

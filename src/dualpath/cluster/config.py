@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
+from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.core.policy import QUOTA_NS, Policy
 from dualpath.core.systems import HEADLINE, find_system
 from dualpath.spec.cluster_setup import ClusterSetup, ServedCluster
@@ -18,12 +19,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class KVEventsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How KV events are published: the fields of vLLM's ``--kv-events-config``, with its defaults."""
+    """How KV events are published: the fields of vLLM's ``--kv-events-config``, with its defaults but one."""
 
     enable_kv_cache_events: bool = False
     publisher: Literal["zmq", "null"] | None = None
     """None: ``zmq`` when events are enabled."""
-    endpoint: str = "tcp://*:5557"
+    endpoint: str | None = None
+    """None: port 5557 of loopback alone, where vLLM listens everywhere: events have prompts' tokens."""
     replay_endpoint: str | None = None
     buffer_steps: Annotated[int, msgspec.Meta(ge=1)] = 10_000
     """Batches that can be replayed."""
@@ -89,8 +91,18 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How long engines may take to import torch, load the model and join, when a cluster starts."""
     control_address: str = "tcp://127.0.0.1:0"
     """Address at which engines join; port 0 picks a free port."""
+    cluster_secret: ClusterSecret | None = None
+    """What the cluster's processes know each other by. None: one is made at start, for this host alone."""
     host: str = "127.0.0.1"
     port: int = 8000
+    ssl_certfile: str | None = None
+    """The server's certificate, with its chain: it then speaks HTTPS alone."""
+    ssl_keyfile: str | None = None
+    """That certificate's key, where it is not in the same file."""
+    ssl_ca_certs: str | None = None
+    """Whose certificates clients may show."""
+    ssl_cert_reqs: int = 0
+    """Whether clients must show one: 0 no, 1 they may, 2 they must; as Python's `ssl.VerifyMode`."""
     api_keys: tuple[str, ...] = ()
     """Keys that clients need, if any. Engines are not told."""
     drain_s: float = 20.0
@@ -138,6 +150,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number of seconds above 0")
         if not 0 <= self.drain_s < float("inf"):
             raise ValueError(f"drain_s is {self.drain_s}; it must be a number of seconds, 0 or more")
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs or self.ssl_cert_reqs):
+            raise ValueError("ssl_keyfile, ssl_ca_certs and ssl_cert_reqs need ssl_certfile, the server's certificate")
+        if self.ssl_cert_reqs not in (0, 1, 2):
+            raise ValueError(f"ssl_cert_reqs is {self.ssl_cert_reqs}; it must be 0, 1 (optional) or 2 (required)")
+        if self.ssl_cert_reqs and self.ssl_ca_certs is None:
+            raise ValueError("ssl_cert_reqs needs ssl_ca_certs: whose certificates clients may show")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
         if self.generation_config not in GENERATION_CONFIGS:
@@ -151,9 +169,31 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.device_layers < 3:
             raise ValueError("device_layers must be at least 3: one loading, one computing, one shipping")
 
-    def without_secrets(self) -> "ClusterConfig":
-        """Returns the settings for a process that needs no key."""
+    def __repr__(self) -> str:
+        """Keys are counted, not shown."""
+        shown = {name: getattr(self, name) for name in self.__struct_fields__ if name != "api_keys"}
+        fields = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        return f"ClusterConfig({fields}, api_keys=<{len(self.api_keys)}>)"
+
+    def without_api_keys(self) -> "ClusterConfig":
+        """Returns the settings for a process that needs no client's key."""
         return msgspec.structs.replace(self, api_keys=())
+
+    def without_secrets(self) -> "ClusterConfig":
+        """Returns the settings for a process that speaks only with its parent and its node's agent."""
+        return msgspec.structs.replace(self.without_api_keys(), cluster_secret=None)
+
+    @property
+    def secret(self) -> ClusterSecret:
+        """The cluster's secret; every process of a cluster has one, given or made."""
+        assert self.cluster_secret is not None, "a secret is made before engines start"
+        return self.cluster_secret
+
+    @property
+    def tls(self) -> dict[str, Any]:
+        """uvicorn's settings of TLS; empty for none."""
+        names = ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs")
+        return {} if self.ssl_certfile is None else {name: getattr(self, name) for name in names}
 
     @property
     def policy(self) -> Policy:

@@ -19,7 +19,10 @@ import zmq
 import zmq.asyncio
 
 from dualpath.cluster import messages as m
+from dualpath.cluster.cluster_secret import ClusterSecret
+from dualpath.cluster.curve import secure_client
 from dualpath.core.vocabulary import EngineId
+from dualpath.spec import metrics
 from dualpath.spec.log import ROOT
 from dualpath.spec.metrics import Figures
 
@@ -35,7 +38,9 @@ ComeBack = Callable[[], Awaitable[m.Join]]
 class ControlLink:
     """One member's link to the coordinator. Used from one asyncio thread."""
 
-    def __init__(self, *, heartbeat_ns: int, lease_ns: int, grace_s: float) -> None:
+    def __init__(self, secret: ClusterSecret, *, heartbeat_ns: int, lease_ns: int, grace_s: float) -> None:
+        self._secret = secret
+        self.malformed_messages = 0
         self.engine: EngineId | None = None
         """The member's id; None while it has not joined."""
         self.epoch = 0
@@ -64,6 +69,7 @@ class ControlLink:
         """Raises ValueError when this is no address; the coordinator need not be there yet."""
         self._address = address
         self._socket = socket = self._context.socket(zmq.DEALER)
+        secure_client(socket, self._secret)
         socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
         socket.setsockopt(zmq.LINGER, 500)
         socket.set_hwm(m.CONTROL_QUEUE_MESSAGES)
@@ -112,7 +118,11 @@ class ControlLink:
         socket = self._socket
         assert socket is not None
         while not socket.closed:
-            message = m.to_engine_decoder.decode(await socket.recv())
+            try:
+                message = m.to_engine(await socket.recv_multipart())
+            except m.BadMessageError:
+                self.malformed_messages += 1
+                continue
             self._heard_ns = time.monotonic_ns()
             match message:
                 case m.HeartbeatAck():
@@ -156,6 +166,7 @@ class ControlLink:
             gauges: Figures = {}
             for source in self.gauge_sources:
                 gauges |= source()
+            gauges[metrics.ENGINE_MALFORMED_MESSAGES()] = float(self.malformed_messages)
             if self.alive():
                 self._send(m.Heartbeat(gauges))
             await asyncio.sleep(self._heartbeat_ns / 1e9)

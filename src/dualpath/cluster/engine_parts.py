@@ -93,7 +93,7 @@ def _agent(config: ClusterConfig, control_address: str, name: str, socket: str) 
     def start(child: Child) -> BaseProcess:
         settings = AgentConfig(
             coordinator=control_address,
-            cluster=config.without_secrets(),
+            cluster=config.without_api_keys(),
             name=f"{os.uname().nodename}/{os.getpid()}/{name}",
             socket=socket,
             ticket=child.ticket,

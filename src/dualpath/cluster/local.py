@@ -1,12 +1,14 @@
 """A cluster on this host: a coordinator in this process, and the engine processes that a supervisor keeps running."""
 
 import asyncio
+import contextlib
 import socket
 from typing import Protocol
 
 import msgspec
 
 from dualpath.cluster.children import Child
+from dualpath.cluster.cluster_secret import cluster_secret, tell_engines
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.coordinator import Coordinator
 from dualpath.cluster.coordinator.membership import Crew
@@ -124,8 +126,10 @@ class Cluster:
     def __init__(self, config: ClusterConfig, local_engines: bool = True, situation: Situation | None = None) -> None:
         self.config = config
         self._situation = situation or Situation()
-        own = OwnEngines if local_engines else NoEngines
-        self.crew: ClusterCrew = self._situation.crew or own(config)
+        self._own = OwnEngines if local_engines else NoEngines
+        self.crew: ClusterCrew = self._situation.crew or self._own(config)
+        self._secret = contextlib.ExitStack()
+        """Forgets a secret that was made for this cluster."""
         self.coordinator: Coordinator
         self.keeps_engines = False
         """Whether engines stay when it is left, for another coordinator."""
@@ -140,7 +144,15 @@ class Cluster:
     async def __aenter__(self) -> "Cluster":
         """Raises TimeoutError, RuntimeError, OSError or StoreError that says why the cluster did not start."""
         open_store(self.config.store)  # a location that can't be is told before any process starts
-        self.coordinator = Coordinator(self.config, self.crew, self._situation.control, self._situation.weights)
+        given, tell = self.config.cluster_secret, tell_engines if self._own is NoEngines else None
+        secret = self._secret.enter_context(cluster_secret(given, tell))
+        self.config = msgspec.structs.replace(self.config, cluster_secret=secret)
+        self.crew = self._situation.crew or self._own(self.config)
+        try:
+            self.coordinator = Coordinator(self.config, self.crew, self._situation.control, self._situation.weights)
+        except BaseException:
+            self._secret.close()
+            raise
         self._open = True
         try:
             self.coordinator.start()
@@ -177,3 +189,4 @@ class Cluster:
         self.crew.will_end()
         await self.coordinator.stop(keep_engines=self.keeps_engines)
         await self.crew.end()
+        self._secret.close()

@@ -8,16 +8,20 @@ import contextlib
 import ctypes
 import errno
 import importlib.metadata
+import ipaddress
 import logging
 import re
+import ssl
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
+from dualpath.cluster.cluster_secret import HOW_TO_GIVE, secret_of_environment
 from dualpath.cluster.config import DTYPES, ClusterConfig
 from dualpath.kv import KVLayout, StoreError, open_store
 from dualpath.kv.layout import parts_of
@@ -45,10 +49,15 @@ def settled(config: ClusterConfig) -> ClusterConfig:
     _check_sizes(config, facts, dtype)
     _check_store(config.store)
     _check_tracing(config)
+    _check_tls(config)
+    secret = config.cluster_secret or secret_of_environment()
+    if secret is None:
+        _check_loopback(config)
     return msgspec.structs.replace(
         config,
         model=str(directory),
         dtype=dtype,
+        cluster_secret=secret,
         served_model_name=config.served_model_name or _name(config.model),
     )
 
@@ -169,6 +178,43 @@ def _check_store(location: str) -> None:
         raise StoreError(
             f"--store: {location} can't be written to: {error.strerror}; give a directory of yours"
         ) from error
+
+
+def _check_tls(config: ClusterConfig) -> None:
+    if config.ssl_certfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    except OSError as error:
+        files = " and ".join(filter(None, (config.ssl_certfile, config.ssl_keyfile)))
+        raise NotReadyError(
+            f"--ssl-certfile: {files} can't be used ({error}); give a certificate and its key"
+        ) from error
+    try:
+        if config.ssl_ca_certs is not None:
+            context.load_verify_locations(config.ssl_ca_certs)
+    except OSError as error:
+        raise NotReadyError(f"--ssl-ca-certs: {config.ssl_ca_certs} can't be used ({error}); give PEM") from error
+
+
+def _check_loopback(config: ClusterConfig) -> None:
+    """Without a secret that other hosts have too, nothing may be listened at that they can reach."""
+    control = urlsplit(config.control_address)
+    hosts = {"--data-host": config.data_host}
+    if control.scheme == "tcp":
+        hosts["--join-address"] = control.hostname or ""
+    for option, host in hosts.items():
+        if not _is_loopback(host):
+            raise NotReadyError(
+                f"{option}: {host} is not this host alone, so the cluster needs a secret; {HOW_TO_GIVE}"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _check_tracing(config: ClusterConfig) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import resource
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -38,8 +38,9 @@ async def serve(
     *,
     on_bound: Callable[[int], None] | None = None,
     drain_s: float = DRAIN_S,
+    tls: Mapping[str, Any] | None = None,
 ) -> None:
-    """Serve `app`, of `create_app`, until cancelled. Closes `listener`.
+    """Serve `app`, of `create_app`, until cancelled. Closes `listener`. `tls` has uvicorn's settings of that name.
 
     Then requests get 503 `shutting_down`; those that run have `drain_s` seconds, after which whole answers become that
     error too and streams end with it as an event. Cancelled once more, it ends them at once. `on_bound` is called with
@@ -47,7 +48,7 @@ async def serve(
     """
     drain: Drain = app.state.drain
     port = int(listener.getsockname()[1])
-    server = _Server(_config(app), lambda: on_bound(port) if on_bound else None)
+    server = _Server(_config(app, tls or {}), lambda: on_bound(port) if on_bound else None)
     with contextlib.closing(listener):
         running = asyncio.create_task(server.serve(sockets=[listener]))
         handing_over = asyncio.create_task(server.leave_after(drain.hand_over))
@@ -88,7 +89,7 @@ class _Server(uvicorn.Server):
         self._on_started()
 
 
-def _config(app: Application) -> uvicorn.Config:
+def _config(app: Application, tls: Mapping[str, Any]) -> uvicorn.Config:
     limits: ServerLimits = app.state.limits
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     connection: Any = partial(
@@ -107,4 +108,5 @@ def _config(app: Application) -> uvicorn.Config:
         server_header=False,
         timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]  # seconds, whole or not
         timeout_graceful_shutdown=1,
+        **tls,
     )

@@ -49,9 +49,10 @@ class ClusterServer:
 
     @property
     def url(self) -> str:
-        """``http://host:port``, as this host reaches it; the API is below ``/v1``."""
+        """``http://host:port`` or ``https:``, as this host reaches it; the API is below ``/v1``."""
         host = _LOOPBACK.get(self.config.host, self.config.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self._port}"
+        scheme = "https" if self.config.tls else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self._port}"
 
     async def __aenter__(self) -> "ClusterServer":
         situation = self._situation
@@ -82,7 +83,7 @@ class ClusterServer:
 
     def _listen(self, listener: socket.socket) -> None:
         app = RequestLog(self._front, self._observers())
-        self._serving = asyncio.create_task(serve(app, listener, drain_s=self.config.drain_s))
+        self._serving = asyncio.create_task(serve(app, listener, drain_s=self.config.drain_s, tls=self.config.tls))
 
     async def _start_cluster(self) -> None:
         await self.cluster.__aenter__()

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from dualpath.cluster.children import Child
+from dualpath.cluster.cluster_secret import cluster_secret, tell_engines
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.engine_parts import all_parts, node_parts, sweep
 from dualpath.cluster.preflight import settled
@@ -28,7 +29,8 @@ from dualpath.serving.orders_socket import RESTART, OrdersSocket
 from dualpath.serving.restarting import LAST_WORDS_S, RollingRestart, Say
 from dualpath.serving.server_part import LOOK_S, SERVER, ServerPart
 from dualpath.spec.log import ROOT, start_log
-from dualpath.spec.whole_file import write_whole
+from dualpath.spec.private_files import PRIVATE
+from dualpath.spec.whole_file import Draft, fill_whole
 
 logger = logging.getLogger(f"{ROOT}.server")
 
@@ -49,10 +51,12 @@ def _refuse(why: str) -> int:
 
 
 async def _until_signalled(config: ClusterConfig, listener: socket.socket, local_engines: bool) -> int:
-    serving = SupervisedCluster(config, listener, local_engines)
-    for name in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(name, serving.signalled)
-    why = await serving.run()
+    with cluster_secret(config.cluster_secret, None if local_engines else tell_engines) as secret:
+        config = msgspec.structs.replace(config, cluster_secret=secret)
+        serving = SupervisedCluster(config, listener, local_engines)
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, serving.signalled)
+        why = await serving.run()
     return _refuse(why) if why else 0
 
 
@@ -152,7 +156,8 @@ class SupervisedCluster:
                 self._server.has_served, self._server.weights = True, word.weights
                 if self._config.ready_file is not None:
                     facts = word.facts | {"pid": os.getpid(), "orders": self._orders.name}
-                    write_whole(Path(self._config.ready_file), msgspec.json.encode(facts))
+                    draft = Draft(Path(self._config.ready_file), PRIVATE)
+                    fill_whole(draft, msgspec.json.encode(facts), durable=False)
 
     def _ended(self, child: Child, _why: str) -> None:
         if child.name == SERVER:

@@ -113,6 +113,8 @@ UNKNOWN_SERIES = _server("dualpath_unknown_series", "Series that engines send an
 _head = partial(Metric, "cluster/coordinator/coordinator.py")
 STRANGE_MESSAGES = _head("dualpath_strange_messages_total", "Messages of engines that have not joined or are lost")
 MALFORMED_MESSAGES = _head("dualpath_malformed_messages_total", "Messages that the coordinator can't decode")
+_STRANGERS = "Connections to the control port without the cluster's secret, or that are not ZeroMQ's"
+CONTROL_REFUSED = _head("dualpath_control_refused_total", _STRANGERS, unit="connections")
 UNROUTABLE_MESSAGES = _head("dualpath_unroutable_messages_total", "Messages that the coordinator could not send")
 ENGINES_REFUSED = _head("dualpath_refused_engines_total", "Engines that asked to join and do not fit the cluster")
 ENGINES_LOST = _head("dualpath_lost_engines_total", "Engines that had joined and are gone, for whatever reason")
@@ -125,6 +127,8 @@ PARTS_RESTARTED = _head(
 _serving = partial(Metric, "cluster/coordinator/serving.py")
 REQUESTS_LIVE = _serving("dualpath_requests_live", "Requests that have not ended", unit="requests")
 REQUESTS_PARKED = _serving("dualpath_requests_parked", "Those that wait while generation is paused", unit="requests")
+_FOREIGN = "Reports that an engine can't make: about other engines' attempts, or of what can't be"
+FOREIGN_MESSAGES = _serving("dualpath_foreign_messages_total", _FOREIGN)
 STALE_MESSAGES = _serving("dualpath_stale_messages_total", "Reports about a request or an attempt that is over")
 _operator = partial(Metric, "cluster/coordinator/operator.py")
 WEIGHTS_INFO = _operator("dualpath_weights_info", "Always 1: the version of the weights", ("version",), "versions")
@@ -174,11 +178,15 @@ OVERDUE_RELEASES = _core("dualpath_scheduler_overdue_releases", "Aborts unanswer
 _engine = partial(Metric, "cluster/agent", by_engine=True)
 ENGINE_ATTEMPTS = _engine("dualpath_engine_attempts", "Attempts that the engine has in hand")
 ENGINE_STALE_MESSAGES = _engine("dualpath_engine_stale_messages_total", "Orders for an attempt that is over")
+_link = partial(Metric, "cluster/control_link.py", by_engine=True)
+ENGINE_MALFORMED_MESSAGES = _link("dualpath_engine_malformed_messages_total", "Messages that the engine can't decode")
 _host = partial(Metric, "cluster/agent/host.py", by_engine=True)
 BUFFER_FREE_BLOCKS = _host("dualpath_buffer_free_blocks", "Pages of the engine's buffer that nobody holds")
 BUFFER_HELD_BLOCKS = _host("dualpath_buffer_held_blocks", "Pages that an attempt holds")
 BUFFER_QUARANTINED_BLOCKS = _host("dualpath_buffer_quarantined_blocks", "Pages that a lost peer might still write to")
 BUFFER_HIGH_WATER_BLOCKS = _host("dualpath_buffer_high_water_blocks", "The most pages that were taken at one time")
+_UNPROVEN = "Connections to the data port that did not prove that they have the cluster's secret, or were too many"
+DATA_REFUSED = _host("dualpath_data_refused_total", _UNPROVEN, unit="connections")
 _NIC = "Bytes through the engine's storage NIC (snic) and compute NIC (cnic)"
 NIC_BYTES = _host("dualpath_nic_bytes_total", _NIC, ("nic", "direction", "traffic_class", "node"))
 _prefill = partial(Metric, "cluster/agent/prefill.py", by_engine=True)

@@ -41,7 +41,17 @@ def _tcp() -> "Transport":
     return TcpTransport()
 
 
+def _tcp_authenticated() -> "Transport":
+    from dualpath.transfer.transports.tcp import AuthenticatedTcpTransport
+
+    return AuthenticatedTcpTransport()
+
+
 TRANSPORTS: "Registry[Transport]" = Registry(
-    "transport", "dualpath.transports", {"shm": _shm, "tcp": _tcp}, methods=("serve", "connect", "sweep")
+    "transport",
+    "dualpath.transports",
+    {"shm": _shm, "tcp": _tcp, "tcp-authenticated": _tcp_authenticated},
+    methods=("serve", "connect", "sweep"),
 )
-"""``shm`` within a host, ``tcp`` anywhere, and other packages' transports. Importing this imports no numpy."""
+"""``shm`` within a host, ``tcp`` anywhere, ``tcp-authenticated`` where somebody might change bytes on their way; and
+other packages' transports. Importing this imports no numpy."""

@@ -1,4 +1,4 @@
-"""Files of buffer pools in shared memory: made under their creator's lock, removed once that is gone."""
+"""Files that last as long as their creator, such as pools in shared memory: made under its lock, removed after it."""
 
 import fcntl
 import os
@@ -9,10 +9,15 @@ POOL_DIRECTORY = Path("/dev/shm")
 
 def sweep_dead_pools(directory: Path = POOL_DIRECTORY) -> list[Path]:
     """Remove pools whose creator died without closing them. Returns their paths. Live pools are never touched."""
+    return sweep_dead_files(directory, "dualpath-*")
+
+
+def sweep_dead_files(directory: Path, pattern: str) -> list[Path]:
+    """As `sweep_dead_pools`, of the files with such names."""
     removed = []
-    for path in sorted(directory.glob("dualpath-*")):
+    for path in sorted(directory.glob(pattern)):
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:  # removed meanwhile, or another user's
             continue
         try:

@@ -121,6 +121,11 @@ class Server(Protocol):
         """The address that peers give to `Transport.connect`."""
         ...
 
+    @property
+    def refused_connections(self) -> int:
+        """Connections that did not prove that they have the cluster's key, or were too many."""
+        ...
+
     def quiesce(self, peer_tag: str) -> "Future[None]":
         """Disconnect a peer. The future ends when nothing that the peer has posted can touch the pool any more.
 
@@ -141,8 +146,12 @@ class Transport(Protocol):
     thread may call any method.
     """
 
-    def serve(self, pool: BufferPool, traffic: TrafficManager, *, host: str, name: str) -> Server:
+    def serve(self, pool: BufferPool, traffic: TrafficManager, *, host: str, name: str, key: bytes) -> Server:
         """Let peers read and write `pool` until `Server.close`, which comes before `pool.close`.
+
+        `key` is 32 bytes that the cluster's processes have and nobody else. Only a peer that proves that it has them
+        may learn anything of the pool, and it must be shown such a proof too. A transport that can't do that must say
+        so in its documentation, with what protects the pool instead.
 
         `host` is the address at which other hosts reach this one (--data-host). `name` is unique among this host's
         servers; traces of a killed server should be recognisable by its name or process. Raises ValueError when `host`
@@ -157,6 +166,7 @@ class Transport(Protocol):
         *,
         traffic_class: TrafficClass,
         peer_tag: str,
+        key: bytes,
         max_ops_in_flight: int = 64,
         timeout_s: float = 5.0,
     ) -> Channel:
@@ -164,7 +174,7 @@ class Transport(Protocol):
 
         `peer_tag` names the caller to the server (see `Server.quiesce`), for example its engine id. Raises ValueError
         for a bad bound or another transport's address, TransferError(PEER_CLOSED) when nobody answers in time or the
-        server refuses, and TransferError(PROTOCOL) when it is not a server of this transport.
+        server refuses, and TransferError(PROTOCOL) when it is not a server of this transport or does not have `key`.
         """
         ...
 

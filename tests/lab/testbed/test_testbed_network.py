@@ -134,13 +134,14 @@ from dualpath.transfer.transport import PageRange
 from dualpath.transfer.transports.tcp import TcpTransport
 if sys.argv[1] == "serve":
     pool = BufferPool.create("testbed{os.getpid()}", 1 << 20, 1)
-    server = TcpTransport().serve(pool, TrafficManager(), host=sys.argv[2], name="testbed")
+    server = TcpTransport().serve(pool, TrafficManager(), host=sys.argv[2], name="testbed", key=bytes(32))
     print(server.address, flush=True)
     sys.stdin.read()
     server.close(); pool.close()
 else:
     traffic_class = TrafficClass[sys.argv[3]]
-    channel = TcpTransport().connect(sys.argv[2], TrafficManager(), traffic_class=traffic_class, peer_tag="t")
+    options = {"traffic_class": traffic_class, "peer_tag": "t", "key": bytes(32)}
+    channel = TcpTransport().connect(sys.argv[2], TrafficManager(), **options)
     for _ in range(2):
         into = np.zeros(1 << 20, dtype=np.uint8)
         channel.read([PageRange(0, 0, 1 << 20)], [into], time.monotonic_ns() + 20_000_000_000).result()

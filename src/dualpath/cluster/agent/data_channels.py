@@ -74,5 +74,6 @@ class DataChannels:
             self._host.traffic,
             traffic_class=TrafficClass.LOW,
             peer_tag=self._host.link.tag(self._host.link.engine),
+            key=self._host.config.cluster.secret.data_key,
             timeout_s=CONNECT_TIMEOUT_S,
         )

@@ -64,9 +64,11 @@ class EngineHost:
         for page in pool.allocate(STAGING, staging_blocks):
             self.staging.put_nowait(page)
         self.transport = TRANSPORTS.get(cluster.transport)
-        self.server = self.transport.serve(self.pool, self.traffic, host=cluster.data_host, name=uuid.uuid4().hex[:12])
+        name, key = uuid.uuid4().hex[:12], cluster.secret.data_key
+        self.server = self.transport.serve(self.pool, self.traffic, host=cluster.data_host, name=name, key=key)
         self.blocks = BlockIO(cluster, self.layout, self.pool, self.traffic)
-        self.link = ControlLink(heartbeat_ns=cluster.heartbeat_ns, lease_ns=cluster.lease_ns, grace_s=cluster.grace_s)
+        periods = {"heartbeat_ns": cluster.heartbeat_ns, "lease_ns": cluster.lease_ns}
+        self.link = ControlLink(cluster.secret, **periods, grace_s=cluster.grace_s)
         self.link.alive = self._engine_beats
         self.link.gauge_sources.append(self._own_gauges)
         self.counters: Counter[Sample] = Counter({counter(): 0 for counter in metrics.ENGINE_COUNTERS})
@@ -130,6 +132,7 @@ class EngineHost:
             metrics.BUFFER_HELD_BLOCKS(): float(pool.held_pages - staging),
             metrics.BUFFER_QUARANTINED_BLOCKS(): float(pool.quarantined_pages),
             metrics.BUFFER_HIGH_WATER_BLOCKS(): float(pool.high_water_pages - staging),
+            metrics.DATA_REFUSED(): float(self.server.refused_connections),
         }
         cnic = self.traffic.statistics().cnic
         moved = {
@@ -142,4 +145,4 @@ class EngineHost:
             for traffic_class, n_bytes in (("high", high_bytes), ("low", low_bytes)):
                 figures[metrics.NIC_BYTES(nic, direction, traffic_class, self.config.name)] = float(n_bytes)
         own = {sample: float(value) for sample, value in self.counters.items()}
-        return figures | own | self.attached.gauges
+        return own | figures | self.attached.gauges

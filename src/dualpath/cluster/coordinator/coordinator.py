@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dualpath.cluster import messages as m
 from dualpath.cluster import orders as o
+from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.driver import SchedulerDriver, scheduler_constants, scheduler_limits
 from dualpath.cluster.coordinator.kv_events import KVEvents
@@ -68,7 +69,7 @@ class Coordinator:
         """
         config.generation_defaults()  # what is wrong with the file is said before engines start
         self._driver = SchedulerDriver(self.broken, config.journal)
-        self._links = EngineLinks()
+        self._links = EngineLinks(config.cluster_secret or ClusterSecret.random())
         self.membership = Membership(config, self._links, self, crew)
         self.control_address = self._links.bind(config.control_address, control)
         self._events = KVEvents(config.kv_events if config.kv_events and config.kv_events.enabled else None)
@@ -196,6 +197,7 @@ class Coordinator:
         figures: Figures = {
             metrics.STRANGE_MESSAGES(): float(self.strange_messages),
             metrics.MALFORMED_MESSAGES(): float(self._links.malformed_messages),
+            metrics.CONTROL_REFUSED(): float(self._links.door.refused_connections),
             metrics.UNROUTABLE_MESSAGES(): float(self._links.unroutable_messages),
             metrics.ENGINES_REFUSED(): float(self.membership.refused_engines),
             metrics.ENGINES_LOST(): float(self.membership.lost_engines),

@@ -17,6 +17,7 @@ from dualpath.core.policy import Constants, Limits
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import Command, EngineId
 from dualpath.kv.layout import KVLayout
+from dualpath.spec.private_files import private_opener
 
 if TYPE_CHECKING:
     from dualpath.core.journal import JournaledScheduler
@@ -62,7 +63,7 @@ class SchedulerDriver:
         """`journal` is a file for every input and its commands, one JSON line each. Raises OSError if it won't open."""
         self._on_broken = on_broken
         try:
-            self._journal = open(journal, "wb") if journal else None  # noqa: SIM115 (closed in close)
+            self._journal = open(journal, "wb", opener=private_opener) if journal else None  # noqa: SIM115 (closed in close)
         except OSError as error:
             message = f"the journal {journal} can't be written: {error.strerror}; give --journal a file in a folder"
             raise OSError(error.errno, message) from error

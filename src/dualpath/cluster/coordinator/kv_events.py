@@ -8,6 +8,9 @@ neither ever waits.
 What is announced is what storage holds, so the medium is ``STORAGE``: every prefill of this cluster can hit it. Blocks
 that were stored before the start, or by a neighbour, are not announced, because nobody here knows their tokens; nor are
 those of requests with a ``cache_salt``, whose owners keep to themselves.
+
+Other programs read these sockets, in the clear and without a key. Who may reach them is the operator's to say: unless
+an endpoint is given, nobody but this host.
 """
 
 import asyncio
@@ -32,6 +35,7 @@ from dualpath.spec.metrics import Figures
 
 logger = logging.getLogger(__name__)
 
+LOOPBACK = "tcp://127.0.0.1:5557"
 MEDIUM = "STORAGE"
 """vLLM's word for its file-system and object tiers."""
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
@@ -94,7 +98,7 @@ class KVEvents:
         self._replays.set_hwm(config.buffer_steps + 1)  # one whole replay, with its end
         for socket in (self._publisher, self._replays):
             socket.setsockopt(zmq.LINGER, 0)
-        _open(self._publisher, config.endpoint)
+        _open(self._publisher, config.endpoint or LOOPBACK, listen=config.endpoint is None)
         self._replaying: asyncio.Task[None] | None = None
         if config.replay_endpoint is not None:
             _open(self._replays, config.replay_endpoint, listen=True)

@@ -15,8 +15,11 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from dualpath.cluster.cluster_secret import ClusterSecret
+from dualpath.cluster.curve import ServerDoor
 from dualpath.cluster.messages import (
     CONTROL_QUEUE_MESSAGES,
+    BadMessageError,
     FromEngine,
     Heartbeat,
     HeartbeatAck,
@@ -24,7 +27,7 @@ from dualpath.cluster.messages import (
     NotMember,
     ToEngine,
     encoder,
-    from_engine_decoder,
+    from_engine,
 )
 from dualpath.core.vocabulary import EngineId, Role
 from dualpath.spec.metrics import Figures
@@ -53,9 +56,10 @@ class EngineLink(msgspec.Struct):
 class EngineLinks:
     """Engines by id and by ZeroMQ identity. Used from one asyncio thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, secret: ClusterSecret) -> None:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
+        self.door = ServerDoor(self._socket, secret)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.set_hwm(CONTROL_QUEUE_MESSAGES)
@@ -125,10 +129,10 @@ class EngineLinks:
     async def messages(self) -> AsyncIterator[tuple[bytes, FromEngine]]:
         """Yields engines' messages. Answers heartbeats itself; counts and drops malformed messages."""
         while True:
-            identity, payload = await self._socket.recv_multipart()
+            identity, *frames = await self._socket.recv_multipart()
             try:
-                message = from_engine_decoder.decode(payload)
-            except msgspec.MsgspecError:
+                message = from_engine(frames)
+            except BadMessageError:
                 self.malformed_messages += 1
                 continue
             link = self._by_identity.get(identity)
@@ -164,5 +168,6 @@ class EngineLinks:
             self.unroutable_messages += 1
 
     def close(self) -> None:
+        self.door.close()
         self._socket.close()
         self._context.term()

@@ -18,7 +18,18 @@ import msgspec
 from dualpath.cluster import messages as m
 from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, PromptLogprob, RequestError, TokenLogprob
 from dualpath.cluster.messages import Draw
-from dualpath.core.vocabulary import BLOCK_TOKENS, Decode, Leg, Load, Prefill, Prepare, RequestFacts, RequestId, Side
+from dualpath.core.vocabulary import (
+    BLOCK_TOKENS,
+    Decode,
+    EngineId,
+    Leg,
+    Load,
+    Prefill,
+    Prepare,
+    RequestFacts,
+    RequestId,
+    Side,
+)
 from dualpath.kv.keys import BlockKey, Namespace
 from dualpath.spec.sampling import finish_reason, token_history
 from dualpath.spec.timings import Timings
@@ -76,6 +87,9 @@ class Attempt(msgspec.Struct):
     legs: list[Leg] = []
     decode_pages: list[int] | None = None
     first_draw: Draw | None = None
+    prefill_engine: EngineId | None = None
+    decode_engine: EngineId | None = None
+    """Which engines have been told of it: they alone can report about it."""
     prompt_logprobs: list[PromptLogprob] = []
     stages: Stages = msgspec.field(default_factory=Stages)
 
@@ -203,6 +217,13 @@ def order(live: LiveRequest, command: Prepare | Load | Prefill | Decode, decode_
     assert attempt is not None and attempt.attempt == command.attempt
     ids = (live.request, attempt.attempt)
     sampling = live.asked.sampling
+    match command:
+        case Prepare() | Decode():
+            attempt.decode_engine = command.engine
+        case Load(leg=Leg(side=Side.DE)):
+            attempt.decode_engine = command.engine
+        case Load() | Prefill():
+            attempt.prefill_engine = command.engine
     match command:
         case Prepare():
             return m.PrepareDecode(

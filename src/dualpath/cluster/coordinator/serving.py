@@ -12,6 +12,7 @@ from dualpath.cluster.coordinator.links import EngineLinks, UnencodableMessageEr
 from dualpath.cluster.coordinator.live_request import LiveRequest, order
 from dualpath.cluster.coordinator.open_requests import OpenRequests
 from dualpath.cluster.coordinator.refusals import request_error
+from dualpath.cluster.coordinator.report_checks import can_report
 from dualpath.cluster.generator import RequestError
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import (
@@ -27,12 +28,17 @@ from dualpath.core.vocabulary import (
     Prepare,
     RequestId,
     Resubmit,
+    Role,
 )
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
 
 _OF_ATTEMPTS = (
     m.Prepared, m.Loaded, m.LoadFailed, m.PromptLogprobs, m.PrefillDone, m.AttemptFailed, m.Refused, m.Finished
+)  # fmt: skip
+Report = (
+    m.Prepared | m.Loaded | m.LoadFailed | m.PromptLogprobs | m.PrefillDone | m.AttemptFailed | m.Refused | m.Finished
+    | m.BufferFreed | m.StepTokens
 )  # fmt: skip
 
 
@@ -49,6 +55,8 @@ class Serving:
         self._unquiet: dict[tuple[RequestId, int], EngineId] = {}
         """PEs whose transfers for an aborted attempt failed half-way; an entry is removed when the DE is told."""
         self.stale_messages = 0
+        self.foreign_messages = 0
+        """Reports that their engine can't make."""
         driver.begin(scheduler, self._carry_out)
 
     # ── what engines report ─────────────────────────────────────────────────────────────────────────────────────────
@@ -58,28 +66,44 @@ class Serving:
         match message:
             case m.Tokens():
                 for step in message.step:
-                    live = self._live(step.request, step.attempt)
+                    live = self._live(engine, step)
                     if live is not None:
                         live.emit(step.draw)
             case m.Stored():
-                self._prefixes.publish(message.blocks)
+                if self._links.by_engine[engine].join.role is Role.DECODE:
+                    self._prefixes.publish(message.blocks)
+                else:
+                    self.foreign_messages += 1
             case m.Released():
                 self._on_released(engine, message)
+            case m.BufferFreed() if self._is_foreign(engine, message):
+                self.foreign_messages += 1
             case m.BufferFreed():
                 self._driver.input(lambda s, now: s.buffer_freed(now, message.request, message.attempt, message.blocks))
             case _ if isinstance(message, _OF_ATTEMPTS):
-                live = self._live(message.request, message.attempt)
+                live = self._live(engine, message)
                 if live is not None:
                     self._on_attempt_message(engine, live, message)
             case _:
                 self.stale_messages += 1
 
-    def _live(self, request: RequestId, attempt: int) -> LiveRequest | None:
-        live = self.requests.running.get(request)
-        if live is None or not live.is_current(attempt):
+    def _live(self, engine: EngineId, report: Report) -> LiveRequest | None:
+        """Returns the request that `engine` can report so about; None, and it is counted, when there is none."""
+        live = self.requests.running.get(report.request)
+        if live is None or not live.is_current(report.attempt):
             self.stale_messages += 1
             return None
+        if self._is_foreign(engine, report):
+            self.foreign_messages += 1
+            return None
         return live
+
+    def _is_foreign(self, engine: EngineId, report: Report) -> bool:
+        live = self.requests.running.get(report.request)
+        if live is None or live.current is None or not live.is_current(report.attempt):
+            return False
+        too_many = isinstance(report, m.StepTokens) and live.reason is not None
+        return too_many or not can_report(engine, live.current, report, self.requests.model.vocab_size)
 
     def _on_released(self, engine: EngineId, message: m.Released) -> None:
         if not message.quiet:
@@ -176,5 +200,6 @@ class Serving:
             metrics.REQUESTS_LIVE(): float(len(self.requests)),
             metrics.REQUESTS_PARKED(): float(len(self.requests.parking)),
             metrics.STALE_MESSAGES(): float(self.stale_messages),
+            metrics.FOREIGN_MESSAGES(): float(self.foreign_messages),
             **self._prefixes.gauges(),
         }

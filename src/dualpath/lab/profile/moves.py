@@ -5,6 +5,7 @@ Blocks are read back from the page cache, so the result is what the runtime can 
 
 import asyncio
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from dualpath.transfer.traffic import TrafficManager
 
 BLOCKS = 24
 PASSES = 4
+KEY = secrets.token_bytes(32)
 ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 
 
@@ -84,9 +86,9 @@ def _transfer_rate(layout: KVLayout) -> float:
         closing(BufferPool.create(f"{name}-de", layout.full_block_bytes, BLOCKS + 1)) as remote,
     ):
         here, transport = TrafficManager(), TRANSPORTS.get("shm")
-        server = transport.serve(remote, TrafficManager(), host="", name=f"{name}-de")
+        server = transport.serve(remote, TrafficManager(), host="", name=f"{name}-de", key=KEY)
         try:
-            channel = transport.connect(server.address, here, traffic_class=TrafficClass.LOW, peer_tag=name)
+            channel = transport.connect(server.address, here, traffic_class=TrafficClass.LOW, peer_tag=name, key=KEY)
             try:
                 hit_tokens = BLOCKS * BLOCK_TOKENS
                 rows = np.zeros(hit_tokens * layout.token_bytes, np.uint8)

@@ -11,6 +11,7 @@ The kernel keeps the rates, not the engines. These still count every byte by NIC
 
 import asyncio
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -99,6 +100,7 @@ class TestbedCluster:
             *("--topology", topology),
             *("--system", system),
             *("--transport", "tcp"),
+            *("--cluster-secret-file", str(launcher.work / "secret")),
             *launcher.options,
         )
         self._engines = list(_engines(self._plan.nodes, topology))
@@ -121,6 +123,9 @@ class TestbedCluster:
     async def __aenter__(self) -> "TestbedCluster":
         """Raises LaunchError."""
         self._launcher.work.mkdir(parents=True, exist_ok=True)
+        secret = self._launcher.work / "secret"
+        secret.touch(0o600)
+        secret.write_text(secrets.token_hex(32))
         try:
             await self._start()
         except BaseException:

@@ -42,6 +42,8 @@ IN_FLIGHT = 4
 PAUSE_S = 0.002
 """Pause between two messages, which must be waited for and not fill the link."""
 OP_TIMEOUT_NS = 20_000_000_000
+KEY = bytes(32)
+"""Of nobody's cluster: these pools have bytes of no meaning."""
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -111,7 +113,7 @@ def bulk(channels: list[FramedChannel], order: Order) -> Moved:
 
 def _serve(host: str) -> None:
     pool = BufferPool.create(uuid.uuid4().hex[:12], BLOCK_BYTES, FLOWS)
-    server = TcpTransport().serve(pool, TrafficManager(), host=host, name="qos")
+    server = TcpTransport().serve(pool, TrafficManager(), host=host, name="qos", key=KEY)
     try:
         _answer(Address(server.address))
         sys.stdin.read()
@@ -125,7 +127,7 @@ def _client(
 ) -> None:
     transport, traffic = TcpTransport(), TrafficManager()
     channels = [
-        transport.connect(address, traffic, traffic_class=traffic_class, peer_tag=f"{traffic_class.name} {n}")
+        transport.connect(address, traffic, traffic_class=traffic_class, peer_tag=f"{traffic_class.name} {n}", key=KEY)
         for n in range(flows)
     ]
     try:

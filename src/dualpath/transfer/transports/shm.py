@@ -12,21 +12,24 @@ socket closes. The peer closes it when none of its threads copies any more; the 
 import errno
 import os
 import socket
-import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 
 from dualpath.core.vocabulary import TrafficClass
+from dualpath.spec.private_files import runtime_directory
 from dualpath.transfer.pool import BufferPool, Bytes
 from dualpath.transfer.traffic import TrafficManager
 from dualpath.transfer.transports.framed import FramedTransport
 from dualpath.transfer.transports.framed.channel import FramedChannel
 from dualpath.transfer.transports.framed.connection import Connection
-from dualpath.transfer.transports.framed.frames import Frame, FrameKind, Stream, Welcome
+from dualpath.transfer.transports.framed.frames import Frame, FrameKind, Stream
+from dualpath.transfer.transports.framed.handshake import Welcome
 from dualpath.transfer.transports.framed.operations import Cursor, Operation, cursor_over
 
 PREFIX = "shm:"
+BACKLOG_CONNECTIONS = 1024
 MAX_PATH_BYTES = 107
 """Longest path that fits into ``sockaddr_un``."""
 
@@ -89,8 +92,8 @@ class SharedMemoryTransport(FramedTransport):
     connection = SharedMemoryConnection
 
     def bind_address(self, host: str, name: str) -> str:  # noqa: ARG002
-        """Returns a socket file of this process; `host` is ignored, because all peers are on this host."""
-        return f"{PREFIX}{tempfile.gettempdir()}/dualpath-{os.getpid()}-{name}.sock"
+        """Returns a socket file in this user's directory; `host` is ignored, because all peers are on this host."""
+        return f"{PREFIX}{runtime_directory()}/dualpath-{os.getpid()}-{name}.sock"
 
     def listen(self, address: str) -> tuple[socket.socket, str]:
         """Listen so that only this user can connect. Replaces a dead server's socket file."""
@@ -101,7 +104,7 @@ class SharedMemoryTransport(FramedTransport):
                 path.unlink()
             listener.bind(str(path))
             path.chmod(0o600)
-            listener.listen(128)
+            listener.listen(BACKLOG_CONNECTIONS)
         except OSError as error:
             listener.close()
             raise OSError(error.errno, f"cannot listen at {address}: {error.strerror}") from error
@@ -115,17 +118,29 @@ class SharedMemoryTransport(FramedTransport):
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connected.settimeout(timeout_s)
-            connected.connect(str(path))
+            _connect(connected, path, time.monotonic() + timeout_s)
         except OSError:
             connected.close()
             raise
         return connected
 
     def sweep(self) -> list[str]:
-        dead = [path for path in sorted(Path(tempfile.gettempdir()).glob("dualpath-*.sock")) if _is_dead(path)]
+        dead = [path for path in sorted(runtime_directory().glob("dualpath-*.sock")) if _is_dead(path)]
         for path in dead:
             path.unlink(missing_ok=True)
         return [str(path) for path in dead]
+
+
+def _connect(connected: socket.socket, path: Path, deadline_s: float) -> None:
+    """Raises OSError. While too many others wait to be accepted, the kernel answers EAGAIN and does not queue us."""
+    while True:
+        try:
+            connected.connect(str(path))
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                raise TimeoutError("too many others wait to be accepted") from None
+            time.sleep(0.002)
 
 
 def _path(address: str) -> Path:
@@ -133,15 +148,17 @@ def _path(address: str) -> Path:
     if path in ("", address):
         raise ValueError(f"{address!r} is not an address of transport shm; give one like shm:/run/dualpath/pe0.sock")
     if len(path.encode()) > MAX_PATH_BYTES:
-        raise ValueError(f"{address!r}: a Unix socket's path has at most {MAX_PATH_BYTES} bytes; use a shorter TMPDIR")
+        raise ValueError(
+            f"{address!r}: a Unix socket's path has at most {MAX_PATH_BYTES} bytes; use a shorter XDG_RUNTIME_DIR"
+        )
     return Path(path)
 
 
 def _is_dead(path: Path) -> bool:
     """Returns True for the socket file of a killed server. The file stays, but its kernel object is gone: connecting is
-    refused at once, which no live server does, whatever its state.
+    refused at once. To a live one a datagram socket is of the wrong kind, so no connection is made.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
         return path.is_socket() and probe.connect_ex(str(path)) == errno.ECONNREFUSED
 
 

@@ -15,6 +15,7 @@ from dualpath.transfer.transports.framed import FramedTransport
 from dualpath.transfer.transports.framed.channel import FramedChannel
 from dualpath.transfer.transports.framed.connection import Connection
 from dualpath.transfer.transports.framed.frames import Frame
+from dualpath.transfer.transports.framed.handshake import Session
 from dualpath.transfer.transports.framed.operations import Cursor, Operation, late_error
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class TcpChannel(FramedChannel):
 class TcpConnection(Connection):
     """The server's side."""
 
-    def __init__(self, number: int, connected: socket.socket, server: "FramedServer") -> None:
-        super().__init__(number, connected, server)
+    def __init__(self, number: int, connected: socket.socket, server: "FramedServer", session: Session) -> None:
+        super().__init__(number, connected, server, session)
         self._connected = connected
         _configure(connected)
 
@@ -84,40 +85,47 @@ class TcpConnection(Connection):
 class TcpTransport(FramedTransport):
     """Its addresses are ``tcp://host:port``; port 0 takes a free one."""
 
+    scheme = "tcp"
     channel = TcpChannel
     connection = TcpConnection
 
     def bind_address(self, host: str, name: str) -> str:  # noqa: ARG002
-        return _address(host, 0)
+        return self._address(host, 0)
 
     def listen(self, address: str) -> tuple[socket.socket, str]:
-        host, port = _host_and_port(address)
+        host, port = self._host_and_port(address)
         if host in {"0.0.0.0", "::"}:
             raise ValueError(f"{address} would be given to peers; give the address at which they reach this host")
         try:
             family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            listener = socket.create_server((str(where[0]), port), family=family, backlog=128)
+            listener = socket.create_server((str(where[0]), port), family=family, backlog=1024)
         except OSError as error:
             raise OSError(error.errno, f"cannot listen at {address}: {error.strerror}") from error
-        return listener, _address(host, listener.getsockname()[1])
+        return listener, self._address(host, listener.getsockname()[1])
 
     def dial(self, address: str, traffic_class: TrafficClass, timeout_s: float) -> socket.socket:
-        connected = socket.create_connection(_host_and_port(address), timeout_s)
+        connected = socket.create_connection(self._host_and_port(address), timeout_s)
         _configure(connected)
         _mark(connected, traffic_class)
         return connected
 
+    def _host_and_port(self, address: str) -> tuple[str, int]:
+        with contextlib.suppress(ValueError):  # a port that is not a number
+            parts = urlsplit(address)
+            if parts.scheme == self.scheme and parts.hostname and parts.port is not None and not parts.path:
+                return parts.hostname, parts.port
+        example = f"{self.scheme}://10.0.0.1:7000"
+        raise ValueError(f"{address!r} is not an address of transport {self.scheme}; give one like {example}")
 
-def _host_and_port(address: str) -> tuple[str, int]:
-    with contextlib.suppress(ValueError):  # a port that is not a number
-        parts = urlsplit(address)
-        if parts.scheme == "tcp" and parts.hostname and parts.port is not None and not parts.path:
-            return parts.hostname, parts.port
-    raise ValueError(f"{address!r} is not an address of transport tcp; give one like tcp://10.0.0.1:7000")
+    def _address(self, host: str, port: int) -> str:
+        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _address(host: str, port: int) -> str:
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+class AuthenticatedTcpTransport(TcpTransport):
+    """``tcp`` whose frames carry MACs. Its addresses are ``tcp-authenticated://host:port``."""
+
+    scheme = "tcp-authenticated"
+    authenticated = True
 
 
 def _configure(connected: socket.socket) -> None:

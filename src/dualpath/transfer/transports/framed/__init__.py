@@ -16,16 +16,8 @@ from dualpath.transfer.traffic import TrafficManager
 from dualpath.transfer.transport import TransferCause, TransferError
 from dualpath.transfer.transports.framed.channel import FramedChannel
 from dualpath.transfer.transports.framed.connection import Connection
-from dualpath.transfer.transports.framed.frames import (
-    VERSION,
-    Frame,
-    FrameKind,
-    Hello,
-    ProtocolError,
-    Stream,
-    StreamClosed,
-    Welcome,
-)
+from dualpath.transfer.transports.framed.frames import ProtocolError, Stream, StreamClosed
+from dualpath.transfer.transports.framed.handshake import Welcome, check_user, shake_hands
 from dualpath.transfer.transports.framed.server import FramedServer
 
 MAX_OPS_IN_FLIGHT = 1_024
@@ -37,6 +29,8 @@ class FramedTransport(ABC):
 
     channel: Callable[[Stream, Welcome, TrafficManager, TrafficClass, int], FramedChannel]
     connection: type[Connection]
+    authenticated = False
+    """Whether every frame carries a MAC, for networks on which somebody could change bytes on their way."""
 
     @abstractmethod
     def bind_address(self, host: str, name: str) -> str:
@@ -56,8 +50,8 @@ class FramedTransport(ABC):
     def sweep(self) -> list[str]:
         return []
 
-    def serve(self, pool: BufferPool, traffic: TrafficManager, *, host: str, name: str) -> FramedServer:
-        return FramedServer(self, pool, traffic, self.bind_address(host, name))
+    def serve(self, pool: BufferPool, traffic: TrafficManager, *, host: str, name: str, key: bytes) -> FramedServer:
+        return FramedServer(self, pool, traffic, self.bind_address(host, name), key)
 
     def connect(
         self,
@@ -66,6 +60,7 @@ class FramedTransport(ABC):
         *,
         traffic_class: TrafficClass,
         peer_tag: str,
+        key: bytes,
         max_ops_in_flight: int = 64,
         timeout_s: float = 5.0,
     ) -> FramedChannel:
@@ -73,11 +68,13 @@ class FramedTransport(ABC):
             raise ValueError(f"max_ops_in_flight is {max_ops_in_flight}; it must be 1 to {MAX_OPS_IN_FLIGHT}")
         deadline_ns = traffic.clock() + round(timeout_s * 1e9)
         try:
-            stream = Stream(self.dial(address, traffic_class, timeout_s), traffic.clock)
+            connected = self.dial(address, traffic_class, timeout_s)
+            stream = Stream(connected, traffic.clock)
         except OSError as error:
             raise TransferError(TransferCause.PEER_CLOSED, f"cannot connect to {address}: {error}") from error
         try:
-            welcome = _shake_hands(stream, Hello(VERSION, peer_tag, traffic_class), deadline_ns)
+            check_user(connected)
+            welcome = shake_hands(stream, key, peer_tag, traffic_class, self.authenticated, deadline_ns)
             return self.channel(stream, welcome, traffic, traffic_class, max_ops_in_flight)
         except StreamClosed as error:
             stream.close()
@@ -85,15 +82,3 @@ class FramedTransport(ABC):
         except (ProtocolError, msgspec.DecodeError, OSError, ValueError) as error:
             stream.close()
             raise TransferError(TransferCause.PROTOCOL, f"{address} is not our channel server: {error}") from error
-
-
-def _shake_hands(stream: Stream, hello: Hello, deadline_ns: int) -> Welcome:
-    body = msgspec.msgpack.encode(hello)
-    stream.send(Frame(FrameKind.HELLO, n_bytes=len(body)), [body])
-    frame = stream.receive_frame(deadline_ns)
-    if frame.kind is not FrameKind.WELCOME:
-        raise ProtocolError(f"expected WELCOME: {frame}")
-    welcome = msgspec.msgpack.decode(stream.receive_bytes(frame.n_bytes, deadline_ns), type=Welcome)
-    if welcome.version != VERSION:
-        raise ProtocolError(f"expected version {VERSION}: {welcome}")
-    return welcome

@@ -28,11 +28,11 @@ from dualpath.transfer.transports.framed.frames import (
     ProtocolError,
     Stream,
     StreamClosed,
-    Welcome,
     advance,
     pack_ranges,
     unpack,
 )
+from dualpath.transfer.transports.framed.handshake import Welcome
 from dualpath.transfer.transports.framed.operations import Operation, OperationTable, late_error
 
 

@@ -21,23 +21,21 @@ from dualpath.transfer.transport import TransferCause, TransferError, check_rang
 from dualpath.transfer.transports.framed.frames import (
     CAUSES,
     RANGE_BYTES,
-    VERSION,
     Frame,
     FrameKind,
-    Hello,
     ProtocolError,
     Stream,
     StreamClosed,
-    Welcome,
     unpack_ranges,
 )
+from dualpath.transfer.transports.framed.handshake import VERSION, Session, Welcome
 from dualpath.transfer.transports.framed.operations import Cursor, cursor_over
+from dualpath.transfer.transports.framed.sealed import Seal
 
 if TYPE_CHECKING:
     from dualpath.transfer.transports.framed.server import FramedServer
 
 MAX_QUEUED_REPLIES = 1024
-HELLO_TIMEOUT_NS = 5_000_000_000
 
 
 class _Transfer(msgspec.Struct):
@@ -57,14 +55,18 @@ class _Ping(msgspec.Struct, frozen=True):
 
 
 class Connection:
-    """One accepted connection. A subclass says how payload travels and how to hang up."""
+    """One connection that has proved itself. A subclass says how payload travels and how to hang up."""
 
-    def __init__(self, number: int, connected: socket.socket, server: "FramedServer") -> None:
+    def __init__(self, number: int, connected: socket.socket, server: "FramedServer", session: Session) -> None:
         self.number = number
-        self.peer_tag = ""
+        self.peer_tag = session.hello.tag
+        self._session = session
         self._forced = False
-        self._class = TrafficClass.LOW
+        self._class = session.hello.traffic_class
         self._stream = Stream(connected, server.traffic.clock)
+        if server.authenticated:
+            theirs, ours = session.frame_keys()
+            self._stream.seal = Seal(ours, theirs)
         self._server = server
         self._writes: dict[int, _Transfer] = {}
         self._replies: queue.Queue[_Transfer | _Ping | None] = queue.Queue(MAX_QUEUED_REPLIES)
@@ -117,8 +119,7 @@ class Connection:
             pass
         except Exception as error:  # no failure of a connection may end the server
             self._server.violated(self, error)
-            if self.peer_tag:
-                self._part()
+            self._part()
         finally:
             self._stream.shutdown()
             if self._replier.ident is not None:
@@ -130,19 +131,13 @@ class Connection:
             self._server.gone(self)
 
     def _greet(self) -> None:
-        deadline_ns = self._server.traffic.clock() + HELLO_TIMEOUT_NS
-        frame = self._stream.receive_frame(deadline_ns)
-        if frame.kind is not FrameKind.HELLO:
-            raise ProtocolError(f"expected HELLO: {frame}")
-        hello = msgspec.msgpack.decode(self._stream.receive_bytes(frame.n_bytes, deadline_ns), type=Hello)
-        if hello.version != VERSION or not hello.tag:
-            raise ProtocolError(f"expected version {VERSION} and a tag: {hello}")
-        self._class = TrafficClass(hello.traffic_class)
         self._mark_class(self._class)
-        self.peer_tag = hello.tag
-        self._server.in_flight.begin(self.peer_tag, (self.number, 0))
+        if not self._server.in_flight.begin(self.peer_tag, (self.number, 0)):
+            raise ProtocolError("it has too much in flight")
         pool = self._server.pool
-        body = msgspec.msgpack.encode(Welcome(VERSION, pool.page_bytes, pool.pages, self._pool_path()))
+        welcome = Welcome(VERSION, pool.page_bytes, pool.pages, self._pool_path())
+        welcome = msgspec.structs.replace(welcome, proof=self._session.server_proof(welcome))
+        body = msgspec.msgpack.encode(welcome)
         self._stream.send(Frame(FrameKind.WELCOME, n_bytes=len(body)), [body])
 
     def _part(self) -> None:

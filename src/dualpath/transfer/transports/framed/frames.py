@@ -3,7 +3,8 @@
 ::
 
     initiator                         server
-    HELLO(tag, class)        ──>
+                             <──      CHALLENGE
+    HELLO(tag, class)        ──>                       `handshake` has these three
                              <──      WELCOME(shape of the pool)
     READ(ranges)             ──>
                              <──      DATA × n          a chunk each, as the server's NIC lets it through
@@ -29,13 +30,16 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from dualpath.transfer.transport import MAX_RANGES, PageRange, TransferCause
 
-VERSION = 1
+if TYPE_CHECKING:
+    from dualpath.transfer.transports.framed.sealed import Seal
+
 HEADER_BYTES = 32
 RANGE_BYTES = 24
 MAX_CHUNK_BYTES = 1 << 20
@@ -64,6 +68,7 @@ class FrameKind(IntEnum):
     ERROR = 8
     PING = 9
     PONG = 10
+    CHALLENGE = 11
 
 
 class ProtocolError(Exception):
@@ -90,6 +95,7 @@ class Frame(msgspec.Struct, frozen=True, gc=False):
 
 
 _LIMIT_BYTES = {
+    FrameKind.CHALLENGE: MAX_TEXT_BYTES,
     FrameKind.HELLO: MAX_TEXT_BYTES,
     FrameKind.WELCOME: MAX_TEXT_BYTES,
     FrameKind.ERROR: MAX_TEXT_BYTES,
@@ -121,23 +127,6 @@ def unpack_ranges(packed: bytes | bytearray) -> list[PageRange]:
     return [PageRange(*triple) for triple in np.frombuffer(packed, "<u8").reshape(-1, 3).tolist()]
 
 
-class Hello(msgspec.Struct, frozen=True):
-    """The initiator's tag and traffic class."""
-
-    version: int
-    tag: str
-    traffic_class: int
-
-
-class Welcome(msgspec.Struct, frozen=True):
-    """The pool that the ranges of this connection are in; `pool_path` only over shared memory."""
-
-    version: int
-    page_bytes: int
-    pages: int
-    pool_path: str = ""
-
-
 class Stream:
     """One socket. `clock` returns nanoseconds; deadlines are times of that clock."""
 
@@ -154,6 +143,8 @@ class Stream:
         self._send_lock = threading.Lock()
         self._close_lock = threading.Lock()
         self._closed = False
+        self.seal: Seal | None = None
+        """Frames that are sent and received from when it is set carry MACs."""
 
     def send(
         self,
@@ -168,25 +159,42 @@ class Stream:
         and the stream stays valid. `on_late` is called at that moment, on this thread.
         """
         with self._send_lock:
-            rest = [memoryview(frame.pack()), *(memoryview(part) for part in payload)]
-            header_bytes_left = HEADER_BYTES
+            rest = [memoryview(part) for part in payload]
+            payload_bytes = sum(map(len, rest))
+            seal, opening = self.seal, frame.pack()
+            if seal is not None:
+                opening = seal.opening(opening, payload_bytes)
+            rest.insert(0, memoryview(opening))
+            opening_bytes_left = len(opening)
             while rest:
                 sent_bytes = self._send_some(rest, deadline_ns)
-                header_bytes_left = max(header_bytes_left - sent_bytes, 0)
-                if sent_bytes:
-                    advance(rest, sent_bytes)
-                else:
-                    head = rest[:1] if header_bytes_left else []
-                    rest = head + _zeros(sum(len(part) for part in rest) - header_bytes_left)
+                if sent_bytes == 0:
+                    head = rest[:1] if opening_bytes_left else []
+                    rest = head + _zeros(sum(map(len, rest)) - opening_bytes_left)
                     deadline_ns = None
                     if on_late is not None:
                         on_late()
+                    continue
+                of_opening = min(sent_bytes, opening_bytes_left)
+                opening_bytes_left -= of_opening
+                advance(rest, of_opening)
+                if seal is not None:
+                    seal.note_sent(rest, sent_bytes - of_opening)
+                advance(rest, sent_bytes - of_opening)
+            rest = [memoryview(seal.closing())] if seal is not None and payload_bytes else []
+            while rest:
+                advance(rest, self._send_some(rest, None))
 
     def receive(self, buffers: list[memoryview], deadline: Callable[[], int | None] | None = None) -> int:
         """Receive what is there into `buffers`. Returns the number of bytes; 0 to let the caller check time or `wake`.
 
-        Calls `deadline` only when there is nothing to receive. Raises StreamClosed.
+        Calls `deadline` only when there is nothing to receive. Raises StreamClosed, with a seal ProtocolError too.
         """
+        if self.seal is not None:
+            return self.seal.receive(lambda some: self._receive(some, deadline), buffers)
+        return self._receive(buffers, deadline)
+
+    def _receive(self, buffers: list[memoryview], deadline: Callable[[], int | None] | None) -> int:
         while True:
             try:
                 n_bytes = self._socket.recvmsg_into(buffers[:_IOV_MAX])[0]

@@ -1,6 +1,5 @@
 """`FramedServer`: lets peers read and write an engine's pool, and proves when a peer no longer does."""
 
-import contextlib
 import logging
 import socket
 import threading
@@ -14,7 +13,9 @@ from dualpath.transfer.pool import MappedPages
 from dualpath.transfer.traffic import TrafficManager
 from dualpath.transfer.transport import TransferCause, TransferError
 from dualpath.transfer.transports.framed.connection import Connection
+from dualpath.transfer.transports.framed.door import Door
 from dualpath.transfer.transports.framed.frames import ProtocolError
+from dualpath.transfer.transports.framed.handshake import Session
 
 if TYPE_CHECKING:
     from dualpath.transfer.transports.framed import FramedTransport
@@ -25,6 +26,7 @@ Key = tuple[int, int]
 """(connection, operation); operation 0 is the connection itself."""
 MAX_PER_PEER = 4_096
 MAX_CONNECTIONS = 256
+"""Each is a peer's that has proved itself, and has two threads."""
 
 
 class InFlight:
@@ -107,11 +109,13 @@ class ServerStatistics(msgspec.Struct, frozen=True, gc=False):
 class FramedServer:
     """Listens at an address of `transport`, for one pool.
 
-    Anyone who can connect can read and write the pool, so the socket's directory or the network must be trusted. Raises
-    ValueError when the address is invalid and OSError when it can't listen there.
+    Whoever knows `key` can read and write the pool, and nobody else. Raises ValueError when the address is invalid and
+    OSError when it can't listen there.
     """
 
-    def __init__(self, transport: "FramedTransport", pool: MappedPages, traffic: TrafficManager, address: str) -> None:
+    def __init__(
+        self, transport: "FramedTransport", pool: MappedPages, traffic: TrafficManager, address: str, key: bytes
+    ) -> None:
         self.pool = pool
         self.traffic = traffic
         self.in_flight = InFlight()
@@ -121,8 +125,8 @@ class FramedServer:
         self._connections: dict[int, Connection] = {}
         self._accepted = self._refused = self._protocol_errors = self._rejected = 0
         self._closing = False
-        self._acceptor = threading.Thread(target=self._accept_all, name="channel acceptor", daemon=True)
-        self._acceptor.start()
+        self.authenticated = transport.authenticated
+        self._door = Door(self._listener, self.address, key, self.authenticated, self._admit)
 
     def quiesce(self, peer_tag: str, *, disconnect: bool = True) -> "Future[None]":
         """As `Server.quiesce`; a peer over shared memory must cooperate in its disconnection, or die.
@@ -138,12 +142,16 @@ class FramedServer:
                 connection.hang_up()
         return future
 
+    @property
+    def refused_connections(self) -> int:
+        return self.statistics().connections_refused
+
     def statistics(self) -> ServerStatistics:
         with self._lock:
             return ServerStatistics(
                 connections_open=len(self._connections),
                 connections_accepted=self._accepted,
-                connections_refused=self._refused,
+                connections_refused=self._refused + self._door.refused_connections,
                 protocol_errors=self._protocol_errors,
                 ops_in_flight=self.in_flight.count(),
                 ops_rejected=self._rejected,
@@ -156,9 +164,7 @@ class FramedServer:
                 return
             self._closing = True
             connections = list(self._connections.values())
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._acceptor.join()
+        self._door.close()
         self._listener.close()
         self._transport.unlisten(self.address)
         for connection in connections:
@@ -170,26 +176,14 @@ class FramedServer:
             connection.join(1.0)
         self.in_flight.fail_barriers()
 
-    def _accept_all(self) -> None:
-        while True:
-            try:
-                connected, _ = self._listener.accept()
-            except OSError as error:
-                if self._closing:
-                    return
-                _log.warning("%s: accept failed, trying again: %s", self.address, error)
-                time.sleep(0.05)
-                continue
-            self._admit(connected)
-
-    def _admit(self, connected: socket.socket) -> None:
+    def _admit(self, connected: socket.socket, session: Session) -> None:
         with self._lock:
             if self._closing or len(self._connections) >= MAX_CONNECTIONS:
                 self._refused += 1
                 connected.close()
                 return
             self._accepted += 1
-            connection = self._transport.connection(self._accepted, connected, self)
+            connection = self._transport.connection(self._accepted, connected, self, session)
             self._connections[self._accepted] = connection
         connection.start()
 
@@ -203,8 +197,8 @@ class FramedServer:
         with self._lock:
             self._protocol_errors += 1
         expected = isinstance(error, (ProtocolError, msgspec.MsgspecError, ValueError))
-        peer = connection.peer_tag or "a stranger"
-        _log.warning("%s: hanging up on %s: %s", self.address, peer, error, exc_info=None if expected else error)
+        peer = connection.peer_tag
+        _log.warning("%s: hanging up on %r: %s", self.address, peer, error, exc_info=None if expected else error)
 
     def gone(self, connection: Connection) -> None:
         with self._lock:

@@ -1,0 +1,42 @@
+"""Files of this user's alone, and the directory where the sockets and secrets of running processes lie."""
+
+import errno
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+PRIVATE = 0o600
+
+
+def runtime_directory() -> Path:
+    """Returns this user's directory for them, made if it is not there: below ``$XDG_RUNTIME_DIR`` where that is this
+    user's, else in the temporary directory.
+
+    Raises OSError that says what to do when another user has taken its name.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if base and _is_mine(Path(base)):
+        path = Path(base, "dualpath")
+    else:
+        path = Path(tempfile.gettempdir(), f"dualpath-{os.geteuid()}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    if not _is_mine(path):
+        raise OSError(
+            errno.EACCES, f"{path} is not a directory of this user's; remove it, or set XDG_RUNTIME_DIR to one that is"
+        )
+    path.chmod(0o700)
+    return path
+
+
+def private_opener(path: str, flags: int) -> int:
+    """`open`'s opener: a file that is made is this user's alone; one that is there keeps its mode."""
+    return os.open(path, flags, PRIVATE)
+
+
+def _is_mine(path: Path) -> bool:
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()

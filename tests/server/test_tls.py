@@ -1,0 +1,111 @@
+"""HTTPS, and clients that must show a certificate: uvicorn's options, by our connections and bounds."""
+
+import datetime
+import ssl
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from fake_cluster import FakeGenerator, running_server, says
+
+from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.preflight import NotReadyError, _check_tls
+
+DAY = datetime.timedelta(days=1)
+
+
+class Authority:
+    """Signs certificates, and writes each with its key into one PEM file."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority")])
+        self.pem = self._write("authority", self._key, self._certificate(self._name, self._key, is_authority=True))
+
+    def issue(self, name: str) -> Path:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        return self._write(name, key, self._certificate(subject, key, is_authority=False))
+
+    def _certificate(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, is_authority: bool) -> x509.Certificate:
+        now = datetime.datetime.now(datetime.UTC)
+        made = x509.CertificateBuilder().subject_name(subject).issuer_name(self._name).public_key(key.public_key())
+        made = made.serial_number(x509.random_serial_number()).not_valid_before(now - DAY).not_valid_after(now + DAY)
+        made = made.add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
+        made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        return made.sign(self._key, hashes.SHA256())
+
+    def _write(self, name: str, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> Path:
+        pem = self._directory / f"{name}.pem"
+        form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        pem.write_bytes(certificate.public_bytes(serialization.Encoding.PEM) + key.private_bytes(*form))
+        return pem
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+def settings(**tls: object) -> ClusterConfig:
+    return ClusterConfig(model="m", store="s", **tls)  # type: ignore[arg-type]
+
+
+def trusting(authority: Authority, shown: Path | None = None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(authority.pem))
+    if shown is not None:
+        context.load_cert_chain(shown)
+    return context
+
+
+def test_a_certificate_makes_it_https(authority: Authority) -> None:
+    config = settings(ssl_certfile=str(authority.issue("server")))
+    with running_server(FakeGenerator(says("ab")), tls=config.tls) as url:
+        url = url.replace("http://127.0.0.1", "https://localhost")
+        assert httpx.get(f"{url}/livez", verify=trusting(authority)).status_code == 200
+        body = {"prompt": "a", "max_tokens": 2, "stream": True}
+        answer = httpx.post(f"{url}/v1/completions", json=body, verify=trusting(authority))
+        assert answer.text.endswith("data: [DONE]\n\n")
+        with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
+            httpx.get(f"{url}/livez")
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.get(url.replace("https", "http"))
+
+
+def test_clients_must_show_a_certificate_of_the_authority(authority: Authority, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    stranger = Authority(tmp_path / "other")
+    config = settings(ssl_certfile=str(authority.issue("server")), ssl_ca_certs=str(authority.pem), ssl_cert_reqs=2)
+    with running_server(FakeGenerator(says("ab")), tls=config.tls) as url:
+        url = f"{url.replace('http://127.0.0.1', 'https://localhost')}/livez"
+        assert httpx.get(url, verify=trusting(authority, authority.issue("client"))).status_code == 200
+        for shown in (None, stranger.issue("client")):
+            with pytest.raises((httpx.ReadError, httpx.ConnectError, httpx.RemoteProtocolError)):
+                httpx.get(url, verify=trusting(authority, shown))
+
+
+def test_what_can_not_be_is_told_before_engines_start(authority: Authority, tmp_path: Path) -> None:
+    certificate = str(authority.issue("server"))
+    _check_tls(settings())
+    _check_tls(settings(ssl_certfile=certificate, ssl_ca_certs=str(authority.pem)))
+    nothing = tmp_path / "nothing.pem"
+    nothing.write_text("nothing")
+    for wrong, complaint in (
+        ({"ssl_certfile": str(tmp_path / "missing.pem")}, "--ssl-certfile: .*missing.pem can't be used"),
+        ({"ssl_certfile": certificate, "ssl_keyfile": str(authority.pem)}, "can't be used .*KEY_VALUES_MISMATCH"),
+        ({"ssl_certfile": certificate, "ssl_ca_certs": str(nothing)}, "--ssl-ca-certs: .*nothing.pem can't be used"),
+    ):
+        with pytest.raises(NotReadyError, match=complaint):
+            _check_tls(settings(**wrong))
+    for wrong, complaint in (
+        ({"ssl_keyfile": certificate}, "need ssl_certfile"),
+        ({"ssl_certfile": certificate, "ssl_cert_reqs": 2}, "needs ssl_ca_certs"),
+        ({"ssl_certfile": certificate, "ssl_cert_reqs": 3}, "it must be 0, 1"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            settings(**wrong)
