@@ -15,9 +15,10 @@ MAX_NAME_BYTES = 15
 
 def named_threads(count: int, name: str) -> ThreadPoolExecutor:
     """`count` threads called `name`, to Python and to the system."""
-    return ThreadPoolExecutor(count, name, _name_this_thread, (name,))
+    return ThreadPoolExecutor(count, name, name_this_thread, (name,))
 
 
-def _name_this_thread(name: str) -> None:
+def name_this_thread(name: str) -> None:
+    """Tell the system the name of the calling thread."""
     with suppress(OSError):  # systems other than Linux have no such file, and nothing depends on it
         Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_bytes(name.encode()[:MAX_NAME_BYTES])

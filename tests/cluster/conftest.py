@@ -76,7 +76,7 @@ def reference(checkpoint: Callable[[str], Path]) -> Callable[[str, list[int], in
     return generate
 
 
-def cluster_config(model: Path, store: Path, topology: str = "1P1D", **settings: object) -> ClusterConfig:
+def cluster_config(model: Path, store: Path | str, topology: str = "1P1D", **settings: object) -> ClusterConfig:
     """A small, fast cluster: 64 MiB buffers, no fsync (these tests are not about power cuts)."""
     sizes = {"buffer_bytes": 2**26, "hbm_bytes": 2**26}
     defaults: dict[str, object] = sizes | {"dtype": "float32", "durable": False, "port": 0}

@@ -119,11 +119,14 @@ async def announced(where: Path, **settings: Any) -> AsyncIterator[tuple[Prefixe
 
 async def store(prefixes: Prefixes, tokens: list[int], tenant: str = "", physical_bytes: int = 1000) -> list[int]:
     """What a request for `tokens` and a decode engine do. Returns the last 8 bytes of each block's key."""
-    space = await prefixes.open(tenant)
+    space = prefixes.namespace_of(tenant)
     keys = prefixes.keys(space, tokens)
     parents = [space.root, *keys]
     prefixes.publish(
-        [StoredBlock(key, parent, physical_bytes, space.salted) for key, parent in zip(keys, parents, strict=False)]
+        [
+            StoredBlock(space.root, key, parent, physical_bytes, space.salted)
+            for key, parent in zip(keys, parents, strict=False)
+        ]
     )
     return [int.from_bytes(key[8:], "big") for key in keys]
 
@@ -156,7 +159,7 @@ def test_generated_blocks_bring_their_own_tokens(short_tmp_path: Path) -> None:
             await router.next()
             space = prefixes.namespace_of("")
             parent, key = block_keys(space.root, TOKENS[:128])
-            prefixes.publish([StoredBlock(key, parent, 1000, False, TOKENS[64:128])])
+            prefixes.publish([StoredBlock(space.root, key, parent, 1000, False, TOKENS[64:128])])
             _, _, batch = await router.next()
             (event,) = batch.events
             assert isinstance(event, Stored)

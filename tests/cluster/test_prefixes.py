@@ -1,6 +1,7 @@
 """What the coordinator knows of storage: publishing, quota, faults, tenants, and disks that refuse."""
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -9,19 +10,41 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from dualpath.cluster.coordinator.prefixes import ABSENT_S, MAX_ABSENT, MAX_LOOKS, Prefixes
+from dualpath.cluster.coordinator import file_work, lookout, prefixes
+from dualpath.cluster.coordinator.lookout import ABSENT_S, MAX_ABSENT, MAX_LOOKS
+from dualpath.cluster.coordinator.prefixes import UNAVAILABLE_S, Prefixes
 from dualpath.cluster.messages import BlockFaultReport, StoredBlock
+from dualpath.cluster.store_standing import QUICK_S, REFUSED_AWAY_S
 from dualpath.kv import BlockKey, BlockRecord, KVLayout, KVPart, PosixStore, StoreError, block_keys, namespace
 from dualpath.kv.stores.block_file import PAGE_BYTES
 
+from .faulty_store import Faults, FaultyStore
+
 LAYOUT = KVLayout(layers=2, parts=(KVPart("kv", 1, 4),), dtype="float32")
+
+
+TIMEOUT_S = 0.1
+"""Of the store, by `Storage.now_s`; threads look at it every few milliseconds."""
+WAIT_S = 20.0
 
 
 class Storage:
     """A store as engines see it beside `Prefixes`."""
 
     def __init__(self, where: Path, quota_bytes: int | None = None) -> None:
-        self.prefixes = Prefixes(str(where), LAYOUT, "model", "", quota_bytes)
+        self.now_s = 0.0
+        self.faults: Faults = {}
+        self.faulty = FaultyStore(PosixStore(where, durable=False), lambda: self.faults)
+        self.prefixes = Prefixes(
+            str(where),
+            LAYOUT,
+            "model",
+            "",
+            quota_bytes,
+            clock=lambda: self.now_s,
+            timeout_s=TIMEOUT_S,
+            store=self.faulty,
+        )
         self.where = where
         self.block_bytes = 0
 
@@ -32,7 +55,7 @@ class Storage:
         keys = block_keys(space.root, token_ids)
         for parent, key in zip([space.root, *keys], keys, strict=False):
             self.block_bytes = files.write(space, key, parent, bytes(LAYOUT.full_block_bytes))
-            self.prefixes.publish([StoredBlock(key, parent, self.block_bytes)])
+            self.prefixes.publish([StoredBlock(space.root, key, parent, self.block_bytes)])
         return keys
 
     def damage(self, key: BlockKey) -> None:
@@ -47,17 +70,30 @@ class Storage:
     def gauge(self, name: str) -> float:
         return self.prefixes.gauges()[f"dualpath_store_{name}"]
 
+    async def becomes(self, name: str, value: float) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while self.gauge(name) != value:
+                await asyncio.sleep(0.002)
+
+    async def give_up(self, work: str, n: int) -> None:
+        """Let the deadline pass for `n` more calls that hang."""
+        late = self.gauge(f'io_late_total{{work="{work}"}}') + n
+        await self.becomes(f'io_running{{work="{work}"}}', self.gauge(f'io_hung{{work="{work}"}}') + n)
+        self.now_s += TIMEOUT_S
+        await self.becomes(f'io_late_total{{work="{work}"}}', late)
+        await asyncio.sleep(0.01)  # what follows from it
+
 
 def with_storage(where: Path, work: Callable[[Storage], Awaitable[None]], quota_bytes: int | None = None) -> None:
     async def run() -> None:
         storage = Storage(where, quota_bytes)
         await storage.prefixes.load()
-        await storage.prefixes.open("")
         try:
             await work(storage)
             await storage.prefixes.settle()
             assert storage.gauge("file_jobs_waiting") == 0
         finally:
+            storage.faults = {}
             storage.prefixes.close()
 
     asyncio.run(run())
@@ -121,7 +157,6 @@ def test_the_quota_holds_for_what_a_restart_finds(tmp_path: Path) -> None:
         assert storage.gauge("blocks") == len(storage.files())
 
     async def fill_two_tenants(storage: Storage) -> None:
-        await storage.prefixes.open("other")
         await fill(storage)
 
     with_storage(tmp_path, fill_two_tenants)
@@ -134,7 +169,7 @@ def test_a_block_whose_parent_has_gone_is_deleted(tmp_path: Path) -> None:
         keys = block_keys(space.root, prompt(1, 2))
         files = PosixStore(tmp_path, durable=False)
         n_bytes = files.write(space, keys[1], keys[0], bytes(LAYOUT.full_block_bytes))
-        storage.prefixes.publish([StoredBlock(keys[1], keys[0], n_bytes)])
+        storage.prefixes.publish([StoredBlock(space.root, keys[1], keys[0], n_bytes)])
         await storage.prefixes.settle()
         assert storage.files() == set()
 
@@ -163,7 +198,7 @@ def test_a_block_stored_anew_survives_the_fault_before_it(tmp_path: Path) -> Non
 
     async def work(storage: Storage) -> None:
         keys = storage.store(prompt(1, 2))
-        storage.prefixes._files.submit(time.sleep, 0.1)  # the disk is busy
+        storage.prefixes._files.threads.submit(lambda _: time.sleep(0.1))  # the disk is busy
         storage.prefixes.report_faults([BlockFaultReport(keys[0], "checksum")])
         storage.store(prompt(1, 2))
         await storage.prefixes.settle()
@@ -182,25 +217,11 @@ def test_file_work_that_fails_is_counted(
 
     async def work(storage: Storage) -> None:
         keys = storage.store(prompt(1, 2))
-        monkeypatch.setattr(PosixStore, "quarantine", refuse)
-        storage.prefixes.report_faults([BlockFaultReport(keys[1], "io")])
+        monkeypatch.setattr(FaultyStore, "quarantine", refuse)
+        storage.prefixes.report_faults([BlockFaultReport(keys[1], "checksum")])
         await storage.prefixes.settle()
         assert storage.gauge("file_errors_total") == 1
         assert "read-only file system" in caplog.text
-
-    with_storage(tmp_path, work)
-
-
-def test_a_tenant_whose_directory_cannot_be_opened_matches_nothing(tmp_path: Path) -> None:
-    async def work(storage: Storage) -> None:
-        space = storage.prefixes.namespace_of("unlucky")
-        tmp_path.rename(tmp_path.with_name("elsewhere"))
-        tmp_path.write_text("not a directory")
-        opened = await asyncio.gather(*(storage.prefixes.open("unlucky") for _ in range(3)))
-        assert opened == [space] * 3
-        assert storage.prefixes.match_and_pin(1, storage.prefixes.keys(space, prompt(1, 2)), 2) == 0
-        assert storage.gauge("file_errors_total") == 1  # they asked together
-        storage.prefixes.unpin(1)
 
     with_storage(tmp_path, work)
 
@@ -232,15 +253,13 @@ def test_a_look_finds_what_a_neighbour_has_written(tmp_path: Path) -> None:
 
 def test_new_tokens_are_looked_for_once_in_a_while(tmp_path: Path) -> None:
     async def work(storage: Storage) -> None:
-        now = 0.0
-        storage.prefixes._clock = lambda: now
         neighbour = Neighbour(storage)
         keys = block_keys(neighbour.space.root, prompt(1, 3))
         for _ in range(3):
             await storage.prefixes.look_beyond(neighbour.space, keys)
         assert storage.gauge("looks_total") == 1
         neighbour.store(prompt(1, 2))
-        now = ABSENT_S
+        storage.now_s = ABSENT_S
         await storage.prefixes.look_beyond(neighbour.space, keys)
         assert storage.prefixes.match_and_pin(1, keys, 9) == 2
         storage.prefixes.unpin(1)
@@ -248,16 +267,16 @@ def test_new_tokens_are_looked_for_once_in_a_while(tmp_path: Path) -> None:
         assert storage.gauge("looks_total") == 2, "that the third is not there was seen as well"
         for agent in range(2, MAX_ABSENT + 10):
             await storage.prefixes.look_beyond(neighbour.space, [agent.to_bytes(16, "big")])
-        assert len(storage.prefixes._absent_until) == MAX_ABSENT
+        assert len(storage.prefixes._lookout._absent) == MAX_ABSENT
 
     with_storage(tmp_path, work)
 
 
 def test_a_slow_store_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request goes on without, and what is found later is published then; all looks busy: it does not even ask."""
-    monkeypatch.setattr("dualpath.cluster.coordinator.prefixes.LOOK_S", 0.0)
+    monkeypatch.setattr("dualpath.cluster.coordinator.lookout.LOOK_S", 0.0)
     answering = threading.Event()
-    genuine = PosixStore.find
+    genuine = FaultyStore.find
 
     def slow(*asked: object) -> list[BlockRecord]:
         assert answering.wait(60)
@@ -266,7 +285,7 @@ def test_a_slow_store_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.M
     async def work(storage: Storage) -> None:
         neighbour = Neighbour(storage)
         keys = neighbour.store(prompt(1, 2))
-        monkeypatch.setattr(PosixStore, "find", slow)
+        monkeypatch.setattr(FaultyStore, "find", slow)
         await storage.prefixes.look_beyond(neighbour.space, keys)
         assert storage.prefixes.match_and_pin(1, keys, 9) == 0
         for agent in range(2, 9):
@@ -274,7 +293,7 @@ def test_a_slow_store_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.M
             for _ in range(2):
                 await storage.prefixes.look_beyond(neighbour.space, others)
         assert storage.gauge("looks_total") == MAX_LOOKS
-        looks = list(storage.prefixes._looks.values())
+        looks = [look.future for look in storage.prefixes._lookout._looks.values()]
         answering.set()
         await asyncio.wait(looks)
         assert storage.prefixes.match_and_pin(1, keys, 9) == 2
@@ -286,18 +305,18 @@ def test_a_slow_store_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.M
 def test_a_store_that_does_not_answer_is_left_alone_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def away(*_: object) -> list[BlockRecord]:
-        raise StoreError("no route to host")
-
     async def work(storage: Storage) -> None:
-        now = 0.0
-        storage.prefixes._clock = lambda: now
-        monkeypatch.setattr(PosixStore, "find", away)
+        def away(*_: object) -> list[BlockRecord]:
+            storage.now_s += 2 * QUICK_S
+            raise StoreError("no route to host")
+
+        monkeypatch.setattr(FaultyStore, "find", away)
+        monkeypatch.setattr(storage.prefixes._lookout.threads, "_deadline_s", WAIT_S)
         space = storage.prefixes.namespace_of("")
         for agent in range(5):
             await storage.prefixes.look_beyond(space, block_keys(space.root, prompt(agent, 1)))
         assert (storage.gauge("looks_total"), storage.gauge("file_errors_total")) == (1, 1)
-        now = ABSENT_S
+        storage.now_s += REFUSED_AWAY_S
         await storage.prefixes.look_beyond(space, block_keys(space.root, prompt(1, 1)))
         assert storage.gauge("looks_total") == 2
         assert "no route to host" in caplog.text
@@ -309,7 +328,7 @@ def test_what_hangs_from_a_block_that_a_neighbour_has_written_anew_stays(tmp_pat
     async def work(storage: Storage) -> None:
         keys = storage.store(prompt(1, 3))
         storage.damage(keys[0])
-        storage.prefixes._files.submit(time.sleep, 0.1)  # the disk is busy
+        storage.prefixes._files.threads.submit(lambda _: time.sleep(0.1))  # the disk is busy
         storage.prefixes.report_faults([BlockFaultReport(keys[0], "checksum")])
         neighbour = Neighbour(storage)
         neighbour.store(prompt(1, 1))
@@ -342,3 +361,208 @@ def test_the_quota_counts_blocks_of_other_models_and_evicts_them_first(tmp_path:
         assert storage.gauge("stored_bytes") == sum(record.physical_bytes for record in files.scan())
 
     with_storage(tmp_path, work, quota_bytes=3 * 8192)
+
+
+# ── a store that hangs, refuses or is read-only ─────────────────────────────────────────────────────────────────────
+
+
+def test_looks_that_hang_are_given_up_and_looking_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookout, "LOOK_S", 0.0)
+
+    async def work(storage: Storage) -> None:
+        neighbour = Neighbour(storage)
+        keys = neighbour.store(prompt(1, 2))
+        storage.faults = {"find": "hang"}
+        for agent in range(2, 2 + MAX_LOOKS):
+            await storage.prefixes.look_beyond(neighbour.space, block_keys(neighbour.space.root, prompt(agent, 1)))
+        await storage.give_up("look", MAX_LOOKS)
+        storage.now_s += TIMEOUT_S / 4
+        assert storage.prefixes.troubles_s()["slow"] > 0
+        await storage.prefixes.look_beyond(neighbour.space, keys)
+        assert storage.gauge("looks_total") == MAX_LOOKS, "the store is left alone"
+        storage.now_s += TIMEOUT_S
+        storage.faults = {}
+        monkeypatch.setattr(lookout, "LOOK_S", WAIT_S)
+        await storage.prefixes.look_beyond(neighbour.space, keys)
+        assert storage.prefixes.match_and_pin(1, keys, 9) == 2
+        storage.prefixes.unpin(1)
+        await storage.becomes('io_hung{work="look"}', 0)
+        assert not any(storage.prefixes.troubles_s().values())
+
+    with_storage(tmp_path, work)
+
+
+def test_one_block_that_can_not_be_looked_at_does_not_end_looking(tmp_path: Path) -> None:
+    async def work(storage: Storage) -> None:
+        neighbour = Neighbour(storage)
+        keys, poisoned = neighbour.store(prompt(1, 2)), neighbour.store(prompt(2, 2))
+        storage.faults = {f"find {poisoned[0].hex()}": "unavailable"}
+        await storage.prefixes.look_beyond(neighbour.space, poisoned)
+        await storage.prefixes.look_beyond(neighbour.space, keys)
+        assert storage.prefixes.match_and_pin(1, keys, 9) == 2
+        storage.prefixes.unpin(1)
+        assert storage.gauge("file_errors_total") == 1
+
+    with_storage(tmp_path, work)
+
+
+def test_a_deletion_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
+    async def work(storage: Storage) -> None:
+        first = storage.store(prompt(1, 1))
+        storage.faults = {f"delete {first[0].hex()}": "hang"}
+        storage.store(prompt(2, 1))
+        last = storage.store(prompt(3, 1))
+        await storage.give_up("file", 1)
+        await storage.prefixes.settle()
+        assert storage.files() == {first[0].hex(), last[0].hex()}
+        assert storage.gauge("file_errors_total") == 1
+        storage.faults = {}
+        await storage.becomes('io_hung{work="file"}', 0)
+        assert storage.files() == {last[0].hex()}
+
+    with_storage(tmp_path, work, quota_bytes=8192)
+
+
+def test_when_every_deletion_hangs_files_stay_and_work_goes_on_later(tmp_path: Path) -> None:
+    async def work(storage: Storage) -> None:
+        storage.faults = {"delete": "hang"}
+        for agent in range(20):
+            storage.store(prompt(agent, 1))
+        for _ in range(1 + file_work.MAX_HUNG):
+            await storage.give_up("file", 1)
+        await storage.prefixes.settle()
+        assert storage.gauge("file_errors_total") == 19
+        storage.store(prompt(20, 1))
+        await storage.prefixes.settle()
+        assert storage.gauge("file_errors_total") == 20, "refused at once"
+        storage.faults = {}
+        await storage.becomes('io_hung{work="file"}', 0)
+        last = storage.store(prompt(21, 1))
+        await storage.prefixes.settle()
+        before = storage.files()
+        storage.store(prompt(22, 1))
+        await storage.prefixes.settle()
+        assert before - storage.files() == {last[0].hex()}
+
+    with_storage(tmp_path, work, quota_bytes=8192)
+
+
+def test_the_queue_of_file_work_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_work, "MAX_WAITING", 10)
+
+    async def work(storage: Storage) -> None:
+        storage.faults = {"delete": "hang"}
+        for agent in range(50):
+            storage.store(prompt(agent, 1))
+        assert storage.gauge("file_jobs_waiting") <= 12
+        assert storage.gauge("file_errors_total") >= 37
+        storage.faults = {}
+        await storage.prefixes.settle()
+        assert len(storage.files()) == 1 + storage.gauge("file_errors_total")
+
+    with_storage(tmp_path, work, quota_bytes=8192)
+
+
+def test_a_store_that_can_not_be_written_at_the_start_is_served_from(tmp_path: Path) -> None:
+    keys = []
+
+    async def fill(storage: Storage) -> None:
+        keys.extend(storage.store(prompt(1, 3)))
+
+    async def read_only() -> None:
+        storage = Storage(tmp_path)
+        storage.faults = dict.fromkeys(("prepare", "write", "delete", "quarantine"), "refuse")
+        await storage.prefixes.load()
+        assert storage.prefixes.match_and_pin(1, keys, 9) == 3
+        storage.prefixes.unpin(1)
+        storage.now_s += 1
+        assert storage.prefixes.troubles_s()["read-only"] == 1
+        storage.prefixes.close()
+
+    with_storage(tmp_path, fill)
+    asyncio.run(read_only())
+
+
+# ── blocks that can't be read just now ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_block_that_can_not_be_read_now_is_a_miss_for_a_while_and_nothing_else(tmp_path: Path) -> None:
+    async def work(storage: Storage) -> None:
+        keys, others = storage.store(prompt(1, 4)), storage.store(prompt(2, 2))
+        storage.prefixes.report_faults([BlockFaultReport(keys[2], "unavailable")])
+
+        def hits(blocks: list[BlockKey]) -> int:
+            found = storage.prefixes.match_and_pin(1, blocks, 9)
+            storage.prefixes.unpin(1)
+            return found
+
+        assert (hits(keys), hits(others)) == (2, 2)
+        await storage.prefixes.settle()
+        assert len(storage.files()) == storage.gauge("blocks") == 6, "nothing is dropped or set aside"
+        assert storage.gauge('faults_total{cause="unavailable"}') == 1
+        storage.now_s += UNAVAILABLE_S
+        assert hits(keys) == 4
+        storage.prefixes.report_faults([BlockFaultReport(keys[0], "a cause of tomorrow")])
+        assert hits(keys) == 0
+
+    with_storage(tmp_path, work)
+
+
+@pytest.mark.parametrize(
+    "block", [StoredBlock(b"r" * 16, b"short", b"r" * 16, 1), StoredBlock(b"", b"k" * 16, b"", 1),
+              StoredBlock(b"r" * 16, b"k" * 16, b"r" * 16, -1)]
+)  # fmt: skip
+def test_a_report_that_makes_no_sense_is_counted(tmp_path: Path, block: StoredBlock) -> None:
+    async def work(storage: Storage) -> None:
+        storage.prefixes.publish([block])
+        storage.prefixes.report_faults([BlockFaultReport(b"short", "checksum")])
+        assert (storage.gauge("refused_blocks_total"), storage.gauge("blocks")) == (1, 0)
+
+    with_storage(tmp_path, work)
+
+
+# ── tenants ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def reached(start: object) -> int:
+    """Returns how many objects hang from one: what it remembers."""
+    seen = {id(start): start}
+    waiting = [start]
+    while waiting:
+        for found in gc.get_referents(waiting.pop()):
+            if id(found) not in seen and not isinstance(found, type | type(gc)) and not callable(found):
+                seen[id(found)] = found
+                waiting.append(found)
+    return len(seen)
+
+
+def test_fifty_thousand_tenants_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each asks, is looked for, is stored, hit, and evicted by those after it. Figures, files and memory stay."""
+    monkeypatch.setattr(lookout, "MAX_ABSENT", 500)
+    monkeypatch.setattr(prefixes, "MAX_UNAVAILABLE", 500)
+    monkeypatch.setattr(FaultyStore, "find", lambda *_: [])
+    monkeypatch.setattr(FaultyStore, "delete", lambda *_: True)
+
+    async def work(storage: Storage) -> None:
+        async def serve(first: int, end: int) -> tuple[int, int]:
+            for n in range(first, end):
+                space = storage.prefixes.namespace_of(f"tenant {n}")
+                (key,) = storage.prefixes.keys(space, prompt(1, 1))
+                storage.prefixes.report_faults([BlockFaultReport(key, "unavailable")] if n % 7 == 0 else [])
+                if n % 10 == 0:
+                    await storage.prefixes.look_beyond(space, [key])
+                storage.prefixes.publish([StoredBlock(space.root, key, space.root, 4096)])
+                assert storage.prefixes.match_and_pin(n, [key], 1) == (n % 7 > 0)
+                storage.prefixes.unpin(n)
+            await storage.prefixes.settle()
+            return reached(storage.prefixes), len(storage.prefixes.gauges())
+
+        objects, series = await serve(0, 10_000)
+        assert storage.gauge("namespaces") == storage.gauge("blocks") == 100
+        objects_then, series_then = await serve(10_000, 50_000)
+        assert storage.gauge("namespaces") == storage.gauge("blocks") == 100
+        assert series_then == series
+        assert objects_then <= objects + 1000
+        assert len(list(tmp_path.iterdir())) <= 1, "nothing is made for a tenant before its first block"
+
+    with_storage(tmp_path, work, quota_bytes=100 * 4096)

@@ -230,6 +230,28 @@ def test_an_engine_that_cannot_reach_the_store_costs_no_block(tmp_path: Path) ->
     with_pair(tmp_path, work, system="basic-layerwise")
 
 
+def test_a_prefix_that_does_not_come_in_time_is_computed(tmp_path: Path) -> None:
+    stored(tmp_path, 3)
+
+    async def work(pair: Pair) -> None:
+        pair.ask(max_tokens=1)
+        await pair.prepare(0)
+        load = await pair.prefill.hears(m.LoadLeg)
+        assert len(load.keys) == 3
+        for engine in (pair.prefill, pair.decode):
+            await engine.hears(m.AbortAttempt)
+            engine.say(m.Released(load.request, 0))
+        await pair.prepare(1)
+        start = await pair.prefill.hears(m.StartPrefill)
+        assert start.hit_tokens == 0
+        pair.prefill.say(m.PrefillDone(start.request, 1, m.Draw(50)))
+        await pair.decode.hears(m.StartDecode)
+        pair.decode.say(m.Finished(start.request, 1, "length"))
+        await pair.client
+
+    with_pair(tmp_path, work, system="basic-layerwise", request_deadline_ns=2_000_000_000)
+
+
 @pytest.mark.parametrize("quiet", [True, False])
 def test_a_transfer_that_failed_half_way_disconnects_its_engine(tmp_path: Path, quiet: bool) -> None:
     """Its last bytes may still be on their way to the DE's pages."""

@@ -38,8 +38,6 @@ class IndexAgainstModel(RuleBasedStateMachine):
         self.last_use: dict[Path, int] = {}
         self.pins: dict[int, list[Path]] = {}
         self.now = 0
-        for root in (0, 1):
-            self.index.add_root(key_of((root,)))
 
     def touch(self, path: Path) -> None:
         for prefix in prefixes(path):
@@ -64,7 +62,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
     def publish(self, pick: int, n_bytes: int, tail: Path) -> None:
         path = self.pick(pick) + tail
         expected = path not in self.size_bytes and (len(path) == 2 or path[:-1] in self.size_bytes)
-        assert self.index.publish(key_of(path), key_of(path[:-1]), n_bytes) == expected
+        assert self.index.publish(key_of(path[:1]), key_of(path), key_of(path[:-1]), n_bytes) == expected
         if expected:
             self.now += 1
             self.size_bytes[path] = n_bytes
@@ -135,9 +133,8 @@ TestIndexAgainstModel.settings = settings(max_examples=150, stateful_step_count=
 def index_of(*paths: Path, n_bytes: int = 10) -> PrefixIndex:
     index = PrefixIndex()
     for path in paths:
-        index.add_root(key_of(path[:1]))
         for prefix in prefixes(path):
-            index.publish(key_of(prefix), key_of(prefix[:-1]), n_bytes)
+            index.publish(key_of(path[:1]), key_of(prefix), key_of(prefix[:-1]), n_bytes)
     return index
 
 
@@ -182,9 +179,9 @@ def test_a_block_published_again_is_free_of_old_pins() -> None:
     index = index_of((0, 1))
     index.pin(7, keys_of((0, 1)))
     index.drop(key_of((0, 1)))
-    assert index.publish(key_of((0, 1)), key_of((0,)), 10)
+    assert index.publish(key_of((0,)), key_of((0, 1)), key_of((0,)), 10)
     assert keys_gone(index.evict(0)) == [key_of((0, 1))]
-    assert index.publish(key_of((0, 1)), key_of((0,)), 10)
+    assert index.publish(key_of((0,)), key_of((0, 1)), key_of((0,)), 10)
     assert index.unpin(7) == 1
     index.audit()
 
@@ -192,7 +189,7 @@ def test_a_block_published_again_is_free_of_old_pins() -> None:
 def test_the_heap_stays_bounded_without_evictions() -> None:
     index = index_of((0, 1), (0, 2))
     for _ in range(1000):
-        index.publish(key_of((0, 3)), key_of((0,)), 1)
+        index.publish(key_of((0,)), key_of((0, 3)), key_of((0,)), 1)
         index.drop(key_of((0, 3)))
     index.audit()
     assert keys_gone(index.evict(0)) == [key_of((0, 1)), key_of((0, 2))]
@@ -227,10 +224,30 @@ def test_statistics_count_hits_and_departures() -> None:
 
 def test_wrong_keys_and_sizes_are_refused() -> None:
     index = PrefixIndex()
-    with pytest.raises(ValueError, match="a root key has 16 bytes"):
-        index.add_root(b"short")
     with pytest.raises(ValueError, match="cannot publish"):
-        index.publish(key_of((0, 1)), key_of((0,)), -1)
+        index.publish(b"short", key_of((0, 1)), b"short", 1)
     with pytest.raises(ValueError, match="cannot publish"):
-        index.publish(b"short", key_of((0,)), 1)
-    assert not index.publish(key_of((0, 1)), key_of((0,)), 1), "its root was never added"
+        index.publish(key_of((0,)), key_of((0, 1)), key_of((0,)), -1)
+    with pytest.raises(ValueError, match="cannot publish"):
+        index.publish(key_of((0,)), b"short", key_of((0,)), 1)
+    assert not index.publish(key_of((0,)), key_of((0, 1, 2)), key_of((0, 1)), 1), "its parent is not there"
+    assert index.publish(key_of((0,)), key_of((0, 1)), key_of((0,)), 1)
+    assert not index.publish(key_of((1,)), key_of((0, 1, 2)), key_of((0, 1)), 1), "its parent is of another namespace"
+    index.audit()
+
+
+def test_a_tenant_whose_blocks_have_gone_leaves_nothing() -> None:
+    index = PrefixIndex()
+    for tenant in range(50_000):
+        root, *keys = [(3 * tenant + n).to_bytes(16, "big") for n in range(3)]
+        for parent, key in zip([root, *keys], keys, strict=False):
+            assert index.publish(root, key, parent, 1)
+        index.match(keys)
+        index.pin(tenant, keys)
+        index.unpin(tenant)
+        index.drop(keys[0]) if tenant % 2 else index.evict(quota_bytes=20)
+    sizes = (index._roots, index._nodes, index._pins, index._tips)
+    assert max(map(len, sizes)) <= 200
+    index.evict(0)
+    assert index.roots == [] and index.statistics().namespaces == 0
+    index.audit()

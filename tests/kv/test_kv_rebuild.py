@@ -16,9 +16,8 @@ def publish_as_it_was(
 ) -> None:
     """Publish in `order`, and give the files the times at which that would have happened."""
     records = {record.key: record for record in store.scan()}
-    index.add_root(space.root)
     for second, key in enumerate(order):
-        assert index.publish(key, records[key].parent, records[key].physical_bytes)
+        assert index.publish(space.root, key, records[key].parent, records[key].physical_bytes)
         os.utime(path_of(key), (second, second))
 
 

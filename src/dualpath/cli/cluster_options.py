@@ -35,6 +35,8 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     option("--buffer", "buffer_bytes", "size of a PE or DE buffer (default: 1GiB)", byte_count, "SIZE")
     option("--hbm", "hbm_bytes", "KV memory of a DE (default: 1GiB)", byte_count, "SIZE")
     option("--store-quota", "store_quota_bytes", "evict blocks beyond this (default: no quota)", byte_count, "SIZE")
+    late = "seconds for one block; a store that takes longer does not answer (default: %(default)g)"
+    option("--store-timeout", "store_timeout_s", late, float, "S")
     transports = f"{', '.join(TRANSPORTS.names())}, or MODULE:ATTRIBUTE"
     option("--transport", "transport", f"between engines: {transports} (default: %(default)s)", metavar="NAME")
     at = "address at which engines on other hosts reach this host's engines (default: %(default)s)"

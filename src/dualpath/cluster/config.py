@@ -56,6 +56,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     hbm_bytes: int = 2**30
     """Device memory for KV on each decode engine."""
     store_quota_bytes: int | None = None
+    store_timeout_s: float = 10.0
+    """Longest time for one block, or for one look at the store. A store that takes longer does not answer."""
     durable: bool = True
     """fsync every block before it is published."""
     transport: str = "shm"
@@ -136,7 +138,16 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.rules is None:
             msgspec.structs.force_setattr(self, "rules", find_system(self.system).policy)
-        for name in ("buffer_bytes", "hbm_bytes", "threads", "quota_ns", "max_waiting", "lease_ns", "heartbeat_ns"):
+        for name in (
+            "buffer_bytes",
+            "hbm_bytes",
+            "threads",
+            "quota_ns",
+            "max_waiting",
+            "lease_ns",
+            "heartbeat_ns",
+            "store_timeout_s",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("snic_bytes_per_s", "cnic_bytes_per_s"):

@@ -129,7 +129,10 @@ class Generator(Protocol):
         ...
 
     def health(self) -> dict[str, object]:
-        """``{"status": "ok" | "degraded" | "unavailable", "engines": [...]}``; unavailable: no PE or no DE is left."""
+        """``{"status": "ok" | "degraded" | "unavailable", "engines": [...]}``; unavailable: no PE or no DE is left.
+
+        ``store`` has its own status: ``ok``, or what is wrong, since when (Unix time) and a reason; that is degraded.
+        """
         ...
 
     def gauges(self) -> Figures:

@@ -177,8 +177,9 @@ class BufferFreed(msgspec.Struct, frozen=True, tag=True):
 
 
 class StoredBlock(msgspec.Struct, frozen=True):
-    """A Full Block that is durable and verified."""
+    """A Full Block that is durable and verified; `root` is its namespace's root key."""
 
+    root: Key
     key: Key
     parent: Key
     physical_bytes: Count

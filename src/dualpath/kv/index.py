@@ -3,7 +3,8 @@
 Theory of operation. The index is a trie with one node per Full Block, below the root keys of its namespaces; several
 namespaces share one quota. A block's key names its whole prefix, so matching is one dictionary look-up per block. A
 block is published only below a published parent. It leaves only as a leaf, or with all its descendants. So every
-published block can be matched from its root.
+published block can be matched from its root. A root is there as long as a block hangs from it: tenants that come and
+go leave nothing.
 
 Eviction takes the least recently used *tip*: a node without children that is not pinned. Use is counted in ticks: each
 `match` and each `publish` is one. A node whose last child leaves inherits the child's tick, because a use of the child
@@ -78,12 +79,6 @@ class PrefixIndex:
         self._pinned_blocks = 0
         self._matches = self._asked = self._hits = self._published = self._evicted = self._dropped = 0
 
-    def add_root(self, root: BlockKey) -> None:
-        """Accept blocks of the namespace with root key `root`; may be repeated. Raises ValueError if it is no key."""
-        if len(root) != KEY_BYTES:
-            raise ValueError(f"a root key has {KEY_BYTES} bytes, got {len(root)}; use Namespace.root")
-        self._roots.setdefault(root, _Node(root, None, 0, -1))
-
     def match(self, keys: Sequence[BlockKey]) -> int:
         """Returns how many blocks at the start of `keys` are published, and marks them as used."""
         self._tick += 1
@@ -128,15 +123,21 @@ class PrefixIndex:
         self._shed()
         return len(nodes)
 
-    def publish(self, key: BlockKey, parent: BlockKey, physical_bytes: int) -> bool:
+    def publish(self, root: BlockKey, key: BlockKey, parent: BlockKey, physical_bytes: int) -> bool:
         """Make a stored block matchable, as just used. Returns False if it is already, or `parent` is not published.
 
-        `parent` is the key of the block before it, or a root. Raises ValueError for a negative size or a wrong key.
+        `root` is the root key of its namespace, `parent` the key of the block before it, or `root`. Raises ValueError
+        for a negative size or a wrong key.
         """
-        if len(key) != KEY_BYTES or physical_bytes < 0:
-            raise ValueError(f"cannot publish key {key!r} ({KEY_BYTES} bytes wanted) of {physical_bytes} bytes")
-        above = self._nodes.get(parent) or self._roots.get(parent)
-        if above is None or key in self._nodes or key in self._roots:
+        if not len(root) == len(key) == len(parent) == KEY_BYTES or physical_bytes < 0:
+            keys = f"{key!r} after {parent!r} below {root!r}"
+            raise ValueError(f"cannot publish {keys} ({KEY_BYTES} bytes each) of {physical_bytes} bytes")
+        if key in self._nodes or key in self._roots or root in self._nodes or key == root:
+            return False
+        above = self._nodes.get(parent)
+        if parent == root:
+            above = self._roots.setdefault(root, _Node(root, None, 0, -1))
+        if above is None or above.root != root:
             return False
         self._tick += 1
         self._serial += 1
@@ -222,6 +223,7 @@ class PrefixIndex:
         reached = list(self._roots.values())
         for node in reached:
             reached.extend(node.children.values())
+        _require(all(root.children for root in self._roots.values()), "a root goes with its last block")
         _require(len(reached) == len(self._roots) + len(self._nodes), "every published block hangs from a root")
         held = [node for nodes in self._pins.values() for node in nodes]
         for node in self._nodes.values():
@@ -267,6 +269,8 @@ class PrefixIndex:
         self._pinned_blocks -= node.pins > 0
         node.parent.tick = max(node.parent.tick, node.tick)
         self._queue(node.parent)
+        if node.parent.parent is None and not node.parent.children:
+            del self._roots[node.parent.key]
         return GoneBlock(node.root, node.key, node.parent.key)
 
 

@@ -69,7 +69,6 @@ def _publish_chains(index: PrefixIndex, store: Store, waiting: dict[BlockKey, Bl
     orphans: dict[BlockKey, BlockRecord] = {}
     hidden: set[BlockKey] = set()
     for tip in sorted(waiting.values(), key=lambda record: (record.mtime_ns, record.key)):
-        index.add_root(tip.root)
         chain = _taken_chain(tip, waiting)
         if not chain or chain[0].parent in hidden:
             hidden.update(record.key for record in chain)
@@ -113,7 +112,7 @@ def _clean(store: Store, orphans: Iterable[BlockRecord], bad: Iterable[BadFile])
 def publish_all(index: PrefixIndex, records: Iterable[BlockRecord]) -> None:
     """Publish blocks, each after its parent."""
     for record in records:
-        index.publish(record.key, record.parent, record.physical_bytes)
+        index.publish(record.root, record.key, record.parent, record.physical_bytes)
 
 
 def ancestors(store: Store, record: BlockRecord, known: Container[BlockKey]) -> list[BlockRecord] | None:

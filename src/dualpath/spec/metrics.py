@@ -145,11 +145,20 @@ STORE_HIT_BLOCKS = _store("dualpath_store_hit_blocks_total", "Those of them that
 STORE_PUBLISHED_BLOCKS = _store("dualpath_store_published_blocks_total", "Blocks that entered the index")
 STORE_EVICTED_BLOCKS = _store("dualpath_store_evicted_blocks_total", "Blocks that left it to keep to the quota")
 STORE_DROPPED_BLOCKS = _store("dualpath_store_dropped_blocks_total", "Blocks that left it with one that can't be read")
+STORE_REFUSED_BLOCKS = _store("dualpath_store_refused_blocks_total", "Reports of blocks that make no sense")
 STORE_LOOKS = _store("dualpath_store_looks_total", "Looks at the store for what a neighbour has stored", unit="looks")
 STORE_FOUND_BLOCKS = _store("dualpath_store_found_blocks_total", "Blocks of neighbours that were found so")
 STORE_FILE_ERRORS = _store("dualpath_store_file_errors_total", "Opening, deleting or setting aside files that failed")
 STORE_FILE_JOBS = _store("dualpath_store_file_jobs_waiting", "File jobs that are not done yet", unit="jobs")
 STORE_FAULTS = _store("dualpath_store_faults_total", "Blocks that could not be read, by what is wrong", ("cause",))
+_IO = "The coordinator's calls of the store: look (for neighbours' blocks), file (deleting, setting aside)"
+STORE_IO_RUNNING = _store("dualpath_store_io_running", f"{_IO}: in progress", ("work",), "jobs")
+STORE_IO_HUNG = _store(
+    "dualpath_store_io_hung", "Those that have missed their deadline and not ended", ("work",), "jobs"
+)
+STORE_IO_LATE = _store("dualpath_store_io_late_total", "Those that have missed their deadline", ("work",), "jobs")
+_TROUBLE = "For how long the store is unreachable, slow or read-only, to the coordinator or an engine; 0: it is not"
+STORE_TROUBLE = Metric("cluster/coordinator/store_health.py", "dualpath_store_trouble_seconds", _TROUBLE, ("trouble",))
 
 KV_EVENTS = Metric("cluster/coordinator/kv_events.py", "dualpath_kv_events_total", "KV events that were published")
 
@@ -189,6 +198,12 @@ _UNPROVEN = "Connections to the data port that did not prove that they have the 
 DATA_REFUSED = _host("dualpath_data_refused_total", _UNPROVEN, unit="connections")
 _NIC = "Bytes through the engine's storage NIC (snic) and compute NIC (cnic)"
 NIC_BYTES = _host("dualpath_nic_bytes_total", _NIC, ("nic", "direction", "traffic_class", "node"))
+_io = partial(Metric, "cluster/agent/block_io.py", by_engine=True)
+BLOCK_IO_RUNNING = _io("dualpath_block_io_running", "Reads and writes of blocks in progress", ("work",), "jobs")
+BLOCK_IO_HUNG = _io("dualpath_block_io_hung", "Those that have missed their deadline and not ended", ("work",), "jobs")
+BLOCK_IO_LATE = _io("dualpath_block_io_late_total", "Those that have missed their deadline", ("work",), "jobs")
+_IO_TROUBLE = "For how long the engine finds the store unreachable, slow or read-only; 0: it does not"
+BLOCK_IO_TROUBLE = _io("dualpath_block_io_trouble_seconds", _IO_TROUBLE, ("trouble",))
 _prefill = partial(Metric, "cluster/agent/prefill.py", by_engine=True)
 _decode = partial(Metric, "cluster/agent/decode.py", by_engine=True)
 PREFILL_WAITING_TOKENS = _prefill("dualpath_prefill_waiting_tokens", "Tokens that wait to be prefilled")

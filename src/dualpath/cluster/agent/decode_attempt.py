@@ -115,4 +115,6 @@ class Persister:
             return
         if attempt.storing:  # a step may have failed while this block was written
             token_ids = attempt.block_token_ids.pop(block, [])
-            self._host.send(m.Stored([m.StoredBlock(key, parent, physical_bytes, attempt.space.salted, token_ids)]))
+            space = attempt.space
+            stored = m.StoredBlock(space.root, key, parent, physical_bytes, space.salted, token_ids)
+            self._host.send(m.Stored([stored]))

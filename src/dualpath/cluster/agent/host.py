@@ -70,7 +70,7 @@ class EngineHost:
         periods = {"heartbeat_ns": cluster.heartbeat_ns, "lease_ns": cluster.lease_ns}
         self.link = ControlLink(cluster.secret, **periods, grace_s=cluster.grace_s)
         self.link.alive = self._engine_beats
-        self.link.gauge_sources.append(self._own_gauges)
+        self.link.gauge_sources += [self._own_gauges, self.blocks.gauges]
         self.counters: Counter[Sample] = Counter({counter(): 0 for counter in metrics.ENGINE_COUNTERS})
 
     def _engine_beats(self) -> bool:

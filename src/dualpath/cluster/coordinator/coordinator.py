@@ -27,6 +27,7 @@ from dualpath.cluster.coordinator.prefixes import Prefixes
 from dualpath.cluster.coordinator.retiring import retire
 from dualpath.cluster.coordinator.router_figures import router_figures
 from dualpath.cluster.coordinator.serving import Serving
+from dualpath.cluster.coordinator.store_health import StoreHealth
 from dualpath.cluster.generator import Control, GeneratedTokens, GenerateRequest, ModelFacts, RequestError
 from dualpath.core.counts import figures as scheduler_figures
 from dualpath.core.ledger import Holding
@@ -176,7 +177,14 @@ class Coordinator:
     def health(self) -> dict[str, object]:
         """See `cluster.generator.Generator.health`."""
         starting = self._crew.starting() if self._crew is not None else []
-        return {"status": self.membership.status, "engines": self.engines(), "starting": starting}
+        store, status = self._store_health(), self.membership.status
+        if status == "ok" and not store.ok:
+            status = "degraded"
+        return {"status": status, "store": store.facts(), "engines": self.engines(), "starting": starting}
+
+    def _store_health(self) -> StoreHealth:
+        own = self._serving.requests.prefixes.troubles_s() if self._serving is not None else {}
+        return StoreHealth.of(own, ((link.name, link.gauges) for link in self._links.by_engine.values()))
 
     def engines(self) -> list[dict[str, object]]:
         """Returns the engines that have joined, for people."""
@@ -204,6 +212,7 @@ class Coordinator:
             metrics.ENGINES_RETURNED(): float(self.membership.returned_engines),
             metrics.PARTS_RESTARTED(): float(self._crew.restarts if self._crew is not None else 0),
             **scheduler_figures(self._driver.statistics()),
+            **self._store_health().gauges(),
         }
         if self._serving is not None:
             figures |= self._serving.gauges() | self._router_figures(self.model.name)
@@ -239,6 +248,7 @@ class Coordinator:
             config.weights_version,
             config.store_quota_bytes,
             self._events,
+            timeout_s=config.store_timeout_s,
         )
         await prefixes.load()
         model = ModelFacts(

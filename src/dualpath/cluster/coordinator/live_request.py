@@ -85,6 +85,7 @@ class Attempt(msgspec.Struct):
     keys: list[BlockKey]
     hit_tokens: int
     legs: list[Leg] = []
+    loaded_legs: int = 0
     decode_pages: list[int] | None = None
     first_draw: Draw | None = None
     prefill_engine: EngineId | None = None
@@ -135,6 +136,11 @@ class LiveRequest:
 
     def is_current(self, attempt: int) -> bool:
         return self.current is not None and self.current.attempt == attempt
+
+    @property
+    def reads(self) -> bool:
+        """Whether the attempt waits for its prefix to be read."""
+        return self.current is not None and self.current.loaded_legs < len(self.current.legs)
 
     @property
     def generated_before(self) -> int:

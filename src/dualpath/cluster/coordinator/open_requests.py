@@ -47,7 +47,7 @@ class OpenRequests:
         """Give a request to the scheduler, or park it. Raises RequestError when it can't be served."""
         asked, prompt = live.asked, live.asked.prompt_token_ids + live.generated
         while not self.parking.paused:
-            space = await self.prefixes.open(asked.tenant)
+            space = self.prefixes.namespace_of(asked.tenant)
             keys = self.prefixes.keys(space, prompt)
             if self._prefix_cache:
                 await self.prefixes.look_beyond(space, keys[: _most_hit_blocks(prompt)])

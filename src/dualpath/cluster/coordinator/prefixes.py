@@ -1,21 +1,24 @@
-"""The coordinator's view of storage: the prefix index over the block store, per-tenant namespaces, eviction.
+"""The coordinator's view of storage: the prefix index over the block store, namespaces of tenants, eviction.
 
 The index is in memory and is rebuilt from the store at start. A block enters it when an engine has reported it durable
-and verified, or when a look at the store finds that a neighbour (another cluster on the same store) has written it. All
-file work runs on threads, never on the event loop: eviction and repairs on one thread, in order; looks, for which
-requests wait, on others. A file job that fails is counted and logged; serving does not depend on it.
+and verified, or when a look at the store (`lookout`) finds that a neighbour, another cluster on the same store, has
+written it. A block that an engine can't read just now stays, and is a miss for a while.
+
+No request and no event waits for the store, but for a look, and for that not longer than `lookout.LOOK_S`: file work is
+done later (`file_work`). Of a tenant nothing is remembered but its blocks; its namespace is derived from its salt.
 """
 
-import asyncio
-import logging
+import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 
+from dualpath.cluster.coordinator.file_work import FileWork
 from dualpath.cluster.coordinator.kv_events import KVEvents
+from dualpath.cluster.coordinator.lookout import Lookout, Recently
 from dualpath.cluster.messages import BlockFaultReport, StoredBlock
+from dualpath.cluster.store_standing import troubles_s
 from dualpath.kv import (
     BlockFault,
     BlockKey,
@@ -24,8 +27,9 @@ from dualpath.kv import (
     KVLayout,
     Namespace,
     PrefixIndex,
+    Store,
+    StoreError,
     block_keys,
-    delete_orphan,
     namespace,
     open_store,
     publish_all,
@@ -34,20 +38,19 @@ from dualpath.kv import (
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
 
-logger = logging.getLogger(__name__)
-
-LOOK_S = 0.25
-"""Longest time a request waits for a look at the store; blocks found later are published then."""
-MAX_LOOKS = 4
-"""Most looks at the same time. A request that finds all of them busy goes on without one."""
-ABSENT_S = 1.0
-"""How long an absent block is not looked for again, and how long nothing is after the store has failed to answer."""
-MAX_ABSENT = 4096
-"""Most blocks that are remembered as absent."""
+UNAVAILABLE_S = 10.0
+"""How long a block that could not be read is a miss."""
+MAX_UNAVAILABLE = 4096
+"""Most such blocks that are remembered."""
+CLOSE_S = 5.0
+"""How long work in progress may take at the end."""
 
 
 class Prefixes:
-    """Prefix matching for one model. Used from one asyncio thread; call `load` first. Raises StoreLocationError."""
+    """Prefix matching for one model. Used from one asyncio thread; call `load` first. Raises StoreLocationError.
+
+    `timeout_s` is the longest time that one call of the store may take.
+    """
 
     def __init__(
         self,
@@ -58,127 +61,69 @@ class Prefixes:
         quota_bytes: int | None,
         events: KVEvents | None = None,
         clock: Callable[[], float] = time.monotonic,
+        timeout_s: float = 10.0,
+        store: Store | None = None,
     ) -> None:
-        self._store = open_store(location)
+        self._store = store or open_store(location)
         self._layout = layout
         self._fingerprint = fingerprint
         self._weights_version = weights_version
         self._quota_bytes = quota_bytes
         self._events = events or KVEvents(None)
-        self._clock = clock
         self._index = PrefixIndex()
-        self._namespaces: dict[str, Namespace] = {}
         self._generation = ""
-        self._ready: set[BlockKey] = set()
-        self._preparing: dict[BlockKey, asyncio.Future[None]] = {}
-        self._files = ThreadPoolExecutor(1, thread_name_prefix="store-files")
-        self._lookout = ThreadPoolExecutor(MAX_LOOKS, thread_name_prefix="store-looks")
-        self._looks: dict[BlockKey, asyncio.Future[list[BlockRecord]]] = {}
-        self._absent_until: dict[BlockKey, float] = {}
-        self._away_until = float("-inf")
-        self._file_jobs = 0
-        self.faults: Counter[str] = Counter()
-        self.file_errors = 0
-        self.looks = 0
+        self._files = FileWork(self._store, self._index, timeout_s, clock)
+        self._lookout = Lookout(self._store, self._take_over, timeout_s, clock)
+        self._unavailable = Recently(UNAVAILABLE_S, MAX_UNAVAILABLE, clock)
+        self.faults: Counter[BlockFault] = Counter()
         self.found_blocks = 0
+        self.refused_blocks = 0
 
     async def load(self) -> None:
         """Index the store's blocks of every tenant and model, because the quota counts all of them.
 
-        Deletes blocks that nothing can match and quarantines bad ones. Raises StoreError when the store can't be used.
+        Deletes blocks that nothing can match and quarantines bad ones. Raises StoreError when the store can't be read.
         """
-        await asyncio.get_running_loop().run_in_executor(self._files, self._load)
+        await self._files.threads.submit(lambda _: self._load(), deadline_s=math.inf).future
         self._enforce_quota()
 
     def _load(self) -> None:
         """Runs on the file thread; no other thread uses the index yet."""
-        self._store.prepare(self.namespace_of(""))  # fails now rather than at the first block
-        rebuild(self._index, self._store, clean=True)
+        refusal = None
+        try:
+            self._store.prepare(self.namespace_of(""))
+        except StoreError as error:
+            refusal = error
+        try:
+            rebuild(self._index, self._store, clean=refusal is None)
+        except StoreError as error:
+            raise refusal or error from None
+        if refusal is not None:  # it can be read: what is stored is served, although nothing can be added
+            self._files.standing.failed(math.inf)
+            self._files.complaints.add(refusal)
 
     def namespace_of(self, tenant: str) -> Namespace:
-        known = self._namespaces.get(tenant)
-        if known is None:
-            known = namespace(self._fingerprint, self._weights_version + self._generation, self._layout, tenant)
-            self._namespaces[tenant] = known
-        return known
+        return namespace(self._fingerprint, self._weights_version + self._generation, self._layout, tenant)
 
     def serve_weights(self, fingerprint: str) -> None:
         """From now on match only KV of these weights, whatever their version is called: older KV of theirs hits too."""
         self._fingerprint = fingerprint
-        self._namespaces.clear()
         self._events.cleared()
 
     def forget(self) -> None:
         """From now on match nothing that is stored already. Its blocks stay until they are evicted, and a restarted
         cluster matches them again."""
         self._generation = f"/{uuid.uuid4().hex}"
-        self._namespaces.clear()
         self._events.cleared()
 
-    async def open(self, tenant: str) -> Namespace:
-        """Returns the tenant's namespace, ready to match and publish. One that can't be prepared matches nothing."""
-        space = self.namespace_of(tenant)
-        if space.root not in self._ready:
-            preparing = self._preparing.get(space.root)
-            if preparing is None:
-                loop = asyncio.get_running_loop()
-                preparing = loop.run_in_executor(self._files, self._store.prepare, space)
-                self._preparing[space.root] = preparing
-                preparing.add_done_callback(lambda ended: self._prepared(space, ended))
-            await asyncio.wait([preparing])
-        return space
-
-    def _prepared(self, space: Namespace, ended: "asyncio.Future[None]") -> None:
-        """Runs before the requests that wait continue. Neighbours' blocks of this tenant are found when asked for."""
-        del self._preparing[space.root]
-        self._index.add_root(space.root)
-        if ended.cancelled():
-            return
-        error = ended.exception()
-        if error is None:
-            self._ready.add(space.root)
-        else:
-            self._note_file_error(error)
-
     async def look_beyond(self, space: Namespace, keys: list[BlockKey]) -> None:
-        """Publish the blocks of `keys` that the store has and the index lacks, which neighbours have written.
+        """Publish the blocks of `keys` that the store has and the index lacks, which neighbours have written."""
+        await self._lookout.look(space.root, keys[self._index.reach(keys) :])
 
-        New tokens cost one look for one block, and no look when that block was absent within `ABSENT_S`.
-        """
-        beyond = keys[self._index.reach(keys) :]
-        now = self._clock()
-        if not beyond or now < self._away_until or now < self._absent_until.get(beyond[0], now):
-            return
-        look = self._looks.get(beyond[0])
-        if look is None:
-            if len(self._looks) >= MAX_LOOKS:
-                return
-            self.looks += 1
-            loop = asyncio.get_running_loop()
-            look = loop.run_in_executor(self._lookout, self._store.find, space.root, beyond)
-            self._looks[beyond[0]] = look
-            look.add_done_callback(lambda ended: self._looked(beyond, ended))
-        await asyncio.wait([look], timeout=LOOK_S)
-
-    def _looked(self, beyond: list[BlockKey], ended: "asyncio.Future[list[BlockRecord]]") -> None:
-        """Runs before the requests that wait continue."""
-        del self._looks[beyond[0]]
-        if ended.cancelled():
-            return
-        error = ended.exception()
-        if error is not None:
-            self._away_until = self._clock() + ABSENT_S
-            self._note_file_error(error)
-            return
-        found = ended.result()
+    def _take_over(self, found: list[BlockRecord]) -> None:
         self.found_blocks += len(found)
         publish_all(self._index, found)
         self._enforce_quota()
-        for absent in beyond[len(found) : len(found) + 1]:
-            self._absent_until.pop(absent, None)
-            self._absent_until[absent] = self._clock() + ABSENT_S
-        while len(self._absent_until) > MAX_ABSENT:
-            del self._absent_until[next(iter(self._absent_until))]
 
     def keys(self, space: Namespace, token_ids: list[int]) -> list[BlockKey]:
         keys = block_keys(space.root, token_ids, self._layout.block_tokens)
@@ -188,6 +133,8 @@ class Prefixes:
     def match_and_pin(self, owner: int, keys: list[BlockKey], most_blocks: int) -> int:
         """Returns the longest stored prefix in blocks, up to `most_blocks`. Eviction spares it until `unpin`."""
         blocks = min(self._index.match(keys), most_blocks)
+        if len(self._unavailable):
+            blocks = next((n for n, key in enumerate(keys[:blocks]) if key in self._unavailable), blocks)
         self._index.pin(owner, keys[:blocks])
         return blocks
 
@@ -198,13 +145,16 @@ class Prefixes:
         """Publish blocks that an engine has written and verified, then evict down to the quota."""
         published = []
         for block in blocks:
-            if self._index.publish(block.key, block.parent, block.physical_bytes):
+            try:
+                entered = self._index.publish(block.root, block.key, block.parent, block.physical_bytes)
+            except ValueError:  # no engine of ours says such a thing
+                self.refused_blocks += 1
+                continue
+            if entered:
                 published.append(block)
             elif block.key not in self._index:
                 # Its parent has been evicted meanwhile, so nothing can match it and the quota would not count it.
-                self._submit(
-                    self._delete_orphans, [GoneBlock(root, block.key, block.parent) for root in self._index.roots]
-                )
+                self._files.delete_orphans([GoneBlock(block.root, block.key, block.parent)])
         self._events.stored(published, self._index)
         self._enforce_quota()
 
@@ -214,57 +164,31 @@ class Prefixes:
         evicted = self._index.evict(self._quota_bytes)
         if evicted:
             self._events.removed(block.key for block in evicted)
-            self._submit(self._delete, evicted)
+            self._files.delete(evicted)
 
     def report_faults(self, faults: list[BlockFaultReport]) -> None:
-        """Count unreadable blocks by cause, drop them and their descendants, and quarantine their files."""
+        """Count unreadable blocks by cause. Bad ones leave with their descendants, and their files are set aside."""
         for report in faults:
-            self.faults[report.fault] += 1
+            fault = _FAULTS.get(report.fault, BlockFault.UNAVAILABLE)
+            self.faults[fault] += 1
+            if fault is BlockFault.UNAVAILABLE:
+                self._unavailable.add(report.key)
+                continue
             gone = self._index.drop(report.key)[::-1]
             if gone:
                 self._events.removed(block.key for block in gone)
-                self._submit(self._set_aside, gone[0])
-                self._submit(self._delete_orphans, gone[1:])
-
-    # ── the background thread ───────────────────────────────────────────────────────────────────────────────────────
-
-    def _submit(self, job: Callable[..., None], *arguments: object) -> None:
-        """Queue file work. The queue is bounded by the blocks of the index: each job is about some that left it."""
-        self._file_jobs += 1
-        loop = asyncio.get_running_loop()
-        done = self._files.submit(job, *arguments)
-        done.add_done_callback(lambda ended: loop.call_soon_threadsafe(self._on_job_done, ended))
-
-    def _on_job_done(self, ended: "Future[None]") -> None:
-        self._file_jobs -= 1
-        error = None if ended.cancelled() else ended.exception()
-        if error is not None:
-            self._note_file_error(error)
-
-    def _note_file_error(self, error: BaseException) -> None:
-        self.file_errors += 1
-        logger.warning("%s", error)
-
-    def _delete(self, blocks: list[GoneBlock]) -> None:
-        for block in blocks:
-            if block.key not in self._index:  # it may have been stored again meanwhile
-                self._store.delete(block.root, block.key)
-
-    def _delete_orphans(self, blocks: list[GoneBlock]) -> None:
-        """Delete parents first. If a neighbour has written a parent again, the block stays, and a look finds it."""
-        for block in blocks:
-            if block.key not in self._index:
-                delete_orphan(self._store, block.root, block.parent, block.key)
-
-    def _set_aside(self, block: GoneBlock) -> None:
-        if block.key not in self._index:
-            self._store.quarantine(block.root, block.key)
+                self._files.set_aside(gone[0])
+                self._files.delete_orphans(gone[1:])
 
     # ── what to look at ─────────────────────────────────────────────────────────────────────────────────────────────
 
+    def troubles_s(self) -> Mapping[str, float]:
+        """Returns what is wrong with the store as seen from here, and for how long (`cluster.store_standing`)."""
+        return troubles_s(self._lookout.standing, self._files.standing)
+
     def gauges(self) -> Figures:
         index = self._index.statistics()
-        return {
+        figures: Figures = {
             **self._events.gauges(),
             metrics.STORE_NAMESPACES(): float(index.namespaces),
             metrics.STORE_BLOCKS(): float(index.blocks),
@@ -277,19 +201,27 @@ class Prefixes:
             metrics.STORE_PUBLISHED_BLOCKS(): float(index.published_blocks),
             metrics.STORE_EVICTED_BLOCKS(): float(index.evicted_blocks),
             metrics.STORE_DROPPED_BLOCKS(): float(index.dropped_blocks),
-            metrics.STORE_LOOKS(): float(self.looks),
+            metrics.STORE_REFUSED_BLOCKS(): float(self.refused_blocks),
+            metrics.STORE_LOOKS(): float(self._lookout.looks),
             metrics.STORE_FOUND_BLOCKS(): float(self.found_blocks),
-            metrics.STORE_FILE_ERRORS(): float(self.file_errors),
-            metrics.STORE_FILE_JOBS(): float(self._file_jobs),
-            **{metrics.STORE_FAULTS(fault.value): float(self.faults[fault.value]) for fault in BlockFault},
+            metrics.STORE_FILE_ERRORS(): float(self._files.complaints.count + self._lookout.complaints.count),
+            metrics.STORE_FILE_JOBS(): float(self._files.waiting),
+            **{metrics.STORE_FAULTS(fault.value): float(self.faults[fault]) for fault in BlockFault},
         }
+        for work, threads in (("look", self._lookout.threads), ("file", self._files.threads)):
+            figures[metrics.STORE_IO_RUNNING(work)] = float(threads.running)
+            figures[metrics.STORE_IO_HUNG(work)] = float(threads.hung)
+            figures[metrics.STORE_IO_LATE(work)] = float(threads.late_calls)
+        return figures
 
     async def settle(self) -> None:
         """Wait until file work queued so far is done."""
-        await asyncio.get_running_loop().run_in_executor(self._files, lambda: None)
-        await asyncio.sleep(0)
+        await self._files.settled()
 
     def close(self) -> None:
-        """Wait for the file work queued so far and for looks in progress."""
-        self._files.shutdown(wait=True)
-        self._lookout.shutdown(wait=True)
+        """Wait for the work in progress, but for none that hangs."""
+        self._files.close(CLOSE_S)
+        self._lookout.close(CLOSE_S)
+
+
+_FAULTS = {fault.value: fault for fault in BlockFault}

@@ -18,6 +18,7 @@ from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import (
     Abort,
     Cancelled,
+    Cause,
     Command,
     Decode,
     EngineId,
@@ -122,6 +123,7 @@ class Serving:
                 self._driver.input(lambda s, now: s.prepared(now, *ids))
             case m.Loaded():
                 attempt.stages.loaded()
+                attempt.loaded_legs += 1
                 self._driver.input(lambda s, now: s.loaded(now, *ids, message.side))
             case m.LoadFailed():
                 self._prefixes.report_faults(message.faults)
@@ -162,7 +164,7 @@ class Serving:
             case Cancelled():
                 self.requests.end(live, RequestError(499, "cancelled", "the client closed the request"))
             case Resubmit():
-                self._resubmit(live, command.attempt)
+                self._resubmit(live, command)
             case Prepare() | Load() | Prefill() | Decode():
                 self._instruct(live, command)
 
@@ -187,12 +189,14 @@ class Serving:
                 live, RequestError(400, "invalid_value", f"the request can't be sent to an engine: {error}")
             )
 
-    def _resubmit(self, live: LiveRequest, attempt: int) -> None:
+    def _resubmit(self, live: LiveRequest, command: Resubmit) -> None:
         """Start a new attempt, unless the failed one had generated everything: then only its persisting was lost."""
+        # A store that has not brought a prefix until the deadline is too slow for it.
+        live.recompute |= command.cause is Cause.TIMEOUT and live.reads
         if live.reason is not None:
             self.requests.give_up(live, live.reason)
             return
-        facts = self.requests.begin(live, attempt)
+        facts = self.requests.begin(live, command.attempt)
         self._driver.input(lambda s, now: s.resubmit(now, facts))
 
     def gauges(self) -> Figures:

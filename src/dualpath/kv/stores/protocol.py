@@ -90,8 +90,8 @@ class Store(Protocol):
         """Get ready for blocks of `space`, and tidy up what killed writers left there. May be repeated.
 
         It leaves nothing behind: `write` describes a namespace. Raises StoreError when the store can't be used, not
-        when it can't be changed. The coordinator calls it before it matches a tenant's first request; an engine may
-        `write` without it.
+        when it can't be changed. The coordinator calls it once at the start, for requests without a salt; an engine
+        may `write` without it.
         """
         ...
 
