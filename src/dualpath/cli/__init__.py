@@ -13,6 +13,7 @@ from dualpath.cli import (
     demo,
     engine,
     experiment,
+    faults,
     paper,
     plan,
     profile,
@@ -42,6 +43,7 @@ COMMANDS = (
     profile,
     paper,
     testbed,
+    faults,
     checkpoint,
 )
 """Command modules in the order of ``dualpath --help``; each has ``add(commands)``."""
@@ -63,6 +65,7 @@ examples:
   dualpath profile --model DIR --store DIR           measure this machine, for plan and simulate
   dualpath paper                                     simulate the paper's evaluation, theirs beside ours
   sudo dualpath testbed up 1P2D                      network namespaces, kernel rates, a real object server
+  dualpath faults sim --steps 1000000                break the scheduler in every way, and see that it holds
   dualpath COMMAND --help                            a command's options, with examples
 """
 

@@ -1,0 +1,152 @@
+"""What a fault does to processes, files and clients of a cluster on this host, and how it heals."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+
+from dualpath.lab.faults.matrix import PARTITIONS, Combination, Fault, Victim
+from dualpath.lab.faults.real.asking import Asked
+from dualpath.lab.faults.real.served import Served
+from dualpath.lab.faults.real.store_server import StoreServer
+
+Heal = Callable[[], None]
+BY_SERVER = (Fault.SLOW, Fault.LATE, Fault.WRONG, Fault.HUNG)
+"""What a store is made to do by `store_server`; the rest is done to its files."""
+DUTY_S = (0.09, 0.01)
+"""A slow process is stopped, then runs, for so long."""
+FILLER = "filler"
+
+
+class Skip(Exception):  # noqa: N818 (a thing that happened)
+    """The combination can't be brought about here; the message says why."""
+
+
+class Scene:
+    """What a fault may touch. `files` are the blocks that the request looked at reads."""
+
+    def __init__(self, cluster: Served, store: Path, server: StoreServer | None, files: list[Path]) -> None:
+        self.cluster = cluster
+        self.store = store
+        self.server = server
+        self.files = files
+        self.look: Asked
+
+
+def check_possible(at: Combination) -> None:
+    """Raises Skip for what no cluster on one host can show."""
+    if at.fault in PARTITIONS or at.victim is Victim.LINK:
+        raise Skip("links are cut in namespaces only, which this body does not make yet")
+
+
+def harm(at: Combination, scene: Scene) -> Heal:
+    """Do it. Returns what heals it. Raises Skip."""
+    if at.victim is Victim.CLIENT:
+        return _harm_client(at.fault, scene)
+    if at.victim is Victim.STORE:
+        return _harm_store(at.fault, scene)
+    pids = scene.cluster.parts(at.victim)
+    if not pids:
+        raise Skip(f"this cluster has no {at.victim} process")
+    return _harm_process(at.fault, pids[0])
+
+
+def _harm_process(fault: Fault, pid: int) -> Heal:
+    if fault is Fault.SLOW:
+        healed = threading.Event()
+        beating = threading.Thread(target=_beat, args=(pid, healed), daemon=True)
+        beating.start()
+
+        def heal() -> None:
+            healed.set()
+            beating.join()
+
+        return heal
+    _signal(pid, signal.SIGKILL if fault is Fault.KILL else signal.SIGSTOP)
+    return lambda: _signal(pid, signal.SIGCONT)
+
+
+def _beat(pid: int, healed: threading.Event) -> None:
+    while not healed.is_set():
+        _signal(pid, signal.SIGSTOP)
+        time.sleep(DUTY_S[0])
+        _signal(pid, signal.SIGCONT)
+        time.sleep(DUTY_S[1])
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _harm_store(fault: Fault, scene: Scene) -> Heal:
+    if fault in BY_SERVER:
+        server = scene.server
+        assert server is not None
+        server.healed.clear()
+        server.fault = fault
+
+        def heal() -> None:
+            server.fault = None
+            server.healed.set()
+
+        return heal
+    if fault is Fault.KILL:
+        away = scene.store.with_name(f"{scene.store.name}-away")
+        scene.store.rename(away)
+        return lambda: _bring_back(away, scene.store)
+    if fault is Fault.FULL:
+        filler = scene.store / FILLER
+        with suppress(OSError), filler.open("wb", buffering=0) as disk:
+            while disk.write(bytes(4096)):
+                pass
+        return filler.unlink
+    for file in scene.files:
+        damaged = bytearray(file.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        file.write_bytes(damaged)
+    return lambda: None
+
+
+def _bring_back(away: Path, store: Path) -> None:
+    """Put what is there again, and what was written meanwhile, together."""
+    for file in store.rglob("*") if store.exists() else ():
+        if file.is_file():
+            there = away / file.relative_to(store)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(there)
+    if store.exists():
+        store.rename(store.with_name(f"{store.name}-meanwhile-{time.monotonic_ns()}"))
+    away.rename(store)
+
+
+def _harm_client(fault: Fault, scene: Scene) -> Heal:
+    look = scene.look
+    if fault is Fault.KILL:
+        look.hang_up()
+    elif fault is Fault.STOP:
+        look.may_read.clear()
+        return look.may_read.set
+    elif fault is Fault.SLOW:
+        look.pace_s = 0.05
+
+        def heal() -> None:
+            look.pace_s = 0.0
+
+        return heal
+    else:
+        host, _, port = scene.cluster.address.partition(":")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 4000\r\n\r\n"
+        speaker = socket.create_connection((host, int(port)), timeout=5.0)
+        speaker.sendall(head + (b'{"prompt": ' if fault is Fault.LATE else os.urandom(4000)))
+
+        def leave() -> None:
+            with closing(speaker), suppress(OSError):
+                assert fault is Fault.LATE or b" 400 " in speaker.recv(4000), "a wrong body is not refused"
+
+        return leave
+    return lambda: None
