@@ -37,7 +37,18 @@ def model(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("demo",), ("serve",), ("engine",), ("store",), ("store", "stat"), ("store", "fsck"), ("checkpoint",)],
+    [
+        (),
+        ("demo",),
+        ("serve",),
+        ("engine",),
+        ("store",),
+        ("store", "stat"),
+        ("store", "fsck"),
+        ("checkpoint",),
+        ("faults",),
+        ("faults", "real"),
+    ],
 )
 def test_help_explains_every_command(capsys, command):
     with pytest.raises(SystemExit) as ended:

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from dualpath.core.journal import JournaledScheduler, replay
 from dualpath.core.scheduler import Scheduler
+from dualpath.lab.faults.sim import episodes
 from dualpath.lab.faults.sim.world import CLUSTERS, DRAWN, Setting, Step, World
 
 
@@ -66,6 +67,11 @@ def run(examples: int, steps_each: int, seeded: int = 0) -> int:
 
 def test_a_few_thousand_random_steps() -> None:
     assert run(examples=60, steps_each=50) > 1_500
+
+
+def test_ten_thousand_seeded_steps() -> None:
+    """Longer lives than Hypothesis draws."""
+    assert episodes.run(10_000, seed=2).failure is None
 
 
 @pytest.mark.slow

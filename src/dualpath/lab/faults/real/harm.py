@@ -11,8 +11,10 @@ from pathlib import Path
 
 from dualpath.lab.faults.matrix import PARTITIONS, Combination, Fault, Victim
 from dualpath.lab.faults.real.asking import Asked
+from dualpath.lab.faults.real.namespaces import cut
 from dualpath.lab.faults.real.served import Served
 from dualpath.lab.faults.real.store_server import StoreServer
+from dualpath.lab.testbed.network import Testbed
 
 Heal = Callable[[], None]
 BY_SERVER = (Fault.SLOW, Fault.LATE, Fault.WRONG, Fault.HUNG)
@@ -29,22 +31,36 @@ class Skip(Exception):  # noqa: N818 (a thing that happened)
 class Scene:
     """What a fault may touch. `files` are the blocks that the request looked at reads."""
 
-    def __init__(self, cluster: Served, store: Path, server: StoreServer | None, files: list[Path]) -> None:
+    def __init__(
+        self,
+        cluster: Served,
+        store: Path,
+        files: list[Path],
+        server: StoreServer | None = None,
+        testbed: Testbed | None = None,
+    ) -> None:
         self.cluster = cluster
         self.store = store
         self.server = server
+        self.testbed = testbed
         self.files = files
         self.look: Asked
 
 
-def check_possible(at: Combination) -> None:
-    """Raises Skip for what no cluster on one host can show."""
-    if at.fault in PARTITIONS or at.victim is Victim.LINK:
-        raise Skip("links are cut in namespaces only, which this body does not make yet")
+def is_of_networks(at: Combination) -> bool:
+    """Whether it takes network namespaces. Raises Skip for what they can't do either."""
+    if at.victim is Victim.LINK and at.fault in (Fault.KILL, Fault.LATE):
+        raise Skip("the testbed can cut and slow down a link, not reset or delay its packets")
+    return at.fault in PARTITIONS or at.victim is Victim.LINK
 
 
 def harm(at: Combination, scene: Scene) -> Heal:
-    """Do it. Returns what heals it. Raises Skip."""
+    """Do it. Returns what heals it. Raises Skip, and TestbedError where links are cut."""
+    if is_of_networks(at):
+        assert scene.testbed is not None
+        if at.victim is Victim.AGENT and not scene.cluster.parts(Victim.AGENT):
+            raise Skip("this cluster has no agent process")
+        return cut(at, scene.testbed)
     if at.victim is Victim.CLIENT:
         return _harm_client(at.fault, scene)
     if at.victim is Victim.STORE:

@@ -45,10 +45,10 @@ class Resources(msgspec.Struct, frozen=True):
 class Served:
     """Use as a context manager: entered once it serves, left when nothing of it runs."""
 
-    def __init__(self, options: Sequence[str], work: Path) -> None:
+    def __init__(self, options: Sequence[str], work: Path, inside: Sequence[str] = ()) -> None:
         self._ready = work / "ready.json"
         self.log = work / "serve.log"
-        self._command = [sys.executable, "-m", "dualpath", "serve", *options, "--port", "0"]
+        self._command = [*inside, sys.executable, "-m", "dualpath", "serve", *options, "--port", "0"]
         self._command += ["--ready-file", str(self._ready)]
         self.address = ""
         """Host and port."""

@@ -13,14 +13,22 @@ import msgspec
 
 from dualpath.lab.faults.matrix import Combination, Fault, Phase, Victim
 from dualpath.lab.faults.real.asking import Answer, Asked, Load, Prompt, until, verdict
-from dualpath.lab.faults.real.harm import BY_SERVER, Scene, Skip, check_possible, harm
+from dualpath.lab.faults.real.harm import BY_SERVER, Scene, Skip, harm, is_of_networks
+from dualpath.lab.faults.real.namespaces import Namespaced
 from dualpath.lab.faults.real.served import Resources, Served, StartError
 from dualpath.lab.faults.real.stages import STAGES, SYSTEMS, reach, stage_of
 from dualpath.lab.faults.real.store_server import store_server
+from dualpath.lab.testbed import iproute, network
+from dualpath.lab.testbed.failure import TestbedError
+from dualpath.lab.testbed.network import Testbed
+from dualpath.lab.testbed.object_server import ObjectServer
+from dualpath.lab.testbed.plan import Rates, make_plan
+from dualpath.spec.topology import Topology
 
 SERVED_AGAIN_S = 30.0
 LET_GO_S = 20.0
 LANES = 2
+TESTBED, SUBNET = "faults", "10.91"
 PROBE = Prompt(1024, 40, 8, 0, prefix=1)
 """Its blocks are acknowledged before any fault, and no fault is aimed at them."""
 BACKGROUND = [Prompt(0, 150 + 10 * n, 12, -1 - n) for n in range(6)]
@@ -98,12 +106,32 @@ class Bench:
             if (at.fault, at.victim) == (Fault.FULL, Victim.STORE):
                 stack.enter_context(_small_disk(store))
             shutil.copytree(self._primed, store, dirs_exist_ok=True)
+            files = [store / file for file in self.aimed_at]
+            if is_of_networks(at):
+                testbed = self._testbed(stack)
+                address = testbed.plan.node("storage").address("storage")
+                inside = iproute.inside(testbed.plan.node("storage").namespace)
+                served = ObjectServer(store, place / "nginx", address=address, prefix=inside)
+                location = stack.enter_context(served).url
+                cluster: Served = Namespaced(testbed, self.options(location, at), self.work)
+                yield Scene(stack.enter_context(cluster), store, files, testbed=testbed)
+                return
             location = str(store)
             if at.victim is Victim.STORE and at.fault in BY_SERVER:
                 server = stack.enter_context(store_server(place))
                 location = f"{server.url}/store"
             cluster = stack.enter_context(Served(self.options(location, at), self.work))
-            yield Scene(cluster, store, server, [store / file for file in self.aimed_at])
+            yield Scene(cluster, store, files, server)
+
+    def _testbed(self, stack: ExitStack) -> Testbed:
+        size = Topology.parse(self.topology)
+        try:
+            plan = make_plan(TESTBED, size.prefill_nodes, size.decode_nodes, SUBNET)
+            testbed = network.up(plan, Rates(), replace=True)
+        except TestbedError as error:
+            raise Skip(f"no network namespaces here: {error}") from error
+        stack.callback(network.down, TESTBED)
+        return testbed
 
     def attempt(self, at: Combination, number: int, scene: Scene) -> Trial:
         """Run the combination. Raises Skip before anything has happened."""
@@ -197,12 +225,11 @@ def run(bench: Bench, chosen: Sequence[Combination], on_trial: Callable[[Trial],
     trials: list[Trial] = []
     for number, at in enumerate(chosen):
         try:
-            check_possible(at)
             with bench.scene(at) as scene:
                 trial = bench.attempt(at, number, scene)
         except Skip as reason:
             trial = Trial(combination=str(at), outcome="skipped", found=[str(reason)])
-        except StartError as error:
+        except (StartError, TestbedError) as error:
             trial = Trial(combination=str(at), outcome="FAILED", found=[str(error)])
         trials.append(trial)
         on_trial(trial)
