@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from dualpath.core.journal import JournaledScheduler, replay
 from dualpath.core.scheduler import Scheduler
 from dualpath.lab.faults.sim import episodes
-from dualpath.lab.faults.sim.world import CLUSTERS, DRAWN, Setting, Step, World
+from dualpath.lab.faults.sim.world import CLUSTERS, DRAWN, NAMES, Setting, Step, World
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -29,7 +29,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
         self.world = World(Setting(system=system, tight=tight), journaled)
 
-    @rule(name=st.sampled_from(DRAWN), a=st.integers(0, 255), b=st.integers(0, 63), c=st.integers(0, 15))
+    @rule(
+        name=st.sampled_from([*DRAWN, *NAMES, *NAMES]),
+        a=st.integers(0, 255),
+        b=st.integers(0, 63),
+        c=st.integers(0, 15),
+    )
     def take(self, name: str, a: int, b: int, c: int) -> None:
         self.world.take(Step(name, a, b, c))
 
@@ -75,17 +80,16 @@ def test_ten_thousand_seeded_steps() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeded", range(1, 5))
-def test_two_hundred_thousand_random_steps(seeded: int) -> None:
-    """In four parts, which run side by side."""
-    assert run(examples=280, steps_each=250, seeded=seeded) >= 50_000
+def test_fifty_thousand_random_steps() -> None:
+    """`tests/lab/faults` takes more, drawn and shrunk by the laboratory itself."""
+    assert run(examples=280, steps_each=250, seeded=1) >= 50_000
     happened = SchedulerMachine.outcomes
     for name in (
         "finished",
         "cancelled",
-        "failed_timeout",
+        "retried_timeout",
         "failed_no_engine",
         "failed_too_large",
         "failed_overloaded",
     ):
-        assert happened.get(name, 0) > 25, f"{name} hardly ever happened, so the steps prove little: {happened}"
+        assert happened.get(name, 0) > 10, f"{name} hardly ever happened, so the steps prove little: {happened}"
