@@ -84,6 +84,13 @@ class Combination(NamedTuple):
 PARTITIONS = (Fault.PARTITION_TO, Fault.PARTITION_FROM, Fault.PARTITION)
 PATHS_DIFFER = (Phase.ALLOCATING, Phase.READING, Phase.PREFILLING, Phase.SHIPPING)
 """Elsewhere one path stands for all: PE."""
+OF_WORK = (Fault.WRONG, Fault.LATE, Fault.HUNG)
+"""Faults of one piece of work, not of the process that does it."""
+_IDLE = {
+    Victim.PE: (Phase.ALLOCATING,),
+    Victim.DE: (Phase.ALLOCATING, Phase.PREFILLING, Phase.SHIPPING),
+    Victim.AGENT: (Phase.ALLOCATING,),
+}
 _DE_ALONE = (Phase.ADMITTING, Phase.DECODING, Phase.PERSISTING)
 _OVER = "is over when the DE has the whole prompt's KV"
 
@@ -134,6 +141,8 @@ def why_not(at: Combination) -> str | None:
         return reason
     if path is not Path.PE and phase not in PATHS_DIFFER:
         return f"{phase} is the same on every path; PE stands for all"
+    if fault in OF_WORK and phase in _IDLE.get(victim, ()):
+        return "it has no work for the request then, and nothing to say of it"
     if victim is Victim.STORE:
         return _why_not_store(fault, phase)
     if victim is Victim.CLIENT:
@@ -167,7 +176,7 @@ def not_in(body: Body, at: Combination) -> str | None:
             return "core sees no write"
         if victim is Victim.CLIENT and fault is not Fault.KILL:
             return "core sees no client but one that leaves"
-    elif fault in (Fault.WRONG, Fault.LATE, Fault.HUNG) and victim in (Victim.PE, Victim.DE, Victim.AGENT):
+    elif fault in OF_WORK and victim in (Victim.PE, Victim.DE, Victim.AGENT):
         return "nobody outside the process can bring it about"
     return None
 

@@ -68,7 +68,7 @@ def harm(at: Combination, scene: Scene) -> Heal:
     pids = scene.cluster.parts(at.victim)
     if not pids:
         raise Skip(f"this cluster has no {at.victim} process")
-    return _harm_process(at.fault, pids[0])
+    return _harm_process(at.fault, pids[-1])
 
 
 def _harm_process(fault: Fault, pid: int) -> Heal:

@@ -34,19 +34,20 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 class Namespaced(Served):
-    """`dualpath serve` in the head's namespace, an engine in each engine's."""
+    """`dualpath serve` in the head's namespace, a node of engines in each other."""
 
-    def __init__(self, testbed: Testbed, options: Sequence[str], work: Path) -> None:
+    def __init__(self, testbed: Testbed, options: Sequence[str], work: Path, engines_per_node: int) -> None:
         self._plan = testbed.plan
         head = self._plan.node("head")
         address = head.address("management")
         control = f"tcp://{address}:{CONTROL_PORT}"
+        each = ("--engines", str(engines_per_node))
         tcp = (*options, "--transport", "tcp")
         super().__init__(
             (*tcp, "--host", address, "--join-address", control), work, inside=iproute.inside(head.namespace)
         )
         self._engines = {
-            node.name: (*iproute.inside(node.namespace), *_engine(node), "--coordinator", control, *tcp)
+            node.name: (*iproute.inside(node.namespace), *_engine(node), "--coordinator", control, *each, *tcp)
             for node in self._plan.nodes
             if node.is_engine
         }

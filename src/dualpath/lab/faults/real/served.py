@@ -89,11 +89,13 @@ class Served:
 
     def parts(self, victim: Victim) -> list[int]:
         """Returns the pids of a victim's processes: the only place that knows where they are told."""
-        if victim is Victim.COORDINATOR:
-            return [int(str(self._facts()["pid"]))]
-        health = self.health()
+        agents = [pid for pid in self.pids() if _has_pool(pid) and not _names(pid) & {"compute"}]
         if victim is Victim.AGENT:
-            return [int(agent["pid"]) for agent in health.get("agents", ())]
+            return agents
+        if victim is Victim.COORDINATOR:  # it speaks ZeroMQ and has no pool; the supervisor does not
+            talks = [pid for pid in self.pids() if "ZMQbg/Reaper" in _names(pid) and not _has_pool(pid)]
+            return talks or [int(str(self._facts()["pid"]))]
+        health = self.health()
         role = {Victim.PE: "prefill", Victim.DE: "decode"}[victim]
         return [int(engine["pid"]) for engine in health.get("engines", ()) if engine["role"] == role]
 
@@ -136,6 +138,19 @@ class Served:
         sums = [sum(_of(pid, what) for pid in pids) for what in ("threads", "fd", "rss")]
         names = sum(1 for pid in pids for _ in Path("/dev/shm").glob(f"dualpath-{pid}-*"))
         return Resources(len(pids), sums[0], sums[1], sums[2], names)
+
+
+def _has_pool(pid: int) -> bool:
+    return any("rows" not in path.name for path in Path("/dev/shm").glob(f"dualpath-{pid}-*"))
+
+
+def _names(pid: int) -> set[str]:
+    """Names of a process's threads, as `top -H` shows them."""
+    found = set()
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found.add((task / "comm").read_text().strip())
+    return found
 
 
 def _of(pid: int, what: str) -> int:

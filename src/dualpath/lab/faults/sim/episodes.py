@@ -138,6 +138,16 @@ def shrink(setting: Setting, steps: Sequence[Step], failed: Failed, make: MakeSc
     kept = list(steps)
     if not fails(kept):  # it was audited less often: the first place that notices is another
         return Script(setting=setting, steps=tuple(kept), failure=str(failed))
+    before: list[Step] = []
+    while kept != before:  # simpler steps often make others needless
+        before = kept
+        kept = _simpler(_fewer(kept, fails), fails)
+    fails(kept)
+    return Script(setting=setting, steps=tuple(kept), failure=str(last))
+
+
+def _fewer(kept: list[Step], fails: Callable[[Sequence[Step]], bool]) -> list[Step]:
+    """Leave out halves, quarters, …, single steps."""
     size = max(1, len(kept) // 2)
     while size:
         start, before = 0, len(kept)
@@ -149,17 +159,23 @@ def shrink(setting: Setting, steps: Sequence[Step], failed: Failed, make: MakeSc
                 start += size
         if size > 1 or len(kept) == before:
             size //= 2
+    return kept
+
+
+def _simpler(kept: list[Step], fails: Callable[[Sequence[Step]], bool]) -> list[Step]:
+    """Make numbers 0, one step after the other."""
     for index in range(len(kept)):
         for smaller in _smaller(kept[index]):
-            if fails([*kept[:index], smaller, *kept[index + 1 :]]):
-                kept[index] = smaller
+            candidate = [*kept[:index], smaller, *kept[index + 1 :]]
+            if fails(candidate):
+                kept = candidate
                 break
-    fails(kept)
-    return Script(setting=setting, steps=tuple(kept), failure=str(last))
+    return kept
 
 
 def _smaller(step: Step) -> Iterator[Step]:
-    yield Step(step.name)
+    if step != Step(step.name):
+        yield Step(step.name)
     for name in ("a", "b", "c"):
         if getattr(step, name):
             yield msgspec.structs.replace(step, **{name: 0})

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from dualpath.core.request import Request, State
 from dualpath.core.vocabulary import Role, Side
-from dualpath.lab.faults.matrix import PATHS_DIFFER, Combination, Fault, Path, Phase, Victim, combinations
+from dualpath.lab.faults.matrix import OF_WORK, PATHS_DIFFER, Combination, Fault, Path, Phase, Victim, combinations
 from dualpath.lab.faults.sim.engines import Job, ModelEngine
 from dualpath.lab.faults.sim.model import ModelCluster
 
@@ -36,7 +36,7 @@ class Injections:
                 request = list(cluster.open)[which % len(cluster.open)]
                 self._note(fault, victim, [request])
                 cluster.cancel(request)
-        elif victim in _ROLES and fault not in (Fault.LATE, Fault.HUNG, Fault.WRONG):
+        elif victim in _ROLES and fault not in OF_WORK:
             engines = self._engines(victim, which)
             if engines:
                 self._note_engines(fault, victim, engines)

@@ -72,6 +72,10 @@ class ModelCluster:
         self.core.engine_lost(self.now, engine)
         self.carry_out()
 
+    def drain_engine(self, engine: int, draining: bool) -> None:
+        self.core.engine_draining(self.now, engine, draining)
+        self.carry_out()
+
     def submit(self, prompt_tokens: int, hit_blocks: int, max_new_tokens: int) -> int:
         request = len(self.requests)
         hit_tokens = min(hit_blocks, (prompt_tokens - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
@@ -191,8 +195,9 @@ class ModelCluster:
         """All heals and everybody answers, nothing else happens: requests must end without any deadline's help."""
         for job in self.jobs:
             job.hung = False
-        for engine in list(self.engines.values()):
+        for number, engine in list(self.engines.items()):
             self.heal(engine)
+            self.drain_engine(number, False)
         for _, word in self.under_way:  # of the dead
             self.hear(word)
         self.under_way.clear()

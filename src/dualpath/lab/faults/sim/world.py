@@ -15,7 +15,7 @@ from dualpath.core.policy import Constants, Limits, Policy
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.systems import SYSTEMS, find_system
 from dualpath.core.vocabulary import Cause, Role, Side
-from dualpath.lab.faults.matrix import Combination, Fault
+from dualpath.lab.faults.matrix import Combination, Fault, Victim
 from dualpath.lab.faults.sim.injection import PAIRS, Injections
 from dualpath.lab.faults.sim.model import ModelCluster
 
@@ -58,10 +58,13 @@ _ORDINARY = {
     "hear_late": 50,
     "repeat": 20,
     "nonsense": 15,
+    "drain": 12,
 }
 _RARE = (Fault.KILL, Fault.STOP, Fault.PARTITION, Fault.PARTITION_TO, Fault.PARTITION_FROM)
 """Engines leave at them; less often than they join, so that there mostly are some."""
-_FAULTS = {f"{fault}:{victim}": 1 if fault in _RARE else 3 for fault, victim in PAIRS}
+_FAULTS = {
+    f"{fault}:{victim}": 12 if victim is Victim.CLIENT else 1 if fault in _RARE else 3 for fault, victim in PAIRS
+}
 DRAWN = [name for name, weight in {**_ORDINARY, **_FAULTS}.items() for _ in range(weight)]
 """Names of steps, each as often as it is to be drawn."""
 NAMES = list(dict.fromkeys(DRAWN))
@@ -178,6 +181,12 @@ class World:
         elif hung:
             hung[step.a % len(hung)].hung = False
 
+    def _drain(self, step: Step) -> None:
+        """An engine gets no more requests, or gets them again."""
+        engines = list(self.cluster.engines)
+        if engines:
+            self.cluster.drain_engine(engines[step.a % len(engines)], step.c < 8)
+
     def _hear_late(self, step: Step) -> None:
         """A message that was under way arrives, in any order; perhaps of an engine that is dead by now."""
         cluster = self.cluster
@@ -212,6 +221,7 @@ class World:
             lambda: core.attempt_failed(now, *key, step.a, Cause.TIMEOUT),
             lambda: core.released(now, *key, step.a),
             lambda: core.engine_lost(now, 1_000_000 + step.a),
+            lambda: core.engine_draining(now, 1_000_000 + step.a, True),
         ]
         said[step.c % len(said)]()
         assert core.take_commands() == [], "nonsense had an effect"
