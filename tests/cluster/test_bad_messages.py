@@ -185,7 +185,7 @@ def test_an_engine_can_not_report_what_can_not_be(tmp_path: Path) -> None:
         pair.prefill.say(m.PromptLogprobs(request, 0, [[1], [2]], [[0.0]], [1]))
         pair.prefill.say(m.PromptLogprobs(request, 0, [[1, 2]], [[0.0]], [1]))
         pair.prefill.say(m.PrefillDone(request, 0, m.Draw(256)))
-        pair.prefill.say(m.Stored([m.StoredBlock(bytes(16), bytes(16), 1)]))
+        pair.prefill.say(m.Stored([m.StoredBlock(bytes(16), bytes(16), bytes(16), 1)]))
         await foreign(pair, 9)
         for token in (50, 60):
             pair.prefill.say(m.PrefillDone(request, 0, m.Draw(token)))
