@@ -185,7 +185,7 @@ def test_an_engine_outlives_its_agent(checkpoint: Callable[[str], Path], path: s
     from dualpath.cluster.engines.main import Engine
     from dualpath.model import LoadedModel
 
-    cluster = cluster_config(checkpoint("qwen3"), tmp_path)
+    cluster = cluster_config(checkpoint("qwen3"), tmp_path, cluster_secret=ClusterSecret.random())
     model = LoadedModel.load(cluster.model, device="cpu", dtype="float32", threads=1)
     engine = Engine(a.EngineConfig(role=role, agent=path, cluster=cluster, name="engine"), model, lambda _: None)
     running = threading.Thread(target=engine.run, args=(lambda _: None,), daemon=True)

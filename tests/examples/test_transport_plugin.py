@@ -47,8 +47,9 @@ def serving(model: Path, where: Path, environment: dict[str, str], transport: st
 
 
 def _made(where: Path) -> list[Path]:
-    """What lies there beside the directory of this user's sockets and secrets."""
-    return [path for path in where.rglob("dualpath-*") if path.name != f"dualpath-{os.geteuid()}"]
+    """What servers have made there, beside the directories of this user's sockets and secrets."""
+    others = (f"dualpath-{os.geteuid()}", "dualpath-sockets-")
+    return [path for path in where.rglob("dualpath-*") if not path.name.startswith(others)]
 
 
 def received_bytes(url: str) -> float:
