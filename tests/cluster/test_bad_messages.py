@@ -32,7 +32,7 @@ def nested(levels: int) -> bytes:
 
 
 def bad_messages() -> Iterator[tuple[str, bytes]]:
-    block = {"key": KEY, "parent": KEY, "physical_bytes": 1}
+    block = {"root": KEY, "key": KEY, "parent": KEY, "physical_bytes": 1}
     gauges = {"type": "Heartbeat", "gauges": {}}
     yield "not msgpack", b"\xff not msgpack"
     yield "nothing", b""
@@ -42,6 +42,7 @@ def bad_messages() -> Iterator[tuple[str, bytes]]:
     yield "of no kind", packed("Nonsense")
     yield "the other side's", m.encoder.encode(m.Shutdown("go"))
     yield "a key too short", packed("Stored", blocks=[block | {"key": b"five!"}])
+    yield "a root too short", packed("Stored", blocks=[block | {"root": b"five!"}])
     yield "a parent too long", packed("Stored", blocks=[block | {"parent": bytes(17)}])
     yield "fewer bytes than none", packed("Stored", blocks=[block | {"physical_bytes": -1}])
     yield "a fault's key", packed("LoadFailed", request=0, attempt=0, side="pe", faults=[{"key": b"", "fault": "x"}])
@@ -185,7 +186,7 @@ def test_an_engine_can_not_report_what_can_not_be(tmp_path: Path) -> None:
         pair.prefill.say(m.PromptLogprobs(request, 0, [[1], [2]], [[0.0]], [1]))
         pair.prefill.say(m.PromptLogprobs(request, 0, [[1, 2]], [[0.0]], [1]))
         pair.prefill.say(m.PrefillDone(request, 0, m.Draw(256)))
-        pair.prefill.say(m.Stored([m.StoredBlock(bytes(16), bytes(16), bytes(16), 1)]))
+        pair.prefill.say(m.Stored([m.StoredBlock(KEY, KEY, KEY, 1)]))
         await foreign(pair, 9)
         for token in (50, 60):
             pair.prefill.say(m.PrefillDone(request, 0, m.Draw(token)))
