@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpath.cluster import messages as m
-from dualpath.core.vocabulary import Role, Side
+from dualpath.core.vocabulary import Cause, Role, Side
 from dualpath.server.metrics import ServerMetrics
 from dualpath.spec import metrics
 from dualpath.spec.metrics import of_engine
@@ -142,7 +142,7 @@ def test_an_engine_can_not_speak_of_another_engines_requests(tmp_path: Path) -> 
 
         forged = m.Draw(99)
         await forge(m.Prepared(request, 0, [0, 1, 2, 3]), m.PrefillDone(request, 0, forged))
-        await forge(m.AttemptFailed(request, 0, m.Cause.COMPUTE_FAILED, "x"), m.Refused(request, 0, "no"))
+        await forge(m.AttemptFailed(request, 0, Cause.COMPUTE_FAILED, "x"), m.Refused(request, 0, "no"))
         mine[Role.DECODE].say(m.Prepared(request, 0, [0, 1, 2, 3]))
         start = await _first_hears(m.StartPrefill, [pair.prefill, forgers[0]])
         if start not in pair.prefill.heard:

@@ -15,6 +15,7 @@ import pytest
 from dualpath.cluster import attachment as a
 from dualpath.cluster.agent.main import NodeAgent
 from dualpath.cluster.agent.member import Member
+from dualpath.cluster.attachment_frames import Connection, frame
 from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.cluster.local import Cluster
 from dualpath.core.vocabulary import Role, TrafficClass
@@ -60,9 +61,9 @@ def attach(role: Role, name: str, **facts: object) -> a.Attach:
 
 
 @contextmanager
-def decode_engine(path: str, name: str = "decode-0") -> Iterator[a.Connection]:
+def decode_engine(path: str, name: str = "decode-0") -> Iterator[Connection]:
     """A decode engine as far as its agent sees it."""
-    connection = a.Connection.to(path)
+    connection = Connection.to(path)
     try:
         connection.send(attach(Role.DECODE, name))
         yield connection
@@ -129,8 +130,8 @@ def test_when_an_engine_is_gone_its_buffer_is_and_it_may_come_back(path: str, tm
         b"GET / HTTP/1.1\r\n\r\n",
         b"\xff\xff\xff\xff",
         b"\x02\x00\x00\x00\xc1\xc1",
-        a.frame(a.LayerThread("no such attachment", "load")),
-        a.frame(attach(Role.PREFILL, "prefill-0", rows_path="/nowhere")),
+        frame(a.LayerThread("no such attachment", "load")),
+        frame(attach(Role.PREFILL, "prefill-0", rows_path="/nowhere")),
         b"\x00\x00\x10\x00" + b"\x91" * 2**20,
     ],
     ids=["nothing", "http", "too long", "no record", "no attachment", "no rows", "deep"],

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import msgspec
 
 from dualpath.cluster import attachment as a
+from dualpath.cluster.attachment_frames import HEADER_BYTES, NotAPeerError, body_bytes, frame
 from dualpath.spec.metrics import Figures
 
 _decoder = msgspec.msgpack.Decoder(a.FromEngineProcess)
-_HEADER_BYTES = 4
 
 
 class EngineGoneError(ConnectionError):
@@ -35,7 +35,7 @@ class AttachedEngine:
         why = "it has closed its connection"
         try:
             while True:
-                n_bytes = a.body_bytes(await self._reader.readexactly(_HEADER_BYTES))
+                n_bytes = body_bytes(await self._reader.readexactly(HEADER_BYTES))
                 message = _decoder.decode(await self._reader.readexactly(n_bytes))
                 self.heard_s = asyncio.get_running_loop().time()
                 match message:
@@ -49,7 +49,7 @@ class AttachedEngine:
                             waiting.set_result(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
-        except (a.NotAPeerError, msgspec.MsgspecError, RecursionError) as error:
+        except (NotAPeerError, msgspec.MsgspecError, RecursionError) as error:
             why = f"it said what is no record of ours: {error}"
         finally:
             self.close(why)
@@ -58,7 +58,7 @@ class AttachedEngine:
     def tell(self, message: a.ToEngineProcess) -> None:
         """Send a message that has no answer. Nothing happens when the engine is gone."""
         if self._gone is None:
-            self._writer.write(a.frame(message))
+            self._writer.write(frame(message))
 
     def call(self, make: Callable[[int], a.Call]) -> "asyncio.Future[a.Reply]":
         """Send a call. The future gets the reply, or EngineGoneError."""
@@ -77,7 +77,7 @@ class AttachedEngine:
             return answer
         number = next(self._numbers)
         self._calls[number] = answer
-        self._writer.write(a.frame(make(number)))
+        self._writer.write(frame(make(number)))
         return answer
 
     def close(self, why: str) -> None:

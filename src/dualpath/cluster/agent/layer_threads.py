@@ -10,6 +10,7 @@ import msgspec
 
 from dualpath.cluster import attachment as a
 from dualpath.cluster.agent.layer_transfers import BatchTransfers
+from dualpath.cluster.attachment_frames import Connection, NotAPeerError
 from dualpath.cluster.shared_rows import SharedRows
 
 _decoder = msgspec.msgpack.Decoder(a.LayerCall)
@@ -22,10 +23,10 @@ class LayerThreads:
         """`rows` are None of a decode engine, which has no layers to move."""
         self.batch: BatchTransfers | None = None
         self._rows = rows
-        self._connections: list[a.Connection] = []
+        self._connections: list[Connection] = []
         self._threads: list[threading.Thread] = []
 
-    def serve(self, way: a.Way, connection: a.Connection) -> None:
+    def serve(self, way: a.Way, connection: Connection) -> None:
         """Serve one connection on a thread of its own, until it ends."""
         thread = threading.Thread(target=self._serve, args=(way, connection), name=f"layer-{way}", daemon=True)
         self._connections.append(connection)
@@ -41,12 +42,12 @@ class LayerThreads:
         if self._rows is not None:
             self._rows.close()
 
-    def _serve(self, way: a.Way, connection: a.Connection) -> None:
+    def _serve(self, way: a.Way, connection: Connection) -> None:
         try:
             while True:
                 call = connection.receive(_decoder)
                 connection.send(a.LayerResult(self._move(way, call)))
-        except (OSError, a.NotAPeerError, msgspec.MsgspecError, RecursionError):
+        except (OSError, NotAPeerError, msgspec.MsgspecError, RecursionError):
             connection.close()  # the engine is gone, or not one of ours: its agent's other connection ends as well
 
     def _move(self, way: a.Way, call: a.LayerCall) -> list[str]:

@@ -21,16 +21,8 @@ from dualpath.cluster.agent.attached import AttachedEngine
 from dualpath.cluster.agent.host import EngineHost, make_pool
 from dualpath.cluster.agent.layer_threads import LayerThreads
 from dualpath.cluster.agent.member import Member
-from dualpath.cluster.attachment import (
-    LEAVE,
-    LISTENS,
-    AgentConfig,
-    Attach,
-    Connection,
-    Leave,
-    NotAPeerError,
-    first_record,
-)
+from dualpath.cluster.attachment import LEAVE, LISTENS, AgentConfig, Attach, Leave
+from dualpath.cluster.attachment_frames import Connection, NotAPeerError, first_record
 from dualpath.kv import StoreError
 from dualpath.spec.log import ROOT, start_log
 from dualpath.transfer.traffic import TrafficManager

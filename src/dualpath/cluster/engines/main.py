@@ -20,6 +20,7 @@ import torch
 from transformers.utils import logging as transformers_log
 
 from dualpath.cluster import attachment as a
+from dualpath.cluster.attachment_frames import Connection, NotAPeerError
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.engines.constraining import Constrainer
 from dualpath.cluster.engines.decode import DecodeCompute
@@ -94,7 +95,7 @@ class Engine:
         self._compute: Executor = named_threads(1, COMPUTE_THREAD)
         self._copies: Executor = named_threads(1, "copies")
         self._constrainer = Constrainer(model, cluster.model)
-        self._connection: a.Connection | None = None
+        self._connection: Connection | None = None
         self._ending: LeaveError | None = None
         self.facts = a.Attach(
             role=config.role,
@@ -154,7 +155,7 @@ class Engine:
                 connection = self._connect(tell, waits)
                 try:
                     self._serve(connection)
-                except (OSError, msgspec.MsgspecError, a.NotAPeerError) as error:
+                except (OSError, msgspec.MsgspecError, NotAPeerError) as error:
                     if self._orders.asleep:
                         raise LeaveError("its memory sleeps, and who could wake it is gone", failed=True) from error
                     waits = f"has lost its agent ({error}), and waits for it"
@@ -165,18 +166,18 @@ class Engine:
             if leaving.failed:
                 raise SystemExit(1) from leaving
 
-    def _connect(self, tell: Tell, waits: str) -> a.Connection:
+    def _connect(self, tell: Tell, waits: str) -> Connection:
         tell(waits)
         deadline_s = time.monotonic() + ATTACH_S
         while True:
             try:
-                return a.Connection.to(self._config.agent)
+                return Connection.to(self._config.agent)
             except OSError as error:
                 if time.monotonic() > deadline_s:
                     raise OSError(f"no agent at {self._config.agent} for {ATTACH_S:.0f} s: {error}") from error
                 time.sleep(RETRY_S)
 
-    def _serve(self, connection: a.Connection) -> None:
+    def _serve(self, connection: Connection) -> None:
         """Take the agent's calls until it is gone. Raises ConnectionError, LeaveError."""
         self._connection = connection
         fingerprint = self._orders.fingerprint or self.facts.model_fingerprint
@@ -252,7 +253,7 @@ class Engine:
             case a.Admit() | a.Fill() | a.Begin() | a.CopyOut() | a.Release() if isinstance(worker, DecodeCompute):
                 self._copies.submit(self._answer, worker, message)
             case _:
-                raise a.NotAPeerError(f"a {self._config.role.value} engine was sent {type(message).__name__}")
+                raise NotAPeerError(f"a {self._config.role.value} engine was sent {type(message).__name__}")
 
     def _attached(self, message: a.Attached) -> None:
         if isinstance(self.worker, DecodeCompute):
@@ -260,7 +261,7 @@ class Engine:
             return
         connections = []
         for way in ("load", "ship"):
-            connection = a.Connection.to(self._config.agent)
+            connection = Connection.to(self._config.agent)
             connection.send(a.LayerThread(message.attachment, way))
             connections.append(connection)
         self.worker.io = AgentLayerIO(self.worker.rows, *connections)

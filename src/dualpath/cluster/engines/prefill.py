@@ -9,6 +9,7 @@ import time
 import msgspec
 
 from dualpath.cluster import attachment as a
+from dualpath.cluster.attachment_frames import Connection
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.engines.constraining import REFUSALS, Constrainer
 from dualpath.cluster.engines.drawing import as_draw
@@ -41,7 +42,7 @@ class NoTransfers:
 class AgentLayerIO:
     """A `LayerIO` that has the agent move the bytes. Raises ConnectionError once the agent is gone."""
 
-    def __init__(self, rows: SharedRows, loads: a.Connection, ships: a.Connection) -> None:
+    def __init__(self, rows: SharedRows, loads: Connection, ships: Connection) -> None:
         self._rows = rows
         self._loads, self._ships = loads, ships
 
@@ -51,7 +52,7 @@ class AgentLayerIO:
     def ship_layer(self, layer: int, rows: list[Bytes | None]) -> list[Exception | None]:
         return self._ask(self._ships, layer, rows)
 
-    def _ask(self, connection: a.Connection, layer: int, parts: list[Bytes | None]) -> list[Exception | None]:
+    def _ask(self, connection: Connection, layer: int, parts: list[Bytes | None]) -> list[Exception | None]:
         connection.send(a.LayerCall(layer, [None if part is None else self._rows.span(part) for part in parts]))
         return [MovingError(error) if error else None for error in connection.receive(_decoder).errors]
 

@@ -1,0 +1,106 @@
+"""How an agent and its engine processes carry their records (`attachment`) over Unix sockets.
+
+A frame is its length (4 bytes, little-endian) and a msgpack record. When a connection ends, the other side is gone: the
+kernel closes it however a process dies.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+import threading
+from typing import Any
+
+import msgspec
+
+from dualpath.cluster.attachment import First
+
+MAX_FRAME_BYTES = 256 * 2**20
+"""Longer than any batch of the longest prompts."""
+_LENGTH = struct.Struct("<I")
+HEADER_BYTES = _LENGTH.size
+
+
+class NotAPeerError(Exception):
+    """Bytes that are no frame of ours, or a process of another user."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def body_bytes(header: bytes | bytearray) -> int:
+    """Returns the length of the frame that follows. Raises NotAPeerError."""
+    n_bytes = int(_LENGTH.unpack(header)[0])
+    if n_bytes > MAX_FRAME_BYTES:
+        raise NotAPeerError(f"a frame of {n_bytes} bytes is no frame of ours")
+    return n_bytes
+
+
+class Connection:
+    """One end of a connection, for threads: any thread may send, one receives. Raises ConnectionError at its end."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._sending = threading.Lock()
+
+    @classmethod
+    def to(cls, path: str) -> "Connection":
+        """Connect to an agent. Raises OSError when nobody listens there."""
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connected.connect(path)
+        except OSError:
+            connected.close()
+            raise
+        return cls(connected)
+
+    def send(self, message: msgspec.Struct) -> None:
+        with self._sending:
+            self._socket.sendall(frame(message))
+
+    def receive(self, decoder: "msgspec.msgpack.Decoder[Any]") -> Any:
+        """Raises ConnectionError at the end, NotAPeerError for what is no frame, msgspec.MsgspecError for a record of
+        another kind."""
+        return decoder.decode(self._exactly(body_bytes(self._exactly(_LENGTH.size))))
+
+    def close(self) -> None:
+        """End the connection; a thread that receives gets ConnectionError."""
+        with contextlib.suppress(OSError):  # the other side was first
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _exactly(self, n_bytes: int) -> bytearray:
+        buffer = bytearray(n_bytes)
+        rest = memoryview(buffer)
+        while rest:
+            received = self._socket.recv_into(rest)
+            if not received:
+                raise ConnectionError("the other side has closed the connection")
+            rest = rest[received:]
+        return buffer
+
+
+async def first_record(accepted: socket.socket) -> First:
+    """Returns what a process that has connected says first. Raises NotAPeerError, ConnectionError, MsgspecError."""
+    credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    if struct.unpack("3i", credentials)[1] != os.getuid():
+        raise NotAPeerError("a process of another user")
+    header = await _exactly(accepted, _LENGTH.size)
+    first: First = msgspec.msgpack.decode(await _exactly(accepted, body_bytes(header)), type=First)
+    return first
+
+
+async def _exactly(accepted: socket.socket, n_bytes: int) -> bytes:
+    loop, parts = asyncio.get_running_loop(), bytearray()
+    while len(parts) < n_bytes:
+        part = await loop.sock_recv(accepted, n_bytes - len(parts))
+        if not part:
+            raise ConnectionError("the other side has closed the connection")
+        parts += part
+    return bytes(parts)
