@@ -5,6 +5,7 @@ into which no packet fits, at the end where packets leave.
 """
 
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -42,7 +43,10 @@ class Namespaced(Served):
         address = head.address("management")
         control = f"tcp://{address}:{CONTROL_PORT}"
         each = ("--engines", str(engines_per_node))
-        tcp = (*options, "--transport", "tcp")
+        secret = work / "secret"
+        secret.touch(0o600)
+        secret.write_text(secrets.token_hex(32))
+        tcp = (*options, "--transport", "tcp", "--cluster-secret-file", str(secret))
         super().__init__(
             (*tcp, "--host", address, "--join-address", control), work, inside=iproute.inside(head.namespace)
         )
