@@ -28,10 +28,11 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="DIR", help="a Hugging Face checkpoint's directory, or its name in the local cache"
     )
     group.add_argument("--store", metavar="PLACE", help="store of KV blocks: a directory, or a URL")
-    option("--topology", "topology", "prefill and decode nodes, such as 1P2D (default: %(default)s)", topology, "T")
+    nodes = "prefill and decode nodes, such as 1P2D, or 1P2Dx4 with four engines each (default: %(default)s)"
+    option("--topology", "topology", nodes, topology, "T")
     option("--system", "system", "one of the systems below (default: %(default)s)", system, "NAME")
-    option("--snic-rate", "snic_bytes_per_s", "rate of each storage NIC (default: unlimited)", rate, "RATE")
-    option("--cnic-rate", "cnic_bytes_per_s", "rate of each compute NIC (default: unlimited)", rate, "RATE")
+    option("--snic-rate", "snic_bytes_per_s", "rate of each node's storage NIC (default: unlimited)", rate, "RATE")
+    option("--cnic-rate", "cnic_bytes_per_s", "rate of each engine's compute NIC (default: unlimited)", rate, "RATE")
     option("--buffer", "buffer_bytes", "size of a PE or DE buffer (default: 1GiB)", byte_count, "SIZE")
     option("--hbm", "hbm_bytes", "KV memory of a DE (default: 1GiB)", byte_count, "SIZE")
     option("--store-quota", "store_quota_bytes", "evict blocks beyond this (default: no quota)", byte_count, "SIZE")

@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--role", choices=("prefill", "decode"), required=True)
     parser.add_argument("--coordinator", metavar="ADDRESS", required=True, help="serve's --join-address")
     parser.add_argument("--rank", type=not_negative, default=0, help="tells nodes of one role apart in logs")
-    parser.add_argument("--engines", type=positive, default=1, help="engines of the node (default: %(default)s)")
+    parser.add_argument("--engines", type=positive, metavar="N", help="of the node (default: as --topology says)")
     add_cluster_options(parser)
 
 
@@ -35,5 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = cluster_config(arguments)
     if given.cluster_secret is None:
         raise UsageError(f"an engine needs the secret of the cluster that it joins; {HOW_TO_GIVE}")
-    config = msgspec.structs.replace(given, topology=Topology(1, 1, arguments.engines))
+    config = msgspec.structs.replace(
+        given, topology=Topology(1, 1, arguments.engines or given.topology.engines_per_node)
+    )
     return run_node(config, arguments.coordinator, Role(arguments.role), arguments.rank)
