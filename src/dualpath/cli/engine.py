@@ -35,7 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
     given = cluster_config(arguments)
     if given.cluster_secret is None:
         raise UsageError(f"an engine needs the secret of the cluster that it joins; {HOW_TO_GIVE}")
-    config = msgspec.structs.replace(
-        given, topology=Topology(1, 1, arguments.engines or given.topology.engines_per_node)
-    )
+    engines = arguments.engines or given.topology.engines_per_node
+    config = msgspec.structs.replace(given, topology=Topology(1, 1, engines))
     return run_node(config, arguments.coordinator, Role(arguments.role), arguments.rank)
