@@ -15,7 +15,7 @@ from dualpath.core.policy import Constants, Policy
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import RequestFacts
 
-from .conftest import ask, cluster_config, gauge, in_cluster
+from .conftest import ask, cluster_config, fresh_gauges, gauge, in_cluster
 from .faulty_store import SCHEME, let
 from .test_token_equality import appended
 
@@ -39,6 +39,7 @@ def test_a_store_removed_under_the_server_comes_back_by_itself(
             assert (again.token_ids, again.cached_tokens) == (expected, cached_tokens)
             await cluster.coordinator.settle()
         assert gauge(cluster, "dualpath_store_write_errors_total") == 0
+        await fresh_gauges(cluster)  # what the engine said last may be of before
         assert cluster.coordinator.health()["status"] == "ok"
 
     in_cluster(config, work)

@@ -61,15 +61,15 @@ def pools_of(pids: list[int]) -> list[Path]:
     return [path for pid in pids for path in Path("/dev/shm").glob(f"dualpath-{pid}-*")]
 
 
-def engine_pids(url: str) -> list[int]:
-    return [engine["pid"] for engine in httpx.get(f"{url}/health").json()["engines"]]
+def engine_pids(url: str, which: str = "pid") -> list[int]:
+    return [engine[which] for engine in httpx.get(f"{url}/health").json()["engines"]]
 
 
 @pytest.mark.slow
 def test_the_official_client(model: Path, tmp_path: Path) -> None:
     """Chat over turns, streaming with usage, token ids, an error, health and metrics; and a clean end."""
     with serving(model, tmp_path, "--topology", "1P2D", "--api-key", "secret") as (url, _):
-        pids = engine_pids(url)
+        pids = engine_pids(url, "agent_pid")
         assert len(pools_of(pids)) == 3
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
         name = client.models.list().data[0].id

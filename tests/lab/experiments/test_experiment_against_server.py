@@ -40,7 +40,7 @@ class ScriptedCluster:
         return {"status": "ok", "engines": []}
 
     def gauges(self):
-        labels = 'engine="3",role="decode",nic="snic",direction="rx",traffic_class="low"'
+        labels = 'engine="3",role="decode",nic="snic",direction="rx",traffic_class="low",node="n"'
         return {f"dualpath_nic_bytes_total{{{labels}}}": 123456789.0, "dualpath_requests_live": 0.0}
 
 

@@ -105,8 +105,9 @@ def test_an_engine_that_dies_ends_the_cluster(launcher: TestbedLauncher, tmp_pat
     async def scenario() -> None:
         async with launcher.cluster("frail", "1P1D", "dualpath", tmp_path / "store", limited=False) as cluster:
             assert all(device.rate_bytes_per_s is None for node in status(load_again()) for device in node.devices)
-            (pid,) = iproute.pids(launcher.testbed.plan.node("de0").namespace)
-            os.kill(pid, signal.SIGKILL)
+            first, *children = sorted(iproute.pids(launcher.testbed.plan.node("de0").namespace))
+            assert children  # its agent and its engine, which end with it
+            os.kill(first, signal.SIGKILL)
             await cluster.run(asyncio.sleep(60))
 
     def load_again() -> Testbed:

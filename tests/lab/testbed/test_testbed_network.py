@@ -140,7 +140,7 @@ if sys.argv[1] == "serve":
     server.close(); pool.close()
 else:
     traffic_class = TrafficClass[sys.argv[3]]
-    options = {"traffic_class": traffic_class, "peer_tag": "t", "key": bytes(32)}
+    options = dict(traffic_class=traffic_class, peer_tag="t", key=bytes(32))
     channel = TcpTransport().connect(sys.argv[2], TrafficManager(), **options)
     for _ in range(2):
         into = np.zeros(1 << 20, dtype=np.uint8)

@@ -69,14 +69,15 @@ class EngineHost:
         self.blocks = BlockIO(cluster, self.layout, self.pool, self.traffic)
         periods = {"heartbeat_ns": cluster.heartbeat_ns, "lease_ns": cluster.lease_ns}
         self.link = ControlLink(cluster.secret, **periods, grace_s=cluster.grace_s)
+        self._heard_s = 0.0
         self.link.alive = self._engine_beats
         self.link.gauge_sources += [self._own_gauges, self.blocks.gauges]
         self.counters: Counter[Sample] = Counter({counter(): 0 for counter in metrics.ENGINE_COUNTERS})
 
     def _engine_beats(self) -> bool:
-        """Returns False when the engine has been silent for its lease: the coordinator must not think that it lives."""
-        silent_s = asyncio.get_running_loop().time() - self.attached.heard_s
-        return silent_s < self.config.cluster.lease_ns / 1e9
+        """Returns whether the engine was heard since the last call: its lease must not go on when it is silent."""
+        before_s, self._heard_s = self._heard_s, self.attached.heard_s
+        return self._heard_s != before_s
 
     def tell_pool(self, attachment: str) -> None:
         """Tell the engine where its buffer is."""

@@ -45,7 +45,6 @@ class Member:
         listening.add_done_callback(lambda ended: host.leave(f"its process is gone: {_reason(ended)}"))
         try:
             reason = await host.run(self._join_message(), self.handle, self._come_back)
-            host.log(f"leaves: {reason}")
             host.dismiss(reason, failed=reason.startswith(("internal error", ABANDONED)))
         except (ConnectionRefusedError, ValueError) as error:
             host.log(f"can't join: {error}")

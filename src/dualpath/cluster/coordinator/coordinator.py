@@ -195,6 +195,7 @@ class Coordinator:
                 "role": link.join.role.value,
                 "node": link.join.node,
                 "pid": link.join.pid,
+                "agent_pid": link.join.agent_pid,
                 "host": link.join.host,
             }
             for link in self._links.by_engine.values()
