@@ -36,6 +36,7 @@ def test_one_coordinator_after_another_listens_at_the_same_address() -> None:
                 assert heard == m.Leave("bye")
                 saying.cancel()
                 links.close()
+                await asyncio.sleep(0.05)  # the authenticator's task ends a turn of the loop later
                 with socket.socket() as other, pytest.raises(OSError):
                     other.bind(held.getsockname())  # nobody else gets it meanwhile
         finally:

@@ -11,7 +11,7 @@ from typing import Any
 
 import zmq
 import zmq.asyncio
-from zmq.auth.thread import ThreadAuthenticator
+from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.utils import z85
 
 from dualpath.cluster.cluster_secret import ClusterSecret
@@ -36,7 +36,7 @@ def secure_client(socket: "zmq.Socket[Any]", secret: ClusterSecret) -> None:
 class ServerDoor:
     """Lets a socket, before it binds, hear only the cluster's members; counts all others. `close` it before the socket.
 
-    One a context, as ZeroMQ asks one authenticator. That has a thread, and so has the counter.
+    One a context, as ZeroMQ asks one authenticator. Its socket stands in the running loop, its counter on a thread.
     """
 
     def __init__(self, socket: zmq.asyncio.Socket, secret: ClusterSecret) -> None:
@@ -49,9 +49,7 @@ class ServerDoor:
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         _bound(socket)
         self._client = _pair(secret, "control client")[0]
-        # On a thread: asyncio's ends a turn of the loop later, and then takes a file descriptor out of the loop that
-        # the next coordinator's socket may have by then.
-        self._authenticator = ThreadAuthenticator(zmq.Context(socket.context))
+        self._authenticator = AsyncioAuthenticator(socket.context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback(_DOMAIN.decode(), self)
         self._socket = socket
