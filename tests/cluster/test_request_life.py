@@ -206,6 +206,20 @@ def test_faults_leave_the_index_and_the_next_attempt_does_without(tmp_path: Path
     with_pair(tmp_path, work, system="basic-layerwise")
 
 
+async def computed_whole(pair: Pair, load: m.LoadLeg) -> None:
+    """Both engines let go of the attempt that loads; the next attempt computes the whole prompt."""
+    for engine in (pair.prefill, pair.decode):
+        await engine.hears(m.AbortAttempt)
+        engine.say(m.Released(load.request, 0))
+    await pair.prepare(1)
+    start = await pair.prefill.hears(m.StartPrefill)
+    assert start.hit_tokens == 0
+    pair.prefill.say(m.PrefillDone(start.request, 1, m.Draw(50)))
+    await pair.decode.hears(m.StartDecode)
+    pair.decode.say(m.Finished(start.request, 1, "length"))
+    await pair.client
+
+
 def test_an_engine_that_cannot_reach_the_store_costs_no_block(tmp_path: Path) -> None:
     """No fault is reported with the failure: the index stays as it is, and this request computes its whole prompt."""
     stored(tmp_path, 3)
@@ -215,16 +229,7 @@ def test_an_engine_that_cannot_reach_the_store_costs_no_block(tmp_path: Path) ->
         await pair.prepare(0)
         load = await pair.prefill.hears(m.LoadLeg)
         pair.prefill.say(m.LoadFailed(load.request, 0, Side.PE, []))
-        for engine in (pair.prefill, pair.decode):
-            await engine.hears(m.AbortAttempt)
-            engine.say(m.Released(load.request, 0))
-        await pair.prepare(1)
-        start = await pair.prefill.hears(m.StartPrefill)
-        assert start.hit_tokens == 0
-        pair.prefill.say(m.PrefillDone(start.request, 1, m.Draw(50)))
-        await pair.decode.hears(m.StartDecode)
-        pair.decode.say(m.Finished(start.request, 1, "length"))
-        await pair.client
+        await computed_whole(pair, load)
         assert pair.cluster.coordinator.gauges()["dualpath_store_blocks"] == 3
 
     with_pair(tmp_path, work, system="basic-layerwise")
@@ -238,16 +243,7 @@ def test_a_prefix_that_does_not_come_in_time_is_computed(tmp_path: Path) -> None
         await pair.prepare(0)
         load = await pair.prefill.hears(m.LoadLeg)
         assert len(load.keys) == 3
-        for engine in (pair.prefill, pair.decode):
-            await engine.hears(m.AbortAttempt)
-            engine.say(m.Released(load.request, 0))
-        await pair.prepare(1)
-        start = await pair.prefill.hears(m.StartPrefill)
-        assert start.hit_tokens == 0
-        pair.prefill.say(m.PrefillDone(start.request, 1, m.Draw(50)))
-        await pair.decode.hears(m.StartDecode)
-        pair.decode.say(m.Finished(start.request, 1, "length"))
-        await pair.client
+        await computed_whole(pair, load)
 
     with_pair(tmp_path, work, system="basic-layerwise", request_deadline_ns=2_000_000_000)
 

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from dualpath.cluster.attachment import First
+from dualpath.spec.private_files import peer_user
 
 MAX_FRAME_BYTES = 256 * 2**20
 """Longer than any batch of the longest prompts."""
@@ -88,8 +89,7 @@ class Connection:
 
 async def first_record(accepted: socket.socket) -> First:
     """Returns what a process that has connected says first. Raises NotAPeerError, ConnectionError, MsgspecError."""
-    credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    if struct.unpack("3i", credentials)[1] != os.getuid():
+    if peer_user(accepted) != os.geteuid():
         raise NotAPeerError("a process of another user")
     header = await _exactly(accepted, _LENGTH.size)
     first: First = msgspec.msgpack.decode(await _exactly(accepted, body_bytes(header)), type=First)

@@ -61,7 +61,7 @@ class SharedRows:
         return self._bytes[span[0] : span[0] + span[1]]
 
     def close(self) -> None:
-        """Drop the mapping; the memory is released with its last view."""
+        """Close the file; the mapping goes with the last view of it."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

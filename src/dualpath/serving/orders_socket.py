@@ -8,15 +8,14 @@ import asyncio
 import os
 import secrets
 import socket
-import struct
 from collections.abc import Awaitable, Callable
 
 from dualpath.cluster.supervisor import ReplaceError
+from dualpath.spec.private_files import peer_user
 
 RESTART = "restart"
 DONE = "done"
 FAILED = "failed: "
-_CREDENTIALS = struct.Struct("3i")
 _LINE_BYTES = 256
 _FIRST_LINE_S = 5.0
 
@@ -64,9 +63,7 @@ class OrdersSocket:
 
 
 def _is_ours(connection: socket.socket) -> bool:
-    given = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, user, _ = _CREDENTIALS.unpack(given)
-    return user in (os.getuid(), 0)
+    return peer_user(connection) in (os.getuid(), 0)
 
 
 def give_order(name: str, order: str, say: Callable[[str], None]) -> str:

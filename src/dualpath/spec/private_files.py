@@ -1,12 +1,16 @@
-"""Files of this user's alone, and the directory where the sockets and secrets of running processes lie."""
+"""What is this user's alone: files, the directory of running processes' sockets and secrets, a socket's other end."""
 
 import errno
 import os
+import socket
 import stat
+import struct
 import tempfile
 from pathlib import Path
 
 PRIVATE = 0o600
+_CREDENTIALS = struct.Struct("3i")
+"""Process, user, group."""
 
 
 def runtime_directory() -> Path:
@@ -27,6 +31,13 @@ def runtime_directory() -> Path:
         )
     path.chmod(0o700)
     return path
+
+
+def peer_user(connected: socket.socket) -> int:
+    """Returns the user id of a Unix socket's other end, as the kernel noted it when that connected or listened."""
+    told = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user, _ = _CREDENTIALS.unpack(told)
+    return int(user)
 
 
 def private_opener(path: str, flags: int) -> int:

@@ -16,13 +16,13 @@ import hmac
 import os
 import secrets
 import socket
-import struct
 from hashlib import blake2b
 from typing import Annotated, TypeVar
 
 import msgspec
 
 from dualpath.core.vocabulary import TrafficClass
+from dualpath.spec.private_files import peer_user
 from dualpath.transfer.transports.framed.frames import Frame, FrameKind, ProtocolError, Stream
 from dualpath.transfer.transports.framed.sealed import Seal
 
@@ -131,8 +131,7 @@ def shake_hands(
 def check_user(connected: socket.socket) -> None:
     """Raises ProtocolError when a Unix socket's other end is another user's; other sockets have no users."""
     if connected.family == socket.AF_UNIX:
-        told = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        _, user, _ = struct.unpack("3i", told)
+        user = peer_user(connected)
         if user != os.geteuid():
             raise ProtocolError(f"it is user {user}'s, not this user's")
 
