@@ -348,7 +348,7 @@ def test_a_killed_engine_in_the_journal(tmp_path: Path) -> None:
             await pair.client
         assert (failed.value.status, failed.value.code) == (503, "no_engine")
 
-    with_pair(tmp_path / "store", work, journal=str(journal), topology=Topology(1, 2))
+    with_pair(tmp_path / "store", work, journal=str(journal), topology=Topology(1, 2), replacement_timeout_s=0.5)
     report = replay(journal.read_bytes().splitlines(keepends=True))
     assert report.difference is None
     assert report.commands >= 6

@@ -38,6 +38,7 @@ LIMITS = Limits(
     decode_ns=40 * S,
     decode_ns_per_token=S,
     release_ns=5 * S,
+    replacement_ns=3 * S,
 )
 
 
@@ -500,26 +501,54 @@ def test_attempts_run_out_with_the_last_cause() -> None:
     ]
 
 
-def test_without_an_engine_of_a_role_a_failed_attempt_is_the_last() -> None:
-    assert Cluster().loading().does("engine_lost", PE) == [Abort(7, 0, DE, PE), Fail(7, Cause.NO_ENGINE)]
-    assert Cluster().loading().does("engine_lost", DE) == [Abort(7, 0, PE, DE), Fail(7, Cause.NO_ENGINE)]
+@pytest.mark.parametrize(("lost", "role", "left"), [(PE, Role.PREFILL, DE), (DE, Role.DECODE, PE)])
+def test_requests_wait_for_the_replacement_of_the_last_engine_of_a_role(lost: int, role: Role, left: int) -> None:
+    """The one under way gets its next attempt there, the one that came meanwhile its first; older ones first."""
+    cluster = Cluster().loading()
+    assert cluster.does("engine_lost", lost) == [Abort(7, 0, left, lost), Resubmit(7, 1, Cause.ENGINE_LOST)]
+    cluster.does("released", 7, 0, left)
+    assert cluster.does("resubmit", RequestFacts(7, 1, 300, 0, 20)) == cluster.submit(8, hit=0) == []
+    placed = [command for command in cluster.join(4, role) if isinstance(command, Prepare)]
+    assert [(prepare.request, prepare.attempt) for prepare in placed] == [(7, 1), (8, 0)]
+    assert cluster.core.next_wake() is not None
+
+
+def test_without_a_replacement_in_time_requests_fail_and_new_ones_are_refused() -> None:
+    cluster = Cluster().loading()
+    cluster.does("engine_lost", PE)
+    cluster.does("resubmit", RequestFacts(7, 1, 300, 256, 20))
+    cluster.submit(8, after_ns=0)
+    assert cluster.core.next_wake() == cluster.now - 10 * MS + LIMITS.replacement_ns
+    assert cluster.does("wake", after_ns=LIMITS.replacement_ns - 11 * MS) == []
+    assert cluster.does("wake", after_ns=MS) == [Fail(7, Cause.NO_ENGINE), Fail(8, Cause.NO_ENGINE)]
+    assert cluster.submit(9) == [Fail(9, Cause.NO_ENGINE)]
+    assert cluster.does("engine_lost", DE) == []
+    assert cluster.submit(10) == [Fail(10, Cause.NO_ENGINE)]  # that one is nobody's last hope
+
+
+def test_an_attempt_that_fails_without_any_hope_of_a_replacement_is_the_last() -> None:
+    cluster = Cluster().decoding()
+    cluster.does("engine_lost", PE)
+    assert cluster.does("attempt_failed", 7, 0, DE, Cause.COMPUTE_FAILED, after_ns=LIMITS.replacement_ns) == [
+        Abort(7, 0, DE),
+        Fail(7, Cause.NO_ENGINE),
+    ]
+
+
+def test_requests_too_large_for_the_replacement_fail_when_it_joins() -> None:
+    cluster = Cluster()
+    cluster.does("engine_lost", DE)
+    cluster.submit(1, prompt=20 * 64, hit=0)
+    cluster.submit(2, hit=0)
+    commands = cluster.join(4, Role.DECODE, 10, 50)
+    assert commands[0] == Fail(1, Cause.TOO_LARGE)
+    assert commands[1:] and all(command.request == 2 for command in commands[1:])
 
 
 def test_a_decoding_request_outlives_the_last_pe() -> None:
     cluster = Cluster().decoding()
     assert cluster.does("engine_lost", PE) == []
     assert cluster.does("finished", 7, 0) == [Finish(7)]
-
-
-def test_waiting_requests_fail_when_the_last_engine_of_a_role_goes() -> None:
-    cluster = Cluster(beta_tokens=10)
-    cluster.submit(1, hit=0)
-    cluster.submit(2, hit=0)
-    assert cluster.does("engine_lost", PE) == [
-        Abort(1, 0, DE, PE),
-        Fail(1, Cause.NO_ENGINE),
-        Fail(2, Cause.NO_ENGINE),
-    ]
 
 
 def test_waiting_requests_that_only_the_lost_engine_could_hold_fail() -> None:

@@ -152,8 +152,8 @@ def test_a_replay_notes_what_it_takes_to_predict_it(model: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_killed_engine_under_the_server(model: Path, tmp_path: Path) -> None:
-    """The only decode engine dies in the middle of a stream: the client learns it at once, and so do later ones."""
-    with serving(model, tmp_path) as (url, _):
+    """The only decode engine dies in the middle of a stream, and no new one comes in time: all clients learn it."""
+    with serving(model, tmp_path, "--replacement-timeout", "0") as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         health = httpx.get(f"{url}/health").json()
         victim = next(engine["pid"] for engine in health["engines"] if engine["role"] == "decode")

@@ -60,6 +60,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=joining,
     )
+    replacing = "seconds that requests wait for a new engine when the last one of its role is lost (default: %(default)g)"
+    group.add_argument(
+        "--replacement-timeout",
+        type=float,
+        default=DEFAULTS["replacement_timeout_s"],
+        dest="replacement_timeout_s",
+        metavar="S",
+        help=replacing,
+    )
     control = "open /pause, /update_weights, /sleep … to trainers: with an API key, or from this host where none is set"
     group.add_argument("--enable-control", action="store_true", help=control)
     parsers = "how the model {}; a name as in vLLM, or none (default: as the chat template says)"

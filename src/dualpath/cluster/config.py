@@ -89,6 +89,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_ns: int = 200_000_000
     grace_s: float = 600.0
     """How long an engine that has lost its coordinator, or waits for its first, keeps its memory before it leaves."""
+    replacement_timeout_s: float = 30.0
+    """How long requests wait for a new engine when the last one of its role is lost; 0: they fail at once."""
     join_timeout_s: float = 180.0
     """How long engines may take to import torch, load the model and join, when a cluster starts."""
     control_address: str = "tcp://127.0.0.1:0"
@@ -159,8 +161,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("grace_s", "join_timeout_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number of seconds above 0")
-        if not 0 <= self.drain_s < float("inf"):
-            raise ValueError(f"drain_s is {self.drain_s}; it must be a number of seconds, 0 or more")
+        for name in ("drain_s", "replacement_timeout_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number of seconds, 0 or more")
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs or self.ssl_cert_reqs):
             raise ValueError("ssl_keyfile, ssl_ca_certs and ssl_cert_reqs need ssl_certfile, the server's certificate")
         if self.ssl_cert_reqs not in (0, 1, 2):

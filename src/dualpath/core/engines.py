@@ -265,6 +265,11 @@ class Fleet:
         columns.facts[columns.slots[engine]] = seen
         columns.index()
 
+    @property
+    def has_both_roles(self) -> bool:
+        """Whether there are a PE and a DE, draining ones included."""
+        return len(self.prefill) > 0 and len(self.decode) > 0
+
     def read_queue_tokens(self, engine: EngineId) -> int:
         """Returns the read queue of the engine's node."""
         return self.read_queues.tokens_at[self._place_of[engine]]
@@ -284,7 +289,7 @@ class Fleet:
             and hbm_blocks <= decode.smallest_hbm_blocks
         ):
             return None
-        if not prefill or not decode:
+        if not self.has_both_roles:
             return Cause.NO_ENGINE
         fits = (decode.buffer_capacity >= de_blocks) & (decode.hbm_capacity >= hbm_blocks)
         if pe_blocks <= prefill.buffer_capacity.max() and fits.any():

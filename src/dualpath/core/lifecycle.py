@@ -52,6 +52,8 @@ class Lifecycle:
         self.counts = dict.fromkeys(COUNTS, 0)
         self.now = 0
         self.next_fetch_ns = 0
+        self.vacant_until_ns = 0
+        """Until then requests wait for a new PE or DE; at or before `now`: they don't."""
         self.changed = False
         """True when something since the last fetch may let the next one place more."""
         self._freed: list[EngineId] = []
@@ -97,9 +99,16 @@ class Lifecycle:
         return None
 
     def refusal(self, request: Request) -> Cause | None:
-        """Returns why no engine could ever take the request; None when some engine could."""
+        """Returns why no engine could ever take the request; None when some engine could, or one that is to come."""
+        if self.awaits_replacement:
+            return None
         pe_blocks = least_pe_blocks(self._read_path, request.hit_blocks)
         return self.fleet.refusal(pe_blocks, request.prompt_blocks, request.hbm_blocks)
+
+    @property
+    def awaits_replacement(self) -> bool:
+        """Whether a role has lost its last engine, not long ago."""
+        return self.now < self.vacant_until_ns and not self.fleet.has_both_roles
 
     def enqueue(self, request: Request) -> None:
         self.deadlines.set(request, self.now + self.stay_ns[State.QUEUED])
@@ -123,7 +132,7 @@ class Lifecycle:
             freed, self._freed = self._freed, []
             for engine in freed:
                 self._serve_line(engine)
-        if self.changed and self.now >= self.next_fetch_ns and self.waiting.requests:
+        if self.changed and self.now >= self.next_fetch_ns and self.waiting.requests and self.fleet.has_both_roles:
             self.changed = False
             self.next_fetch_ns = self.now + self.constants.fetch_interval_ns
             self.counts["fetches"] += 1

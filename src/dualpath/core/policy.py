@@ -76,6 +76,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Added to `decode_ns` for every token the request may still generate."""
     release_ns: int = 60 * SECOND_NS
     """An Abort unanswered for longer counts as overdue; its blocks stay held."""
+    replacement_ns: int = 30 * SECOND_NS
+    """How long requests wait for a new PE or DE, once the last one is lost, before they fail."""
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:

@@ -72,6 +72,9 @@ class Scheduler:
         life.begin(now)
         life.fleet.add(facts)
         life.ledger.open(facts)
+        if life.vacant_until_ns and life.fleet.has_both_roles:
+            life.vacant_until_ns = 0
+            withdrawal.refuse_waiting(life)
         life.changed = True
         life.settle()
 
@@ -243,6 +246,9 @@ class Scheduler:
         for request in life.deadlines.pop_due(now):
             withdrawal.expire(life, request)
         life.aborts.expire(now)
+        if 0 < life.vacant_until_ns <= now:
+            life.vacant_until_ns = 0
+            withdrawal.refuse_waiting(life)
         life.settle()
 
     def next_wake(self) -> int | None:
@@ -252,8 +258,11 @@ class Scheduler:
         if life.aborts.in_time:
             release_ns = life.aborts.earliest()
             at_ns = release_ns if at_ns is None else min(at_ns, release_ns)
-        if life.changed and life.waiting.requests and (at_ns is None or life.next_fetch_ns < at_ns):
-            return life.next_fetch_ns
+        if life.waiting.requests:
+            fetch_ns = life.next_fetch_ns if life.changed and life.fleet.has_both_roles else None
+            for wanted_ns in (fetch_ns, life.vacant_until_ns or None):
+                if wanted_ns is not None and (at_ns is None or wanted_ns < at_ns):
+                    at_ns = wanted_ns
         return at_ns
 
     def take_commands(self) -> list[Command]:

@@ -36,7 +36,7 @@ def fail_attempt(life: Lifecycle, request: Request, cause: Cause) -> None:
 
 def retry(life: Lifecycle, request: Request, cause: Cause) -> None:
     """After `withdraw`: ask the driver for the next attempt, or fail the request."""
-    if not life.fleet.prefill or not life.fleet.decode:
+    if not life.fleet.has_both_roles and not life.awaits_replacement:
         fail(life, request, Cause.NO_ENGINE)
     elif request.attempt + 1 >= life.limits.max_attempts:
         fail(life, request, cause)
@@ -73,23 +73,34 @@ def abort_answered(life: Lifecycle, at: AttemptAt) -> None:
 
 
 def lose(life: Lifecycle, engine: EngineId) -> None:
-    """Remove a lost engine; retry the requests on it, and fail those that no remaining engine could take."""
+    """Remove a lost engine; retry the requests on it, and fail those that no engine could take any more.
+
+    If it was the last of its role, requests wait for another one, up to `Limits.replacement_ns`.
+    """
     life.waiting.start_over()
     victims = [live for live in life.requests.values() if engine in (live.prefill_engine, live.decode_engine)]
     for request in victims:
         withdraw(life, request, lost=engine)
+    had_both_roles = life.fleet.has_both_roles
     life.fleet.remove(engine)
     life.ledger.close(engine)
+    if had_both_roles and not life.fleet.has_both_roles:
+        life.vacant_until_ns = life.now + life.limits.replacement_ns
     for at in life.aborts.lose(engine):
         _send_abort(life, at, engine)
     for request in victims:
         retry(life, request, Cause.ENGINE_LOST)
+    refuse_waiting(life)
+    life.changed = True
+
+
+def refuse_waiting(life: Lifecycle) -> None:
+    """Fail the requests in line that no engine could take: the engines have changed, or none came in time."""
     for request in list(life.waiting.requests.values()):
         refusal = life.refusal(request)
         if refusal is not None:
             withdraw(life, request)
             fail(life, request, refusal)
-    life.changed = True
 
 
 def _abort(life: Lifecycle, request: Request, lost: EngineId | None) -> None:

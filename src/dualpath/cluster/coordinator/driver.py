@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.core.ledger import Holding
-from dualpath.core.policy import Constants, Limits
+from dualpath.core.policy import SECOND_NS, Constants, Limits
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import Command, EngineId
 from dualpath.kv.layout import KVLayout
@@ -48,6 +48,7 @@ def scheduler_limits(config: ClusterConfig) -> Limits:
         decode_ns=deadline_ns,
         decode_ns_per_token=deadline_ns // 100,
         release_ns=config.lease_ns * 2,
+        replacement_ns=max(1, round(config.replacement_timeout_s * SECOND_NS)),
     )
 
 

@@ -192,12 +192,15 @@ class ModelCluster:
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def drain(self) -> None:
-        """All heals and everybody answers, nothing else happens: requests must end without any deadline's help."""
+        """All heals, lost engines are replaced, all answer; requests must then end without any deadline's help."""
         for job in self.jobs:
             job.hung = False
         for number, engine in list(self.engines.items()):
             self.heal(engine)
             self.drain_engine(number, False)
+        for role in Role:
+            if all(engine.facts.role is not role for engine in self.engines.values()):
+                self.join(role, 36, 52)
         for _, word in self.under_way:  # of the dead
             self.hear(word)
         self.under_way.clear()

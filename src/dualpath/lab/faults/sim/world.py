@@ -93,6 +93,7 @@ class World:
             decode_ns=SECOND_NS,
             decode_ns_per_token=100,
             release_ns=SECOND_NS,
+            replacement_ns=5 * INTERVAL_NS,
         )
         self.core = make(find_system(setting.system).policy, constants, limits)
         self.cluster = ModelCluster(self.core, INTERVAL_NS)
