@@ -13,6 +13,7 @@ from dualpath.cluster.control_link import ABANDONED, ControlLink
 from dualpath.cluster.coordinator.coordinator import Coordinator
 from dualpath.cluster.coordinator.links import EngineLinks
 from dualpath.core.vocabulary import Role
+from dualpath.kv.keys import KEY_BYTES
 from dualpath.spec.topology import Topology
 
 from .fake_engine import SECRET, WAIT_S, join_message
@@ -130,6 +131,31 @@ def test_nothing_reaches_the_next_coordinator_that_was_said_to_the_last(tmp_path
             assert gauges["dualpath_strange_messages_total"] == 0
             assert gauges["dualpath_stale_messages_total"] == 0
             assert gauges['dualpath_scheduler_dropped_total{input="released"}'] == 0
+            await running.__aexit__(None, None, None)
+
+    asyncio.run(run())
+
+
+def test_a_block_written_meanwhile_is_told_to_the_next_coordinator(tmp_path: Path) -> None:
+    """Nobody heard of it, and the restarted coordinator may have looked into the store before it was there."""
+
+    async def run() -> None:
+        async with coordinating(tmp_path) as first:
+            running = members(first.control_address)
+            made = await running.__aenter__()
+            await first.membership.complete(WAIT_S)
+            for member in made:
+                await member.joined()
+            address, epoch = first.control_address, made[1].link.epoch
+        keys = [bytes([number]) * KEY_BYTES for number in range(3)]
+        for key, parent in zip(keys[1:], keys, strict=False):
+            made[1].link.send(m.Stored([m.StoredBlock(keys[0], key, parent, 4096)]))
+        async with coordinating(tmp_path, address) as second:
+            await second.membership.complete(WAIT_S)
+            await made[1].joined(other_than=epoch)
+            async with asyncio.timeout(WAIT_S):
+                while second.gauges()["dualpath_store_blocks"] != 2:
+                    await asyncio.sleep(0.005)
             await running.__aexit__(None, None, None)
 
     asyncio.run(run())

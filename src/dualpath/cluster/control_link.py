@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(f"{ROOT}.member")
 
 ABANDONED = "abandoned"
 """How the reason of a member begins that leaves because its grace period is over."""
+_STORED_BLOCKS = 1024
+"""How many blocks a member can name to its next coordinator, which may have looked into the store before they came."""
 Handler = Callable[[m.ToEngine], None]
 ComeBack = Callable[[], Awaitable[m.Join]]
 """Lets go of all that the member has in hand for a coordinator that it has lost, then returns its next `Join`."""
@@ -61,6 +64,8 @@ class ControlLink:
         self._listening: asyncio.Task[None] | None = None
         self._come_back: ComeBack | None = None
         self._heard_ns = 0
+        self._stored: deque[m.StoredBlock] = deque(maxlen=_STORED_BLOCKS)
+        """The last ones that this member has written; what it said of them may have been lost."""
         self._dismissed = False
         self._reason = "closed"
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -101,7 +106,9 @@ class ControlLink:
         self._listening = self.spawn(self._listen(handle))
 
     def send(self, message: m.FromEngine) -> None:
-        """Queue a message to the coordinator; never blocks. It is dropped while the member has not joined."""
+        """Queue a message to the coordinator; never blocks. While the member has not joined, only blocks are kept."""
+        if isinstance(message, m.Stored):
+            self._stored.extend(message.blocks)
         if self.engine is not None:
             self._send(message)
 
@@ -130,6 +137,8 @@ class ControlLink:
                         self._lose("it has restarted", handle)
                 case m.Welcome():
                     self.engine, self.epoch = message.engine, message.epoch
+                    if self._stored:
+                        self._send(m.Stored(list(self._stored)))
                 case m.NotMember():
                     self._lose(message.reason, handle)
                 case m.Shutdown():
