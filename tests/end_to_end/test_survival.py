@@ -237,6 +237,25 @@ def test_kill_9_during_the_start_leaves_nobody(model: Path, tmp_path: Path, line
     assert pools_of(seen) == []
 
 
+def test_a_child_that_stands_still_does_not_outlive_a_killed_supervisor(
+    model: Path, short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped process hears nothing, whoever it is: agents, engines and the server."""
+    monkeypatch.setenv("TMPDIR", str(short_tmp_path))
+    log, ready = short_tmp_path / "log", short_tmp_path / "ready.json"
+    with started(log, model, "--store", short_tmp_path / "kv", "--ready-file", ready) as (url, process):
+        wait_for(ready.exists, START_S)
+        fork_server, seen = parent_of(engine_of(url, "prefill")), children(process.pid)
+        for pid in seen:
+            if pid != fork_server:
+                os.kill(pid, signal.SIGSTOP)
+        process.kill()
+        process.wait()
+        wait_for(lambda: not any(map(runs, seen)), 30)
+    assert pools_of(seen) == []
+    assert not list(short_tmp_path.glob("dualpath-sockets-*")) + list(short_tmp_path.glob("dualpath-*/*.sock"))
+
+
 def test_an_engine_that_is_killed_while_the_cluster_comes_up_is_started_again(model: Path, tmp_path: Path) -> None:
     log, ready = tmp_path / "log", tmp_path / "ready.json"
     with started(log, model, "--store", tmp_path / "kv", "--ready-file", ready) as (url, process):

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,11 +21,12 @@ from typing import Any
 from dualpath.thread_names import named_threads
 
 PARENT_VARIABLE = "_DUALPATH_PARENT_PID"
-"""In the environment of a fork server: who may be its parent."""
+"""In the environment of every child, and of nobody else: who may be its parent."""
 SIGNALS_OF_THE_PARENT = (signal.SIGINT, signal.SIGTERM)
 """A terminal, and a service manager, send them to all processes of a group. The supervisor says when children end."""
 _PR_SET_PDEATHSIG = 1
 _STARTERS = named_threads(4, "starter")
+_ENVIRONMENT = threading.Lock()
 
 
 def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
@@ -91,15 +93,17 @@ Start = Callable[[Child], BaseProcess]
 
 def started(method: str, target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> BaseProcess:
     """Start a process (`method`: ``spawn`` or ``forkserver``) with the parent's signals blocked. Runs on any thread."""
-    os.environ[PARENT_VARIABLE] = str(os.getpid())
     context: Any = multiprocessing.get_context(method)
     process = context.Process(target=target, args=arguments, name=f"dualpath-{name}", daemon=True)
-    resource_tracker.ensure_running()  # it is started first, because it unblocks signals
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_THE_PARENT)
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+    with _ENVIRONMENT:
+        os.environ[PARENT_VARIABLE] = str(os.getpid())
+        resource_tracker.ensure_running()  # it is started first, because it unblocks signals
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_THE_PARENT)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
+            del os.environ[PARENT_VARIABLE]
     return process  # type: ignore[no-any-return]
 
 

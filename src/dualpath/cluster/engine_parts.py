@@ -1,4 +1,4 @@
-"""The nodes of a topology as parts of a supervisor's table, and what sweeps up after killed ones.
+"""The nodes of a topology as parts of a supervisor's table.
 
 A node's agent is a fresh process. Engines are forked from a server process that has imported torch and transformers
 once: the second and later ones start in a fraction of a second and share those pages. Forking is safe because the fork
@@ -6,29 +6,24 @@ server has no other threads.
 """
 
 import contextlib
-import fcntl
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import msgspec
 
 from dualpath.cluster.attachment import LEAVE, AgentConfig, EngineConfig
 from dualpath.cluster.children import Child, end_with_parent, leave_signals_to_the_parent, started
 from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.leftovers import socket_directory
 from dualpath.cluster.supervisor import Part
 from dualpath.core.vocabulary import Role
 from dualpath.spec.log import ROOT
-from dualpath.transfer import TRANSPORTS
-from dualpath.transfer.pool_files import create_locked, sweep_dead_pools
 
 logger = logging.getLogger(f"{ROOT}.cluster")
 
@@ -36,8 +31,6 @@ MAX_ENGINES = 64
 """More processes than this would take a host's memory before they could serve."""
 _FORK_SERVER = "dualpath.cluster.engines.fork_server"
 _PRELOADED = [_FORK_SERVER, "dualpath.cluster.engines.main", "dualpath.cluster.engines.fork_server_ready"]
-_SOCKETS = "dualpath-sockets-"
-_LOCK = "lock"
 
 
 class NodeParts(msgspec.Struct, frozen=True):
@@ -61,7 +54,7 @@ def node_parts(
             "nodes of other hosts join with --join-address"
         )
     counts = ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes))
-    directory = _socket_directory()
+    directory = socket_directory()
     where = directory, weights
     return [one_node(config, control_address, role, rank, *where) for role, n in counts for rank in range(n)]
 
@@ -75,7 +68,7 @@ def one_node(
     weights: Callable[[], str] | None = None,
 ) -> NodeParts:
     """Returns one node; `directory` is where its engines find its agent. `weights`: see `node_parts`."""
-    socket = f"{directory or _socket_directory()}/{role.value}-{rank}.sock"
+    socket = f"{directory or socket_directory()}/{role.value}-{rank}.sock"
     engines = config.topology.engines_per_node
     numbers = range(engines * rank, engines * (rank + 1))
     return NodeParts(
@@ -144,24 +137,3 @@ def _teller(telling: Connection) -> Callable[[str], None]:
             telling.send(step)
 
     return tell
-
-
-def _socket_directory() -> str:
-    """Returns a directory of this user alone, which a sweep spares while this process lives."""
-    directory = tempfile.mkdtemp(prefix=_SOCKETS)
-    create_locked(Path(directory) / _LOCK)
-    return directory
-
-
-def sweep(config: ClusterConfig) -> None:
-    """Remove what killed processes of any cluster with this transport have left behind."""
-    sweep_dead_pools()
-    TRANSPORTS.get(config.transport).sweep()
-    for directory in Path(tempfile.gettempdir()).glob(f"{_SOCKETS}*"):
-        with contextlib.suppress(OSError):  # its owner lives, it is gone, or it is another user's
-            descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(directory, ignore_errors=True)
-            finally:
-                os.close(descriptor)

@@ -12,7 +12,8 @@ from dualpath.cluster.cluster_secret import cluster_secret, tell_engines
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.coordinator import Coordinator
 from dualpath.cluster.coordinator.membership import Crew
-from dualpath.cluster.engine_parts import all_parts, node_parts, sweep
+from dualpath.cluster.engine_parts import all_parts, node_parts
+from dualpath.cluster.leftovers import sweep
 from dualpath.cluster.supervisor import Supervisor
 from dualpath.kv import open_store
 
@@ -46,7 +47,7 @@ class OwnEngines:
         self.coordinator = coordinator
         self.supervisor = Supervisor(
             all_parts(node_parts(self._config, coordinator.control_address, lambda: coordinator.weights[0])),
-            sweep=lambda: sweep(self._config),
+            sweep=lambda: sweep(self._config.transport),
             on_end=self._ended,
             on_hopeless=coordinator.membership.hopeless,
         )
@@ -85,7 +86,7 @@ class NoEngines(OwnEngines):
 
     async def begin(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator
-        sweep(self._config)
+        sweep(self._config.transport)
 
 
 class Standby(Protocol):

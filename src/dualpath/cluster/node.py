@@ -6,7 +6,8 @@ import signal
 
 from dualpath.cluster.children import Child
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.engine_parts import all_parts, one_node, sweep
+from dualpath.cluster.engine_parts import all_parts, one_node
+from dualpath.cluster.leftovers import sweep
 from dualpath.cluster.supervisor import CAN_NOT_RUN, Supervisor
 from dualpath.core.vocabulary import Role
 from dualpath.spec.log import ROOT, start_log
@@ -32,7 +33,7 @@ class _Node:
         self._code = 0
         self._supervisor = Supervisor(
             all_parts([one_node(config, coordinator, role, rank)]),
-            sweep=lambda: sweep(config),
+            sweep=lambda: sweep(config.transport),
             on_end=self._ended,
             on_hopeless=self._hopeless,
             on_change=self._look,

@@ -18,7 +18,8 @@ import msgspec
 from dualpath.cluster.children import Child
 from dualpath.cluster.cluster_secret import cluster_secret, tell_engines
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.engine_parts import all_parts, node_parts, sweep
+from dualpath.cluster.engine_parts import all_parts, node_parts
+from dualpath.cluster.leftovers import sweep
 from dualpath.cluster.preflight import settled
 from dualpath.cluster.supervisor import CAN_NOT_RUN, Part, ReplaceError, Supervisor
 from dualpath.kv import StoreError
@@ -73,7 +74,7 @@ class SupervisedCluster:
         )
         self._supervisor = Supervisor(
             [Part(SERVER, self._server.start), *all_parts(nodes)],
-            sweep=lambda: sweep(config),
+            sweep=lambda: sweep(config.transport),
             on_end=self._ended,
             on_hopeless=self._hopeless,
             on_change=self._tell_table,
