@@ -136,8 +136,8 @@ def test_serve_fills_a_configuration_from_its_options(served, model, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("0123456789abcdef" * 2)
     secret.chmod(0o600)
-    argv = ["serve", "--model", model, "--store", "kv", "--topology", "1P2D", "--system", "basic"]
-    argv += ["--snic-rate", "60MB/s", "--cnic-rate", "400Gb/s", "--buffer", "64MiB", "--hbm", "2GiB"]
+    argv = ["serve", "--model", model, "--store", "kv", "--topology", "1Px2+2D", "--system", "basic"]
+    argv += ["--snic-rate", "60MB/s+30MB/s", "--cnic-rate", "400Gb/s", "--buffer", "64MiB", "--hbm", "2GiB"]
     argv += ["--store-quota", "1GB", "--port", "0", "--api-key", "a", "--api-key", "b", "--transport", "tcp"]
     argv += ["--threads", "2", "--journal", "j", "--ready-file", "r", "--max-waiting", "9", "--quota-ms", "2.5"]
     argv += ["--join-address", "tcp://0.0.0.0:5555"]
@@ -145,8 +145,8 @@ def test_serve_fills_a_configuration_from_its_options(served, model, tmp_path):
     assert cli.main([*argv, "--cluster-secret-file", str(secret)]) == 7
     ((config, local_engines),) = served
     assert not local_engines
-    assert (config.model, config.store, str(config.topology), config.system) == (model, "kv", "1P2D", "basic")
-    assert (config.snic_bytes_per_s, config.cnic_bytes_per_s) == (60_000_000, 50_000_000_000)
+    assert (config.model, config.store, str(config.topology), config.system) == (model, "kv", "1Px2+2D", "basic")
+    assert (config.snic_bytes_per_s, config.cnic_bytes_per_s) == ((60_000_000, 30_000_000), 50_000_000_000)
     assert (config.buffer_bytes, config.hbm_bytes, config.store_quota_bytes) == (2**26, 2**31, 10**9)
     assert (config.port, config.api_keys, config.transport, config.threads) == (0, ("a", "b"), "tcp", 2)
     assert (config.journal, config.ready_file, config.max_waiting, config.quota_ns) == ("j", "r", 9, 2_500_000)

@@ -212,11 +212,11 @@ def test_an_engine_outlives_its_agent(checkpoint: Callable[[str], Path], path: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["1P1Dx2", "2P1Dx2"])
+@pytest.mark.parametrize(("topology", "snics"), [("1P1Dx2", 10**8), ("2P1Dx2", 10**8), ("1Px2+1D", (10**8, 5 * 10**7))])
 def test_nodes_of_several_engines_give_the_reference_tokens(
-    checkpoint: Callable[[str], Path], reference: Reference, tmp_path: Path, topology: str
+    checkpoint: Callable[[str], Path], reference: Reference, tmp_path: Path, topology: str, snics: object
 ) -> None:
-    config = cluster_config(checkpoint("qwen3"), tmp_path, topology, system="dualpath-split", snic_bytes_per_s=10**8)
+    config = cluster_config(checkpoint("qwen3"), tmp_path, topology, system="dualpath-split", snic_bytes_per_s=snics)
 
     async def work(cluster: Cluster) -> None:
         await asyncio.gather(*(converse(cluster, "qwen3", reference, True, agent) for agent in range(4)))

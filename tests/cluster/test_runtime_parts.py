@@ -15,20 +15,8 @@ from dualpath.cluster.messages import Draw, Shutdown
 from dualpath.core.vocabulary import Cause, Role
 from dualpath.kv.keys import namespace
 from dualpath.spec.sampling import SamplingParams
-from dualpath.spec.topology import Topology
 
 from .fake_engine import LAYOUT, join_message
-
-
-@pytest.mark.parametrize("text", ["", "1P", "0P1D", "1P0D", "P1D", "1p-1d", "1P1D1"])
-def test_what_is_no_topology_is_named(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a topology"):
-        Topology.parse(text)
-
-
-def test_topologies() -> None:
-    assert Topology.parse(" 2p4D ") == Topology(2, 4)
-    assert str(Topology(2, 4)) == "2P4D"
 
 
 @pytest.mark.parametrize(

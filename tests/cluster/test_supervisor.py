@@ -324,6 +324,12 @@ def test_a_child_ends_with_its_parent_also_one_that_comes_too_late(tmp_path: Pat
     parent.stdout.close()
 
 
+def test_a_nodes_engines_are_numbered_after_those_of_the_nodes_before() -> None:
+    config = ClusterConfig(model="m", store="s", topology=Topology.parse("1Px2+1P+1D"))
+    names = [[engine.name for engine in node.engines] for node in node_parts(config, "tcp://127.0.0.1:9")]
+    assert names == [["prefill-0", "prefill-1"], ["prefill-2"], ["decode-0"]]
+
+
 def test_more_engines_than_a_host_can_have_are_refused_before_one_is_started() -> None:
     with pytest.raises(ValueError, match="60P5D is more than 64 engines on one host"):
         node_parts(ClusterConfig(model="m", store="s", topology=Topology(60, 5)), "tcp://127.0.0.1:9")

@@ -4,6 +4,7 @@ import pytest
 
 from dualpath.results.build import compared, ideal_ratio, run_of, snic_max_over_avg, workload_of
 from dualpath.results.turns import ReplayResult, TurnFailure, TurnResult
+from dualpath.spec.cluster_setup import ClusterSetup
 from dualpath.traces.generate import AgentMix, generate_trajectories
 
 
@@ -22,9 +23,19 @@ def test_balance_is_over_the_engines_a_system_may_read_with(system, snic_bytes, 
 
 
 def test_the_ideal_is_bound_by_nics_and_by_free_io():
-    assert ideal_ratio("1P2D", 50.0, 10.0) == 3.0
-    assert ideal_ratio("1P2D", 50.0, 20.0) == 2.5
-    assert ideal_ratio("2P1D", 50.0, None) == 1.5
+    assert ideal_ratio(3.0, 50.0, 10.0) == 3.0
+    assert ideal_ratio(3.0, 50.0, 20.0) == 2.5
+    assert ideal_ratio(1.5, 50.0, None) == 1.5
+
+
+def test_what_pooling_can_give_counts_the_nics_rates():
+    setup = ClusterSetup(
+        layers=1, kv_bytes_per_token=1, snic_bytes_per_s=(30, 10), cnic_bytes_per_s=None, compute_quota_s=1.0,
+        threads=1, cores=2, dtype="float32", transport="shm",
+    )  # fmt: skip
+    basic, dualpath = (measured(system, 10.0, topology="1Px4+3D", cluster=setup) for system in ("basic", "dualpath"))
+    assert [run.ideal_ratio for run in compared([basic, dualpath])] == [2.0, 2.0]
+    assert compared([measured("basic", 10.0, topology="1Px4+3D")])[0].ideal_ratio == 4.0
 
 
 def measured(system, jct_s, digests=("a", "b"), repeat=0, failures=(), **more):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from dualpath.core.systems import HEADLINE, SYSTEMS, System, find_system
 from dualpath.spec.topology import Topology
-from dualpath.spec.units import parse_bytes, parse_duration_ns, parse_rate
+from dualpath.spec.units import parse_bytes, parse_duration_ns, parse_rate, parse_rates
 from dualpath.traces.formats import SOURCES_HELP as SOURCES_HELP
 
 Value = TypeVar("Value")
@@ -114,6 +114,7 @@ def _parse_system(text: str) -> str:
 
 
 rate = _argument(parse_rate)
+rates = _argument(parse_rates)
 byte_count = _argument(parse_bytes)
 duration_ns = _argument(parse_duration_ns)
 positive = _whole(1, None, "a whole number from 1 up")

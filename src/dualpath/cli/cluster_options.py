@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from dualpath.cli.arguments import byte_count, milliseconds, positive, rate, system, topology
+from dualpath.cli.arguments import byte_count, milliseconds, positive, rates, system, topology
 from dualpath.cli.outcome import UsageError, usage_errors
 from dualpath.cluster.cluster_secret import SECRET_VARIABLE, ClusterSecret
 from dualpath.cluster.config import DTYPES, ClusterConfig, KVEventsConfig
@@ -28,11 +28,12 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="DIR", help="a Hugging Face checkpoint's directory, or its name in the local cache"
     )
     group.add_argument("--store", metavar="PLACE", help="store of KV blocks: a directory, or a URL")
-    nodes = "prefill and decode nodes, such as 1P2D, or 1P2Dx4 with four engines each (default: %(default)s)"
+    nodes = "nodes, such as 1P2D, 1P2Dx4 with four engines each, or 1Px4+2Dx2 (default: %(default)s)"
     option("--topology", "topology", nodes, topology, "T")
     option("--system", "system", "one of the systems below (default: %(default)s)", system, "NAME")
-    option("--snic-rate", "snic_bytes_per_s", "rate of each node's storage NIC (default: unlimited)", rate, "RATE")
-    option("--cnic-rate", "cnic_bytes_per_s", "rate of each engine's compute NIC (default: unlimited)", rate, "RATE")
+    of_groups = ", or of each group of nodes, such as 100MB/s+50MB/s (default: unlimited)"
+    option("--snic-rate", "snic_bytes_per_s", f"rate of each node's storage NIC{of_groups}", rates, "RATE")
+    option("--cnic-rate", "cnic_bytes_per_s", f"rate of each engine's compute NIC{of_groups}", rates, "RATE")
     option("--buffer", "buffer_bytes", "size of a PE or DE buffer (default: 1GiB)", byte_count, "SIZE")
     option("--hbm", "hbm_bytes", "KV memory of a DE (default: 1GiB)", byte_count, "SIZE")
     option("--store-quota", "store_quota_bytes", "evict blocks beyond this (default: no quota)", byte_count, "SIZE")

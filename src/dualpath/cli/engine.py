@@ -35,6 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     given = cluster_config(arguments)
     if given.cluster_secret is None:
         raise UsageError(f"an engine needs the secret of the cluster that it joins; {HOW_TO_GIVE}")
-    engines = arguments.engines or given.topology.engines_per_node
-    config = msgspec.structs.replace(given, topology=Topology(1, 1, engines))
-    return run_node(config, arguments.coordinator, Role(arguments.role), arguments.rank)
+    role = Role(arguments.role)
+    config = given.of_node(role, arguments.rank)
+    if arguments.engines:
+        config = msgspec.structs.replace(config, topology=Topology(1, 1, arguments.engines))
+    return run_node(config, arguments.coordinator, role, arguments.rank)

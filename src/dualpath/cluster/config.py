@@ -8,11 +8,12 @@ import msgspec
 from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.core.policy import QUOTA_NS, Policy
 from dualpath.core.systems import HEADLINE, find_system
+from dualpath.core.vocabulary import Role
 from dualpath.spec.cluster_setup import ClusterSetup, ServedCluster
 from dualpath.spec.generation_defaults import GENERATION_CONFIGS, GenerationDefaults, read_generation_defaults
 from dualpath.spec.log import FORMATS
 from dualpath.spec.sampling import LogprobsMode
-from dualpath.spec.topology import Topology
+from dualpath.spec.topology import Rates, Topology
 from dualpath.transfer import TRANSPORTS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -41,7 +42,8 @@ class KVEventsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that `dualpath serve` decides. Rates are in bytes per second; None means no limit."""
+    """Everything that `dualpath serve` decides. Rates are in bytes per second, of all nodes or of each group of the
+    topology; None means no limit."""
 
     model: str
     store: str
@@ -49,8 +51,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     system: str = HEADLINE
     rules: Policy | None = None
     """The system's policy, looked up by its name when not given; engines therefore need not know the name."""
-    snic_bytes_per_s: int | None = None
-    cnic_bytes_per_s: int | None = None
+    snic_bytes_per_s: Rates = None
+    cnic_bytes_per_s: Rates = None
     buffer_bytes: int = 2**30
     """Size of each engine's PE buffer or DE buffer."""
     hbm_bytes: int = 2**30
@@ -152,12 +154,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("snic_bytes_per_s", "cnic_bytes_per_s"):
-            rate = getattr(self, name)
-            if rate is not None and rate <= 0:
-                raise ValueError(f"{name} is {rate}; it must be above 0, or None for no limit")
         if not isinstance(self.topology, Topology):
             raise ValueError(f"topology is {self.topology!r}; give Topology.parse('1P2D')")
+        for name in ("snic_bytes_per_s", "cnic_bytes_per_s"):
+            rates = getattr(self, name)
+            if any(rate is not None and rate <= 0 for rate in self.topology.by_node(rates)):
+                raise ValueError(f"{name} is {rates}; it must be above 0, or None for no limit")
         for name in ("grace_s", "join_timeout_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number of seconds above 0")
@@ -214,14 +216,32 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         assert self.rules is not None
         return self.rules
 
+    def of_node(self, role: Role, rank: int) -> "ClusterConfig":
+        """Returns the settings of one node: every node has its size and its rates. Ranks beyond the topology's are
+        like the last."""
+        whole = self.topology
+        first, nodes = (0, whole.prefill_nodes) if role is Role.PREFILL else (whole.prefill_nodes, whole.decode_nodes)
+        node = first + min(rank, nodes - 1)
+        return msgspec.structs.replace(
+            self,
+            topology=Topology(1, 1, whole.sizes[node]),
+            snic_bytes_per_s=whole.by_node(self.snic_bytes_per_s)[node],
+            cnic_bytes_per_s=whole.by_node(self.cnic_bytes_per_s)[node],
+        )
+
     @property
     def snic_rate(self) -> int | None:
-        """The rate that engines enforce; None when the policy says that I/O costs nothing (oracle)."""
-        return None if self.policy.free_io else self.snic_bytes_per_s
+        """The rate that prefill nodes enforce (their mean); None when the policy says that I/O costs nothing (oracle).
+        Also a decode node's, in the settings of that node alone."""
+        return self._enforced(self.snic_bytes_per_s)
 
     @property
     def cnic_rate(self) -> int | None:
-        return None if self.policy.free_io else self.cnic_bytes_per_s
+        return self._enforced(self.cnic_bytes_per_s)
+
+    def _enforced(self, rates: Rates) -> int | None:
+        each = [rate for rate in self.topology.by_node(rates)[: self.topology.prefill_nodes] if rate is not None]
+        return None if self.policy.free_io or not each else round(sum(each) / len(each))
 
     def generation_defaults(self) -> GenerationDefaults:
         """Returns what requests get that don't say otherwise. Raises ValueError for a file that makes no sense."""
@@ -233,8 +253,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         setup = ClusterSetup(
             layers=layers,
             kv_bytes_per_token=kv_bytes_per_token,
-            snic_bytes_per_s=self.snic_rate,
-            cnic_bytes_per_s=self.cnic_rate,
+            snic_bytes_per_s=None if self.policy.free_io else self.snic_bytes_per_s,
+            cnic_bytes_per_s=None if self.policy.free_io else self.cnic_bytes_per_s,
             compute_quota_s=self.quota_ns / 1e9,
             threads=self.threads,
             cores=len(os.sched_getaffinity(0)),

@@ -69,11 +69,12 @@ def one_node(
 ) -> NodeParts:
     """Returns one node; `directory` is where its engines find its agent. `weights`: see `node_parts`."""
     socket = f"{directory or socket_directory()}/{role.value}-{rank}.sock"
-    engines = config.topology.engines_per_node
-    numbers = range(engines * rank, engines * (rank + 1))
+    first = sum(config.of_node(role, before).topology.sizes[0] for before in range(rank))
+    own = config.of_node(role, rank)
+    numbers = range(first, first + own.topology.sizes[0])
     return NodeParts(
-        _agent(config, control_address, f"{role.value}-node-{rank}", socket),
-        [_engine(config, socket, role, f"{role.value}-{number}", weights) for number in numbers],
+        _agent(own, control_address, f"{role.value}-node-{rank}", socket),
+        [_engine(own, socket, role, f"{role.value}-{number}", weights) for number in numbers],
     )
 
 

@@ -19,7 +19,7 @@ JOINS = "joins"
 
 
 def run_node(config: ClusterConfig, coordinator: str, role: Role, rank: int) -> int:
-    """Run a node of `config.topology.engines_per_node` engines until they are dismissed, or SIGINT or SIGTERM come.
+    """Run a node of the role, as the topology has it, until they are dismissed, or SIGINT or SIGTERM come.
 
     Returns the process's exit code: 1 when an engine can't run.
     """

@@ -54,9 +54,13 @@ def snic_max_over_avg(system: str, snic_bytes: Mapping[str, int]) -> float | Non
     return max(read) * len(read) / sum(read) if sum(read) else None
 
 
-def ideal_ratio(topology: str, basic_s: float, oracle_s: float | None) -> float:
-    """min((P + D) / P, basic's JCT over oracle's): pooling gains at most the number of NICs, and at most free I/O."""
-    pooled = Topology.parse(topology).pooled
+def pooled(run: Run) -> float:
+    """The rate of all storage NICs of the run's cluster over the prefill nodes' alone: (P + D) / P for equal ones."""
+    return Topology.parse(run.topology).pooled(None if run.cluster is None else run.cluster.snic_bytes_per_s)
+
+
+def ideal_ratio(pooled: float, basic_s: float, oracle_s: float | None) -> float:
+    """min(pooled, basic's JCT over oracle's): pooling gains at most what the NICs have, and at most free I/O."""
     return pooled if oracle_s is None else min(pooled, basic_s / oracle_s)
 
 
@@ -91,7 +95,8 @@ def _compared(run: Run, peers: Sequence[Run]) -> Run:
     oracle_s = _median_jct_s(peers, oracle_among(peer.system for peer in peers))
     # A run that lost turns did less work, so it has no ratios and no other run is compared with it.
     ratio = None if basic_s is None or run.errors else basic_s / run.jct_s
-    ideal = None if basic_s is None else ideal_ratio(run.topology, basic_s, oracle_s)
+    basic = next((peer for peer in peers if peer.system == BASELINE), run)
+    ideal = None if basic_s is None else ideal_ratio(pooled(basic), basic_s, oracle_s)
     reached = ratio / ideal if ratio is not None and ideal is not None and contenders([run.system]) else None
     return msgspec.structs.replace(
         run,

@@ -13,6 +13,7 @@ import msgspec
 from dualpath.results.online import Capacity, Slo, Window
 from dualpath.results.turns import Part, Percentiles, TurnFailure, TurnResult
 from dualpath.spec.cluster_setup import ClusterSetup
+from dualpath.spec.topology import Rates
 from dualpath.spec.whole_file import write_whole
 from dualpath.traces.trajectory import Trajectory
 
@@ -108,12 +109,18 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     topologies: list[str]
     systems: list[str]
-    snic_bytes_per_s: int | None
-    """Each storage NIC's rate, enforced on real bytes; None: not limited. Oracle runs have no limit."""
-    cnic_bytes_per_s: int | None
+    snic_bytes_per_s: Rates
+    """Each storage NIC's rate, enforced on real bytes; or each group's of the topology. None: not limited. Oracle runs
+    have no limit."""
+    cnic_bytes_per_s: Rates
     repeats: int
     seed: int
     machine: str
+
+    @property
+    def snic_rate(self) -> int | None:
+        """The one rate of all storage NICs; None: not limited, or they differ."""
+        return self.snic_bytes_per_s if isinstance(self.snic_bytes_per_s, int) else None
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):

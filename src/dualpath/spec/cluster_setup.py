@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from dualpath.spec.topology import Rates
+
 
 class ClusterSetup(msgspec.Struct, frozen=True, kw_only=True):
     """A cluster on one host, without its topology and system: complete enough to simulate it."""
@@ -11,9 +13,9 @@ class ClusterSetup(msgspec.Struct, frozen=True, kw_only=True):
     layers: int
     kv_bytes_per_token: int
     """Bytes over all layers."""
-    snic_bytes_per_s: int | None
-    """Rate of each storage NIC; None means unlimited."""
-    cnic_bytes_per_s: int | None
+    snic_bytes_per_s: Rates
+    """Rate of each storage NIC, or of each group's of the topology; None means unlimited."""
+    cnic_bytes_per_s: Rates
     compute_quota_s: float
     threads: int
     """Compute threads of an engine."""
@@ -29,6 +31,6 @@ class ServedCluster(msgspec.Struct, frozen=True, kw_only=True):
     """A DualPath server's description of its cluster, beside the model in ``/v1/models``."""
 
     topology: str
-    """``1P2D``: prefill and decode nodes."""
+    """``1P2D``: see `spec.topology`."""
     system: str
     setup: ClusterSetup

@@ -43,6 +43,17 @@ def parse_rate(text: str) -> int | None:
     return rate
 
 
+def parse_rates(text: str) -> int | tuple[int, ...] | None:
+    """Parses one rate, or one for each group of a topology, such as ``100MB/s+50MB/s``. Raises ValueError."""
+    rates = [parse_rate(part) for part in text.split("+")]
+    if len(rates) == 1:
+        return rates[0]
+    limited = tuple(rate for rate in rates if rate is not None)
+    if len(limited) < len(rates):
+        raise ValueError(f"{text!r}: either all nodes are unlimited, or each group of them has a rate")
+    return limited
+
+
 def parse_duration_ns(text: str) -> int:
     """``"250ms"`` → 250_000_000. Raises ValueError that names the text and an example."""
     match = _DURATION.fullmatch(text)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpath.lab.facts.bottleneck import bottleneck_free
-from dualpath.lab.facts.cluster import load_cluster, preset_names
+from dualpath.lab.facts.cluster_files import load_cluster, preset_names
 
 PAPER_NODE = {"engines_per_node": 8, "snic_ratio": 1, "cnic_bytes_per_s": 50e9, "dram_bytes_per_s": 500e9}
 

@@ -4,13 +4,13 @@ import re
 
 import pytest
 
-from dualpath.lab.facts.cluster import ClusterError, load_cluster, node_groups, preset_names
+from dualpath.lab.facts.cluster import ClusterError, node_groups
+from dualpath.lab.facts.cluster_files import load_cluster, preset_names
 from dualpath.lab.facts.hardware import DRAM_BYTES_PER_S, NIC_400G_BYTES_PER_S
 
 TOML = """\
 model = "ds-27b"
-prefill_nodes = 1
-decode_nodes = 2
+topology = "1P2Dx8"
 expert_parallel = true
 [node]
 gpu = "h100"
@@ -52,7 +52,7 @@ def test_48p96d_has_1152_gpus():
 
 def test_a_users_file(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text(TOML + "engines = 4\n[efficiency]\nsnic = 0.5\n")
+    path.write_text(TOML.replace("x8", "x4") + "[efficiency]\nsnic = 0.5\n")
     cluster = load_cluster(path)
     assert (cluster.name, cluster.engines_per_node, cluster.snic_ratio) == ("mine", 4, 0.5)
     assert cluster.usable_snic_bytes_per_s == 12.5e9
@@ -67,8 +67,9 @@ def test_a_users_file(tmp_path):
         ('cnic = "400Gb/s"', 'cnic = "fast"', "node.cnic: 'fast' is not a rate"),
         ('snic = "200Gb/s"', 'snic = "unlimited"', "node.snic: a cluster's link needs a rate"),
         ('dram_buffer = "80GB"', 'dram_buffer = "0GB"', "node.dram_buffer: must be above zero"),
-        ("prefill_nodes = 1", "prefill_nodes = 0", "prefill_nodes: Expected `int` >= 1"),
-        ("prefill_nodes = 1", "prefil_nodes = 1", "Object contains unknown field `prefil_nodes`"),
+        ("1P2Dx8", "0P2D", "topology: '0P2D' is not a topology"),
+        ("topology =", "topologie =", "Object contains unknown field `topologie`"),
+        ("200Gb/s", "200Gb/s+100Gb/s+50Gb/s", "node.snic: 3 rates for 1P2Dx8, which has 2 groups"),
         ('dram = "500GB/s"', 'dram = "500GB/s"\ncolour = "red"', "node: Object contains unknown field `colour`"),
         ('model = "ds-27b"', 'model = "gpt-9"', "model: no model 'gpt-9'"),
         ('model = "ds-27b"', 'model = "ds-27b"\nkv_dtype = "int3"', "kv_dtype: KV dtype 'int3' is unknown"),

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dualpath.cli import main
 from dualpath.lab.facts.bottleneck import bottleneck_free
-from dualpath.lab.facts.cluster import load_cluster
+from dualpath.lab.facts.cluster_files import load_cluster
 from dualpath.lab.facts.hardware import GPUS
 from dualpath.lab.facts.models import MODELS
 from dualpath.lab.planning import PlanError, TurnLoad, plan_capacity, turn_load
@@ -21,6 +21,7 @@ from dualpath.lab.planning.plan import load_of
 from dualpath.lab.planning.turn_load import trajectory_load
 from dualpath.lab.report.capacity_plan import plan_sentences, resource_table, split_table
 from dualpath.results.online import Slo
+from dualpath.spec.topology import Topology
 from dualpath.traces.trajectory import Round, Trajectory
 from dualpath.traces.turn_table import TurnTable
 
@@ -51,7 +52,7 @@ def by_resource(cluster, load, share):
 
 def test_decode_steps_are_the_published_ones():
     """aiconfigurator: DeepSeek-V3.2 on H100, expert parallelism of 64, context 32K."""
-    cluster = changed(CLUSTER, gpu=GPUS["h100"], decode_nodes=8, decode_group_nodes=8)
+    cluster = changed(CLUSTER, gpu=GPUS["h100"], topology=Topology(2, 8, 8), decode_group_nodes=8)
     for batch, published_s in ((16, 0.029), (32, 0.039), (64, 0.059), (128, 0.102)):
         assert step_s(cluster, batch, 32_768) == pytest.approx(published_s, rel=0.04)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dualpath.cli import main
-from dualpath.lab.facts.cluster import preset_names
+from dualpath.lab.facts.cluster_files import preset_names
 from dualpath.lab.facts.hardware import GPUS
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "how-to" / "plan-capacity.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_profile import decode_ns, prefill_ns, small_profile, written
 
 from dualpath.cli import main
-from dualpath.lab.facts.cluster import load_cluster
+from dualpath.lab.facts.cluster_files import load_cluster
 from dualpath.lab.facts.profile import ProfileError, Rates, applied, load_profile
 from dualpath.lab.facts.step_times import DecodeSample, PrefillSample, fit_step_times, pairs
 
@@ -109,6 +109,9 @@ def test_a_link_is_as_fast_as_the_slower_of_cluster_and_profile(tmp_path):
         rates = Rates(store_read_bytes_per_s=rate)
         assert applied(cluster, msgspec.structs.replace(profile, rates=rates), "").usable_snic_bytes_per_s == usable
     assert applied(cluster, profile, "").usable_snic_bytes_per_s == cluster.usable_snic_bytes_per_s
+    mixed = msgspec.structs.replace(cluster, snic_bytes_per_s=(2e9, 0.5e9))
+    rates = Rates(store_read_bytes_per_s=1e9)
+    assert applied(mixed, msgspec.structs.replace(profile, rates=rates), "").snic_bytes_per_s == (1e9, 0.5e9)
 
 
 def test_the_lines_are_exact_where_steps_are_linear():

@@ -7,10 +7,11 @@ import numpy as np
 
 from dualpath.core.audit import audit
 from dualpath.core.systems import find_system
-from dualpath.lab.facts.cluster import load_cluster
+from dualpath.lab.facts.cluster_files import load_cluster
 from dualpath.lab.sim.costs import Calibration
 from dualpath.lab.sim.machine import Machine, build_machine, constants_for, limits_for
 from dualpath.lab.sim.simulator import Simulator
+from dualpath.spec.topology import Topology
 from dualpath.traces.turn_table import Agents, TurnTable
 
 CALIBRATION = Calibration()
@@ -22,8 +23,9 @@ def machine_of(
     """The preset with small nodes, whose weights are made to fit."""
     cluster = load_cluster(preset)
     buffer_bytes = cluster.dram_buffer_bytes / cluster.engines_per_node * engines_per_node
+    topology = Topology(cluster.prefill_nodes, cluster.decode_nodes, engines_per_node)
     cluster = msgspec.structs.replace(
-        cluster, engines_per_node=engines_per_node, dram_buffer_bytes=buffer_bytes, weight_bytes_per_parameter=0.2
+        cluster, topology=topology, dram_buffer_bytes=buffer_bytes, weight_bytes_per_parameter=0.2
     )
     return msgspec.structs.replace(build_machine(cluster, calibration), **changed)
 

@@ -5,7 +5,8 @@ import pytest
 from small_cluster import CALIBRATION, machine_of, simulate, some_agents
 
 from dualpath.core.vocabulary import BLOCK_TOKENS, Role
-from dualpath.lab.facts.cluster import Efficiency, load_cluster, preset_names
+from dualpath.lab.facts.cluster import Efficiency
+from dualpath.lab.facts.cluster_files import load_cluster, preset_names
 from dualpath.lab.sim.calibration import FITTED, calibration_for
 from dualpath.lab.sim.costs import Calibration, step_costs
 from dualpath.lab.sim.machine import MachineError, build_machine, constants_for
@@ -64,7 +65,7 @@ def test_alpha_and_beta_are_three_and_five_seconds_of_turns() -> None:
     machine = machine_of("ds660b-2p4d")
     constants = constants_for(machine, 32_000, 31_744)
     assert constants.alpha_tokens * machine.costs.kv_bytes_per_token == pytest.approx(
-        3 * machine.snic_bytes_per_s, rel=1e-3
+        3 * machine.snic_bytes_per_s[0], rel=1e-3
     )
     turn_ns = machine.costs.attention.chunk_ns(31_744, 256) + 256 * machine.costs.ffn_ns_per_token
     assert constants.beta_tokens / 32_000 * turn_ns == pytest.approx(5e9, rel=1e-3)

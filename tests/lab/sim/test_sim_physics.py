@@ -72,11 +72,11 @@ def test_one_agent_in_closed_form(system: str, exact: bool) -> None:
     run = simulate(machine, system, one_agent((6_400, 65), (300, 50)), exact=exact)
     prompt, hit, generated = 6_765, 6_464 // 64 * 64, 50
     new = prompt - hit
-    cnic_ns = 1e9 / machine.cnic_bytes_per_s * costs.kv_bytes_per_token
+    cnic_ns = 1e9 / machine.cnic_bytes_per_s[0] * costs.kv_bytes_per_token
     group = machine.nodes and 4  # engines of the prefill group: 2 nodes of 2
     attention_ns = costs.attention.chunk_ns(hit, new)
     compute_ns = costs.prefill_ns(attention_ns, new / group)
-    read_ns = hit * costs.kv_bytes_per_token / machine.snic_bytes_per_s * 1e9 + machine.read_latency_ns
+    read_ns = hit * costs.kv_bytes_per_token / machine.snic_bytes_per_s[0] * 1e9 + machine.read_latency_ns
     if system == "oracle":
         read_ns = load_ns = ship_ns = copy_ns = 0.0
     elif system == "dualpath":

@@ -114,8 +114,7 @@ class Membership:
 
     def _wanted(self, role: Role) -> int:
         topology = self._config.topology
-        nodes = topology.prefill_nodes if role is Role.PREFILL else topology.decode_nodes
-        return nodes * topology.engines_per_node
+        return topology.prefill_engines if role is Role.PREFILL else topology.decode_engines
 
     def join(self, identity: bytes, join: m.Join) -> None:
         """Admit, refuse or hold an engine that asks to join.

@@ -98,7 +98,7 @@ def _bounded_ideal(one: Comparison) -> float | None:
 def longest_agent(result: ResultFile) -> list[str]:
     """Names the agent that reads most: its turns follow one another, which bounds systems that read by one NIC."""
     run = next((run for run in result.runs if not run.errors and run.cluster is not None), None)
-    rate = result.configuration.snic_bytes_per_s
+    rate = result.configuration.snic_rate
     if run is None or run.cluster is None or rate is None:
         return []
     read_tokens: dict[str, int] = {}

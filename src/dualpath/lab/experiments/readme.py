@@ -32,7 +32,7 @@ def write_page(out: Path) -> Path:
 def section(definition: Definition, result: ResultFile, out: Path) -> str:
     """Returns one experiment in Markdown."""
     configuration, work = result.configuration, result.workload
-    rate = configuration.snic_bytes_per_s
+    rate = configuration.snic_rate
     repeats = "once" if configuration.repeats == 1 else f"{configuration.repeats} times"
     parts = [
         f"## {definition.name}: {definition.summary}",

@@ -1,26 +1,23 @@
-"""A cluster: P prefill and D decode nodes of g engines each, their links, and the usable share of their rates.
+"""A cluster: its topology, as `dualpath serve` has it, the nodes' links, and the usable share of their rates.
 
 One engine manages one GPU, which has a compute NIC (CNIC) of its own; a node has one storage NIC (SNIC) and DRAM that
-all its engines share (paper §2). A `ClusterSpec` is read from TOML: a preset (`load_cluster("ds660b-2p4d")`) or a file.
+all its engines share (paper §2).
 """
 
 from __future__ import annotations
 
-import tomllib
-from importlib import resources
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 
-from dualpath.lab.facts.hardware import GPUS, NIC_400G_BYTES_PER_S, STORAGE_CLIENT_BYTES_PER_S, GpuSpec
+from dualpath.lab.facts.hardware import NIC_400G_BYTES_PER_S, STORAGE_CLIENT_BYTES_PER_S, GpuSpec
 from dualpath.lab.facts.model_spec import ModelSpec
 from dualpath.lab.facts.models import ModelConfigError, find_model
 from dualpath.lab.facts.step_times import MeasuredEngine
-from dualpath.spec.units import parse_bytes, parse_rate
+from dualpath.spec.topology import Topology
 
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
+Number = TypeVar("Number", int, float)
 
 
 class ClusterError(ValueError):
@@ -47,17 +44,12 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     model: ModelSpec
-    prefill_nodes: int
-    """P."""
-    decode_nodes: int
-    """D."""
-    engines_per_node: int = 8
-    """g."""
+    topology: Topology
     gpu: GpuSpec
-    cnic_bytes_per_s: float
-    """B, per engine."""
-    snic_bytes_per_s: float
-    """s·B, per node."""
+    cnic_bytes_per_s: float | tuple[float, ...]
+    """B, per engine; or of each group of nodes."""
+    snic_bytes_per_s: float | tuple[float, ...]
+    """s·B, per node; or of each group."""
     dram_bytes_per_s: float
     """M, per node."""
     dram_buffer_bytes: float
@@ -75,25 +67,51 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Steps from a profile, see `profile.applied`; None: the roofline of `gpu`."""
 
     @property
+    def prefill_nodes(self) -> int:
+        """P."""
+        return self.topology.prefill_nodes
+
+    @property
+    def decode_nodes(self) -> int:
+        """D."""
+        return self.topology.decode_nodes
+
+    @property
+    def engines_per_node(self) -> int:
+        """g. Raises ClusterError when nodes differ, as all properties of *the* node do."""
+        return self._only("engines", self.topology.sizes)
+
+    @property
     def prefill_engines(self) -> int:
-        return self.prefill_nodes * self.engines_per_node
+        return self.topology.prefill_engines
 
     @property
     def decode_engines(self) -> int:
-        return self.decode_nodes * self.engines_per_node
+        return self.topology.decode_engines
 
     @property
     def snic_ratio(self) -> float:
         """s: a node's SNIC over one CNIC."""
-        return self.snic_bytes_per_s / self.cnic_bytes_per_s
+        return self.usable_snic_bytes_per_s / self.efficiency.snic / self.nominal_cnic_bytes_per_s
+
+    @property
+    def nominal_cnic_bytes_per_s(self) -> float:
+        return self._only("cnic", self.topology.by_node(self.cnic_bytes_per_s))
 
     @property
     def usable_snic_bytes_per_s(self) -> float:
-        return self.snic_bytes_per_s * self.efficiency.snic
+        return self._only("snic", self.topology.by_node(self.snic_bytes_per_s)) * self.efficiency.snic
 
     @property
     def usable_cnic_bytes_per_s(self) -> float:
-        return self.cnic_bytes_per_s * self.efficiency.cnic
+        return self.nominal_cnic_bytes_per_s * self.efficiency.cnic
+
+    def _only(self, what: str, of_nodes: list[Number]) -> Number:
+        if len(set(of_nodes)) > 1:
+            raise ClusterError(
+                f"cluster {self.name!r} has nodes that differ in {what}; a plan is of equal nodes: simulate this one"
+            )
+        return of_nodes[0]
 
     @property
     def usable_dram_bytes_per_s(self) -> float:
@@ -116,12 +134,12 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def prefill_weight_bytes(self) -> float:
         """Weights on one PE."""
-        return self._weight_bytes(self.prefill_nodes, self.prefill_group_nodes)
+        return self._weight_bytes(self.topology.sizes[: self.prefill_nodes], self.prefill_group_nodes)
 
     @property
     def decode_weight_bytes(self) -> float:
         """Weights on one DE."""
-        return self._weight_bytes(self.decode_nodes, self.decode_group_nodes)
+        return self._weight_bytes(self.topology.sizes[self.prefill_nodes :], self.decode_group_nodes)
 
     @property
     def prefill_kv_bytes(self) -> float:
@@ -137,9 +155,10 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
         return 0.9 * self.gpu.hbm_bytes - self.decode_weight_bytes
 
     def with_nodes(self, prefill_nodes: int, decode_nodes: int) -> ClusterSpec:
-        """Returns the same nodes in another split."""
+        """Returns the same nodes in another split. Raises ClusterError when nodes differ."""
         name = f"{self.name} as {prefill_nodes}P{decode_nodes}D"
-        return msgspec.structs.replace(self, name=name, prefill_nodes=prefill_nodes, decode_nodes=decode_nodes)
+        topology = Topology(prefill_nodes, decode_nodes, self.engines_per_node)
+        return msgspec.structs.replace(self, name=name, topology=topology)
 
     def with_compute(self, factor: float) -> ClusterSpec:
         """Returns the cluster with engines that compute `factor` times as fast. A profile's decode steps stay."""
@@ -158,9 +177,12 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
             self, model=model, kv_dtype=model.kv_dtype, weight_bytes_per_parameter=weight_bytes, measured=None
         )
 
-    def _weight_bytes(self, nodes: int, group_nodes: int) -> float:
-        smallest_group = nodes // max(1, nodes // group_nodes) * self.engines_per_node
-        return self.model.weight_bytes(smallest_group if self.expert_parallel else 1, self.weight_bytes_per_parameter)
+    def _weight_bytes(self, sizes: list[int], group_nodes: int) -> float:
+        engines: dict[int, int] = {}
+        for group, size in zip(node_groups(len(sizes), group_nodes), sizes, strict=True):
+            engines[group] = engines.get(group, 0) + size
+        smallest = min(engines.values()) if self.expert_parallel else 1
+        return self.model.weight_bytes(smallest, self.weight_bytes_per_parameter)
 
 
 def node_groups(nodes: int, group_nodes: int) -> list[int]:
@@ -168,124 +190,3 @@ def node_groups(nodes: int, group_nodes: int) -> list[int]:
     one; one group if there are fewer nodes than that."""
     groups = max(1, nodes // group_nodes)
     return [node * groups // nodes for node in range(nodes)]
-
-
-# ── Reading TOML. Rates and sizes are text with units, so a file says what it means. ─────────────────────────────────
-
-
-class _NodeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    gpu: str
-    cnic: str
-    snic: str
-    dram: str
-    dram_buffer: str
-    engines: Count = 8
-
-
-class _ClusterTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    model: str
-    prefill_nodes: Count
-    decode_nodes: Count
-    node: _NodeTable
-    expert_parallel: bool
-    prefill_group_nodes: Count = 1
-    decode_group_nodes: Count = 1
-    kv_dtype: str | None = None
-    weight_bytes_per_parameter: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    efficiency: Efficiency = Efficiency()
-    description: str = ""
-
-
-def preset_names() -> list[str]:
-    """Names of the presets that come with the package, sorted."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _presets().iterdir() if entry.name.endswith(".toml"))
-
-
-def load_cluster(name: str | Path) -> ClusterSpec:
-    """Loads the preset called `name`, or the TOML file at path `name`. Raises ClusterError."""
-    if str(name) in preset_names():
-        text = (_presets() / f"{name}.toml").read_text(encoding="utf-8")
-        return parse_cluster(text, str(name), f"{name}.toml", None)
-    path = Path(name)
-    if path.suffix != ".toml":
-        raise ClusterError(f"no cluster {str(name)!r}: give one of {', '.join(preset_names())}, or a .toml file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClusterError(f"{path}: can't be read: {error}") from error
-    return parse_cluster(text, path.stem, str(path), path.parent)
-
-
-def parse_cluster(text: str, name: str, where: str, beside: Path | None) -> ClusterSpec:
-    """Reads TOML `text`; `where` names it in errors, `beside` is the base of a model's relative path."""
-    try:
-        table = msgspec.convert(tomllib.loads(text), _ClusterTable)
-    except tomllib.TOMLDecodeError as error:
-        raise ClusterError(f"{where}: is not TOML: {error}") from error
-    except msgspec.ValidationError as error:
-        raise ClusterError(f"{where}: {_with_key(str(error))}") from error
-    try:
-        model = find_model(table.model, beside)
-    except ModelConfigError as error:
-        raise ClusterError(f"{where}: model: {error}") from error
-    return _cluster(table, model, name, where)
-
-
-def _cluster(table: _ClusterTable, model: ModelSpec, name: str, where: str) -> ClusterSpec:
-    node = table.node
-    if node.gpu not in GPUS:
-        raise ClusterError(f"{where}: node.gpu: no GPU {node.gpu!r}; known are {', '.join(GPUS)}")
-    kv_dtype = table.kv_dtype or model.kv_dtype
-    try:
-        model.kv_bytes_per_token(kv_dtype)
-    except ValueError as error:
-        raise ClusterError(f"{where}: kv_dtype: {error}") from error
-    return ClusterSpec(
-        name=name,
-        model=model,
-        prefill_nodes=table.prefill_nodes,
-        decode_nodes=table.decode_nodes,
-        engines_per_node=node.engines,
-        gpu=GPUS[node.gpu],
-        cnic_bytes_per_s=_rate(node.cnic, f"{where}: node.cnic"),
-        snic_bytes_per_s=_rate(node.snic, f"{where}: node.snic"),
-        dram_bytes_per_s=_rate(node.dram, f"{where}: node.dram"),
-        dram_buffer_bytes=_size(node.dram_buffer, f"{where}: node.dram_buffer"),
-        expert_parallel=table.expert_parallel,
-        prefill_group_nodes=table.prefill_group_nodes,
-        decode_group_nodes=table.decode_group_nodes,
-        kv_dtype=kv_dtype,
-        weight_bytes_per_parameter=table.weight_bytes_per_parameter or model.weight_bytes_per_parameter,
-        efficiency=table.efficiency,
-        description=table.description,
-    )
-
-
-def _rate(text: str, where: str) -> float:
-    try:
-        rate = parse_rate(text)
-    except ValueError as error:
-        raise ClusterError(f"{where}: {error}") from error
-    if rate is None:
-        raise ClusterError(f"{where}: a cluster's link needs a rate, such as 400Gb/s")
-    return float(rate)
-
-
-def _size(text: str, where: str) -> float:
-    try:
-        n_bytes = parse_bytes(text)
-    except ValueError as error:
-        raise ClusterError(f"{where}: {error}") from error
-    if n_bytes == 0:
-        raise ClusterError(f"{where}: must be above zero")
-    return float(n_bytes)
-
-
-def _with_key(message: str) -> str:
-    """``"Expected `int` - at `$.node.engines`"`` → ``"node.engines: Expected `int`"``."""
-    problem, at, path = message.partition(" - at `$.")
-    return f"{path.rstrip('`')}: {problem}" if at else message
-
-
-def _presets() -> resources.abc.Traversable:
-    return resources.files("dualpath.lab.facts") / "presets"

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from dualpath.lab.facts.cluster import ClusterSpec, load_cluster
+from dualpath.lab.facts.cluster import ClusterSpec
+from dualpath.lab.facts.cluster_files import load_cluster
 from dualpath.lab.facts.step_times import DecodeSample, MeasuredEngine, PrefillSample, StepTimes, fit_step_times
 
 Rate = Annotated[float, msgspec.Meta(gt=0)] | None
@@ -123,14 +124,17 @@ def applied(cluster: ClusterSpec, profile: Profile, where: str) -> ClusterSpec:
             f"{where} was measured with {profile.kv_bytes_per_token} bytes of KV a token, the cluster has {kv_bytes}; "
             "their kv_dtype must be the same"
         )
-    efficiency, rates = cluster.efficiency, profile.rates
+    rates, changed, whole = profile.rates, {}, {}
     links = {"snic": rates.store_read_bytes_per_s, "cnic": rates.transfer_bytes_per_s}
     for link, rate in links.items():
         if rate is not None:
-            share = min(1.0, rate / getattr(cluster, f"{link}_bytes_per_s"))
-            efficiency = msgspec.structs.replace(efficiency, **{link: share})
+            given = getattr(cluster, f"{link}_bytes_per_s")
+            slower = tuple(min(one, rate) for one in given) if isinstance(given, tuple) else min(given, rate)
+            changed[f"{link}_bytes_per_s"] = slower
+            whole[link] = 1.0
     return msgspec.structs.replace(
         cluster,
-        efficiency=efficiency,
+        efficiency=msgspec.structs.replace(cluster.efficiency, **whole),
         measured=profile.engine(),
+        **changed,
     )

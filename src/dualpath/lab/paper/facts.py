@@ -2,7 +2,7 @@
 
 from dualpath.lab.facts.bottleneck import bottleneck_free
 from dualpath.lab.facts.cache_compute import paper_table
-from dualpath.lab.facts.cluster import load_cluster
+from dualpath.lab.facts.cluster_files import load_cluster
 from dualpath.lab.paper.rows import Row, row
 from dualpath.lab.paper.runner import Runner
 
@@ -30,7 +30,7 @@ def pd_range(_: Runner) -> list[Row]:
         cluster.decode_nodes,
         cluster.engines_per_node,
         cluster.snic_ratio,
-        cluster.cnic_bytes_per_s,
+        cluster.nominal_cnic_bytes_per_s,
         cluster.dram_bytes_per_s,
     )
     return [

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from dualpath.lab.facts.cluster import load_cluster
+from dualpath.lab.facts.cluster_files import load_cluster
 from dualpath.lab.paper.steady import LONGEST_S, sustains
 from dualpath.lab.sim.calibration import FITTED
 from dualpath.lab.sim.costs import Calibration

@@ -1,6 +1,6 @@
 """Simulates a result file's runs on a profile, from their setup and their agents and nothing that was measured.
 
-Each engine is a node of its own here, as in the runtime. The simulator is `lab.sim`, as for any cluster. Engines on
+The simulator is `lab.sim`, as for any cluster. Engines on
 CPUs share the host's cores (`Machine.full_speed_engines`). What HTTP, processes and copies take of the cores is not
 modelled.
 """
@@ -83,27 +83,28 @@ def _check(name: str, cluster: ClusterSetup, model: str, profile: Profile, where
 
 
 def _machine(topology: Topology, cluster: ClusterSetup, profile: Profile) -> Machine:
-    kv_bytes, rates, g = cluster.kv_bytes_per_token, profile.rates, topology.engines_per_node
-    prefill = topology.prefill_nodes * g
+    kv_bytes, rates, prefill = cluster.kv_bytes_per_token, profile.rates, topology.prefill_engines
+    node_of = [node for node, engines in enumerate(topology.sizes) for _ in range(engines)]
+    snics, cnics = topology.by_node(cluster.snic_bytes_per_s), topology.by_node(cluster.cnic_bytes_per_s)
     block_bytes = kv_bytes * BLOCK_TOKENS
     engines = tuple(
         EngineFacts(
             engine=number,
             role=Role.PREFILL if number < prefill else Role.DECODE,
-            node=number // g,
+            node=node,
             group=int(number >= prefill),
             buffer_blocks=_SERVE.buffer_bytes // block_bytes,
             hbm_blocks=0 if number < prefill else _SERVE.hbm_bytes // block_bytes,
         )
-        for number in range(topology.engines)
+        for number, node in enumerate(node_of)
     )
     return Machine(
         name=str(topology),
         engines=engines,
         costs=measured_costs(profile.engine(), cluster.layers, kv_bytes),
         synchronised=False,
-        snic_bytes_per_s=_slower(cluster.snic_bytes_per_s, rates.store_read_bytes_per_s),
-        cnic_bytes_per_s=_slower(cluster.cnic_bytes_per_s, rates.transfer_bytes_per_s),
+        snic_bytes_per_s=tuple(_slower(rate, rates.store_read_bytes_per_s) for rate in snics),
+        cnic_bytes_per_s=tuple(_slower(cnics[node], rates.transfer_bytes_per_s) for node in node_of),
         read_latency_ns=0,
         prefill_kv_tokens=_SERVE.max_batch_kv_tokens,
         batches=BatchLimits(
@@ -146,9 +147,9 @@ def _simulated(run: Run, machine: Machine, agents: Agents, names: list[str]) -> 
         simulator.run()
     failed = sum(simulator.measured.failed.values())
     jct_s = simulator.events.now / 1e9
-    prefill = len(machine.of_role(Role.PREFILL))
-    engines = [f"PE{n}" if n < prefill else f"DE{n - prefill}" for n in range(machine.nodes)]
-    snic_bytes = dict(zip(engines, simulator.storage.read_bytes, strict=True))
+    prefill = Topology.parse(run.topology).prefill_nodes
+    nodes = [f"PE{n}" if n < prefill else f"DE{n - prefill}" for n in range(machine.nodes)]
+    snic_bytes = dict(zip(nodes, simulator.storage.read_bytes, strict=True))
     return run_of(
         ReplayResult(jct_s=jct_s, turns=tuple(turns), failures=()),
         **{field: getattr(run, field) for field in SET_UP},

@@ -75,8 +75,7 @@ def attention_balance(run: Run, width_s: float) -> Balance | None:
     spread evenly over the time from having everything read to the first token, on its PE.
     """
     timed = [(turn, turn.timings) for turn in run.turn_results if turn.timings is not None]
-    size = Topology.parse(run.topology)
-    idle_too = {f"PE{number}" for number in range(size.prefill_nodes * size.engines_per_node)}
+    idle_too = {f"PE{number}" for number in range(Topology.parse(run.topology).prefill_engines)}
     engines = sorted(idle_too | {timings.prefill_engine for _, timings in timed})
     if len(engines) < 2 or not timed:
         return None

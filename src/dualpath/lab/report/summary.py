@@ -10,10 +10,10 @@ The busiest storage NIC can't finish before its bytes have passed at its rate, s
 from collections.abc import Callable, Iterable, Iterator
 
 from dualpath.core.systems import BASELINE
+from dualpath.results.build import pooled
 from dualpath.results.cells import Cell, Comparison, cells_of, comparisons
 from dualpath.results.file import ResultFile, Run
 from dualpath.results.roles import contenders, oracle_among, readers
-from dualpath.spec.topology import Topology
 
 BOUND_SHARE = 0.8
 """Share of a job from which a busy NIC is called its bottleneck."""
@@ -21,7 +21,7 @@ BOUND_SHARE = 0.8
 
 def explain(result: ResultFile) -> list[str]:
     """Returns sentences in topology order, then those about all runs; none for a topology without the baseline."""
-    rate = result.configuration.snic_bytes_per_s
+    rate = result.configuration.snic_rate
     sentences = [sentence for one in comparisons(cells_of(result)) for sentence in _comparison(one, rate)]
     return [*sentences, *soundness(result)]
 
@@ -92,7 +92,7 @@ def _gain(one: Comparison, cell: Cell) -> str:
         return f"{gained}."
     reason = (
         "set by the number of storage NICs"
-        if oracle is None or run.ideal_ratio >= Topology.parse(run.topology).pooled
+        if oracle is None or run.ideal_ratio >= pooled(run)
         else f"set by compute: {oracle.system}, which pays nothing for I/O, takes {oracle.jct_s:.1f} s"
     )
     return f"{gained}, {run.ratio_to_ideal:.0%} of the most that pooling could give ({run.ideal_ratio:.2f}×, {reason})."

@@ -129,9 +129,9 @@ def step_costs(cluster: ClusterSpec, calibration: Calibration) -> StepCosts:
             flops_per_pair=flops_per_pair,
         ),
         ffn_ns_per_token=(model.dense_flops_per_token - model.projection_flops_per_token) * ns_per_flop,
-        prefill_floor_ns=_weight_bytes(cluster, cluster.prefill_nodes, cluster.prefill_group_nodes) * hbm_ns_per_byte,
+        prefill_floor_ns=cluster.prefill_weight_bytes * hbm_ns_per_byte,
         prefill_fixed_ns=model.layers * calibration.prefill_fixed_ns_per_layer,
-        decode_fixed_ns=_weight_bytes(cluster, cluster.decode_nodes, cluster.decode_group_nodes) * hbm_ns_per_byte
+        decode_fixed_ns=cluster.decode_weight_bytes * hbm_ns_per_byte
         + model.layers * calibration.decode_fixed_ns_per_layer,
         decode_request_ns=read_per_request * hbm_ns_per_byte + model.layers * calibration.decode_request_ns_per_layer,
         decode_context_token_ns=read_per_token * hbm_ns_per_byte,
@@ -164,8 +164,3 @@ def measured_costs(engine: MeasuredEngine, layers: int, kv_bytes_per_token: int)
         loop_steps=0.0,
         request_ns=engine.request_ns,
     )
-
-
-def _weight_bytes(cluster: ClusterSpec, nodes: int, group_nodes: int) -> float:
-    engines = nodes // max(1, nodes // group_nodes) * cluster.engines_per_node
-    return cluster.model.weight_bytes(engines if cluster.expert_parallel else 1, cluster.weight_bytes_per_parameter)

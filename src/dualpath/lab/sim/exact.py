@@ -6,7 +6,7 @@ interfaces and the cost model's totals, but not the shortcuts. As in the runtime
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, Leg, NodeId, Side
@@ -56,9 +56,10 @@ class ExactStorage(Storage):
 class ExactFabric(Fabric):
     """CNICs whose two directions are links, shared by all copies, pulls and transfers under way."""
 
-    def __init__(self, events: Events, engines: int, bytes_per_s: float) -> None:
-        super().__init__(events, engines, bytes_per_s)
-        self.links = SharedLinks(events, [1e9 / self.ns_per_byte] * (2 * engines))
+    def __init__(self, events: Events, bytes_per_s: Sequence[float]) -> None:
+        super().__init__(events, bytes_per_s)
+        engines = len(bytes_per_s)
+        self.links = SharedLinks(events, [1e9 / one for one in self.ns_per_byte for _direction in range(2)])
         self._copies: list[deque[tuple[int, float, Action, object]]] = [deque() for _ in range(engines)]
         """Copies of each engine to its device, one under way at a time."""
 

@@ -17,6 +17,7 @@ what they leave over (`Calibration.collective_share`).
 """
 
 from array import array
+from collections.abc import Sequence
 
 from dualpath.core.vocabulary import EngineId
 from dualpath.lab.sim.events import Action, Events
@@ -27,9 +28,11 @@ SECOND_NS = 1_000_000_000
 class Fabric:
     """All CNICs, by engine id."""
 
-    def __init__(self, events: Events, engines: int, bytes_per_s: float) -> None:
+    def __init__(self, events: Events, bytes_per_s: Sequence[float]) -> None:
+        """`bytes_per_s` are the engines' rates."""
+        engines = len(bytes_per_s)
         self._events = events
-        self.ns_per_byte = SECOND_NS / bytes_per_s
+        self.ns_per_byte = [SECOND_NS / rate for rate in bytes_per_s]
         self.read_bytes = array("q", bytes(8 * engines))
         self.write_bytes = array("q", bytes(8 * engines))
         self._pulled = array("d", bytes(8 * engines))
@@ -65,9 +68,10 @@ class Fabric:
         start_ns = self._copy_free_ns[decode]
         if start_ns < self._events.now:
             start_ns = float(self._events.now)
-        rate = 1 / self.ns_per_byte - self._pulled[decode]
-        if rate < 0.5 / self.ns_per_byte:
-            rate = 0.5 / self.ns_per_byte
+        ns_per_byte = self.ns_per_byte[decode]
+        rate = 1 / ns_per_byte - self._pulled[decode]
+        if rate < 0.5 / ns_per_byte:
+            rate = 0.5 / ns_per_byte
         copy_ns = n_bytes / rate
         done_ns = start_ns + (copy_ns if copy_ns > least_ns else least_ns)
         self._copy_free_ns[decode] = done_ns

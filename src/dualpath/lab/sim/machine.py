@@ -35,8 +35,10 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     costs: StepCosts
     synchronised: bool
     """Engines of a group step together."""
-    snic_bytes_per_s: float
-    cnic_bytes_per_s: float
+    snic_bytes_per_s: tuple[float, ...]
+    """By node."""
+    cnic_bytes_per_s: tuple[float, ...]
+    """By engine."""
     read_latency_ns: int
     prefill_kv_tokens: int
     """Whole-context KV that a PE's device memory holds, in tokens."""
@@ -57,7 +59,8 @@ def build_machine(cluster: ClusterSpec, calibration: Calibration) -> Machine:
     """Builds the machine. Raises MachineError if the weights leave no room for KV."""
     costs = step_costs(cluster, calibration)
     block_bytes = costs.kv_bytes_per_token * BLOCK_TOKENS
-    buffer_blocks = int(cluster.dram_buffer_bytes / cluster.engines_per_node / block_bytes)
+    node_blocks = cluster.dram_buffer_bytes / block_bytes
+    buffer_blocks = int(node_blocks / max(cluster.topology.sizes))
     hbm_blocks = int(cluster.decode_kv_bytes / block_bytes)
     prefill_kv_tokens = int(cluster.prefill_kv_bytes / costs.kv_bytes_per_token)
     if min(buffer_blocks, hbm_blocks, prefill_kv_tokens) < 1:
@@ -68,18 +71,27 @@ def build_machine(cluster: ClusterSpec, calibration: Calibration) -> Machine:
         )
     return Machine(
         name=cluster.name,
-        engines=tuple(_engines(cluster, buffer_blocks, hbm_blocks)),
+        engines=tuple(_engines(cluster, node_blocks, hbm_blocks)),
         costs=costs,
         synchronised=cluster.expert_parallel,
-        snic_bytes_per_s=cluster.snic_bytes_per_s * calibration.snic_efficiency,
-        cnic_bytes_per_s=cluster.usable_cnic_bytes_per_s * (1 - calibration.collective_share),
+        snic_bytes_per_s=tuple(
+            rate * calibration.snic_efficiency for rate in cluster.topology.by_node(cluster.snic_bytes_per_s)
+        ),
+        cnic_bytes_per_s=tuple(
+            rate * cluster.efficiency.cnic * (1 - calibration.collective_share)
+            for rate, engines in zip(
+                cluster.topology.by_node(cluster.cnic_bytes_per_s), cluster.topology.sizes, strict=True
+            )
+            for _ in range(engines)
+        ),
         read_latency_ns=calibration.read_latency_ns,
         prefill_kv_tokens=prefill_kv_tokens,
     )
 
 
-def _engines(cluster: ClusterSpec, buffer_blocks: int, hbm_blocks: int) -> list[EngineFacts]:
+def _engines(cluster: ClusterSpec, node_blocks: float, hbm_blocks: int) -> list[EngineFacts]:
     engines: list[EngineFacts] = []
+    sizes = cluster.topology.sizes
     first_node = first_group = 0
     for role, nodes, group_nodes in (
         (Role.PREFILL, cluster.prefill_nodes, cluster.prefill_group_nodes),
@@ -87,14 +99,15 @@ def _engines(cluster: ClusterSpec, buffer_blocks: int, hbm_blocks: int) -> list[
     ):
         groups = node_groups(nodes, group_nodes)
         for node, group in enumerate(groups):
-            for _ in range(cluster.engines_per_node):
+            size = sizes[first_node + node]
+            for _ in range(size):
                 engines.append(
                     EngineFacts(
                         engine=len(engines),
                         role=role,
                         node=first_node + node,
                         group=first_group + group,
-                        buffer_blocks=buffer_blocks,
+                        buffer_blocks=int(node_blocks / size),
                         hbm_blocks=hbm_blocks if role is Role.DECODE else 0,
                     )
                 )
@@ -106,13 +119,15 @@ def _engines(cluster: ClusterSpec, buffer_blocks: int, hbm_blocks: int) -> list[
 def constants_for(machine: Machine, prompt_tokens: float, hit_tokens: float) -> Constants:
     """Returns alpha and beta (§6.1) for turns of a typical length.
 
-    Both count prompt tokens, hit ones included, as `read_q` and `tok` do: beta is 5 s of such turns.
+    Both count prompt tokens, hit ones included, as `read_q` and `tok` do: beta is 5 s of such turns. Where prefill
+    nodes' SNICs differ, alpha is of their mean.
     """
+    snics = [machine.snic_bytes_per_s[node] for node in {facts.node for facts in machine.of_role(Role.PREFILL)}]
     costs = machine.costs
     new_tokens = max(1, round(prompt_tokens - hit_tokens))
     turn_ns = costs.attention.chunk_ns(round(hit_tokens), new_tokens) + new_tokens * costs.ffn_ns_per_token
     return Constants.from_rates(
-        snic_tokens_per_s=machine.snic_bytes_per_s / costs.kv_bytes_per_token,
+        snic_tokens_per_s=sum(snics) / len(snics) / costs.kv_bytes_per_token,
         prefill_tokens_per_s=prompt_tokens / turn_ns * 1e9,
     )
 

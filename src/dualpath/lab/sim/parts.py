@@ -47,12 +47,11 @@ def make_parts(
     window_ns: int,
 ) -> Parts:
     """Makes the parts with their groups of engines."""
-    snics = (machine.nodes, machine.snic_bytes_per_s, machine.read_latency_ns, hooks.on_loaded, window_ns)
-    cnics = (len(machine.engines), machine.cnic_bytes_per_s)
+    snics = (machine.snic_bytes_per_s, machine.read_latency_ns, hooks.on_loaded, window_ns)
     ends = (hooks.lives, hooks.on_first_token, hooks.on_prefilled, policy)
     parts: Parts
     if exact:
-        fabric = ExactFabric(events, *cnics)
+        fabric = ExactFabric(events, machine.cnic_bytes_per_s)
         parts = Parts(
             ExactStorage(events, *snics, block_bytes=machine.costs.kv_bytes_per_token * BLOCK_TOKENS),
             fabric,
@@ -60,7 +59,7 @@ def make_parts(
             ExactDecode(events, machine.costs, hooks.on_decoded),
         )
     else:
-        closed_form = Fabric(events, *cnics)
+        closed_form = Fabric(events, machine.cnic_bytes_per_s)
         prefill = PrefillPart(events, machine.costs, closed_form, *ends)
         decode = DecodePart(events, machine.costs, hooks.on_decoded)
         parts = Parts(Storage(events, *snics), closed_form, prefill, decode)

@@ -171,20 +171,18 @@ class PrefillPart:
         """Returns the step's length, and how much later its KV is in the DE buffers; adds what DEs send to `pulls`."""
         if self._free_io:
             return compute_ns, 0.0
-        load = ship = both = 0
-        copies_ns = 0.0
+        load_ns = ship_ns = both_ns = copies_ns = 0.0
         for engine, chunks in batch:
             read, write, shipped = self._move(engine.engine, chunks, pulls)
-            load = max(load, write)
-            ship = max(ship, shipped)
-            both = max(both, read, write)
+            ns_per_byte = self._fabric.ns_per_byte[engine.engine]
+            load_ns = max(load_ns, write * ns_per_byte)
+            ship_ns = max(ship_ns, shipped * ns_per_byte)
+            both_ns = max(both_ns, max(read, write) * ns_per_byte)
             if not self._layerwise:
                 copies_ns = max(copies_ns, self._submissions_ns(chunks))
-        ns_per_byte = self._fabric.ns_per_byte
         if self._layerwise:
-            head_ns, tail_ns = (moved * ns_per_byte / self._costs.layers for moved in (load, ship))
-            return head_ns + max(compute_ns, both * ns_per_byte), tail_ns
-        return max(load * ns_per_byte, copies_ns) + compute_ns + ship * ns_per_byte, 0.0
+            return load_ns / self._costs.layers + max(compute_ns, both_ns), ship_ns / self._costs.layers
+        return max(load_ns, copies_ns) + compute_ns + ship_ns, 0.0
 
     def _submissions_ns(self, chunks: tuple[Chunk, ...]) -> float:
         return sum(-(-chunk.past_tokens // BLOCK_TOKENS) for chunk in chunks) * self._costs.copy_ns_per_block

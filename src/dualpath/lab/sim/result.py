@@ -79,10 +79,13 @@ def distribution(values: "np.ndarray[tuple[int, ...], np.dtype[np.floating]]") -
 
 
 def snic_balance(simulator: Simulator) -> float:
-    """Max over mean of the nodes' reads: mean over windows weighted by bytes read; 1 if nothing was read."""
+    """Max over mean of the nodes' reads, each over its SNIC's rate: mean over windows weighted by bytes read; 1 if
+    nothing was read."""
     windows = np.array(list(simulator.storage.windows.values()), dtype=np.float64)
     if not windows.size or not windows.sum():
         return 1.0
+    rates = np.array(simulator.machine.snic_bytes_per_s)
+    windows /= rates / rates[0]
     return float(windows.max(axis=1).sum() / windows.mean(axis=1).sum())
 
 

@@ -8,7 +8,7 @@ of the old one finds that it came too early.
 Reads and writes don't share, because NICs are full duplex. Writes are 2 % of the reads and are only counted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dualpath.core.vocabulary import NodeId, Side
 from dualpath.lab.sim.events import Action, Events
@@ -21,13 +21,15 @@ class Storage:
     """All nodes' SNICs. Calls `on_loaded((turn, side, attempt))` when a leg is in its buffer."""
 
     def __init__(
-        self, events: Events, nodes: int, bytes_per_s: float, latency_ns: int, on_loaded: Action, window_ns: int
+        self, events: Events, bytes_per_s: Sequence[float], latency_ns: int, on_loaded: Action, window_ns: int
     ) -> None:
+        """`bytes_per_s` are the nodes' rates."""
+        nodes = len(bytes_per_s)
         self._events = events
         self._latency_ns = latency_ns
         self._on_loaded = on_loaded
         self._window_ns = window_ns
-        self._ns_per_byte = [SECOND_NS / bytes_per_s] * nodes
+        self._ns_per_byte = [SECOND_NS / rate for rate in bytes_per_s]
         self._free_ns = [0.0] * nodes
         self.read_bytes = [0] * nodes
         self.write_bytes = [0] * nodes

@@ -37,12 +37,11 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 class Namespaced(Served):
     """`dualpath serve` in the head's namespace, a node of engines in each other."""
 
-    def __init__(self, testbed: Testbed, options: Sequence[str], work: Path, engines_per_node: int) -> None:
+    def __init__(self, testbed: Testbed, options: Sequence[str], work: Path) -> None:
         self._plan = testbed.plan
         head = self._plan.node("head")
         address = head.address("management")
         control = f"tcp://{address}:{CONTROL_PORT}"
-        each = ("--engines", str(engines_per_node))
         secret = work / "secret"
         secret.touch(0o600)
         secret.write_text(secrets.token_hex(32))
@@ -51,7 +50,7 @@ class Namespaced(Served):
             (*tcp, "--host", address, "--join-address", control), work, inside=iproute.inside(head.namespace)
         )
         self._engines = {
-            node.name: (*iproute.inside(node.namespace), *_engine(node), "--coordinator", control, *each, *tcp)
+            node.name: (*iproute.inside(node.namespace), *_engine(node), "--coordinator", control, *tcp)
             for node in self._plan.nodes
             if node.is_engine
         }

@@ -108,13 +108,12 @@ class Bench:
             shutil.copytree(self._primed, store, dirs_exist_ok=True)
             files = [store / file for file in self.aimed_at]
             if is_of_networks(at):
-                size = Topology.parse(self.topology)
                 testbed = self._testbed(stack)
                 address = testbed.plan.node("storage").address("storage")
                 inside = iproute.inside(testbed.plan.node("storage").namespace)
                 served = ObjectServer(store, place / "nginx", address=address, prefix=inside)
                 location = stack.enter_context(served).url
-                cluster: Served = Namespaced(testbed, self.options(location, at), self.work, size.engines_per_node)
+                cluster: Served = Namespaced(testbed, self.options(location, at), self.work)
                 yield Scene(stack.enter_context(cluster), store, files, testbed=testbed)
                 return
             location = str(store)

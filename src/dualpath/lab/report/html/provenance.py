@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from dualpath.results.file import ResultFile
 from dualpath.spec.cluster_setup import ClusterSetup
+from dualpath.spec.topology import Rates
 from dualpath.spec.units import format_bytes, format_rate
 
 
@@ -45,5 +46,6 @@ def _same(texts: Iterable[str]) -> str:
     return " or ".join(dict.fromkeys(texts))
 
 
-def _rate(bytes_per_s: int | None) -> str:
-    return "not limited" if bytes_per_s is None else format_rate(bytes_per_s)
+def _rate(rates: Rates) -> str:
+    each = rates if isinstance(rates, tuple) else (rates,)
+    return "not limited" if rates is None else " + ".join(map(format_rate, each))

@@ -119,5 +119,6 @@ def _rates(entry: Entry, results: Sequence[ResultFile]) -> Variant | None:
 
 def _rate_limit(entry: Entry, results: Sequence[ResultFile]) -> int | None:
     if entry.run.cluster is not None:
-        return entry.run.cluster.snic_bytes_per_s
-    return None if is_oracle(entry.run.system) else results[entry.source].configuration.snic_bytes_per_s
+        rate = entry.run.cluster.snic_bytes_per_s
+        return rate if isinstance(rate, int) else None
+    return None if is_oracle(entry.run.system) else results[entry.source].configuration.snic_rate
