@@ -104,10 +104,9 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 def _real(arguments: argparse.Namespace) -> int:
     """Hurts real clusters. The exit code is 1 if a combination failed."""
-    import random
     import tempfile
 
-    from dualpath.lab.faults.matrix import combinations, select, selected
+    from dualpath.lab.faults.matrix import combinations, sample, select, selected
     from dualpath.lab.faults.real.served import StartError
     from dualpath.lab.faults.real.trial import Bench, run
     from dualpath.lab.faults.tables import trial_line, trials_table
@@ -116,8 +115,7 @@ def _real(arguments: argparse.Namespace) -> int:
         wanted = select(arguments.only)
     chosen = [at for at in combinations("real") if selected(at, wanted)]
     if arguments.sample is not None:
-        drawn = random.Random(arguments.seed).sample(range(len(chosen)), min(arguments.sample, len(chosen)))
-        chosen = [chosen[index] for index in sorted(drawn)]
+        chosen = sample(chosen, arguments.sample, arguments.seed)
     with tempfile.TemporaryDirectory(prefix="dualpath-faults-") as work, command_errors(StartError, OSError):
         bench = Bench(Path(work), str(arguments.topology), arguments.hold, arguments.serve_options)
         trials = run(bench, chosen, lambda trial: print(trial_line(trial), flush=True))

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
@@ -17,9 +17,9 @@ from dualpath.lab.faults.matrix import Combination, Fault, Phase, Victim
 from dualpath.lab.faults.matrix import Path as ReadPath
 from dualpath.lab.faults.real import trial
 from dualpath.lab.faults.real.asking import Answer, Prompt, until, verdict
-from dualpath.lab.faults.real.harm import Scene, Skip, harm, is_of_networks
+from dualpath.lab.faults.real.harm import Scene, Skip, harm
 from dualpath.lab.faults.real.served import Resources, Served
-from dualpath.lab.faults.real.stages import STAGES, stage_of
+from dualpath.lab.faults.real.stages import STAGES, Stage, stage_of
 from dualpath.lab.faults.real.store_server import StoreServer, store_server
 from dualpath.lab.faults.real.trial import BACKGROUND, Bench, Trial, run
 
@@ -100,8 +100,6 @@ def test_processes_are_stopped_slowed_and_killed(sleeper: subprocess.Popen[bytes
 def test_what_is_not_there_is_skipped_with_a_reason(tmp_path: Path) -> None:
     with pytest.raises(Skip, match="no agent process"):
         harm(at("kill", "agent", "decoding"), Scene(Parts([], tmp_path), tmp_path, []))
-    with pytest.raises(Skip, match="not reset"):
-        is_of_networks(at("kill", "link", "shipping"))
 
 
 def test_a_store_is_taken_away_filled_damaged_and_brought_back(tmp_path: Path) -> None:
@@ -190,8 +188,8 @@ def test_a_client_that_leaves_and_a_store_that_rots(tmp_path: Path, capsys: pyte
 @pytest.mark.usefixtures("needs_torch")
 def test_wrong_tokens_and_what_is_held_fail_a_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Strict(Bench):
-        def prepare(self, chosen: object) -> None:
-            super().prepare(chosen)  # type: ignore[arg-type]
+        def prepare(self, stages: Sequence[Stage]) -> None:
+            super().prepare(stages)
             for prompt in BACKGROUND:
                 self.right[prompt] = [7] * prompt.new
 

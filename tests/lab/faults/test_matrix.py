@@ -12,6 +12,7 @@ from dualpath.lab.faults.matrix import (
     Victim,
     combinations,
     not_in,
+    sample,
     select,
     selected,
     why_not,
@@ -62,6 +63,17 @@ def test_some_cells_by_hand(text: tuple[str, str, str, str], makes_sense: bool) 
     fault, victim, path, phase = text
     at = Combination(Fault(fault), Victim(victim), Path(path), Phase(phase))
     assert (why_not(at) is None) is makes_sense
+
+
+def test_a_sample_takes_of_each_fault_and_victim_before_it_takes_of_one_again() -> None:
+    cells = list(combinations("real"))
+    kinds = {at[:2] for at in cells}
+    for seed in range(3):
+        drawn = sample(cells, len(kinds) + 5, seed)
+        assert {at[:2] for at in drawn} == kinds
+        assert drawn == [at for at in cells if at in set(drawn)] and len(drawn) == len(kinds) + 5
+    assert sample(cells, 10, 1) == sample(cells, 10, 1) != sample(cells, 10, 2)
+    assert sample(cells, 10_000, 1) == cells
 
 
 def test_a_selection_takes_names_and_refuses_what_is_none() -> None:

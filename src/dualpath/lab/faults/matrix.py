@@ -5,7 +5,9 @@ is the same thing under another name. `why_not` says so in a sentence. A body ma
 can't do from where it stands, the other one does.
 """
 
-from collections.abc import Iterator
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from itertools import product
 from typing import Literal, NamedTuple
@@ -176,8 +178,13 @@ def not_in(body: Body, at: Combination) -> str | None:
             return "core sees no write"
         if victim is Victim.CLIENT and fault is not Fault.KILL:
             return "core sees no client but one that leaves"
-    elif fault in OF_WORK and victim in (Victim.PE, Victim.DE, Victim.AGENT):
+        return None
+    if fault in OF_WORK and victim in (Victim.PE, Victim.DE, Victim.AGENT):
         return "nobody outside the process can bring it about"
+    if fault in PARTITIONS and victim is Victim.AGENT:
+        return "an agent's networks are its engines': PE and DE stand for it"
+    if victim is Victim.LINK and fault in (Fault.KILL, Fault.LATE):
+        return "the testbed can cut and slow down a link, not reset or delay its packets"
     return None
 
 
@@ -186,6 +193,18 @@ def combinations(body: Body | None = None) -> Iterator[Combination]:
     for at in map(Combination._make, product(Fault, Victim, Path, Phase)):
         if why_not(at) is None and (body is None or not_in(body, at) is None):
             yield at
+
+
+def sample(cells: Sequence[Combination], count: int, seed: int) -> list[Combination]:
+    """Draws `count` of the cells: of each fault and victim one before of any a second. Returns them in their order."""
+    turns: Counter[tuple[Fault, Victim]] = Counter()
+
+    def turn(at: Combination) -> int:
+        turns[at[:2]] += 1
+        return turns[at[:2]]
+
+    taken = set(sorted(random.Random(seed).sample(cells, len(cells)), key=turn)[:count])
+    return [at for at in cells if at in taken]
 
 
 def select(text: str) -> dict[str, set[str]]:

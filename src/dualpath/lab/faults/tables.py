@@ -74,7 +74,8 @@ def trial_line(trial: Trial) -> str:
     """One line for one combination."""
     others = ", ".join(f"{n} {text}" for text, n in sorted(trial.others.items()))
     again = f"; served again after {trial.served_again_s:g} s" if trial.served_again_s >= 0 else ""
-    told = f"{trial.looked_at}; others: {others}{again}" if trial.looked_at else ""
+    noticed = f"; noticed after {trial.noticed_s:g} s" if trial.noticed_s >= 0 else ""
+    told = f"{trial.looked_at}; others: {others}{noticed}{again}" if trial.looked_at else ""
     return f"{trial.outcome:<8} {trial.combination}: {'; '.join(filter(None, [*trial.found, told]))}"
 
 

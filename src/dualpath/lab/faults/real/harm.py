@@ -8,15 +8,18 @@ import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Literal
 
 from dualpath.lab.faults.matrix import PARTITIONS, Combination, Fault, Victim
 from dualpath.lab.faults.real.asking import Asked
 from dualpath.lab.faults.real.namespaces import cut
-from dualpath.lab.faults.real.served import Served
+from dualpath.lab.faults.real.served import Resources, Served
 from dualpath.lab.faults.real.store_server import StoreServer
 from dualpath.lab.testbed.network import Testbed
 
 Heal = Callable[[], None]
+Place = Literal["folder", "disk", "server", "namespaces"]
+"""Where the store is: a folder, a small disk, behind `store_server`; or each node, and nginx, in its namespace."""
 BY_SERVER = (Fault.SLOW, Fault.LATE, Fault.WRONG, Fault.HUNG)
 """What a store is made to do by `store_server`; the rest is done to its files."""
 DUTY_S = (0.09, 0.01)
@@ -44,22 +47,23 @@ class Scene:
         self.server = server
         self.testbed = testbed
         self.files = files
+        self.before: Resources
         self.look: Asked
 
 
-def is_of_networks(at: Combination) -> bool:
-    """Whether it takes network namespaces. Raises Skip for what they can't do either."""
-    if at.victim is Victim.LINK and at.fault in (Fault.KILL, Fault.LATE):
-        raise Skip("the testbed can cut and slow down a link, not reset or delay its packets")
-    return at.fault in PARTITIONS or at.victim is Victim.LINK
+def place_of(at: Combination) -> Place:
+    """Returns the least that the combination takes."""
+    if at.fault in PARTITIONS or at.victim is Victim.LINK:
+        return "namespaces"
+    if at.victim is not Victim.STORE:
+        return "folder"
+    return "server" if at.fault in BY_SERVER else "disk" if at.fault is Fault.FULL else "folder"
 
 
 def harm(at: Combination, scene: Scene) -> Heal:
     """Do it. Returns what heals it. Raises Skip, and TestbedError where links are cut."""
-    if is_of_networks(at):
+    if place_of(at) == "namespaces":
         assert scene.testbed is not None
-        if at.victim is Victim.AGENT and not scene.cluster.parts(Victim.AGENT):
-            raise Skip("this cluster has no agent process")
         return cut(at, scene.testbed)
     if at.victim is Victim.CLIENT:
         return _harm_client(at.fault, scene)

@@ -25,7 +25,6 @@ SLOW_BYTES_PER_S = 200_000
 _NODES = {
     Victim.PE: ("pe0", NETWORKS),
     Victim.DE: ("de0", NETWORKS),
-    Victim.AGENT: ("de0", NETWORKS),
     Victim.COORDINATOR: ("head", ("management",)),
     Victim.STORE: ("storage", ("storage",)),
     Victim.LINK: ("pe0", ("compute",)),

@@ -99,6 +99,10 @@ class Served:
         role = {Victim.PE: "prefill", Victim.DE: "decode"}[victim]
         return [int(engine["pid"]) for engine in health.get("engines", ()) if engine["role"] == role]
 
+    @property
+    def is_ok(self) -> bool:
+        return str(self.health().get("status")) == "ok"
+
     def health(self) -> dict[str, list[dict[str, str]]]:
         """Returns an empty record when nobody answers."""
         with suppress(ValueError):

@@ -1,22 +1,26 @@
-"""One combination on a real cluster: bring a request into the phase, do the harm, heal it, and see what is left."""
+"""One combination on a real cluster: bring a request into the phase, do the harm, heal it, and see what is left.
+
+Combinations that need the same options and place follow each other on one cluster for as long as it is none the worse.
+"""
 
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
-from dualpath.lab.faults.matrix import Combination, Fault, Phase, Victim
+from dualpath.lab.faults.matrix import PARTITIONS, Combination, Fault, Phase, Victim
 from dualpath.lab.faults.real.asking import Answer, Asked, Load, Prompt, until, verdict
-from dualpath.lab.faults.real.harm import BY_SERVER, Scene, Skip, harm, is_of_networks
+from dualpath.lab.faults.real.harm import Place, Scene, Skip, harm, place_of
 from dualpath.lab.faults.real.namespaces import Namespaced
 from dualpath.lab.faults.real.served import Resources, Served, StartError
-from dualpath.lab.faults.real.stages import STAGES, SYSTEMS, reach, stage_of
+from dualpath.lab.faults.real.stages import STAGES, SYSTEMS, Stage, reach, stage_of
 from dualpath.lab.faults.real.store_server import store_server
 from dualpath.lab.testbed import iproute, network
 from dualpath.lab.testbed.failure import TestbedError
@@ -27,6 +31,8 @@ from dualpath.spec.topology import Topology
 
 SERVED_AGAIN_S = 30.0
 LET_GO_S = 20.0
+MISSED_S = 7.0
+"""An engine's lease of 5 s, and a beat."""
 LANES = 2
 TESTBED, SUBNET = "faults", "10.91"
 PROBE = Prompt(1024, 40, 8, 0, prefix=1)
@@ -46,10 +52,23 @@ class Trial(msgspec.Struct, kw_only=True):
     looked_at: str = ""
     others: dict[str, int] = {}
     in_phase: bool = False
+    noticed_s: float = -1.0
+    """Until `/health` said something else than ok; -1: never."""
     served_again_s: float = -1.0
     """After healing; -1: not in time."""
     before: Resources | None = None
     after: Resources | None = None
+
+
+class Needs(NamedTuple):
+    """What makes a combination need another cluster than the one before."""
+
+    place: Place
+    options: tuple[str, ...]
+
+
+def needs_of(at: Combination) -> Needs:
+    return Needs(place_of(at), ("--system", SYSTEMS[at.path], *STAGES[at.phase].options))
 
 
 class Bench:
@@ -65,19 +84,17 @@ class Bench:
         self._extra = tuple(extra)
         self._primed = work / "primed"
 
-    def options(self, store: str, at: Combination | None = None) -> list[str]:
-        given = ["--model", str(self.work / "model"), "--store", store, "--topology", self.topology]
-        given += ["--system", SYSTEMS[at.path], *STAGES[at.phase].options] if at is not None else []
+    def options(self, store: str, more: Sequence[str] = ()) -> list[str]:
+        given = ["--model", str(self.work / "model"), "--store", store, "--topology", self.topology, *more]
         sizes = [] if "--buffer" in given else ["--buffer", "64MiB"]
         sizes += [] if "--hbm" in given else ["--hbm", "64MiB"]
         return [*given, *sizes, *self._extra]
 
-    def prepare(self, chosen: Sequence[Combination]) -> None:
+    def prepare(self, stages: Sequence[Stage]) -> None:
         """Learn the right tokens from a healthy cluster, in a namespace of their own; store the prefixes. Raises
         StartError."""
         model = [sys.executable, "-m", "dualpath", "checkpoint", str(self.work / "model")]
         subprocess.run(model, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        stages = [stage_of(at.phase, number) for number, at in enumerate(chosen)]
         with Served(self.options(str(self._primed)), self.work) as cluster:
             longest = max((stage.look for stage in stages), key=lambda prompt: prompt.hit, default=PROBE)
             for prefix in (longest, *(s.before for s in stages if s.before), PROBE):
@@ -86,7 +103,7 @@ class Bench:
                 if prefix is not PROBE:
                     self.aimed_at = [file.relative_to(self._primed) for file in self._primed.rglob("*.kv")]
             primed = set(self._primed.iterdir())
-            for prompt in (PROBE, *BACKGROUND, *(stage.look for stage in stages)):
+            for prompt in {PROBE, *BACKGROUND, *(stage.look for stage in stages)}:
                 self.right[prompt] = self._asked(cluster, prompt, "reference").tokens
         for namespace in set(self._primed.iterdir()) - primed:
             shutil.rmtree(namespace)
@@ -98,30 +115,32 @@ class Bench:
         return answer
 
     @contextmanager
-    def scene(self, at: Combination) -> Iterator[Scene]:
-        """A cluster for combinations like this one, with a copy of the store. Raises StartError and Skip."""
+    def scene(self, needs: Needs) -> Iterator[Scene]:
+        """A cluster with a copy of the store. Raises StartError, TestbedError and Skip."""
         with ExitStack() as stack:
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=self.work)))
-            store, server = place / "store", None
-            if (at.fault, at.victim) == (Fault.FULL, Victim.STORE):
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=self.work)))
+            store, server, testbed = work / "store", None, None
+            if needs.place == "disk":
                 stack.enter_context(_small_disk(store))
             shutil.copytree(self._primed, store, dirs_exist_ok=True)
-            files = [store / file for file in self.aimed_at]
-            if is_of_networks(at):
+            cluster = Served(self.options(str(store), needs.options), self.work)
+            if needs.place == "namespaces":
                 testbed = self._testbed(stack)
-                address = testbed.plan.node("storage").address("storage")
-                inside = iproute.inside(testbed.plan.node("storage").namespace)
-                served = ObjectServer(store, place / "nginx", address=address, prefix=inside)
-                location = stack.enter_context(served).url
-                cluster: Served = Namespaced(testbed, self.options(location, at), self.work)
-                yield Scene(stack.enter_context(cluster), store, files, testbed=testbed)
-                return
-            location = str(store)
-            if at.victim is Victim.STORE and at.fault in BY_SERVER:
-                server = stack.enter_context(store_server(place))
-                location = f"{server.url}/store"
-            cluster = stack.enter_context(Served(self.options(location, at), self.work))
-            yield Scene(cluster, store, files, server)
+                storage = testbed.plan.node("storage")
+                inside = iproute.inside(storage.namespace)
+                nginx = ObjectServer(store, work / "nginx", address=storage.address("storage"), prefix=inside)
+                options = self.options(stack.enter_context(nginx).url, needs.options)
+                cluster = Namespaced(testbed, options, self.work)
+            elif needs.place == "server":
+                server = stack.enter_context(store_server(work))
+                cluster = Served(self.options(f"{server.url}/store", needs.options), self.work)
+            stack.enter_context(cluster)
+            for prompt in (*BACKGROUND, PROBE):
+                Asked(cluster.address, prompt).wait()
+            until(lambda: not cluster.held(), LET_GO_S)
+            scene = Scene(cluster, store, [store / file for file in self.aimed_at], server, testbed)
+            scene.before = cluster.resources()
+            yield scene
 
     def _testbed(self, stack: ExitStack) -> Testbed:
         size = Topology.parse(self.topology)
@@ -138,10 +157,7 @@ class Bench:
         cluster, trial = scene.cluster, Trial(combination=str(at), outcome="ok")
         may_break = at.victim is Victim.COORDINATOR
         right = {prompt: self.right[prompt] for prompt in BACKGROUND}
-        for prompt in (*BACKGROUND, PROBE):
-            Asked(cluster.address, prompt).wait()
-        until(lambda: not cluster.held(), LET_GO_S)
-        trial.before = cluster.resources()
+        trial.before = scene.before
         look, before, trial.in_phase = reach(cluster, stage_of(at.phase, number))  # alone: figures are of all requests
         scene.look = look
         load = Load(cluster.address, right, LANES, may_break)
@@ -155,7 +171,7 @@ class Bench:
             if before is not None and at.phase is Phase.ALLOCATING:
                 before.wait()
         if at.fault is not Fault.KILL or at.victim is Victim.STORE:
-            time.sleep(self.hold_s)
+            self._hold(at, cluster, trial)
         heal()
         if before is not None:
             before.hang_up()
@@ -168,13 +184,28 @@ class Bench:
         self._look_back(trial, cluster)
         return trial
 
+    def _hold(self, at: Combination, cluster: Served, trial: Trial) -> None:
+        """Keep it up for a while. A node that is cut off must be missed when its lease is over, and served around."""
+        began_s = time.monotonic()
+        if until(lambda: not cluster.is_ok, self.hold_s):
+            trial.noticed_s = round(time.monotonic() - began_s, 1)
+        time.sleep(max(0.0, began_s + self.hold_s - time.monotonic()))
+        if at.fault not in PARTITIONS or at.victim not in (Victim.PE, Victim.DE):
+            return
+        if not 0 <= trial.noticed_s < MISSED_S:
+            trial.found.append(f"{MISSED_S:g} s after it was cut off nobody had noticed")
+        size = Topology.parse(self.topology)
+        others = {Victim.PE: size.prefill_nodes, Victim.DE: size.decode_nodes}[at.victim] - 1
+        if others and (error := Asked(cluster.address, PROBE).wait().error):
+            trial.found.append(f"not served around: {error}")
+
     def _served(self, cluster: Served) -> bool:
-        healthy = str(cluster.health().get("status")) == "ok"
-        return healthy and Asked(cluster.address, PROBE).wait().tokens == self.right[PROBE]
+        return cluster.is_ok and Asked(cluster.address, PROBE).wait().tokens == self.right[PROBE]
 
     def _look_back(self, trial: Trial, cluster: Served) -> None:
         """What is wrong, in words, goes to `found`."""
-        found = [trial.looked_at] if trial.looked_at.startswith("WRONG") else []
+        found = trial.found
+        found += [trial.looked_at] if trial.looked_at.startswith("WRONG") else []
         found += [f"{n} others: {text}" for text, n in trial.others.items() if text.startswith("WRONG")]
         if trial.served_again_s < 0:
             found.append(f"not served again, or not whole, {SERVED_AGAIN_S:.0f} s after it healed")
@@ -186,7 +217,6 @@ class Bench:
         found += _grown(trial.before, trial.after)
         if not trial.in_phase:
             found.append("the request had ended before the fault came")
-        trial.found = found
         trial.outcome = "FAILED" if found else "ok"
 
 
@@ -220,17 +250,33 @@ def _small_disk(path: Path) -> Iterator[None]:
 
 
 def run(bench: Bench, chosen: Sequence[Combination], on_trial: Callable[[Trial], None]) -> list[Trial]:
-    """Run the combinations, each on a cluster of its own. Raises StartError when a healthy cluster can't be had."""
-    bench.prepare(chosen)
+    """Run the combinations, those of one kind of cluster after each other. Raises StartError when a healthy cluster
+    can't be had."""
+    groups: dict[Needs, list[Combination]] = {}
+    for at in chosen:
+        groups.setdefault(needs_of(at), []).append(at)
+    bench.prepare([stage_of(at.phase, number) for cells in groups.values() for number, at in enumerate(cells)])
     trials: list[Trial] = []
-    for number, at in enumerate(chosen):
-        try:
-            with bench.scene(at) as scene:
-                trial = bench.attempt(at, number, scene)
-        except Skip as reason:
-            trial = Trial(combination=str(at), outcome="skipped", found=[str(reason)])
-        except (StartError, TestbedError) as error:
-            trial = Trial(combination=str(at), outcome="FAILED", found=[str(error)])
-        trials.append(trial)
-        on_trial(trial)
+    for needs, cells in groups.items():
+        left = list(enumerate(cells))[::-1]
+        while left:
+            with closing(_on_one_cluster(bench, needs, left)) as found:
+                for trial in found:
+                    trials.append(trial)
+                    on_trial(trial)
     return trials
+
+
+def _on_one_cluster(bench: Bench, needs: Needs, left: list[tuple[int, Combination]]) -> Generator[Trial]:
+    """Take combinations from the end of `left` for as long as the cluster, and its store, are none the worse."""
+    number, at = left.pop()
+    try:
+        with bench.scene(needs) as scene:
+            yield (trial := bench.attempt(at, number, scene))
+            while left and trial.outcome == "ok" and (at.victim is not Victim.STORE or needs.place == "server"):
+                number, at = left.pop()
+                yield (trial := bench.attempt(at, number, scene))
+    except Skip as reason:
+        yield Trial(combination=str(at), outcome="skipped", found=[str(reason)])
+    except (StartError, TestbedError) as error:
+        yield Trial(combination=str(at), outcome="FAILED", found=[str(error)])
