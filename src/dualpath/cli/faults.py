@@ -9,6 +9,8 @@ from dualpath.cli.arguments import command, not_negative, positive, positive_num
 from dualpath.cli.outcome import CommandError, command_errors, new_console, usage_errors, write_json
 
 if TYPE_CHECKING:
+    from dualpath.lab.faults.matrix import Combination
+    from dualpath.lab.faults.real.trial import Bench
     from dualpath.lab.faults.sim.episodes import Report
 
 EXAMPLES = """\
@@ -20,6 +22,7 @@ examples:
   dualpath faults sim --steps 1000000 --seed 7
   dualpath faults replay faults.jsonl                            what `sim` found, step by step
   dualpath faults real --only fault=kill,victim=DE --json kills.json
+  dualpath faults real --minutes 60 --topology 1P2D --seed 7     one cluster, mixed load, a fault every few seconds
 """
 
 
@@ -48,6 +51,8 @@ def _add_real(parser: Any) -> None:
     parser.add_argument("--hold", type=positive_number, default=8.0, metavar="S", help="faults last (%(default)g s)")
     parser.add_argument("--sample", type=positive, metavar="N", help="only N of the combinations, drawn with --seed")
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="(default: %(default)s)")
+    soak = "soak one cluster instead: mixed load, and a fault every few seconds"
+    parser.add_argument("--minutes", type=positive, metavar="N", help=soak)
     parser.add_argument("serve_options", nargs="*", metavar="-- OPTION", help="more options for `dualpath serve`")
 
 
@@ -86,7 +91,7 @@ def _sim(arguments: argparse.Namespace) -> int:
 
 def _show_progress(report: "Report") -> None:
     rate = report.steps / report.seconds
-    print(f"{report.steps:,} steps in {report.seconds:,.0f} s, {rate:,.0f} a second", file=sys.stderr, flush=True)
+    _to_stderr(f"{report.steps:,} steps in {report.seconds:,.0f} s, {rate:,.0f} a second")
 
 
 def _replay(arguments: argparse.Namespace) -> int:
@@ -118,7 +123,26 @@ def _real(arguments: argparse.Namespace) -> int:
         chosen = sample(chosen, arguments.sample, arguments.seed)
     with tempfile.TemporaryDirectory(prefix="dualpath-faults-") as work, command_errors(StartError, OSError):
         bench = Bench(Path(work), str(arguments.topology), arguments.hold, arguments.serve_options)
+        if arguments.minutes is not None:
+            return _soak(arguments, bench, chosen)
         trials = run(bench, chosen, lambda trial: print(trial_line(trial), flush=True))
     write_json(arguments.json, trials)
     new_console().print(trials_table(trials))
     return 1 if any(trial.outcome == "FAILED" for trial in trials) else 0
+
+
+def _soak(arguments: argparse.Namespace, bench: "Bench", chosen: "list[Combination]") -> int:
+    """Soaks a cluster. The exit code is 1 if an answer was wrong, something was not served again, or has grown."""
+    from dualpath.lab.faults.real import soak
+
+    with usage_errors(ValueError):
+        done = soak.run(bench, chosen, arguments.minutes, arguments.seed, _to_stderr)
+    write_json(arguments.json, done)
+    for what, counts in (("faults", done.faults), ("answers", done.verdicts)):
+        print(f"{what}: {', '.join(f'{n:,} {name}' for name, n in counts.most_common())}")
+    print("\n".join(done.found) or "nothing wrong, nothing has grown")
+    return 1 if done.found else 0
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -77,6 +77,7 @@ class Parts(Served):
 
     def __init__(self, pids: list[int], work: Path) -> None:
         super().__init__((), work)
+        self._temporary.cleanup()
         self.found = pids
 
     def parts(self, victim: Victim) -> list[int]:
@@ -188,8 +189,8 @@ def test_a_client_that_leaves_and_a_store_that_rots(tmp_path: Path, capsys: pyte
 @pytest.mark.usefixtures("needs_torch")
 def test_wrong_tokens_and_what_is_held_fail_a_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Strict(Bench):
-        def prepare(self, stages: Sequence[Stage]) -> None:
-            super().prepare(stages)
+        def prepare(self, stages: Sequence[Stage], chats: int = 0) -> None:
+            super().prepare(stages, chats)
             for prompt in BACKGROUND:
                 self.right[prompt] = [7] * prompt.new
 

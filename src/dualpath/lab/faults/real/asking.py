@@ -6,9 +6,10 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException
+from typing import NamedTuple
 
 import msgspec
 
@@ -28,10 +29,12 @@ class Prompt(msgspec.Struct, frozen=True):
     """Of the tokens that are not in the store."""
     prefix: int = 0
     """Which tokens are: prompts of one prefix share them."""
+    before: tuple[int, ...] = ()
+    """What stands before them all: earlier turns."""
 
     @property
     def tokens(self) -> list[int]:
-        return [*_drawn(self.hit, f"prefix {self.prefix}"), *_drawn(self.miss, f"{self.seed}")]
+        return [*self.before, *_drawn(self.hit, f"prefix {self.prefix}"), *_drawn(self.miss, f"{self.seed}")]
 
     @property
     def stored(self) -> "Prompt":
@@ -134,10 +137,10 @@ def _code(body: bytes) -> str:
 
 def verdict(answer: Answer, right: Sequence[int], may_break: bool) -> str:
     """Returns ``right``, ``error CODE``, or what is wrong with the answer, starting with ``WRONG``."""
-    if answer.error == "hung up":
-        return "hung up"
     if answer.tokens != list(right[: len(answer.tokens)]):
         return "WRONG tokens"
+    if answer.error == "hung up":
+        return "hung up"
     if not answer.error:
         return "right" if len(answer.tokens) == len(right) else "WRONG: tokens are missing"
     if answer.error.startswith("late") or (answer.error.startswith("broken") and not may_break):
@@ -145,24 +148,41 @@ def verdict(answer: Answer, right: Sequence[int], may_break: bool) -> str:
     return f"error {answer.error}"
 
 
-class Load:
-    """Small requests in the background, one after the other in each of `lanes` threads. `verdicts` counts them."""
+class Turn(NamedTuple):
+    """What a lane of load asks next."""
 
-    def __init__(self, address: str, right: dict[Prompt, list[int]], lanes: int, may_break: bool) -> None:
+    prompt: Prompt
+    salt: str = ""
+    leaves_s: float | None = None
+    """The client hangs up after so long."""
+
+
+class Load:
+    """Requests in the background, in each lane one after the other. `verdicts` counts them.
+
+    Connections may break for requests during which `may_break` was set.
+    """
+
+    def __init__(
+        self, address: str, right: dict[Prompt, list[int]], lanes: Iterable[Iterator[Turn]], may_break: bool = False
+    ) -> None:
         self.verdicts: Counter[str] = Counter()
+        self.may_break = may_break
         self._stopped = threading.Event()
-        self._address, self._right, self._may_break = address, right, may_break
-        self._threads = [threading.Thread(target=self._run, args=(lane,), daemon=True) for lane in range(lanes)]
+        self._address, self._right = address, right
+        self._threads = [threading.Thread(target=self._run, args=(lane,), daemon=True) for lane in lanes]
         for thread in self._threads:
             thread.start()
 
-    def _run(self, lane: int) -> None:
-        prompts = list(self._right)
+    def _run(self, lane: Iterator[Turn]) -> None:
         while not self._stopped.is_set():
-            lane += 1
-            prompt = prompts[lane % len(prompts)]
-            answer = Asked(self._address, prompt).wait()
-            self.verdicts[verdict(answer, self._right[prompt], self._may_break)] += 1
+            turn, may_break = next(lane), self.may_break
+            asked = Asked(self._address, turn.prompt, turn.salt)
+            if turn.leaves_s is not None:
+                asked.join(turn.leaves_s)
+                asked.hang_up()
+            answer = asked.wait()
+            self.verdicts[verdict(answer, self._right[turn.prompt], may_break or self.may_break)] += 1
             if answer.error:
                 self._stopped.wait(0.2)  # as a client that backs off
 

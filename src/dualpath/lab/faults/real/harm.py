@@ -1,6 +1,7 @@
 """What a fault does to processes, files and clients of a cluster on this host, and how it heals."""
 
 import os
+import random
 import signal
 import socket
 import threading
@@ -47,6 +48,7 @@ class Scene:
         self.server = server
         self.testbed = testbed
         self.files = files
+        self.random = random.Random(0)
         self.before: Resources
         self.look: Asked
 
@@ -72,7 +74,7 @@ def harm(at: Combination, scene: Scene) -> Heal:
     pids = scene.cluster.parts(at.victim)
     if not pids:
         raise Skip(f"this cluster has no {at.victim} process")
-    return _harm_process(at.fault, pids[-1])
+    return _harm_process(at.fault, scene.random.choice(pids))
 
 
 def _harm_process(fault: Fault, pid: int) -> Heal:
@@ -104,9 +106,7 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _harm_store(fault: Fault, scene: Scene) -> Heal:
-    if fault in BY_SERVER:
-        server = scene.server
-        assert server is not None
+    if (server := scene.server) is not None and fault in (*BY_SERVER, Fault.FULL):
         server.healed.clear()
         server.fault = fault
 

@@ -4,7 +4,6 @@ An engine that leaves is started again, as a service manager does on a host of i
 into which no packet fits, at the end where packets leave.
 """
 
-import os
 import secrets
 import subprocess
 import sys
@@ -73,7 +72,7 @@ class Namespaced(Served):
         return [pid for node in nodes for pid in iproute.pids(node.namespace)]
 
     def _keep(self, name: str) -> None:
-        environment = {key: value for key, value in os.environ.items() if key.lower() not in _PROXIES}
+        environment = {key: value for key, value in self._environment.items() if key.lower() not in _PROXIES}
         while not self._left.is_set():
             with self.log.with_name(f"{name}.log").open("ab") as log:
                 engine = subprocess.Popen(

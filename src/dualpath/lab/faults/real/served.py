@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException
@@ -32,7 +33,7 @@ class StartError(Exception):
 
 
 class Resources(msgspec.Struct, frozen=True):
-    """Of all processes of the cluster."""
+    """Of a process, or of all of the cluster."""
 
     processes: int
     threads: int
@@ -40,6 +41,8 @@ class Resources(msgspec.Struct, frozen=True):
     resident_mib: int
     shared_memory: int
     """Names in /dev/shm."""
+    temporary_files: int = 0
+    """Of the cluster: sockets, folders, secrets."""
 
 
 class Served:
@@ -53,12 +56,20 @@ class Served:
         self.address = ""
         """Host and port."""
         self._process: subprocess.Popen[bytes]
+        self._temporary = tempfile.TemporaryDirectory(prefix="dualpath-t")
+        names = ("TMPDIR", "XDG_RUNTIME_DIR")
+        self._environment = {**os.environ, **dict.fromkeys(names, self._temporary.name)}
 
     def __enter__(self) -> "Served":
         self._ready.unlink(missing_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,
             )
         if not until(lambda: self._ready.exists() or self._process.poll() is not None, START_S) or not self.runs:
             self.__exit__()
@@ -78,6 +89,7 @@ class Served:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._temporary.cleanup()
 
     @property
     def runs(self) -> bool:
@@ -138,10 +150,18 @@ class Served:
         return found
 
     def resources(self) -> Resources:
-        pids = self.pids()
-        sums = [sum(_of(pid, what) for pid in pids) for what in ("threads", "fd", "rss")]
-        names = sum(1 for pid in pids for _ in Path("/dev/shm").glob(f"dualpath-{pid}-*"))
-        return Resources(len(pids), sums[0], sums[1], sums[2], names)
+        each = self.each().values()
+        sums = {name: sum(getattr(one, name) for one in each) for name in Resources.__struct_fields__}
+        return Resources(**sums | {"temporary_files": sum(1 for _ in Path(self._temporary.name).rglob("*"))})
+
+    def each(self) -> dict[int, Resources]:
+        """Returns what each process has, by pid."""
+        return {pid: _resources_of(pid) for pid in self.pids()}
+
+
+def _resources_of(pid: int) -> Resources:
+    names = sum(1 for _ in Path("/dev/shm").glob(f"dualpath-{pid}-*"))
+    return Resources(1, _of(pid, "threads"), _of(pid, "fd"), _of(pid, "rss"), names)
 
 
 def _has_pool(pid: int) -> bool:

@@ -32,6 +32,9 @@ class StoreServer(ThreadingHTTPServer):
         self.fault: Fault | None = None
         self.healed = threading.Event()
 
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of connections that end."""
+
 
 @contextmanager
 def store_server(root: Path) -> Iterator[StoreServer]:
@@ -118,7 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         body = self._body()
-        if not self._is_hurt():
+        if self.server.fault is Fault.FULL:
+            self._answer(507)
+        elif not self._is_hurt():
             self._path().parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._path(), body)
             self._answer(201)

@@ -10,13 +10,14 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from dualpath.lab.faults.matrix import PARTITIONS, Combination, Fault, Phase, Victim
-from dualpath.lab.faults.real.asking import Answer, Asked, Load, Prompt, until, verdict
+from dualpath.lab.faults.real.asking import Answer, Asked, Load, Prompt, Turn, until, verdict
 from dualpath.lab.faults.real.harm import Place, Scene, Skip, harm, place_of
 from dualpath.lab.faults.real.namespaces import Namespaced
 from dualpath.lab.faults.real.served import Resources, Served, StartError
@@ -34,6 +35,7 @@ LET_GO_S = 20.0
 MISSED_S = 7.0
 """An engine's lease of 5 s, and a beat."""
 LANES = 2
+TURNS = 8
 TESTBED, SUBNET = "faults", "10.91"
 PROBE = Prompt(1024, 40, 8, 0, prefix=1)
 """Its blocks are acknowledged before any fault, and no fault is aimed at them."""
@@ -79,6 +81,7 @@ class Bench:
         self.topology = topology
         self.hold_s = hold_s
         self.right: dict[Prompt, list[int]] = {}
+        self.chats: list[list[Prompt]] = []
         self.aimed_at: list[Path] = []
         """Blocks of prefix 0, below the store."""
         self._extra = tuple(extra)
@@ -90,7 +93,7 @@ class Bench:
         sizes += [] if "--hbm" in given else ["--hbm", "64MiB"]
         return [*given, *sizes, *self._extra]
 
-    def prepare(self, stages: Sequence[Stage]) -> None:
+    def prepare(self, stages: Sequence[Stage], chats: int = 0) -> None:
         """Learn the right tokens from a healthy cluster, in a namespace of their own; store the prefixes. Raises
         StartError."""
         model = [sys.executable, "-m", "dualpath", "checkpoint", str(self.work / "model")]
@@ -104,9 +107,23 @@ class Bench:
                     self.aimed_at = [file.relative_to(self._primed) for file in self._primed.rglob("*.kv")]
             primed = set(self._primed.iterdir())
             for prompt in {PROBE, *BACKGROUND, *(stage.look for stage in stages)}:
-                self.right[prompt] = self._asked(cluster, prompt, "reference").tokens
+                self._learn(cluster, prompt)
+            self.chats = [self._chat(cluster, 1_000 * (number + 1)) for number in range(chats)]
         for namespace in set(self._primed.iterdir()) - primed:
             shutil.rmtree(namespace)
+
+    def _chat(self, cluster: Served, seed: int) -> list[Prompt]:
+        """Returns turns, each of which has those before it, with their answers, at its beginning."""
+        turns = [Prompt(0, 600, 12, seed)]
+        while len(turns) < TURNS:
+            said = self._learn(cluster, turns[-1])
+            turns.append(Prompt(0, 150, 12, seed + len(turns), before=(*turns[-1].tokens, *said)))
+        self._learn(cluster, turns[-1])
+        return turns
+
+    def _learn(self, cluster: Served, prompt: Prompt) -> list[int]:
+        self.right[prompt] = self._asked(cluster, prompt, "reference").tokens
+        return self.right[prompt]
 
     def _asked(self, cluster: Served, prompt: Prompt, salt: str = "") -> Answer:
         answer = Asked(cluster.address, prompt, salt).wait()
@@ -156,11 +173,11 @@ class Bench:
         """Run the combination. Raises Skip before anything has happened."""
         cluster, trial = scene.cluster, Trial(combination=str(at), outcome="ok")
         may_break = at.victim is Victim.COORDINATOR
-        right = {prompt: self.right[prompt] for prompt in BACKGROUND}
         trial.before = scene.before
         look, before, trial.in_phase = reach(cluster, stage_of(at.phase, number))  # alone: figures are of all requests
         scene.look = look
-        load = Load(cluster.address, right, LANES, may_break)
+        lanes = [cycle([Turn(prompt) for prompt in BACKGROUND[lane:]]) for lane in range(LANES)]
+        load = Load(cluster.address, self.right, lanes, may_break)
         try:
             heal = harm(at, scene)
         except Skip:
@@ -177,11 +194,11 @@ class Bench:
             before.hang_up()
         trial.looked_at = verdict(look.wait(), self.right[look.prompt], may_break)
         healed_s = time.monotonic()
-        if until(lambda: self._served(cluster), SERVED_AGAIN_S, 0.5):
+        if until(lambda: self.is_served(cluster), SERVED_AGAIN_S, 0.5):
             trial.served_again_s = round(time.monotonic() - healed_s, 1)
         load.stop()
         trial.others = dict(load.verdicts)
-        self._look_back(trial, cluster)
+        self._look_back(trial, cluster, scene.before)
         return trial
 
     def _hold(self, at: Combination, cluster: Served, trial: Trial) -> None:
@@ -199,10 +216,10 @@ class Bench:
         if others and (error := Asked(cluster.address, PROBE).wait().error):
             trial.found.append(f"not served around: {error}")
 
-    def _served(self, cluster: Served) -> bool:
+    def is_served(self, cluster: Served) -> bool:
         return cluster.is_ok and Asked(cluster.address, PROBE).wait().tokens == self.right[PROBE]
 
-    def _look_back(self, trial: Trial, cluster: Served) -> None:
+    def _look_back(self, trial: Trial, cluster: Served, before: Resources) -> None:
         """What is wrong, in words, goes to `found`."""
         found = trial.found
         found += [trial.looked_at] if trial.looked_at.startswith("WRONG") else []
@@ -214,14 +231,13 @@ class Bench:
         if not until(lambda: not cluster.held(), LET_GO_S, 0.5):
             found.append(f"held: {', '.join(cluster.held())}")
         trial.after = cluster.resources()
-        found += _grown(trial.before, trial.after)
+        found += _grown(before, trial.after)
         if not trial.in_phase:
             found.append("the request had ended before the fault came")
         trial.outcome = "FAILED" if found else "ok"
 
 
-def _grown(before: Resources | None, after: Resources) -> list[str]:
-    assert before is not None
+def _grown(before: Resources, after: Resources) -> list[str]:
     count = max(1, before.processes)
     limits = {
         "processes": 0,
@@ -229,6 +245,7 @@ def _grown(before: Resources | None, after: Resources) -> list[str]:
         "descriptors": MORE_DESCRIPTORS * count,
         "resident_mib": MORE_MIB * count,
         "shared_memory": 0,
+        "temporary_files": 0,
     }
     return [
         f"{name}: {getattr(before, name)} before, {getattr(after, name)} after"
