@@ -226,6 +226,47 @@ def test_file_work_that_fails_is_counted(
     with_storage(tmp_path, work)
 
 
+def test_deletions_that_a_troubled_store_refuses_are_done_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bool:
+        raise StoreError("the server did not answer a moment ago")
+
+    async def work(storage: Storage) -> None:
+        with monkeypatch.context() as trouble:
+            trouble.setattr(FaultyStore, "delete", refuse)
+            for seed in range(6):
+                storage.store(prompt(seed, 2))
+            await storage.prefixes.settle()
+            assert storage.gauge("blocks") == 4 and len(storage.files()) == 12
+        storage.store(prompt(7, 2))
+        await storage.prefixes.settle()
+        assert storage.gauge("blocks") == len(storage.files()) == 4
+        assert storage.gauge("file_errors_total") == 8 and storage.gauge("file_jobs_waiting") == 0
+
+    with_storage(tmp_path, work, quota_bytes=4 * 8192)
+
+
+def test_what_can_never_be_deleted_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    delete = FaultyStore.delete
+
+    async def work(storage: Storage) -> None:
+        bad, *_ = storage.store(prompt(1, 1))
+
+        def refuse(self: FaultyStore, root: BlockKey, key: BlockKey) -> bool:
+            if key == bad:
+                raise StoreError("a folder is in its place")
+            return delete(self, root, key)
+
+        monkeypatch.setattr(FaultyStore, "delete", refuse)
+        for seed in range(2, 20):
+            storage.store(prompt(seed, 1))
+            await storage.prefixes.settle()
+        assert storage.gauge("file_errors_total") == file_work.TRIES and storage.gauge("file_jobs_waiting") == 0
+
+    with_storage(tmp_path, work, quota_bytes=8192)
+
+
 def test_a_store_that_cannot_be_opened_is_an_error_at_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
 

@@ -60,7 +60,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=joining,
     )
-    replacing = "seconds that requests wait for a new engine when a role has lost its last (default: %(default)g)"
+    replacing = (
+        "seconds that requests wait for a new engine when the last one of its role is lost (default: %(default)g)"
+    )
     group.add_argument(
         "--replacement-timeout",
         type=float,

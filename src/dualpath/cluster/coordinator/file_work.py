@@ -2,7 +2,8 @@
 
 One thread does it, in order, with a deadline for each block. A block whose work hangs is given up, and another thread
 goes on with the next. Work that fails, hangs, or finds the queue full is counted and logged, and serving does not
-depend on it: such a block stays in the store, where a look or the next start finds it again.
+depend on it. What fails is tried again when the store has answered for another block: else each trouble would leave
+files that no quota counts. Other blocks stay in the store, where a look or the next start finds them again.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable
 from functools import partial
+from typing import NamedTuple
 
 from dualpath.cluster.deadline_threads import Call, DeadlineThreads
 from dualpath.cluster.store_standing import StoreStanding
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_WAITING = 100_000
 """Most blocks that wait for their work."""
+TRIES = 5
 BATCH = 256
 """Blocks that the thread takes at a time."""
 MAX_HUNG = 3
@@ -27,7 +30,12 @@ MAX_HUNG = 3
 WARN_S = 1.0
 """At most one warning in this time: a disk that refuses would fill the log."""
 
-BlockWork = tuple[Callable[[GoneBlock], object], GoneBlock]
+
+class BlockWork(NamedTuple):
+    do: Callable[[GoneBlock], object]
+    block: GoneBlock
+    tries: int = 1
+    """This one included."""
 
 
 class Complaints:
@@ -60,7 +68,10 @@ class FileWork:
         self._clock = clock
         self._queue: deque[BlockWork] = deque()
         self._batch: deque[BlockWork] = deque()
-        self._call: Call[list[Exception]] | None = None
+        self._failed: deque[BlockWork] = deque(maxlen=MAX_WAITING)
+        """To be tried again."""
+        self._call: Call[None] | None = None
+        self._done = _Done()
         self.threads = DeadlineThreads(1, "store-files", timeout_s, most_hung=MAX_HUNG, clock=clock)
         self.standing = StoreStanding(late_away_s=timeout_s / 2, clock=clock)
         self.complaints = Complaints(clock)
@@ -91,12 +102,13 @@ class FileWork:
         """Wait for the block in hand. The rest stays in the store until the next start."""
         self._queue.clear()
         self._batch.clear()
+        self._failed.clear()
         self.threads.close(wait_s)
 
     def _put(self, work: Callable[[GoneBlock], object], blocks: Iterable[GoneBlock]) -> None:
         for block in blocks:
             if len(self._queue) < MAX_WAITING:
-                self._queue.append((work, block))
+                self._queue.append(BlockWork(work, block))
             else:
                 self.complaints.add(
                     f"{MAX_WAITING} blocks wait to be deleted: more stay in the store until the next start"
@@ -106,36 +118,39 @@ class FileWork:
     def _pump(self) -> None:
         if self._call is None and self._queue:
             self._batch = deque(self._queue.popleft() for _ in range(min(BATCH, len(self._queue))))
-            self._call = self.threads.submit(partial(self._work, self._batch))
+            self._done = _Done()
+            self._call = self.threads.submit(partial(self._work, self._batch, self._done))
             self._call.future.add_done_callback(self._ended)
 
-    def _work(self, batch: deque[BlockWork], call: Call[list[Exception]]) -> list[Exception]:
-        """On the thread: work through `batch`. Returns what went wrong."""
-        errors: list[Exception] = []
+    def _work(self, batch: deque[BlockWork], done: "_Done", call: Call[None]) -> None:
+        """On the thread: work through `batch`."""
         taken: list[BlockWork] = []
         while True:
             call.progress()
             call.hand_over(lambda: taken.append(batch.popleft()) if batch else None)  # what is left is not ours if late
             if not taken:
-                return errors
-            work, block = taken.pop()
+                return
+            work = taken.pop()
             try:
-                if block.key not in self._index:
-                    work(block)
+                if work.block.key not in self._index:
+                    work.do(work.block)
                     self.standing.answered()
+                    done.answered = True
             except Exception as error:
                 self.standing.failed(self._clock())
-                errors.append(error)
+                done.failed.append((work, error))
 
-    def _ended(self, ended: "asyncio.Future[list[Exception]]") -> None:
+    def _ended(self, ended: asyncio.Future[None]) -> None:
         assert self._call is not None
         begun = self._call.began_s < float("inf")
         self._call = None
         if ended.cancelled():
             return
         error = ended.exception()
-        for failure in ended.result() if error is None else ():
+        for work, failure in self._done.failed:
             self.complaints.add(failure)
+            if work.tries < TRIES:
+                self._failed.append(work._replace(tries=work.tries + 1))
         if error is not None:
             self.standing.failed(self._clock(), late=True)
             given_up = 1
@@ -146,4 +161,15 @@ class FileWork:
             self.complaints.add("a block stays in the store, which does not answer", given_up)
         self._queue.extendleft(reversed(self._batch))
         self._batch.clear()
+        if self._done.answered:
+            self._queue.extend(self._failed)
+            self._failed.clear()
         self._pump()
+
+
+class _Done:
+    """What a thread has done of a batch, up to where it hangs."""
+
+    def __init__(self) -> None:
+        self.failed: list[tuple[BlockWork, Exception]] = []
+        self.answered = False
