@@ -11,6 +11,7 @@ import msgspec
 from dualpath.lab.faults.matrix import Path, Phase
 from dualpath.lab.faults.real.asking import Asked, Prompt, until
 from dualpath.lab.faults.real.served import Served
+from dualpath.spec.topology import Topology
 
 REACH_S = 30.0
 SYSTEMS = {Path.PE: "basic-layerwise", Path.DE: "de-only", Path.SPLIT: "dualpath-split"}
@@ -18,7 +19,7 @@ SYSTEMS = {Path.PE: "basic-layerwise", Path.DE: "de-only", Path.SPLIT: "dualpath
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """`look` is the request that is looked at, `before` one that stands in its way."""
+    """`look` is the request that is looked at, `before` one that stands in its way at each engine."""
 
     look: Prompt
     before: Prompt | None = None
@@ -57,13 +58,17 @@ def stage_of(phase: Phase, number: int) -> Stage:
     return msgspec.structs.replace(stage, look=msgspec.structs.replace(stage.look, seed=2 * number + 2), before=before)
 
 
-def reach(cluster: Served, stage: Stage) -> tuple[Asked, Asked | None, bool]:
-    """Ask, and wait for the phase. Returns the request, the one before it, and whether the phase was seen."""
-    before = None
+def reach(cluster: Served, stage: Stage, size: Topology) -> tuple[Asked, list[Asked], bool]:
+    """Ask, and wait for the phase. Returns the request, those before it, and whether the phase was seen."""
+    before = []
     if stage.before is not None:
-        before = Asked(cluster.address, stage.before)
-        in_the_way = "loading" if stage.state == "allocating" else "decoding"
-        until(lambda: cluster.in_state(in_the_way), REACH_S, 0.02)
+        in_the_way, nodes = "decoding", size.decode_nodes
+        if stage.state == "allocating":
+            in_the_way, nodes = "loading", min(size.prefill_nodes, size.decode_nodes)
+        for number in range(nodes * size.engines_per_node):
+            prompt = msgspec.structs.replace(stage.before, seed=stage.before.seed + 10_000 * number)
+            before.append(Asked(cluster.address, prompt))
+        until(lambda: cluster.in_state(in_the_way) >= len(before), REACH_S, 0.02)
     look = Asked(cluster.address, stage.look)
 
     def seen() -> bool:
