@@ -23,8 +23,8 @@ MINUTE_S = 60.0
 QUOTA_MIB = 24
 NEEDS = Needs("server", ("--system", "dualpath", "--snic-rate", "20MB/s", "--store-quota", f"{QUOTA_MIB}MiB"))
 CHATS = 6
-LOOKS = 40
-"""Requests that are looked at, in turn, each under a salt of its own."""
+LOOKS = 6
+"""Requests that are looked at, in turn; each second one under a salt of its own, which has no hits."""
 HOLD_S, SHORT_HOLD_S = (0.5, 8.0), (0.5, 3.0)
 """How long faults last; the second does not end a lease."""
 WARM_MINUTES = 2
@@ -138,8 +138,8 @@ class _Soaking:
 
     def _look(self) -> Asked:
         self._looks += 1
-        prompt: Prompt = stage_of(Phase.DECODING, self._looks % LOOKS).look
-        return Asked(self._scene.cluster.address, prompt, f"look {self._looks}" if self._looks >= LOOKS else "")
+        prompt: Prompt = stage_of(Phase.DECODING, self._looks // 2 % LOOKS).look
+        return Asked(self._scene.cluster.address, prompt, f"look {self._looks}" if self._looks % 2 else "")
 
 
 def _line(soak: Soak) -> str:
