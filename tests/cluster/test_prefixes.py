@@ -13,9 +13,20 @@ import pytest
 from dualpath.cluster.coordinator import file_work, lookout, prefixes
 from dualpath.cluster.coordinator.lookout import ABSENT_S, MAX_ABSENT, MAX_LOOKS
 from dualpath.cluster.coordinator.prefixes import UNAVAILABLE_S, Prefixes
+from dualpath.cluster.coordinator.recount import PAUSE_S
 from dualpath.cluster.messages import BlockFaultReport, StoredBlock
 from dualpath.cluster.store_standing import QUICK_S, REFUSED_AWAY_S
-from dualpath.kv import BlockKey, BlockRecord, KVLayout, KVPart, PosixStore, StoreError, block_keys, namespace
+from dualpath.kv import (
+    BlockKey,
+    BlockRecord,
+    GoneBlock,
+    KVLayout,
+    KVPart,
+    PosixStore,
+    StoreError,
+    block_keys,
+    namespace,
+)
 from dualpath.kv.stores.block_file import PAGE_BYTES
 
 from .faulty_store import Faults, FaultyStore
@@ -31,7 +42,7 @@ WAIT_S = 20.0
 class Storage:
     """A store as engines see it beside `Prefixes`."""
 
-    def __init__(self, where: Path, quota_bytes: int | None = None) -> None:
+    def __init__(self, where: Path, quota_bytes: int | None = None, file_lanes: int = 1) -> None:
         self.now_s = 0.0
         self.faults: Faults = {}
         self.faulty = FaultyStore(PosixStore(where, durable=False), lambda: self.faults)
@@ -44,6 +55,7 @@ class Storage:
             clock=lambda: self.now_s,
             timeout_s=TIMEOUT_S,
             store=self.faulty,
+            file_lanes=file_lanes,
         )
         self.where = where
         self.block_bytes = 0
@@ -84,9 +96,11 @@ class Storage:
         await asyncio.sleep(0.01)  # what follows from it
 
 
-def with_storage(where: Path, work: Callable[[Storage], Awaitable[None]], quota_bytes: int | None = None) -> None:
+def with_storage(
+    where: Path, work: Callable[[Storage], Awaitable[None]], quota_bytes: int | None = None, file_lanes: int = 1
+) -> None:
     async def run() -> None:
-        storage = Storage(where, quota_bytes)
+        storage = Storage(where, quota_bytes, file_lanes)
         await storage.prefixes.load()
         try:
             await work(storage)
@@ -265,6 +279,55 @@ def test_what_can_never_be_deleted_is_given_up(tmp_path: Path, monkeypatch: pyte
         assert storage.gauge("file_errors_total") == file_work.TRIES and storage.gauge("file_jobs_waiting") == 0
 
     with_storage(tmp_path, work, quota_bytes=8192)
+
+
+def test_deletions_do_not_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may take long for each: several are under way at the same time."""
+    together = threading.Barrier(file_work.LANES)
+    delete = FaultyStore.delete
+
+    def slow(self: FaultyStore, root: BlockKey, key: BlockKey) -> bool:
+        together.wait(WAIT_S)
+        return delete(self, root, key)
+
+    async def work(storage: Storage) -> None:
+        monkeypatch.setattr(FaultyStore, "delete", slow)
+        gone = [GoneBlock(bytes(32), bytes([lane]) * 32, bytes(32)) for lane in range(file_work.LANES)]
+        storage.prefixes._files.delete(gone)
+        await storage.prefixes.settle()
+        assert storage.gauge("file_errors_total") == 0
+
+    with_storage(tmp_path, work, file_lanes=file_work.LANES)
+
+
+def test_files_that_were_given_up_are_counted_again_and_leave_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trouble that outlasts every try leaves files that no quota counts; what is in use stays, they go."""
+
+    def refuse(*_: object) -> bool:
+        raise StoreError("the server did not answer a moment ago")
+
+    async def work(storage: Storage) -> None:
+        with monkeypatch.context() as trouble:
+            trouble.setattr(FaultyStore, "delete", refuse)
+            trouble.setattr(file_work, "TRIES", 1)
+            for seed in range(6):
+                storage.store(prompt(seed, 2))
+            await storage.prefixes.settle()
+        assert storage.gauge("blocks") == 4 and len(storage.files()) == 12
+        storage.now_s += PAUSE_S
+        kept = storage.store(prompt(6, 2))
+        async with asyncio.timeout(WAIT_S):
+            while len(storage.files()) > 4:
+                await asyncio.sleep(0.002)
+        assert storage.gauge("recounts_total") == 1 and storage.gauge("blocks") == 4
+        assert {key.hex() for key in kept} <= storage.files()
+        storage.store(prompt(7, 2))
+        await storage.prefixes.settle()
+        assert storage.gauge("recounts_total") == 1
+
+    with_storage(tmp_path, work, quota_bytes=4 * 8192)
 
 
 def test_a_store_that_cannot_be_opened_is_an_error_at_start(tmp_path: Path) -> None:

@@ -123,8 +123,10 @@ class PrefixIndex:
         self._shed()
         return len(nodes)
 
-    def publish(self, root: BlockKey, key: BlockKey, parent: BlockKey, physical_bytes: int) -> bool:
-        """Make a stored block matchable, as just used. Returns False if it is already, or `parent` is not published.
+    def publish(
+        self, root: BlockKey, key: BlockKey, parent: BlockKey, physical_bytes: int, *, used: bool = True
+    ) -> bool:
+        """Make a stored block matchable, as just used, or never. Returns False if it is already, or `parent` is not.
 
         `root` is the root key of its namespace, `parent` the key of the block before it, or `root`. Raises ValueError
         for a negative size or a wrong key.
@@ -142,7 +144,7 @@ class PrefixIndex:
         self._tick += 1
         self._serial += 1
         node = _Node(key, above, physical_bytes, self._serial)
-        node.tick = self._tick
+        node.tick = self._tick if used else 0
         above.children[key] = node
         self._nodes[key] = node
         self._stored_bytes += physical_bytes

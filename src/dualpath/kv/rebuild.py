@@ -37,15 +37,20 @@ class RebuildReport(msgspec.Struct, frozen=True):
     """Orphans, bad blocks and leftovers that could not be cleaned; they stay, and never enter the index."""
 
 
-def rebuild(index: PrefixIndex, store: Store, *, clean: bool = False) -> RebuildReport:
+def rebuild(
+    index: PrefixIndex, store: Store, *, clean: bool = False, on_block: Callable[[], None] = lambda: None
+) -> RebuildReport:
     """Publish every block of `store` that can be reached from its namespace's root.
 
-    Blocks that `index` already has stay as they are. `clean` deletes orphans and what killed writers left, and
-    quarantines bad blocks, whose space would otherwise not be counted; what can't be cleaned is noted. Raises
-    StoreError if the store cannot be read.
+    Blocks that `index` already has stay as they are. `on_block` is called for each one that is read. `clean` deletes
+    orphans and what killed writers left, and quarantines bad blocks, whose space would otherwise not be counted; what
+    can't be cleaned is noted. Raises StoreError if the store cannot be read.
     """
     found: list[BadFile] = []
-    waiting = {record.key: record for record in store.scan(found.append)}
+    waiting: dict[BlockKey, BlockRecord] = {}
+    for record in store.scan(found.append):
+        waiting[record.key] = record
+        on_block()
     bad = tuple(file for file in found if file.cause is not BlockFault.UNAVAILABLE)
     unavailable = tuple(file for file in found if file.cause is BlockFault.UNAVAILABLE)
     blocks_before, bytes_before = index.blocks, index.stored_bytes

@@ -148,6 +148,9 @@ STORE_DROPPED_BLOCKS = _store("dualpath_store_dropped_blocks_total", "Blocks tha
 STORE_REFUSED_BLOCKS = _store("dualpath_store_refused_blocks_total", "Reports of blocks that make no sense")
 STORE_LOOKS = _store("dualpath_store_looks_total", "Looks at the store for what a neighbour has stored", unit="looks")
 STORE_FOUND_BLOCKS = _store("dualpath_store_found_blocks_total", "Blocks of neighbours that were found so")
+STORE_RECOUNTS = _store(
+    "dualpath_store_recounts_total", "Scans of the whole store for blocks that trouble had left uncounted", unit="looks"
+)
 STORE_FILE_ERRORS = _store("dualpath_store_file_errors_total", "Opening, deleting or setting aside files that failed")
 STORE_FILE_JOBS = _store("dualpath_store_file_jobs_waiting", "File jobs that are not done yet", unit="jobs")
 STORE_FAULTS = _store("dualpath_store_faults_total", "Blocks that could not be read, by what is wrong", ("cause",))

@@ -14,9 +14,10 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from dualpath.cluster.coordinator.file_work import FileWork
+from dualpath.cluster.coordinator.file_work import LANES, FileWork
 from dualpath.cluster.coordinator.kv_events import KVEvents
 from dualpath.cluster.coordinator.lookout import Lookout, Recently
+from dualpath.cluster.coordinator.recount import Recount
 from dualpath.cluster.messages import BlockFaultReport, StoredBlock
 from dualpath.cluster.store_standing import troubles_s
 from dualpath.kv import (
@@ -63,6 +64,7 @@ class Prefixes:
         clock: Callable[[], float] = time.monotonic,
         timeout_s: float = 10.0,
         store: Store | None = None,
+        file_lanes: int = LANES,
     ) -> None:
         self._store = store or open_store(location)
         self._layout = layout
@@ -72,8 +74,9 @@ class Prefixes:
         self._events = events or KVEvents(None)
         self._index = PrefixIndex()
         self._generation = ""
-        self._files = FileWork(self._store, self._index, timeout_s, clock)
+        self._files = FileWork(self._store, self._index, timeout_s, clock, file_lanes)
         self._lookout = Lookout(self._store, self._take_over, timeout_s, clock)
+        self._recount = Recount(self._store, self._index, timeout_s, self._enforce_quota, clock)
         self._unavailable = Recently(UNAVAILABLE_S, MAX_UNAVAILABLE, clock)
         self.faults: Counter[BlockFault] = Counter()
         self.found_blocks = 0
@@ -95,9 +98,10 @@ class Prefixes:
         except StoreError as error:
             refusal = error
         try:
-            rebuild(self._index, self._store, clean=refusal is None)
+            report = rebuild(self._index, self._store, clean=refusal is None)
         except StoreError as error:
             raise refusal or error from None
+        self._files.forgotten = bool(report.unavailable)
         if refusal is not None:  # it can be read: what is stored is served, although nothing can be added
             self._files.standing.failed(math.inf)
             self._files.complaints.add(refusal)
@@ -165,6 +169,8 @@ class Prefixes:
         if evicted:
             self._events.removed(block.key for block in evicted)
             self._files.delete(evicted)
+        if not self._files.standing.failing_s and self._recount.begin(self._files.forgotten):
+            self._files.forgotten = False
 
     def report_faults(self, faults: list[BlockFaultReport]) -> None:
         """Count unreadable blocks by cause. Bad ones leave with their descendants, and their files are set aside."""
@@ -204,6 +210,7 @@ class Prefixes:
             metrics.STORE_REFUSED_BLOCKS(): float(self.refused_blocks),
             metrics.STORE_LOOKS(): float(self._lookout.looks),
             metrics.STORE_FOUND_BLOCKS(): float(self.found_blocks),
+            metrics.STORE_RECOUNTS(): float(self._recount.begun),
             metrics.STORE_FILE_ERRORS(): float(self._files.complaints.count + self._lookout.complaints.count),
             metrics.STORE_FILE_JOBS(): float(self._files.waiting),
             **{metrics.STORE_FAULTS(fault.value): float(self.faults[fault]) for fault in BlockFault},
@@ -222,6 +229,7 @@ class Prefixes:
         """Wait for the work in progress, but for none that hangs."""
         self._files.close(CLOSE_S)
         self._lookout.close(CLOSE_S)
+        self._recount.close()
 
 
 _FAULTS = {fault.value: fault for fault in BlockFault}

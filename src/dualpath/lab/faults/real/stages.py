@@ -62,10 +62,10 @@ def reach(cluster: Served, stage: Stage, size: Topology) -> tuple[Asked, list[As
     """Ask, and wait for the phase. Returns the request, those before it, and whether the phase was seen."""
     before = []
     if stage.before is not None:
-        in_the_way, nodes = "decoding", size.decode_nodes
+        in_the_way, engines = "decoding", size.decode_engines
         if stage.state == "allocating":
-            in_the_way, nodes = "loading", min(size.prefill_nodes, size.decode_nodes)
-        for number in range(nodes * size.engines_per_node):
+            in_the_way, engines = "loading", min(size.prefill_engines, size.decode_engines)
+        for number in range(engines):
             prompt = msgspec.structs.replace(stage.before, seed=stage.before.seed + 10_000 * number)
             before.append(Asked(cluster.address, prompt))
         until(lambda: cluster.in_state(in_the_way) >= len(before), REACH_S, 0.02)
