@@ -15,10 +15,11 @@ import pytest
 from dualpath import cli
 from dualpath.lab.faults.matrix import Combination, Fault, Phase, Victim
 from dualpath.lab.faults.matrix import Path as ReadPath
-from dualpath.lab.faults.real import trial
+from dualpath.lab.faults.real import soak, trial
 from dualpath.lab.faults.real.asking import Answer, Prompt, until, verdict
 from dualpath.lab.faults.real.harm import Scene, Skip, harm
 from dualpath.lab.faults.real.served import Resources, Served
+from dualpath.lab.faults.real.soak import Sample, grown
 from dualpath.lab.faults.real.stages import STAGES, Stage, stage_of
 from dualpath.lab.faults.real.store_server import StoreServer, store_server
 from dualpath.lab.faults.real.trial import BACKGROUND, Bench, Trial, run
@@ -164,6 +165,44 @@ def test_what_has_grown_is_told() -> None:
         "threads: 40 before, 400 after",
         "resident_mib: 900 before, 9000 after",
     ]
+
+
+def sampled(minute: int, *, all_threads: int = 80, shm: int = 4, mib: int = 20, **one: int) -> Sample:
+    process = Resources(
+        **{"processes": 1, "threads": 10, "descriptors": 30, "resident_mib": 300, "shared_memory": 2} | one
+    )
+    return Sample(minute, Resources(8, all_threads, 240, 1500, shm), {7: process, 1000 + minute: process}, 300, mib)
+
+
+def test_a_soak_tells_what_has_grown_in_processes_that_live_on() -> None:
+    flat = [sampled(minute) for minute in range(12)]
+    assert grown(flat) == []
+    assert grown(flat[:2]) == []
+    assert grown([*flat[:11], sampled(11, shm=5)]) == ["shared_memory: 4 after warm-up, 5 at the end"]
+    assert grown([*flat[:11], sampled(11, mib=90)]) == ["the store has 90 MiB, its quota is 24"]
+    assert grown([sampled(minute, resident_mib=300 + 10 * minute) for minute in range(12)]) == [
+        "process 7: resident_mib 365, later 405"
+    ]
+    assert grown([sampled(minute, descriptors=30 + 40 * (minute == 8)) for minute in range(12)]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("needs_torch")
+def test_a_soak_compares_every_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "MINUTE_S", 4.0)
+    bench, shown = Bench(tmp_path, "1P1D", 1.0), list[str]()
+    done = soak.run(bench, [at("slow", "client", "decoding"), at("hung", "store", "reading")], 2, 1, shown.append)
+    assert done.found == [] and done.verdicts["right"] > 10
+    assert set(done.faults) <= {"slow:client", "hung:store"} and len(shown) == len(done.samples) == 2
+    bench.right = {prompt: [7] * len(tokens) for prompt, tokens in bench.right.items()}
+    monkeypatch.setattr(Bench, "prepare", lambda *_: None)
+    monkeypatch.setattr(Bench, "is_served", lambda *_: True)
+    assert any(
+        "WRONG tokens" in text for text in soak.run(bench, [at("slow", "client", "decoding")], 1, 1, shown.append).found
+    )
+    with pytest.raises(ValueError, match="need network namespaces"):
+        soak.run(bench, [at("partition", "DE", "decoding")], 1, 1, shown.append)
 
 
 @pytest.mark.slow
