@@ -109,6 +109,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 def _real(arguments: argparse.Namespace) -> int:
     """Hurts real clusters. The exit code is 1 if a combination failed."""
+    import signal
     import tempfile
 
     from dualpath.lab.faults.matrix import combinations, sample, select, selected
@@ -121,6 +122,7 @@ def _real(arguments: argparse.Namespace) -> int:
     chosen = [at for at in combinations("real") if selected(at, wanted)]
     if arguments.sample is not None:
         chosen = sample(chosen, arguments.sample, arguments.seed)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clusters end with it
     with tempfile.TemporaryDirectory(prefix="dualpath-faults-") as work, command_errors(StartError, OSError):
         bench = Bench(Path(work), str(arguments.topology), arguments.hold, arguments.serve_options)
         if arguments.minutes is not None:

@@ -167,6 +167,7 @@ class _Lane:
             except Exception as error:
                 self._files.standing.failed(self._clock())
                 done.failed.append((work, error))
+                done.answered = False
 
     def _ended(self, ended: asyncio.Future[None]) -> None:
         assert self.call is not None
@@ -185,7 +186,7 @@ class _Lane:
             self._files.give_up("a block stays in the store, which does not answer", given_up)
         self._queue.extendleft(reversed(self._batch))
         self._batch.clear()
-        if self._done.answered:
+        if self._done.answered and error is None:
             self._queue.extend(self._failed)
             self._failed.clear()
         self._pump()
@@ -205,3 +206,4 @@ class _Done:
     def __init__(self) -> None:
         self.failed: list[tuple[BlockWork, Exception]] = []
         self.answered = False
+        """At last."""

@@ -71,7 +71,12 @@ class Served:
                 env=self._environment,
                 start_new_session=True,
             )
-        if not until(lambda: self._ready.exists() or self._process.poll() is not None, START_S) or not self.runs:
+        try:
+            until(lambda: self._ready.exists() or self._process.poll() is not None, START_S)
+        except BaseException:
+            self.__exit__()
+            raise
+        if not self._ready.exists():
             self.__exit__()
             raise StartError(f"{' '.join(self._command)} did not start; {self.log} says why")
         self.address = str(self._facts()["url"]).removeprefix("http://")

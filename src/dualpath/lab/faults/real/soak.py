@@ -23,6 +23,8 @@ MINUTE_S = 60.0
 QUOTA_MIB = 24
 NEEDS = Needs("server", ("--system", "dualpath", "--snic-rate", "20MB/s", "--store-quota", f"{QUOTA_MIB}MiB"))
 CHATS = 6
+NEW_SALTS = 0.2
+"""Of the chats. Each has blocks for a tenth of the quota, which others must leave."""
 LOOKS = 6
 """Requests that are looked at, in turn; each second one under a salt of its own, which has no hits."""
 HOLD_S, SHORT_HOLD_S = (0.5, 8.0), (0.5, 3.0)
@@ -79,7 +81,7 @@ class _Soaking:
     def _chats(self, lane: int) -> Iterator[Turn]:
         draw = random.Random(f"{self._soak.seed} {lane}")
         while True:
-            salt = f"tenant {draw.random()}" if draw.random() < 0.5 else ""
+            salt = f"tenant {draw.random()}" if draw.random() < NEW_SALTS else ""
             for prompt in draw.choice(self._bench.chats):
                 yield Turn(prompt, salt)
 

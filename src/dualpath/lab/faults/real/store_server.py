@@ -6,7 +6,7 @@ It speaks as much WebDAV as the cluster's store of objects needs. `faulty` decid
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -131,6 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_DELETE(self) -> None:
         if not self._is_hurt():
             self._path().unlink(missing_ok=True)
+            with suppress(OSError):
+                self._path().parent.rmdir()  # as in a bucket, where folders are names
+                self._path().parent.parent.rmdir()
             self._answer(204)
 
     def do_PROPFIND(self) -> None:
