@@ -126,22 +126,32 @@ def _harm_store(fault: Fault, scene: Scene) -> Heal:
                 pass
         return filler.unlink
     for file in scene.files:
-        damaged = bytearray(file.read_bytes())
-        damaged[len(damaged) // 2] ^= 1
-        file.write_bytes(damaged)
+        with suppress(FileNotFoundError):  # it has been evicted
+            damaged = bytearray(file.read_bytes())
+            damaged[len(damaged) // 2] ^= 1
+            file.write_bytes(damaged)
     return lambda: None
 
 
 def _bring_back(away: Path, store: Path) -> None:
-    """Put what is there again, and what was written meanwhile, together."""
-    for file in store.rglob("*") if store.exists() else ():
-        if file.is_file():
+    """Put what is there again, and what is written meanwhile, together."""
+    for _ in range(100):
+        for file in files_in(store):
             there = away / file.relative_to(store)
             there.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(there)
-    if store.exists():
-        store.rename(store.with_name(f"{store.name}-meanwhile-{time.monotonic_ns()}"))
-    away.rename(store)
+            with suppress(FileNotFoundError):  # a draft
+                file.replace(there)
+        with suppress(OSError):  # somebody writes at this moment
+            if store.exists():
+                store.rename(store.with_name(f"{store.name}-meanwhile-{time.monotonic_ns()}"))
+            away.rename(store)
+            return
+    raise OSError(f"{away} can't be brought back to {store}")
+
+
+def files_in(store: Path) -> list[Path]:
+    """Returns what is there while others write and delete."""
+    return [Path(folder, name) for folder, _, names in os.walk(store) for name in names]
 
 
 def _harm_client(fault: Fault, scene: Scene) -> Heal:

@@ -8,13 +8,14 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from statistics import median
 
 import msgspec
 
 from dualpath.lab.faults.matrix import Combination, Fault, Phase, Victim
 from dualpath.lab.faults.real.asking import Asked, Load, Prompt, Turn, until, verdict
-from dualpath.lab.faults.real.harm import Scene, Skip, harm, place_of
+from dualpath.lab.faults.real.harm import Scene, Skip, files_in, harm, place_of
 from dualpath.lab.faults.real.served import Resources
 from dualpath.lab.faults.real.stages import stage_of
 from dualpath.lab.faults.real.trial import BACKGROUND, LET_GO_S, SERVED_AGAIN_S, Bench, Needs
@@ -112,15 +113,18 @@ class _Soaking:
         soak.found += [f"minute {minute}: {n} {said}" for said, n in load.verdicts.items() if said.startswith("WRONG")]
         if not load.verdicts["right"]:
             soak.found.append(f"minute {minute}: nothing was answered")
-        files = [file.stat().st_size for file in self._scene.store.rglob("*") if file.is_file()]
-        soak.samples.append(Sample(minute, cluster.resources(), cluster.each(), len(files), sum(files) >> 20))
+        sizes = []
+        for file in files_in(self._scene.store):
+            with suppress(FileNotFoundError):
+                sizes.append(file.stat().st_size)
+        soak.samples.append(Sample(minute, cluster.resources(), cluster.each(), len(sizes), sum(sizes) >> 20))
 
     def _hurt(self, at: Combination, load: Load, hold_s: tuple[float, float]) -> None:
         soak, scene = self._soak, self._scene
         name = f"{at.fault}:{at.victim}"
         soak.faults[name] += 1
         load.may_break = at.victim is Victim.COORDINATOR
-        blocks = sorted(scene.store.rglob("*.kv"))
+        blocks = sorted(file for file in files_in(scene.store) if file.suffix == ".kv")
         scene.files[:] = self._random.sample(blocks, min(4, len(blocks)))
         scene.look = self._look()
         time.sleep(self._random.uniform(0.0, 0.5))

@@ -31,6 +31,7 @@ class StoreServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.fault: Fault | None = None
         self.healed = threading.Event()
+        self.folders = threading.Lock()
 
     def handle_error(self, *_: object) -> None:
         """Say nothing of connections that end."""
@@ -124,14 +125,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.fault is Fault.FULL:
             self._answer(507)
         elif not self._is_hurt():
-            self._path().parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path(), body)
+            with self.server.folders:
+                self._path().parent.mkdir(parents=True, exist_ok=True)
+                write_whole(self._path(), body)
             self._answer(201)
 
     def do_DELETE(self) -> None:
         if not self._is_hurt():
             self._path().unlink(missing_ok=True)
-            with suppress(OSError):
+            with self.server.folders, suppress(OSError):
                 self._path().parent.rmdir()  # as in a bucket, where folders are names
                 self._path().parent.parent.rmdir()
             self._answer(204)
