@@ -38,6 +38,8 @@ MISSED_S = 8.0
 """An engine's lease of 5 s, a beat, and what TCP still brings one way before it gives up."""
 LANES = 2
 TURNS = 8
+OWN_FILES = ("folder", "disk")
+"""Where a fault of the store is one of its files."""
 TESTBED, SUBNET = "faults", "10.91"
 PROBE = Prompt(1024, 40, 8, 0, prefix=1)
 """Its blocks are acknowledged before any fault, and no fault is aimed at them."""
@@ -290,7 +292,7 @@ def _on_one_cluster(bench: Bench, needs: Needs, left: list[tuple[int, Combinatio
     try:
         with bench.scene(needs) as scene:
             yield (trial := bench.attempt(at, number, scene))
-            while left and trial.outcome == "ok" and (at.victim is not Victim.STORE or needs.place == "server"):
+            while left and trial.outcome == "ok" and not (at.victim is Victim.STORE and needs.place in OWN_FILES):
                 number, at = left.pop()
                 yield (trial := bench.attempt(at, number, scene))
     except Skip as reason:
