@@ -160,14 +160,20 @@ class Turn(NamedTuple):
 class Load:
     """Requests in the background, in each lane one after the other. `verdicts` counts them.
 
-    Connections may break for requests during which `may_break` was set.
+    Connections may break for requests during which `may_break` was set. A lane rests for `pause_s` after each.
     """
 
     def __init__(
-        self, address: str, right: dict[Prompt, list[int]], lanes: Iterable[Iterator[Turn]], may_break: bool = False
+        self,
+        address: str,
+        right: dict[Prompt, list[int]],
+        lanes: Iterable[Iterator[Turn]],
+        may_break: bool = False,
+        pause_s: float = 0.0,
     ) -> None:
         self.verdicts: Counter[str] = Counter()
         self.may_break = may_break
+        self._pause_s = pause_s
         self._stopped = threading.Event()
         self._address, self._right = address, right
         self._threads = [threading.Thread(target=self._run, args=(lane,), daemon=True) for lane in lanes]
@@ -183,8 +189,7 @@ class Load:
                 asked.hang_up()
             answer = asked.wait()
             self.verdicts[verdict(answer, self._right[turn.prompt], may_break or self.may_break)] += 1
-            if answer.error:
-                self._stopped.wait(0.2)  # as a client that backs off
+            self._stopped.wait(0.2 if answer.error else self._pause_s)  # a client backs off
 
     def stop(self) -> None:
         self._stopped.set()

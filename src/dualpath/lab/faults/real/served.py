@@ -22,7 +22,7 @@ STOP_S = 20.0
 HELD = re.compile(
     r"^(dualpath_(?:scheduler_requests|scheduler_draining_\w+|scheduler_overdue_releases|buffer_held_blocks|"
     r"buffer_quarantined_blocks|store_pinned_blocks|store_pin_owners|engine_attempts|decode_running_requests|"
-    r"requests_live)(?:\{[^}]*\})?) (\S+)$",
+    r"requests_live|store_file_jobs_waiting)(?:\{[^}]*\})?) (\S+)$",
     re.MULTILINE,
 )
 """Series that are 0 while nobody asks for anything."""

@@ -21,6 +21,7 @@ from dualpath.lab.faults.real.stages import stage_of
 from dualpath.lab.faults.real.trial import BACKGROUND, LET_GO_S, SERVED_AGAIN_S, Bench, Needs
 
 MINUTE_S = 60.0
+PAUSE_S = 0.25
 QUOTA_MIB = 24
 NEEDS = Needs("server", ("--system", "dualpath", "--snic-rate", "20MB/s", "--store-quota", f"{QUOTA_MIB}MiB"))
 CHATS = 6
@@ -97,7 +98,7 @@ class _Soaking:
 
     def minute(self, minute: int, later: bool) -> None:
         soak, cluster = self._soak, self._scene.cluster
-        load = Load(cluster.address, self._bench.right, self._lanes)
+        load = Load(cluster.address, self._bench.right, self._lanes, pause_s=PAUSE_S)
         ends_s = time.monotonic() + MINUTE_S
         lives_on = [
             at for at in self._faults if at.fault is not Fault.KILL or at.victim in (Victim.CLIENT, Victim.STORE)
