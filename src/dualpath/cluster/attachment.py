@@ -10,25 +10,27 @@ engine's rows (`SharedRows`), which the agent maps.
 """
 
 import signal
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.messages import Draw
 from dualpath.cluster.orders import EngineOrder, OrderDone
+from dualpath.cluster.wire_types import Figures, Logprobs, Pages, Tokens
 from dualpath.core.vocabulary import Role
 from dualpath.kv.layout import KVLayout
-from dualpath.spec.metrics import Figures
+from dualpath.spec.bounds import MAX_ITEMS, Count, Name, Text, TokenId
 from dualpath.spec.sampling import SamplingParams, TokenHistory
 
 LISTENS = "listens for engines"
 """What an agent tells its supervisor once engines can attach."""
 LEAVE = signal.SIGUSR1
 """Tells an agent to end, with its engines."""
-Owner = tuple[int, int]
+Owner = tuple[Count, Count]
 """``(request, attempt)``."""
-Span = tuple[int, int]
+Span = tuple[Count, Count]
 """First byte and number of bytes in an engine's rows."""
 Way = Literal["load", "ship"]
 
@@ -49,37 +51,37 @@ class Attach(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Engine: it has loaded its model, and this is what it is."""
 
     role: Role
-    name: str
-    pid: int
+    name: Name
+    pid: Count
     layout: KVLayout
-    model_fingerprint: str
-    max_model_len_tokens: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-    hbm_blocks: int = 0
+    model_fingerprint: Name
+    max_model_len_tokens: Count
+    vocab_size: Count
+    eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_ITEMS)]
+    hbm_blocks: Count = 0
     """Device memory for KV of a decode engine, in Full Blocks."""
     prefill_tokens_per_s: float | None = None
     attention: AttentionFigures | None = None
     """Of a prefill engine."""
     scores_prompts: bool = True
-    ticket: str
+    ticket: Name
     """See `messages.Join`."""
-    rows_path: str = ""
+    rows_path: Text = ""
     """File of a prefill engine's `SharedRows`."""
 
 
 class LayerThread(msgspec.Struct, frozen=True, tag=True):
     """Engine: this connection is for one of its threads; `attachment` is from `Attached`."""
 
-    attachment: str
+    attachment: Name
     way: Way
 
 
 class Attached(msgspec.Struct, frozen=True, tag=True):
     """Agent: the engine's buffer is at `pool_path`. `attachment` is a secret of these two."""
 
-    attachment: str
-    pool_path: str
+    attachment: Name
+    pool_path: Text
 
 
 First = Attach | LayerThread
@@ -90,7 +92,7 @@ First = Attach | LayerThread
 class Constrain(msgspec.Struct, frozen=True, tag=True):
     """Make what bends the attempt's draws; kept until it is used or forgotten."""
 
-    call: int
+    call: Count
     owner: Owner
     sampling: SamplingParams
     history: TokenHistory | None
@@ -106,84 +108,84 @@ class ChunkItem(msgspec.Struct, frozen=True):
     """One chunk of a prefill batch."""
 
     owner: Owner
-    token_ids: list[int]
-    past_tokens: int
+    token_ids: Tokens
+    past_tokens: Count
     sampling: SamplingParams | None
     """Of a prompt's last chunk: draw the next token."""
-    generated_tokens: int
-    next_token_ids: list[int] | None = None
+    generated_tokens: Count
+    next_token_ids: Tokens | None = None
     """The tokens that follow the chunk's, where they are scored."""
-    top: int = 0
+    top: Count = 0
 
 
 class RunBatch(msgspec.Struct, frozen=True, tag=True):
     """PE: compute a batch, layer by layer; answered by `BatchDone`."""
 
-    call: int
-    items: list[ChunkItem]
+    call: Count
+    items: Annotated[list[ChunkItem], Meta(max_length=MAX_ITEMS)]
 
 
 class Admit(msgspec.Struct, frozen=True, tag=True):
     """DE: take device blocks for a sequence."""
 
-    call: int
-    sequence: int
+    call: Count
+    sequence: Count
     owner: Owner
-    prompt_tokens: int
-    first_token: int
+    prompt_tokens: Count
+    first_token: TokenId
     sampling: SamplingParams
-    generated_tokens: int
+    generated_tokens: Count
 
 
 class Fill(msgspec.Struct, frozen=True, tag=True):
     """DE: copy pages to the device. Answered when they are copied, in the order of the calls about a sequence."""
 
-    call: int
-    sequence: int
-    blocks: list[tuple[int, int, int]]
+    call: Count
+    sequence: Count
+    blocks: Annotated[list[tuple[Count, Count, Count]], Meta(max_length=MAX_ITEMS)]
     """Block, page, tokens."""
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
     """DE: decode the sequence from the next step on. A finish reason in the answer: its first token was the last."""
 
-    call: int
-    sequence: int
+    call: Count
+    sequence: Count
 
 
 class CopyOut(msgspec.Struct, frozen=True, tag=True):
     """DE: copy a finished Full Block from the device into a page."""
 
-    call: int
-    sequence: int
-    block: int
-    page: int
+    call: Count
+    sequence: Count
+    block: Count
+    page: Count
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """DE: generate nothing more for the sequence."""
 
-    sequence: int
+    sequence: Count
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
     """DE: give the sequence's device blocks back, after every earlier call about it."""
 
-    call: int
-    sequence: int
+    call: Count
+    sequence: Count
 
 
 class CarryOut(msgspec.Struct, frozen=True, tag=True):
     """An operator's order."""
 
-    call: int
+    call: Count
     order: EngineOrder
 
 
 class Leave(msgspec.Struct, frozen=True, tag=True):
     """End this process."""
 
-    reason: str
+    reason: Text
     failed: bool = False
     """True when a supervisor should see an exit code of failure."""
     refused: bool = False
@@ -199,25 +201,25 @@ ToEngineProcess = Attached | Call | Forget | Stop | Leave
 class Reply(msgspec.Struct, frozen=True, tag=True):
     """The answer to a call. `refused`: what the request asks for can't be, on any engine."""
 
-    call: int
-    error: str = ""
+    call: Count
+    error: Text = ""
     refused: bool = False
-    finish_reason: str | None = None
+    finish_reason: Name | None = None
     order_done: OrderDone | None = None
 
 
 class Scores(msgspec.Struct, frozen=True):
     """Log-probabilities at successive positions; see `messages.PromptLogprobs`."""
 
-    token_ids: list[list[int]]
-    logprobs: list[list[float]]
-    ranks: list[int]
+    token_ids: Annotated[list[Tokens], Meta(max_length=MAX_ITEMS)]
+    logprobs: Logprobs
+    ranks: Pages
 
 
 class ChunkResult(msgspec.Struct, frozen=True):
     """The result of one chunk."""
 
-    error: str = ""
+    error: Text = ""
     refused: bool = False
     draw: Draw | None = None
     scores: Scores | None = None
@@ -226,25 +228,25 @@ class ChunkResult(msgspec.Struct, frozen=True):
 class BatchDone(msgspec.Struct, frozen=True, tag=True):
     """A batch has been computed, or has failed as a whole (`error`)."""
 
-    call: int
-    results: list[ChunkResult]
-    error: str = ""
+    call: Count
+    results: Annotated[list[ChunkResult], Meta(max_length=MAX_ITEMS)]
+    error: Text = ""
 
 
 class SequenceStep(msgspec.Struct, frozen=True):
     """One sequence's result of a decode step: a token, or the error that ended it."""
 
-    sequence: int
+    sequence: Count
     draw: Draw | None
-    finish_reason: str | None = None
-    error: str = ""
+    finish_reason: Name | None = None
+    error: Text = ""
     refused: bool = False
 
 
 class Steps(msgspec.Struct, frozen=True, tag=True):
     """A decode step's results."""
 
-    steps: list[SequenceStep]
+    steps: Annotated[list[SequenceStep], Meta(max_length=MAX_ITEMS)]
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
@@ -261,14 +263,14 @@ FromEngineProcess = Reply | BatchDone | Steps | Beat
 class LayerCall(msgspec.Struct, frozen=True):
     """Load or ship one layer of the batch that runs; a span for each item, None where nothing is to be done."""
 
-    layer: int
-    spans: list[Span | None]
+    layer: Count
+    spans: Annotated[list[Span | None], Meta(max_length=MAX_ITEMS)]
 
 
 class LayerResult(msgspec.Struct, frozen=True):
     """An error for each item, empty where it went well."""
 
-    errors: list[str]
+    errors: Annotated[list[Text], Meta(max_length=MAX_ITEMS)]
 
 
 # ── settings of the two kinds of process ─────────────────────────────────────────────────────────────────────────────

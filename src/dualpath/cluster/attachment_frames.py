@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import threading
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -28,6 +28,8 @@ class NotAPeerError(Exception):
 
 
 _encoder = msgspec.msgpack.Encoder()
+_first = msgspec.msgpack.Decoder(First)
+Record = TypeVar("Record")
 
 
 def frame(message: msgspec.Struct) -> bytes:
@@ -41,6 +43,14 @@ def body_bytes(header: bytes | bytearray) -> int:
     if n_bytes > MAX_FRAME_BYTES:
         raise NotAPeerError(f"a frame of {n_bytes} bytes is no frame of ours")
     return n_bytes
+
+
+def record(decoder: "msgspec.msgpack.Decoder[Record]", body: bytes | bytearray) -> Record:
+    """Raises NotAPeerError for whatever is no record of the decoder's kind."""
+    try:
+        return decoder.decode(body)
+    except Exception as error:  # of types, of UTF-8, of nesting: what a peer sends raises nothing else than this
+        raise NotAPeerError(f"no record of ours: {type(error).__name__}: {error}") from None
 
 
 class Connection:
@@ -66,9 +76,8 @@ class Connection:
             self._socket.sendall(frame(message))
 
     def receive(self, decoder: "msgspec.msgpack.Decoder[Any]") -> Any:
-        """Raises ConnectionError at the end, NotAPeerError for what is no frame, msgspec.MsgspecError for a record of
-        another kind."""
-        return decoder.decode(self._exactly(body_bytes(self._exactly(_LENGTH.size))))
+        """Raises ConnectionError at the end, NotAPeerError for what is no frame or a record of another kind."""
+        return record(decoder, self._exactly(body_bytes(self._exactly(_LENGTH.size))))
 
     def close(self) -> None:
         """End the connection; a thread that receives gets ConnectionError."""
@@ -88,11 +97,11 @@ class Connection:
 
 
 async def first_record(accepted: socket.socket) -> First:
-    """Returns what a process that has connected says first. Raises NotAPeerError, ConnectionError, MsgspecError."""
+    """Returns what a process that has connected says first. Raises NotAPeerError, ConnectionError."""
     if peer_user(accepted) != os.geteuid():
         raise NotAPeerError("a process of another user")
     header = await _exactly(accepted, _LENGTH.size)
-    first: First = msgspec.msgpack.decode(await _exactly(accepted, body_bytes(header)), type=First)
+    first: First = record(_first, await _exactly(accepted, body_bytes(header)))
     return first
 
 

@@ -2,39 +2,41 @@
 
 import msgspec
 
+from dualpath.spec.bounds import Count, Name, Text
+
 
 class OrderDone(msgspec.Struct, frozen=True, tag=True):
     """An engine's answer to an order. `error` says why it was not carried out."""
 
-    order: int
-    error: str = ""
-    fingerprint: str = ""
+    order: Count
+    error: Text = ""
+    fingerprint: Name = ""
     """Of the weights read."""
 
 
 class ReadWeights(msgspec.Struct, frozen=True, tag=True):
     """Read the checkpoint `path` into host memory and check that it fits; what is served does not change."""
 
-    order: int
-    path: str
+    order: Count
+    path: Text
 
 
 class UseWeights(msgspec.Struct, frozen=True, tag=True):
     """Copy the weights that were read over the served ones. Nothing is in flight."""
 
-    order: int
+    order: Count
 
 
 class DropWeights(msgspec.Struct, frozen=True, tag=True):
     """Forget the weights that were read: another engine could not read them."""
 
-    order: int
+    order: Count
 
 
 class ReleaseMemory(msgspec.Struct, frozen=True, tag=True):
     """Give device memory back: KV, weights, or both. Nothing is in flight. `keep`: weights stay in host memory."""
 
-    order: int
+    order: Count
     weights: bool
     kv: bool
     keep: bool
@@ -43,10 +45,10 @@ class ReleaseMemory(msgspec.Struct, frozen=True, tag=True):
 class RestoreMemory(msgspec.Struct, frozen=True, tag=True):
     """Take device memory again; weights that were not kept are read from `path`."""
 
-    order: int
+    order: Count
     weights: bool
     kv: bool
-    path: str
+    path: Text
 
 
 EngineOrder = ReadWeights | UseWeights | DropWeights | ReleaseMemory | RestoreMemory

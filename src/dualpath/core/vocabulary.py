@@ -7,6 +7,8 @@ from enum import Enum, IntEnum
 
 import msgspec
 
+from dualpath.spec.bounds import Count
+
 BLOCK_TOKENS = 64
 """Tokens in a block (paper §3)."""
 
@@ -78,8 +80,8 @@ class Leg(msgspec.Struct, frozen=True, gc=False):
     """A run of Full Blocks that one side reads from storage into its buffer."""
 
     side: Side
-    first_block: int
-    blocks: int
+    first_block: Count
+    blocks: Count
 
 
 # ── Commands: core's requests to its driver. A closed union; the driver matches on the type. ─────────────────────────

@@ -14,10 +14,12 @@ import sys
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Annotated
 
 import msgspec
 
 from dualpath.kv.layout import KVLayout
+from dualpath.spec.bounds import Name, Text
 
 BlockKey = bytes
 """Sixteen bytes: a Full Block's key, or a namespace's root key."""
@@ -32,9 +34,9 @@ _ROOT_PERSON = b"dualpath root"
 class Namespace(msgspec.Struct, frozen=True):
     """The start of a chain of keys. The tenant's salt is hashed into `root` and not kept."""
 
-    root: BlockKey
-    model_fingerprint: str
-    weights_version: str
+    root: Annotated[BlockKey, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+    model_fingerprint: Name
+    weights_version: Text
     layout: KVLayout
     salted: bool
 

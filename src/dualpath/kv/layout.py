@@ -4,9 +4,11 @@ Layer Block = ``[tokens, bytes]`` of one layer; Full Block = ``[layers, tokens, 
 Blocks. A Full Block is one contiguous page and a layer is a byte range of it, so nothing is ever converted.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+
+from dualpath.spec.bounds import Count, Name
 
 _ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -14,9 +16,9 @@ _ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class KVPart(msgspec.Struct, frozen=True):
     """A named piece of a token's bytes in one layer, `heads × dim` elements: k and v, or MLA's latent and rope."""
 
-    name: str
-    heads: int
-    dim: int
+    name: Name
+    heads: Count
+    dim: Count
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.dim < 1:
@@ -41,11 +43,11 @@ class KVLayout(msgspec.Struct, frozen=True):
     Raises ValueError for a layout that holds no bytes or whose `dtype` is unknown.
     """
 
-    layers: int
-    parts: tuple[KVPart, ...]
-    dtype: str
+    layers: Count
+    parts: Annotated[tuple[KVPart, ...], msgspec.Meta(max_length=16)]
+    dtype: Name
     """``float32``, ``bfloat16`` or ``float16``."""
-    block_tokens: int = 64
+    block_tokens: Count = 64
 
     def __post_init__(self) -> None:
         if self.dtype not in _ITEMSIZE_BYTES:

@@ -1,9 +1,13 @@
 """Generation settings of a request: one record, shared by the API, the engines and a retried attempt."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
+from dualpath.spec.bounds import MAX_ITEMS, Count, TokenId
+
+Tokens = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_ITEMS)]
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 """Which distribution log-probabilities are of, in vLLM's words: the model's own, or the one that the token was drawn
 from, after masks, biases, penalties, temperature, min_p, top_k and top_p.
@@ -17,14 +21,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     the tokens that the lost one would have drawn.
     """
 
-    max_tokens: int
+    max_tokens: Count
     """Most tokens to generate (≥ 1)."""
-    min_tokens: int = 0
+    min_tokens: Count = 0
     """End-of-sequence and stop tokens are masked until this many tokens exist."""
     temperature: float = 1.0
     """0 means greedy."""
     top_p: float = 1.0
-    top_k: int = 0
+    top_k: Count = 0
     """0 means no limit."""
     min_p: float = 0.0
     """Tokens with less than this share of the likeliest token's probability are not drawn."""
@@ -34,24 +38,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Subtracted from a token's logit once it was generated."""
     repetition_penalty: float = 1.0
     """Divides the positive logits of tokens of the prompt and of the answer, multiplies the negative ones."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
+    logit_bias: Annotated[tuple[tuple[TokenId, float], ...], Meta(max_length=MAX_ITEMS)] = ()
     """``(token_id, bias)``, added to the logits."""
-    bad_words: tuple[tuple[int, ...], ...] = ()
+    bad_words: Annotated[tuple[Tokens, ...], Meta(max_length=MAX_ITEMS)] = ()
     """Token sequences that the answer must not contain."""
-    allowed_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: Tokens = ()
     """The only tokens that may be drawn; empty: all."""
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
     """Always set: the server draws one if the client gave none."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Tokens = ()
     """Tokens that end generation. The server adds the model's end-of-sequence tokens, unless `ignore_eos` is set and
     there is no grammar."""
     ignore_eos: bool = False
-    logprobs: int | None = None
+    logprobs: Count | None = None
     """None: no log-probabilities. n: those of the chosen token and of the n most likely ones."""
     logprobs_mode: LogprobsMode = "raw_logprobs"
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Count | None = None
     """None: none. n: for each prompt token, its raw log-probability and rank, and the n most likely tokens."""
-    grammar: str = ""
+    grammar: Annotated[str, Meta(max_length=1 << 26)] = ""
     """An llguidance grammar (Lark, or its JSON form) that the generated text must match; empty: any text. Once it is
     complete the sequence ends, also under `ignore_eos` or before `min_tokens`."""
 
@@ -75,9 +79,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 class TokenHistory(msgspec.Struct, frozen=True):
     """What was there before a draw, as far as the request's settings ask for it."""
 
-    prompt: list[int] = []
+    prompt: Annotated[list[TokenId], Meta(max_length=MAX_ITEMS)] = []
     """The distinct tokens of the client's prompt, for a repetition penalty."""
-    generated: list[int] = []
+    generated: Annotated[list[TokenId], Meta(max_length=MAX_ITEMS)] = []
     """The tokens generated so far, in order."""
 
 

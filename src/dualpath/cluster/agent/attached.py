@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from dualpath.cluster import attachment as a
-from dualpath.cluster.attachment_frames import HEADER_BYTES, NotAPeerError, body_bytes, frame
+from dualpath.cluster.attachment_frames import HEADER_BYTES, NotAPeerError, body_bytes, frame, record
 from dualpath.spec.metrics import Figures
 
 _decoder = msgspec.msgpack.Decoder(a.FromEngineProcess)
@@ -36,7 +36,7 @@ class AttachedEngine:
         try:
             while True:
                 n_bytes = body_bytes(await self._reader.readexactly(HEADER_BYTES))
-                message = _decoder.decode(await self._reader.readexactly(n_bytes))
+                message = record(_decoder, await self._reader.readexactly(n_bytes))
                 self.heard_s = asyncio.get_running_loop().time()
                 match message:
                     case a.Beat():
@@ -49,7 +49,7 @@ class AttachedEngine:
                             waiting.set_result(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
-        except (NotAPeerError, msgspec.MsgspecError, RecursionError) as error:
+        except NotAPeerError as error:
             why = f"it said what is no record of ours: {error}"
         finally:
             self.close(why)

@@ -47,7 +47,7 @@ class LayerThreads:
             while True:
                 call = connection.receive(_decoder)
                 connection.send(a.LayerResult(self._move(way, call)))
-        except (OSError, NotAPeerError, msgspec.MsgspecError, RecursionError):
+        except (OSError, NotAPeerError):
             connection.close()  # the engine is gone, or not one of ours: its agent's other connection ends as well
 
     def _move(self, way: a.Way, call: a.LayerCall) -> list[str]:

@@ -15,8 +15,6 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from dualpath.cluster.agent.attached import AttachedEngine
 from dualpath.cluster.agent.host import EngineHost, make_pool
 from dualpath.cluster.agent.layer_threads import LayerThreads
@@ -108,7 +106,7 @@ class NodeAgent:
         try:
             async with asyncio.timeout(FIRST_RECORD_S):
                 first = await first_record(accepted)
-        except (TimeoutError, NotAPeerError, ConnectionError, msgspec.MsgspecError, RecursionError) as error:
+        except (TimeoutError, NotAPeerError, ConnectionError) as error:
             logger.warning("a connection to %s is refused: %s", self._config.name, error or "it says nothing")
             accepted.close()
             return

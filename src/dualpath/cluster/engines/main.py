@@ -155,7 +155,7 @@ class Engine:
                 connection = self._connect(tell, waits)
                 try:
                     self._serve(connection)
-                except (OSError, msgspec.MsgspecError, NotAPeerError) as error:
+                except (OSError, NotAPeerError) as error:
                     if self._orders.asleep:
                         raise LeaveError("its memory sleeps, and who could wake it is gone", failed=True) from error
                     waits = f"has lost its agent ({error}), and waits for it"

@@ -4,17 +4,11 @@ import msgspec
 
 from dualpath.cluster.messages.reports import Draw
 from dualpath.cluster.orders import DropWeights, ReadWeights, ReleaseMemory, RestoreMemory, UseWeights
-from dualpath.cluster.wire_types import (
-    Address,
-    Count,
-    Keys,
-    Legs,
-    Pages,
-    Text,
-)
+from dualpath.cluster.wire_types import Address, Keys, Legs, Pages
 from dualpath.cluster.wire_types import Tokens as TokenIds
 from dualpath.core.vocabulary import Leg
 from dualpath.kv.keys import Namespace
+from dualpath.spec.bounds import Count, Text
 from dualpath.spec.sampling import SamplingParams, TokenHistory
 
 
@@ -116,7 +110,7 @@ class NotMember(msgspec.Struct, frozen=True, tag=True):
     The engine may join again, once it has let go of all that it did as a member.
     """
 
-    reason: str
+    reason: Text
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):

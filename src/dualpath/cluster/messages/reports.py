@@ -6,20 +6,11 @@ import msgspec
 from msgspec import Meta
 
 from dualpath.cluster.orders import OrderDone
-from dualpath.cluster.wire_types import (
-    MAX_ITEMS,
-    Address,
-    Count,
-    Figures,
-    Key,
-    Name,
-    Pages,
-    Text,
-    TokenId,
-)
+from dualpath.cluster.wire_types import Address, Figures, Key, Logprobs, Pages
 from dualpath.cluster.wire_types import Tokens as TokenIds
 from dualpath.core.vocabulary import Cause, Role, Side
 from dualpath.kv.layout import KVLayout
+from dualpath.spec.bounds import MAX_ITEMS, Count, Name, Text, TokenId
 
 
 class Draw(msgspec.Struct, frozen=True):
@@ -42,7 +33,7 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     model_fingerprint: Name
     max_model_len_tokens: Count
     vocab_size: Count
-    eos_token_ids: tuple[TokenId, ...]
+    eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_ITEMS)]
     prefill_tokens_per_s: float | None = None
     """A PE's prompt tokens per second, hits included, measured on an agent's turn; the scheduler's β needs it."""
     name: Name = ""
@@ -116,7 +107,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
     request: Count
     attempt: Count
     token_ids: Annotated[list[TokenIds], Meta(max_length=MAX_ITEMS)]
-    logprobs: Annotated[list[list[float]], Meta(max_length=MAX_ITEMS)]
+    logprobs: Logprobs
     ranks: Pages
 
 

@@ -35,6 +35,7 @@ from dualpath.kv.keys import KEY_BYTES, BlockKey, Namespace
 from dualpath.kv.layout import KVLayout
 from dualpath.kv.stores.block_file import Pace, unpaced
 from dualpath.kv.stores.errors import BlockFault
+from dualpath.spec.bounds import Name, Text
 
 BlockBuffer = memoryview | bytes | bytearray | NDArray[Any]
 """C-contiguous memory of exactly `KVLayout.full_block_bytes`, of any element type and shape."""
@@ -71,9 +72,9 @@ class BadFile(msgspec.Struct, frozen=True):
 class NamespaceDescription(msgspec.Struct, frozen=True):
     """A store's description of a namespace, for people."""
 
-    namespace: str
-    model_fingerprint: str
-    weights_version: str
+    namespace: Name
+    model_fingerprint: Name
+    weights_version: Text
     layout: KVLayout
     salted: bool
 

@@ -22,6 +22,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from dualpath.core.vocabulary import TrafficClass
+from dualpath.spec.bounds import Text
 from dualpath.spec.private_files import peer_user
 from dualpath.transfer.transports.framed.frames import Frame, FrameKind, ProtocolError, Stream
 from dualpath.transfer.transports.framed.sealed import Seal
@@ -31,6 +32,7 @@ NONCE_BYTES = PROOF_BYTES = 32
 MAX_TAG = 256
 Record = TypeVar("Record")
 
+_Version = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
 _Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 _Proof = Annotated[bytes, msgspec.Meta(min_length=PROOF_BYTES, max_length=PROOF_BYTES)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
@@ -39,7 +41,7 @@ _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
 class Challenge(msgspec.Struct, frozen=True):
     """The server speaks first. `authenticated`: whether every later frame carries a MAC (`sealed`)."""
 
-    version: int
+    version: _Version
     nonce: _Nonce
     authenticated: bool = False
 
@@ -47,7 +49,7 @@ class Challenge(msgspec.Struct, frozen=True):
 class Hello(msgspec.Struct, frozen=True):
     """The initiator's tag and traffic class."""
 
-    version: int
+    version: _Version
     tag: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TAG)]
     traffic_class: TrafficClass
     nonce: _Nonce
@@ -57,10 +59,10 @@ class Hello(msgspec.Struct, frozen=True):
 class Welcome(msgspec.Struct, frozen=True):
     """The pool that the ranges of this connection are in; `pool_path` only over shared memory."""
 
-    version: int
+    version: _Version
     page_bytes: _Count
     pages: _Count
-    pool_path: str = ""
+    pool_path: Text = ""
     proof: _Proof = bytes(PROOF_BYTES)
 
 
@@ -86,6 +88,11 @@ class Session:
         return blake2b(self._said + more, digest_size=PROOF_BYTES, key=self._key, person=role).digest()
 
 
+_challenges = msgspec.msgpack.Decoder(Challenge)
+_hellos = msgspec.msgpack.Decoder(Hello)
+_welcomes = msgspec.msgpack.Decoder(Welcome)
+
+
 def challenge(authenticated: bool) -> Challenge:
     return Challenge(VERSION, secrets.token_bytes(NONCE_BYTES), authenticated)
 
@@ -98,7 +105,7 @@ def packed(kind: FrameKind, record: msgspec.Struct) -> bytes:
 
 def check_hello(key: bytes, given: Challenge, body: bytes) -> Session:
     """The server's check. Raises ProtocolError, msgspec.MsgspecError."""
-    hello = msgspec.msgpack.decode(body, type=Hello)
+    hello = _hellos.decode(body)
     if hello.version != VERSION:
         raise ProtocolError(f"expected version {VERSION} of the handshake, not {hello.version}")
     session = Session(key, given, hello)
@@ -111,7 +118,7 @@ def shake_hands(
     stream: Stream, key: bytes, tag: str, traffic_class: TrafficClass, authenticated: bool, deadline_ns: int
 ) -> Welcome:
     """The initiator's part. Raises StreamClosed, ProtocolError, msgspec.MsgspecError."""
-    given = _expect(stream, FrameKind.CHALLENGE, Challenge, deadline_ns)
+    given = _expect(stream, FrameKind.CHALLENGE, _challenges, deadline_ns)
     if given.version != VERSION:
         raise ProtocolError(f"expected version {VERSION} of the handshake, not {given.version}")
     if given.authenticated != authenticated:
@@ -122,7 +129,7 @@ def shake_hands(
     stream.send(Frame(FrameKind.HELLO, n_bytes=len(body)), [body])
     if authenticated:
         stream.seal = Seal(*session.frame_keys())
-    welcome = _expect(stream, FrameKind.WELCOME, Welcome, deadline_ns)
+    welcome = _expect(stream, FrameKind.WELCOME, _welcomes, deadline_ns)
     if not hmac.compare_digest(welcome.proof, session.server_proof(welcome)):
         raise ProtocolError("it does not know the cluster's secret")
     return welcome
@@ -136,8 +143,8 @@ def check_user(connected: socket.socket) -> None:
             raise ProtocolError(f"it is user {user}'s, not this user's")
 
 
-def _expect(stream: Stream, kind: FrameKind, record: type[Record], deadline_ns: int) -> Record:
+def _expect(stream: Stream, kind: FrameKind, decoder: "msgspec.msgpack.Decoder[Record]", deadline_ns: int) -> Record:
     frame = stream.receive_frame(deadline_ns)
     if frame.kind is not kind:
         raise ProtocolError(f"expected {kind.name}: {frame}")
-    return msgspec.msgpack.decode(stream.receive_bytes(frame.n_bytes, deadline_ns), type=record)
+    return decoder.decode(stream.receive_bytes(frame.n_bytes, deadline_ns))
