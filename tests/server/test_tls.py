@@ -1,7 +1,9 @@
 """HTTPS, and clients that must show a certificate: uvicorn's options, by our connections and bounds."""
 
 import datetime
+import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -14,6 +16,7 @@ from fake_cluster import FakeGenerator, running_server, says
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.preflight import NotReadyError, _check_tls
+from dualpath.server import tls_door
 
 DAY = datetime.timedelta(days=1)
 
@@ -75,6 +78,37 @@ def test_a_certificate_makes_it_https(authority: Authority) -> None:
             httpx.get(f"{url}/livez")
         with pytest.raises(httpx.RemoteProtocolError):
             httpx.get(url.replace("https", "http"))
+
+
+def test_who_shakes_no_hands_has_to_go_and_others_are_served(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls_door, "MAX_HANDSHAKES", 4)
+    monkeypatch.setattr(tls_door, "_PATIENCE_S", 0.05)
+    config, trusted = settings(ssl_certfile=str(authority.issue("server"))), trusting(authority)
+    with running_server(FakeGenerator(says("ab")), tls=config.tls) as url:
+        port = int(url.rpartition(":")[2])
+        url = f"https://localhost:{port}"
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+        assert httpx.get(f"{url}/livez", verify=trusted).status_code == 200  # long before the handshakes' deadline
+        for one in idle[:-4]:
+            one.settimeout(10)
+            assert one.recv(1) == b"", "it is still there"
+        with ThreadPoolExecutor(16) as clients:  # more than there is room for, who come at once
+            answers = list(clients.map(lambda _: httpx.get(f"{url}/livez", verify=trusted).status_code, range(48)))
+        assert answers == [200] * 48
+        for one in idle:
+            one.close()
+
+
+def test_a_handshake_has_a_deadline(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls_door, "HANDSHAKE_S", 0.2)
+    config = settings(ssl_certfile=str(authority.issue("server")))
+    running = running_server(FakeGenerator(says("ab")), tls=config.tls)
+    with running as url, socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as slow:
+        slow.sendall(b"\x16\x03\x01")
+        slow.settimeout(10)
+        assert slow.recv(1) == b""
 
 
 def test_clients_must_show_a_certificate_of_the_authority(authority: Authority, tmp_path: Path) -> None:

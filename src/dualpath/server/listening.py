@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from dualpath.server.connection import Connection
 from dualpath.server.drain import Drain
 from dualpath.server.limits import ServerLimits
+from dualpath.server.tls_door import TlsDoor
 
 DRAIN_S = 20.0
 """How long running requests have when the server is told to stop. (Kubernetes kills after 30 s.)"""
@@ -85,7 +86,14 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        context = self.config.ssl
+        if context is None or sockets is None:
+            await super().startup(sockets)
+        else:
+            kind: Any = self.config.http_protocol_class
+            make = partial(kind, self.config, self.server_state, self.lifespan.state)
+            self.servers = [TlsDoor(listener, context, make) for listener in sockets]  # type: ignore[misc]
+            self.started = True
         self._on_started()
 
 
