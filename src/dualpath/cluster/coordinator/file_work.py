@@ -176,7 +176,8 @@ class _Lane:
         if ended.cancelled():
             return
         self._note_failures()
-        if ended.exception() is not None:
+        late = ended.exception() is not None
+        if late:
             self._files.standing.failed(self._clock(), late=True)
             given_up = 1
             if not begun:  # every thread hangs
@@ -186,7 +187,7 @@ class _Lane:
             self._files.give_up("a block stays in the store, which does not answer", given_up)
         self._queue.extendleft(reversed(self._batch))
         self._batch.clear()
-        if self._done.answered and error is None:
+        if self._done.answered and not late:
             self._queue.extend(self._failed)
             self._failed.clear()
         self._pump()
