@@ -1,13 +1,16 @@
 """A member and its coordinator: lost, silent, restarted, and found again. Real links, no torch."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from dualpath.cluster import control_link, curve
 from dualpath.cluster import messages as m
+from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.control_link import ABANDONED, ControlLink
 from dualpath.cluster.coordinator.coordinator import Coordinator
@@ -24,8 +27,8 @@ FAST = {"heartbeat_ns": 20_000_000, "lease_ns": 300_000_000}
 class Member:
     """A link with a task that runs it; it notes each time that it let go of everything."""
 
-    def __init__(self, role: Role, address: str, grace_s: float = 60.0) -> None:
-        self.link = ControlLink(SECRET, **FAST, grace_s=grace_s)
+    def __init__(self, role: Role, address: str, grace_s: float = 60.0, secret: ClusterSecret = SECRET) -> None:
+        self.link = ControlLink(secret, **FAST, grace_s=grace_s)
         self.heard: list[m.ToEngine] = []
         self.let_go = 0
         self.may_return = asyncio.Event()
@@ -63,9 +66,11 @@ async def members(address: str, **options: float) -> AsyncIterator[list[Member]]
 
 
 @asynccontextmanager
-async def coordinating(store: Path, address: str = "tcp://127.0.0.1:0") -> AsyncIterator[Coordinator]:
+async def coordinating(
+    store: Path, address: str = "tcp://127.0.0.1:0", secret: ClusterSecret = SECRET
+) -> AsyncIterator[Coordinator]:
     config = ClusterConfig(
-        cluster_secret=SECRET,
+        cluster_secret=secret,
         model="models/tiny",
         store=str(store),
         topology=Topology(1, 1),
@@ -281,3 +286,101 @@ def test_a_member_may_leave_rather_than_come_back() -> None:
         assert await asyncio.wait_for(member.running, WAIT_S) == f"{ABANDONED}: it sleeps"
 
     alone(work)
+
+
+# ── A coordinator that refuses the handshake ─────────────────────────────────────────────────────────────────────────
+
+
+@asynccontextmanager
+async def answering(said: bytes, address: str = "tcp://127.0.0.1:0") -> AsyncIterator[tuple[str, list[int]]]:
+    """Listens, says this to whoever connects, and cuts him off. Yields the address and a list of those who came."""
+    came: list[int] = []
+
+    async def cut_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(1)
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            writer.write(said)
+            while said and await reader.read(1024):
+                pass
+
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    server = await asyncio.start_server(cut_off, host, int(port))
+    async with server:
+        yield f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}", came
+
+
+async def refusal(member: Member) -> str:
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(ConnectionRefusedError) as refused:
+            await member.running
+    await member.close()
+    return str(refused.value)
+
+
+def test_a_member_with_another_secret_is_told_so_and_ends(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with coordinating(tmp_path) as coordinator:
+            stranger = Member(Role.PREFILL, coordinator.control_address, secret=ClusterSecret.random())
+            why = await refusal(stranger)
+            assert coordinator.control_address in why and "another cluster secret" in why
+            assert "--cluster-secret-file" in why
+            assert coordinator.membership.status == "unavailable"
+
+    asyncio.run(run())
+
+
+def test_a_member_is_told_that_there_is_something_else_at_the_address() -> None:
+    async def run() -> None:
+        async with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10) as (address, _):
+            assert "is no coordinator" in await refusal(Member(Role.PREFILL, address))
+
+    asyncio.run(run())
+
+
+def test_handshakes_that_are_cut_off_now_and_then_are_no_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator that starts, dies and starts again: the member waits for the one that stays."""
+    monkeypatch.setattr(curve, "_REFUSED_S", 0.0)
+
+    async def run() -> None:
+        member: Member | None = None
+        async with answering(b"") as (address, came):
+            member = Member(Role.PREFILL, address)
+            async with asyncio.timeout(WAIT_S):
+                while len(came) < curve._REFUSALS - 2:
+                    await asyncio.sleep(0.005)
+        async with coordinating(tmp_path, address):
+            await member.joined()
+            await member.close()
+
+    asyncio.run(run())
+
+
+def test_a_member_that_loses_its_coordinator_to_another_clusters_goes_on_trying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(curve, "_REFUSED_S", 0.1)
+    monkeypatch.setattr(control_link, "_TRY_AGAIN_S", 0.1)
+
+    async def told(words: str) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while words not in caplog.text:
+                await asyncio.sleep(0.01)
+        caplog.clear()
+
+    async def run() -> None:
+        async with coordinating(tmp_path) as first:
+            address = first.control_address
+            member = Member(Role.PREFILL, address)
+            await member.joined()
+            epoch = member.link.epoch
+        async with coordinating(tmp_path, address, ClusterSecret.random()):
+            await told("another cluster secret")
+        async with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10, address):
+            await told("what listens there is no coordinator")
+        async with coordinating(tmp_path, address):
+            await member.joined(other_than=epoch)
+            await member.close()
+
+    asyncio.run(run())

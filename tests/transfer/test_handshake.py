@@ -72,6 +72,7 @@ def test_without_the_key_nobody_reads_or_writes_a_byte(pair):
     with pytest.raises(TransferError) as failure:
         pair.connect(key=OTHER_KEY)
     assert failure.value.cause in (TransferCause.PROTOCOL, TransferCause.PEER_CLOSED)
+    assert "has it the same cluster secret?" in str(failure.value)
     assert server.refused_connections == 1
     assert np.array_equal(pair.pool.view(0), before)
     local = np.zeros(PAGE_BYTES, np.uint8)

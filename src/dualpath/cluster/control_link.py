@@ -20,8 +20,8 @@ import zmq
 import zmq.asyncio
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.cluster_secret import ClusterSecret
-from dualpath.cluster.curve import secure_client
+from dualpath.cluster.cluster_secret import SECRET_VARIABLE, ClusterSecret
+from dualpath.cluster.curve import handshakes, refused, secure_client
 from dualpath.core.vocabulary import EngineId
 from dualpath.spec import metrics
 from dualpath.spec.log import ROOT
@@ -33,6 +33,7 @@ ABANDONED = "abandoned"
 """How the reason of a member begins that leaves because its grace period is over."""
 _STORED_BLOCKS = 1024
 """How many blocks a member can name to its next coordinator, which may have looked into the store before they came."""
+_TRY_AGAIN_S = 1.0
 Handler = Callable[[m.ToEngine], None]
 ComeBack = Callable[[], Awaitable[m.Join]]
 """Lets go of all that the member has in hand for a coordinator that it has lost, then returns its next `Join`."""
@@ -63,9 +64,13 @@ class ControlLink:
         """None while the member lets go."""
         self._listening: asyncio.Task[None] | None = None
         self._come_back: ComeBack | None = None
+        self._handle: Handler
         self._heard_ns = 0
         self._stored: deque[m.StoredBlock] = deque(maxlen=_STORED_BLOCKS)
         """The last ones that this member has written; what it said of them may have been lost."""
+        self._was_member = False
+        self._was_refused = False
+        """Since it was one."""
         self._dismissed = False
         self._reason = "closed"
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -78,12 +83,34 @@ class ControlLink:
         socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
         socket.setsockopt(zmq.LINGER, 500)
         socket.set_hwm(m.CONTROL_QUEUE_MESSAGES)
+        events = handshakes(socket)
         try:
             socket.connect(address)
         except zmq.ZMQError as error:
+            events.close()
             raise ValueError(
                 f"{address!r} is not an address ({error}); give one such as tcp://10.0.0.1:5555"
             ) from error
+        self.spawn(self._watch_handshakes(events))
+
+    async def _watch_handshakes(self, events: zmq.asyncio.Socket) -> None:
+        """Say it when the coordinator refuses us. That is the end of a member that was none yet."""
+        try:
+            while (for_good := await refused(events)) is not None:
+                why = (
+                    f"the coordinator at {self._address} refuses our handshake: it has another cluster secret, or is "
+                    f"no coordinator; give every host the same --cluster-secret-file or ${SECRET_VARIABLE}"
+                )
+                if not self._was_member:
+                    self._refuse(why)
+                    return
+                if not self._was_refused:
+                    logger.warning("%s; we go on trying", why)
+                self._was_refused = True
+                if for_good:
+                    self._lose("what listens there is no coordinator", self._handle)
+        finally:
+            events.close()
 
     async def run(self, join: m.Join, handle: Handler, come_back: ComeBack | None = None) -> str:
         """Join, then pass every message to `handle` until told or forced to leave. Returns the reason for leaving.
@@ -92,7 +119,7 @@ class ControlLink:
         coordinator refuses it.
         """
         self._heard_ns = time.monotonic_ns()
-        self._come_back = come_back
+        self._come_back, self._handle = come_back, handle
         self._join(join, handle)
         self.spawn(self._beat(handle))
         try:
@@ -118,7 +145,7 @@ class ControlLink:
             asyncio.ensure_future(sending).add_done_callback(self._on_sent)
 
     def _on_sent(self, sent: "asyncio.Future[Any]") -> None:
-        if not sent.cancelled() and sent.exception() is not None:
+        if not sent.cancelled() and sent.exception() is not None and self.engine is not None:
             self.leave(f"the coordinator can't be reached: {sent.exception()}")
 
     async def _listen(self, handle: Handler) -> None:
@@ -136,7 +163,8 @@ class ControlLink:
                     if self.engine is not None and message.epoch != self.epoch:
                         self._lose("it has restarted", handle)
                 case m.Welcome():
-                    self.engine, self.epoch = message.engine, message.epoch
+                    self.engine, self.epoch, self._was_member = message.engine, message.epoch, True
+                    self._was_refused = False
                     if self._stored:
                         self._send(m.Stored(list(self._stored)))
                 case m.NotMember():
@@ -146,8 +174,7 @@ class ControlLink:
                     self.leave(message.reason)
                 case m.Refusal():
                     self._dismissed = True
-                    if not self.ended.done():
-                        self.ended.set_exception(ConnectionRefusedError(message.reason))
+                    self._refuse(message.reason)
                 case _:
                     handle(message)
 
@@ -167,6 +194,8 @@ class ControlLink:
 
     async def _return(self, come_back: ComeBack, handle: Handler) -> None:
         join = await come_back()
+        if self._was_refused:
+            await asyncio.sleep(_TRY_AGAIN_S)
         self.connect(self._address)
         self._join(join, handle)
 
@@ -188,6 +217,10 @@ class ControlLink:
     def tag(self, engine: EngineId | None) -> str:
         """Returns what an engine is called at data servers: ids begin anew with each epoch."""
         return f"{self.epoch:x}.{engine}"
+
+    def _refuse(self, why: str) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(ConnectionRefusedError(why))
 
     def leave(self, reason: str) -> None:
         if not self.ended.done():

@@ -5,8 +5,11 @@ it. A peer without the secret does not know the server's public key, so its hand
 received from it; ZAP, which admits the clients' one public key alone, is the second lock on the same door.
 """
 
+import errno
+import struct
 import sys
 import threading
+import time
 from typing import Any
 
 import zmq
@@ -21,6 +24,18 @@ HANDSHAKE_MS = 5_000
 MAX_MESSAGE_BYTES = 1 << 26
 """More than the longest prompt's token ids and a grammar; a peer that sends more is disconnected."""
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
+_CLIENT_EVENTS = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_MONITOR_STOPPED
+)
+_CUT_OFF = (errno.EPIPE, errno.ECONNRESET)
+_REFUSALS = 5
+_REFUSED_S = 2.0
 _DOMAIN = b"dualpath"
 
 
@@ -31,6 +46,37 @@ def secure_client(socket: "zmq.Socket[Any]", secret: ClusterSecret) -> None:
     socket.setsockopt(zmq.CURVE_SECRETKEY, private)
     socket.setsockopt(zmq.CURVE_SERVERKEY, _pair(secret, "control server")[0])
     _bound(socket)
+
+
+def handshakes(socket: zmq.asyncio.Socket) -> zmq.asyncio.Socket:
+    """Returns what `refused` reads, of a client's socket that has yet to connect. The caller closes it."""
+    return socket.get_monitor_socket(_CLIENT_EVENTS)
+
+
+async def refused(events: zmq.asyncio.Socket) -> bool | None:
+    """Wait until the server refuses us. True: ZeroMQ tries no more; False: it goes on; None: our socket is closed.
+
+    A server with another secret cuts every handshake off, and says nothing. A coordinator that dies, or one that stands
+    still, does so once or lets the handshake time out; so only refusals in a row count, which last for some time.
+    """
+    shaking, began_s, refusals = False, 0.0, 0
+    while True:
+        event, value = struct.unpack("=hi", (await events.recv_multipart())[0])
+        if event == zmq.EVENT_MONITOR_STOPPED:
+            return None
+        if event == zmq.EVENT_CONNECTED:
+            shaking = True
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            shaking, refusals = False, 0
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            shaking = False
+            began_s, refusals = (began_s, refusals + 1) if refusals else (time.monotonic(), 1)
+            if value not in _CUT_OFF:
+                refusals = 0
+            elif refusals >= _REFUSALS and time.monotonic() - began_s >= _REFUSED_S:
+                return False
+        elif shaking:  # it has said why, or what it speaks is not ZeroMQ
+            return True
 
 
 class ServerDoor:

@@ -24,7 +24,7 @@ import msgspec
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.spec.bounds import Text
 from dualpath.spec.private_files import peer_user
-from dualpath.transfer.transports.framed.frames import Frame, FrameKind, ProtocolError, Stream
+from dualpath.transfer.transports.framed.frames import Frame, FrameKind, ProtocolError, Stream, StreamClosed
 from dualpath.transfer.transports.framed.sealed import Seal
 
 VERSION = 2
@@ -129,7 +129,10 @@ def shake_hands(
     stream.send(Frame(FrameKind.HELLO, n_bytes=len(body)), [body])
     if authenticated:
         stream.seal = Seal(*session.frame_keys())
-    welcome = _expect(stream, FrameKind.WELCOME, _welcomes, deadline_ns)
+    try:
+        welcome = _expect(stream, FrameKind.WELCOME, _welcomes, deadline_ns)
+    except StreamClosed as error:  # a server does not tell a stranger why
+        raise StreamClosed(f"{error}, when it had seen our proof; has it the same cluster secret?") from error
     if not hmac.compare_digest(welcome.proof, session.server_proof(welcome)):
         raise ProtocolError("it does not know the cluster's secret")
     return welcome
