@@ -237,23 +237,59 @@ def test_kill_9_during_the_start_leaves_nobody(model: Path, tmp_path: Path, line
     assert pools_of(seen) == []
 
 
+@pytest.mark.parametrize("hears", ["fork server", "an agent"])
 def test_a_child_that_stands_still_does_not_outlive_a_killed_supervisor(
-    model: Path, short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hears: str
 ) -> None:
-    """A stopped process hears nothing, whoever it is: agents, engines and the server."""
+    """A stopped process hears nothing, whoever it is. One that does hear, and may end others, is enough."""
     monkeypatch.setenv("TMPDIR", str(short_tmp_path))
     log, ready = short_tmp_path / "log", short_tmp_path / "ready.json"
     with started(log, model, "--store", short_tmp_path / "kv", "--ready-file", ready) as (url, process):
         wait_for(ready.exists, START_S)
         fork_server, seen = parent_of(engine_of(url, "prefill")), children(process.pid)
+        agent = httpx.get(f"{url}/health").json()["engines"][0]["agent_pid"]
         for pid in seen:
-            if pid != fork_server:
+            if pid != (fork_server if hears == "fork server" else agent):
                 os.kill(pid, signal.SIGSTOP)
         process.kill()
         process.wait()
         wait_for(lambda: not any(map(runs, seen)), 30)
-    assert pools_of(seen) == []
-    assert not list(short_tmp_path.glob("dualpath-sockets-*")) + list(short_tmp_path.glob("dualpath-*/*.sock"))
+    if hears == "fork server":  # a killed one's are swept at the next start
+        assert pools_of(seen) == []
+        left = [
+            path for name in ("pymp-*", "dualpath-sockets-*", "dualpath-*/*.sock") for path in short_tmp_path.glob(name)
+        ]
+        assert left == []
+
+
+def test_a_fork_server_that_stands_still_is_replaced_and_does_not_keep_serve_from_ending(
+    model: Path, tmp_path: Path
+) -> None:
+    """It alone knows when an engine ends: an engine's death is noticed without it, and a SIGTERM is heard."""
+    with serving(model, tmp_path, "--replacement-timeout", str(START_S)) as (url, process):
+        right = tokens(ask(url))
+        decode = engine_of(url, "decode")
+        fork_server, seen = parent_of(decode), children(process.pid)
+        os.kill(fork_server, signal.SIGSTOP)
+        os.kill(decode, signal.SIGKILL)
+        assert tokens(ask(url)) == right
+        assert not runs(fork_server)
+        os.kill(parent_of(engine_of(url, "decode")), signal.SIGSTOP)
+        seen += children(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert not any(map(runs, seen)) and pools_of(seen) == []
+
+
+def test_who_is_told_to_stop_while_starting_does_not_load_engines_first(model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with started(log, model, "--store", tmp_path / "kv") as (_, process):
+        wait_for(lambda: "starts engines" in log.read_text(), START_S)
+        seen = children(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert "joins" not in log.read_text()
+        wait_for(lambda: not any(map(runs, seen)), 10)
 
 
 def test_an_engine_that_is_killed_while_the_cluster_comes_up_is_started_again(model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ the *thread* that started it ends (`PR_SET_PDEATHSIG`); children are therefore s
 the process. A parent that died before the child could say so is noticed by its pid.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -14,8 +15,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from dualpath.thread_names import named_threads
@@ -66,6 +68,14 @@ class Child:
         return self.ready_s is not None or self.step == says
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the kernel says so. `process` knows only what the fork server has told, if that has started it."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    @property
     def is_alive(self) -> bool:
         return self.process is not None and self.process.is_alive()
 
@@ -85,6 +95,14 @@ class Child:
             hint = ", as the system does when memory is short" if code == -signal.SIGKILL else ""
             return f"signal {signal.Signals(-code).name}{hint}"
         return f"exit code {code}"
+
+
+def end_fork_server() -> None:
+    """Kill the fork server that does not answer, and so its engines. The next start of an engine makes another."""
+    pid = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 Start = Callable[[Child], BaseProcess]

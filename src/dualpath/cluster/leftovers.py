@@ -1,5 +1,6 @@
 """Files that end with their owner, and what removes them when that was killed."""
 
+import atexit
 import contextlib
 import fcntl
 import os
@@ -17,6 +18,7 @@ _LOCK = "lock"
 def socket_directory() -> str:
     """Returns a directory of this user alone, which a sweep spares while this process lives."""
     directory = tempfile.mkdtemp(prefix=_SOCKETS)
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     create_locked(Path(directory) / _LOCK)
     return directory
 

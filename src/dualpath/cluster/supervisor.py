@@ -8,19 +8,23 @@ the part has been ready for `HEALTHY_S`. One that can't start at all is told to 
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from typing import Any
 
 import msgspec
 
-from dualpath.cluster.children import Child, Start, seconds_ready, start
+from dualpath.cluster.children import Child, Start, end_fork_server, seconds_ready, start
 from dualpath.spec.log import ROOT
 
 logger = logging.getLogger(f"{ROOT}.cluster")
 
 STOP_GRACE_S = 3.0
 """How long parts may take to leave by themselves before they are killed."""
+LOOK_S = 0.2
+SILENT_S = 5.0
+"""How often ends are looked for that the fork server has not told; the second look kills it."""
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.25, 10.0
 HEALTHY_S = 30.0
 MOST_FAILED_STARTS = 5
@@ -28,11 +32,19 @@ CAN_NOT_RUN = "can't run: "
 """How the last words of a part begin that says itself why it can't start."""
 
 
-async def wait_out(futures: Collection["asyncio.Future[Any]"]) -> None:
-    """Wait until all have ended, however often this task is cancelled meanwhile; what they clean up must be done."""
+async def wait_out(
+    futures: Collection["asyncio.Future[Any]"], patience_s: float = math.inf, hurry: Callable[[], None] = lambda: None
+) -> None:
+    """Wait until all have ended, however often this task is cancelled meanwhile; what they clean up must be done.
+
+    From `patience_s` on, `hurry` is called again and again.
+    """
+    impatient_s = time.monotonic() + patience_s
     while not all(future.done() for future in futures):
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait(futures)
+            await asyncio.wait(futures, timeout=None if patience_s == math.inf else LOOK_S)
+        if time.monotonic() > impatient_s:
+            hurry()
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -119,9 +131,23 @@ class Supervisor:
     async def start(self) -> None:
         """Start every part, one after the other: the first fork server's import of torch takes seconds."""
         self._sweep()
+        self.spawn(self._notice_silent_ends())
         for slot in self._slots.values():
             if not self._stopping:
                 await self._launch(slot)
+
+    async def _notice_silent_ends(self) -> None:
+        """The ends of engines are told by their fork server: one that hangs would hide them for ever."""
+        silent: set[str] = set()
+        while True:
+            await asyncio.sleep(SILENT_S)
+            ended = {child.ticket for child in self._children.values() if child.has_ended}
+            if silent & ended:
+                logger.warning(
+                    "the fork server does not tell of an engine's end: it is killed, and its engines with it"
+                )
+                end_fork_server()
+            silent = ended
 
     async def _launch(self, slot: Slot) -> Child:
         """Start the part's process and make it the current one. A start that fails counts as a process that ended."""
@@ -135,12 +161,15 @@ class Supervisor:
             self._on_missed(slot, child)
         finally:
             await wait_out([launching])  # so that no process is missed
+            launching.exception()  # mark it as seen
             if child.process is not None:
                 self._watch(slot, child)
         return child
 
     def _on_missed(self, slot: Slot, child: Child) -> None:
         child.told.close()
+        if self._stopping:
+            return
         logger.warning("%s %s", child.name, child.step)
         self._count_end(slot, child, f"{child.name} {child.step}")
         self.spawn(self._bring_back(slot))
@@ -273,25 +302,31 @@ class Supervisor:
         """From now on nothing is started, and what ends stays down."""
         self._stopping = True
 
-    async def stop(self) -> None:
-        """Give parts `STOP_GRACE_S` to leave by themselves, then kill them. No process is left when it returns."""
+    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Give parts time to leave by themselves, then kill them. No process is left when it returns."""
         self._stopping = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
-        await wait_out(tasks)
+        await wait_out(tasks, grace_s, end_fork_server)  # a start may wait for it
         for child in self._children.values():
             dismiss = self._slots[child.name].part.dismiss
             if dismiss is not None:
                 dismiss(child)
-        deadline_s = time.monotonic() + STOP_GRACE_S
-        while self._children and time.monotonic() < deadline_s:
-            await asyncio.sleep(0.02)
-        for child in list(self._children.values()):
-            await asyncio.to_thread(child.kill)
-        while self._children and time.monotonic() < deadline_s + STOP_GRACE_S:  # each is dead; its sentinel says so
-            await asyncio.sleep(0.005)
+        await self._all_ended(grace_s)
+        for child in self._children.values():
+            if child.process is not None:
+                child.process.kill()
+        await self._all_ended(STOP_GRACE_S)  # each is dead; its sentinel says so
+        if self._children:
+            end_fork_server()
+            await self._all_ended(STOP_GRACE_S)
         self._sweep()
+
+    async def _all_ended(self, seconds: float) -> None:
+        give_up_s = time.monotonic() + seconds
+        while self._children and time.monotonic() < give_up_s:
+            await asyncio.sleep(0.005)
 
 
 def _kind(name: str) -> str:

@@ -58,6 +58,9 @@ async def _until_signalled(config: ClusterConfig, listener: socket.socket, local
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, serving.signalled)
         why = await serving.run()
+        for name in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be stopped
+            asyncio.get_running_loop().remove_signal_handler(name)
+            signal.signal(name, signal.SIG_IGN)
     return _refuse(why) if why else 0
 
 
@@ -94,7 +97,7 @@ class SupervisedCluster:
     async def run(self) -> str:
         """Returns why it can serve no more; empty when it was told to stop."""
         await self._orders.open()
-        starting = asyncio.create_task(self._supervisor.start())
+        starting = self._supervisor.spawn(self._supervisor.start())
         stopping = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -104,10 +107,12 @@ class SupervisedCluster:
         finally:
             self._orders.close()
             self._supervisor.start_no_more()
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-            await self._end_servers()
-            await self._supervisor.stop()
+            server = self._supervisor.child(SERVER)
+            if server is None or server.ready_s is None:  # nobody is served: there is nothing to wait for
+                await self._supervisor.stop(0.0)
+            else:
+                await self._end_servers()
+                await self._supervisor.stop()
             self._listener.close()
         return self._why
 

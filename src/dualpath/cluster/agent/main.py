@@ -8,6 +8,7 @@ connection ends, its member ends too, once nothing moves any more; the engine ma
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import uuid
@@ -21,6 +22,7 @@ from dualpath.cluster.agent.layer_threads import LayerThreads
 from dualpath.cluster.agent.member import Member
 from dualpath.cluster.attachment import LEAVE, LISTENS, AgentConfig, Attach, Leave
 from dualpath.cluster.attachment_frames import Connection, NotAPeerError, first_record
+from dualpath.cluster.siblings import kill_stopped_siblings
 from dualpath.kv import StoreError
 from dualpath.spec.log import ROOT, start_log
 from dualpath.transfer.traffic import TrafficManager
@@ -46,11 +48,14 @@ def run_agent(config: AgentConfig, tell: Callable[[str], None]) -> None:
 
 async def _serve(config: AgentConfig, tell: Callable[[str], None]) -> None:
     dismissed = asyncio.Event()
+    parent = os.getppid()
     asyncio.get_running_loop().add_signal_handler(LEAVE, dismissed.set)
     async with NodeAgent(config):
         tell(LISTENS)
         await dismissed.wait()
         signal.alarm(round(2 * STOP_S))  # whatever hangs must not outlive the supervisor
+    if os.getppid() != parent:
+        kill_stopped_siblings()
 
 
 class NodeAgent:
