@@ -278,7 +278,8 @@ def test_a_fork_server_that_stands_still_is_replaced_and_does_not_keep_serve_fro
         seen += children(process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        assert not any(map(runs, seen)) and pools_of(seen) == []
+        wait_for(lambda: not any(map(runs, seen)), 10)
+        assert pools_of(seen) == []
 
 
 def test_who_is_told_to_stop_while_starting_does_not_load_engines_first(model: Path, tmp_path: Path) -> None:
