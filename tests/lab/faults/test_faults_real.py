@@ -191,6 +191,8 @@ def test_a_soak_tells_what_has_grown_in_processes_that_live_on() -> None:
 @pytest.mark.usefixtures("needs_torch")
 def test_a_soak_compares_every_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "MINUTE_S", 4.0)
+    monkeypatch.setattr(soak, "CHATS", 2)
+    monkeypatch.setattr(soak, "LOOKS", 2)
     bench, shown = Bench(tmp_path, "1P1D", 1.0), list[str]()
     done = soak.run(bench, [at("slow", "client", "decoding"), at("hung", "store", "reading")], 2, 1, shown.append)
     assert done.found == [] and done.verdicts["right"] > 10
