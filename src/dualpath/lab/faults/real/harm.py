@@ -4,10 +4,11 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -180,3 +181,16 @@ def _harm_client(fault: Fault, scene: Scene) -> Heal:
 
         return leave
     return lambda: None
+
+
+@contextmanager
+def small_disk(path: Path) -> Iterator[None]:
+    """A file system of 32 MiB. Raises Skip."""
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(path)], capture_output=True)
+    if mounted.returncode:
+        raise Skip(f"a small disk needs root: {mounted.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=False)

@@ -18,7 +18,7 @@ import msgspec
 
 from dualpath.lab.faults.matrix import PARTITIONS, Combination, Fault, Phase, Victim
 from dualpath.lab.faults.real.asking import Answer, Asked, Load, Prompt, Turn, until, verdict
-from dualpath.lab.faults.real.harm import Place, Scene, Skip, harm, place_of
+from dualpath.lab.faults.real.harm import Place, Scene, Skip, harm, place_of, small_disk
 from dualpath.lab.faults.real.namespaces import Namespaced
 from dualpath.lab.faults.real.served import Resources, Served, StartError
 from dualpath.lab.faults.real.stages import STAGES, SYSTEMS, Stage, reach, stage_of
@@ -142,7 +142,7 @@ class Bench:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=self.work)))
             store, server, testbed = work / "store", None, None
             if needs.place == "disk":
-                stack.enter_context(_small_disk(store))
+                stack.enter_context(small_disk(store))
             shutil.copytree(self._primed, store, dirs_exist_ok=True)
             cluster = Served(self.options(str(store), needs.options), self.work)
             if needs.place == "namespaces":
@@ -254,18 +254,6 @@ def _grown(before: Resources, after: Resources) -> list[str]:
         for name, more in limits.items()
         if getattr(after, name) > getattr(before, name) + more
     ]
-
-
-@contextmanager
-def _small_disk(path: Path) -> Iterator[None]:
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(path)], capture_output=True)
-    if mounted.returncode:
-        raise Skip(f"a small disk needs root: {mounted.stderr.decode().strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=False)
 
 
 def run(bench: Bench, chosen: Sequence[Combination], on_trial: Callable[[Trial], None]) -> list[Trial]:
