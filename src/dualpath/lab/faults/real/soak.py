@@ -171,7 +171,7 @@ def grown(samples: Sequence[Sample]) -> list[str]:
         for name, more in MORE_OF_ALL.items()
         if getattr(last.all, name) > getattr(first.all, name) + more
     ]
-    if last.store_mib > QUOTA_MIB + 1:
+    if last.store_mib > 1.25 * QUOTA_MIB:  # damaged blocks that were set aside are beside it
         found.append(f"the store has {last.store_mib} MiB, its quota is {QUOTA_MIB}")
     if last.store_files > 2 * first.store_files:
         found.append(f"store files: {first.store_files} after warm-up, {last.store_files} at the end")
