@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from dualpath.cluster.shared_rows import SharedRows
 from dualpath.transfer.pool import BufferPool, PoolExhausted
 from dualpath.transfer.pool_files import sweep_dead_pools
 
@@ -175,7 +176,7 @@ def test_memory_that_is_not_there_is_refused_at_creation():
     name = unique_name()
     with pytest.raises(OSError, match="make the buffer smaller"):
         BufferPool.create(name, 1 << 20, 2 * room.f_blocks * room.f_frsize // (1 << 20))
-    assert not Path(f"/dev/shm/dualpath-{os.getpid()}-{name}").exists()
+    assert not list(Path("/dev/shm").glob(f"dualpath-{os.getpid()}-{name}*"))
 
 
 def test_sweep_removes_the_pool_of_a_killed_creator_only(tmp_path):
@@ -201,3 +202,17 @@ def test_sweep_removes_the_pool_of_a_killed_creator_only(tmp_path):
         creator.kill()
         creator.communicate()
         pool.close()
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        lambda where: BufferPool.create("same", 4096, 1, directory=where),
+        lambda where: SharedRows.create("rows", 4096, directory=where),
+    ],
+)
+def test_nobody_can_take_a_name_first(tmp_path, create):
+    """All users share /dev/shm, and two containers that share it may have the same pids."""
+    with contextlib.closing(create(tmp_path)) as one, contextlib.closing(create(tmp_path)) as other:
+        assert one.path != other.path
+        assert {one.path.parent, other.path.parent} == {tmp_path}

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 from dualpath.transfer.pool import Bytes
-from dualpath.transfer.pool_files import POOL_DIRECTORY, create_locked
+from dualpath.transfer.pool_files import POOL_DIRECTORY, create_locked, own_path
 
 _ALIGNMENT_BYTES = 4096
 
@@ -29,8 +29,8 @@ class SharedRows:
 
     @classmethod
     def create(cls, name: str, most_bytes: int, *, directory: Path = POOL_DIRECTORY) -> Self:
-        """Create ``dualpath-<pid>-<name>``, locked as pools are, so that a sweep spares it while this process lives."""
-        path = directory / f"dualpath-{os.getpid()}-{name}"
+        """Create ``dualpath-<pid>-<name>-<random>``, locked as pools are, so that a sweep spares it while we live."""
+        path = own_path(directory, name)
         descriptor = create_locked(path)
         os.ftruncate(descriptor, -(-most_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES)
         return cls(path, descriptor)

@@ -34,7 +34,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dualpath.transfer.pool_files import POOL_DIRECTORY, create_locked
+from dualpath.transfer.pool_files import POOL_DIRECTORY, create_locked, own_path
 
 Owner = Hashable
 """The holder of pages, for example ``(request, attempt)``. Opaque to the pool."""
@@ -108,17 +108,17 @@ class BufferPool(MappedPages):
 
     @classmethod
     def create(cls, name: str, page_bytes: int, pages: int, *, directory: Path = POOL_DIRECTORY) -> Self:
-        """Create ``dualpath-<pid>-<name>`` in `directory`, and allocate and zero all its memory at once.
+        """Create ``dualpath-<pid>-<name>-<random>`` in `directory`, and allocate and zero all its memory at once.
 
-        Raises ValueError for a bad name or size, FileExistsError if this process has such a pool, and OSError when
-        there is too little memory: an error now is better than a SIGBUS during a transfer.
+        Raises ValueError for a bad name or size, and OSError when there is too little memory: an error now is better
+        than a SIGBUS during a transfer.
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f"pool name {name!r}: use 1 to 64 letters, digits, '_', '.' or '-'")
         if page_bytes < 1 or pages < 1:
             raise ValueError(f"pool {name!r}: page_bytes ({page_bytes}) and pages ({pages}) must be at least 1")
         stride_bytes = -(-page_bytes // PAGE_ALIGNMENT_BYTES) * PAGE_ALIGNMENT_BYTES
-        path = directory / f"dualpath-{os.getpid()}-{name}"
+        path = own_path(directory, name)
         descriptor = create_locked(path)
         try:
             _take_memory(path, descriptor, PAGE_ALIGNMENT_BYTES + pages * stride_bytes)

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import secrets
 from pathlib import Path
 
 POOL_DIRECTORY = Path("/dev/shm")
@@ -30,6 +31,13 @@ def sweep_dead_files(directory: Path, pattern: str) -> list[Path]:
         finally:
             os.close(descriptor)
     return removed
+
+
+def own_path(directory: Path, name: str) -> Path:
+    """Returns a new ``dualpath-<pid>-<name>-<random>``: all users, and containers with pids of their own, share
+    ``/dev/shm``, and nobody may have taken the name first.
+    """
+    return directory / f"dualpath-{os.getpid()}-{name}-{secrets.token_hex(6)}"
 
 
 def create_locked(path: Path) -> int:

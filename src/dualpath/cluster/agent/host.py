@@ -42,7 +42,7 @@ def make_pool(facts: Attach, buffer_bytes: int) -> BufferPool:
         raise ValueError(f"--buffer {buffer_bytes} does not hold a Full Block of this model, {block_bytes} bytes")
     if facts.role is Role.DECODE:
         blocks += STAGING_BLOCKS
-    return BufferPool.create(uuid.uuid4().hex[:12], block_bytes, blocks)
+    return BufferPool.create("buffer", block_bytes, blocks)
 
 
 class EngineHost:

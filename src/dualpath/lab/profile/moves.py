@@ -4,10 +4,10 @@ Blocks are read back from the page cache, so the result is what the runtime can 
 """
 
 import asyncio
-import os
 import secrets
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -48,7 +48,7 @@ def _store_rates(layout: KVLayout, store: Path) -> tuple[float, float]:
     store.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="profile-", dir=store) as folder,
-        closing(BufferPool.create(f"profile-{os.getpid()}-io", layout.full_block_bytes, BLOCKS)) as pool,
+        closing(BufferPool.create("profile-io", layout.full_block_bytes, BLOCKS)) as pool,
     ):
         blocks = BlockIO(ClusterConfig(model="", store=folder), layout, pool, TrafficManager())
         try:
@@ -80,10 +80,10 @@ async def _write_and_read(layout: KVLayout, blocks: BlockIO, pool: BufferPool) -
 
 def _transfer_rate(layout: KVLayout) -> float:
     """Pulls all layers of a prompt from a DE's buffer, over shared memory."""
-    name = f"profile-{os.getpid()}"
+    name = f"profile-{uuid.uuid4().hex[:12]}"
     with (
-        closing(BufferPool.create(f"{name}-pe", layout.full_block_bytes, BLOCKS + 1)) as pool,
-        closing(BufferPool.create(f"{name}-de", layout.full_block_bytes, BLOCKS + 1)) as remote,
+        closing(BufferPool.create("profile-pe", layout.full_block_bytes, BLOCKS + 1)) as pool,
+        closing(BufferPool.create("profile-de", layout.full_block_bytes, BLOCKS + 1)) as remote,
     ):
         here, transport = TrafficManager(), TRANSPORTS.get("shm")
         server = transport.serve(remote, TrafficManager(), host="", name=f"{name}-de", key=KEY)

@@ -17,7 +17,6 @@ outlive its parent.
 import os
 import sys
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -112,7 +111,7 @@ def bulk(channels: list[FramedChannel], order: Order) -> Moved:
 
 
 def _serve(host: str) -> None:
-    pool = BufferPool.create(uuid.uuid4().hex[:12], BLOCK_BYTES, FLOWS)
+    pool = BufferPool.create("qos", BLOCK_BYTES, FLOWS)
     server = TcpTransport().serve(pool, TrafficManager(), host=host, name="qos", key=KEY)
     try:
         _answer(Address(server.address))
