@@ -14,6 +14,7 @@ import pytest
 from dualpath.cluster import preflight
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.preflight import settled
+from dualpath.cluster.preflight_files import check_buffers
 from dualpath.kv import StoreError
 
 TINY: dict[str, Any] = {
@@ -108,6 +109,43 @@ def test_a_device_that_is_none(tmp_path: Path) -> None:
         settled(config(tmp_path, device="gpu"))
 
 
+def test_files_that_can_not_be_written(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "tiny")
+    (tmp_path / "file").touch()
+    for option in ("journal", "ready_file"):
+        for place, why in (
+            (tmp_path / "none" / "file", f"there is no folder {tmp_path}/none; make it"),
+            (tmp_path / "file" / "file", f"there is no folder {tmp_path}/file"),
+            (tmp_path, "it is a folder"),
+            (Path("/proc/1/new"), "this user may not write in /proc/1"),
+        ):
+            with pytest.raises(ValueError, match=f"^--{option.replace('_', '-')}: {place} can't be written: {why}"):
+                settled(config(tmp_path, **{option: str(place)}))
+        assert settled(config(tmp_path, **{option: str(tmp_path / "file")}))
+        assert settled(config(tmp_path, **{option: str(tmp_path / "new")}))
+    assert not (tmp_path / "new").exists()
+    assert settled(config(tmp_path, journal="/dev/null"))
+
+
+def test_a_ready_file_replaces_files_alone(tmp_path: Path) -> None:
+    """What is there is removed at the start: that must not be a device."""
+    checkpoint(tmp_path / "tiny")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "dead").symlink_to(tmp_path / "none")
+    for place in ("/dev/null", tmp_path / "fifo", tmp_path / "dead"):
+        with pytest.raises(ValueError, match=r"^--ready-file: .* is no regular file"):
+            settled(config(tmp_path, ready_file=str(place)))
+
+
+def test_buffers_that_this_host_can_not_have(tmp_path: Path) -> None:
+    shared = os.statvfs("/dev/shm")
+    whole_bytes = shared.f_blocks * shared.f_frsize
+    check_buffers(config(tmp_path, buffer_bytes=whole_bytes // 2), 2)
+    for buffer_bytes, engines in ((whole_bytes + 1, 1), (whole_bytes // 2, 3)):
+        with pytest.raises(ValueError, match=f"^--buffer: {engines} engines .* make the buffer smaller"):
+            check_buffers(config(tmp_path, buffer_bytes=buffer_bytes), engines)
+
+
 def test_a_store_that_can_not_be_written(tmp_path: Path) -> None:
     checkpoint(tmp_path / "tiny")
     (tmp_path / "file").touch()
@@ -147,6 +185,7 @@ SETTLE = """
 import sys, msgspec
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.preflight import settled
+from dualpath.cluster.preflight_files import check_buffers
 try:
     found = settled(ClusterConfig(model=sys.argv[1], store=sys.argv[2]))
     print(found.model, found.served_model_name)

@@ -145,6 +145,7 @@ def test_one_signal_drains_and_a_second_ends_at_once(model: Path, tmp_path: Path
             *_, last = [line for line in lines if line]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
         assert process.wait(30) == 0
+    assert not ready.exists()
     written = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
     (long,) = [line for line in written if line.get("request_id") == "long"]
     assert (long["who"], long["message"], long["prompt_tokens"]) == ("access", "POST /v1/completions 200", 100)

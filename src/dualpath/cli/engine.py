@@ -5,7 +5,7 @@ from typing import Any
 
 from dualpath.cli.arguments import command, not_negative, positive
 from dualpath.cli.cluster_options import add_cluster_options, cluster_config
-from dualpath.cli.outcome import UsageError
+from dualpath.cli.outcome import UsageError, usage_errors
 
 EXAMPLES = """\
 example, on a node that shares the store and the model directory with the coordinator:
@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from dualpath.cluster.cluster_secret import HOW_TO_GIVE
     from dualpath.cluster.node import run_node
+    from dualpath.cluster.preflight_files import check_buffers
     from dualpath.core.vocabulary import Role
     from dualpath.spec.topology import Topology
 
@@ -39,4 +40,6 @@ def run(arguments: argparse.Namespace) -> int:
     config = given.of_node(role, arguments.rank)
     if arguments.engines:
         config = msgspec.structs.replace(config, topology=Topology(1, 1, arguments.engines))
+    with usage_errors(ValueError):
+        check_buffers(config, config.topology.sizes[0])
     return run_node(config, arguments.coordinator, role, arguments.rank)

@@ -137,6 +137,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     journal: str | None = None
     """File for every scheduler input and its commands, one JSON line each."""
     ready_file: str | None = None
+    """File that is there while requests are served, and says where and by whom."""
     weights_version: str = ""
 
     def __post_init__(self) -> None:

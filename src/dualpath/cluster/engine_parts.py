@@ -21,6 +21,7 @@ from dualpath.cluster.attachment import LEAVE, AgentConfig, EngineConfig
 from dualpath.cluster.children import Child, end_with_parent, leave_signals_to_the_parent, started
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.leftovers import socket_directory
+from dualpath.cluster.preflight_files import check_buffers
 from dualpath.cluster.supervisor import Part
 from dualpath.core.vocabulary import Role
 from dualpath.spec.log import ROOT
@@ -45,7 +46,7 @@ def node_parts(
 ) -> list[NodeParts]:
     """Returns every node of the topology. `weights()` is the checkpoint that is served when an engine starts.
 
-    Raises ValueError when there are too many engines for one host.
+    Raises ValueError when there are too many engines for one host, or their buffers can't be.
     """
     topology = config.topology
     if topology.engines > MAX_ENGINES:
@@ -53,6 +54,7 @@ def node_parts(
             f"{topology} is more than {MAX_ENGINES} engines on one host; start fewer, or let "
             "nodes of other hosts join with --join-address"
         )
+    check_buffers(config, topology.engines)
     counts = ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes))
     directory = socket_directory()
     where = directory, weights

@@ -23,6 +23,7 @@ import msgspec
 
 from dualpath.cluster.cluster_secret import HOW_TO_GIVE, secret_of_environment
 from dualpath.cluster.config import DTYPES, ClusterConfig
+from dualpath.cluster.preflight_files import NotReadyError, check_outputs
 from dualpath.kv import KVLayout, StoreError, open_store
 from dualpath.kv.layout import parts_of
 
@@ -30,10 +31,6 @@ logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DEVICES = re.compile(r"cpu|cuda(:\d+)?")
-
-
-class NotReadyError(ValueError):
-    """The cluster can't start as it is configured; the message names the option and says what to do."""
 
 
 def settled(config: ClusterConfig) -> ClusterConfig:
@@ -50,6 +47,7 @@ def settled(config: ClusterConfig) -> ClusterConfig:
     _check_store(config.store)
     _check_tracing(config)
     _check_tls(config)
+    check_outputs(config)
     secret = config.cluster_secret or secret_of_environment()
     if secret is None:
         _check_loopback(config)

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-from pathlib import Path
 
 import msgspec
 
@@ -27,11 +26,10 @@ from dualpath.server.listener import bind
 from dualpath.serving import words as w
 from dualpath.serving.control_listener import control_listener
 from dualpath.serving.orders_socket import RESTART, OrdersSocket
+from dualpath.serving.ready_file import ReadyFile
 from dualpath.serving.restarting import LAST_WORDS_S, RollingRestart, Say
 from dualpath.serving.server_part import LOOK_S, SERVER, ServerPart
 from dualpath.spec.log import ROOT, start_log
-from dualpath.spec.private_files import PRIVATE
-from dualpath.spec.whole_file import Draft, fill_whole
 
 logger = logging.getLogger(f"{ROOT}.server")
 
@@ -57,7 +55,8 @@ async def _until_signalled(config: ClusterConfig, listener: socket.socket, local
         serving = SupervisedCluster(config, listener, local_engines)
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, serving.signalled)
-        why = await serving.run()
+        with serving.ready_file:
+            why = await serving.run()
         for name in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be stopped
             asyncio.get_running_loop().remove_signal_handler(name)
             signal.signal(name, signal.SIG_IGN)
@@ -69,6 +68,7 @@ class SupervisedCluster:
 
     def __init__(self, config: ClusterConfig, listener: socket.socket, local_engines: bool) -> None:
         address, control = control_listener(config.control_address)
+        self.ready_file = ReadyFile(config.ready_file)
         self._config = config = msgspec.structs.replace(config, control_address=address)
         self._listener = listener
         nodes = node_parts(config, address, self._served_weights) if local_engines else []
@@ -160,10 +160,7 @@ class SupervisedCluster:
                 if not self._server.has_served:
                     print(word.welcome, flush=True)
                 self._server.has_served, self._server.weights = True, word.weights
-                if self._config.ready_file is not None:
-                    facts = word.facts | {"pid": os.getpid(), "orders": self._orders.name}
-                    draft = Draft(Path(self._config.ready_file), PRIVATE)
-                    fill_whole(draft, msgspec.json.encode(facts), durable=False)
+                self.ready_file.write(word.facts | {"pid": os.getpid(), "orders": self._orders.name})
 
     def _ended(self, child: Child, _why: str) -> None:
         if child.name == SERVER:
