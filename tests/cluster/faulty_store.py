@@ -72,6 +72,8 @@ class FaultyStore:
                 raise StoreWriteError(key, self.location, OSError(28, "No space left on device"))
             case "refuse":
                 raise StoreError(f"{self.location}: no route to host")
+            case "odd":
+                raise RuntimeError("a mistake in the store's code")
             case "unavailable":
                 raise BlockUnavailableError(key, "403 Forbidden")
 

@@ -55,6 +55,9 @@ FAULTS = [
     ("find", "hang", "slow"),
     ("find", "refuse", "unreachable"),
     ("prepare", "hang", "ok"),
+    ("read", "odd", "unreachable"),
+    ("write", "odd", "read-only"),
+    ("find", "odd", "unreachable"),
 ]
 """A call of the store, what becomes of it, and what /health says of the store then."""
 

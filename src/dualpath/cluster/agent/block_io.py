@@ -23,6 +23,7 @@ import numpy as np
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.deadline_threads import AbandonedError, Call, DeadlineThreads, LateError
+from dualpath.cluster.guarded_store import guarded
 from dualpath.cluster.messages import BlockFaultReport
 from dualpath.cluster.store_standing import StoreStanding, troubles_s
 from dualpath.core.vocabulary import TrafficClass
@@ -71,7 +72,7 @@ class BlockIO:
         self._readable = StoreStanding(late_away_s=timeout_s / 2)
         self._writable = StoreStanding(late_away_s=timeout_s / 2)
         self._own = threading.local()
-        self._store = store or open_store(cluster.store, durable=cluster.durable)
+        self._store = guarded(store or open_store(cluster.store, durable=cluster.durable))
         self.read_bytes = 0
         """Bytes of this engine's reads; its node's SNIC counts those of all."""
         self.written_bytes = 0

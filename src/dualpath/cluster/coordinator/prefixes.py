@@ -18,6 +18,7 @@ from dualpath.cluster.coordinator.file_work import LANES, FileWork
 from dualpath.cluster.coordinator.kv_events import KVEvents
 from dualpath.cluster.coordinator.lookout import Lookout, Recently
 from dualpath.cluster.coordinator.recount import Recount
+from dualpath.cluster.guarded_store import guarded
 from dualpath.cluster.messages import BlockFaultReport, StoredBlock
 from dualpath.cluster.store_standing import troubles_s
 from dualpath.kv import (
@@ -66,7 +67,7 @@ class Prefixes:
         store: Store | None = None,
         file_lanes: int = LANES,
     ) -> None:
-        self._store = store or open_store(location)
+        self._store = guarded(store or open_store(location))
         self._layout = layout
         self._fingerprint = fingerprint
         self._weights_version = weights_version

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from dualpath.kv.stores.errors import StoreLocationError
+from dualpath.kv.stores.errors import StoreError, StoreLocationError
 from dualpath.kv.stores.protocol import Store
 from dualpath.spec.registry import Registry, UnknownNameError
 
@@ -70,4 +70,9 @@ def open_store(location: str | Path, *, durable: bool = True) -> Store:
         raise StoreLocationError(
             f"--store {location}: {scheme} names {opener!r}, which opens no store; name a function"
         )
-    return opener(str(location), durable=durable)
+    try:
+        return opener(str(location), durable=durable)
+    except StoreError:
+        raise
+    except Exception as error:
+        raise StoreLocationError(f"--store {location} can't be opened: {type(error).__name__}: {error}") from error
