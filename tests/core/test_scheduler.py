@@ -545,6 +545,54 @@ def test_requests_too_large_for_the_replacement_fail_when_it_joins() -> None:
     assert commands[1:] and all(command.request == 2 for command in commands[1:])
 
 
+@pytest.mark.parametrize("system", ["dualpath", "dualpath-rr"])
+@pytest.mark.parametrize(
+    ("prefill", "decode", "first", "then"),
+    [
+        ((1,), (2, 3), {1, 2}, {1, 3}),
+        ((1, 4), (2,), {1, 2}, {4, 2}),
+        ((1, 4), (2, 3), {1, 2}, {4, 3}),
+        ((1,), (2,), {1, 2}, {1, 2}),
+    ],
+)
+def test_after_a_failed_transfer_other_engines_are_chosen_where_there_are_any(
+    system: str, prefill: tuple[int, ...], decode: tuple[int, ...], first: set[int], then: set[int]
+) -> None:
+    """The link between two engines may be cut although both are well; the emptiest would be chosen again."""
+    cluster = Cluster(system, prefill=prefill, decode=decode)
+    cluster.submit(7, hit=0)
+    assert placed(cluster, 7) == first
+    cluster.submit(8, prompt=5_000, hit=0)
+    cluster.does("prepared", 7, 0)
+    cluster.does("attempt_failed", 7, 0, 1, Cause.TRANSFER_FAILED)
+    cluster.does("released", 7, 0, 1)
+    cluster.does("released", 7, 0, 2)
+    cluster.does("resubmit", RequestFacts(7, 1, 300, 0, 20))
+    assert placed(cluster, 7) == then
+
+
+def placed(cluster: Cluster, request: int) -> set[int | None]:
+    live = cluster.core.life.requests[request]
+    return {live.prefill_engine, live.decode_engine}
+
+
+@pytest.mark.parametrize("system", ["dualpath", "dualpath-rr"])
+def test_it_waits_for_another_engine_that_is_full(system: str) -> None:
+    """The one of the failed transfer is empty, because nothing succeeds there; it must not attract the request."""
+    cluster = Cluster(system, decode=(2, 3), hbm_blocks=9)
+    cluster.submit(7, hit=0)
+    cluster.submit(8, hit=0)
+    assert [placed(cluster, number) for number in (7, 8)] == [{PE, 2}, {PE, 3}]
+    cluster.does("prepared", 7, 0)
+    cluster.does("attempt_failed", 7, 0, PE, Cause.TRANSFER_FAILED)
+    cluster.does("released", 7, 0, PE)
+    cluster.does("released", 7, 0, 2)
+    assert cluster.does("resubmit", RequestFacts(7, 1, 300, 0, 20)) == []
+    assert cluster.submit(9, hit=0) == []  # its turn comes after 7's
+    cluster.does("engine_lost", 3)
+    assert placed(cluster, 7) == {PE, 2}
+
+
 def test_a_decoding_request_outlives_the_last_pe() -> None:
     cluster = Cluster().decoding()
     assert cluster.does("engine_lost", PE) == []

@@ -117,12 +117,14 @@ def _audit_groups(life: Lifecycle) -> None:
         implied = tok, int(group.hbm_free.sum()), tok + queued
         _require(seen == implied, "group {}: tok, free HBM, load are {}, not {}", group_id, seen, implied)
         line = life.waiting.private.get(group_id)
-        stuck = line is not None and _is_stuck(group, line[0])
+        stuck = line is not None and _is_stuck(life, group, line[0])
         _require(not group.short_of_blocks or stuck, "group {}: the head would fit, and nobody looks", group_id)
 
 
-def _is_stuck(group: DecodeGroup, head: Request) -> bool:
+def _is_stuck(life: Lifecycle, group: DecodeGroup, head: Request) -> bool:
+    avoided = life.fleet.avoidable(Role.DECODE, head.avoids, head.prompt_blocks, head.hbm_blocks)
     fits = (group.hbm_free >= head.hbm_blocks) & (group.buffer_capacity >= head.prompt_blocks)
+    fits &= [facts.engine not in avoided for facts in group.facts]
     return head.hbm_blocks == group.short_of_blocks and not fits.any()
 
 

@@ -10,6 +10,8 @@ at a third of the cost.
 """
 
 from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 
 import msgspec
@@ -264,6 +266,26 @@ class Fleet:
         )  # placement sees room for nothing
         columns.facts[columns.slots[engine]] = seen
         columns.index()
+
+    @contextmanager
+    def hiding(self, engines: Iterable[EngineId]) -> Iterator[None]:
+        """In here, placement sees no room at these engines; none of them is draining."""
+        hidden = list(engines)
+        for engine in hidden:
+            self.drain(engine, True)
+        yield
+        for engine in hidden:
+            self.drain(engine, False)
+
+    def avoidable(self, role: Role, engines: frozenset[EngineId], buffer_blocks: int, hbm_blocks: int) -> set[EngineId]:
+        """Returns those of `engines` that could take such a request; none when no others could."""
+        columns = self.prefill if role is Role.PREFILL else self.decode
+        able = {
+            facts.engine
+            for facts in columns.facts  # draining ones have room for nothing here
+            if facts.buffer_blocks >= buffer_blocks and (role is Role.PREFILL or facts.hbm_blocks >= hbm_blocks)
+        }
+        return able & engines if able - engines else set()
 
     @property
     def has_both_roles(self) -> bool:

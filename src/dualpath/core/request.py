@@ -98,6 +98,7 @@ class Request:
 
     __slots__ = (
         "attempt",
+        "avoids",
         "commanded",
         "deadline_ns",
         "decode_engine",
@@ -120,6 +121,8 @@ class Request:
         self.state = State.QUEUED
         self.deadline_ns = NEVER_NS
         """Deadline of the current state, NEVER_NS for none; only `Deadlines` writes it."""
+        self.avoids: frozenset[EngineId] = frozenset()
+        """Engines between which a transfer of an earlier attempt failed; others are chosen where there are any."""
         self.begin_attempt(facts)
 
     def begin_attempt(self, facts: RequestFacts) -> None:

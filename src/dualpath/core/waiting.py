@@ -11,14 +11,16 @@ than every request that has a PE, and is behind them in every private queue. Los
 """
 
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 
 from dualpath.core.engines import Fleet
 from dualpath.core.ledger import Ledger
 from dualpath.core.placement import OneLine, Placement, TwoLevels
 from dualpath.core.read_path import ReadPath, least_pe_blocks
 from dualpath.core.request import Request
-from dualpath.core.vocabulary import EngineId, GroupId, RequestId
+from dualpath.core.vocabulary import EngineId, GroupId, RequestId, Role
 
+_NOTHING = nullcontext()
 Line = deque[Request]
 """Requests in order of arrival. Leaving from the middle is O(line) and rare: a cancellation or a lost engine."""
 
@@ -87,7 +89,9 @@ class WaitingRoom:
         line = self.for_prefill
         while line:
             request = line[0]
-            engine = placement.prefill_engine(engines, least_pe_blocks(read_path, request.hit_blocks))
+            blocks = least_pe_blocks(read_path, request.hit_blocks)
+            with self._keeping_away(request, Role.PREFILL, blocks):
+                engine = placement.prefill_engine(engines, blocks)
             if engine is None:
                 return
             line.popleft()
@@ -100,7 +104,8 @@ class WaitingRoom:
         """DE choice, phase 1: give each request of the global queue a group."""
         decode, private = self._fleet.decode, self.private
         for request in self.for_decode:
-            group = placement.decode_group(decode, request.prompt_blocks, request.hbm_blocks)
+            with self._keeping_away(request, Role.DECODE, request.prompt_blocks):
+                group = placement.decode_group(decode, request.prompt_blocks, request.hbm_blocks)
             request.group = group
             decode.queue(group, request.facts.prompt_tokens)
             if group in private:
@@ -119,9 +124,11 @@ class WaitingRoom:
         while line:
             request = line[0]
             tokens = request.facts.prompt_tokens
-            engine = placement.group_engine(group, tokens, z, request.prompt_blocks, request.hbm_blocks)
+            with self._keeping_away(request, Role.DECODE, request.prompt_blocks):
+                group = decode.groups[group_id]
+                engine = placement.group_engine(group, tokens, z, request.prompt_blocks, request.hbm_blocks)
             if engine is None:
-                group.short_of_blocks = request.hbm_blocks
+                decode.groups[group_id].short_of_blocks = request.hbm_blocks
                 return
             line.popleft()
             decode.queue(group_id, -tokens)
@@ -133,11 +140,19 @@ class WaitingRoom:
         while line:
             request = line[0]
             tokens = request.facts.prompt_tokens
-            engine = placement.decode_engine(decode, tokens, request.prompt_blocks, request.hbm_blocks)
+            with self._keeping_away(request, Role.DECODE, request.prompt_blocks):
+                engine = placement.decode_engine(decode, tokens, request.prompt_blocks, request.hbm_blocks)
             if engine is None:
                 return
             line.popleft()
             self._give_decode(request, engine, placed)
+
+    def _keeping_away(self, request: Request, role: Role, buffer_blocks: int) -> AbstractContextManager[None]:
+        """In here, the engines that the request avoids have no room, where others could take it. It waits for those."""
+        if not request.avoids:
+            return _NOTHING
+        fleet = self._fleet
+        return fleet.hiding(fleet.avoidable(role, request.avoids, buffer_blocks, request.hbm_blocks))
 
     def _give_decode(self, request: Request, engine: EngineId, placed: list[Request]) -> None:
         request.decode_engine = engine

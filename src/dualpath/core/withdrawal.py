@@ -29,7 +29,12 @@ def cancel(life: Lifecycle, request: Request) -> None:
 
 
 def fail_attempt(life: Lifecycle, request: Request, cause: Cause) -> None:
-    """Take the attempt off its engines, then retry if attempts are left."""
+    """Take the attempt off its engines, then retry if attempts are left.
+
+    The link between a PE and a DE may be cut although both are well: the next attempt keeps away from them.
+    """
+    if cause is Cause.TRANSFER_FAILED:
+        request.avoids |= {engine for engine in (request.prefill_engine, request.decode_engine) if engine is not None}
     withdraw(life, request)
     retry(life, request, cause)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dualpath.transfer.transports.framed.server import FramedServer
 
 TOS = {TrafficClass.HIGH: 0xB8, TrafficClass.LOW: 0x00}
-_PEER_DEAD_AFTER_MS = 30_000
+_PEER_DEAD_AFTER_MS = 10_000
 """A host that acknowledges nothing for this long counts as dead."""
 
 
