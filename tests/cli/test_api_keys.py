@@ -47,7 +47,14 @@ def test_a_file_that_others_can_read_is_refused(key_file):
 
 
 @pytest.mark.parametrize(
-    ("content", "why"), [(b"", "has no key"), (b"# none\n", "has no key"), (b"\xff", "cannot read")]
+    ("content", "why"),
+    [
+        (b"", "has no key"),
+        (b"# none\n", "has no key"),
+        (b"\xff", "can't read"),
+        (b"ours\nkey with space\n", "keys: a key has a space"),
+        ("schlüssel".encode(), "beyond ASCII"),
+    ],
 )
 def test_a_file_without_a_key_is_refused(key_file, content, why):
     key_file.write_bytes(content)
@@ -56,8 +63,23 @@ def test_a_file_without_a_key_is_refused(key_file, content, why):
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="can't read"):
         api_keys(parsed("--api-key-file", str(tmp_path / "none")))
+
+
+def test_a_fifo_is_refused_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    with pytest.raises(UsageError, match=r"--api-key-file: .*fifo is no regular file"):
+        api_keys(parsed("--api-key-file", str(tmp_path / "fifo")))
+
+
+def test_a_key_that_can_not_be_sent_is_refused_and_not_shown(monkeypatch):
+    with pytest.raises(UsageError, match=r"^--api-key: a key has a space") as told:
+        api_keys(parsed("--api-key", "open sesame"))
+    assert "sesame" not in str(told.value)
+    monkeypatch.setenv(KEY_VARIABLE, "a\nb")
+    with pytest.raises(UsageError, match=r"^\$DUALPATH_API_KEY: a key has a space"):
+        api_keys(parsed())
 
 
 @pytest.mark.parametrize("key", ["", "  "])

@@ -11,6 +11,7 @@ import pytest
 from dualpath.cluster.cluster_secret import ClusterSecret, MadeSecret, cluster_secret, secret_of_environment
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.preflight import NotReadyError, _check_loopback
+from dualpath.spec.private_files import private_opener
 from dualpath.transfer.pool_files import sweep_dead_files
 
 TEXT = "correct horse battery staple and more"
@@ -60,6 +61,20 @@ def test_a_file_that_everybody_reads_is_refused(tmp_path: Path) -> None:
         ClusterSecret.of_file(file)
     file.chmod(0o640)
     assert ClusterSecret.of_file(file) == ClusterSecret(TEXT)
+
+
+@pytest.mark.parametrize("place", ["fifo", "/dev/zero", "."])
+def test_what_is_no_regular_file_is_refused_and_nobody_waits_for_it(tmp_path: Path, place: str) -> None:
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    with pytest.raises(ValueError, match=r"is no regular file|can't read"):
+        ClusterSecret.of_file(tmp_path / place)
+
+
+def test_a_file_without_end_is_not_read_to_it(tmp_path: Path) -> None:
+    with open(tmp_path / "large", "wb", opener=private_opener) as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="has more than"):
+        ClusterSecret.of_file(tmp_path / "large")
 
 
 def test_the_environment_has_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """HTTPS, and clients that must show a certificate: uvicorn's options, by our connections and bounds."""
 
 import datetime
+import os
 import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,12 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import NameOID
 from fake_cluster import FakeGenerator, running_server, says
 
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.preflight import NotReadyError, _check_tls
+from dualpath.cluster.preflight_files import NotReadyError, check_tls, warn_of_open_key
 from dualpath.server import tls_door
 
 DAY = datetime.timedelta(days=1)
@@ -127,21 +129,52 @@ def test_clients_must_show_a_certificate_of_the_authority(authority: Authority, 
 
 def test_what_can_not_be_is_told_before_engines_start(authority: Authority, tmp_path: Path) -> None:
     certificate = str(authority.issue("server"))
-    _check_tls(settings())
-    _check_tls(settings(ssl_certfile=certificate, ssl_ca_certs=str(authority.pem)))
-    nothing = tmp_path / "nothing.pem"
+    check_tls(settings())
+    check_tls(settings(ssl_certfile=certificate, ssl_ca_certs=str(authority.pem)))
+    nothing, encrypted, fifo = (tmp_path / f"{name}.pem" for name in ("nothing", "encrypted", "fifo"))
     nothing.write_text("nothing")
+    os.mkfifo(fifo)
+    bare, key = tmp_path / "bare.pem", load_pem_private_key(Path(certificate).read_bytes(), None)
+    bare.write_text(Path(certificate).read_text().partition("-----BEGIN PRIVATE")[0])
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8)
+    encrypted.write_bytes(key.private_bytes(*form, serialization.BestAvailableEncryption(b"sesame")))
     for wrong, complaint in (
-        ({"ssl_certfile": str(tmp_path / "missing.pem")}, "--ssl-certfile: .*missing.pem can't be used"),
+        (
+            {"ssl_certfile": str(tmp_path / "missing.pem")},
+            "--ssl-certfile: .*missing.pem can't be used: no reg",
+        ),
+        ({"ssl_certfile": str(fifo)}, "--ssl-certfile: .*fifo.pem can't be used: no regular file"),
+        (
+            {"ssl_certfile": certificate, "ssl_keyfile": str(fifo)},
+            "--ssl-keyfile: .*fifo.pem can't be used: no regular",
+        ),
+        ({"ssl_certfile": str(bare)}, "--ssl-certfile: .*bare.pem .*: it has no key; give the key with --ssl-keyfile"),
+        ({"ssl_certfile": str(bare), "ssl_keyfile": str(nothing)}, "--ssl-keyfile: .*nothing.pem .*: it has no key"),
+        ({"ssl_certfile": str(bare), "ssl_keyfile": str(encrypted)}, "--ssl-keyfile: the key in .* is encrypted; give"),
         ({"ssl_certfile": certificate, "ssl_keyfile": str(authority.pem)}, "can't be used .*KEY_VALUES_MISMATCH"),
         ({"ssl_certfile": certificate, "ssl_ca_certs": str(nothing)}, "--ssl-ca-certs: .*nothing.pem can't be used"),
     ):
         with pytest.raises(NotReadyError, match=complaint):
-            _check_tls(settings(**wrong))
+            check_tls(settings(**wrong))
+
+
+def test_settings_that_contradict_each_other(authority: Authority) -> None:
+    certificate = str(authority.issue("server"))
     for wrong, complaint in (
-        ({"ssl_keyfile": certificate}, "need ssl_certfile"),
-        ({"ssl_certfile": certificate, "ssl_cert_reqs": 2}, "needs ssl_ca_certs"),
-        ({"ssl_certfile": certificate, "ssl_cert_reqs": 3}, "it must be 0, 1"),
+        ({"ssl_keyfile": certificate}, "^--ssl-keyfile, .* need --ssl-certfile"),
+        ({"ssl_certfile": certificate, "ssl_cert_reqs": 2}, "^--ssl-cert-reqs needs --ssl-ca-certs"),
+        ({"ssl_certfile": certificate, "ssl_cert_reqs": 3}, "^--ssl-cert-reqs is 3; it must be 0, 1"),
     ):
         with pytest.raises(ValueError, match=complaint):
             settings(**wrong)
+
+
+def test_a_key_that_every_user_can_read_is_warned_of(authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
+    pem = authority.issue("server")
+    for mode, warnings in ((0o640, 0), (0o644, 1)):
+        pem.chmod(mode)
+        caplog.clear()
+        warn_of_open_key(settings(ssl_certfile=str(pem)))
+        assert len(caplog.messages) == warnings
+    assert caplog.messages[0].endswith(f"access to the server's key in {pem}; chmod o-rwx {pem}")
+    warn_of_open_key(settings())

@@ -2,13 +2,16 @@
 
 import argparse
 import os
-import stat
+import re
 from pathlib import Path
 from typing import Any
 
 from dualpath.cli.outcome import UsageError
+from dualpath.spec.private_files import read_secret
 
 KEY_VARIABLE = "DUALPATH_API_KEY"
+_SENDABLE = re.compile("[!-~]+")
+"""What an HTTP header can carry as one word."""
 
 
 def add_key_options(group: Any) -> None:
@@ -20,23 +23,27 @@ def add_key_options(group: Any) -> None:
 
 def api_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
     """Returns all keys, each once. Raises UsageError. Processes that this one starts don't inherit them."""
-    keys = [*arguments.api_keys, *_of_file(arguments.api_key_file)]
+    keys = [("--api-key", key) for key in arguments.api_keys]
+    keys += [(f"--api-key-file: {arguments.api_key_file}", key) for key in _of_file(arguments.api_key_file)]
     if KEY_VARIABLE in os.environ:
-        keys.append(os.environ.pop(KEY_VARIABLE))
-    if not all(key.strip() for key in keys):
-        raise UsageError(f"an API key is empty; give --api-key, --api-key-file and ${KEY_VARIABLE} keys with letters")
-    return tuple(dict.fromkeys(key.strip() for key in keys))
+        keys.append((f"${KEY_VARIABLE}", os.environ.pop(KEY_VARIABLE)))
+    for source, key in keys:
+        if not key.strip():
+            raise UsageError(f"{source}: a key is empty; give one with letters")
+        if not _SENDABLE.fullmatch(key.strip()):
+            raise UsageError(
+                f"{source}: a key has a space, or a letter beyond ASCII, which clients can't send; write one key a line"
+            )
+    return tuple(dict.fromkeys(key.strip() for _, key in keys))
 
 
 def _of_file(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        mode, text = path.stat().st_mode, path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--api-key-file: cannot read {path}: {error}") from error
-    if mode & stat.S_IRWXO:
-        raise UsageError(f"--api-key-file: every user of this host has access to {path}; chmod o-rwx {path}")
+        text = read_secret(path)
+    except ValueError as error:
+        raise UsageError(f"--api-key-file: {error}") from None
     keys = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
     if not keys:
         raise UsageError(f"--api-key-file: {path} has no key; write one a line")

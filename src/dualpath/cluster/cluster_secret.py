@@ -7,14 +7,13 @@ own user on its own host (`cluster_secret`), and may then listen at nothing but 
 import logging
 import os
 import secrets
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
 from dualpath.spec.log import ROOT
-from dualpath.spec.private_files import runtime_directory
+from dualpath.spec.private_files import read_secret, runtime_directory
 from dualpath.transfer.pool_files import create_locked, sweep_dead_files
 
 logger = logging.getLogger(f"{ROOT}.cluster")
@@ -47,12 +46,7 @@ class ClusterSecret:
     @classmethod
     def of_file(cls, path: Path) -> "ClusterSecret":
         """Raises ValueError that names the file when it can't be read, others may read it, or it has no good secret."""
-        try:
-            mode, text = path.stat().st_mode, path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"can't read {path}: {error}") from None
-        if mode & stat.S_IRWXO:
-            raise ValueError(f"every user of this host has access to {path}; chmod o-rwx {path}")
+        text = read_secret(path)
         try:
             return cls(text)
         except ValueError as error:

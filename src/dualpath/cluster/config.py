@@ -168,11 +168,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number of seconds, 0 or more")
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs or self.ssl_cert_reqs):
-            raise ValueError("ssl_keyfile, ssl_ca_certs and ssl_cert_reqs need ssl_certfile, the server's certificate")
+            raise ValueError("--ssl-keyfile, --ssl-ca-certs and --ssl-cert-reqs need --ssl-certfile")
         if self.ssl_cert_reqs not in (0, 1, 2):
-            raise ValueError(f"ssl_cert_reqs is {self.ssl_cert_reqs}; it must be 0, 1 (optional) or 2 (required)")
+            raise ValueError(f"--ssl-cert-reqs is {self.ssl_cert_reqs}; it must be 0, 1 (optional) or 2 (required)")
         if self.ssl_cert_reqs and self.ssl_ca_certs is None:
-            raise ValueError("ssl_cert_reqs needs ssl_ca_certs: whose certificates clients may show")
+            raise ValueError("--ssl-cert-reqs needs --ssl-ca-certs: whose certificates clients may show")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
         if self.generation_config not in GENERATION_CONFIGS:

@@ -11,7 +11,6 @@ import importlib.metadata
 import ipaddress
 import logging
 import re
-import ssl
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +22,7 @@ import msgspec
 
 from dualpath.cluster.cluster_secret import HOW_TO_GIVE, secret_of_environment
 from dualpath.cluster.config import DTYPES, ClusterConfig
-from dualpath.cluster.preflight_files import NotReadyError, check_outputs
+from dualpath.cluster.preflight_files import NotReadyError, check_outputs, check_tls
 from dualpath.kv import KVLayout, StoreError, open_store
 from dualpath.kv.layout import parts_of
 
@@ -46,7 +45,7 @@ def settled(config: ClusterConfig) -> ClusterConfig:
     _check_sizes(config, facts, dtype)
     _check_store(config.store)
     _check_tracing(config)
-    _check_tls(config)
+    check_tls(config)
     check_outputs(config)
     secret = config.cluster_secret or secret_of_environment()
     if secret is None:
@@ -176,24 +175,6 @@ def _check_store(location: str) -> None:
         raise StoreError(
             f"--store: {location} can't be written to: {error.strerror}; give a directory of yours"
         ) from error
-
-
-def _check_tls(config: ClusterConfig) -> None:
-    if config.ssl_certfile is None:
-        return
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
-    except OSError as error:
-        files = " and ".join(filter(None, (config.ssl_certfile, config.ssl_keyfile)))
-        raise NotReadyError(
-            f"--ssl-certfile: {files} can't be used ({error}); give a certificate and its key"
-        ) from error
-    try:
-        if config.ssl_ca_certs is not None:
-            context.load_verify_locations(config.ssl_ca_certs)
-    except OSError as error:
-        raise NotReadyError(f"--ssl-ca-certs: {config.ssl_ca_certs} can't be used ({error}); give PEM") from error
 
 
 def _check_loopback(config: ClusterConfig) -> None:

@@ -17,6 +17,7 @@ import msgspec
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.local import Cluster, Situation
 from dualpath.cluster.preflight import settled
+from dualpath.cluster.preflight_files import warn_of_open_key
 from dualpath.cluster.supervisor import wait_out
 from dualpath.kv import StoreError
 from dualpath.server import bind, create_app, load_tokenizer, serve
@@ -82,6 +83,7 @@ class ClusterServer:
         return self
 
     def _listen(self, listener: socket.socket) -> None:
+        warn_of_open_key(self.config)
         app = RequestLog(self._front, self._observers())
         self._serving = asyncio.create_task(serve(app, listener, drain_s=self.config.drain_s, tls=self.config.tls))
 

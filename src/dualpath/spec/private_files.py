@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 PRIVATE = 0o600
+MAX_SECRET_BYTES = 1 << 20
 _CREDENTIALS = struct.Struct("3i")
 """Process, user, group."""
 
@@ -38,6 +39,26 @@ def peer_user(connected: socket.socket) -> int:
     told = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, user, _ = _CREDENTIALS.unpack(told)
     return int(user)
+
+
+def read_secret(path: Path) -> str:
+    """Returns the text of a file that others may not read. Raises ValueError that names the file and says what to do.
+
+    Nothing but a regular file: a FIFO would be waited for, for ever, and can be read only once.
+    """
+    try:
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise ValueError(f"{path} is no regular file; write it into one")
+            if mode & stat.S_IRWXO:
+                raise ValueError(f"every user of this host has access to {path}; chmod o-rwx {path}")
+            text = file.read(MAX_SECRET_BYTES + 1)
+        if len(text) > MAX_SECRET_BYTES:
+            raise ValueError(f"{path} has more than {MAX_SECRET_BYTES} bytes; give another file")
+        return text.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"can't read {path}: {error}") from None
 
 
 def private_opener(path: str, flags: int) -> int:
