@@ -27,6 +27,25 @@ def refused(capsys, *argv):
     return printed.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("argv", "usage", "last"),
+    [
+        ("serve m --topologie 1P1D", "dualpath serve", "there is no option --topologie; did you mean --topology?"),
+        ("serve m --topologie=1P1D", "dualpath serve", "there is no option --topologie; did you mean --topology?"),
+        ("store stat kv --jsn x", "dualpath store stat", "there is no option --jsn; did you mean --json?"),
+        ("demo --zzzzzzzz", "dualpath demo", "there is no option --zzzzzzzz"),
+        ("demo extra", "dualpath demo", "unrecognized arguments: extra"),
+    ],
+)
+def test_what_a_command_does_not_know_it_refuses_with_what_is_near(capsys, argv, usage, last):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv.split())
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"usage: {usage} ")
+    assert lines[-1] == f"{usage}: error: {last}"
+
+
 @pytest.fixture
 def model(tmp_path):
     path = tmp_path / "model"

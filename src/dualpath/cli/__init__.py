@@ -25,7 +25,7 @@ from dualpath.cli import (
     store,
     testbed,
 )
-from dualpath.cli.arguments import parser_of
+from dualpath.cli.arguments import Parser, parser_of
 from dualpath.cli.outcome import CommandError, UsageError
 from dualpath.spec.extras import how_to_install
 
@@ -96,9 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of all commands. Each command sets `run`, the function that executes it."""
-    parser: argparse.ArgumentParser = parser_of(
-        argparse.ArgumentParser, prog="dualpath", description=OVERVIEW, epilog=EXAMPLES
-    )
+    parser: argparse.ArgumentParser = parser_of(Parser, prog="dualpath", description=OVERVIEW, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"dualpath {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS:

@@ -4,7 +4,8 @@ This module imports nothing heavy, because ``--help`` must be quick.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,27 @@ from dualpath.traces.formats import SOURCES_HELP as SOURCES_HELP
 Value = TypeVar("Value")
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[1] / "lab" / "facts" / "presets").glob("*.toml"))
 CLUSTER_HELP = f"CLUSTER is a TOML file, or a preset:\n  {', '.join(PRESETS)}"
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's parser. What it does not know it refuses itself, with its own usage and the options that are near."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        mistyped = next((word.partition("=")[0] for word in unknown if word.startswith("--")), None)
+        if mistyped is not None:
+            self.error(f"there is no option {mistyped}{did_you_mean(mistyped, self._option_string_actions)}")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns the end of a message about a name that is not known; empty when none is near."""
+    near = get_close_matches(name, list(known), 3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def systems_help() -> str:

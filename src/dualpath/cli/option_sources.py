@@ -9,10 +9,10 @@ import json
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from dualpath.cli.arguments import did_you_mean
 from dualpath.cli.outcome import UsageError
 
 HELP = """\
@@ -95,9 +95,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _find(name: str, options: Mapping[str, argparse.Action], where: str) -> argparse.Action:
     action = options.get(name.replace("_", "-"))
     if action is None:
-        near = get_close_matches(name.replace("_", "-"), options, 3)
-        meant = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UsageError(f"{where}: there is no option --{name.replace('_', '-')}{meant}")
+        name = name.replace("_", "-")
+        raise UsageError(f"{where}: there is no option --{name}{did_you_mean(name, options)}")
     return action
 
 
