@@ -112,6 +112,14 @@ def test_the_package_runs_as_a_module():
         ),
         (["serve", "--model", "m", "--store", "s", "--buffer", "1 gig"], "argument --buffer: '1 gig' is not a size"),
         (["serve", "--model", "m", "--store", "s", "--port", "70000"], "argument --port: 70000 is not a port"),
+        (
+            ["serve", "m", "--join-address", "tcp://127.0.0.1:99999"],
+            "argument --join-address: 'tcp://127.0.0.1:99999' is not an address; give one such as tcp://10.0.0.1:5555",
+        ),
+        (
+            ["engine", "--role", "decode", "--coordinator", "tcp://127.0.0.1:99999"],
+            "argument --coordinator: 'tcp://127.0.0.1:99999' is not an address",
+        ),
         (["serve", "--model", "m", "--store", "s", "--system", "best"], "argument --system: unknown system 'best'"),
         (["serve", "--model", "/none", "--store", "s"], "--model: /none has no config.json"),
         (["engine", "--role", "prefill"], "required: --coordinator"),

@@ -208,7 +208,7 @@ def socket_port() -> Iterator[int]:
         (("--snic-rate", "fast"), "not a rate"),
         (("--buffer", "1KiB"), "--buffer: 1024 bytes does not hold one block of this model's KV"),
         (("--port", "99999999"), "port"),
-        (("--join-address", "nonsense"), "can't listen for engines at 'nonsense'"),
+        (("--join-address", "nonsense"), "argument --join-address: 'nonsense' is not an address"),
         (("--journal", "/no/such/directory/journal"), "/no/such/directory/journal"),
         (("--store", "/dev/null"), "--store: /dev/null can't be written to"),
         (("--device", "cuda"), "--device cpu"),

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dualpath.cluster.control_address import address_to_join, address_to_listen
 from dualpath.core.systems import HEADLINE, SYSTEMS, System, find_system
 from dualpath.spec.topology import Topology
 from dualpath.spec.units import parse_bytes, parse_duration_ns, parse_rate, parse_rates
@@ -142,6 +143,8 @@ duration_ns = _argument(parse_duration_ns)
 positive = _whole(1, None, "a whole number from 1 up")
 not_negative = _whole(0, None, "a whole number from 0 up")
 port = _whole(0, 65535, "a port, 0 to 65535")
+listen_address = _argument(address_to_listen)
+join_address = _argument(address_to_join)
 positive_number = _argument(_parse_positive_number)
 system = _argument(_parse_system)
 topology = _argument(Topology.parse)

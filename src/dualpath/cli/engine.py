@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from dualpath.cli.arguments import command, not_negative, positive
+from dualpath.cli.arguments import command, join_address, not_negative, positive
 from dualpath.cli.cluster_options import add_cluster_options, cluster_config
 from dualpath.cli.outcome import UsageError, usage_errors
 
@@ -17,7 +17,9 @@ example, on a node that shares the store and the model directory with the coordi
 def add(commands: Any) -> None:
     parser = command(commands, "engine", "start a node that joins a coordinator", EXAMPLES, run)
     parser.add_argument("--role", choices=("prefill", "decode"), required=True)
-    parser.add_argument("--coordinator", metavar="ADDRESS", required=True, help="serve's --join-address")
+    parser.add_argument(
+        "--coordinator", type=join_address, metavar="ADDRESS", required=True, help="serve's --join-address"
+    )
     parser.add_argument("--rank", type=not_negative, default=0, help="tells nodes of one role apart in logs")
     parser.add_argument("--engines", type=positive, metavar="N", help="of the node (default: as --topology says)")
     add_cluster_options(parser)

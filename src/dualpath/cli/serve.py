@@ -7,7 +7,7 @@ from typing import Any
 
 from dualpath.cli import option_sources
 from dualpath.cli.api_keys import add_key_options, api_keys
-from dualpath.cli.arguments import byte_count, command, port, positive, systems_help
+from dualpath.cli.arguments import byte_count, command, listen_address, port, positive, systems_help
 from dualpath.cli.cluster_options import DEFAULTS, add_cluster_options, cluster_config, kv_events
 from dualpath.cli.outcome import UsageError, usage_errors
 from dualpath.spec.log import FORMATS
@@ -90,6 +90,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--join-address",
         dest="control_address",
+        type=listen_address,
         default=DEFAULTS["control_address"],
         metavar="ADDRESS",
         help="where engines of other hosts join, such as tcp://0.0.0.0:5555; this command then starts none itself",

@@ -16,12 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 
 from dualpath.cluster.cluster_secret import HOW_TO_GIVE, secret_of_environment
 from dualpath.cluster.config import DTYPES, ClusterConfig
+from dualpath.cluster.control_address import control_place
 from dualpath.cluster.preflight_files import NotReadyError, check_outputs, check_tls
 from dualpath.kv import KVLayout, StoreError, open_store
 from dualpath.kv.layout import parts_of
@@ -179,10 +179,10 @@ def _check_store(location: str) -> None:
 
 def _check_loopback(config: ClusterConfig) -> None:
     """Without a secret that other hosts have too, nothing may be listened at that they can reach."""
-    control = urlsplit(config.control_address)
     hosts = {"--data-host": config.data_host}
-    if control.scheme == "tcp":
-        hosts["--join-address"] = control.hostname or ""
+    control = control_place(config.control_address)
+    if isinstance(control, tuple):
+        hosts["--join-address"] = control[0]
     for option, host in hosts.items():
         if not _is_loopback(host):
             raise NotReadyError(

@@ -17,6 +17,7 @@ import msgspec
 from dualpath.cluster.children import Child
 from dualpath.cluster.cluster_secret import cluster_secret, tell_engines
 from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.control_address import control_listener, stop_listening
 from dualpath.cluster.engine_parts import all_parts, node_parts
 from dualpath.cluster.leftovers import sweep
 from dualpath.cluster.preflight import settled
@@ -24,7 +25,6 @@ from dualpath.cluster.supervisor import CAN_NOT_RUN, Part, ReplaceError, Supervi
 from dualpath.kv import StoreError
 from dualpath.server.listener import bind
 from dualpath.serving import words as w
-from dualpath.serving.control_listener import control_listener
 from dualpath.serving.orders_socket import RESTART, OrdersSocket
 from dualpath.serving.ready_file import ReadyFile
 from dualpath.serving.restarting import LAST_WORDS_S, RollingRestart, Say
@@ -68,6 +68,7 @@ class SupervisedCluster:
 
     def __init__(self, config: ClusterConfig, listener: socket.socket, local_engines: bool) -> None:
         address, control = control_listener(config.control_address)
+        self._control = control
         self.ready_file = ReadyFile(config.ready_file)
         self._config = config = msgspec.structs.replace(config, control_address=address)
         self._listener = listener
@@ -114,6 +115,7 @@ class SupervisedCluster:
                 await self._end_servers()
                 await self._supervisor.stop()
             self._listener.close()
+            stop_listening(self._config.control_address, self._control)
         return self._why
 
     def signalled(self) -> None:

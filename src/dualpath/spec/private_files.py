@@ -61,6 +61,14 @@ def read_secret(path: Path) -> str:
         raise ValueError(f"can't read {path}: {error}") from None
 
 
+def is_dead_socket(path: Path) -> bool:
+    """Returns True for the socket file of a killed server. The file stays, but its kernel object is gone: connecting is
+    refused at once. To a live one a datagram socket is of the wrong kind, so no connection is made.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
+        return path.is_socket() and probe.connect_ex(str(path)) == errno.ECONNREFUSED
+
+
 def private_opener(path: str, flags: int) -> int:
     """`open`'s opener: a file that is made is this user's alone; one that is there keeps its mode."""
     return os.open(path, flags, PRIVATE)

@@ -16,6 +16,7 @@ import zmq
 import zmq.asyncio
 
 from dualpath.cluster.cluster_secret import ClusterSecret
+from dualpath.cluster.control_address import control_listener, stop_listening
 from dualpath.cluster.curve import ServerDoor
 from dualpath.cluster.messages import (
     CONTROL_QUEUE_MESSAGES,
@@ -71,21 +72,22 @@ class EngineLinks:
         self._admitted = dict.fromkeys(Role, 0)
         self.malformed_messages = 0
         self.unroutable_messages = 0
+        self._address = ""
+        self._listener: socket.socket | None = None
+        """Its own; None where somebody else holds the listener."""
 
     def bind(self, address: str, listener: socket.socket | None = None) -> str:
         """Listen, and return the address with its real port. Raises OSError that names the address.
 
         `listener`, if given, listens there already; it is used up.
         """
-        if listener is not None:
-            self._socket.setsockopt(zmq.USE_FD, listener.detach())
-        try:
-            self._socket.bind(address)
-        except zmq.ZMQError as error:
-            raise OSError(
-                error.errno, f"can't listen for engines at {address!r} ({error}); try one such as tcp://0.0.0.0:5555"
-            ) from error
-        return str(self._socket.getsockopt(zmq.LAST_ENDPOINT), "utf-8")  # type: ignore[arg-type]
+        if listener is None:
+            address, self._listener = control_listener(address)
+            listener = self._listener.dup()
+        self._address = address
+        self._socket.setsockopt(zmq.USE_FD, listener.detach())
+        self._socket.bind(address)
+        return address
 
     def expect(self, identity: bytes, join: Join) -> EngineLink:
         """Add an engine that waits to be admitted; until then it gets only answers to its heartbeats."""
@@ -171,3 +173,5 @@ class EngineLinks:
         self.door.close()
         self._socket.close()
         self._context.term()
+        if self._listener is not None:
+            stop_listening(self._address, self._listener)

@@ -9,7 +9,6 @@ A server cannot stop the copy of a peer that it disconnects. It stops sending an
 socket closes. The peer closes it when none of its threads copies any more; the kernel closes it when the peer has died.
 """
 
-import errno
 import os
 import socket
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dualpath.core.vocabulary import TrafficClass
-from dualpath.spec.private_files import runtime_directory
+from dualpath.spec.private_files import is_dead_socket, runtime_directory
 from dualpath.transfer.pool import BufferPool, Bytes
 from dualpath.transfer.traffic import TrafficManager
 from dualpath.transfer.transports.framed import FramedTransport
@@ -100,7 +99,7 @@ class SharedMemoryTransport(FramedTransport):
         path = _path(address)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            if _is_dead(path):
+            if is_dead_socket(path):
                 path.unlink()
             listener.bind(str(path))
             path.chmod(0o600)
@@ -125,7 +124,7 @@ class SharedMemoryTransport(FramedTransport):
         return connected
 
     def sweep(self) -> list[str]:
-        dead = [path for path in sorted(runtime_directory().glob("dualpath-*.sock")) if _is_dead(path)]
+        dead = [path for path in sorted(runtime_directory().glob("dualpath-*.sock")) if is_dead_socket(path)]
         for path in dead:
             path.unlink(missing_ok=True)
         return [str(path) for path in dead]
@@ -152,14 +151,6 @@ def _path(address: str) -> Path:
             f"{address!r}: a Unix socket's path has at most {MAX_PATH_BYTES} bytes; use a shorter XDG_RUNTIME_DIR"
         )
     return Path(path)
-
-
-def _is_dead(path: Path) -> bool:
-    """Returns True for the socket file of a killed server. The file stays, but its kernel object is gone: connecting is
-    refused at once. To a live one a datagram socket is of the wrong kind, so no connection is made.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
-        return path.is_socket() and probe.connect_ex(str(path)) == errno.ECONNREFUSED
 
 
 def _copy(sources: list[Bytes], destinations: list[Bytes]) -> None:
