@@ -34,6 +34,7 @@ def join_message(role: Role, **changes: object) -> m.Join:
         "buffer_blocks": 64,
         "hbm_blocks": 64 if role is Role.DECODE else 0,
         "data_address": f"shm:/nowhere/{role.value}",
+        "transport": "shm",
         "layout": LAYOUT,
         "model_fingerprint": "model",
         "max_model_len_tokens": 4096,

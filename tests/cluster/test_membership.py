@@ -68,6 +68,8 @@ def test_a_decode_engine_that_waits_for_the_first_prefill_engine_is_kept_alive(t
     [
         (Role.DECODE, {"model_fingerprint": "another"}, "is not the cluster's"),
         (Role.DECODE, {"hbm_blocks": 0}, "hold no Full Block"),
+        (Role.DECODE, {"transport": "tcp"}, "moves KV by shm and the engine by tcp; start it with --transport shm"),
+        (Role.DECODE, {"kernel": "of another host"}, "start `dualpath serve` and all engines with --transport tcp"),
         (Role.PREFILL, {"buffer_blocks": 0}, "hold no Full Block"),
         (Role.PREFILL, {"prefill_tokens_per_s": None}, "must tell its speed"),
         (Role.PREFILL, {"prefill_tokens_per_s": float("inf")}, "must tell its speed"),
@@ -77,7 +79,7 @@ def test_what_does_not_fit_is_refused_with_a_reason(
     tmp_path: Path, role: Role, changes: dict[str, object], complaint: str
 ) -> None:
     async def work(cluster: Head) -> None:
-        await cluster.new(Role.PREFILL).join()
+        await cluster.new(Role.PREFILL).join(kernel="of this host")
         stranger = cluster.new(role)
         stranger.say(join_message(role, **changes))
         assert complaint in (await stranger.hears(m.Refusal)).reason

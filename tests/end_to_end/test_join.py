@@ -60,6 +60,7 @@ def test_an_engine_that_does_not_fit_is_told_so(joined: Joined, model: Path, tmp
     cases = (
         (("--model", other), "is not the cluster's"),
         (("--model", model, "--cluster-secret-file", secret_file(tmp_path)), "another cluster secret"),
+        (("--model", model, "--transport", "tcp-authenticated"), "this cluster moves KV by tcp and the engine by"),
     )
     place = ("--coordinator", address, "--store", tmp_path / "store")
     shared = ("engine", "--role", "decode", *place, *TCP_ENGINE, *secret)

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import errno
 import importlib.metadata
-import ipaddress
 import logging
 import re
 import tempfile
@@ -25,6 +24,7 @@ from dualpath.cluster.control_address import control_place
 from dualpath.cluster.preflight_files import NotReadyError, check_outputs, check_tls
 from dualpath.kv import KVLayout, StoreError, open_store
 from dualpath.kv.layout import parts_of
+from dualpath.spec.loopback import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -184,16 +184,10 @@ def _check_loopback(config: ClusterConfig) -> None:
     if isinstance(control, tuple):
         hosts["--join-address"] = control[0]
     for option, host in hosts.items():
-        if not _is_loopback(host):
+        if not is_loopback(host):
             raise NotReadyError(
                 f"{option}: {host} is not this host alone, so the cluster needs a secret; {HOW_TO_GIVE}"
             )
-
-
-def _is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def _check_tracing(config: ClusterConfig) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+from pathlib import Path
 
 from dualpath.cluster import messages as m
 from dualpath.cluster import orders as o
@@ -117,6 +118,8 @@ class Member:
             buffer_blocks=host.buffer_blocks,
             hbm_blocks=facts.hbm_blocks,
             data_address=host.server.address,
+            transport=host.config.cluster.transport,
+            kernel=_kernel(),
             layout=facts.layout,
             model_fingerprint=self._fingerprint,
             max_model_len_tokens=facts.max_model_len_tokens,
@@ -127,6 +130,13 @@ class Member:
             ticket=facts.ticket,
             agent_ticket=host.config.ticket,
         )
+
+
+def _kernel() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _reason(listening: "asyncio.Task[str]") -> str:

@@ -72,6 +72,8 @@ class EngineLinks:
         self._admitted = dict.fromkeys(Role, 0)
         self.malformed_messages = 0
         self.unroutable_messages = 0
+        self.sender_address = ""
+        """The numeric address from which the `Join` came that `messages` has yielded last."""
         self._address = ""
         self._listener: socket.socket | None = None
         """Its own; None where somebody else holds the listener."""
@@ -131,7 +133,8 @@ class EngineLinks:
     async def messages(self) -> AsyncIterator[tuple[bytes, FromEngine]]:
         """Yields engines' messages. Answers heartbeats itself; counts and drops malformed messages."""
         while True:
-            identity, *frames = await self._socket.recv_multipart()
+            received = await self._socket.recv_multipart(copy=False)
+            identity, *frames = [frame.bytes for frame in received]
             try:
                 message = from_engine(frames)
             except BadMessageError:
@@ -144,6 +147,8 @@ class EngineLinks:
                     link.gauges = message.gauges
                     self.send_to(identity, HeartbeatAck(self.epoch))
                     continue
+            elif isinstance(message, Join):
+                self.sender_address = _peer_address(received[-1])
             elif isinstance(message, Heartbeat):
                 self.send_to(identity, NotMember("this coordinator does not know you"))
             yield identity, message
@@ -175,3 +180,11 @@ class EngineLinks:
         self._context.term()
         if self._listener is not None:
             stop_listening(self._address, self._listener)
+
+
+def _peer_address(frame: zmq.Frame) -> str:
+    """Returns the numeric address that the frame came from; something else when it came through a Unix socket."""
+    try:
+        return str(frame.get("Peer-Address"))
+    except zmq.ZMQError:  # it was gone before ZeroMQ could ask
+        return ""

@@ -15,6 +15,7 @@ import msgspec
 from dualpath.cluster import messages as m
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.links import EngineLink, EngineLinks
+from dualpath.cluster.coordinator.reachability import why_unreachable
 from dualpath.core.vocabulary import EngineFacts, EngineId, NodeId, Role
 
 _LOOK_S = 0.5
@@ -161,6 +162,10 @@ class Membership:
             join.node and link.join.node == join.node and link.join.role is not join.role for link in self._links.all()
         ):
             return f"node {join.node} has engines of the other role; a node has one role, so give it another name"
+        others = [link.join for link in self._links.all()]
+        why = why_unreachable(join, self._config.transport, self._links.sender_address, others)
+        if why is not None:
+            return why
         first = self._first
         if first is None or (join.layout, join.model_fingerprint) == (first.layout, first.model_fingerprint):
             return None

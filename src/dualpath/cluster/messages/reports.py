@@ -47,6 +47,10 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     """The process that holds its buffer and moves its bytes: its node's agent."""
     agent_ticket: Name = ""
     """That process's, for the supervisor."""
+    transport: Name = ""
+    """How it moves KV: a name of `dualpath.transfer.TRANSPORTS`."""
+    kernel: Name = ""
+    """The boot id of the kernel that it runs on, which containers of a host share; empty where that is not told."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
