@@ -14,6 +14,7 @@ from dualpath.cluster import messages as m
 from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.cluster.curve import secure_client
 from dualpath.core.vocabulary import Role
+from dualpath.spec.log import Seldom
 
 from .fake_engine import SECRET, Head, head, join_message
 
@@ -80,6 +81,40 @@ def test_what_is_no_member_is_cut_off_and_counted(tmp_path: Path, said: bytes) -
         await cluster.new(Role.DECODE).join()
 
     asyncio.run(_with_head(tmp_path, work))
+
+
+def test_refused_connections_are_told_once_a_minute(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def work(cluster: Head) -> None:
+        await cluster.new(Role.PREFILL).join()
+        for i in range(20):
+            with _stranger(cluster) as one:
+                one.sendall(bytes(64))
+                await cluster.becomes("dualpath_control_refused_total", i + 1)
+        (line,) = [line for line in caplog.messages if "refused so far" in line]
+        assert line.startswith(f"{cluster.coordinator.control_address}: 1 connections refused so far")
+
+    asyncio.run(_with_head(tmp_path, work))
+
+
+def test_a_refused_connection_is_told_with_its_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Seldom, "EVERY_S", 0.0)
+
+    async def work(cluster: Head) -> None:
+        with _stranger(cluster, "127.0.0.9") as early, _stranger(cluster) as late:
+            late.sendall(bytes(64))
+            await cluster.becomes("dualpath_control_refused_total", 1)  # so the door has seen the early one come
+            early.sendall(bytes(64))
+            await cluster.becomes("dualpath_control_refused_total", 2)
+        assert "2 connections refused so far, the last from 127.0.0.9" in caplog.messages[-1]
+
+    asyncio.run(_with_head(tmp_path, work))
+
+
+def _stranger(cluster: Head, at: str = "127.0.0.1") -> socket.socket:
+    host, _, port = cluster.coordinator.control_address.removeprefix("tcp://").rpartition(":")
+    return socket.create_connection((host, int(port)), source_address=(at, 0))
 
 
 async def _with_head(store: Path, work) -> None:  # type: ignore[no-untyped-def]

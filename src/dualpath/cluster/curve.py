@@ -6,8 +6,10 @@ received from it; ZAP, which admits the clients' one public key alone, is the se
 """
 
 import errno
+import logging
+import os
+import socket
 import struct
-import sys
 import threading
 import time
 from typing import Any
@@ -18,6 +20,9 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.utils import z85
 
 from dualpath.cluster.cluster_secret import ClusterSecret
+from dualpath.spec.log import ROOT, Seldom
+
+logger = logging.getLogger(f"{ROOT}.control")
 
 HANDSHAKE_MS = 5_000
 """How long a connection may take to prove itself; then it is closed."""
@@ -36,6 +41,8 @@ _CLIENT_EVENTS = (
 _CUT_OFF = (errno.EPIPE, errno.ECONNRESET)
 _REFUSALS = 5
 _REFUSED_S = 2.0
+_EVENT = struct.Struct("=Hi")
+"""Its number; a descriptor or an error number, of events that have one."""
 _DOMAIN = b"dualpath"
 
 
@@ -61,7 +68,7 @@ async def refused(events: zmq.asyncio.Socket) -> bool | None:
     """
     shaking, began_s, refusals = False, 0.0, 0
     while True:
-        event, value = struct.unpack("=hi", (await events.recv_multipart())[0])
+        event, value = _EVENT.unpack((await events.recv_multipart())[0])
         if event == zmq.EVENT_MONITOR_STOPPED:
             return None
         if event == zmq.EVENT_CONNECTED:
@@ -114,15 +121,23 @@ class ServerDoor:
         """Events of success don't say of which connection they are, so their number must do: of the connections that
         have ended, as many were refused as were accepted without becoming a member's.
         """
-        strangers = 0
+        strangers, seldom = 0, Seldom()
+        peers: dict[int, str] = {}
+        """By descriptor, of all connections: a member's end is not told apart from a stranger's."""
         while True:
-            event = int.from_bytes(self._events.recv_multipart()[0][:2], sys.byteorder)
+            told, at = self._events.recv_multipart()
+            event, descriptor = _EVENT.unpack(told)
             if event == zmq.EVENT_ACCEPTED:
                 strangers += 1
+                peers[descriptor] = _peer(descriptor)
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 strangers -= 1
-            elif event == zmq.EVENT_DISCONNECTED and self.refused_connections < strangers:
-                self.refused_connections += 1
+            elif event == zmq.EVENT_DISCONNECTED:
+                peer = peers.pop(descriptor, "")
+                if self.refused_connections < strangers:
+                    self.refused_connections += 1
+                    if seldom.due():
+                        _tell(at.decode(), self.refused_connections, peer)
             elif event == zmq.EVENT_MONITOR_STOPPED:
                 return
 
@@ -131,6 +146,25 @@ class ServerDoor:
         self._counter.join()
         self._events.close()
         self._authenticator.stop()
+
+
+def _peer(descriptor: int) -> str:
+    """Returns who has connected, for people; empty when he is gone already, or has come through a Unix socket."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as connected:
+            return str(connected.getpeername()[0])
+    except (OSError, IndexError):
+        return ""
+
+
+def _tell(address: str, refused_connections: int, peer: str) -> None:
+    logger.warning(
+        "%s: %d connections refused so far, the last from %s; an engine there has another cluster secret, and anything "
+        "else has no business here",
+        address,
+        refused_connections,
+        peer or "an unknown address",
+    )
 
 
 def _bound(socket: "zmq.Socket[Any]") -> None:

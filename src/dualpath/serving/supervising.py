@@ -63,6 +63,14 @@ async def _until_signalled(config: ClusterConfig, listener: socket.socket, local
     return _refuse(why) if why else 0
 
 
+def _awaited(config: ClusterConfig) -> str:
+    missing = f"{config.topology.prefill_engines} prefill and {config.topology.decode_engines} decode engines"
+    return (
+        f"waits at {config.control_address} for {missing}, up to {config.join_timeout_s:g} s: start `dualpath engine` "
+        f"with --transport {config.transport} and the same secret, model and store"
+    )
+
+
 class SupervisedCluster:
     """What `dualpath serve` runs. Used from one asyncio thread."""
 
@@ -94,6 +102,8 @@ class SupervisedCluster:
         self._signals = 0
         self._stop = asyncio.Event()
         self._why = ""
+        if not local_engines:
+            logger.info("%s", _awaited(config))
 
     async def run(self) -> str:
         """Returns why it can serve no more; empty when it was told to stop."""

@@ -20,6 +20,22 @@ def start_log(style: str = "text") -> None:
     logging.getLogger(ROOT).setLevel(logging.INFO)
 
 
+class Seldom:
+    """Says that it is time for a line at most once a minute: a stranger must not be able to fill the disk."""
+
+    EVERY_S = 60.0
+
+    def __init__(self) -> None:
+        self._last_s = -self.EVERY_S
+
+    def due(self) -> bool:
+        now_s = time.monotonic()
+        if now_s - self._last_s < self.EVERY_S:
+            return False
+        self._last_s = now_s
+        return True
+
+
 def _who(record: logging.LogRecord) -> str:
     return record.name.removeprefix(f"{ROOT}.")
 

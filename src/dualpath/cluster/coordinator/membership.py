@@ -98,7 +98,7 @@ class Membership:
             if waited_s > timeout_s and not self._complete.done():
                 raise TimeoutError(
                     f"after {timeout_s:.0f} s {self.count(Role.PREFILL)} prefill and {self.count(Role.DECODE)} decode "
-                    f"engines of {self._config.topology} have joined; see the engines' messages above"
+                    f"engines of {self._config.topology} have joined; the logs of the others say what holds them up"
                 )
         self._complete.result()
 

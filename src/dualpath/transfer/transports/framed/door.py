@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from dualpath.spec.log import Seldom
 from dualpath.transfer.transports.framed.frames import HEADER_BYTES, FrameKind, ProtocolError, unpack
 from dualpath.transfer.transports.framed.handshake import Session, challenge, check_hello, check_user, packed
 
@@ -22,7 +23,6 @@ MAX_AT_THE_DOOR = 256
 HELLO_TIMEOUT_S = 5.0
 _ACCEPTS_A_ROUND = 16
 """So that who has knocked is heard before so many more come that he would have to go."""
-_LOG_EVERY_S = 60.0
 _log = logging.getLogger(__name__)
 
 
@@ -72,7 +72,7 @@ class Door:
         self._let_in = let_in
         self._knocking: dict[int, _Knock] = {}
         """By descriptor, the oldest first."""
-        self._logged_s = -_LOG_EVERY_S
+        self._seldom = Seldom()
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()
@@ -157,9 +157,7 @@ class Door:
         self._tell(why)
 
     def _tell(self, why: object) -> None:
-        now_s = time.monotonic()
-        if now_s - self._logged_s >= _LOG_EVERY_S:  # a stranger must not be able to fill the disk
-            self._logged_s = now_s
+        if self._seldom.due():
             _log.warning("%s: %d connections refused so far; now: %s", self._address, self.refused_connections, why)
 
     def _forget(self, knock: _Knock) -> None:
