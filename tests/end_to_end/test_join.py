@@ -83,3 +83,14 @@ def test_an_engine_without_the_secret_says_so(model: Path, tmp_path: Path) -> No
     assert (
         "an engine needs the secret of the cluster that it joins; give one with --cluster-secret-file" in engine.stderr
     )
+
+
+@pytest.mark.slow
+def test_an_engine_that_finds_no_coordinator_fails_and_says_where(model: Path, tmp_path: Path) -> None:
+    with socket_port() as port:
+        address = f"tcp://127.0.0.1:{port}"
+    place = ("--coordinator", address, "--model", model, "--store", tmp_path / "store", "--grace", "1")
+    argv = command("engine", "--role", "decode", *place, *TCP_ENGINE, "--cluster-secret-file", secret_file(tmp_path))
+    engine = subprocess.run(argv, capture_output=True, text=True, timeout=START_S)
+    assert engine.returncode == 1
+    assert f"no coordinator answered at {address} for 1 s" in engine.stderr.splitlines()[-1]

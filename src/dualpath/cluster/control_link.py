@@ -210,7 +210,8 @@ class ControlLink:
             await asyncio.sleep(self._heartbeat_ns / 1e9)
             silent_s = (time.monotonic_ns() - self._heard_ns) / 1e9
             if silent_s > self._grace_s:
-                self.leave(f"{ABANDONED}: there was no coordinator for {silent_s:.0f} s")
+                where = f"{self._address} for {silent_s:.0f} s; see whether `dualpath serve --join-address` runs there"
+                self.leave(f"{ABANDONED}: no coordinator answered at {where}")
             elif self.engine is not None and silent_s > 2 * self._lease_ns / 1e9:
                 self._lose(f"silent for {silent_s:.0f} s", handle)
 

@@ -6,6 +6,7 @@ import signal
 
 from dualpath.cluster.children import Child
 from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.control_link import ABANDONED
 from dualpath.cluster.engine_parts import all_parts, one_node
 from dualpath.cluster.leftovers import sweep
 from dualpath.cluster.supervisor import CAN_NOT_RUN, Supervisor
@@ -16,6 +17,8 @@ logger = logging.getLogger(f"{ROOT}.cluster")
 
 JOINS = "joins"
 """The step at which an engine has done all that can go wrong with its start."""
+_ABANDONED = f"leaves: {ABANDONED}"
+"""How the last step of an engine begins that has found no coordinator in time; a new one would find none either."""
 
 
 def run_node(config: ClusterConfig, coordinator: str, role: Role, rank: int) -> int:
@@ -57,7 +60,7 @@ class _Node:
 
     def _ended(self, child: Child, _why: str) -> None:
         """An engine that has ended by itself, and well, was dismissed: the node is not needed any more."""
-        if child.step.startswith(CAN_NOT_RUN):
+        if child.step.startswith((CAN_NOT_RUN, _ABANDONED)):
             self._hopeless(f"{child.name} {child.step}")
         elif child.process is not None and child.process.exitcode == 0:
             self._supervisor.start_no_more()
