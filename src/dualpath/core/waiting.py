@@ -8,6 +8,9 @@ A half-placed request holds something while it waits: tokens counted on a PE, or
 deadlock as long as all lines keep the order of arrival: a request that holds a promise and waits for a PE is younger
 than every request that has a PE, and is behind them in every private queue. Losing an engine would break that order, so
 `start_over` then takes back every half-made choice; no command depends on one yet.
+
+A request whose transfer failed waits for engines other than those two, as long as any could take it: where nothing
+succeeds there is always room.
 """
 
 from collections import deque
