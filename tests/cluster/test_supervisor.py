@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from dualpath.cluster import parts
 from dualpath.cluster import supervisor as supervising
 from dualpath.cluster.children import Child, started
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.engine_parts import node_parts
-from dualpath.cluster.supervisor import CAN_NOT_RUN, MOST_FAILED_STARTS, Part, ReplaceError, Supervisor
+from dualpath.cluster.parts import CAN_NOT_RUN, Part, ReplaceError
+from dualpath.cluster.supervisor import MOST_FAILED_STARTS, Supervisor
 from dualpath.spec.topology import Topology
 
 WAIT_S = 20.0
@@ -88,7 +90,7 @@ def is_running(pid: int) -> bool:
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervising, "STOP_GRACE_S", 0.1)
-    monkeypatch.setattr(supervising, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(parts, "FIRST_PAUSE_S", 0.01)
 
 
 def test_a_process_that_dies_is_told_and_brought_back() -> None:
@@ -123,8 +125,8 @@ def test_the_end_of_a_process_is_watched_no_more() -> None:
 
 
 def test_pauses_grow_up_to_a_bound_and_are_short_again_after_a_healthy_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervising, "FIRST_PAUSE_S", 0.25)
-    slot = supervising.Slot(Part("a", sleeper))
+    monkeypatch.setattr(parts, "FIRST_PAUSE_S", 0.25)
+    slot = parts.Slot(Part("a", sleeper))
     bench_pauses = []
     for slot.ends_in_a_row in range(1, 10):
         bench_pauses.append(slot.pause_s())
@@ -144,7 +146,7 @@ def test_pauses_grow_up_to_a_bound_and_are_short_again_after_a_healthy_time(monk
         os.kill(child.pid, signal.SIGKILL)
         await bench.until(lambda: slot.ends_in_a_row == 1)
 
-    monkeypatch.setattr(supervising, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(parts, "FIRST_PAUSE_S", 0.01)
     with_bench(work, Part("a", sleeper))
 
 

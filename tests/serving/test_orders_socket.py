@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from dualpath.cluster.supervisor import ReplaceError
+from dualpath.cluster.parts import ReplaceError
 from dualpath.serving.orders_socket import FAILED, OrdersSocket, give_order
 
 AS_NOBODY = """

@@ -21,8 +21,8 @@ from dualpath.cluster.attachment import LEAVE, AgentConfig, EngineConfig
 from dualpath.cluster.children import Child, end_with_parent, leave_signals_to_the_parent, started
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.leftovers import socket_directory
+from dualpath.cluster.parts import Part
 from dualpath.cluster.preflight_files import check_buffers
-from dualpath.cluster.supervisor import Part
 from dualpath.core.vocabulary import Role
 from dualpath.spec.log import ROOT
 

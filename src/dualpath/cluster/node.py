@@ -9,7 +9,8 @@ from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.control_link import ABANDONED
 from dualpath.cluster.engine_parts import all_parts, one_node
 from dualpath.cluster.leftovers import sweep
-from dualpath.cluster.supervisor import CAN_NOT_RUN, Supervisor
+from dualpath.cluster.parts import CAN_NOT_RUN
+from dualpath.cluster.supervisor import Supervisor
 from dualpath.core.vocabulary import Role
 from dualpath.spec.log import ROOT, start_log
 

@@ -1,8 +1,9 @@
 """Starts the parts of a cluster on this host, brings back each one that ends, and ends them all.
 
 A *part* is a process of the table: the server with its coordinator (under `dualpath serve`), an engine. A part that
-ends is started again after a pause, which doubles with each end in a row up to `MOST_PAUSE_S`, and is short again once
-the part has been ready for `HEALTHY_S`. One that can't start at all is told to the owner as hopeless, with the reason.
+ends is started again after a pause, which doubles with each end in a row up to `parts.MOST_PAUSE_S`, and is short again
+once the part has been ready for `HEALTHY_S`. One that can't start at all is told to the owner as hopeless, with the
+reason.
 """
 
 import asyncio
@@ -13,9 +14,8 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from typing import Any
 
-import msgspec
-
-from dualpath.cluster.children import Child, Start, end_fork_server, seconds_ready, start
+from dualpath.cluster.children import Child, end_fork_server, seconds_ready, start
+from dualpath.cluster.parts import CAN_NOT_RUN, Part, ReplaceError, Slot
 from dualpath.spec.log import ROOT
 
 logger = logging.getLogger(f"{ROOT}.cluster")
@@ -25,11 +25,8 @@ STOP_GRACE_S = 3.0
 LOOK_S = 0.2
 SILENT_S = 5.0
 """How often ends are looked for that the fork server has not told; the second look kills it."""
-FIRST_PAUSE_S, MOST_PAUSE_S = 0.25, 10.0
 HEALTHY_S = 30.0
 MOST_FAILED_STARTS = 5
-CAN_NOT_RUN = "can't run: "
-"""How the last words of a part begin that says itself why it can't start."""
 
 
 async def wait_out(
@@ -45,37 +42,6 @@ async def wait_out(
             await asyncio.wait(futures, timeout=None if patience_s == math.inf else LOOK_S)
         if time.monotonic() > impatient_s:
             hurry()
-
-
-class Part(msgspec.Struct, frozen=True):
-    """A row of the table: what it is called, such as ``decode-1``, and how it is started."""
-
-    name: str
-    start: Start
-    dismiss: Callable[[Child], None] | None = None
-    """Tells its process to leave when all ends; None: it learns that otherwise."""
-
-
-class ReplaceError(Exception):
-    """A part could not be replaced; the message says why. It goes on as it was, or is brought back."""
-
-
-class Slot:
-    """A part's processes: one, none while it is down, two while one replaces the other."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self.current: Child | None = None
-        self.retiring: Child | None = None
-        """The process that is about to be replaced: its end is no accident."""
-        self.ends_in_a_row = 0
-        self.failed_starts = 0
-        self.ever_ready = False
-        self.note = "waits to be started"
-        """What it does while it has no process."""
-
-    def pause_s(self) -> float:
-        return min(MOST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** max(0, self.ends_in_a_row - 1))
 
 
 class Supervisor:

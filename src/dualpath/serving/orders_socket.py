@@ -10,7 +10,7 @@ import secrets
 import socket
 from collections.abc import Awaitable, Callable
 
-from dualpath.cluster.supervisor import ReplaceError
+from dualpath.cluster.parts import ReplaceError
 from dualpath.spec.private_files import peer_user
 
 RESTART = "restart"

@@ -17,7 +17,8 @@ from functools import partial
 from dualpath.cluster.attachment import LISTENS
 from dualpath.cluster.children import Child
 from dualpath.cluster.engine_parts import NodeParts
-from dualpath.cluster.supervisor import ReplaceError, Supervisor
+from dualpath.cluster.parts import ReplaceError
+from dualpath.cluster.supervisor import Supervisor
 from dualpath.serving import words as w
 from dualpath.serving.server_part import SERVER, ServerPart
 

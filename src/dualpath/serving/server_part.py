@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from dualpath.cluster.children import Child, started
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.supervisor import ReplaceError
+from dualpath.cluster.parts import ReplaceError
 from dualpath.serving import words as w
 
 SERVER = "server"

@@ -10,7 +10,7 @@ from pathlib import Path
 from dualpath.cluster.children import end_with_parent, leave_signals_to_the_parent
 from dualpath.cluster.coordinator.coordinator import Coordinator
 from dualpath.cluster.local import Situation
-from dualpath.cluster.supervisor import CAN_NOT_RUN
+from dualpath.cluster.parts import CAN_NOT_RUN
 from dualpath.serving import words as w
 from dualpath.serving.cluster_server import ClusterServer, StartErrors, in_one_line
 from dualpath.spec.log import start_log

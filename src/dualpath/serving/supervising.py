@@ -20,8 +20,9 @@ from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.control_address import control_listener, stop_listening
 from dualpath.cluster.engine_parts import all_parts, node_parts
 from dualpath.cluster.leftovers import sweep
+from dualpath.cluster.parts import CAN_NOT_RUN, Part, ReplaceError
 from dualpath.cluster.preflight import settled
-from dualpath.cluster.supervisor import CAN_NOT_RUN, Part, ReplaceError, Supervisor
+from dualpath.cluster.supervisor import Supervisor
 from dualpath.kv import StoreError
 from dualpath.server.listener import bind
 from dualpath.serving import words as w

@@ -26,7 +26,7 @@ from dualpath.cluster.engines.constraining import Constrainer
 from dualpath.cluster.engines.decode import DecodeCompute
 from dualpath.cluster.engines.orders import EngineOrders
 from dualpath.cluster.engines.prefill import AgentLayerIO, PrefillCompute
-from dualpath.cluster.supervisor import CAN_NOT_RUN
+from dualpath.cluster.parts import CAN_NOT_RUN
 from dualpath.core.vocabulary import Role
 from dualpath.model import LayerIOTimeoutError, LoadedModel, model_fingerprint, profile_attention
 from dualpath.spec.log import ROOT, start_log
