@@ -164,8 +164,8 @@ async def busy_engine(cluster: Cluster, role: str, busy: str) -> int:
 
 
 def test_the_last_engine_of_a_role_dies(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """Where nobody brings it back, requests end with a clear 503 after a while, the ones under way too."""
-    config = cluster_config(checkpoint("qwen3"), tmp_path, cnic_bytes_per_s=300_000, replacement_timeout_s=1.0)
+    """Where nobody is to wait for another, requests end with a clear 503 at once, the ones under way too."""
+    config = cluster_config(checkpoint("qwen3"), tmp_path, cnic_bytes_per_s=300_000, replacement_timeout_s=0.0)
 
     async def work(cluster: Cluster) -> None:
         waiting = asyncio.create_task(ask(cluster, appended(0, 300), 8))
