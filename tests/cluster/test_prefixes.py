@@ -240,12 +240,13 @@ def test_file_work_that_fails_is_counted(
     with_storage(tmp_path, work)
 
 
+def refuse(*_: object) -> bool:
+    raise StoreError("the server did not answer a moment ago")
+
+
 def test_deletions_that_a_troubled_store_refuses_are_done_when_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> bool:
-        raise StoreError("the server did not answer a moment ago")
-
     async def work(storage: Storage) -> None:
         with monkeypatch.context() as trouble:
             trouble.setattr(FaultyStore, "delete", refuse)
@@ -304,9 +305,6 @@ def test_files_that_were_given_up_are_counted_again_and_leave_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trouble that outlasts every try leaves files that no quota counts; what is in use stays, they go."""
-
-    def refuse(*_: object) -> bool:
-        raise StoreError("the server did not answer a moment ago")
 
     async def work(storage: Storage) -> None:
         with monkeypatch.context() as trouble:

@@ -47,30 +47,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_key_options(group)
     names = "names that requests may use; answers carry the first (default: the checkpoint's)"
     group.add_argument("--served-model-name", "--name", nargs="+", dest="names", metavar="NAME", help=names)
-    drain = "seconds that running requests have to end when the server is told to stop (default: %(default)g)"
-    group.add_argument(
-        "--drain-timeout", type=float, default=DEFAULTS["drain_s"], dest="drain_s", metavar="S", help=drain
-    )
-    joining = "seconds that engines may take to load and join (default: %(default)g)"
-    group.add_argument(
-        "--join-timeout",
-        type=float,
-        default=DEFAULTS["join_timeout_s"],
-        dest="join_timeout_s",
-        metavar="S",
-        help=joining,
-    )
-    replacing = (
-        "seconds that requests wait for a new engine when the last one of its role is lost (default: %(default)g)"
-    )
-    group.add_argument(
-        "--replacement-timeout",
-        type=float,
-        default=DEFAULTS["replacement_timeout_s"],
-        dest="replacement_timeout_s",
-        metavar="S",
-        help=replacing,
-    )
+    for flag, field, what in (
+        ("--drain-timeout", "drain_s", "running requests have to end when the server is told to stop"),
+        ("--join-timeout", "join_timeout_s", "engines may take to load and join"),
+        ("--replacement-timeout", "replacement_timeout_s", "requests wait when the last engine of a role is lost"),
+    ):
+        told = f"seconds that {what} (default: %(default)g)"
+        group.add_argument(flag, type=float, default=DEFAULTS[field], dest=field, metavar="S", help=told)
     control = "open /pause, /update_weights, /sleep … to trainers: with an API key, or from this host where none is set"
     group.add_argument("--enable-control", action="store_true", help=control)
     parsers = "how the model {}; a name as in vLLM, or none (default: as the chat template says)"

@@ -23,7 +23,7 @@ from typing import Any
 from dualpath.thread_names import named_threads
 
 PARENT_VARIABLE = "_DUALPATH_PARENT_PID"
-"""In the environment of every child, and of nobody else: who may be its parent."""
+"""In the environment of every child, and of what it starts: who may be its parent."""
 SIGNALS_OF_THE_PARENT = (signal.SIGINT, signal.SIGTERM)
 """A terminal, and a service manager, send them to all processes of a group. The supervisor says when children end."""
 _PR_SET_PDEATHSIG = 1
@@ -36,6 +36,11 @@ def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def state_of(pid: int) -> str:
+    """Returns the letter of a process's state, as `ps` shows it. Raises OSError when it is gone."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def leave_signals_to_the_parent() -> None:
@@ -71,7 +76,7 @@ class Child:
     def has_ended(self) -> bool:
         """Whether the kernel says so. `process` knows only what the fork server has told, if that has started it."""
         try:
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            return state_of(self.pid) == "Z"
         except OSError:
             return True
 

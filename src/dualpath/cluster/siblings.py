@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from dualpath.cluster.children import PARENT_VARIABLE
+from dualpath.cluster.children import PARENT_VARIABLE, state_of
 
 KILL_S = 1.0
 
@@ -30,15 +30,14 @@ def kill_stopped_siblings() -> list[int]:
 
 
 def _siblings() -> dict[int, str]:
-    """Returns pidfds and states. A supervisor's children have its mark in their environment, and nobody else has."""
+    """Returns pidfds and states. A supervisor's children have its mark in their environment."""
     mark = f"{PARENT_VARIABLE}={os.environ.get(PARENT_VARIABLE)}".encode()
     found = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+        if entry.name.isdecimal() and (pid := int(entry.name)) != os.getpid():
             with contextlib.suppress(OSError):  # it has ended, or is another user's
                 if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    process = os.pidfd_open(int(entry.name))
-                    found[process] = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                    found[os.pidfd_open(pid)] = state_of(pid)
     return found
 
 
