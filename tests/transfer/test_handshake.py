@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import socket
 import stat
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -227,8 +229,14 @@ def test_sockets_and_pools_are_this_users_alone():
 
 @pytest.mark.privileged
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_another_user_is_turned_away_even_with_the_key():
-    """The socket's mode and its directory's are given up here, so that only the kernel's word remains."""
+def test_another_user_is_turned_away_even_with_the_key(monkeypatch: pytest.MonkeyPatch):
+    """The socket's mode and its directory's are given up here, so that only the kernel's word remains.
+
+    The directory is this test's own, since whoever else uses it gives it its mode back.
+    """
+    own = tempfile.mkdtemp()
+    Path(own).chmod(0o755)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", own)
     pair = Pair("shm")
     try:
         server = pair.serve()
@@ -252,8 +260,8 @@ def test_another_user_is_turned_away_even_with_the_key():
         os.wait()
         until(lambda: server.refused_connections == 1, "it was refused")
     finally:
-        Path(path).parent.chmod(0o700)
         pair.close()
+        shutil.rmtree(own)
 
 
 # ── On the way ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,12 +11,14 @@ from pathlib import Path
 from dualpath.cluster.engines.fork_server import DEATH
 from dualpath.cluster.leftovers import sweep
 from dualpath.cluster.siblings import KILL_S, end_siblings
+from dualpath.transfer import TRANSPORTS
 
 LEAVE_S = 4.0
 
 
 def _end_engines(*_: object) -> None:
     """Give engines and agents time to leave, kill the rest, and remove what killed ones have left behind."""
+    signal.signal(DEATH, signal.SIG_IGN)  # it may come again
     with contextlib.suppress(ChildProcessError):  # all have left
         _reap(LEAVE_S)
         for child in Path("/proc/self/task").glob("*/children"):
@@ -47,4 +49,5 @@ def _reap(seconds: float) -> None:
             time.sleep(0.02)
 
 
+TRANSPORTS.get("shm")  # now: a handler may interrupt an import of it, and can't import it then
 signal.signal(DEATH, _end_engines)

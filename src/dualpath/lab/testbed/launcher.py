@@ -14,6 +14,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ from dualpath.lab.experiments.local_cluster import (
     log_path,
     log_tail,
 )
-from dualpath.lab.testbed import network
+from dualpath.lab.testbed import iproute, network
 from dualpath.lab.testbed.failure import TestbedError
 from dualpath.lab.testbed.iproute import inside
 from dualpath.lab.testbed.network import Testbed
@@ -42,7 +43,7 @@ SUBNET = "10.89"
 CONTROL_PORT = 5555
 HTTP_PORT = 8000
 ENGINE_GRACE_S = 5.0
-"""Time that engines have to leave after their coordinator."""
+"""Time that engines have to leave after their coordinator, and what their killed parents leave has after that."""
 Result = TypeVar("Result")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
@@ -215,6 +216,18 @@ class TestbedCluster:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
+        await self._clear_nodes()
+
+    async def _clear_nodes(self) -> None:
+        """A killed engine's fork server and agent end by themselves, a little later; kill them if they do not."""
+        give_up_s = time.monotonic() + ENGINE_GRACE_S
+        for node, _ in self._engines:
+            while left := await asyncio.to_thread(iproute.pids, node.namespace):
+                if time.monotonic() > give_up_s:
+                    for pid in left:
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                await asyncio.sleep(0.05)
 
     def _serve_command(self) -> tuple[str, ...]:
         head = self._plan.node("head")
