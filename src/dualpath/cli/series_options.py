@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dualpath.cli.arguments import SOURCES_HELP, not_negative, positive, positive_number, rate, systems, topologies
-from dualpath.lab.experiments.conditions import GENERATED_AGENTS, Bench, Conditions
+from dualpath.lab.experiments.conditions import ENGINES, GENERATED_AGENTS, Bench, Conditions
 
 
 def add_series_options(parser: argparse.ArgumentParser, conditions: Conditions | None, out: Path) -> None:
@@ -26,6 +26,7 @@ def add_series_options(parser: argparse.ArgumentParser, conditions: Conditions |
     option("--cnic-rate", "cnic_bytes_per_s", rate, "RATE", "rate of each compute NIC")
     option("--repeat", "repeats", positive, "N", "runs per system, for medians")
     option("--model", "model", Path, "DIR", "a checkpoint, made if absent")
+    option("--engine", "engine", str, "NAME", "what computes: dualpath, or vllm", choices=ENGINES)
     group = parser.add_argument_group("agents")
     option("--agents", "agents", positive, "N", "agents, all at once")
     option("--turns", "turns", positive, "N", "measured turns of an agent")

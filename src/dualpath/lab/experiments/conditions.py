@@ -15,6 +15,7 @@ from dualpath.spec.topology import Topology
 
 AXES = ("agents", "turns", "context_tokens", "append_tokens", "generate_tokens", "spread", "agents_per_s")
 GENERATED_AGENTS = 12
+ENGINES = ("dualpath", "vllm")
 SERVE = (sys.executable, "-m", "dualpath", "serve")
 Parameters = dict[str, float | str]
 
@@ -102,18 +103,28 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     """Seed of the agents."""
     model: Path = Path(".models/demo")
     """A checkpoint, which is made if absent."""
+    engine: str = ENGINES[0]
+    """What computes: the engine of this package, or vLLM servers."""
     out: Path = Path("results/experiments")
     """Directory of the result file, its figure and the clusters' logs."""
     work: Path = Path(".store")
     """Directory in which stores are made and removed again: a few GB."""
     serve_command: tuple[str, ...] = SERVE
-    start_timeout_s: float = 180.0
+    start_timeout_s: float = 600.0
+    """vLLM servers that come up beside each other on few cores take minutes."""
     command: str = ""
     """The command as typed; kept in the result file."""
 
     def __post_init__(self) -> None:
         if self.seed < 0 or self.repeats < 1:
             raise ValueError(f"--seed must be at least 0 and --repeat at least 1, not {self.seed} and {self.repeats}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"--engine is {self.engine!r}; give {' or '.join(ENGINES)}")
+
+    @property
+    def engine_options(self) -> tuple[str, ...]:
+        """Options of the commands that start a cluster."""
+        return () if self.engine == ENGINES[0] else ("--engine", self.engine)
 
 
 DEMO = Conditions(topologies=("1P1D", "1P2D"), agents=None, turns=4, context_tokens=2800)

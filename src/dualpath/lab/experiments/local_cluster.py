@@ -82,6 +82,7 @@ class LocalLauncher:
         snic, cnic = self._rates if limited else (None, None)
         command = [
             *self._bench.serve_command,
+            *self._bench.engine_options,
             *("--topology", topology),
             *("--model", str(self._bench.model)),
             *("--store", str(store)),

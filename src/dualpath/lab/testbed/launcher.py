@@ -264,6 +264,7 @@ def temporary_testbed(
             logs=logs,
             work=work,
             start_timeout_s=bench.start_timeout_s,
+            options=bench.engine_options,
         )
     finally:
         network.down(name)
