@@ -11,11 +11,11 @@ from starlette.datastructures import State
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from dualpath.server.door import json_response
 from dualpath.server.drain import Drain
 from dualpath.server.errors import ApiError
 from dualpath.server.limits import ServerLimits
 from dualpath.server.listening import Application
-from dualpath.server.service import json_response
 
 _RETRY_AFTER_S = 2.0
 _NOT_READY = frozenset({"/health", "/ping", "/ready"})
