@@ -51,4 +51,8 @@ def create_app(
     service = Service(generator, codec, dialect, limits, drain or Drain())
     service.who_controls = ("keys" if api_keys else "this host") if enable_control else "nobody"
     routes = [route for group in GROUPS for route in group(service)]
-    return assembled(service, routes, api_keys, dialect.close)
+
+    async def close() -> None:
+        dialect.close()
+
+    return assembled(service, routes, api_keys, close)

@@ -78,7 +78,9 @@ class Door:
         self.metrics.failed(path if path in self.endpoints else "other", error.code)
 
 
-def assembled(door: Door, routes: Iterable[Route], api_keys: Collection[str], close: Callable[[], None]) -> FastAPI:
+def assembled(
+    door: Door, routes: Iterable[Route], api_keys: Collection[str], close: Callable[[], Awaitable[None]]
+) -> FastAPI:
     """Returns the application of these routes, with its gate and its handlers of failures. `close` ends it.
 
     Raises ValueError for an empty key, which would admit clients that send none.

@@ -58,9 +58,9 @@ class Front:
         if self._app is not None:
             self._app.state.on_refusal(error)
 
-    def _close(self) -> None:
+    async def _close(self) -> None:
         if self._app is not None:
-            self._app.state.close()
+            await self._app.state.close()
 
     def _loading(self, path: str) -> Response:
         if path == "/livez":
