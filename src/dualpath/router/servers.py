@@ -25,7 +25,7 @@ class Servers:
         self._turn = count()
 
     def urls(self, role: str | None = None) -> list[str]:
-        """Returns the servers to try, in this order; `role` is prefill or decode. Raises ApiError (503) when there is none."""
+        """Returns the servers to try, in this order; `role` is prefill or decode. Raises ApiError (503)."""
         servers = self._cluster.vllm_servers()
         urls = list(dict.fromkeys(one.url for one in servers if role in (None, one.role.value)))
         if not urls:
