@@ -151,9 +151,13 @@ def _joined(events: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     joined: list[tuple[str, Any]] = []
     for event in events:
         try:
-            joined[-1:] = [(event[0], _join("", joined[-1] if joined else None, event)[1])]
+            grown = _join("", joined[-1], event) if joined else event
         except _DifferentError:
+            grown = event
+        if grown is event or tuple(grown) == joined[-1]:  # the same event twice is no delta
             joined.append(event)
+        else:
+            joined[-1] = tuple(grown)
     return joined
 
 
