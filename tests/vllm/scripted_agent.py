@@ -178,7 +178,9 @@ class ScriptedAgent:
         assert self.pool is not None
         return self.pool.view(page)
 
-    def expect(self, owner: Owner, pages: list[int], hit_tokens: int, prompt_tokens: int, *, ready: bool = True) -> None:
+    def expect(
+        self, owner: Owner, pages: list[int], hit_tokens: int, prompt_tokens: int, *, ready: bool = True
+    ) -> None:
         self.tell(Expect(owner, pages, hit_tokens, prompt_tokens))
         if ready and hit_tokens:
             assert self.hello is not None

@@ -1,5 +1,6 @@
 """A stock vLLM server as a process of its own, for tests."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -50,7 +51,7 @@ class VllmProcess:
         command += ["--served-model-name", "m", "--host", "127.0.0.1", "--max-num-seqs", "8", "--enforce-eager"]
         for option, value in (
             ("--port", str(self.port)),
-            ("--kv-cache-memory-bytes", str(64 << 20)),
+            ("--kv-cache-memory-bytes", str(96 << 20)),
             ("--max-model-len", "4096"),
             ("--block-size", "64"),
             ("--dtype", "float32"),
@@ -94,14 +95,10 @@ class VllmProcess:
     def stop(self) -> None:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
 
     def request(self, method: str, path: str, body: Any = None, timeout_s: float = 120) -> tuple[int, Any]:
@@ -128,14 +125,15 @@ class VllmProcess:
         """Send a streaming request and return its socket; closing that is a client that goes away."""
         body = json.dumps(completion(prompt, tokens, ours, stream=True)).encode()
         connected = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        connected.sendall(head.encode() + b"\r\n\r\n" + body)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        connected.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
         return connected
 
     def metric(self, name: str) -> float:
         """Returns the sum of a metric's samples."""
         _, text = self.request("GET", "/metrics")
-        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name)
+        samples = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
+        return sum(float(value) for _, value in samples)
 
 
 def completion(prompt: list[int], tokens: int, ours: dict[str, Any] | None, **fields: Any) -> dict[str, Any]:

@@ -281,8 +281,9 @@ class DecodeWorker:
                 self._load(load)
 
     def _load(self, load: Load) -> None:
-        sequence = self._by_owner.get(load.owner) or DeviceSequence(load.owner)
-        asked = sequence.stage is Stage.ASKED
+        known = self._by_owner.get(load.owner)
+        asked = known is not None and known.stage is Stage.ASKED
+        sequence = known or DeviceSequence(load.owner)
         sequence.request_id, sequence.heard_s = load.request_id, self._now_s()
         sequence.device_blocks, sequence.local_tokens = list(load.device_blocks), load.local_tokens
         sequence.stage = Stage.LOADING if asked else Stage.WAITING
