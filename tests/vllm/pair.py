@@ -18,8 +18,11 @@ _requests = itertools.count(1)
 class Pair:
     """One PE and one DE; the test is the network between them."""
 
-    def __init__(self, model: Path, folder: Path, prefill: list[str], decode: list[str], workers: int = 1) -> None:
-        self.agents = [ScriptedAgent(folder / f"{name}.sock", workers=workers).start() for name in ("pe", "de")]
+    def __init__(
+        self, model: Path, folder: Path, prefill: list[str], decode: list[str], workers: tuple[int, int] = (1, 1)
+    ) -> None:
+        sockets = (folder / "pe.sock", folder / "de.sock")
+        self.agents = [ScriptedAgent(path, workers=count).start() for path, count in zip(sockets, workers, strict=True)]
         self.pe_agent, self.de_agent = self.agents
         self.servers = []
         for role, agent, arguments in zip(("prefill", "decode"), self.agents, (prefill, decode), strict=True):

@@ -157,7 +157,8 @@ def test_vllm_ends_a_request_that_loads(bench: Bench) -> None:
 def test_vllm_ends_a_request_whose_load_has_just_ended(bench: Bench) -> None:
     """It takes the load's end, which it has not seen yet, for the request's."""
     bench.run()
-    bench.step(DecodeStep(ended=[End("r", OWNER, False, "abort")]))
+    end = DecodeStep(ended=[End("r", OWNER, False, "abort")])
+    assert bench.step(end) == [Generated(SEQUENCE, [], "abort")]
     assert bench.outcome() == (set(), set(), set())
 
 

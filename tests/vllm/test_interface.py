@@ -91,7 +91,7 @@ def test_hooks_come_in_the_order_that_the_connector_relies_on() -> None:
     step = inspect.getsource(GPUModelRunner.execute_model)
     assert step.index("handle_preemptions") < step.index("_update_states") < step.index("maybe_get_kv_connector_output")
     around = inspect.getsource(KVConnectorModelRunnerMixin._get_kv_connector_output)
-    order = ["bind_connector_metadata", "has_sync_kv_loads", "yield", "wait_for_save", "get_transfer_results"]
+    order = ["bind_connector_metadata", "has_sync_kv_loads", "yield", ".wait_for_save()", "get_transfer_results"]
     places = [around.index(name) for name in [*order, "get_block_ids_with_load_errors"]]
     assert places == sorted(places)
     layer = inspect.getsource(kv_transfer_utils.maybe_transfer_kv_layer)

@@ -298,7 +298,8 @@ def test_a_client_that_leaves_while_it_decodes(pair: Pair) -> None:
     client = pair.de.open(prompt, 1500, {"owner": list(owner), "prompt_tokens": len(prompt)})
     assert agent.answer(filled) == ""
     assert agent.begin(74) == ""
-    client.recv(1)
+    while b"data:" not in client.recv(4096):
+        pass
     client.close()
     told, reason = agent.generated(74)
     assert reason == "abort"

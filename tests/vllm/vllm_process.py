@@ -45,7 +45,7 @@ class VllmProcess:
             "VLLM_HOST_IP": "127.0.0.1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            "PYTHONPATH": str(_SRC),
+            "PYTHONPATH": os.pathsep.join([str(_SRC), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "m", "--host", "127.0.0.1", "--max-num-seqs", "8", "--enforce-eager"]

@@ -247,6 +247,7 @@ class DecodeWorker:
             if end.held:
                 self._sent.add(end.request_id)
         elif not end.held:
+            self._progress(end.owner, 0, [], end.reason)  # begun here, while vLLM took it to load still
             self._fail(sequence, f"vLLM has ended it: {end.reason}", cancelled=True)
         elif sequence.stage is Stage.RUNNING:
             self._progress(end.owner, end.computed_tokens, end.token_ids, end.reason)
