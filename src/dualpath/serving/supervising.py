@@ -40,7 +40,7 @@ def run(config: ClusterConfig, local_engines: bool = True) -> int:
     start_log(config.log_format)
     try:
         listener = bind(config.host, config.port)
-        return asyncio.run(_until_signalled(settled(config), listener, local_engines))
+        return asyncio.run(_until_signalled(settled(config, local_engines), listener, local_engines))
     except (OSError, StoreError, ValueError) as error:
         return _refuse(error.strerror if isinstance(error, OSError) and error.strerror else str(error))
 
