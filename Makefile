@@ -70,8 +70,9 @@ $(LIGHT)/.installed: pyproject.toml constraints.txt
 	$(LIGHT)/bin/python $(PIP) --no-deps -e .
 	touch $@
 
-test-vllm: setup-vllm ## The tests of serving on vLLM, with vLLM itself (15 minutes)
+test-vllm: setup setup-vllm ## The tests of serving on vLLM: in its own processes, and from outside (15 minutes)
 	$(VLLM)/bin/python -m pytest -m vllm tests/vllm
+	$(BIN)/python -m pytest -m vllm tests/vllm_serving
 
 format: setup ## Rewrite the code in the house format
 	$(BIN)/ruff format src tests benchmarks examples

@@ -38,9 +38,7 @@ AFTERWARDS = (
         ([AFTERWARDS], AFTERWARDS.removeprefix("RuntimeError: ")),
         (["AssertionError: "], "AssertionError:"),
         (
-            [
-                "(APIServer pid=1) WARNING 11-29 17:08:11 [a.py:2] can cause errors like `OSError: [Errno 24] Too`"
-            ],
+            ["(APIServer pid=1) WARNING 11-29 17:08:11 [a.py:2] can cause errors like `OSError: [Errno 24] Too`"],
             "",
         ),
         (["INFO: fine", "\x00\xff", ""], ""),

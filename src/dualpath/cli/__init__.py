@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from dualpath import __version__
 from dualpath.cli import (
+    agent,
     checkpoint,
     demo,
     engine,
@@ -38,6 +39,7 @@ COMMANDS = (
     serve,
     restart,
     engine,
+    agent,
     store,
     plan,
     simulate,

@@ -20,7 +20,7 @@ import msgspec
 from dualpath.cluster.cluster_secret import HOW_TO_GIVE, secret_of_environment
 from dualpath.cluster.config import DTYPES, ClusterConfig
 from dualpath.cluster.control_address import control_place
-from dualpath.cluster.preflight_files import NotReadyError, check_outputs, check_tls, cuda_devices
+from dualpath.cluster.preflight_files import NotReadyError, check_buffers, check_outputs, check_tls, cuda_devices
 from dualpath.cluster.preflight_vllm import settled_vllm
 from dualpath.kv import KVLayout, StoreError, open_store
 from dualpath.kv.layout import parts_of
@@ -35,13 +35,13 @@ _DEVICES = re.compile(r"cpu|cuda(:\d+)?")
 def settled(config: ClusterConfig, starts_engines: bool = True) -> ClusterConfig:
     """Returns `config` with the checkpoint's directory as `model`, a name to serve it by, and a concrete `dtype`.
 
-    With vLLM, `dtype` is left to that, and it is known which vLLM is started. Settling twice changes nothing. Raises
-    NotReadyError, StoreError.
+    With vLLM, it is known which one is started. Settling twice changes nothing. Raises NotReadyError, StoreError.
     """
     directory = _checkpoint(config.model)
     facts = _read_config(directory)
-    if config.engine == "vllm":  # it says itself what it runs
-        config, dtype = settled_vllm(config, starts_engines), config.dtype
+    if config.engine == "vllm":  # it says itself what it can't run
+        config = settled_vllm(config, starts_engines)
+        dtype = "float32" if config.dtype == "auto" and config.vllm.runs_on("cpu") else config.dtype
     else:
         dtype = _own_dtype(facts, config.device) if config.dtype == "auto" else config.dtype
         _check_device(config.device)
@@ -61,6 +61,16 @@ def settled(config: ClusterConfig, starts_engines: bool = True) -> ClusterConfig
         cluster_secret=secret,
         served_model_name=config.served_model_name or _name(config.model),
     )
+
+
+def settled_agent(config: ClusterConfig) -> ClusterConfig:
+    """Returns the settings of a node agent alone, with the cluster's secret. Raises NotReadyError, StoreError."""
+    _check_store(config.store)
+    check_buffers(config, 1)
+    secret = config.cluster_secret or secret_of_environment()
+    if secret is None:
+        raise NotReadyError(f"an agent needs the secret of the cluster that it joins; {HOW_TO_GIVE}")
+    return msgspec.structs.replace(config, cluster_secret=secret)
 
 
 def _checkpoint(model: str) -> Path:

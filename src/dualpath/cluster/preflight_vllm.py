@@ -60,7 +60,7 @@ def settled_vllm(config: ClusterConfig, starts_servers: bool = True) -> ClusterC
     if vllm.version:
         return config
     if not starts_servers:
-        _check_key()
+        check_key("--join-address")
         return config
     make_key()
     python = vllm.python or find_python()
@@ -127,12 +127,12 @@ def _gpus() -> tuple[str, ...]:
     return tuple(str(number) for number in range(cuda_devices()))
 
 
-def _check_key() -> None:
-    """Servers that others launch must be asked with the key that they have been given."""
+def check_key(option: str) -> None:
+    """Servers that others launch must be asked with the key that they have been given. Raises NotReadyError."""
     if not os.environ.get(KEY_VARIABLE):
         raise NotReadyError(
-            f"--join-address: vLLM's servers that join want a key; set ${KEY_VARIABLE} here, for every agent and for "
-            "every server to the same secret (openssl rand -hex 32 makes one)"
+            f"{option}: servers on several hosts need a key; set ${KEY_VARIABLE} here, for every agent and for every "
+            "server to the same secret (openssl rand -hex 32 makes one)"
         )
 
 

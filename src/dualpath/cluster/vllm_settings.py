@@ -79,6 +79,10 @@ class VllmSettings(msgspec.Struct, frozen=True, kw_only=True):
                 return int(text)
         return default
 
+    def runs_on(self, device: str) -> bool:
+        """Returns whether servers are started here, on that kind of device."""
+        return bool(self.version) and self.device == device
+
     @property
     def gpus_per_server(self) -> int:
         return self.number("--tensor-parallel-size", 1, "-tp") * self.number("--pipeline-parallel-size", 1, "-pp")

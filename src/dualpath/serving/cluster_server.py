@@ -101,7 +101,13 @@ class ClusterServer:
             from dualpath.router import create_router
 
             self.chats = _has_chat_template(config.model)
-            return partial(create_router, api_keys=config.api_keys, limits=front.limits, drain=front.drain)
+            return partial(
+                create_router,
+                api_keys=config.api_keys,
+                limits=front.limits,
+                drain=front.drain,
+                deadline_s=config.request_deadline_ns / 1e9,
+            )
         tokenizer = load_tokenizer(config.model)
         self.chats = bool(getattr(tokenizer, "chat_template", None))
         return partial(
