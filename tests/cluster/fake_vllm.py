@@ -26,9 +26,9 @@ TRACEBACK = f"""\
 (APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {{}}"""
 
 
-def make_python(folder: Path, version: str = "0.32.0", lacks: tuple[str, ...] = ()) -> str:
+def make_python(folder: Path, version: str = "0.32.0", lacks: tuple[str, ...] = (), *, cpu: bool = True) -> str:
     """Returns the path of an interpreter that has this vLLM."""
-    answer = {"version": version, "cpu": True, "lacks": lacks, "supported": ["0.30", "0.31", "0.32"]}
+    answer = {"version": version, "cpu": cpu, "lacks": lacks, "supported": ["0.30", "0.31", "0.32"]}
     path = folder / "python"
     path.write_text(
         f"""#!/bin/sh

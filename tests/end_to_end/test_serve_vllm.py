@@ -1,11 +1,8 @@
-"""`dualpath serve --engine vllm` with a fake of vLLM: how it starts, fails and ends. (The real one: tests/vllm_serving.)"""
+"""`dualpath serve --engine vllm` with a fake of vLLM: how it starts, fails, ends. (The real one: tests/vllm_serving.)"""
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
