@@ -22,7 +22,7 @@ from dualpath.cluster.vllm_parts import vllm_part
 from dualpath.cluster.vllm_server import SERVES
 from dualpath.cluster.vllm_settings import KEY_VARIABLE, VllmSettings
 from dualpath.core.vocabulary import Role
-from tests.cluster.fake_vllm import make_python
+from tests.cluster.fake_api_server import make_python
 
 WAIT_S = 60.0
 

@@ -14,7 +14,7 @@ from dualpath.cluster.vllm_launch import command, environment
 from dualpath.cluster.vllm_settings import KEY_VARIABLE, VllmSettings
 from dualpath.core.vocabulary import Role
 from dualpath.spec.topology import Topology
-from tests.cluster.fake_vllm import make_python
+from tests.cluster.fake_api_server import make_python
 
 
 def cluster(*arguments: str, **settings: object) -> ClusterConfig:

@@ -1,4 +1,4 @@
-"""`dualpath serve --engine vllm` with a fake of vLLM: how it starts, fails, ends. (The real one: tests/vllm_serving.)"""
+"""`dualpath serve --engine vllm` with a fake of vLLM: how it starts, fails, ends. (The real: tests/vllm_serving.)"""
 
 import json
 import os
@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from dualpath.cluster.sessions import session_members
-from tests.cluster.fake_vllm import make_python
+from tests.cluster.fake_api_server import make_python
 
 from .test_serve import wait_for
 from .test_start import children, started
