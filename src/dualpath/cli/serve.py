@@ -8,8 +8,9 @@ from typing import Any
 from dualpath.cli import option_sources
 from dualpath.cli.api_keys import add_key_options, api_keys
 from dualpath.cli.arguments import byte_count, command, listen_address, port, positive, systems_help
-from dualpath.cli.cluster_options import DEFAULTS, add_cluster_options, cluster_config, kv_events
+from dualpath.cli.cluster_options import DEFAULTS, add_cluster_options, before_dashes, cluster_config, kv_events
 from dualpath.cli.outcome import UsageError, usage_errors
+from dualpath.cluster.config import ClusterConfig
 from dualpath.spec.log import FORMATS
 
 DEFAULT_QUOTA = "10GiB"
@@ -22,6 +23,7 @@ Rates and sizes take units: 60MB/s, 400Gb/s, unlimited; 64MiB, 2GB.
 examples:
   dualpath serve ~/models/Qwen3-0.6B
   dualpath serve ~/models/Qwen3-0.6B --store /mnt/kv --topology 1P2D --snic-rate 60MB/s --cnic-rate 480MB/s
+  dualpath serve ~/models/Qwen3-0.6B --engine vllm --topology 1P2D --store /mnt/kv -- --max-model-len 8192
   dualpath serve --config serve.yaml --api-key-file keys --host 0.0.0.0 --port 80
 """
 
@@ -52,7 +54,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         ("--join-timeout", "join_timeout_s", "engines may take to load and join"),
         ("--replacement-timeout", "replacement_timeout_s", "requests wait when the last engine of a role is lost"),
     ):
-        told = f"seconds that {what} (default: %(default)g)"
+        more = {"join_timeout_s": "; 600 with vLLM", "replacement_timeout_s": "; 180 with vLLM"}.get(field, "")
+        told = f"seconds that {what} (default: %(default)g{more})"
         group.add_argument(flag, type=float, default=DEFAULTS[field], dest=field, metavar="S", help=told)
     control = "open /pause, /update_weights, /sleep … to trainers: with an API key, or from this host where none is set"
     group.add_argument("--enable-control", action="store_true", help=control)
@@ -84,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs a cluster and its server until it is told to stop; with --join-address, engines come from elsewhere."""
     parser = argparse.ArgumentParser(prog="dualpath serve", allow_abbrev=False)
     _add_options(parser)
-    given = option_sources.parse_with_sources(parser, "serve", arguments.command_line[2:])
+    given = option_sources.parse_with_sources(parser, "serve", before_dashes(arguments.command_line)[2:])
+    given.command_line = arguments.command_line
     given.model = _one_model(given.model_argument, given.model)
     if given.store is None:
         _use_default_store(given)
@@ -92,14 +96,31 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.pop(f"{option_sources.prefix_of('serve')}API_KEY", None)  # engines would inherit it
     given.served_model_name, *given.served_model_aliases = given.names or [None]
     given.served_model_aliases = tuple(given.served_model_aliases)
-    config = cluster_config(given)
-    from dualpath.server.chat.formats import find_call_format, find_reasoning_format
+    starts_engines = given.control_address == DEFAULTS["control_address"]
+    if given.engine == "vllm":
+        _leave_time_for_vllm(given)
+    config = cluster_config(given, starts_engines)
     from dualpath.serving import supervising
 
-    with usage_errors(ValueError):  # before engines start
+    if config.engine == "dualpath":
+        _check_parsers(config)
+    return supervising.run(config, starts_engines)
+
+
+def _leave_time_for_vllm(given: argparse.Namespace) -> None:
+    """Its servers take minutes where an embedded engine takes seconds. What the user has said stays."""
+    for field, seconds in (("join_timeout_s", 600.0), ("replacement_timeout_s", 180.0)):
+        if getattr(given, field) == DEFAULTS[field]:
+            setattr(given, field, seconds)
+
+
+def _check_parsers(config: ClusterConfig) -> None:
+    """Raises UsageError for names that are not known."""
+    from dualpath.server.chat.formats import find_call_format, find_reasoning_format
+
+    with usage_errors(ValueError):
         find_call_format(config.tool_call_parser, "")
         find_reasoning_format(config.reasoning_parser, "")
-    return supervising.run(config, local_engines=given.control_address == DEFAULTS["control_address"])
 
 
 def _one_model(argument: str | None, option: str | None) -> str:

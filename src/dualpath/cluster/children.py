@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from dualpath.cluster.sessions import end_session
 from dualpath.thread_names import named_threads
 
 PARENT_VARIABLE = "_DUALPATH_PARENT_PID"
@@ -50,6 +52,16 @@ def leave_signals_to_the_parent() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS_OF_THE_PARENT)
 
 
+def teller(telling: Connection) -> Callable[[str], None]:
+    """Returns what tells the supervisor a step, as long as that lives."""
+
+    def tell(step: str) -> None:
+        with contextlib.suppress(OSError):
+            telling.send(step)
+
+    return tell
+
+
 class Child:
     """A process that was started, and its pipe: it says the step that it is at, or why it can't run."""
 
@@ -62,6 +74,8 @@ class Child:
         """When it was ready for work, on the monotonic clock."""
         self.told, self.telling = multiprocessing.Pipe(duplex=False)
         self.process: BaseProcess | None = None
+        self.leads_session = False
+        """Whether a session of its own has all that it starts: it ends with this process."""
 
     @property
     def pid(self) -> int:
@@ -85,16 +99,22 @@ class Child:
         return self.process is not None and self.process.is_alive()
 
     def kill(self) -> None:
-        """Kill it, and return when it is dead."""
+        """Kill it, and return when it is dead, with its session."""
         process = self.process
         if process is not None and process.is_alive():
             process.kill()
             process.join(5.0)
+        self._end_session()
+
+    def _end_session(self) -> None:
+        if self.leads_session and self.pid:
+            end_session(self.pid)
 
     def end(self) -> str:
         """Returns how it has ended, in words. Call it once its sentinel is readable."""
         assert self.process is not None
         self.process.join(1.0)
+        self._end_session()
         code = self.process.exitcode
         if code is not None and code < 0:
             hint = ", as the system does when memory is short" if code == -signal.SIGKILL else ""

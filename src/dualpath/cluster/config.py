@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 
 from dualpath.cluster.cluster_secret import ClusterSecret
+from dualpath.cluster.vllm_settings import VllmSettings
 from dualpath.core.policy import QUOTA_NS, Policy
 from dualpath.core.systems import HEADLINE, find_system
 from dualpath.core.vocabulary import Role
@@ -16,6 +17,8 @@ from dualpath.spec.sampling import LogprobsMode
 from dualpath.spec.topology import Rates, Topology
 from dualpath.transfer import TRANSPORTS
 
+ENGINES = ("dualpath", "vllm")
+HBM_BYTES = 2**30
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -47,6 +50,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     store: str
+    engine: str = "dualpath"
+    """What computes: ``dualpath``, the embedded engine, or ``vllm``, servers of vLLM with our connector."""
+    vllm: VllmSettings = VllmSettings()
     topology: Topology = Topology(1, 1)
     system: str = HEADLINE
     rules: Policy | None = None
@@ -55,8 +61,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     cnic_bytes_per_s: Rates = None
     buffer_bytes: int = 2**30
     """Size of each engine's PE buffer or DE buffer."""
-    hbm_bytes: int = 2**30
-    """Device memory for KV on each decode engine."""
+    hbm_bytes: int = HBM_BYTES
+    """Device memory for KV on each decode engine; with vLLM on each engine."""
     store_quota_bytes: int | None = None
     store_timeout_s: float = 10.0
     """Longest time for one block, or for one look at the store. A store that takes longer does not answer."""
@@ -179,7 +185,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"generation_config is {self.generation_config!r}; give {' or '.join(GENERATION_CONFIGS)}")
         if self.logprobs_mode not in get_args(LogprobsMode):
             raise ValueError(f"logprobs_mode is {self.logprobs_mode!r}; give {' or '.join(get_args(LogprobsMode))}")
-        for name, allowed in (("dtype", DTYPES), ("log_format", FORMATS)):
+        for name, allowed in (("dtype", DTYPES), ("log_format", FORMATS), ("engine", ENGINES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         TRANSPORTS.get(self.transport)  # raises UnknownNameError, which is a ValueError

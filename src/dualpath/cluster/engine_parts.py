@@ -5,7 +5,6 @@ once: the second and later ones start in a fraction of a second and share those 
 server has no other threads.
 """
 
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -18,11 +17,12 @@ from multiprocessing.process import BaseProcess
 import msgspec
 
 from dualpath.cluster.attachment import LEAVE, AgentConfig, EngineConfig
-from dualpath.cluster.children import Child, end_with_parent, leave_signals_to_the_parent, started
+from dualpath.cluster.children import Child, end_with_parent, leave_signals_to_the_parent, started, teller
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.leftovers import socket_directory
 from dualpath.cluster.parts import Part
 from dualpath.cluster.preflight_files import check_buffers
+from dualpath.cluster.vllm_parts import vllm_part
 from dualpath.core.vocabulary import Role
 from dualpath.spec.log import ROOT
 
@@ -56,9 +56,11 @@ def node_parts(
         )
     check_buffers(config, topology.engines)
     counts = ((Role.PREFILL, topology.prefill_nodes), (Role.DECODE, topology.decode_nodes))
-    directory = socket_directory()
-    where = directory, weights
-    return [one_node(config, control_address, role, rank, *where) for role, n in counts for rank in range(n)]
+    directory, nodes, first_gpu = socket_directory(), [], 0
+    for role, rank in [(role, rank) for role, n in counts for rank in range(n)]:
+        nodes.append(one_node(config, control_address, role, rank, directory, weights, first_gpu))
+        first_gpu += len(nodes[-1].engines) * config.vllm.gpus_per_server
+    return nodes
 
 
 def one_node(
@@ -68,16 +70,26 @@ def one_node(
     rank: int,
     directory: str | None = None,
     weights: Callable[[], str] | None = None,
+    first_gpu: int = 0,
 ) -> NodeParts:
-    """Returns one node; `directory` is where its engines find its agent. `weights`: see `node_parts`."""
+    """Returns one node; `directory` is where its engines find its agent. `weights`: see `node_parts`.
+
+    vLLM's servers get GPUs from `first_gpu` on.
+    """
     socket = f"{directory or socket_directory()}/{role.value}-{rank}.sock"
     first = sum(config.of_node(role, before).topology.sizes[0] for before in range(rank))
     own = config.of_node(role, rank)
     numbers = range(first, first + own.topology.sizes[0])
-    return NodeParts(
-        _agent(own, control_address, f"{role.value}-node-{rank}", socket),
-        [_engine(own, socket, role, f"{role.value}-{number}", weights) for number in numbers],
-    )
+    engines = []
+    for number in numbers:
+        name = f"{role.value}-{number}"
+        if config.engine == "vllm":
+            vllm = config.vllm
+            gpu = first_gpu + (number - first) * vllm.gpus_per_server
+            engines.append(vllm_part(own, socket, role, name, vllm.gpus[gpu : gpu + vllm.gpus_per_server]))
+        else:
+            engines.append(_engine(own, socket, role, name, weights))
+    return NodeParts(agent_part(own, control_address, f"{role.value}-node-{rank}", socket), engines)
 
 
 def all_parts(nodes: list[NodeParts]) -> list[Part]:
@@ -85,7 +97,7 @@ def all_parts(nodes: list[NodeParts]) -> list[Part]:
     return [node.agent for node in nodes] + [engine for node in nodes for engine in node.engines]
 
 
-def _agent(config: ClusterConfig, control_address: str, name: str, socket: str) -> Part:
+def agent_part(config: ClusterConfig, control_address: str, name: str, socket: str) -> Part:
     def start(child: Child) -> BaseProcess:
         settings = AgentConfig(
             coordinator=control_address,
@@ -119,7 +131,7 @@ def agent_entry(config: AgentConfig, parent: int, telling: Connection) -> None:
     end_with_parent(parent, LEAVE)
     from dualpath.cluster.agent.main import run_agent
 
-    run_agent(config, _teller(telling))
+    run_agent(config, teller(telling))
 
 
 def engine_entry(config: EngineConfig, telling: Connection) -> None:
@@ -129,14 +141,4 @@ def engine_entry(config: EngineConfig, telling: Connection) -> None:
     end_with_parent(preloaded.PID if preloaded is not None else os.getppid())
     from dualpath.cluster.engines.main import run_engine
 
-    run_engine(config, _teller(telling))
-
-
-def _teller(telling: Connection) -> Callable[[str], None]:
-    """Returns what tells the supervisor a step, as long as that lives."""
-
-    def tell(step: str) -> None:
-        with contextlib.suppress(OSError):
-            telling.send(step)
-
-    return tell
+    run_engine(config, teller(telling))

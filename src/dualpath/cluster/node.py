@@ -1,15 +1,18 @@
-"""`dualpath engine`: a small process that keeps the parts of one node running, which joins a coordinator elsewhere."""
+"""`dualpath engine` and `dualpath agent`: a small process that keeps the parts of one node running, which joins a
+coordinator elsewhere."""
 
 import asyncio
 import logging
 import signal
+from collections.abc import Callable
 
+from dualpath.cluster.attachment import LISTENS
 from dualpath.cluster.children import Child
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.control_link import ABANDONED
-from dualpath.cluster.engine_parts import all_parts, one_node
+from dualpath.cluster.engine_parts import agent_part, all_parts, one_node
 from dualpath.cluster.leftovers import sweep
-from dualpath.cluster.parts import CAN_NOT_RUN
+from dualpath.cluster.parts import CAN_NOT_RUN, Part
 from dualpath.cluster.supervisor import Supervisor
 from dualpath.core.vocabulary import Role
 from dualpath.spec.log import ROOT, start_log
@@ -28,15 +31,21 @@ def run_node(config: ClusterConfig, coordinator: str, role: Role, rank: int) -> 
     Returns the process's exit code: 1 when an engine can't run.
     """
     start_log(config.log_format)
-    return asyncio.run(_Node(config, coordinator, role, rank).run())
+    return asyncio.run(_Node(config, lambda: all_parts([one_node(config, coordinator, role, rank)])).run())
+
+
+def run_agent_alone(config: ClusterConfig, coordinator: str, socket: str) -> int:
+    """Run a node's agent, without engines of its own, until SIGINT or SIGTERM come. Returns the process's exit code."""
+    start_log(config.log_format)
+    return asyncio.run(_Node(config, lambda: [agent_part(config, coordinator, "agent", socket)]).run())
 
 
 class _Node:
-    def __init__(self, config: ClusterConfig, coordinator: str, role: Role, rank: int) -> None:
+    def __init__(self, config: ClusterConfig, parts: Callable[[], list[Part]]) -> None:
         self._over = asyncio.Event()
         self._code = 0
         self._supervisor = Supervisor(
-            all_parts([one_node(config, coordinator, role, rank)]),
+            parts(),
             sweep=lambda: sweep(config.transport),
             on_end=self._ended,
             on_hopeless=self._hopeless,
@@ -56,7 +65,7 @@ class _Node:
     def _look(self) -> None:
         for row in self._supervisor.starting():
             child = self._supervisor.child(str(row["name"]))
-            if child is not None and child.step == JOINS:
+            if child is not None and child.step in (JOINS, LISTENS):
                 self._supervisor.ready(child.ticket)
 
     def _ended(self, child: Child, _why: str) -> None:

@@ -5,7 +5,6 @@ do. What only the engines can know (whether the weights load, whether the model 
 """
 
 import contextlib
-import ctypes
 import errno
 import importlib.metadata
 import logging
@@ -21,7 +20,8 @@ import msgspec
 from dualpath.cluster.cluster_secret import HOW_TO_GIVE, secret_of_environment
 from dualpath.cluster.config import DTYPES, ClusterConfig
 from dualpath.cluster.control_address import control_place
-from dualpath.cluster.preflight_files import NotReadyError, check_outputs, check_tls
+from dualpath.cluster.preflight_files import NotReadyError, check_buffers, check_outputs, check_tls, cuda_devices
+from dualpath.cluster.preflight_vllm import settled_vllm
 from dualpath.kv import KVLayout, StoreError, open_store
 from dualpath.kv.layout import parts_of
 from dualpath.spec.loopback import is_loopback
@@ -32,17 +32,21 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DEVICES = re.compile(r"cpu|cuda(:\d+)?")
 
 
-def settled(config: ClusterConfig) -> ClusterConfig:
+def settled(config: ClusterConfig, starts_engines: bool = True) -> ClusterConfig:
     """Returns `config` with the checkpoint's directory as `model`, a name to serve it by, and a concrete `dtype`.
 
-    Settling twice changes nothing. Raises NotReadyError, StoreError.
+    With vLLM, it is known which one is started. Settling twice changes nothing. Raises NotReadyError, StoreError.
     """
     directory = _checkpoint(config.model)
     facts = _read_config(directory)
-    dtype = _own_dtype(facts, config.device) if config.dtype == "auto" else config.dtype
-    _check_device(config.device)
-    _check_architecture(directory, facts)
-    _check_sizes(config, facts, dtype)
+    if config.engine == "vllm":  # it says itself what it can't run
+        config = settled_vllm(config, starts_engines)
+        dtype = "float32" if config.dtype == "auto" and config.vllm.runs_on("cpu") else config.dtype
+    else:
+        dtype = _own_dtype(facts, config.device) if config.dtype == "auto" else config.dtype
+        _check_device(config.device)
+        _check_architecture(directory, facts)
+        _check_sizes(config, facts, dtype)
     _check_store(config.store)
     _check_tracing(config)
     check_tls(config)
@@ -57,6 +61,16 @@ def settled(config: ClusterConfig) -> ClusterConfig:
         cluster_secret=secret,
         served_model_name=config.served_model_name or _name(config.model),
     )
+
+
+def settled_agent(config: ClusterConfig) -> ClusterConfig:
+    """Returns the settings of a node agent alone, with the cluster's secret. Raises NotReadyError, StoreError."""
+    _check_store(config.store)
+    check_buffers(config, 1)
+    secret = config.cluster_secret or secret_of_environment()
+    if secret is None:
+        raise NotReadyError(f"an agent needs the secret of the cluster that it joins; {HOW_TO_GIVE}")
+    return msgspec.structs.replace(config, cluster_secret=secret)
 
 
 def _checkpoint(model: str) -> Path:
@@ -110,20 +124,10 @@ def _check_device(device: str) -> None:
         raise NotReadyError(
             f"--device: this torch ({torch}) is built without CUDA; install one with it, or use --device cpu"
         )
-    if _cuda_devices() == 0:
+    if cuda_devices() == 0:
         raise NotReadyError(
             "--device: no CUDA device is found here; see whether nvidia-smi shows one, or use --device cpu"
         )
-
-
-def _cuda_devices() -> int:
-    """Returns how many GPUs the driver shows to this process."""
-    count = ctypes.c_int(0)
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
 def _check_architecture(directory: Path, facts: dict[str, Any]) -> None:

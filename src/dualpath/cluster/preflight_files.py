@@ -1,5 +1,6 @@
-"""What must hold of the files that options name, and of the room for buffers. Part of `preflight`."""
+"""What must hold of the files that options name, of the room for buffers, and of devices. Part of `preflight`."""
 
+import ctypes
 import logging
 import os
 import ssl
@@ -111,3 +112,13 @@ def check_buffers(config: ClusterConfig, engines: int) -> None:
             f"--buffer: {engines} engines of {config.buffer_bytes} bytes each need more than the {whole_bytes} bytes "
             f"of {POOL_DIRECTORY}; make the buffer smaller or the file system larger (docker: --shm-size)"
         )
+
+
+def cuda_devices() -> int:
+    """Returns how many GPUs the driver shows to this process."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0

@@ -9,12 +9,15 @@ import contextlib
 import os
 import shlex
 import socket
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.coordinator.coordinator import Coordinator
 from dualpath.cluster.local import Cluster, Situation
 from dualpath.cluster.preflight import settled
 from dualpath.cluster.preflight_files import warn_of_open_key
@@ -22,6 +25,7 @@ from dualpath.cluster.supervisor import wait_out
 from dualpath.kv import StoreError
 from dualpath.server import bind, create_app, load_tokenizer, serve
 from dualpath.server.front import Front
+from dualpath.server.listening import Application
 from dualpath.server.request_log import Observer, RequestLog, log_access
 
 StartErrors = (OSError, RuntimeError, StoreError, TimeoutError, ValueError)
@@ -59,7 +63,7 @@ class ClusterServer:
         situation = self._situation
         listener = situation.listener or bind(self.config.host, self.config.port)
         try:
-            self.config = await asyncio.to_thread(settled, self.config)
+            self.config = await asyncio.to_thread(settled, self.config, self._local_engines)
         except BaseException:
             listener.close()
             raise
@@ -68,15 +72,15 @@ class ClusterServer:
         try:
             if situation.standby is None:
                 self._listen(listener)
-                tokenizer, _ = await _all(asyncio.to_thread(load_tokenizer, self.config.model), self._start_cluster())
+                app, _ = await _all(asyncio.to_thread(self._application), self._start_cluster())
             else:
-                tokenizer = await asyncio.to_thread(load_tokenizer, self.config.model)
+                app = await asyncio.to_thread(self._application)
                 await situation.standby.may_listen()
                 self._front.patience_s = self.config.request_deadline_ns / 1e9
                 self._listen(listener)
                 await situation.standby.may_control()
                 await self._start_cluster()
-            self._open(tokenizer)
+            self._front.open(app(self.cluster.coordinator))
         except BaseException:
             await self.__aexit__()
             raise
@@ -90,12 +94,25 @@ class ClusterServer:
     async def _start_cluster(self) -> None:
         await self.cluster.__aenter__()
 
-    def _open(self, tokenizer: Any) -> None:
+    def _application(self) -> Callable[[Coordinator], Application]:
+        """Returns what makes the application once there is a coordinator. Takes seconds."""
         config, front = self.config, self._front
+        if config.engine == "vllm":
+            from dualpath.router import create_router
+
+            self.chats = _has_chat_template(config.model)
+            return partial(
+                create_router,
+                api_keys=config.api_keys,
+                limits=front.limits,
+                drain=front.drain,
+                deadline_s=config.request_deadline_ns / 1e9,
+            )
+        tokenizer = load_tokenizer(config.model)
         self.chats = bool(getattr(tokenizer, "chat_template", None))
-        app = create_app(
-            self.cluster.coordinator,
-            tokenizer,
+        return partial(
+            create_app,
+            tokenizer=tokenizer,
             api_keys=config.api_keys,
             limits=front.limits,
             tool_call_parser=config.tool_call_parser,
@@ -103,7 +120,6 @@ class ClusterServer:
             drain=front.drain,
             enable_control=config.enable_control,
         )
-        front.open(app)
 
     async def __aexit__(self, *_: object) -> None:
         """Give running requests `drain_s` to end, then stop the cluster. Cancelled: end them at once.
@@ -164,11 +180,19 @@ class ClusterServer:
         body = msgspec.json.encode({"model": name, **asked, "max_tokens": 32}).decode()
         key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
         path = "chat/completions" if self.chats else "completions"
+        on = f"{config.dtype} on {config.device}" if config.engine == "dualpath" else f"vLLM {config.vllm.version}"
         return (
             f"dualpath {config.system} {config.topology} serves {name} at {self.url}/v1\n"
-            f"KV-cache in {config.store}, {config.dtype} on {config.device}. Try:\n"
+            f"KV-cache in {config.store}, {on}. Try:\n"
             f"  curl {self.url}/v1/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
         )
+
+
+def _has_chat_template(checkpoint: str) -> bool:
+    """Returns whether a checkpoint has one, without its tokenizer."""
+    folder = Path(checkpoint)
+    told = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (told.is_file() and b'"chat_template"' in told.read_bytes())
 
 
 def in_one_line(error: BaseException) -> str:

@@ -40,7 +40,7 @@ def run(config: ClusterConfig, local_engines: bool = True) -> int:
     start_log(config.log_format)
     try:
         listener = bind(config.host, config.port)
-        return asyncio.run(_until_signalled(settled(config), listener, local_engines))
+        return asyncio.run(_until_signalled(settled(config, local_engines), listener, local_engines))
     except (OSError, StoreError, ValueError) as error:
         return _refuse(error.strerror if isinstance(error, OSError) and error.strerror else str(error))
 
@@ -65,10 +65,11 @@ async def _until_signalled(config: ClusterConfig, listener: socket.socket, local
 
 
 def _awaited(config: ClusterConfig) -> str:
+    how = "`dualpath engine`" if config.engine == "dualpath" else "`dualpath engine --engine vllm` or `dualpath agent`"
     missing = f"{config.topology.prefill_engines} prefill and {config.topology.decode_engines} decode engines"
     return (
-        f"waits at {config.control_address} for {missing}, up to {config.join_timeout_s:g} s: start `dualpath engine` "
-        f"with --transport {config.transport} and the same secret, model and store"
+        f"waits at {config.control_address} for {missing}, up to {config.join_timeout_s:g} s: start {how} with "
+        f"--transport {config.transport} and the same secret, model and store"
     )
 
 
@@ -105,6 +106,11 @@ class SupervisedCluster:
         self._why = ""
         if not local_engines:
             logger.info("%s", _awaited(config))
+        elif config.engine == "vllm":
+            vllm = config.vllm
+            logger.info(
+                "starts %d servers of vLLM %s; their logs: %s", config.topology.engines, vllm.version, vllm.logs
+            )
 
     async def run(self) -> str:
         """Returns why it can serve no more; empty when it was told to stop."""
@@ -154,6 +160,8 @@ class SupervisedCluster:
     async def _restart_all(self, say: Say) -> None:
         if self._signals:
             raise ReplaceError("the server is shutting down")
+        if self._config.engine == "vllm":
+            raise ReplaceError("servers of vLLM are not restarted one by one: stop `dualpath serve` and start it again")
         await self._restart.run(say)
 
     # ── the parts ───────────────────────────────────────────────────────────────────────────────────────────────────
