@@ -150,6 +150,8 @@ class LiveRequest:
     def end(self, outcome: str | RequestError) -> None:
         """Send the last event: a finish reason, or the error that the client gets."""
         if isinstance(outcome, str):
+            if self.handed_off and not self.answered:  # the server has finished, and sends its answer
+                self._stamp()
             self.events.put_nowait(self._step([], finish_reason=outcome))
         else:
             self.events.put_nowait(outcome)
