@@ -25,8 +25,8 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from vllm_serving.servers import NAME, cluster, plain_vllm  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests" / "vllm_serving"))
+from vllm_servers import NAME, cluster, plain_vllm  # noqa: E402
 
 AT_ONCE = 8
 CONNECTOR = {
