@@ -66,6 +66,9 @@ class FakeVllm:
             left.cancel()
 
     async def _send_part(self, part: bytes | str | threading.Event, left: "asyncio.Task[None]", send: Any) -> None:
+        await asyncio.sleep(0)
+        if left.done():
+            return
         if part == CUT:
             raise ConnectionAbortedError
         if isinstance(part, threading.Event):

@@ -178,11 +178,11 @@ def _join(name: str, one: Any, other: Any) -> Any:
 
 
 def _without_names(value: Any) -> Any:
-    """Without what differs from one request to the next."""
+    """Without what differs from one request to the next. (Events are numbered, and how many there are differs.)"""
     if isinstance(value, list):
         return [_without_names(one) for one in value]
     if isinstance(value, dict):
-        changing = ("id", "created", "created_at", "item_id")
+        changing = ("id", "created", "created_at", "item_id", "sequence_number")
         return {k: "*" if k in changing and v is not None else _without_names(v) for k, v in value.items()}
     return value
 

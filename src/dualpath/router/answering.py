@@ -1,5 +1,6 @@
 """How the router answers: by the choices of a routed request, merged if several, or by what one server says."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -16,7 +17,7 @@ from dualpath.router.merging import gathered, interleaved, named, one_answer, wi
 from dualpath.router.passing import Passing
 from dualpath.router.reading import DONE, READERS
 from dualpath.router.servers import Servers
-from dualpath.router.upstream import RefusalError, Upstream, UpstreamError
+from dualpath.router.upstream import RefusalError, Upstream, UpstreamError, left_s
 from dualpath.server.door import Door
 from dualpath.server.drain import Drain
 from dualpath.server.errors import ApiError, bad_parameter
@@ -44,7 +45,11 @@ class RouterDoor(Door):
         self._cluster = cluster
         self._upstream = upstream
         self.servers = Servers(cluster, upstream)
-        self.patience_s = patience_s
+        self._patience_s = patience_s
+
+    def deadline_s(self) -> float:
+        """Returns when a request that comes now must have its answer, by the loop's clock."""
+        return asyncio.get_running_loop().time() + self._patience_s
 
     @property
     def model(self) -> ModelFacts:
@@ -123,7 +128,12 @@ class RouterDoor(Door):
 
     async def passed(self, request: Request, body: bytes, deadline_s: float) -> Response:
         """Answer with what a decode server says, without KV from elsewhere."""
-        return await while_connected(request.receive, self._passed(request, body, deadline_s))
+        try:
+            async with asyncio.timeout(left_s(deadline_s)):
+                return await while_connected(request.receive, self._passed(request, body, deadline_s))
+        except TimeoutError:
+            message = "no vLLM server has answered in time"
+            raise ApiError(504, message, code="deadline_exceeded") from None
 
     async def _passed(self, request: Request, body: bytes, deadline_s: float) -> Response:
         path, query = request.url.path, request.url.query

@@ -118,7 +118,8 @@ def for_choice(path: str, fields: Fields, prompt: Rendered, index: int | None) -
         if (seed := prompt.sampling_params.seed) is not None:
             body["seed"] = Raw(_encode(seed + index))
     if path in ("/v1/chat/completions", "/v1/completions") and prompt.stream:
-        options: Fields = msgspec.json.decode(body["stream_options"], type=Fields) if "stream_options" in body else {}
+        given = is_set(body, "stream_options")
+        options: Fields = msgspec.json.decode(body["stream_options"], type=Fields) if given else {}
         body["stream_options"] = Raw(_encode(options | {"include_usage": Raw(b"true")}))
     if path == "/v1/completions":
         body["prompt"] = Raw(_encode(prompt.token_ids))

@@ -1,6 +1,5 @@
 """The endpoints of the router: four that are routed, many that pass, and those that it does not pass on."""
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -69,12 +68,12 @@ class _Endpoints:
     async def generate(self, request: Request) -> Response:
         arrived_s = time.perf_counter()
         door, path = self._door, request.url.path
-        deadline_s = asyncio.get_running_loop().time() + door.patience_s
+        deadline_s = door.deadline_s()
         fields = without_transfer(await door.bodies.fields(request))
         if path == "/v1/responses":
             refuse_stored(fields)
         if why_direct(path, fields) is None:
-            prompts = await while_connected(request.receive, self._rendered(request, fields))
+            prompts = await while_connected(request.receive, self._rendered(request, fields, deadline_s))
             if why_direct_rendered(prompts) is None and self._is_routable(path, fields):
                 return await door.routed(request, fields, prompts, arrived_s, deadline_s)
         kept = {name: value for name, value in fields.items() if name != "return_timings"}
@@ -87,11 +86,11 @@ class _Endpoints:
         model = fields.get("model", Raw(b"null"))
         return bytes(model) == b"null" or msgspec.json.decode(model) in servers.names() | set(self._door.model.names)
 
-    async def _rendered(self, request: Request, fields: Fields) -> list[Rendered]:
-        return await self._door.servers.rendered(request.url.path, fields, request.scope)
+    async def _rendered(self, request: Request, fields: Fields, deadline_s: float) -> list[Rendered]:
+        return await self._door.servers.rendered(request.url.path, fields, request.scope, deadline_s)
 
     async def passed(self, request: Request) -> Response:
-        deadline_s = asyncio.get_running_loop().time() + self._door.patience_s
+        deadline_s = self._door.deadline_s()
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind.endswith(_JSON):
             body = msgspec.json.encode(without_transfer(await self._door.bodies.fields(request)))
@@ -112,7 +111,8 @@ class _Endpoints:
     async def _cards(self, request: Request) -> list[dict[str, Any]]:
         """Returns vLLM's cards of the models, each once, with what a client of ours looks for."""
         answer = await while_connected(
-            request.receive, self._door.servers.asked("/v1/models", b"", request.scope, "GET")
+            request.receive,
+            self._door.servers.asked("/v1/models", request.scope, self._door.deadline_s(), method="GET"),
         )
         try:
             cards = msgspec.json.decode(answer, type=dict[str, Any])["data"]

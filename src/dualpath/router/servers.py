@@ -1,5 +1,6 @@
 """Which vLLM server gets what is not routed: prompts to render, and requests that pass without KV from elsewhere."""
 
+import asyncio
 from itertools import count
 from typing import Any
 
@@ -9,7 +10,7 @@ from starlette.types import Scope
 from dualpath.cluster.generator import Router
 from dualpath.router.asked import Fields, Rendered
 from dualpath.router.choices import refused
-from dualpath.router.upstream import RefusalError, Upstream, UpstreamError, whole
+from dualpath.router.upstream import RefusalError, Upstream, UpstreamError, left_s, whole
 from dualpath.server.errors import ApiError
 
 _RETRY_AFTER_S = 1.0
@@ -43,10 +44,10 @@ class Servers:
         """Whether several engines are behind one server (data parallelism)."""
         return any(one.dp_rank is not None for one in self._cluster.vllm_servers())
 
-    async def rendered(self, path: str, fields: Fields, scope: Scope) -> list[Rendered]:
+    async def rendered(self, path: str, fields: Fields, scope: Scope, deadline_s: float) -> list[Rendered]:
         """Returns the prompts of a request as tokens. Raises RefusalError with what is wrong with it, and ApiError."""
         body = msgspec.json.encode(fields | {"mm_payload": msgspec.Raw(b'"none"')})
-        answer = await self.asked(path + "/render", body, scope)
+        answer = await self.asked(path + "/render", scope, deadline_s, body)
         kind: Any = list[Rendered] if path == "/v1/completions" else Rendered
         try:
             rendered = msgspec.json.decode(answer, type=kind)
@@ -55,8 +56,16 @@ class Servers:
             raise ApiError(502, message, code="bad_render") from error
         return rendered if isinstance(rendered, list) else [rendered]
 
-    async def asked(self, path: str, body: bytes, scope: Scope, method: str = "POST") -> bytes:
+    async def asked(self, path: str, scope: Scope, deadline_s: float, body: bytes = b"", method: str = "POST") -> bytes:
         """Returns the answer of the first server that gives one. Raises RefusalError and ApiError."""
+        try:
+            async with asyncio.timeout(left_s(deadline_s)):
+                return await self._asked(path, scope, body, method)
+        except TimeoutError:
+            message = f"no vLLM server has answered {path} in time"
+            raise ApiError(504, message, code="deadline_exceeded") from None
+
+    async def _asked(self, path: str, scope: Scope, body: bytes, method: str) -> bytes:
         why = ""
         for url in self.urls():
             try:
