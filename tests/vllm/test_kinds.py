@@ -18,7 +18,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 TOKENS = 100
 _random = random.Random(15)
 PROMPTS = [[_random.randrange(10, 250) for _ in range(n)] for n in (700, 333, 128, 40)]
-_MLA = {"architecture": "deepseek_v3", "seed": 3, "num_hidden_layers": 4}
+_MLA = {
+    "architecture": "deepseek_v3",
+    "seed": 3,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 4,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
+"""vLLM's MLA for a CPU knows this latent alone."""
 _MLA_ARGUMENTS = ["--block-size", "16", "--compilation-config", '{"custom_ops":["all","-rotary_embedding"]}']
 _NGRAM = '{"method":"ngram","num_speculative_tokens":3,"prompt_lookup_max":3,"prompt_lookup_min":1}'
 KINDS: dict[str, tuple[Any, list[str], list[str], tuple[int, int]]] = {
