@@ -106,6 +106,9 @@ def test_no_admit(bench: Bench, patience_s: float) -> None:
     assert bench.outcome() == (set(), {"r"}, {4, 5})
     (reply,) = bench.handle(ADMIT)
     assert "does not wait" in reply.error  # type: ignore[attr-defined]
+    bench.step(DecodeStep(ended=[End("r", OWNER, True, "length")]))
+    assert bench.outcome() == ({"r"}, set(), set())
+    assert bench.handle(ADMIT) == []  # the next coordinator's owners have the same numbers
 
 
 def test_an_agent_that_falls_silent_in_a_load(bench: Bench) -> None:
@@ -125,6 +128,12 @@ def test_a_stop_before_vllm_has_blocks(bench: Bench) -> None:
     assert bench.handle(Release(4, SEQUENCE)) == [Reply(4)]
     bench.step(LOAD)
     assert bench.outcome() == (set(), {"r"}, {4, 5})
+
+
+def test_a_stop_of_an_earlier_coordinator_does_not_count(bench: Bench) -> None:
+    bench.handle(ADMIT, Stop(SEQUENCE))
+    assert bench.handle(ADMIT) == []
+    assert bench.step(LOAD) == [Reply(1)]
 
 
 def test_a_copy_that_runs_ends_before_a_failed_load_is_told(bench: Bench) -> None:
@@ -257,3 +266,11 @@ def test_what_vllm_declines_is_answered(bench: Bench) -> None:
     bench.handle(ADMIT)
     (reply,) = bench.step(DecodeStep(declined=[OWNER]))
     assert "takes nothing" in reply.error  # type: ignore[attr-defined]
+
+
+def test_what_vllm_has_declined_already_is_answered(bench: Bench) -> None:
+    bench.step(DecodeStep(declined=[OWNER]))
+    (reply,) = bench.handle(ADMIT)
+    assert "does not wait" in reply.error  # type: ignore[attr-defined]
+    bench.now_s += 60
+    assert bench.handle(ADMIT) == []

@@ -20,6 +20,13 @@ def test_a_hit_is_loaded_in_the_step_itself_and_never_the_whole_prompt() -> None
     assert scheduler.matched(ask(200, 0), 0) == (0, False)
 
 
+def test_an_engine_that_can_not_take_hits_computes_whole_prompts() -> None:
+    scheduler, request = PrefillScheduler(64, takes_hits=False), ask(200, 128)
+    assert scheduler.matched(request, 0) == (0, False)
+    scheduler.allocated(request, 0)
+    assert scheduler.step(new(request, 200, [1, 2, 3, 4])).chunks == [Chunk(OWNER, 0, [1, 2, 3, 4], 200, [])]
+
+
 def test_requests_that_are_not_ours_are_left_alone() -> None:
     scheduler = PrefillScheduler(64)
     for parameters in (None, {}, {"dualpath": 3}, {"dualpath": {"owner": [1], "hit_tokens": 64}}, {"other": {}}):

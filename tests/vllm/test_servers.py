@@ -16,7 +16,7 @@ from dualpath.cluster.vllm_attachment import Drop, LayerSaved, LayersReady, Step
 from dualpath.model.checkpoint import DEMO_MODEL, make_checkpoint
 from tests.vllm.pair import Pair
 from tests.vllm.scripted_agent import BLOCK, wait_until
-from tests.vllm.vllm_process import VllmProcess
+from tests.vllm.vllm_process import VllmProcess, connector_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 TOKENS = 100
@@ -158,21 +158,21 @@ def test_generated_blocks_are_copied_out_as_they_fill_and_at_the_end(pair: Pair,
     pages = pair.prefill(prompt, owner)
     shipped = pair.ship(owner, pages)
     agent = pair.de_agent
-    agent.admit(7, owner, len(prompt))
-    filled = agent.fill(7, shipped, len(prompt))
+    agent.admit(owner[0], owner, len(prompt))
+    filled = agent.fill(owner[0], shipped, len(prompt))
     outs = agent.take((0, 0), 16 * BLOCK)
     with pair.decoding(prompt, owner, tokens) as answer:
         assert agent.answer(filled) == ""
-        assert agent.begin(7) == ""
-        assert agent.copy_out(7, 10, outs[10]) == ""  # while it decodes
-    told, _ = agent.generated(7)
+        assert agent.begin(owner[0]) == ""
+        assert agent.copy_out(owner[0], 10, outs[10]) == ""  # while it decodes
+    told, _ = agent.generated(owner[0])
     assert told == answer.choice["token_ids"] == expected(prompt, tokens)["token_ids"]
     whole = prompt + told
     for block in (0, 9, 11, 12, 13, 14):
-        assert agent.copy_out(7, block, outs[block]) == ""
-    assert "not on the device" in agent.copy_out(7, 15, outs[15])  # its last token has no KV
-    assert agent.release(7) == ""
-    assert "no sequence" in agent.copy_out(7, 0, outs[0])
+        assert agent.copy_out(owner[0], block, outs[block]) == ""
+    assert "not on the device" in agent.copy_out(owner[0], 15, outs[15])  # its last token has no KV
+    assert agent.release(owner[0]) == ""
+    assert "no sequence" in agent.copy_out(owner[0], 0, outs[0])
 
     again = pair.owner()
     truth = pair.prefill(whole, again)
@@ -196,7 +196,7 @@ def test_blocks_of_a_preempted_sequence_are_copied_out_right(pair: Pair, expecte
     results: dict[int, Any] = {}
 
     def run(number: int) -> None:
-        prompt, owner, sequence = prompts[number], owners[number], 100 + number
+        prompt, owner, sequence = prompts[number], owners[number], owners[number][0]
         pages = pair.prefill(prompt, owner)
         shipped = pair.ship(owner, pages)
         agent.admit(sequence, owner, len(prompt))
@@ -244,14 +244,14 @@ def test_no_admit_and_vllm_computes_itself(pair: Pair, expected: Any) -> None:
     with pair.decoding(prompt, owner, TOKENS) as answer:
         pass
     assert answer.choice["token_ids"] == expected(prompt)["token_ids"]
-    late = pair.de_agent.admit(70, owner, len(prompt))
+    late = pair.de_agent.admit(owner[0], owner, len(prompt))
     assert "does not wait" in pair.de_agent.answer(late)
     idle(pair)
 
 
 def test_a_wrong_prompt_length_is_declined(pair: Pair, expected: Any) -> None:
     prompt, owner = EIGHT[1], pair.owner()
-    admitted = pair.de_agent.admit(71, owner, len(prompt))
+    admitted = pair.de_agent.admit(owner[0], owner, len(prompt))
     ours = {"owner": list(owner), "prompt_tokens": len(prompt) + 1}
     assert pair.de.complete(prompt, TOKENS, ours)["token_ids"] == expected(prompt)["token_ids"]
     assert pair.de_agent.answer(admitted) != ""
@@ -260,10 +260,10 @@ def test_a_wrong_prompt_length_is_declined(pair: Pair, expected: Any) -> None:
 
 def test_a_stop_before_vllm_has_the_request(pair: Pair, expected: Any) -> None:
     prompt, owner = EIGHT[3], pair.owner()
-    calls = [pair.de_agent.admit(72, owner, len(prompt)), pair.de_agent.fill(72, [0], len(prompt))]
-    pair.de_agent.stop_sequence(72)
+    calls = [pair.de_agent.admit(owner[0], owner, len(prompt)), pair.de_agent.fill(owner[0], [0], len(prompt))]
+    pair.de_agent.stop_sequence(owner[0])
     assert all("stopped" in pair.de_agent.answer(call) for call in calls)
-    assert pair.de_agent.release(72) == ""
+    assert pair.de_agent.release(owner[0]) == ""
     with pair.decoding(prompt, owner, TOKENS) as answer:
         pass
     assert answer.choice["token_ids"] == expected(prompt)["token_ids"]
@@ -273,17 +273,17 @@ def test_a_stop_before_vllm_has_the_request(pair: Pair, expected: Any) -> None:
 def test_a_client_that_leaves_in_the_middle_of_a_load(pair: Pair, expected: Any) -> None:
     prompt, owner = PROMPTS[700], pair.owner()
     agent = pair.de_agent
-    admitted = agent.admit(73, owner, len(prompt))
+    admitted = agent.admit(owner[0], owner, len(prompt))
     client = pair.de.open(prompt, TOKENS, {"owner": list(owner), "prompt_tokens": len(prompt)})
     assert agent.answer(admitted) == ""
     client.close()
     page = agent.take(owner, BLOCK)
 
     def refused() -> bool:
-        return agent.answer(agent.fill(73, page, BLOCK)) != ""
+        return agent.answer(agent.fill(owner[0], page, BLOCK)) != ""
 
     wait_until(refused, "the load is over")
-    assert agent.release(73) == ""
+    assert agent.release(owner[0]) == ""
     agent.pool.free(owner, page)
     idle(pair)
     assert pair.serve(prompt, TOKENS).choice["token_ids"] == expected(prompt)["token_ids"]
@@ -293,19 +293,19 @@ def test_a_client_that_leaves_while_it_decodes(pair: Pair) -> None:
     prompt, owner = EIGHT[5], pair.owner()
     pages = pair.prefill(prompt, owner)
     shipped, agent = pair.ship(owner, pages), pair.de_agent
-    agent.admit(74, owner, len(prompt))
-    filled = agent.fill(74, shipped, len(prompt))
+    agent.admit(owner[0], owner, len(prompt))
+    filled = agent.fill(owner[0], shipped, len(prompt))
     client = pair.de.open(prompt, 1500, {"owner": list(owner), "prompt_tokens": len(prompt)})
     assert agent.answer(filled) == ""
-    assert agent.begin(74) == ""
+    assert agent.begin(owner[0]) == ""
     while b"data:" not in client.recv(4096):
         pass
     client.close()
-    told, reason = agent.generated(74)
+    told, reason = agent.generated(owner[0])
     assert reason == "abort"
     assert len(told) < 1500
-    assert agent.copy_out(74, 0, shipped[0]) == ""  # its blocks are held
-    assert agent.release(74) == ""
+    assert agent.copy_out(owner[0], 0, shipped[0]) == ""  # its blocks are held
+    assert agent.release(owner[0]) == ""
     agent.pool.free(owner, shipped)
     pair.pe_agent.pool.free(owner, pages)
     idle(pair)
@@ -314,11 +314,11 @@ def test_a_client_that_leaves_while_it_decodes(pair: Pair) -> None:
 def test_an_agent_that_dies_in_the_middle_of_a_load_and_comes_back(pair: Pair, expected: Any) -> None:
     prompt, owner = PROMPTS[700], pair.owner()
     agent = pair.de_agent
-    admitted = agent.admit(75, owner, len(prompt))
+    admitted = agent.admit(owner[0], owner, len(prompt))
     with pair.decoding(prompt, owner, TOKENS) as answer:
         assert agent.answer(admitted) == ""
         pages = agent.take(owner, len(prompt))
-        agent.fill(75, pages[:5], 5 * BLOCK)
+        agent.fill(owner[0], pages[:5], 5 * BLOCK)
         agent.stop()
     assert answer.choice["token_ids"] == expected(prompt)["token_ids"]
     wait_until(lambda: pair.de.metric("vllm:kv_cache_usage_perc") == 0, "vLLM holds no block")
@@ -331,10 +331,10 @@ def test_an_agent_that_dies_while_its_sequence_decodes_gives_the_blocks_back(pai
     prompt, owner = EIGHT[6], pair.owner()
     pages = pair.prefill(prompt, owner)
     shipped, agent = pair.ship(owner, pages), pair.de_agent
-    agent.admit(76, owner, len(prompt))
-    agent.fill(76, shipped, len(prompt))
+    agent.admit(owner[0], owner, len(prompt))
+    agent.fill(owner[0], shipped, len(prompt))
     with pair.decoding(prompt, owner, 400) as answer:
-        assert agent.begin(76) == ""
+        assert agent.begin(owner[0]) == ""
         agent.stop()
     assert answer.choice["token_ids"] == expected(prompt, 400)["token_ids"]
     wait_until(lambda: pair.de.metric("vllm:kv_cache_usage_perc") == 0, "vLLM holds no block")
@@ -425,6 +425,12 @@ def test_without_our_parameters_it_is_a_plain_server(pair: Pair, expected: Any) 
     for server in pair.servers:
         assert server.complete(EIGHT[0], TOKENS)["token_ids"] == expected(EIGHT[0])["token_ids"]
     idle(pair)
+
+
+def test_a_server_that_can_not_take_part_does_not_start(model: Path, pair: Pair, tmp_path: Path) -> None:
+    refused = connector_config("prefill", tmp_path / "agent", 1)
+    said = VllmProcess(model, tmp_path / "log", "--enable-prefix-caching", transfer=refused).wait_end()
+    assert "start it with --no-enable-prefix-caching" in said
 
 
 def _copy_out(sequence: int, block: int, page: int) -> Any:

@@ -4,7 +4,6 @@ import logging
 import socket
 import struct
 import threading
-from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -54,7 +53,7 @@ class Worker(Protocol):
 class AgentLink:
     """Two threads: one that attaches and receives, one that beats."""
 
-    def __init__(self, path: str, hello: Callable[[], AttachWorker]) -> None:
+    def __init__(self, path: str, hello: AttachWorker) -> None:
         self._path, self._hello = path, hello
         self._connection: Connection | None = None
         self._closed = threading.Event()
@@ -108,15 +107,18 @@ class AgentLink:
 
     def _serve(self) -> None:
         """Attach and receive until the agent is gone. Raises OSError, NotAPeerError, ValueError, _LeaveError."""
-        connection = _connect(self._path)
+        connection, hello = _connect(self._path), self._hello
         try:
-            connection.send(self._hello())
+            connection.send(hello)
             first = connection.receive(_decoder)
             if isinstance(first, Leave):
                 raise _LeaveError(first)
             if not isinstance(first, Attached):
                 raise NotAPeerError(f"it said {type(first).__name__} first")
-            self._worker.attached(BufferPool.attach(first.pool_path))
+            pages = BufferPool.attach(first.pool_path)
+            if pages.page_bytes != hello.engine.layout.full_block_bytes:
+                raise ValueError(f"its buffer has pages of {pages.page_bytes} bytes, no Full Block of this model")
+            self._worker.attached(pages)
             self._connection = connection
             _log.info("attached to the agent at %s", self._path)
             try:

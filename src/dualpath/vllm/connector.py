@@ -25,7 +25,7 @@ from dualpath.vllm.device_layout import arrangement, layer_names, rows, worker_p
 from dualpath.vllm.engine_facts import attach_worker
 from dualpath.vllm.prefill_scheduler import PrefillScheduler
 from dualpath.vllm.prefill_worker import PrefillWorker
-from dualpath.vllm.refusals import refuse
+from dualpath.vllm.refusals import refuse, takes_hits
 from dualpath.vllm.settings import Settings, read_settings
 from dualpath.vllm.steps import DecodeStep, PrefillStep
 from dualpath.vllm.versions import LAYOUT, check_version
@@ -52,10 +52,12 @@ class DualPathConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._prefill: PrefillWorker | None = None
         self._decode: DecodeWorker | None = None
         self._link: AgentLink | None = None
-        prefills = self._settings.role is Role.PREFILL
-        self._scheduler: PrefillScheduler | DecodeScheduler = (
-            PrefillScheduler(vllm_config.cache_config.block_size) if prefills else DecodeScheduler()
-        )
+        self._scheduler: PrefillScheduler | DecodeScheduler = DecodeScheduler()
+        if self._settings.role is Role.PREFILL:
+            hits = takes_hits(vllm_config)
+            self._scheduler = PrefillScheduler(vllm_config.cache_config.block_size, takes_hits=hits)
+            if not hits:
+                _log.warning("MLA on this CPU can't compute behind loaded KV: hits are computed again")
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -121,7 +123,7 @@ class DualPathConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             "model_dtype": str(config.model_config.dtype),
         }
         hello = attach_worker(settings, config, part, arranged, blocks=blocks, rank=rank)
-        self._link = AgentLink(settings.agent, lambda: hello)
+        self._link = AgentLink(settings.agent, hello)
         copies = (CudaCopies if layers[0].is_cuda else Copies)(part, layers)
         if settings.role is Role.PREFILL:
             self._prefill = PrefillWorker(copies, self._link.say)

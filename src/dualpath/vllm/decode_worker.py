@@ -47,7 +47,12 @@ class DecodeWorker:
         self._pages: MappedPages | None = None
         self._by_owner: dict[Owner, DeviceSequence] = {}
         self._by_sequence: dict[int, DeviceSequence] = {}
-        self._over: Recent[Owner] = Recent()
+        self._alone: dict[Owner, str] = {}
+        """Owners whose requests vLLM computes without us, until it has ended them."""
+        self._stopped: Recent[Owner] = Recent(now_s)
+        """By their agent, before vLLM had their requests."""
+        self._declined: Recent[Owner] = Recent(now_s)
+        """By vLLM."""
         self._received: set[str] = set()
         self._sent: set[str] = set()
         self._errors: set[int] = set()
@@ -82,7 +87,9 @@ class DecodeWorker:
 
     def _admit(self, call: Admit) -> None:
         sequence = self._by_owner.get(call.owner)
-        if call.owner in self._over or (sequence is not None and sequence.stage is not Stage.WAITING):
+        refused = call.owner in self._alone or call.owner in self._declined
+        self._stopped.discard(call.owner)
+        if refused or (sequence is not None and sequence.stage is not Stage.WAITING):
             self._say(Reply(call.call, error=f"vLLM does not wait for attempt {call.owner} any more"))
             return
         if sequence is None:
@@ -179,7 +186,10 @@ class DecodeWorker:
         self._by_sequence.pop(sequence.number, None)
         if self._by_owner.get(sequence.owner) is sequence:
             del self._by_owner[sequence.owner]
-        self._over.add(sequence.owner)
+        if sequence.request_id and not sequence.ended:
+            self._alone[sequence.owner] = sequence.request_id
+        elif not sequence.request_id:
+            self._stopped.add(sequence.owner)
 
     # ── failing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -243,6 +253,10 @@ class DecodeWorker:
 
     def _end(self, end: End) -> None:
         sequence = self._by_owner.get(end.owner)
+        if self._alone.get(end.owner) == end.request_id:
+            del self._alone[end.owner]
+        if sequence is not None and sequence.request_id == end.request_id:
+            sequence.ended = True
         if sequence is None or sequence.request_id != end.request_id:
             if end.held:
                 self._sent.add(end.request_id)
@@ -260,7 +274,7 @@ class DecodeWorker:
     def _decline(self, owner: Owner) -> None:
         sequence = self._by_owner.get(owner)
         if sequence is None:
-            self._over.add(owner)
+            self._declined.add(owner)
         elif sequence.stage is Stage.ASKED:
             self._fail(sequence, "vLLM takes nothing from it")
 
@@ -289,7 +303,7 @@ class DecodeWorker:
         sequence.device_blocks, sequence.local_tokens = list(load.device_blocks), load.local_tokens
         sequence.stage = Stage.LOADING if asked else Stage.WAITING
         self._by_owner[load.owner] = sequence
-        if self._pages is None or load.owner in self._over:
+        if self._pages is None or load.owner in self._stopped:
             self._fail(sequence, "no agent is here" if self._pages is None else "its agent has given it up")
         elif asked:
             self._thread.submit(self._work, sequence)

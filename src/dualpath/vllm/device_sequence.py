@@ -57,6 +57,9 @@ class DeviceSequence:
     why: str = ""
     failed_at: Stage = Stage.ASKED
     cancelled: bool = False
+    """vLLM wants nothing of a load any more."""
+    ended: bool = False
+    """vLLM has ended the request."""
 
     def next_call(self) -> "Admit | Fill | Begin | CopyOut | Release | None":
         """Takes the next call that may be carried out beside vLLM's steps."""

@@ -33,7 +33,6 @@ def attach_worker(
             vocab_size=model.get_vocab_size(),
             eos_token_ids=_eos_token_ids(model),
             hbm_blocks=(blocks - 1) * part.block_size // BLOCK_TOKENS if settings.role is Role.DECODE else 0,
-            prefill_tokens_per_s=settings.prefill_tokens_per_s if settings.role is Role.PREFILL else None,
             scores_prompts=False,
             ticket=settings.ticket,
         ),

@@ -21,14 +21,15 @@ class _Prompt:
 class PrefillScheduler:
     """Pure: answers at once, touches nothing. All its times are vLLM's steps."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, *, takes_hits: bool = True) -> None:
+        self._takes_hits = takes_hits
         self._ratio = BLOCK_TOKENS // block_size
         self._prompts: dict[str, _Prompt] = {}
 
     def matched(self, request: Request, computed_tokens: int) -> tuple[int, bool]:
         """Returns how many tokens after the computed ones are hit, and that they load in the step itself."""
         ours = prefill_parameters(request.kv_transfer_params)
-        if ours is None:
+        if ours is None or not self._takes_hits:
             return 0, False
         hit_tokens = min(ours.hit_tokens, request.num_prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         return max(0, hit_tokens - computed_tokens), False

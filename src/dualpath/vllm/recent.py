@@ -1,23 +1,32 @@
-"""`Recent`: a bounded set, so that what comes late about something that is over is known as late."""
+"""`Recent`: what is over since a moment ago, so that what comes late about it is known as late."""
 
+import time
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
+
+KEEP_S = 30.0
+"""Not longer: owners are numbered anew when the coordinator is."""
+MOST = 4096
 
 Item = TypeVar("Item", bound=Hashable)
 
 
 class Recent(Generic[Item]):
-    """The newest `size` items."""
+    """The newest items, for a while."""
 
-    def __init__(self, size: int = 4096) -> None:
-        self._size = size
-        self._items: OrderedDict[Item, None] = OrderedDict()
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._added_s: OrderedDict[Item, float] = OrderedDict()
 
     def add(self, item: Item) -> None:
-        self._items[item] = None
-        if len(self._items) > self._size:
-            self._items.popitem(last=False)
+        self._added_s[item] = self._now_s()
+        if len(self._added_s) > MOST:
+            self._added_s.popitem(last=False)
 
-    def __contains__(self, item: object) -> bool:
-        return item in self._items
+    def discard(self, item: Item) -> None:
+        self._added_s.pop(item, None)
+
+    def __contains__(self, item: Item) -> bool:
+        added_s = self._added_s.get(item)
+        return added_s is not None and self._now_s() - added_s < KEEP_S

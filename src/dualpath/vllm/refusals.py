@@ -20,6 +20,14 @@ def refuse(config: Any, kv_cache_config: Any, role: Role) -> None:
             raise ValueError(f"DualPathConnector: {refusal}")
 
 
+def takes_hits(config: Any) -> bool:
+    """False where attention can't run behind KV that was loaded: vLLM's MLA for a CPU without AMX. Such a prefill
+    engine computes whole prompts.
+    """
+    chunked = config.scheduler_config.enable_chunked_prefill
+    return not (config.model_config.use_mla and config.device_config.device_type == "cpu" and not chunked)
+
+
 def _transfer(config: Any) -> str:
     transfer = config.kv_transfer_config
     if transfer.kv_role != "kv_both":

@@ -24,8 +24,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ticket: Name = ""
     data_parallel: bool = False
     """Several data-parallel ranks are behind `url`."""
-    prefill_tokens_per_s: float = 10_000.0
-    """How fast a prefill engine computes; the scheduler's bound on queued tokens follows from it (paper §6.1)."""
     weights: Name = ""
     """Identity of the weights, where `fingerprint` can't read safetensors files."""
 
