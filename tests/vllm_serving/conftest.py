@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from vllm_serving.servers import TOOLS, VLLM_PYTHON, cluster, plain_vllm
+from .servers import TOOLS, VLLM_PYTHON, cluster, plain_vllm
 
 MODELS = {
     "qwen3": {
@@ -61,6 +61,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         dtype = ("--dtype", "float32", *TOOLS)
         block = () if "--block-size" in options else ("--block-size", "64")
         made.plain = stack.enter_context(plain_vllm(made.model, made.where / "plain.log", *dtype, *block, *options))
-        rotation = ("--system", "vllm_serving.rotation:ROTATION", "--dtype", "float32")
+        rotation = ("--system", "tests.vllm_serving.rotation:ROTATION", "--dtype", "float32")
         made.url, _ = stack.enter_context(cluster(made.model, made.where, *rotation, vllm=(*TOOLS, *options)))
         yield made

@@ -10,5 +10,5 @@ def each_in_turn(facts: PathFacts) -> int:
 
 
 ROTATION = System(
-    name="rotation", summary="every path in turn", policy=Policy(read_path="vllm_serving.rotation:each_in_turn")
+    name="rotation", summary="every path in turn", policy=Policy(read_path="tests.vllm_serving.rotation:each_in_turn")
 )

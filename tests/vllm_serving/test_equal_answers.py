@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from vllm_serving.conftest import Pair
-from vllm_serving.servers import NAME, figures
+from .conftest import Pair
+from .servers import NAME, figures
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 BLOCK_TOKENS = 64
