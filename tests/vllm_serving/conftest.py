@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
 from .servers import TOOLS, VLLM_PYTHON, cluster, plain_vllm
 
 MODELS = {

@@ -9,11 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
-from .conftest import MODELS
-from .servers import MAX_MODEL_LEN, NAME, START_S, VLLM_PYTHON, cluster, wait_for
 
 from dualpath.cluster.sessions import session_members
 from dualpath.model.checkpoint import make_checkpoint
+
+from .conftest import MODELS
+from .servers import MAX_MODEL_LEN, NAME, START_S, VLLM_PYTHON, cluster, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 END_S = 30.0
@@ -21,14 +22,14 @@ END_S = 30.0
 
 @pytest.fixture
 def running(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, "subprocess.Popen[bytes]", list[int]]]:
     """A cluster's URL, its process, and the sessions of its servers."""
     if not VLLM_PYTHON.exists():
         pytest.skip("there is no .venv-vllm: make setup-vllm")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    model = make_checkpoint(tmp_path / "model", "qwen3", seed=11, **MODELS["qwen3"])  # type: ignore[arg-type]
-    with cluster(model, tmp_path, "--vllm-logs", str(tmp_path / "logs")) as (url, process):
+    monkeypatch.setenv("TMPDIR", str(short_tmp_path))
+    model = make_checkpoint(short_tmp_path / "model", "qwen3", seed=11, **MODELS["qwen3"])  # type: ignore[arg-type]
+    with cluster(model, short_tmp_path, "--vllm-logs", str(short_tmp_path / "logs")) as (url, process):
         yield url, process, sessions_below(process.pid)
 
 
@@ -54,7 +55,7 @@ def left_of(sessions: list[int]) -> set[int]:
 
 
 def test_one_command_serves_and_leaves_nothing(
-    running: tuple[str, "subprocess.Popen[bytes]", list[int]], tmp_path: Path
+    running: tuple[str, "subprocess.Popen[bytes]", list[int]], short_tmp_path: Path
 ) -> None:
     url, process, sessions = running
     agents = [engine["agent_pid"] for engine in engines(url)]
@@ -64,9 +65,9 @@ def test_one_command_serves_and_leaves_nothing(
     process.terminate()
     assert process.wait(END_S) == 0
     assert not left_of(sessions)
-    assert not list(tmp_path.glob("dualpath-sockets-*"))
+    assert not list(short_tmp_path.glob("dualpath-sockets-*"))
     assert not [path for agent in agents for path in Path("/dev/shm").glob(f"dualpath-{agent}-*")]
-    logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
+    logs = "".join(path.read_text() for path in (short_tmp_path / "logs").iterdir())
     assert "Application startup complete" in logs and "Traceback" not in logs
 
 
