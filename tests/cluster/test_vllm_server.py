@@ -24,6 +24,7 @@ from dualpath.cluster.vllm_settings import KEY_VARIABLE, VllmSettings
 from dualpath.core.vocabulary import Role
 from tests.cluster.fake_api_server import make_python
 
+pytestmark = pytest.mark.slow
 WAIT_S = 60.0
 
 

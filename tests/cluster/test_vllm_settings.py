@@ -141,7 +141,7 @@ def test_what_is_no_interpreter(python: str) -> None:
 
 
 def test_no_vllm_anywhere_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight_vllm, "find_spec", lambda _: None)
+    monkeypatch.setattr(preflight_vllm, "_DISTRIBUTIONS", ())
     monkeypatch.setattr(preflight_vllm, "ENVIRONMENT", ".venv-that-is-not-there")
     with pytest.raises(NotReadyError, match="make setup-vllm"):
         find_python()

