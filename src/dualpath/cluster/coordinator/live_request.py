@@ -153,8 +153,6 @@ class LiveRequest:
         elif self.owner is not None and not self.answered:
             self._stamp()  # the server was quicker with the end than its answer is on the way to the router
         if isinstance(outcome, str):
-            if self.handed_off and not self.answered:  # the server has finished, and sends its answer
-                self._stamp()
             self.events.put_nowait(self._step([], finish_reason=outcome))
         else:
             self.events.put_nowait(outcome)
