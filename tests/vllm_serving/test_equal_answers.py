@@ -98,12 +98,12 @@ def test_eight_at_once(pair: Pair) -> None:
 
 def test_several_choices(pair: Pair) -> None:
     prompt = pair.prompt(300)
-    for more in ({"n": 3}, {"n": 3, "temperature": 0.8, "seed": 4}):
-        expected, got = (complete(url, prompt, 20, **more) for url in (pair.plain, pair.url))
-        assert ids(got) == ids(expected)
-        assert [choice["index"] for choice in got["choices"]] == [0, 1, 2]
-        assert got["usage"]["completion_tokens"] == 60
-        assert got["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
+    more = {"n": 3, "temperature": 0.8, "seed": 4}  # vLLM refuses several of greedy sampling
+    expected, got = (complete(url, prompt, 20, **more) for url in (pair.plain, pair.url))
+    assert ids(got) == ids(expected)
+    assert [choice["index"] for choice in got["choices"]] == [0, 1, 2]
+    assert got["usage"]["completion_tokens"] == 60
+    assert got["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
 
 
 def test_logprobs(pair: Pair) -> None:

@@ -111,7 +111,9 @@ class Run:
                     except UpstreamError as failure:
                         cluster.hand_off_failed(handoff.owner, str(failure))
                         continue
-                    if begun is None or cluster.answered(handoff.owner) is None:
+                    if begun is None:
+                        continue
+                    if cluster.answered(handoff.owner) is None and not await routing.has_ended():
                         continue
                     self.reader = begun.reader
                     self._note(handoff)
@@ -158,11 +160,12 @@ class Run:
     async def _end(self, begun: _Begun) -> None:
         """The last byte has come."""
         used, usage = begun.reader.used, self._shared.usage
-        usage.timings = self._shared.cluster.answered(begun.handoff.owner) or usage.timings
         usage.completion_tokens += used.completion_tokens
         usage.reasoning_tokens += used.reasoning_tokens
-        self._timer.step(used.completion_tokens, begun.reader.cached_tokens, used.finish_reason, usage.timings)
+        answered = self._shared.cluster.answered(begun.handoff.owner)
         await begun.routing.durable()
+        usage.timings = begun.routing.timings or answered or usage.timings
+        self._timer.step(used.completion_tokens, begun.reader.cached_tokens, used.finish_reason, usage.timings)
 
 
 async def refused(response: httpx.Response) -> Exception:

@@ -10,6 +10,7 @@ from dualpath.cluster.generator import GeneratedTokens, Handoff, RequestError
 from dualpath.router.upstream import left_s
 from dualpath.server.errors import INTERNAL, ApiError
 from dualpath.server.request_record import current
+from dualpath.spec.timings import Timings
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -81,20 +82,38 @@ class Routing:
 
     async def handoff(self) -> Handoff:
         """Returns the next hand-off. Raises ApiError or RequestError when there is none."""
+        await self._next_step()
+        if self._handoff is None:
+            raise ApiError(502, "the vLLM server ended the request without an answer", code="no_answer")
+        taken, self._handoff, self._waiting = self._handoff, None, False
+        self._news.clear()
+        return taken
+
+    async def has_ended(self) -> bool:
+        """Returns whether the request has ended well rather than gone on to another attempt, once that is known.
+
+        A server counts a request as finished before it has sent the answer. Raises as `handoff`.
+        """
+        await self._next_step()
+        return self._handoff is None
+
+    async def _next_step(self) -> None:
+        """Wait for a hand-off, or a good end."""
         self._waiting = True
-        while self._handoff is None:
-            self.raise_if_over()
-            if self._over:
-                raise ApiError(502, "the vLLM server ended the request without an answer", code="no_answer")
+        while self._handoff is None and not self._over:
             self._news.clear()
             try:
                 async with asyncio.timeout(left_s(self.deadline_s)):
                     await self._news.wait()
             except TimeoutError:
                 raise self.late() from None
-        taken, self._handoff, self._waiting = self._handoff, None, False
-        self._news.clear()
-        return taken
+        if self._handoff is None:
+            self.raise_if_over()
+
+    @property
+    def timings(self) -> Timings | None:
+        """Of the whole, once it has ended."""
+        return self._ended.timings if self._ended is not None else None
 
     async def unless_news(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Returns the result of `work`; or None, with `work` cancelled, if another hand-off or the end comes first.
