@@ -101,17 +101,10 @@ def test_cached_tokens_are_the_clusters(vllm: FakeVllm, url: str, path: str, str
     assert 'vllm:generation_tokens_total{engine="0",model_name="m"} 3.0' in text
 
 
-def test_a_stream_without_usage_is_vllms_to_the_byte(vllm: FakeVllm, url: str) -> None:
+def test_a_stream_without_usage_is_vllms_own(vllm: FakeVllm, url: str) -> None:
     with running_router(FakeRouting([url])) as router:
-        direct = post(
-            url, "/v1/chat/completions", CHAT | {"stream": True, "stream_options": None}, headers={"x-request-id": "a"}
-        )
-        routed = post(
-            router,
-            "/v1/chat/completions",
-            CHAT | {"stream": True, "stream_options": None},
-            headers={"x-request-id": "a"},
-        )
+        body, headers = CHAT | {"stream": True, "stream_options": None}, {"x-request-id": "a"}
+        direct, routed = (post(one, "/v1/chat/completions", body, headers=headers) for one in (url, router))
     assert events(routed) == events(direct)
     assert events(routed)[-2]["system_fingerprint"] == FINGERPRINT
 
