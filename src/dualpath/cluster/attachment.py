@@ -132,7 +132,8 @@ class Admit(msgspec.Struct, frozen=True, tag=True):
     sequence: Count
     owner: Owner
     prompt_tokens: Count
-    first_token: TokenId
+    first_token: TokenId | None
+    """None: a vLLM server draws it."""
     sampling: SamplingParams
     generated_tokens: Count
 

@@ -122,7 +122,7 @@ class Request:
         self.deadline_ns = NEVER_NS
         """Deadline of the current state, NEVER_NS for none; only `Deadlines` writes it."""
         self.avoids: frozenset[EngineId] = frozenset()
-        """Engines between which a transfer of an earlier attempt failed; others are chosen where there are any."""
+        """Engines that failed an earlier attempt, or between which a transfer failed; others are chosen, if any can."""
         self.begin_attempt(facts)
 
     def begin_attempt(self, facts: RequestFacts) -> None:

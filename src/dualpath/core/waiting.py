@@ -9,8 +9,8 @@ deadlock as long as all lines keep the order of arrival: a request that holds a 
 than every request that has a PE, and is behind them in every private queue. Losing an engine would break that order, so
 `start_over` then takes back every half-made choice; no command depends on one yet.
 
-A request whose transfer failed waits for engines other than those two, as long as any could take it: where nothing
-succeeds there is always room.
+A request whose transfer failed waits for engines other than those two, one that an engine could not compute for another
+than that, as long as any could take it: where nothing succeeds there is always room.
 """
 
 from collections import deque

@@ -107,7 +107,9 @@ class DecodeWorker:
 
     async def _decode(self, attempt: DecodeAttempt, message: m.StartDecode) -> None:
         """Decode an attempt whose DE buffer is complete: fill the device, generate, persist, then `Finished`."""
-        attempt.tail_token_ids = [*message.tail_token_ids, message.draw.token_id]
+        attempt.tail_token_ids = list(message.tail_token_ids)
+        if message.draw is not None:
+            attempt.add_token(message.draw.token_id)
         self._by_sequence[attempt.sequence] = attempt
         try:
             refusal = await self._enter(attempt, message)
@@ -137,7 +139,7 @@ class DecodeWorker:
                 attempt.sequence,
                 attempt.owner,
                 attempt.prompt_tokens,
-                message.draw.token_id,
+                None if message.draw is None else message.draw.token_id,
                 sampling,
                 message.generated_tokens,
             )
