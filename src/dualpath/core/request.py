@@ -182,6 +182,11 @@ def hbm_blocks(facts: RequestFacts) -> int:
     return -(-(facts.prompt_tokens + facts.max_new_tokens) // BLOCK_TOKENS)
 
 
+def pe_buffer_blocks(stages: bool, legs: tuple[Leg, ...], prompt_blocks: int) -> int:
+    """Number of PE buffer blocks for an attempt: the whole prompt's where the PE stages, else those that it reads."""
+    return prompt_blocks if stages else sum(leg.blocks for leg in legs if leg.side is Side.PE)
+
+
 def check_facts(facts: RequestFacts) -> None:
     """Raises ValueError when a driver's facts are invalid."""
     sound = (

@@ -197,6 +197,7 @@ class Membership:
                 group=0 if join.role is Role.PREFILL else 1,
                 buffer_blocks=join.buffer_blocks,
                 hbm_blocks=join.hbm_blocks,
+                stages=bool(join.url) and join.role is Role.PREFILL,
             )
         )
         self._introduce(link)
