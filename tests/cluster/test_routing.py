@@ -1,4 +1,4 @@
-"""Requests that vLLM servers answer, as their router sees them: hand-offs, retries, the end. The test is all engines."""
+"""Requests that vLLM servers answer, as their router sees them: hand-offs, retries, the end. The test is every one."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

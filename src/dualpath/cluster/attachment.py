@@ -84,8 +84,6 @@ class Attached(msgspec.Struct, frozen=True, tag=True):
     pool_path: Text
 
 
-First = Attach | LayerThread
-
 # ── agent → engine ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

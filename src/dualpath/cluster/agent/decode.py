@@ -16,6 +16,7 @@ from dualpath.cluster import messages as m
 from dualpath.cluster.agent.attached import EngineGoneError
 from dualpath.cluster.agent.decode_attempt import DecodeAttempt, Persister
 from dualpath.cluster.agent.host import ABANDON_POLL_S, EngineHost
+from dualpath.cluster.agent.vllm_engine import VllmEngine
 from dualpath.cluster.attachment import (
     Admit,
     Begin,
@@ -28,6 +29,7 @@ from dualpath.cluster.attachment import (
     Steps,
     Stop,
 )
+from dualpath.cluster.vllm_attachment import Generated, Told
 from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, EngineId, Side
 from dualpath.kv import StoreError
 from dualpath.spec import metrics
@@ -51,6 +53,8 @@ class DecodeWorker:
         self._next_sequence = 0
         self._joined: set[int] = set()
         """Sequences that are still generating."""
+        self._awaits_admission = isinstance(host.attached, VllmEngine)
+        """Whether the engine admits a sequence only when a client has asked it, and so perhaps never."""
         self._peers: set[EngineId] = set()
         """Prefill engines of this epoch: who may touch the buffer."""
         host.gauge_sources.append(self._gauges)
@@ -111,11 +115,11 @@ class DecodeWorker:
         if message.draw is not None:
             attempt.add_token(message.draw.token_id)
         self._by_sequence[attempt.sequence] = attempt
+        computed = range(attempt.hit_blocks, len(attempt.keys))  # of the prompt: from here on generated ones may follow
         try:
             refusal = await self._enter(attempt, message)
-            computed = range(attempt.hit_blocks, len(attempt.keys))
             self._free_pages(attempt, [block for block in attempt.pages if block not in computed])
-            if refusal is not None:
+            if refusal is not None and not attempt.aborted:
                 self._fail(attempt, refusal)
             for block in computed:
                 await self._persister.block_in_buffer(attempt, block)
@@ -197,6 +201,20 @@ class DecodeWorker:
         if step:
             self._host.send(m.Tokens(step))
 
+    def on_told(self, _rank: int, told: Told) -> None:
+        """A vLLM server has generated tokens, which it tells its client itself; here they name blocks."""
+        attempt = self._by_sequence.get(told.sequence) if isinstance(told, Generated) else None
+        if attempt is None or attempt.finish_reason is not None:
+            self._host.counters[metrics.ENGINE_STALE_MESSAGES()] += 1
+            return
+        assert isinstance(told, Generated)
+        self._host.counters[metrics.DECODE_TOKENS()] += len(told.token_ids)
+        for token_id in told.token_ids:
+            attempt.add_token(token_id)
+        if told.finish_reason is not None:
+            self._joined.discard(attempt.sequence)
+            attempt.end(told.finish_reason)
+
     def _fail(self, attempt: DecodeAttempt, failed: Reply | SequenceStep) -> None:
         """Stop the attempt's generation; it keeps its pages and blocks until it is aborted."""
         self._stop(attempt)
@@ -208,7 +226,7 @@ class DecodeWorker:
         self._host.send(m.AttemptFailed(*attempt.owner, Cause.COMPUTE_FAILED, failed.error))
 
     def _stop(self, attempt: DecodeAttempt) -> None:
-        if attempt.sequence in self._joined:
+        if attempt.sequence in self._joined or self._awaits_admission:
             self._joined.discard(attempt.sequence)
             self._host.attached.tell(Stop(attempt.sequence))
 
