@@ -29,7 +29,7 @@ from .fake_engine import SECRET, FakeCrew
 from .fake_vllm import LAYOUT, FakeVllm, full_block, next_token
 
 WAIT_S = 20.0
-PROMPT = [n * 7 % 251 for n in range(300)]
+PROMPT = [n * 7 % 251 for n in range(500)]
 
 
 class Answer:

@@ -191,7 +191,8 @@ class Router(Protocol):
     def answered(self, owner: tuple[int, int]) -> Timings | None:
         """The first byte of the answer is there; call it again with the last one. Returns the timings so far.
 
-        None: the attempt is over, and another has taken its place, or the request has ended. Drop this answer then.
+        None: the attempt has failed, or another has taken its place: drop this answer then. An answer may come after
+        its own end, if `route` has given that; as long as that is open, the answer counts.
         """
         ...
 

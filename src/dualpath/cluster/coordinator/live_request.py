@@ -47,6 +47,8 @@ class LiveRequest:
         self.routed = routed
         self.ended_as: str | None = None
         """The finish reason that the decode engine has told of a routed request."""
+        self.owner: tuple[int, int] | None = None
+        """The attempt that was handed off and whose answer counts, also once it has ended well."""
         self._arrived_ns = arrived_ns
         self._first_token_ns = 0
         self._timings: Timings | None = None
@@ -68,10 +70,11 @@ class LiveRequest:
     def leave(self) -> None:
         """It is taken off the engines, to `enter` again later."""
         self._earlier_attempts += self.current.attempt + 1 if self.current is not None else 0
-        self.current = None
+        self.current = self.owner = None
 
     def begin(self, attempt: int, prompt_token_ids: list[int], keys: list[BlockKey], hit_blocks: int) -> RequestFacts:
         """Start an attempt that has `hit_blocks` of its prompt in storage. Returns its facts for core."""
+        self.owner = None
         self.current = Attempt(attempt, prompt_token_ids, keys, hit_blocks * BLOCK_TOKENS)
         return RequestFacts(
             request=self.request,
@@ -125,11 +128,6 @@ class LiveRequest:
         self.events.put_nowait(self._step([draw.token_id], logprobs, prompt_logprobs=scores))
 
     @property
-    def handed_off(self) -> bool:
-        """Whether a vLLM server is, or may be, about to answer."""
-        return self.routed and self.current is not None and self.current.prefilled
-
-    @property
     def answered(self) -> bool:
         """Whether the client has got something."""
         return self._timings is not None
@@ -137,18 +135,23 @@ class LiveRequest:
     def hand_off(self, url: str, model: str, dp_rank: int | None) -> None:
         """The decode engine that has this URL may be asked now."""
         assert self.current is not None
-        owner = (self.request, self.current.attempt)
+        self.owner = owner = (self.request, self.current.attempt)
         hit_tokens = self.current.hit_tokens
         self.events.put_nowait(Handoff(url=url, model=model, dp_rank=dp_rank, owner=owner, cached_tokens=hit_tokens))
 
     def stamp(self) -> Timings:
         """The client has got something; see `cluster.generator.Router.answered`."""
-        self._stamp()
+        if self.current is not None:
+            self._stamp()
         assert self._timings is not None
         return self._timings
 
     def end(self, outcome: str | RequestError) -> None:
         """Send the last event: a finish reason, or the error that the client gets."""
+        if isinstance(outcome, RequestError):
+            self.owner = None
+        elif self.owner is not None and not self.answered:
+            self._stamp()  # the server was quicker with the end than its answer is on the way to the router
         if isinstance(outcome, str):
             self.events.put_nowait(self._step([], finish_reason=outcome))
         else:

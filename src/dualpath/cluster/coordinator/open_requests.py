@@ -92,7 +92,7 @@ class OpenRequests:
         So is one that a vLLM server may be answering already.
         """
         for live in list(self.running.values()):
-            if live.reason is None and not live.handed_off:
+            if live.reason is None and live.owner is None:
                 del self.running[live.request]
                 self.prefixes.unpin(live.request)
                 live.leave()

@@ -9,6 +9,7 @@ An answer's last event is sent after `Finished`, when its blocks are durable: th
 import logging
 from collections.abc import AsyncGenerator
 from typing import Any
+from weakref import WeakValueDictionary
 
 from dualpath.cluster import messages as m
 from dualpath.cluster.coordinator.driver import SchedulerDriver
@@ -63,6 +64,8 @@ class Serving:
         self._driver = driver
         self._unquiet: dict[tuple[RequestId, int], EngineId] = {}
         """PEs whose transfers for an aborted attempt failed half-way; an entry is removed when the DE is told."""
+        self._handed_off: WeakValueDictionary[RequestId, LiveRequest] = WeakValueDictionary()
+        """Requests that a router may ask about: while it listens to them, also when they have ended."""
         self.stale_messages = 0
         self.foreign_messages = 0
         """Reports that their engine can't make."""
@@ -82,12 +85,13 @@ class Serving:
                 if isinstance(event, GeneratedTokens) and event.finish_reason is not None:
                     return
         finally:
+            live.owner = None
             self.requests.cancel(live)
 
     def hand_off_failed(self, owner: tuple[int, int], why: str) -> None:
         """See `cluster.generator.Router.hand_off_failed`."""
-        live = self._handed_off(owner)
-        if live is not None and live.current is not None:
+        live = self.requests.running.get(owner[0])
+        if live is not None and live.owner == owner and live.current is not None:
             engine = live.current.decode_engine
             assert engine is not None
             logger.warning("%s does not answer request %d: %s", self._links.by_engine[engine].name, owner[0], why)
@@ -95,12 +99,8 @@ class Serving:
 
     def answered(self, owner: tuple[int, int]) -> Timings | None:
         """See `cluster.generator.Router.answered`."""
-        live = self._handed_off(owner)
-        return live.stamp() if live is not None else None
-
-    def _handed_off(self, owner: tuple[int, int]) -> LiveRequest | None:
-        live = self.requests.running.get(owner[0])
-        return live if live is not None and live.is_current(owner[1]) and live.handed_off else None
+        live = self._handed_off.get(owner[0])
+        return live.stamp() if live is not None and live.owner == owner else None
 
     # ── what engines report ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -236,6 +236,7 @@ class Serving:
             return
         if live.routed and isinstance(command, Decode):
             join = self._links.by_engine[command.engine].join
+            self._handed_off[live.request] = live
             live.hand_off(join.url, join.model, join.dp_rank)
 
     def _resubmit(self, live: LiveRequest, command: Resubmit) -> None:
