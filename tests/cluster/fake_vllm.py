@@ -72,6 +72,7 @@ class Worker:
         self.device: dict[tuple[int, int], np.ndarray] = {}
         """By sequence and block: this rank's part of each layer."""
         self.left: list[a.Leave] = []
+        self.silent = False
         self.connection = Connection.to(server.agent)
         self.connection.send(server.attach_worker(rank))
         self._thread = threading.Thread(target=self._receive, daemon=True)
@@ -109,7 +110,7 @@ class Worker:
 
     def _beat(self) -> None:
         while self._thread.is_alive():
-            if not self.server.silent:
+            if not self.silent:
                 self.say(a.Beat({}))
             self._thread.join(0.1)
 
@@ -193,8 +194,6 @@ class FakeVllm:
         self.step = threading.Lock()
         """Held by the prompt that computes: steps come one after another."""
         self.status = 200
-        self.silent = False
-        self.stale_hit = False
         self.posted: list[dict[str, object]] = []
         self.headers: list[dict[str, str]] = []
         self.wrong: list[str] = []
@@ -227,6 +226,12 @@ class FakeVllm:
     def start(self) -> "FakeVllm":
         self.workers = [Worker(self, rank) for rank in range(self.workers_wanted)]
         return self
+
+    def restart(self) -> "FakeVllm":
+        """As if its process had died, whatever was left of it, and another taken its place."""
+        for worker in self.workers:
+            worker.close()
+        return self.start()
 
     def close(self) -> None:
         for _, go_on in self.gates.values():

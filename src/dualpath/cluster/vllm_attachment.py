@@ -3,7 +3,8 @@
 A worker is one process of a vLLM engine: one with tensor parallelism of 1, else one for each rank. Every worker of an
 engine attaches with `AttachWorker`, gets `Attached`, and maps the engine's buffer. A decode engine's workers answer the
 same calls as an embedded one (`Admit`, `Fill`, `Begin`, `CopyOut`, `Stop`, `Release`), and tell with `Generated` what
-vLLM has made. A prefill engine's workers are told with `Expect` where a prompt's KV comes from and goes to.
+vLLM has made. A sequence that is stopped or released before `Begin` will not be loaded: vLLM computes its prompt. A
+prefill engine's workers are told with `Expect` where a prompt's KV comes from and goes to.
 
 All workers of an engine take the same steps, and each tells what it has done in them, in order: the agent acts on a
 record once it has that of every worker. Each sends `Beat` every second, also when it has nothing to do; the engine does

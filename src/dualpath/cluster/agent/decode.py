@@ -13,15 +13,13 @@ still finds its prefix next turn. Only one task frees an attempt's pages: `_deco
 import asyncio
 
 from dualpath.cluster import messages as m
+from dualpath.cluster.agent.admission import Admission
 from dualpath.cluster.agent.attached import EngineGoneError
 from dualpath.cluster.agent.decode_attempt import DecodeAttempt, Persister
 from dualpath.cluster.agent.host import ABANDON_POLL_S, EngineHost
 from dualpath.cluster.agent.vllm_engine import VllmEngine
 from dualpath.cluster.attachment import (
-    Admit,
     Begin,
-    Constrain,
-    Fill,
     Owner,
     Release,
     Reply,
@@ -48,6 +46,7 @@ class DecodeWorker:
         self._copies = named_threads(1, "copies")
         """It waits for the CNIC, which lets the engine's copies through."""
         self._persister = Persister(host, self._copies)
+        self._admission = Admission(host, self._copies)
         self._attempts: dict[Owner, DecodeAttempt] = {}
         self._by_sequence: dict[int, DecodeAttempt] = {}
         self._next_sequence = 0
@@ -131,47 +130,12 @@ class DecodeWorker:
         self._finish(attempt)
 
     async def _enter(self, attempt: DecodeAttempt, message: m.StartDecode) -> Reply | None:
-        """Have the engine take device blocks, copy the pages in and decode. Returns a reply that says why it can't."""
-        engine, sampling = self._host.attached, message.sampling
-        if sampling.is_constrained:
-            made = await engine.call(lambda call: Constrain(call, attempt.owner, sampling, message.history))
-            if made.error:
-                return made
-        admitted = engine.call(
-            lambda call: Admit(
-                call,
-                attempt.sequence,
-                attempt.owner,
-                attempt.prompt_tokens,
-                None if message.draw is None else message.draw.token_id,
-                sampling,
-                message.generated_tokens,
-            )
-        )
-        filled = await self._fill(attempt)
-        replies = [await admitted, *[await one for one in filled]]
-        failed = next((reply for reply in replies if reply.error), None)
+        """Have the engine decode the attempt. Returns a reply that says why it can't."""
+        failed = await self._admission.admit(attempt, message)
         if failed is None and not attempt.aborted:
             self._joined.add(attempt.sequence)
             self._begun(attempt, await self._call(Begin, attempt))
         return failed
-
-    async def _fill(self, attempt: DecodeAttempt) -> "list[asyncio.Future[Reply]]":
-        """Copy the DE buffer to the device through the CNIC, which lets through one Full Block at a time."""
-        layout, loop, fills = self._host.layout, asyncio.get_running_loop(), []
-        blocks = [
-            (block, page, min(BLOCK_TOKENS, attempt.prompt_tokens - block * BLOCK_TOKENS))
-            for block, page in attempt.pages.items()
-        ]
-        at_once = len(blocks) if self._host.config.cluster.cnic_rate is None else 1
-        for first in range(0, len(blocks), at_once):
-            if attempt.aborted:
-                break
-            part = blocks[first : first + at_once]
-            n_bytes = sum(tokens for _, _, tokens in part) * layout.layers * layout.token_bytes
-            await loop.run_in_executor(self._copies, self._host.traffic.local_copy, n_bytes)
-            fills.append(self._host.attached.call(lambda call, part=part: Fill(call, attempt.sequence, part)))  # type: ignore[misc]
-        return fills
 
     def _begun(self, attempt: DecodeAttempt, reply: Reply) -> None:
         if reply.finish_reason is not None:  # the first token was the last

@@ -18,7 +18,8 @@ class VllmAttempt(PrefillAttempt):
         self.over = False
         """True once it is aborted or has failed: from then on nothing of it begins to move."""
         self.failure: Exception | None = None
-        self.running: asyncio.Future[Any] | None = None
+        self.running: list[asyncio.Task[None]] = []
+        """What brings in, ships and computes; empty before the workers have heard of it."""
         self.moving: set[asyncio.Future[int]] = set()
         """Transfers in progress."""
         self.ships: dict[int, asyncio.Task[None]] = {}
@@ -73,8 +74,8 @@ class VllmAttempt(PrefillAttempt):
         if self.over:
             return
         self.over, self.failure = True, failure
-        if self.running is not None:
-            self.running.cancel()
+        for part in self.running:
+            part.cancel()
 
     def saved(self, rank: int, layer: int, blocks: range) -> bool:
         """A worker has saved its part of blocks. Returns True when all have: each does so equally often, in order."""

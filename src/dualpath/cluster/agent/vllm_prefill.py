@@ -89,25 +89,25 @@ class VllmPrefillWorker(PrefillAttempts[VllmAttempt]):
             asyncio.create_task(part)
             for part in (self._bring_in(attempt), self._ship_legs(attempt), self._compute(attempt))
         ]
-        attempt.running = running = asyncio.gather(*parts)
+        attempt.running = parts
         try:
-            await asyncio.wait([running])
+            await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
         finally:
-            running.cancel()
             for part in parts:
                 part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
-        if not running.cancelled() and (error := running.exception()) is not None:
-            if not isinstance(error, VllmAnswerError | TRANSFER_ERRORS):
-                raise error
-            attempt.end(error)
+            outcomes = await asyncio.gather(*parts, return_exceptions=True)
+        for error in outcomes:
+            if isinstance(error, Exception):
+                if not isinstance(error, (VllmAnswerError, *TRANSFER_ERRORS)):
+                    raise error
+                attempt.end(error)
         attempt.over = True
         return attempt.failure
 
     async def _let_go(self, attempt: VllmAttempt) -> None:
         """When this ends, nothing touches the attempt's pages, and nothing of it is on its way to the decode engine."""
         attempt.over = True
-        if attempt.running is not None:
+        if attempt.running:
             try:
                 async with asyncio.timeout(QUIET_S):
                     await self._engine.drop(attempt.owner)
@@ -177,14 +177,14 @@ class VllmPrefillWorker(PrefillAttempts[VllmAttempt]):
                 self._host.counters[metrics.PREFILL_CHUNKS()] += len(told.computed) * (not rank)
                 for owner, tokens in told.computed:
                     attempt = self._attempts.get(owner)
-                    if attempt is not None and attempt.running is not None:
+                    if attempt is not None and attempt.running:
                         attempt.step_saved(rank, tokens)
             case _:
                 self._host.counters[metrics.ENGINE_STALE_MESSAGES()] += 1
 
     def _on_saved(self, rank: int, layer: int, saved: v.Saved) -> None:
         attempt = self._attempts.get(saved.owner)
-        if attempt is None or attempt.running is None or attempt.over:
+        if attempt is None or not attempt.running or attempt.over:
             return
         blocks = range(saved.first_block, saved.first_block + saved.blocks)
         if layer >= self._host.layout.layers or blocks.stop > attempt.blocks:
