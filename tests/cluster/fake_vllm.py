@@ -4,7 +4,7 @@ It speaks the protocol of `vllm_attachment` over the agent's real socket, maps t
 a pattern made of the tokens before it (`kv_of`), so that every byte that arrives anywhere can be checked. A worker has
 the same part of each Layer Block on every rank's device: that of its rank.
 
-A test makes it misbehave: `gate` stops it at a named place until the test lets it on; `status` is what it answers.
+A test makes it misbehave: `gate` stops it at a named place until the test lets it on; `errors` are what it answers.
 """
 
 import contextlib
@@ -193,7 +193,8 @@ class FakeVllm:
         self.attached = threading.Semaphore(0)
         self.step = threading.Lock()
         """Held by the prompt that computes: steps come one after another."""
-        self.status = 200
+        self.errors: list[int] = []
+        """Statuses of the next answers; servers may share them."""
         self.posted: list[dict[str, object]] = []
         self.headers: list[dict[str, str]] = []
         self.wrong: list[str] = []
@@ -371,8 +372,8 @@ def _handler(server: FakeVllm) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.posted.append(body)
             server.headers.append(dict(self.headers))
-            if server.status != 200 and body["kv_transfer_params"]["dualpath"]["owner"][0] < 1 << 60:
-                self._answer(server.status, {"error": "out of order"})
+            if server.errors:
+                self._answer(server.errors.pop(), {"error": "out of order"})
                 return
             try:
                 if server.role is Role.PREFILL:
