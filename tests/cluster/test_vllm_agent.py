@@ -512,3 +512,42 @@ def test_a_coordinator_that_starts_again_finds_them(directory: str, tmp_path: Pa
         assert (await at.ask()).token_ids == expected(PROMPT, 80)
 
     on_site(directory, tmp_path, work, workers=2, control_address=control, lease_ns=2_000_000_000)
+
+
+def test_a_worker_that_never_lets_go_ends_its_engine(
+    directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualpath.cluster.agent.vllm_prefill.QUIET_S", 0.1)
+
+    async def work(at: Site) -> None:
+        at.prefill.gate("layer 1")
+        asking = asyncio.create_task(at.ask())
+        go_on = await reaches(at.prefill, "layer 1")
+        pool = at.member("prefill-0").host.pool
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        async with asyncio.timeout(WAIT_S):
+            while pool.path.exists():
+                await asyncio.sleep(0.01)
+        go_on()
+        await asyncio.to_thread(at.prefill.restart)
+        assert (await at.ask()).token_ids == expected(PROMPT, 80)
+
+    on_site(directory, tmp_path, work, workers=2, replacement_timeout_s=20.0)
+
+
+def test_a_server_that_can_not_prefill_does_not_join(directory: str, tmp_path: Path) -> None:
+    """It is told why, and joins once it can."""
+
+    async def work(at: Site) -> None:
+        at.prefill.errors = [500]
+        await asyncio.to_thread(at.prefill.restart)
+        async with asyncio.timeout(WAIT_S):
+            while not all(worker.left for worker in at.prefill.workers):
+                await asyncio.sleep(0.01)
+        assert "can't prefill" in at.prefill.workers[0].left[0].reason
+        assert [engine["role"] for engine in at.coordinator.engines()] == ["decode"]
+        await asyncio.to_thread(at.prefill.restart)
+        assert (await at.ask()).token_ids == expected(PROMPT, 80)
+
+    on_site(directory, tmp_path, work, workers=2, replacement_timeout_s=20.0)
