@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from dualpath.vllm.copies import Copies, copies_for
 from dualpath.vllm.device_layout import arrangement, layer_names, rows, worker_part
 from dualpath.vllm.fingerprint import SAMPLE_BYTES, fingerprint, weights_folder
 from tests.vllm.fakes import LAYOUT
@@ -115,6 +116,13 @@ def test_rows_of_other_arrangements() -> None:
     heads_outside = raw.view(2, 12, 64, 8).permute(1, 0, 2, 3)
     with pytest.raises(ValueError, match="not one run of bytes"):
         rows(heads_outside, 12)
+
+
+def test_devices_that_are_not_known() -> None:
+    part = worker_part(grouped(2), None, 3, LAYOUT.layer_block_bytes, 0, 1)
+    assert type(copies_for(part, [torch.zeros(1)])) is Copies
+    with pytest.raises(ValueError, match="meta device"):
+        copies_for(part, [torch.zeros(1, device="meta")])
 
 
 def test_layers_are_in_the_order_in_which_they_run() -> None:

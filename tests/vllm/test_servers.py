@@ -240,12 +240,13 @@ def test_the_same_prompt_again_takes_what_vllm_has_itself(pair: Pair, expected: 
 
 
 def test_no_admit_and_vllm_computes_itself(pair: Pair, expected: Any) -> None:
+    before = pair.de.metric("vllm:generation_tokens_total")
     prompt, owner = EIGHT[2], pair.owner()
-    with pair.decoding(prompt, owner, TOKENS) as answer:
-        pass
-    assert answer.choice["token_ids"] == expected(prompt)["token_ids"]
-    late = pair.de_agent.admit(owner[0], owner, len(prompt))
-    assert "does not wait" in pair.de_agent.answer(late)
+    with pair.decoding(prompt, owner, 400) as answer:
+        wait_until(lambda: pair.de.metric("vllm:generation_tokens_total") > before, "it computes")
+        late = pair.de_agent.admit(owner[0], owner, len(prompt))
+        assert "does not wait" in pair.de_agent.answer(late)
+    assert answer.choice["token_ids"] == expected(prompt, 400)["token_ids"]
     idle(pair)
 
 

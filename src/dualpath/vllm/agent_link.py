@@ -13,12 +13,10 @@ from dualpath.cluster.attachment import (
     Attached,
     Beat,
     Begin,
-    CarryOut,
     CopyOut,
     Fill,
     Leave,
     Release,
-    Reply,
     Stop,
 )
 from dualpath.cluster.attachment_frames import Connection, NotAPeerError
@@ -35,7 +33,7 @@ SEND_S = 10
 BEAT_S = 0.1
 
 _decoder = msgspec.msgpack.Decoder(
-    Attached | Expect | LayersReady | Drop | Admit | Fill | Begin | CopyOut | Stop | Release | CarryOut | Leave
+    Attached | Expect | LayersReady | Drop | Admit | Fill | Begin | CopyOut | Stop | Release | Leave
 )
 _log = logging.getLogger("vllm.dualpath")
 
@@ -133,10 +131,7 @@ class AgentLink:
     def _handle(self, message: msgspec.Struct) -> None:
         if isinstance(message, Leave):
             raise _LeaveError(message)
-        if isinstance(message, CarryOut):
-            self.say(Reply(message.call, error="a vLLM server takes no orders through its connector"))
-        else:
-            self._worker.handle(message)
+        self._worker.handle(message)
 
     def _beat(self) -> None:
         name_this_thread("dp-beats")

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from dualpath.core.vocabulary import Role
 from dualpath.thread_names import named_threads
 from dualpath.vllm.agent_link import AgentLink
-from dualpath.vllm.copies import Copies, CudaCopies
+from dualpath.vllm.copies import copies_for
 from dualpath.vllm.decode_scheduler import DecodeScheduler
 from dualpath.vllm.decode_worker import DecodeWorker
 from dualpath.vllm.device_layout import arrangement, layer_names, rows, worker_part
@@ -124,7 +124,7 @@ class DualPathConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         }
         hello = attach_worker(settings, config, part, arranged, blocks=blocks, rank=rank)
         self._link = AgentLink(settings.agent, hello)
-        copies = (CudaCopies if layers[0].is_cuda else Copies)(part, layers)
+        copies = copies_for(part, layers)
         if settings.role is Role.PREFILL:
             self._prefill = PrefillWorker(copies, self._link.say)
             self._link.start(self._prefill)

@@ -107,3 +107,12 @@ class CudaCopies(Copies):
 
     def settle(self) -> None:
         self._stream.synchronize()
+
+
+def copies_for(part: WorkerPart, layers: Sequence[torch.Tensor]) -> Copies:
+    """Raises ValueError for a device whose order of copies is not known here."""
+    kinds = {"cpu": Copies, "cuda": CudaCopies}
+    device = layers[0].device.type
+    if device not in kinds:
+        raise ValueError(f"DualPathConnector: KV on a {device} device is not supported; use {' or '.join(kinds)}")
+    return kinds[device](part, layers)
