@@ -192,7 +192,7 @@ class Proxy:
         home = self._homes.setdefault(session, "") or next(self._decode)
         self._homes[session] = home
         if self._apart:
-            first = body | {"max_tokens": 1, "stream": False}
+            first = body | {"max_tokens": 1, "min_tokens": 0, "stream": False}
             first.pop("stream_options", None)
             (await self._client.post(f"{next(self._prefill)}/v1/completions", json=first)).raise_for_status()
         sent = self._client.build_request("POST", f"{home}/v1/completions", json=body)

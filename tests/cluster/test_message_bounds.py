@@ -18,7 +18,8 @@ import dualpath.cluster
 import dualpath.transfer
 from dualpath.cluster import attachment as a
 from dualpath.cluster import messages as m
-from dualpath.cluster.attachment_frames import NotAPeerError, record
+from dualpath.cluster.attachment_frames import First, NotAPeerError, record
+from dualpath.cluster.vllm_attachment import FromWorker
 from dualpath.transfer.transports.framed.handshake import Challenge, Hello, Welcome
 
 PACKAGES = (dualpath.cluster, dualpath.transfer)
@@ -87,8 +88,9 @@ def test_all_that_a_decoder_reads_is_bounded(name: str, kind: Any) -> None:
 
 def test_the_decoders_are_all_there_are() -> None:
     read = set(map(str, decoders().values()))
-    for kind in (m.FromEngine, m.ToEngine, a.First, a.FromEngineProcess, a.ToEngineProcess, a.LayerCall, a.LayerResult):
+    for kind in (m.FromEngine, m.ToEngine, First, a.FromEngineProcess, a.ToEngineProcess, a.LayerCall, a.LayerResult):
         assert str(kind) in read
+    assert str(FromWorker) in read
     for kind in (Challenge, Hello, Welcome):
         assert str(kind) in read
     for package in PACKAGES:

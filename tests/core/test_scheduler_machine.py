@@ -20,14 +20,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     steps = 0
     outcomes: dict[str, int] = {}  # noqa: RUF012 (shared on purpose: it counts over all examples)
 
-    @initialize(system=st.sampled_from(CLUSTERS), tight=st.booleans())
-    def start(self, system: str, tight: bool) -> None:
+    @initialize(system=st.sampled_from(CLUSTERS), tight=st.booleans(), staging=st.booleans())
+    def start(self, system: str, tight: bool, staging: bool) -> None:
         self.journal: list[bytes] = []
 
         def journaled(*arguments: object) -> JournaledScheduler:
             return JournaledScheduler(Scheduler(*arguments), self.journal.append)  # type: ignore[arg-type]
 
-        self.world = World(Setting(system=system, tight=tight), journaled)
+        self.world = World(Setting(system=system, tight=tight, staging=staging), journaled)
 
     @rule(
         name=st.sampled_from([*DRAWN, *NAMES, *NAMES]),

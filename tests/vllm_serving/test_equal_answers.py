@@ -9,9 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-
-from .conftest import Pair
-from .servers import NAME, figures
+from vllm_models import Pair
+from vllm_servers import NAME, figures
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 BLOCK_TOKENS = 64

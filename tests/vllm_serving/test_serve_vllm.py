@@ -9,12 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
+from vllm_models import MODELS
+from vllm_servers import MAX_MODEL_LEN, NAME, START_S, VLLM_PYTHON, cluster, wait_for
 
 from dualpath.cluster.sessions import session_members
 from dualpath.model.checkpoint import make_checkpoint
-
-from .conftest import MODELS
-from .servers import MAX_MODEL_LEN, NAME, START_S, VLLM_PYTHON, cluster, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 END_S = 30.0

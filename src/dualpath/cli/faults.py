@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualpath.cli.arguments import command, not_negative, positive, positive_number, topology
 from dualpath.cli.outcome import CommandError, command_errors, new_console, usage_errors, write_json
+from dualpath.lab.experiments.conditions import ENGINES
 
 if TYPE_CHECKING:
     from dualpath.lab.faults.matrix import Combination
@@ -48,6 +49,8 @@ def add(commands: Any) -> None:
 
 def _add_real(parser: Any) -> None:
     parser.add_argument("--topology", type=topology, default="1P1D", metavar="T", help="(default: %(default)s)")
+    what = "what computes (default: %(default)s)"
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help=what)
     parser.add_argument("--hold", type=positive_number, default=8.0, metavar="S", help="faults last (%(default)g s)")
     parser.add_argument("--sample", type=positive, metavar="N", help="only N of the combinations, drawn with --seed")
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="(default: %(default)s)")
@@ -124,7 +127,7 @@ def _real(arguments: argparse.Namespace) -> int:
         chosen = sample(chosen, arguments.sample, arguments.seed)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clusters end with it
     with tempfile.TemporaryDirectory(prefix="dualpath-faults-") as work, command_errors(StartError, OSError):
-        bench = Bench(Path(work), str(arguments.topology), arguments.hold, arguments.serve_options)
+        bench = Bench(Path(work), str(arguments.topology), arguments.hold, arguments.serve_options, arguments.engine)
         if arguments.minutes is not None:
             return _soak(arguments, bench, chosen)
         trials = run(bench, chosen, lambda trial: print(trial_line(trial), flush=True))

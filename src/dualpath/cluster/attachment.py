@@ -84,8 +84,6 @@ class Attached(msgspec.Struct, frozen=True, tag=True):
     pool_path: Text
 
 
-First = Attach | LayerThread
-
 # ── agent → engine ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -132,7 +130,8 @@ class Admit(msgspec.Struct, frozen=True, tag=True):
     sequence: Count
     owner: Owner
     prompt_tokens: Count
-    first_token: TokenId
+    first_token: TokenId | None
+    """None: a vLLM server draws it."""
     sampling: SamplingParams
     generated_tokens: Count
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from dualpath.cluster.attachment import First
+from dualpath.cluster.attachment import Attach, LayerThread
+from dualpath.cluster.vllm_attachment import AttachWorker
 from dualpath.spec.private_files import peer_user
 
 MAX_FRAME_BYTES = 256 * 2**20
@@ -27,6 +28,8 @@ class NotAPeerError(Exception):
     """Bytes that are no frame of ours, or a process of another user."""
 
 
+First = Attach | LayerThread | AttachWorker
+"""What a process that connects to an agent says first."""
 _encoder = msgspec.msgpack.Encoder()
 _first = msgspec.msgpack.Decoder(First)
 Record = TypeVar("Record")

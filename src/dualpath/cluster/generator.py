@@ -5,6 +5,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from dualpath.core.vocabulary import Role
 from dualpath.spec.cluster_setup import ServedCluster
 from dualpath.spec.generation_defaults import GenerationDefaults
 from dualpath.spec.metrics import Figures
@@ -54,6 +55,29 @@ class GeneratedTokens(msgspec.Struct, frozen=True, kw_only=True):
     """Timings up to this step; a test's cluster may have none."""
     prompt_logprobs: list[PromptLogprob] | None = None
     """With the first tokens, if requested: of every prompt token but the first, which has nothing before it."""
+
+
+class Handoff(msgspec.Struct, frozen=True, kw_only=True):
+    """A vLLM server holds the prompt's KV: post the client's request there now, and close what was posted before."""
+
+    url: str
+    model: str
+    """The name by which that server knows its model."""
+    dp_rank: int | None
+    """Goes into the header ``X-data-parallel-rank``, if given."""
+    owner: tuple[int, int]
+    """``(request, attempt)``, for ``kv_transfer_params``, `Router.answered` and `Router.hand_off_failed`."""
+    cached_tokens: int
+    """Prompt tokens whose KV was read from storage in this attempt."""
+
+
+class VllmServer(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine of a vLLM server that has joined."""
+
+    url: str
+    model: str
+    dp_rank: int | None
+    role: Role
 
 
 class RequestError(Exception):
@@ -143,6 +167,36 @@ class Generator(Protocol):
     def control(self) -> "Control":
         """For trainers and operators."""
         ...
+
+
+class Router(Protocol):
+    """A running cluster of vLLM servers as its router sees it: tokens go from the server to the client, past us."""
+
+    def route(self, request: GenerateRequest) -> AsyncGenerator[Handoff | GeneratedTokens, None]:
+        """Bring the prompt's KV to a decode engine; of `sampling` only `max_tokens` is used.
+
+        Gives a `Handoff` for each attempt that gets so far, and at last, when the answer's blocks are durable, a
+        `GeneratedTokens` without tokens and with a finish reason. Closing it cancels the request and frees all it
+        holds. Raises RequestError as `Generator.generate`. An attempt that fails is retried from the prompt until
+        `answered`; from then on it is not: RequestError then says that blocks may not be stored, while the server
+        may well go on answering, except after ``deadline_exceeded``.
+        """
+        ...
+
+    def hand_off_failed(self, owner: tuple[int, int], why: str) -> None:
+        """The server has not answered the client's request, before its first byte. Nothing happens if the attempt is
+        over; else `route` gives another Handoff, or raises."""
+        ...
+
+    def answered(self, owner: tuple[int, int]) -> Timings | None:
+        """The first byte of the answer is there; call it again with the last one. Returns the timings so far.
+
+        None: the attempt has failed, or another has taken its place: drop this answer then. An answer may come after
+        its own end, if `route` has given that; as long as that is open, the answer counts.
+        """
+        ...
+
+    def vllm_servers(self) -> list[VllmServer]: ...
 
 
 class Control(Protocol):

@@ -3,7 +3,12 @@
 A worker is one process of a vLLM engine: one with tensor parallelism of 1, else one for each rank. Every worker of an
 engine attaches with `AttachWorker`, gets `Attached`, and maps the engine's buffer. A decode engine's workers answer the
 same calls as an embedded one (`Admit`, `Fill`, `Begin`, `CopyOut`, `Stop`, `Release`), and tell with `Generated` what
-vLLM has made. A prefill engine's workers are told with `Expect` where a prompt's KV comes from and goes to.
+vLLM has made. A sequence that is stopped or released before `Begin` will not be loaded: vLLM computes its prompt. A
+prefill engine's workers are told with `Expect` where a prompt's KV comes from and goes to.
+
+All workers of an engine take the same steps, and each tells what it has done in them, in order: the agent acts on a
+record once it has that of every worker. Each sends `Beat` every second, also when it has nothing to do; the engine does
+not live while one of them is silent, and is gone when the connection of one has ended.
 
 KV bytes are never in a record: a page is one of the buffer that all workers map. They move in whole Layer Blocks.
 """
@@ -13,7 +18,20 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from dualpath.cluster.attachment import Attach, Owner
+from dualpath.cluster.attachment import (
+    Admit,
+    Attach,
+    Attached,
+    Beat,
+    Begin,
+    CopyOut,
+    Fill,
+    Leave,
+    Owner,
+    Release,
+    Reply,
+    Stop,
+)
 from dualpath.cluster.wire_types import Pages, Tokens
 from dualpath.spec.bounds import MAX_ITEMS, Count, Name, Text
 
@@ -37,7 +55,10 @@ class AttachWorker(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Expect(msgspec.Struct, frozen=True, tag=True):
-    """A prompt is about to be sent to the engine; its KV belongs into these pages, one for each block."""
+    """A prompt is about to be sent to the engine; its KV belongs into these pages, one for each block.
+
+    Such a prompt has ``kv_transfer_params={"dualpath": {"owner": owner, "hit_tokens": hit_tokens}}``.
+    """
 
     owner: Owner
     pages: Pages
@@ -53,7 +74,10 @@ class LayersReady(msgspec.Struct, frozen=True, tag=True):
 
 
 class Drop(msgspec.Struct, frozen=True, tag=True):
-    """The attempt is over: touch its pages no more. Answered by `Quiet`, also when it is not known."""
+    """The attempt is over: touch its pages no more. Answered by one `Quiet`, also when it is not known.
+
+    It also comes after a prompt that went well, when the pages are others' already: the worker may forget it.
+    """
 
     owner: Owner
 
@@ -70,7 +94,11 @@ class Saved(msgspec.Struct, frozen=True):
 
 
 class LayerSaved(msgspec.Struct, frozen=True, tag=True):
-    """PE: this worker's part of a layer is in the pages of these blocks."""
+    """PE: this worker's part of a layer is in the pages of these blocks.
+
+    A worker that has nothing to save of its own, because another rank saves what it has too (MLA), says so all the
+    same: the agent ships a layer when all workers have said it.
+    """
 
     layer: Count
     saved: Annotated[list[Saved], Meta(max_length=MAX_ITEMS)]
@@ -94,3 +122,9 @@ class Generated(msgspec.Struct, frozen=True, tag=True):
     sequence: Count
     token_ids: Tokens
     finish_reason: Name | None = None
+
+
+WorkerCall = Admit | Fill | Begin | CopyOut | Release
+ToWorker = Attached | WorkerCall | Stop | Expect | LayersReady | Drop | Leave
+Told = LayerSaved | StepSaved | Quiet | Generated
+FromWorker = Reply | Beat | Told

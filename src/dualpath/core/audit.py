@@ -9,7 +9,7 @@ from collections import Counter
 from dualpath.core.engines import DecodeGroup
 from dualpath.core.ledger import Account, Key
 from dualpath.core.lifecycle import Lifecycle
-from dualpath.core.request import NEVER_NS, Request, State, hbm_blocks, hit_blocks, prompt_blocks
+from dualpath.core.request import NEVER_NS, Request, State, hbm_blocks, hit_blocks, pe_buffer_blocks, prompt_blocks
 from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, RequestId, Role, Side
 from dualpath.core.waiting import Line
 
@@ -173,8 +173,11 @@ def _audit_holding(life: Lifecycle, request: Request, engine: EngineId) -> None:
             _require(buffer == (full if whole else 0), "{}: {} blocks of DE buffer", request, buffer)
         waits = request.state is State.ALLOCATING and not told
     else:
-        full = sum(leg.blocks for leg in request.legs if leg.side is Side.PE)
-        _require(buffer == (full if told else 0), "{}: {} blocks of PE buffer", request, buffer)
+        full = pe_buffer_blocks(account.facts.stages, request.legs, request.prompt_blocks)
+        granted = request.state in (State.LOADING, State.PREFILLING)
+        _require(buffer == (full if granted else 0), "{}: {} blocks of PE buffer", request, buffer)
+        reads = any(leg.side is Side.PE for leg in request.legs)
+        _require(told == (granted and (reads or request.state is State.PREFILLING)), "{}: told {}", request, told)
         waits = request.state is State.ALLOCATING and request.decode_engine in request.commanded
     _require(in_line == (full if waits else None), "{}: in line for {} of engine {}", request, in_line, engine)
 

@@ -21,6 +21,8 @@ import numpy.typing as npt
 from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, EngineFacts, EngineId, GroupId, Leg, NodeId, Role
 
 Column = npt.NDArray[np.int64]
+_UNBOUNDED = 1 << 62
+_NONE: frozenset[EngineId] = frozenset()
 
 
 def _column(values: list[int]) -> Column:
@@ -104,6 +106,19 @@ class PrefillEngines:
         self.buffer_capacity = _column([facts.buffer_blocks for facts in self.facts])
         self.smallest_buffer_blocks = min((facts.buffer_blocks for facts in self.facts), default=-1)
         """Smallest capacity of all PEs; -1 when there is no PE, so that nothing fits."""
+        self.some_stage = any(facts.stages for facts in self.facts)
+        staging = [facts.buffer_blocks for facts in self.facts if facts.stages and facts.engine not in self.draining]
+        self._smallest_staging_blocks = min(staging, default=_UNBOUNDED)
+
+    def too_small_to_stage(self, prompt_blocks: int) -> frozenset[EngineId]:
+        """Returns the PEs that would stage such a prompt and can't; of those that are not draining."""
+        if prompt_blocks <= self._smallest_staging_blocks:
+            return _NONE
+        return frozenset(
+            facts.engine
+            for facts in self.facts
+            if facts.stages and facts.buffer_blocks < prompt_blocks and facts.engine not in self.draining
+        )
 
 
 class DecodeGroup:
@@ -277,14 +292,21 @@ class Fleet:
         for engine in hidden:
             self.drain(engine, False)
 
-    def avoidable(self, role: Role, engines: frozenset[EngineId], buffer_blocks: int, hbm_blocks: int) -> set[EngineId]:
-        """Returns those of `engines` that could take such a request; none when no others could."""
+    def avoidable(
+        self,
+        role: Role,
+        engines: frozenset[EngineId],
+        buffer_blocks: int,
+        hbm_blocks: int,
+        unable: frozenset[EngineId] = _NONE,
+    ) -> set[EngineId]:
+        """Returns those of `engines` that could take such a request; none when no others could. `unable` can't."""
         columns = self.prefill if role is Role.PREFILL else self.decode
         able = {
             facts.engine
             for facts in columns.facts  # draining ones have room for nothing here
             if facts.buffer_blocks >= buffer_blocks and (role is Role.PREFILL or facts.hbm_blocks >= hbm_blocks)
-        }
+        } - unable
         return able & engines if able - engines else set()
 
     @property
@@ -303,25 +325,23 @@ class Fleet:
         self.read_queues.tokens_at[self._place_of[engine]] -= leg.blocks * BLOCK_TOKENS
 
     def refusal(self, pe_blocks: int, de_blocks: int, hbm_blocks: int) -> Cause | None:
-        """Returns why no engine, idle or draining, could ever take such a request; None when some PE and DE could."""
+        """Returns why no engine, idle or draining, could ever take such a request; None when some PE and DE could.
+
+        `de_blocks` are the whole prompt's, and what a PE needs that stages it.
+        """
         prefill, decode = self.prefill, self.decode
         if (
-            pe_blocks <= prefill.smallest_buffer_blocks
+            max(pe_blocks, de_blocks if prefill.some_stage else 0) <= prefill.smallest_buffer_blocks
             and de_blocks <= decode.smallest_buffer_blocks
             and hbm_blocks <= decode.smallest_hbm_blocks
         ):
             return None
         if not self.has_both_roles:
             return Cause.NO_ENGINE
-        fits = (decode.buffer_capacity >= de_blocks) & (decode.hbm_capacity >= hbm_blocks)
-        if pe_blocks <= prefill.buffer_capacity.max() and fits.any():
-            return None
-        if not (prefill.draining or decode.draining):
-            return Cause.TOO_LARGE
         fitting = {
             facts.role
             for facts in self.facts.values()
-            if (facts.role is Role.PREFILL and facts.buffer_blocks >= pe_blocks)
-            or (facts.role is Role.DECODE and facts.buffer_blocks >= de_blocks and facts.hbm_blocks >= hbm_blocks)
+            if facts.buffer_blocks >= (pe_blocks if facts.role is Role.PREFILL and not facts.stages else de_blocks)
+            and (facts.role is Role.PREFILL or facts.hbm_blocks >= hbm_blocks)
         }
         return None if len(fitting) == len(Role) else Cause.TOO_LARGE

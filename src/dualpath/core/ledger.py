@@ -5,8 +5,9 @@ has room for it. An engine's allocation therefore fails only by a bug. Each engi
 served from the head only, so a large request is never overtaken.
 
 The order of allocation cannot deadlock. An attempt holds its DE's device blocks (promised at DE choice) before it lines
-up for the DE buffer, and all its DE buffer before it lines up for the PE buffer. A holder of PE buffer needs only
-compute. So each line waits only for attempts that are further along.
+up for the DE buffer, and all its DE buffer before it lines up for the PE buffer: for what the PE reads, or at once for
+the whole prompt where the PE stages (`EngineFacts.stages`). A holder of PE buffer needs only storage and compute. So
+each line waits only for attempts that are further along.
 
 An aborted attempt keeps its blocks as *draining*, because a transfer may still touch them. They are freed only when the
 engine answers `released` or is lost. No deadline frees a block.

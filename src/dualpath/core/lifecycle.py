@@ -15,7 +15,7 @@ from dualpath.core.ledger import Ledger
 from dualpath.core.placement import PLACEMENTS
 from dualpath.core.policy import FOREVER_NS, Constants, Limits, Policy
 from dualpath.core.read_path import PathFacts, choose_legs, find_read_path, least_pe_blocks
-from dualpath.core.request import ACCEPTS, NEVER_NS, Event, Request, State
+from dualpath.core.request import ACCEPTS, NEVER_NS, Event, Request, State, pe_buffer_blocks
 from dualpath.core.vocabulary import (
     Cause,
     Command,
@@ -220,34 +220,35 @@ class Lifecycle:
             if engine == request.decode_engine:
                 self._prepare(request, engine)
             else:
-                self._read_at_prefill(request, engine)
+                self._allocated(request)
 
     def _prepare(self, request: Request, decode: EngineId) -> None:
-        """The DE buffer is granted: command the DE, and line up for the PE buffer if the PE side reads."""
+        """The DE buffer is granted: command the DE, and line up for the PE buffer if the PE side reads or stages."""
         request.commanded = (decode, *request.commanded)
         self.outbox.append(Prepare(request.id, request.attempt, decode, request.prompt_blocks, request.hbm_blocks))
-        pe_blocks = 0
         for leg in request.legs:
-            if leg.side is Side.PE:
-                pe_blocks = leg.blocks
-            else:
+            if leg.side is Side.DE:
                 self.outbox.append(Load(request.id, request.attempt, decode, leg))
-        if not pe_blocks:
-            self.move(request, Event.ALLOCATE)
-            return
         prefill = request.prefill_engine
         assert prefill is not None
-        if self.ledger.line_up(prefill, request.key, pe_blocks):
-            self._read_at_prefill(request, prefill)
+        blocks = pe_buffer_blocks(self.fleet.facts[prefill].stages, request.legs, request.prompt_blocks)
+        if not blocks or self.ledger.line_up(prefill, request.key, blocks):
+            self._allocated(request)
         else:
             self._serve_line(prefill)  # blocks that this input freed there may not have been granted yet
 
-    def _read_at_prefill(self, request: Request, prefill: EngineId) -> None:
-        """The PE buffer is granted: command the PE's read. The request waits for no other blocks."""
-        request.commanded = (prefill, *request.commanded)
-        leg = request.legs[0]  # the PE side's leg always comes first
-        self.outbox.append(Load(request.id, request.attempt, prefill, leg))
+    def _allocated(self, request: Request) -> None:
+        """The request waits for no blocks any more: command the PE's read, if it reads.
+
+        One that waited for a PE to stage it may have all its KV by now.
+        """
+        if request.legs and request.legs[0].side is Side.PE:  # the PE side's leg always comes first
+            prefill = request.prefill_engine
+            assert prefill is not None
+            request.commanded = (prefill, *request.commanded)
+            self.outbox.append(Load(request.id, request.attempt, prefill, request.legs[0]))
         self.move(request, Event.ALLOCATE)
+        self.prefill_if_ready(request)
 
     def end(self, request: Request, event: Event) -> None:
         """Move to a terminal state and forget the request."""

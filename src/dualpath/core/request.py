@@ -122,7 +122,7 @@ class Request:
         self.deadline_ns = NEVER_NS
         """Deadline of the current state, NEVER_NS for none; only `Deadlines` writes it."""
         self.avoids: frozenset[EngineId] = frozenset()
-        """Engines between which a transfer of an earlier attempt failed; others are chosen where there are any."""
+        """Engines that failed an earlier attempt, or between which a transfer failed; others are chosen, if any can."""
         self.begin_attempt(facts)
 
     def begin_attempt(self, facts: RequestFacts) -> None:
@@ -180,6 +180,11 @@ def prompt_blocks(facts: RequestFacts) -> int:
 def hbm_blocks(facts: RequestFacts) -> int:
     """Number of DE device blocks for the prompt and all tokens it may generate."""
     return -(-(facts.prompt_tokens + facts.max_new_tokens) // BLOCK_TOKENS)
+
+
+def pe_buffer_blocks(stages: bool, legs: tuple[Leg, ...], prompt_blocks: int) -> int:
+    """Number of PE buffer blocks for an attempt: the whole prompt's where the PE stages, else those that it reads."""
+    return prompt_blocks if stages else sum(leg.blocks for leg in legs if leg.side is Side.PE)
 
 
 def check_facts(facts: RequestFacts) -> None:

@@ -223,7 +223,7 @@ class Scheduler:
         if engine not in live.commanded:
             life.counts["dropped_attempt_failed"] += 1
             return
-        withdrawal.fail_attempt(life, live, cause)
+        withdrawal.fail_attempt(life, live, cause, engine)
         life.settle()
 
     def released(self, now: int, request: RequestId, attempt: int, engine: EngineId) -> None:

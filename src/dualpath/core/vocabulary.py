@@ -64,6 +64,9 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
     """Capacity of its DRAM buffer (PE buffer or DE buffer) in Full Blocks."""
     hbm_blocks: int = 0
     """Capacity of a DE's device memory in Full Blocks of KV; 0 for a PE, which keeps only a few layers."""
+    stages: bool = False
+    """Whether a PE needs pages of its buffer for the whole prompt, whoever reads: an engine that is not ours computes
+    from there and into there. Other PEs need pages for what they read alone."""
 
 
 class RequestFacts(msgspec.Struct, frozen=True, gc=False):
@@ -113,7 +116,10 @@ class Load(msgspec.Struct, frozen=True, gc=False, tag=True):
 
 
 class Prefill(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """PE `engine` queues the prompt, whose hit KV is loaded, for prefill and answers `prefill_done`."""
+    """PE `engine` queues the prompt, whose hit KV is loaded, for prefill and answers `prefill_done`.
+
+    A PE that stages reserves with this command what the whole prompt needs beside the blocks of its leg.
+    """
 
     request: RequestId
     attempt: int

@@ -9,8 +9,8 @@ deadlock as long as all lines keep the order of arrival: a request that holds a 
 than every request that has a PE, and is behind them in every private queue. Losing an engine would break that order, so
 `start_over` then takes back every half-made choice; no command depends on one yet.
 
-A request whose transfer failed waits for engines other than those two, as long as any could take it: where nothing
-succeeds there is always room.
+A request whose transfer failed waits for engines other than those two, one that an engine could not compute for another
+than that, as long as any could take it: where nothing succeeds there is always room.
 """
 
 from collections import deque
@@ -151,11 +151,15 @@ class WaitingRoom:
             self._give_decode(request, engine, placed)
 
     def _keeping_away(self, request: Request, role: Role, buffer_blocks: int) -> AbstractContextManager[None]:
-        """In here, the engines that the request avoids have no room, where others could take it. It waits for those."""
-        if not request.avoids:
-            return _NOTHING
+        """In here, the engines that the request avoids have no room, where others could take it. It waits for those.
+
+        Nor have PEs that would have to stage a prompt of its size, and can't.
+        """
         fleet = self._fleet
-        return fleet.hiding(fleet.avoidable(role, request.avoids, buffer_blocks, request.hbm_blocks))
+        small = fleet.prefill.too_small_to_stage(request.prompt_blocks) if role is Role.PREFILL else frozenset()
+        if not (request.avoids or small):
+            return _NOTHING
+        return fleet.hiding(small | fleet.avoidable(role, request.avoids, buffer_blocks, request.hbm_blocks, small))
 
     def _give_decode(self, request: Request, engine: EngineId, placed: list[Request]) -> None:
         request.decode_engine = engine

@@ -28,12 +28,15 @@ def cancel(life: Lifecycle, request: Request) -> None:
     life.outbox.append(Cancelled(request.id))
 
 
-def fail_attempt(life: Lifecycle, request: Request, cause: Cause) -> None:
-    """Take the attempt off its engines, then retry if attempts are left.
+def fail_attempt(life: Lifecycle, request: Request, cause: Cause, engine: EngineId | None = None) -> None:
+    """Take the attempt off its engines, then retry if attempts are left. `engine` is the one that could not go on.
 
-    The link between a PE and a DE may be cut although both are well: the next attempt keeps away from them.
+    The next attempt keeps away from it if it could not compute: an engine that fails everything always has room. The
+    link between a PE and a DE may be cut although both are well: then it keeps away from them.
     """
-    if cause is Cause.TRANSFER_FAILED:
+    if cause is Cause.COMPUTE_FAILED and engine is not None:
+        request.avoids |= {engine}
+    elif cause is Cause.TRANSFER_FAILED:
         request.avoids |= {engine for engine in (request.prefill_engine, request.decode_engine) if engine is not None}
     withdraw(life, request)
     retry(life, request, cause)

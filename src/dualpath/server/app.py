@@ -7,21 +7,16 @@ latest in the handlers below. `service` connects these steps; `endpoints/` has t
 """
 
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from dualpath import __version__
-from dualpath.cluster.generator import Generator, RequestError
+from dualpath.cluster.generator import Generator
 from dualpath.server.chat.dialect import Dialect
 from dualpath.server.codec import TextCodec
+from dualpath.server.door import assembled
 from dualpath.server.drain import Drain
 from dualpath.server.endpoints import control, messages, openai, operations, responses, rollout
-from dualpath.server.errors import ApiError
-from dualpath.server.http import Gate
 from dualpath.server.limits import ServerLimits
 from dualpath.server.service import Service
 
@@ -50,29 +45,14 @@ def create_app(
 
     Raises ValueError for an empty key, which would admit clients that send none, and for an unknown parser.
     """
-    if isinstance(api_keys, str) or not all(api_keys):
-        raise ValueError("api_keys must be a collection of keys, none of them empty")
     limits = limits or ServerLimits()
     dialect = Dialect(tokenizer, generator.model.vocab_size, tool_call_parser, reasoning_parser)
     codec = TextCodec(tokenizer, generator.model.max_model_len_tokens, limits)
     service = Service(generator, codec, dialect, limits, drain or Drain())
     service.who_controls = ("keys" if api_keys else "this host") if enable_control else "nobody"
-    app = FastAPI(title="dualpath", version=__version__, openapi_url=None)
-    app.add_middleware(
-        Gate,
-        api_keys=frozenset(api_keys),
-        max_inflight_requests=limits.max_inflight_requests,
-        drain=service.drain,
-        on_refusal=service.count_failure,
-    )
-    for failure in (ApiError, RequestError, HTTPException, ClientDisconnect, Exception):
-        app.add_exception_handler(failure, service.failed)
     routes = [route for group in GROUPS for route in group(service)]
-    for route in routes:
-        app.add_route(route.path, route.endpoint, methods=list(route.methods))  # GET comes with HEAD
-    service.endpoints = frozenset(route.path for route in routes)
-    # What `serve` needs of it.
-    app.state.limits, app.state.drain = limits, service.drain
-    app.state.on_refusal = partial(service.count_failure, "")
-    app.state.close = dialect.close
-    return app
+
+    async def close() -> None:
+        dialect.close()
+
+    return assembled(service, routes, api_keys, close)

@@ -7,6 +7,7 @@ many brackets is passed after two counts.
 """
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
@@ -17,9 +18,10 @@ from dualpath.server.budget import Budget
 from dualpath.server.errors import ApiError, bad_parameter
 from dualpath.server.lanes import decoding
 from dualpath.server.limits import ServerLimits
-from dualpath.server.protocol import decode_body
+from dualpath.server.protocol import decode_body, decode_fields
 
 Body = TypeVar("Body", bound=msgspec.Struct)
+T = TypeVar("T")
 
 _LARGE_BYTES = 64 * 2**10
 """Smaller bodies are decoded in less than about a millisecond, and count in no budget."""
@@ -39,16 +41,28 @@ class BodyReader:
 
         Raises ApiError: 400, 408, 413, 415, or 429 when too many large ones wait.
         """
+        return await self._read(request, lambda body: self._decoded(body or (b"{}" if optional else b""), kind))
+
+    async def fields(self, request: Request) -> dict[str, msgspec.Raw]:
+        """Returns the fields of the body, each as it came. Raises ApiError as `read`."""
+        return await self._read(request, self._fields)
+
+    async def raw(self, request: Request) -> bytes:
+        """Returns a body of any kind. Raises ApiError: 408, 413, or 429 when too many large ones wait."""
+        async with self._budget.hold(self._limits.max_body_bytes):
+            return await self._bytes(request)
+
+    async def _read(self, request: Request, decode: Callable[[bytes], T]) -> T:
         declared_bytes = _declared_bytes(request)
         if declared_bytes is not None and declared_bytes > self._limits.max_body_bytes:
             raise self._too_large()
         if declared_bytes is not None and declared_bytes <= _LARGE_BYTES:
-            return self._decoded(await self._bytes(request) or (b"{}" if optional else b""), kind)
+            return decode(await self._bytes(request))
         async with self._budget.hold(self._limits.max_body_bytes if declared_bytes is None else declared_bytes):
             body = await self._bytes(request)
             if len(body) <= _LARGE_BYTES:
-                return self._decoded(body or (b"{}" if optional else b""), kind)
-            return await decoding(partial(self._decoded, body, kind))
+                return decode(body)
+            return await decoding(partial(decode, body))
 
     async def _bytes(self, request: Request) -> bytes:
         body, timeout_s = bytearray(), self._limits.body_timeout_s
@@ -69,6 +83,10 @@ class BodyReader:
         record = decode_body(body, kind)
         check_values(record, self._limits)
         return record
+
+    def _fields(self, body: bytes) -> dict[str, msgspec.Raw]:
+        check_structure(body, self._limits)
+        return decode_fields(body)
 
     def _too_large(self) -> ApiError:
         message = f"the request body is larger than {self._limits.max_body_bytes} bytes"

@@ -11,11 +11,11 @@ from starlette.datastructures import State
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from dualpath.server.door import json_response
 from dualpath.server.drain import Drain
 from dualpath.server.errors import ApiError
 from dualpath.server.limits import ServerLimits
 from dualpath.server.listening import Application
-from dualpath.server.service import json_response
 
 _RETRY_AFTER_S = 2.0
 _NOT_READY = frozenset({"/health", "/ping", "/ready"})
@@ -58,9 +58,9 @@ class Front:
         if self._app is not None:
             self._app.state.on_refusal(error)
 
-    def _close(self) -> None:
+    async def _close(self) -> None:
         if self._app is not None:
-            self._app.state.close()
+            await self._app.state.close()
 
     def _loading(self, path: str) -> Response:
         if path == "/livez":

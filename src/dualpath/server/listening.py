@@ -62,7 +62,7 @@ async def serve(
             handing_over.cancel()
             server.should_exit = True
             await running
-            app.state.close()
+            await app.state.close()
 
 
 class _Server(uvicorn.Server):

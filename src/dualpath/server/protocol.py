@@ -198,6 +198,16 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
     return record
 
 
+def decode_fields(body: bytes) -> dict[str, msgspec.Raw]:
+    """Returns an object's fields, each as it came. Raises ApiError (400)."""
+    try:
+        return msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        raise ApiError(400, "the request body is no JSON object", code="invalid_value") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _malformed(error, body) from None
+
+
 def decode_prompts(
     raw: msgspec.Raw, most_prompts: int, context_tokens: int, most_tokens: int
 ) -> list[str] | list[list[int]]:

@@ -1,8 +1,12 @@
-"""`AttachedEngine`: an engine process as its agent sees it. The agent calls it; its connection's end is its end."""
+"""`AttachedEngine`: an engine process as its agent sees it. The agent calls it; its connection's end is its end.
+
+A worker of a vLLM server is one, too (`vllm_engine`), with other records.
+"""
 
 import asyncio
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -20,8 +24,15 @@ class EngineGoneError(ConnectionError):
 class AttachedEngine:
     """Used from the agent's asyncio thread."""
 
-    def __init__(self, facts: a.Attach, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        facts: a.Attach,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        decoder: "msgspec.msgpack.Decoder[Any]" = _decoder,
+    ) -> None:
         self.facts = facts
+        self._decoder = decoder
         self.gauges: Figures = {}
         """What the engine said with its last beat."""
         self.heard_s = asyncio.get_running_loop().time()
@@ -30,23 +41,23 @@ class AttachedEngine:
         self._calls: dict[int, asyncio.Future[a.Reply | a.BatchDone]] = {}
         self._gone: EngineGoneError | None = None
 
-    async def listen(self, on_steps: Callable[[a.Steps], None]) -> str:
-        """Pass on what the engine says until it is gone. Returns why; every open call has ended then."""
+    async def listen(self, hear: Callable[[Any], None]) -> str:
+        """Pass on what the engine says unasked until it is gone. Returns why; every open call has ended then."""
         why = "it has closed its connection"
         try:
             while True:
                 n_bytes = body_bytes(await self._reader.readexactly(HEADER_BYTES))
-                message = record(_decoder, await self._reader.readexactly(n_bytes))
+                message = record(self._decoder, await self._reader.readexactly(n_bytes))
                 self.heard_s = asyncio.get_running_loop().time()
                 match message:
                     case a.Beat():
                         self.gauges = message.gauges
-                    case a.Steps():
-                        on_steps(message)
                     case a.Reply() | a.BatchDone():
                         waiting = self._calls.pop(message.call, None)
                         if waiting is not None and not waiting.done():
                             waiting.set_result(message)
+                    case _:
+                        hear(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         except NotAPeerError as error:
@@ -55,7 +66,7 @@ class AttachedEngine:
             self.close(why)
         return why
 
-    def tell(self, message: a.ToEngineProcess) -> None:
+    def tell(self, message: msgspec.Struct) -> None:
         """Send a message that has no answer. Nothing happens when the engine is gone."""
         if self._gone is None:
             self._writer.write(frame(message))

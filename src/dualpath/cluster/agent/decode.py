@@ -13,14 +13,13 @@ still finds its prefix next turn. Only one task frees an attempt's pages: `_deco
 import asyncio
 
 from dualpath.cluster import messages as m
+from dualpath.cluster.agent.admission import Admission
 from dualpath.cluster.agent.attached import EngineGoneError
 from dualpath.cluster.agent.decode_attempt import DecodeAttempt, Persister
 from dualpath.cluster.agent.host import ABANDON_POLL_S, EngineHost
+from dualpath.cluster.agent.vllm_engine import VllmEngine
 from dualpath.cluster.attachment import (
-    Admit,
     Begin,
-    Constrain,
-    Fill,
     Owner,
     Release,
     Reply,
@@ -28,6 +27,7 @@ from dualpath.cluster.attachment import (
     Steps,
     Stop,
 )
+from dualpath.cluster.vllm_attachment import Generated, Told
 from dualpath.core.vocabulary import BLOCK_TOKENS, Cause, EngineId, Side
 from dualpath.kv import StoreError
 from dualpath.spec import metrics
@@ -46,11 +46,14 @@ class DecodeWorker:
         self._copies = named_threads(1, "copies")
         """It waits for the CNIC, which lets the engine's copies through."""
         self._persister = Persister(host, self._copies)
+        self._admission = Admission(host, self._copies)
         self._attempts: dict[Owner, DecodeAttempt] = {}
         self._by_sequence: dict[int, DecodeAttempt] = {}
         self._next_sequence = 0
         self._joined: set[int] = set()
         """Sequences that are still generating."""
+        self._awaits_admission = isinstance(host.attached, VllmEngine)
+        """Whether the engine admits a sequence only when a client has asked it, and so perhaps never."""
         self._peers: set[EngineId] = set()
         """Prefill engines of this epoch: who may touch the buffer."""
         host.gauge_sources.append(self._gauges)
@@ -107,13 +110,15 @@ class DecodeWorker:
 
     async def _decode(self, attempt: DecodeAttempt, message: m.StartDecode) -> None:
         """Decode an attempt whose DE buffer is complete: fill the device, generate, persist, then `Finished`."""
-        attempt.tail_token_ids = [*message.tail_token_ids, message.draw.token_id]
+        attempt.tail_token_ids = list(message.tail_token_ids)
+        if message.draw is not None:
+            attempt.add_token(message.draw.token_id)
         self._by_sequence[attempt.sequence] = attempt
+        computed = range(attempt.hit_blocks, len(attempt.keys))  # of the prompt: from here on generated ones may follow
         try:
             refusal = await self._enter(attempt, message)
-            computed = range(attempt.hit_blocks, len(attempt.keys))
             self._free_pages(attempt, [block for block in attempt.pages if block not in computed])
-            if refusal is not None:
+            if refusal is not None and not attempt.aborted:
                 self._fail(attempt, refusal)
             for block in computed:
                 await self._persister.block_in_buffer(attempt, block)
@@ -125,47 +130,12 @@ class DecodeWorker:
         self._finish(attempt)
 
     async def _enter(self, attempt: DecodeAttempt, message: m.StartDecode) -> Reply | None:
-        """Have the engine take device blocks, copy the pages in and decode. Returns a reply that says why it can't."""
-        engine, sampling = self._host.attached, message.sampling
-        if sampling.is_constrained:
-            made = await engine.call(lambda call: Constrain(call, attempt.owner, sampling, message.history))
-            if made.error:
-                return made
-        admitted = engine.call(
-            lambda call: Admit(
-                call,
-                attempt.sequence,
-                attempt.owner,
-                attempt.prompt_tokens,
-                message.draw.token_id,
-                sampling,
-                message.generated_tokens,
-            )
-        )
-        filled = await self._fill(attempt)
-        replies = [await admitted, *[await one for one in filled]]
-        failed = next((reply for reply in replies if reply.error), None)
+        """Have the engine decode the attempt. Returns a reply that says why it can't."""
+        failed = await self._admission.admit(attempt, message)
         if failed is None and not attempt.aborted:
             self._joined.add(attempt.sequence)
             self._begun(attempt, await self._call(Begin, attempt))
         return failed
-
-    async def _fill(self, attempt: DecodeAttempt) -> "list[asyncio.Future[Reply]]":
-        """Copy the DE buffer to the device through the CNIC, which lets through one Full Block at a time."""
-        layout, loop, fills = self._host.layout, asyncio.get_running_loop(), []
-        blocks = [
-            (block, page, min(BLOCK_TOKENS, attempt.prompt_tokens - block * BLOCK_TOKENS))
-            for block, page in attempt.pages.items()
-        ]
-        at_once = len(blocks) if self._host.config.cluster.cnic_rate is None else 1
-        for first in range(0, len(blocks), at_once):
-            if attempt.aborted:
-                break
-            part = blocks[first : first + at_once]
-            n_bytes = sum(tokens for _, _, tokens in part) * layout.layers * layout.token_bytes
-            await loop.run_in_executor(self._copies, self._host.traffic.local_copy, n_bytes)
-            fills.append(self._host.attached.call(lambda call, part=part: Fill(call, attempt.sequence, part)))  # type: ignore[misc]
-        return fills
 
     def _begun(self, attempt: DecodeAttempt, reply: Reply) -> None:
         if reply.finish_reason is not None:  # the first token was the last
@@ -195,6 +165,20 @@ class DecodeWorker:
         if step:
             self._host.send(m.Tokens(step))
 
+    def on_told(self, _rank: int, told: Told) -> None:
+        """A vLLM server has generated tokens, which it tells its client itself; here they name blocks."""
+        attempt = self._by_sequence.get(told.sequence) if isinstance(told, Generated) else None
+        if attempt is None or attempt.finish_reason is not None:
+            self._host.counters[metrics.ENGINE_STALE_MESSAGES()] += 1
+            return
+        assert isinstance(told, Generated)
+        self._host.counters[metrics.DECODE_TOKENS()] += len(told.token_ids)
+        for token_id in told.token_ids:
+            attempt.add_token(token_id)
+        if told.finish_reason is not None:
+            self._joined.discard(attempt.sequence)
+            attempt.end(told.finish_reason)
+
     def _fail(self, attempt: DecodeAttempt, failed: Reply | SequenceStep) -> None:
         """Stop the attempt's generation; it keeps its pages and blocks until it is aborted."""
         self._stop(attempt)
@@ -206,7 +190,7 @@ class DecodeWorker:
         self._host.send(m.AttemptFailed(*attempt.owner, Cause.COMPUTE_FAILED, failed.error))
 
     def _stop(self, attempt: DecodeAttempt) -> None:
-        if attempt.sequence in self._joined:
+        if attempt.sequence in self._joined or self._awaits_admission:
             self._joined.discard(attempt.sequence)
             self._host.attached.tell(Stop(attempt.sequence))
 

@@ -15,6 +15,7 @@ from typing import Any
 from dualpath.cluster import messages as m
 from dualpath.cluster.agent.attached import AttachedEngine
 from dualpath.cluster.agent.block_io import BlockIO
+from dualpath.cluster.agent.vllm_engine import VllmEngine
 from dualpath.cluster.attachment import AgentConfig, Attach, Attached, Leave, Owner
 from dualpath.cluster.control_link import ComeBack, ControlLink
 from dualpath.core.vocabulary import Role
@@ -48,7 +49,7 @@ def make_pool(facts: Attach, buffer_bytes: int) -> BufferPool:
 class EngineHost:
     """One engine's part of its node. Used from the main asyncio thread unless a method says otherwise."""
 
-    def __init__(self, config: AgentConfig, attached: AttachedEngine, snic: Nic, pool: BufferPool) -> None:
+    def __init__(self, config: AgentConfig, attached: AttachedEngine | VllmEngine, snic: Nic, pool: BufferPool) -> None:
         """Raises ValueError or OSError when the data server can't listen, StoreError for a store that can't be."""
         cluster, facts = config.cluster, attached.facts
         self.config = config

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from dualpath.cluster.agent.attached import AttachedEngine
+from dualpath.cluster.agent.gathering import Gathering
 from dualpath.cluster.agent.host import EngineHost, make_pool
 from dualpath.cluster.agent.layer_threads import LayerThreads
 from dualpath.cluster.agent.member import Member
+from dualpath.cluster.agent.vllm_engine import VllmEngine
 from dualpath.cluster.attachment import LEAVE, LISTENS, AgentConfig, Attach, Leave
 from dualpath.cluster.attachment_frames import Connection, NotAPeerError, first_record
 from dualpath.cluster.siblings import kill_stopped_siblings
+from dualpath.cluster.vllm_attachment import AttachWorker
 from dualpath.kv import StoreError
 from dualpath.spec.log import ROOT, start_log
 from dualpath.transfer.traffic import TrafficManager
@@ -68,6 +71,7 @@ class NodeAgent:
         """By attachment."""
         self.members: set[Member] = set()
         """The engines that are attached."""
+        self._gathering = Gathering()
         self._tasks: set[asyncio.Task[None]] = set()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
@@ -86,6 +90,7 @@ class NodeAgent:
             member.leave("its node stops")
         if self.members:
             await asyncio.wait([member.ended for member in self.members], timeout=STOP_S)
+        self._gathering.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -115,7 +120,7 @@ class NodeAgent:
             logger.warning("a connection to %s is refused: %s", self._config.name, error or "it says nothing")
             accepted.close()
             return
-        if isinstance(first, Attach):
+        if isinstance(first, Attach | AttachWorker):
             await self._attach(first, accepted)
             return
         layers = self._layers.get(first.attachment)
@@ -125,16 +130,25 @@ class NodeAgent:
         accepted.setblocking(True)
         layers.serve(first.way, Connection(accepted))
 
-    async def _attach(self, facts: Attach, accepted: socket.socket) -> None:
-        """Serve one engine until its connection ends or the coordinator dismisses it."""
+    async def _attach(self, said: Attach | AttachWorker, accepted: socket.socket) -> None:
+        """Serve an engine of our own, or with its last worker one of a vLLM server."""
         reader, writer = await asyncio.open_unix_connection(sock=accepted)
-        engine = AttachedEngine(facts, reader, writer)
+        if isinstance(said, Attach):
+            await self._serve(AttachedEngine(said, reader, writer))
+        elif (engine := await self._gathering.add(said, reader, writer)) is not None:
+            await self._serve(engine)
+
+    async def _serve(self, engine: AttachedEngine | VllmEngine) -> None:
+        """Serve one engine until its connection ends or the coordinator dismisses it."""
         try:
             member = await self._member(engine)
         except (OSError, ValueError, StoreError) as error:
             engine.tell(Leave(f"its agent can't serve it: {error}", failed=True, refused=True))
             engine.close(str(error))
             return
+        except BaseException:
+            engine.close("its agent ends")
+            raise
         attachment = uuid.uuid4().hex
         try:
             self._layers[attachment] = member.layers
@@ -145,7 +159,7 @@ class NodeAgent:
             self.members.discard(member)
             self._layers.pop(attachment, None)
 
-    async def _member(self, engine: AttachedEngine) -> Member:
+    async def _member(self, engine: AttachedEngine | VllmEngine) -> Member:
         """Raises OSError, ValueError or StoreError when the engine can't be served."""
         pool = await asyncio.to_thread(make_pool, engine.facts, self._config.cluster.buffer_bytes)
         try:

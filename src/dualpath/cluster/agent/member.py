@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 from dualpath.cluster import messages as m
 from dualpath.cluster import orders as o
@@ -12,6 +13,9 @@ from dualpath.cluster.agent.decode import DecodeWorker
 from dualpath.cluster.agent.host import ABANDON_POLL_S, EngineHost
 from dualpath.cluster.agent.layer_threads import LayerThreads
 from dualpath.cluster.agent.prefill import PrefillWorker
+from dualpath.cluster.agent.vllm_engine import VllmEngine, refuse
+from dualpath.cluster.agent.vllm_prefill import VllmPrefillWorker
+from dualpath.cluster.agent.vllm_probe import measure_tokens_per_s
 from dualpath.cluster.attachment import CarryOut
 from dualpath.cluster.control_link import ABANDONED
 from dualpath.cluster.shared_rows import SharedRows
@@ -24,28 +28,34 @@ class Member:
     def __init__(self, host: EngineHost) -> None:
         self.host = host
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        facts = host.attached.facts
+        engine, facts = host.attached, host.attached.facts
         self._fingerprint = facts.model_fingerprint
         """Of the weights in use."""
         self._read = ""
         self._asleep = False
         self._orders = 0
         """Orders that are not answered yet."""
-        self.worker: PrefillWorker | DecodeWorker
-        if facts.role is Role.PREFILL:
-            self.layers = LayerThreads(SharedRows.attach(facts.rows_path))
-            self.worker = PrefillWorker(host, self.layers)
-        else:
-            self.layers = LayerThreads(None)
+        self._prefill_tokens_per_s = facts.prefill_tokens_per_s
+        self.worker: PrefillWorker | VllmPrefillWorker | DecodeWorker
+        self.layers = LayerThreads(None)
+        if facts.role is Role.DECODE:
             self.worker = DecodeWorker(host)
+        elif isinstance(engine, VllmEngine):
+            self.worker = VllmPrefillWorker(host, engine)
+        else:
+            self.layers = LayerThreads(SharedRows.attach(facts.rows_path))
+            self.worker = PrefillWorker(host, engine, self.layers)
 
     async def serve(self) -> None:
         """Join, and handle the coordinator's messages until the engine is gone or dismissed; then free everything."""
         host = self.host
-        listening = asyncio.create_task(host.attached.listen(self.worker.on_steps))
+        listening = asyncio.create_task(self._listen())
         listening.add_done_callback(lambda ended: host.leave(f"its process is gone: {_reason(ended)}"))
         try:
-            reason = await host.run(self._join_message(), self.handle, self._come_back)
+            if await self._get_ready():
+                reason = await host.run(self._join_message(), self.handle, self._come_back)
+            else:
+                reason = await host.ended
             host.dismiss(reason, failed=reason.startswith(("internal error", ABANDONED)))
         except (ConnectionRefusedError, ValueError) as error:
             host.log(f"can't join: {error}")
@@ -56,6 +66,39 @@ class Member:
             await asyncio.shield(asyncio.gather(listening, asyncio.to_thread(self._free), return_exceptions=True))
             host.link.close()
             self.ended.set_result(None)
+
+    async def _listen(self) -> str:
+        engine, worker = self.host.attached, self.worker
+        if isinstance(engine, VllmEngine):
+            assert not isinstance(worker, PrefillWorker)
+            return await engine.listen(worker.on_told)
+        assert not isinstance(worker, VllmPrefillWorker)
+        return await engine.listen(worker.on_steps)
+
+    async def _get_ready(self) -> bool:
+        """Wait for the HTTP server of a vLLM engine, and measure it. Returns False when it has to leave before.
+
+        Raises ValueError when it can't take part.
+        """
+        engine = self.host.attached
+        if not isinstance(engine, VllmEngine):
+            return True
+        ready = asyncio.create_task(self._measure(engine))
+        try:
+            ends: list[asyncio.Future[Any]] = [ready, self.host.ended]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done() and not ready.cancelled():
+                await ready
+                return True
+            return False  # it is gone, or its node stops
+        finally:
+            ready.cancel()
+            await asyncio.gather(ready, return_exceptions=True)
+
+    async def _measure(self, engine: VllmEngine) -> None:
+        await engine.serves()
+        if engine.facts.role is Role.PREFILL:
+            self._prefill_tokens_per_s = await measure_tokens_per_s(self.host, engine)
 
     def leave(self, reason: str) -> None:
         self.host.leave(reason)
@@ -68,6 +111,9 @@ class Member:
             self.worker.handle(message)
 
     async def _carry_out(self, order: o.EngineOrder) -> None:
+        if isinstance(self.host.attached, VllmEngine):
+            self.host.send(refuse(order))
+            return
         self._orders += 1
         try:
             reply = await self.host.attached.call(lambda call: CarryOut(call, order))
@@ -125,11 +171,19 @@ class Member:
             max_model_len_tokens=facts.max_model_len_tokens,
             vocab_size=facts.vocab_size,
             eos_token_ids=facts.eos_token_ids,
-            prefill_tokens_per_s=facts.prefill_tokens_per_s,
+            prefill_tokens_per_s=self._prefill_tokens_per_s,
             name=facts.name,
             ticket=facts.ticket,
             agent_ticket=host.config.ticket,
+            **self._where(),
         )
+
+    def _where(self) -> dict[str, Any]:
+        """Returns what a `Join` says of a vLLM server."""
+        engine = self.host.attached
+        if not isinstance(engine, VllmEngine):
+            return {}
+        return {"url": engine.said.url, "model": engine.said.model, "dp_rank": engine.said.dp_rank}
 
 
 def _kernel() -> str:

@@ -1,116 +1,49 @@
-"""A prefill engine's requests: their legs, the batches packed under the compute quota, their layers (paper §4.1, §6.2).
+"""A prefill engine's batches: prompts are packed under the compute quota, their layers moved (paper §4.1, §6.2).
 
 An attempt's life here: `LoadLeg` (PE side only) → blocks are read from storage into the PE buffer → `StartPrefill` → a
 wait in core's `PrefillQueue` → one or more chunks, computed by the engine → the PE buffer pages are freed,
-`PrefillDone`. `AbortAttempt` may come at any point: reads and computation in progress end as soon as they can, then the
-agent answers `Released`.
+`PrefillDone`. What has nothing to do with batches is in `prefill_attempts`.
 """
 
 import asyncio
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.agent.attached import EngineGoneError
-from dualpath.cluster.agent.data_channels import DataChannels
-from dualpath.cluster.agent.host import ABANDON_POLL_S, EngineHost
+from dualpath.cluster.agent.attached import AttachedEngine, EngineGoneError
+from dualpath.cluster.agent.host import EngineHost
 from dualpath.cluster.agent.layer_threads import LayerThreads
 from dualpath.cluster.agent.layer_transfers import BatchTransfers, ItemTransfers
 from dualpath.cluster.agent.prefill_attempt import PrefillAttempt, chunk_item
+from dualpath.cluster.agent.prefill_attempts import PrefillAttempts
 from dualpath.cluster.attachment import ChunkResult, Constrain, Forget, Owner, Steps
 from dualpath.core.batching import AttentionCost, Chunk, PrefillQueue
 from dualpath.core.load_plan import chunk_plan
-from dualpath.core.vocabulary import Cause, Leg, Side
-from dualpath.kv import StoreError
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
-from dualpath.transfer.transport import ChannelBusy, TransferCause, TransferError
-
-TRANSFER_ERRORS = (TransferError, ChannelBusy, ConnectionError)
+from dualpath.transfer.transport import TransferCause, TransferError
 
 
-class PrefillWorker:
-    """Handles the coordinator's messages to one prefill engine, on the agent's main thread."""
+class PrefillWorker(PrefillAttempts[PrefillAttempt]):
+    """Of an engine of our own."""
 
-    def __init__(self, host: EngineHost, layers: LayerThreads) -> None:
+    def __init__(self, host: EngineHost, engine: AttachedEngine, layers: LayerThreads) -> None:
+        super().__init__(host)
         cluster = host.config.cluster
-        self._host = host
+        self._engine = engine
         self._layers = layers
         self._queue = PrefillQueue(
-            _attention_cost(host),
+            _attention_cost(engine),
             cluster.quota_ns,
             cluster.max_batch_tokens,
             cluster.max_batch_requests,
             cluster.max_batch_kv_tokens,
         )
-        self._attempts: dict[Owner, PrefillAttempt] = {}
-        self._channels = DataChannels(host)
         self._work = asyncio.Event()
-        host.gauge_sources.append(self._gauges)
         host.spawn(self._run_batches())
 
-    def handle(self, message: m.ToEngine) -> None:
-        match message:
-            case m.LoadLeg():
-                attempt = self._hold((message.request, message.attempt), message.leg)
-                self._host.spawn(self._load(attempt, message))
-            case m.StartPrefill():
-                self._start(message)
-            case m.AbortAttempt():
-                self._abort((message.request, message.attempt))
-            case m.PeerJoined():
-                self._host.spawn(self._meet(message))
-            case m.PeerLost():
-                self._host.spawn(self._channels.drop(message.data_address))
-            case _:
-                raise TypeError(f"a prefill engine was sent {type(message).__name__}")
+    def _new(self, owner: Owner) -> PrefillAttempt:
+        return PrefillAttempt(owner)
 
-    async def _meet(self, message: m.PeerJoined) -> None:
-        """Connect to a new decode engine now: mapping its buffer is slow and would delay a first token."""
-        error = await self._channels.open(message.data_address)
-        if error is not None:
-            self._host.log(f"can't connect to engine {message.engine}: {error}; its first prompt will try again")
-
-    # ── loading ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _hold(self, owner: Owner, leg: Leg) -> PrefillAttempt:
-        """Record the attempt at once, not in the loading task, so that an abort right after finds it."""
-        attempt = self._attempts[owner] = PrefillAttempt(owner)
-        attempt.leg = leg
-        attempt.pages = self._host.pool.allocate(owner, leg.blocks)
-        attempt.busy = True
-        return attempt
-
-    async def _load(self, attempt: PrefillAttempt, message: m.LoadLeg) -> None:
-        faults: list[m.BlockFaultReport] | None = None
-        try:
-            faults = await self._host.blocks.read_leg(
-                message.namespace, message.keys, attempt.pages, lambda: attempt.aborted
-            )
-        except StoreError as error:
-            self._host.log(f"request {message.request} can't be loaded: {error}")
-        attempt.busy = False
-        if attempt.aborted:
-            self._release(attempt)
-        elif faults is None or faults:
-            self._host.send(m.LoadFailed(*attempt.owner, Side.PE, faults or []))
-        else:
-            self._host.send(m.Loaded(*attempt.owner, Side.PE))
-
-    # ── computing ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _start(self, message: m.StartPrefill) -> None:
-        owner = (message.request, message.attempt)
-        attempt = self._attempts.get(owner)
-        loads_here = any(leg.side is Side.PE for leg in message.legs)
-        if loads_here != (attempt is not None) or (attempt is not None and (attempt.aborted or attempt.start)):
-            self._host.counters[metrics.ENGINE_STALE_MESSAGES()] += 1
-            return
-        if attempt is None:
-            attempt = self._attempts[owner] = PrefillAttempt(owner)
-        attempt.start = message
-        attempt.busy = True
-        self._host.spawn(self._enqueue(attempt, message))
-
-    async def _enqueue(self, attempt: PrefillAttempt, message: m.StartPrefill) -> None:
+    async def _prefill(self, attempt: PrefillAttempt, message: m.StartPrefill) -> None:
         """Connect to the decode engine, and have the grammar compiled, before the prompt joins a batch: neither may
         delay others.
         """
@@ -129,7 +62,7 @@ class PrefillWorker:
 
     async def _refusal(self, attempt: PrefillAttempt, message: m.StartPrefill) -> str:
         """Returns why this prompt can't be computed as it asks; empty when it can."""
-        engine, sampling = self._host.attached, message.sampling
+        engine, sampling = self._engine, message.sampling
         if sampling.prompt_logprobs is not None and not engine.facts.scores_prompts:
             return "prompt_logprobs: this model changes what its output head gives, and can't be scored"
         if not sampling.is_constrained:
@@ -185,7 +118,7 @@ class PrefillWorker:
             items.append(chunk_item(chunk, attempt.start))
         self._layers.batch = transfers
         try:
-            done = await self._host.attached.run_batch(items)
+            done = await self._engine.run_batch(items)
         finally:
             self._layers.batch = None
         return done.results if not done.error else [ChunkResult(error=done.error)] * len(chunks)
@@ -202,7 +135,6 @@ class PrefillWorker:
             scores = result.scores
             self._host.send(m.PromptLogprobs(*attempt.owner, scores.token_ids, scores.logprobs, scores.ranks))
         if attempt.aborted:
-            self._queue.remove(*attempt.owner)
             self._release(attempt)
         elif error is not None or result.error:
             self._queue.remove(*attempt.owner)
@@ -215,60 +147,31 @@ class PrefillWorker:
             self._give_back(attempt)
             self._host.send(m.PrefillDone(*attempt.owner, result.draw))
 
-    def _fail(self, attempt: PrefillAttempt, error: Exception) -> None:
-        """Stop the attempt; it keeps its pages until it is aborted."""
-        cause = Cause.TRANSFER_FAILED if isinstance(error, TRANSFER_ERRORS) else Cause.COMPUTE_FAILED
-        self._host.log(f"request {attempt.owner[0]} attempt {attempt.owner[1]} failed: {error!r}")
-        self._host.send(m.AttemptFailed(*attempt.owner, cause, repr(error)))
-
     def on_steps(self, _message: Steps) -> None:
         """A prefill engine makes none."""
 
     # ── giving back ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _abort(self, owner: Owner) -> None:
-        attempt = self._attempts.get(owner)
-        if attempt is None:
-            self._host.send(m.Released(*owner))
-            return
-        attempt.aborted = True
-        if not attempt.busy:
-            self._queue.remove(*owner)
-            self._release(attempt)
-
-    async def abandon(self) -> None:
-        """The coordinator is lost: abort every attempt, and disconnect from decode engines. Ends when all is free."""
-        for owner in list(self._attempts):
-            self._abort(owner)
-        while self._attempts:
-            await asyncio.sleep(ABANDON_POLL_S)
-        await self._channels.drop_all()
-
     def _release(self, attempt: PrefillAttempt) -> None:
-        self._give_back(attempt)
-        self._host.send(m.Released(*attempt.owner, attempt.quiet))
+        self._queue.remove(*attempt.owner)
+        super()._release(attempt)
 
     def _give_back(self, attempt: PrefillAttempt) -> None:
-        if attempt.pages:
-            self._host.pool.free(attempt.owner, attempt.pages)
+        super()._give_back(attempt)
         if attempt.start is not None and attempt.start.sampling.is_constrained:
-            self._host.attached.tell(Forget(attempt.owner))
-        del self._attempts[attempt.owner]
+            self._engine.tell(Forget(attempt.owner))
 
     def _gauges(self) -> Figures:
-        return {
-            metrics.ENGINE_ATTEMPTS(): float(len(self._attempts)),
-            metrics.PREFILL_WAITING_TOKENS(): float(self._queue.waiting_tokens),
-        }
+        return super()._gauges() | {metrics.PREFILL_WAITING_TOKENS(): float(self._queue.waiting_tokens)}
 
     def close(self) -> None:
         """Blocks until transfers in progress have ended."""
-        self._channels.close()
+        super().close()
         self._layers.close()
 
 
-def _attention_cost(host: EngineHost) -> AttentionCost:
-    measured = host.attached.facts.attention
+def _attention_cost(engine: AttachedEngine) -> AttentionCost:
+    measured = engine.facts.attention
     assert measured is not None, "a prefill engine says how long its attention takes"
     return AttentionCost(
         fixed_ns=measured.fixed_ns,

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncGenerator
-from pathlib import Path
+from contextlib import aclosing
+from typing import Any
 
 from dualpath.cluster import messages as m
 from dualpath.cluster import orders as o
@@ -26,18 +27,28 @@ from dualpath.cluster.coordinator.parking import Parking
 from dualpath.cluster.coordinator.prefixes import Prefixes
 from dualpath.cluster.coordinator.retiring import retire
 from dualpath.cluster.coordinator.router_figures import router_figures
+from dualpath.cluster.coordinator.served_model import served_model
 from dualpath.cluster.coordinator.serving import Serving
 from dualpath.cluster.coordinator.store_health import StoreHealth
-from dualpath.cluster.generator import Control, GeneratedTokens, GenerateRequest, ModelFacts, RequestError
+from dualpath.cluster.generator import (
+    Control,
+    GeneratedTokens,
+    GenerateRequest,
+    Handoff,
+    ModelFacts,
+    RequestError,
+    VllmServer,
+)
 from dualpath.core.counts import figures as scheduler_figures
 from dualpath.core.ledger import Holding
 from dualpath.core.scheduler import Scheduler
-from dualpath.core.vocabulary import EngineFacts, EngineId, Role
+from dualpath.core.vocabulary import EngineFacts, EngineId
 from dualpath.kv.keys import BlockKey
 from dualpath.kv.layout import KVLayout
 from dualpath.spec import metrics
 from dualpath.spec.log import ROOT
 from dualpath.spec.metrics import Figures
+from dualpath.spec.timings import Timings
 
 logger = logging.getLogger(f"{ROOT}.cluster")
 
@@ -46,7 +57,7 @@ FLUSH_S = 0.05
 
 
 class Coordinator:
-    """Controls one cluster. Implements `cluster.generator.Generator`.
+    """Controls one cluster. Implements `cluster.generator.Generator`, and `Router` where engines are vLLM servers.
 
     Whoever starts local engines is the `crew`. `control` listens at the control address already, if somebody holds it.
     `weights` (path, version) are those that a coordinator before has served at last.
@@ -142,22 +153,35 @@ class Coordinator:
         assert self._serving is not None, "no prefill engine has joined yet"
         return self._serving
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GeneratedTokens, None]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[GeneratedTokens, None]:
         """See `cluster.generator.Generator.generate`."""
+        return self._stream(request, routed=False)
+
+    def route(self, request: GenerateRequest) -> AsyncGenerator[Handoff | GeneratedTokens, None]:
+        """See `cluster.generator.Router.route`."""
+        return self._stream(request, routed=True)
+
+    async def _stream(self, request: GenerateRequest, routed: bool) -> AsyncGenerator[Any, None]:
         if self._serving is None:
             raise RequestError(503, "no_engine", "no engine has joined yet; try again in a moment", 1.0)
-        serving = self._serving
-        live = await serving.requests.submit(request)
-        try:
-            while True:
-                event = await live.events.get()
-                if isinstance(event, RequestError):
-                    raise event
+        if routed is not self.membership.of_vllm:
+            whose = "vLLM servers: send requests to their router" if self.membership.of_vllm else "no vLLM servers"
+            raise RequestError(501, "wrong_engine", f"this cluster's engines are {whose}")
+        async with aclosing(self._serving.stream(request, routed)) as events:
+            async for event in events:
                 yield event
-                if event.finish_reason is not None:
-                    return
-        finally:
-            serving.requests.cancel(live)
+
+    def hand_off_failed(self, owner: tuple[int, int], why: str) -> None:
+        """See `cluster.generator.Router.hand_off_failed`."""
+        self._founded.hand_off_failed(owner, why)
+
+    def answered(self, owner: tuple[int, int]) -> Timings | None:
+        """See `cluster.generator.Router.answered`."""
+        return self._founded.answered(owner)
+
+    def vllm_servers(self) -> list[VllmServer]:
+        """See `cluster.generator.Router.vllm_servers`."""
+        return self._links.vllm_servers()
 
     # ── for those who look inside (tests, tools) ────────────────────────────────────────────────────────────────────
 
@@ -188,18 +212,7 @@ class Coordinator:
 
     def engines(self) -> list[dict[str, object]]:
         """Returns the engines that have joined, for people."""
-        return [
-            {
-                "engine": link.engine,
-                "name": link.name,
-                "role": link.join.role.value,
-                "node": link.join.node,
-                "pid": link.join.pid,
-                "agent_pid": link.join.agent_pid,
-                "host": link.join.host,
-            }
-            for link in self._links.by_engine.values()
-        ]
+        return [link.for_people() for link in self._links.by_engine.values()]
 
     def gauges(self) -> Figures:
         """See `cluster.generator.Generator.gauges`."""
@@ -226,13 +239,8 @@ class Coordinator:
         return figures
 
     def _router_figures(self, model: str) -> Figures:
-        decode = {
-            engine: link.join.hbm_blocks
-            for engine, link in self._links.by_engine.items()
-            if link.join.role is Role.DECODE
-        }
-        config, statistics = self._config, self._driver.statistics()
-        return router_figures(model, config.dtype, config.prefix_cache, statistics, self._driver.held(), decode)
+        config, statistics, blocks = self._config, self._driver.statistics(), self._links.device_blocks()
+        return router_figures(model, config.dtype, config.prefix_cache, statistics, self._driver.held(), blocks)
 
     # ── membership ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -252,17 +260,7 @@ class Coordinator:
             timeout_s=config.store_timeout_s,
         )
         await prefixes.load()
-        model = ModelFacts(
-            name=config.served_model_name or Path(config.model).name,
-            aliases=config.served_model_aliases,
-            path=self._first_weights[0],
-            max_model_len_tokens=join.max_model_len_tokens,
-            vocab_size=join.vocab_size,
-            eos_token_ids=join.eos_token_ids,
-            defaults=config.generation_defaults(),
-            cluster=config.served(join.layout.layers, join.layout.layers * join.layout.token_bytes),
-            weight_version=self._first_weights[1],
-        )
+        model = served_model(config, join, *self._first_weights)
         self.layout = join.layout
         constants = scheduler_constants(config, join.layout, prefill_tokens_per_s)
         scheduler = Scheduler(config.policy, constants, scheduler_limits(config))

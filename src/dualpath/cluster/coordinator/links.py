@@ -18,6 +18,7 @@ import zmq.asyncio
 from dualpath.cluster.cluster_secret import ClusterSecret
 from dualpath.cluster.control_address import control_listener, stop_listening
 from dualpath.cluster.curve import ServerDoor
+from dualpath.cluster.generator import VllmServer
 from dualpath.cluster.messages import (
     CONTROL_QUEUE_MESSAGES,
     BadMessageError,
@@ -52,6 +53,18 @@ class EngineLink(msgspec.Struct):
     gauges: Figures = {}
     retired: bool = False
     """Whether it has been told to leave because another takes its place."""
+
+    def for_people(self) -> dict[str, object]:
+        join = self.join
+        return {
+            "engine": self.engine,
+            "name": self.name,
+            "role": join.role.value,
+            "node": join.node,
+            "pid": join.pid,
+            "agent_pid": join.agent_pid,
+            "host": join.host,
+        }
 
 
 class EngineLinks:
@@ -105,6 +118,15 @@ class EngineLinks:
         self._admitted[role] += 1
         self.by_engine[link.engine] = link
         return link.engine
+
+    def device_blocks(self) -> dict[EngineId, int]:
+        """Returns each decode engine's device memory in Full Blocks."""
+        links = self.by_engine.items()
+        return {engine: link.join.hbm_blocks for engine, link in links if link.join.role is Role.DECODE}
+
+    def vllm_servers(self) -> list[VllmServer]:
+        joins = [link.join for link in self.by_engine.values() if link.join.url]
+        return [VllmServer(url=join.url, model=join.model, dp_rank=join.dp_rank, role=join.role) for join in joins]
 
     def forget(self, link: EngineLink) -> None:
         self._by_identity.pop(link.identity, None)

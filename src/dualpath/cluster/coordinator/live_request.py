@@ -1,27 +1,28 @@
-"""The coordinator's record of a request: what the client asked, what it got so far, the current attempt, its times.
+"""The coordinator's record of a request: what the client asked, what it got so far, its current attempt (`attempt`).
 
-::
-
-    arrival ──► Prepare ──► Prepared, Load to the PE ──► last Loaded ──► first token ──► last token
-       scheduling      allocation                  read           prefill         decode
-
-The stamps are taken here because core reads no clock; each stamp is one clock read. `order` turns core's commands into
-control messages: core says which engine gets which command, and `order` adds the payload that core does not know.
+`order` turns core's commands into control messages: core says which engine gets which command, and `order` adds the
+payload that core does not know.
 """
 
 import asyncio
 import time
-from collections.abc import Sequence
 
 import msgspec
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, PromptLogprob, RequestError, TokenLogprob
+from dualpath.cluster.coordinator.attempt import Attempt
+from dualpath.cluster.generator import (
+    GeneratedTokens,
+    GenerateRequest,
+    Handoff,
+    PromptLogprob,
+    RequestError,
+    TokenLogprob,
+)
 from dualpath.cluster.messages import Draw
 from dualpath.core.vocabulary import (
     BLOCK_TOKENS,
     Decode,
-    EngineId,
     Leg,
     Load,
     Prefill,
@@ -35,71 +36,19 @@ from dualpath.spec.sampling import finish_reason, token_history
 from dualpath.spec.timings import Timings
 
 
-class Stages(msgspec.Struct):
-    """When one attempt reached each stage, in nanoseconds of the monotonic clock; 0 means not yet."""
-
-    told_ns: int = 0
-    """When `Prepare` was sent."""
-    allocated_ns: int = 0
-    """When the DE answered `Prepared` or the last `Load` was sent, whichever was later."""
-    loaded_ns: int = 0
-    """When the most recent leg arrived."""
-    prefill_engine: str = ""
-    decode_engine: str = ""
-
-    def told(self) -> None:
-        self.told_ns = time.monotonic_ns()
-
-    def allocated(self) -> None:
-        """Some of its blocks are allocated; the last call counts."""
-        self.allocated_ns = time.monotonic_ns()
-
-    def loaded(self) -> None:
-        """One of its legs is loaded; the last call counts."""
-        self.loaded_ns = time.monotonic_ns()
-
-    def timings(self, arrived_ns: int, legs: Sequence[Leg], attempts: int) -> Timings:
-        """Returns the timings of an attempt whose first token is sent now."""
-        now_ns = time.monotonic_ns()
-        ready_ns = max(self.allocated_ns, self.loaded_ns)
-        tokens = {side: sum(leg.blocks for leg in legs if leg.side is side) * BLOCK_TOKENS for side in Side}
-        return Timings(
-            scheduling_s=(self.told_ns - arrived_ns) / 1e9,
-            allocation_s=(self.allocated_ns - self.told_ns) / 1e9,
-            read_s=(ready_ns - self.allocated_ns) / 1e9,
-            prefill_s=(now_ns - ready_ns) / 1e9,
-            decode_s=0.0,
-            prefill_engine=self.prefill_engine,
-            decode_engine=self.decode_engine,
-            pe_read_tokens=tokens[Side.PE],
-            de_read_tokens=tokens[Side.DE],
-            attempts=attempts,
-        )
-
-
-class Attempt(msgspec.Struct):
-    """One attempt at a request. Its prompt is the client's plus all tokens that earlier attempts generated."""
-
-    attempt: int
-    prompt_token_ids: list[int]
-    keys: list[BlockKey]
-    hit_tokens: int
-    legs: list[Leg] = []
-    loaded_legs: int = 0
-    decode_pages: list[int] | None = None
-    first_draw: Draw | None = None
-    prefill_engine: EngineId | None = None
-    decode_engine: EngineId | None = None
-    """Which engines have been told of it: they alone can report about it."""
-    prompt_logprobs: list[PromptLogprob] = []
-    stages: Stages = msgspec.field(default_factory=Stages)
-
-
 class LiveRequest:
-    """A request that the coordinator owns from `submit` until its last event is in `events`."""
+    """A request that the coordinator owns from `submit` until its last event is in `events`.
 
-    def __init__(self, asked: GenerateRequest, arrived_ns: int) -> None:
+    One that is `routed` is answered by a vLLM server: no tokens come here, and each attempt has the client's prompt.
+    """
+
+    def __init__(self, asked: GenerateRequest, arrived_ns: int, routed: bool = False) -> None:
         self.asked = asked
+        self.routed = routed
+        self.ended_as: str | None = None
+        """The finish reason that the decode engine has told of a routed request."""
+        self.owner: tuple[int, int] | None = None
+        """The attempt that was handed off and whose answer counts, also once it has ended well."""
         self._arrived_ns = arrived_ns
         self._first_token_ns = 0
         self._timings: Timings | None = None
@@ -108,7 +57,7 @@ class LiveRequest:
         self.generated: list[int] = []
         self.cached_tokens: int | None = None
         # Bounded by max_tokens + 1 entries, so a slow client never makes the producer wait.
-        self.events: asyncio.Queue[GeneratedTokens | RequestError] = asyncio.Queue()
+        self.events: asyncio.Queue[GeneratedTokens | Handoff | RequestError] = asyncio.Queue()
         self.current: Attempt | None = None
         self.recompute = False
         """True once an engine could not reach the store: later attempts compute the whole prompt."""
@@ -121,10 +70,11 @@ class LiveRequest:
     def leave(self) -> None:
         """It is taken off the engines, to `enter` again later."""
         self._earlier_attempts += self.current.attempt + 1 if self.current is not None else 0
-        self.current = None
+        self.current = self.owner = None
 
     def begin(self, attempt: int, prompt_token_ids: list[int], keys: list[BlockKey], hit_blocks: int) -> RequestFacts:
         """Start an attempt that has `hit_blocks` of its prompt in storage. Returns its facts for core."""
+        self.owner = None
         self.current = Attempt(attempt, prompt_token_ids, keys, hit_blocks * BLOCK_TOKENS)
         return RequestFacts(
             request=self.request,
@@ -152,7 +102,7 @@ class LiveRequest:
     def reason(self) -> str | None:
         """Why generation has ended; None while it goes on."""
         if not self.generated:
-            return None
+            return self.ended_as
         return finish_reason(self.asked.sampling, self.generated[-1], len(self.generated))
 
     @property
@@ -177,9 +127,34 @@ class LiveRequest:
         self._stamp()
         self.events.put_nowait(self._step([draw.token_id], logprobs, prompt_logprobs=scores))
 
+    @property
+    def answered(self) -> bool:
+        """Whether the client has got something."""
+        return self._timings is not None
+
+    def hand_off(self, url: str, model: str, dp_rank: int | None) -> None:
+        """The decode engine that has this URL may be asked now."""
+        assert self.current is not None
+        self.owner = owner = (self.request, self.current.attempt)
+        hit_tokens = self.current.hit_tokens
+        self.events.put_nowait(Handoff(url=url, model=model, dp_rank=dp_rank, owner=owner, cached_tokens=hit_tokens))
+
+    def stamp(self) -> Timings:
+        """The client has got something; see `cluster.generator.Router.answered`."""
+        if self.current is not None:
+            self._stamp()
+        assert self._timings is not None
+        return self._timings
+
     def end(self, outcome: str | RequestError) -> None:
         """Send the last event: a finish reason, or the error that the client gets."""
+        if isinstance(outcome, RequestError):
+            self.owner = None
+        elif self.owner is not None and not self.answered:
+            self._stamp()  # the server was quicker with the end than its answer is on the way to the router
         if isinstance(outcome, str):
+            if self.handed_off and not self.answered:  # the server has finished, and sends its answer
+                self._stamp()
             self.events.put_nowait(self._step([], finish_reason=outcome))
         else:
             self.events.put_nowait(outcome)
@@ -254,9 +229,10 @@ def order(live: LiveRequest, command: Prepare | Load | Prefill | Decode, decode_
                 sampling,
                 live.generated_before,
                 token_history(sampling, live.asked.prompt_token_ids, live.generated),
+                attempt.prompt_token_ids[: attempt.hit_tokens] if live.routed else [],
             )
         case Decode():
-            assert attempt.first_draw is not None
+            assert attempt.prefilled
             tail = attempt.prompt_token_ids[len(attempt.keys) * BLOCK_TOKENS :]
             history = token_history(sampling, live.asked.prompt_token_ids, live.generated)
             return m.StartDecode(*ids, attempt.first_draw, tail, sampling, live.generated_before, history)

@@ -117,6 +117,11 @@ class Membership:
         topology = self._config.topology
         return topology.prefill_engines if role is Role.PREFILL else topology.decode_engines
 
+    @property
+    def of_vllm(self) -> bool:
+        """Whether the engines are vLLM servers."""
+        return self._first is not None and bool(self._first.url)
+
     def join(self, identity: bytes, join: m.Join) -> None:
         """Admit, refuse or hold an engine that asks to join.
 
@@ -167,6 +172,9 @@ class Membership:
         if why is not None:
             return why
         first = self._first
+        if first is not None and bool(join.url) is not bool(first.url):
+            kind = {True: "a vLLM server", False: "an engine of our own"}
+            return f"it is {kind[bool(join.url)]}, and the cluster's first engine is {kind[bool(first.url)]}"
         if first is None or (join.layout, join.model_fingerprint) == (first.layout, first.model_fingerprint):
             return None
         return (
@@ -189,6 +197,7 @@ class Membership:
                 group=0 if join.role is Role.PREFILL else 1,
                 buffer_blocks=join.buffer_blocks,
                 hbm_blocks=join.hbm_blocks,
+                stages=bool(join.url) and join.role is Role.PREFILL,
             )
         )
         self._introduce(link)

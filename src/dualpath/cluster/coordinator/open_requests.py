@@ -37,8 +37,8 @@ class OpenRequests:
     def __len__(self) -> int:
         return len(self.running) + len(self.parking)
 
-    async def submit(self, asked: GenerateRequest) -> LiveRequest:
-        live = LiveRequest(asked, time.monotonic_ns())
+    async def submit(self, asked: GenerateRequest, routed: bool = False) -> LiveRequest:
+        live = LiveRequest(asked, time.monotonic_ns(), routed)
         check_request(asked, self.model)
         await self._enter(live)
         return live
@@ -87,9 +87,12 @@ class OpenRequests:
         return len(chosen)
 
     def suspend(self) -> None:
-        """Take every request off the engines and park it, with the tokens that it has; one that has all is let end."""
+        """Take every request off the engines and park it, with the tokens that it has; one that has all is let end.
+
+        So is one that a vLLM server may be answering already.
+        """
         for live in list(self.running.values()):
-            if live.reason is None:
+            if live.reason is None and live.owner is None:
                 del self.running[live.request]
                 self.prefixes.unpin(live.request)
                 live.leave()

@@ -4,12 +4,17 @@ Core checks the order of reports and drops what comes too late; these checks are
 """
 
 from dualpath.cluster import messages as m
-from dualpath.cluster.coordinator.live_request import Attempt
+from dualpath.cluster.coordinator.attempt import Attempt
 from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, Side
 
 
-def can_report(engine: EngineId, attempt: Attempt, message: m.FromEngine | m.StepTokens, vocab_size: int) -> bool:
-    """Returns False for a report that `engine` can't make about `attempt`, whatever has gone wrong there."""
+def can_report(
+    engine: EngineId, attempt: Attempt, message: m.FromEngine | m.StepTokens, vocab_size: int, routed: bool = False
+) -> bool:
+    """Returns False for a report that `engine` can't make about `attempt`, whatever has gone wrong there.
+
+    `routed`: the engines are vLLM servers, which tell no tokens.
+    """
     prefill, decode = engine == attempt.prefill_engine, engine == attempt.decode_engine
     match message:
         case m.Prepared():
@@ -20,8 +25,9 @@ def can_report(engine: EngineId, attempt: Attempt, message: m.FromEngine | m.Ste
                 return False
             return prefill if message.side is Side.PE else decode
         case m.PrefillDone():
-            ordered = bool(attempt.stages.prefill_engine) and attempt.first_draw is None
-            return prefill and ordered and message.draw.token_id < vocab_size
+            ordered = bool(attempt.stages.prefill_engine) and not attempt.prefilled
+            drawn = message.draw is None if routed else message.draw is not None and message.draw.token_id < vocab_size
+            return prefill and ordered and drawn
         case m.PromptLogprobs():
             rows = len(message.token_ids) == len(message.logprobs) == len(message.ranks)
             return prefill and rows and all(map(_as_long, message.token_ids, message.logprobs))

@@ -6,6 +6,11 @@ makes it a control message (`live_request.order`) or a client's last event. Ther
 An answer's last event is sent after `Finished`, when its blocks are durable: the agent's next turn will hit them.
 """
 
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+from weakref import WeakValueDictionary
+
 from dualpath.cluster import messages as m
 from dualpath.cluster.coordinator.driver import SchedulerDriver
 from dualpath.cluster.coordinator.links import EngineLinks, UnencodableMessageError
@@ -13,7 +18,7 @@ from dualpath.cluster.coordinator.live_request import LiveRequest, order
 from dualpath.cluster.coordinator.open_requests import OpenRequests
 from dualpath.cluster.coordinator.refusals import request_error
 from dualpath.cluster.coordinator.report_checks import can_report
-from dualpath.cluster.generator import RequestError
+from dualpath.cluster.generator import GeneratedTokens, GenerateRequest, RequestError
 from dualpath.core.scheduler import Scheduler
 from dualpath.core.vocabulary import (
     Abort,
@@ -32,7 +37,11 @@ from dualpath.core.vocabulary import (
     Role,
 )
 from dualpath.spec import metrics
+from dualpath.spec.log import ROOT
 from dualpath.spec.metrics import Figures
+from dualpath.spec.timings import Timings
+
+logger = logging.getLogger(f"{ROOT}.cluster")
 
 _OF_ATTEMPTS = (
     m.Prepared, m.Loaded, m.LoadFailed, m.PromptLogprobs, m.PrefillDone, m.AttemptFailed, m.Refused, m.Finished
@@ -55,10 +64,43 @@ class Serving:
         self._driver = driver
         self._unquiet: dict[tuple[RequestId, int], EngineId] = {}
         """PEs whose transfers for an aborted attempt failed half-way; an entry is removed when the DE is told."""
+        self._handed_off: WeakValueDictionary[RequestId, LiveRequest] = WeakValueDictionary()
+        """Requests that a router may ask about: while it listens to them, also when they have ended."""
         self.stale_messages = 0
         self.foreign_messages = 0
         """Reports that their engine can't make."""
         driver.begin(scheduler, self._carry_out)
+
+    # ── what clients, and the router of vLLM servers, ask ───────────────────────────────────────────────────────────
+
+    async def stream(self, request: GenerateRequest, routed: bool) -> AsyncGenerator[Any, None]:
+        """See `cluster.generator.Generator.generate`, and `Router.route` where the request is `routed`."""
+        live = await self.requests.submit(request, routed)
+        try:
+            while True:
+                event = await live.events.get()
+                if isinstance(event, RequestError):
+                    raise event
+                yield event
+                if isinstance(event, GeneratedTokens) and event.finish_reason is not None:
+                    return
+        finally:
+            live.owner = None
+            self.requests.cancel(live)
+
+    def hand_off_failed(self, owner: tuple[int, int], why: str) -> None:
+        """See `cluster.generator.Router.hand_off_failed`."""
+        live = self.requests.running.get(owner[0])
+        if live is not None and live.owner == owner and live.current is not None:
+            engine = live.current.decode_engine
+            assert engine is not None
+            logger.warning("%s does not answer request %d: %s", self._links.by_engine[engine].name, owner[0], why)
+            self._driver.input(lambda s, now: s.attempt_failed(now, *owner, engine, Cause.COMPUTE_FAILED))
+
+    def answered(self, owner: tuple[int, int]) -> Timings | None:
+        """See `cluster.generator.Router.answered`."""
+        live = self._handed_off.get(owner[0])
+        return live.stamp() if live is not None and live.owner == owner else None
 
     # ── what engines report ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -104,7 +146,8 @@ class Serving:
         if live is None or live.current is None or not live.is_current(report.attempt):
             return False
         too_many = isinstance(report, m.StepTokens) and live.reason is not None
-        return too_many or not can_report(engine, live.current, report, self.requests.model.vocab_size)
+        vocab_size = self.requests.model.vocab_size
+        return too_many or not can_report(engine, live.current, report, vocab_size, live.routed)
 
     def _on_released(self, engine: EngineId, message: m.Released) -> None:
         if not message.quiet:
@@ -130,10 +173,11 @@ class Serving:
                 live.recompute |= not message.faults
                 self._driver.input(lambda s, now: s.load_failed(now, *ids, message.side))
             case m.PrefillDone():
-                attempt.first_draw = message.draw
-                if live.cached_tokens is None:
+                attempt.prefilled, attempt.first_draw = True, message.draw
+                if live.cached_tokens is None or live.routed:
                     live.cached_tokens = attempt.hit_tokens
-                live.emit(message.draw)
+                if message.draw is not None:
+                    live.emit(message.draw)
                 self._driver.input(lambda s, now: s.prefill_done(now, *ids))
             case m.PromptLogprobs():
                 live.note_scores(message)
@@ -142,6 +186,7 @@ class Serving:
             case m.AttemptFailed():
                 self._driver.input(lambda s, now: s.attempt_failed(now, *ids, engine, message.cause))
             case m.Finished():
+                live.ended_as = message.finish_reason if live.routed else None
                 self._driver.input(lambda s, now: s.finished(now, *ids))
 
     # ── carrying out commands ───────────────────────────────────────────────────────────────────────────────────────
@@ -188,13 +233,25 @@ class Serving:
             self.requests.give_up(
                 live, RequestError(400, "invalid_value", f"the request can't be sent to an engine: {error}")
             )
+            return
+        if live.routed and isinstance(command, Decode):
+            join = self._links.by_engine[command.engine].join
+            self._handed_off[live.request] = live
+            live.hand_off(join.url, join.model, join.dp_rank)
 
     def _resubmit(self, live: LiveRequest, command: Resubmit) -> None:
-        """Start a new attempt, unless the failed one had generated everything: then only its persisting was lost."""
+        """Start a new attempt, unless the failed one had generated everything: then only its persisting was lost.
+
+        A routed request that a client has got a part of can't go on elsewhere.
+        """
         # A store that has not brought a prefix until the deadline is too slow for it.
         live.recompute |= command.cause is Cause.TIMEOUT and live.reads
         if live.reason is not None:
             self.requests.give_up(live, live.reason)
+            return
+        if live.routed and live.answered:
+            context_tokens = self.requests.model.max_model_len_tokens
+            self.requests.give_up(live, request_error(command.cause, live.asked, context_tokens))
             return
         facts = self.requests.begin(live, command.attempt)
         self._driver.input(lambda s, now: s.resubmit(now, facts))

@@ -55,6 +55,7 @@ class DecodeCompute:
         """Raises whatever the model raises for a call that can't be served."""
         match call:
             case a.Admit():
+                assert call.first_token is not None
                 self._engine.admit(
                     call.sequence,
                     call.prompt_tokens,

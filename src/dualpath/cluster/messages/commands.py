@@ -56,14 +56,16 @@ class StartPrefill(msgspec.Struct, frozen=True, tag=True):
     """Number of tokens that earlier attempts have sent to the client; they are part of this prompt."""
     history: TokenHistory | None = None
     """What the draw must know of earlier tokens, where the sampling asks for it."""
+    hit_token_ids: TokenIds = []
+    """For a vLLM server, which is given the whole prompt: the tokens before `miss_token_ids`."""
 
 
 class StartDecode(msgspec.Struct, frozen=True, tag=True):
-    """DE: the DE buffer is complete; continue from the first token."""
+    """DE: the DE buffer is complete; continue from the first token, which a vLLM server draws itself (None)."""
 
     request: Count
     attempt: Count
-    draw: Draw
+    draw: Draw | None
     tail_token_ids: TokenIds
     """Prompt tokens after the last full block, for the keys of later blocks."""
     sampling: SamplingParams

@@ -51,6 +51,12 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     """How it moves KV: a name of `dualpath.transfer.TRANSPORTS`."""
     kernel: Name = ""
     """The boot id of the kernel that it runs on, which containers of a host share; empty where that is not told."""
+    url: Text = ""
+    """Of a vLLM server: where requests are posted, such as ``http://10.0.0.2:8101``. Empty: an engine of our own."""
+    model: Name = ""
+    """The name by which that server knows its model."""
+    dp_rank: Count | None = None
+    """The engine's number among those behind the same URL; None: it is the only one."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
@@ -95,11 +101,14 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class PrefillDone(msgspec.Struct, frozen=True, tag=True):
-    """PE: the prompt's KV is complete in the DE buffer, and the PE holds nothing of it. Carries the first token."""
+    """PE: the prompt's KV is complete in the DE buffer, and the PE holds nothing of it. Carries the first token.
+
+    A vLLM server gives none: the one that decodes draws it.
+    """
 
     request: Count
     attempt: Count
-    draw: Draw
+    draw: Draw | None
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):

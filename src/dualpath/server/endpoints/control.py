@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dualpath.cluster.generator import Control, GenerateRequest, Inflight, Memory, RequestError
+from dualpath.server.door import Door, Route, json_response
 from dualpath.server.errors import ApiError, bad_parameter
-from dualpath.server.service import Route, Service, json_response
 from dualpath.spec.sampling import SamplingParams
 
 _VERSION = re.compile(r'[^"\\\x00-\x1f\x7f]{1,128}')
@@ -77,7 +77,7 @@ class Tags(msgspec.Struct, kw_only=True):
     tags: list[Memory] | None = None
 
 
-def routes(service: Service) -> list[Route]:
+def routes(service: Door) -> list[Route]:
     api = _Control(service)
     changes: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/pause": api.pause,
@@ -105,7 +105,7 @@ def routes(service: Service) -> list[Route]:
 
 
 class _Control:
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Door) -> None:
         self._service = service
 
     @property

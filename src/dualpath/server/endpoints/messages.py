@@ -7,8 +7,9 @@ from starlette.responses import Response
 
 from dualpath.server.anthropic.answer import MessagesWriter
 from dualpath.server.anthropic.request import CountTokensRequest, MessagesRequest, as_chat
+from dualpath.server.door import Route, json_response
 from dualpath.server.errors import in_words_of_client
-from dualpath.server.service import Route, Service, json_response
+from dualpath.server.service import Service
 
 _WORDS = {
     r"response_format\.json_schema": "output_config.format",

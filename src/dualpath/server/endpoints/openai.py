@@ -7,9 +7,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dualpath.server.answers import ChatWriter, CompletionWriter
+from dualpath.server.door import Route, json_response
 from dualpath.server.errors import bad_parameter
 from dualpath.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from dualpath.server.service import Route, Service, json_response
+from dualpath.server.service import Service
 
 
 def routes(service: Service) -> list[Route]:

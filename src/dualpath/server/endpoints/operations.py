@@ -7,10 +7,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dualpath import __version__
-from dualpath.server.service import Route, Service, json_response
+from dualpath.server.door import Door, Route, json_response
 
 
-def routes(service: Service) -> list[Route]:
+def routes(service: Door) -> list[Route]:
     async def health(_request: Request) -> Response:
         facts = service.generator.health()
         return json_response(facts, 503 if facts["status"] == "unavailable" else 200)

@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from dualpath.server.door import Route, json_response
 from dualpath.server.errors import bad_parameter, in_words_of_client
 from dualpath.server.http import api_key
 from dualpath.server.protocol import ChatRequest
@@ -14,7 +15,7 @@ from dualpath.server.responses.answer import Keep, ResponsesWriter
 from dualpath.server.responses.request import InputTokensRequest, ResponsesRequest, as_chat, own_items
 from dualpath.server.responses.store import Owner, ResponseStore
 from dualpath.server.responses.tools import Tools
-from dualpath.server.service import Route, Service, json_response
+from dualpath.server.service import Service
 
 _WORDS = {
     r"response_format\.json_schema\.schema": "text.format.schema",

@@ -11,11 +11,12 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from dualpath.server.door import Route
 from dualpath.server.errors import bad_parameter, in_words_of_client
 from dualpath.server.protocol import CompletionRequest, StreamOptions, decode_body
 from dualpath.server.requests import CheckedRequest
 from dualpath.server.rollout_writers import SglangWriter, VllmWriter
-from dualpath.server.service import Route, Service
+from dualpath.server.service import Service
 from dualpath.server.unsupported import refuse_unsupported
 
 AS_SAMPLED = "processed_logprobs"

@@ -13,9 +13,23 @@ from typing import NamedTuple
 
 import msgspec
 
-DEADLINE_S = 60.0
-"""By then a request has its tokens or an error."""
 VOCABULARY = 250
+
+
+class Waits:
+    """How long is waited for what; a run has one kind of engine."""
+
+    answer_s = 60.0
+    """By then a request has its tokens or an error."""
+    start_s = 120.0
+    served_again_s = 30.0
+
+    def for_vllm(self) -> None:
+        """Its servers take most of a minute to start, beside each other minutes; a request may wait for one."""
+        self.answer_s, self.start_s, self.served_again_s = 300.0, 600.0, 240.0
+
+
+WAITS = Waits()
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -87,7 +101,7 @@ class Asked(threading.Thread):
         self.answer.seconds = time.monotonic() - began
 
     def _stream(self, body: str) -> None:
-        with closing(HTTPConnection(self._address, timeout=DEADLINE_S)) as connection:
+        with closing(HTTPConnection(self._address, timeout=WAITS.answer_s)) as connection:
             connection.connect()
             self._socket = connection.sock
             connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
@@ -96,7 +110,7 @@ class Asked(threading.Thread):
                 self.answer.error = _code(response.read())
                 return
             for line in response:
-                self.may_read.wait(DEADLINE_S)
+                self.may_read.wait(WAITS.answer_s)
                 time.sleep(self.pace_s)
                 if line == b"data: [DONE]\n":
                     return
@@ -122,9 +136,9 @@ class Asked(threading.Thread):
             self.answer.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 
     def wait(self) -> Answer:
-        self.join(DEADLINE_S)
+        self.join(WAITS.answer_s)
         if self.is_alive():
-            return Answer(self.answer.tokens, 0, f"late: no end after {DEADLINE_S:.0f} s", DEADLINE_S)
+            return Answer(self.answer.tokens, 0, f"late: no end after {WAITS.answer_s:.0f} s", WAITS.answer_s)
         return self.answer
 
 
@@ -194,7 +208,7 @@ class Load:
     def stop(self) -> None:
         self._stopped.set()
         for thread in self._threads:
-            thread.join(DEADLINE_S)
+            thread.join(WAITS.answer_s)
 
 
 def until(condition: Callable[[], object], seconds: float, poll_s: float = 0.05) -> bool:

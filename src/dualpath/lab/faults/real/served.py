@@ -15,9 +15,8 @@ from pathlib import Path
 import msgspec
 
 from dualpath.lab.faults.matrix import Victim
-from dualpath.lab.faults.real.asking import until
+from dualpath.lab.faults.real.asking import WAITS, until
 
-START_S = 120.0
 STOP_S = 20.0
 HELD = re.compile(
     r"^(dualpath_(?:scheduler_requests|scheduler_draining_\w+|scheduler_overdue_releases|buffer_held_blocks|"
@@ -72,7 +71,7 @@ class Served:
                 start_new_session=True,
             )
         try:
-            until(lambda: self._ready.exists() or self._process.poll() is not None, START_S)
+            until(lambda: self._ready.exists() or self._process.poll() is not None, WAITS.start_s)
         except BaseException:
             self.__exit__()
             raise
@@ -146,12 +145,13 @@ class Served:
         return [f"{series} {value}" for series, value in found if float(value)] if found else ["no figures"]
 
     def pids(self) -> list[int]:
-        """Returns the process and its descendants, and what their deaths have left in its session."""
-        found = []
+        """Returns the process and its descendants, and what their deaths have left: all have its temporary folder."""
+        mark, found = f"TMPDIR={self._temporary.name}\0".encode(), []
         for entry in Path("/proc").iterdir():
             with suppress(OSError, ValueError):
-                if os.getsid(int(entry.name)) == self._process.pid:
-                    found.append(int(entry.name))
+                pid = int(entry.name)
+                if os.getsid(pid) == self._process.pid or mark in (entry / "environ").read_bytes():
+                    found.append(pid)
         return found
 
     def resources(self) -> Resources:

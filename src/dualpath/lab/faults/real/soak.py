@@ -14,11 +14,11 @@ from statistics import median
 import msgspec
 
 from dualpath.lab.faults.matrix import Combination, Fault, Phase, Victim
-from dualpath.lab.faults.real.asking import Asked, Load, Prompt, Turn, until, verdict
+from dualpath.lab.faults.real.asking import WAITS, Asked, Load, Prompt, Turn, until, verdict
 from dualpath.lab.faults.real.harm import Scene, Skip, files_in, harm, place_of
 from dualpath.lab.faults.real.served import Resources
 from dualpath.lab.faults.real.stages import stage_of
-from dualpath.lab.faults.real.trial import BACKGROUND, LET_GO_S, SERVED_AGAIN_S, Bench, Needs
+from dualpath.lab.faults.real.trial import BACKGROUND, LET_GO_S, Bench, Needs
 
 MINUTE_S = 60.0
 PAUSE_S = 0.25
@@ -141,8 +141,8 @@ class _Soaking:
         soak.verdicts[said] += 1
         if said.startswith("WRONG"):
             soak.found.append(f"{name}: {said}")
-        if not until(lambda: self._bench.is_served(scene.cluster), SERVED_AGAIN_S, 0.5):
-            soak.found.append(f"{name}: not served again, or not whole, {SERVED_AGAIN_S:.0f} s after it healed")
+        if not until(lambda: self._bench.is_served(scene.cluster), WAITS.served_again_s, 0.5):
+            soak.found.append(f"{name}: not served again, or not whole, {WAITS.served_again_s:.0f} s after it healed")
         load.may_break = False
 
     def _look(self) -> Asked:

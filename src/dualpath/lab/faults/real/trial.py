@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from dualpath.lab.experiments.conditions import ENGINES
 from dualpath.lab.faults.matrix import PARTITIONS, Combination, Fault, Phase, Victim
-from dualpath.lab.faults.real.asking import Answer, Asked, Load, Prompt, Turn, until, verdict
+from dualpath.lab.faults.real.asking import WAITS, Answer, Asked, Load, Prompt, Turn, until, verdict
 from dualpath.lab.faults.real.harm import Place, Scene, Skip, harm, place_of, small_disk
 from dualpath.lab.faults.real.namespaces import Namespaced
 from dualpath.lab.faults.real.served import Resources, Served, StartError
@@ -30,7 +31,6 @@ from dualpath.lab.testbed.object_server import ObjectServer
 from dualpath.lab.testbed.plan import Rates, make_plan
 from dualpath.spec.topology import Topology
 
-SERVED_AGAIN_S = 30.0
 LET_GO_S = 20.0
 CROWDED = (Phase.QUEUED, Phase.ALLOCATING)
 """There is no room at any engine, and nobody is served around anything."""
@@ -41,6 +41,12 @@ TURNS = 8
 OWN_FILES = ("folder", "disk")
 """Where a fault of the store is one of its files."""
 TESTBED, SUBNET = "faults", "10.91"
+MODEL = """\
+import sys
+from dualpath.model.checkpoint import make_checkpoint
+make_checkpoint(sys.argv[1], "qwen3", num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+"""
+"""A tiny model whose heads are large enough for vLLM's attention on a CPU."""
 PROBE = Prompt(1024, 40, 8, 0, prefix=1)
 """Its blocks are acknowledged before any fault, and no fault is aimed at them."""
 BACKGROUND = [Prompt(0, 150 + 10 * n, 12, -1 - n) for n in range(6)]
@@ -80,8 +86,13 @@ def needs_of(at: Combination) -> Needs:
 class Bench:
     """A checkpoint, a store with known blocks in it, and the right tokens of every prompt."""
 
-    def __init__(self, work: Path, topology: str, hold_s: float, extra: Sequence[str] = ()) -> None:
+    def __init__(
+        self, work: Path, topology: str, hold_s: float, extra: Sequence[str] = (), engine: str = ENGINES[0]
+    ) -> None:
         self.work = work
+        self._engine = () if engine == ENGINES[0] else ("--engine", engine)
+        if engine == "vllm":
+            WAITS.for_vllm()
         self.size = Topology.parse(topology)
         self.hold_s = hold_s
         self.right: dict[Prompt, list[int]] = {}
@@ -95,12 +106,12 @@ class Bench:
         given = ["--model", str(self.work / "model"), "--store", store, "--topology", str(self.size), *more]
         sizes = [] if "--buffer" in given else ["--buffer", "64MiB"]
         sizes += [] if "--hbm" in given else ["--hbm", "64MiB"]
-        return [*given, *sizes, *self._extra]
+        return [*given, *sizes, *self._engine, *self._extra]
 
     def prepare(self, stages: Sequence[Stage], chats: int = 0) -> None:
         """Learn the right tokens from a healthy cluster, in a namespace of their own; store the prefixes. Raises
         StartError."""
-        model = [sys.executable, "-m", "dualpath", "checkpoint", str(self.work / "model")]
+        model = [sys.executable, "-c", MODEL, str(self.work / "model")]
         subprocess.run(model, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         with Served(self.options(str(self._primed)), self.work) as cluster:
             longest = max((stage.look for stage in stages), key=lambda prompt: prompt.hit, default=PROBE)
@@ -197,7 +208,7 @@ class Bench:
             other.hang_up()
         trial.looked_at = verdict(look.wait(), self.right[look.prompt], may_break)
         healed_s = time.monotonic()
-        if until(lambda: self.is_served(cluster), SERVED_AGAIN_S, 0.5):
+        if until(lambda: self.is_served(cluster), WAITS.served_again_s, 0.5):
             trial.served_again_s = round(time.monotonic() - healed_s, 1)
         load.stop()
         trial.others = dict(load.verdicts)
@@ -227,7 +238,7 @@ class Bench:
         found += [trial.looked_at] if trial.looked_at.startswith("WRONG") else []
         found += [f"{n} others: {text}" for text, n in trial.others.items() if text.startswith("WRONG")]
         if trial.served_again_s < 0:
-            found.append(f"not served again, or not whole, {SERVED_AGAIN_S:.0f} s after it healed")
+            found.append(f"not served again, or not whole, {WAITS.served_again_s:.0f} s after it healed")
         elif (cached := Asked(cluster.address, PROBE).wait().cached) < PROBE.hit:
             found.append(f"acknowledged blocks are lost: {cached} of {PROBE.hit} tokens hit")
         if not until(lambda: not cluster.held(), LET_GO_S, 0.5):

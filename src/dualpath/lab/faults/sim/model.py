@@ -30,7 +30,8 @@ from dualpath.lab.faults.sim.work import EngineWork
 class ModelCluster:
     """A driver with its engines, around a scheduler (or one that keeps a journal)."""
 
-    def __init__(self, core: Scheduler | JournaledScheduler, fetch_interval_ns: int) -> None:
+    def __init__(self, core: Scheduler | JournaledScheduler, fetch_interval_ns: int, staging: bool = False) -> None:
+        """With `staging`, every second prefill engine stages (`EngineFacts.stages`)."""
         self.core = core
         self.fetch_interval_ns = fetch_interval_ns
         self.now = 0
@@ -47,6 +48,7 @@ class ModelCluster:
         """True while what is said goes to `under_way`."""
         self._work = EngineWork(self.requests, self.jobs, self.say)
         self._next_engine = 0
+        self._staging = staging
 
     # ── inputs ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -59,7 +61,9 @@ class ModelCluster:
             for other in self.engines.values():
                 if other.facts.role is role:
                     node, group = other.facts.node, other.facts.group
-        facts = EngineFacts(engine, role, node, group, buffer_blocks, hbm_blocks if role is Role.DECODE else 0)
+        prefills = role is Role.PREFILL
+        stages = self._staging and prefills and engine % 2 == 0
+        facts = EngineFacts(engine, role, node, group, buffer_blocks, 0 if prefills else hbm_blocks, stages)
         self.engines[engine] = ModelEngine(facts)
         self.core.engine_joined(self.now, facts)
         self.carry_out()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dualpath.core.vocabulary import Abort, Cause, Command, Decode, Load, Prefill, Prepare, Role, Side
+from dualpath.core.vocabulary import BLOCK_TOKENS, Abort, Cause, Command, Decode, Load, Prefill, Prepare, Role, Side
 from dualpath.lab.faults.matrix import Phase
 from dualpath.lab.faults.sim.engines import Job, Key, ModelEngine, ModelRequest
 
@@ -22,6 +22,7 @@ class EngineWork:
             case Load():
                 self._load(engine, command)
             case Prefill():
+                self._stage(engine, command)
                 self._job(engine, command, Phase.PREFILLING, self._prefilling(engine, command))
             case Decode():
                 self._job(engine, command, Phase.ADMITTING, self._decoding(engine, command))
@@ -68,6 +69,14 @@ class EngineWork:
             self.say(command.engine, "loaded" if success else "load_failed", *key, command.leg.side)
 
         self._job(engine, command, Phase.READING, work)
+
+    def _stage(self, engine: ModelEngine, command: Prefill) -> None:
+        """Take what the prompt needs beside the blocks of a leg, where the engine stages."""
+        request = self.requests[command.request]
+        if engine.facts.stages and request.facts.attempt == command.attempt:
+            key = (command.request, command.attempt)
+            engine.drop(key)
+            engine.take_buffer(key, -(-request.facts.prompt_tokens // BLOCK_TOKENS))
 
     def _prefilling(self, engine: ModelEngine, command: Prefill) -> Callable[[bool], None]:
         """Compute, then ship."""

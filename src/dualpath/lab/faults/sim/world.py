@@ -42,10 +42,12 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     system: str
     tight: bool
     """Small α and β: requests wait for engines more often."""
+    staging: bool = False
+    """Every second prefill engine stages whole prompts."""
 
     @classmethod
     def draw(cls, rng: random.Random) -> "Setting":
-        return cls(system=rng.choice(CLUSTERS), tight=rng.random() < 0.5)
+        return cls(system=rng.choice(CLUSTERS), tight=rng.random() < 0.5, staging=rng.random() < 0.5)
 
 
 _ORDINARY = {
@@ -96,7 +98,7 @@ class World:
             replacement_ns=5 * INTERVAL_NS,
         )
         self.core = make(find_system(setting.system).policy, constants, limits)
-        self.cluster = ModelCluster(self.core, INTERVAL_NS)
+        self.cluster = ModelCluster(self.core, INTERVAL_NS, setting.staging)
         self.hit: Counter[Combination] = Counter() if hit is None else hit
         self._injections = Injections(self.cluster, self.hit)
         self.steps: dict[str, Callable[[Step], None]] = {name: getattr(self, f"_{name}") for name in _ORDINARY}

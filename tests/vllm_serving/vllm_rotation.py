@@ -9,6 +9,4 @@ def each_in_turn(facts: PathFacts) -> int:
     return (facts.hit_blocks, 0, facts.hit_blocks // 2)[facts.turn % 3]
 
 
-ROTATION = System(
-    name="rotation", summary="every path in turn", policy=Policy(read_path="tests.vllm_serving.rotation:each_in_turn")
-)
+ROTATION = System(name="rotation", summary="every path in turn", policy=Policy(read_path="vllm_rotation:each_in_turn"))

@@ -87,7 +87,7 @@ def cluster(
     command += ["--store", where / "store", "--port", "0", "--ready-file", ready, "--hbm", "128MiB"]
     command += ["--buffer", "128MiB", "--join-timeout", str(START_S), *options, "--", *COMMON, *vllm]
     with log.open("ab") as file:
-        environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+        environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{Path(__file__).parent}"}
         process = subprocess.Popen(
             list(map(str, command)), stdout=file, stderr=file, env=environment, start_new_session=True
         )
