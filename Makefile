@@ -71,8 +71,8 @@ $(LIGHT)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test-vllm: setup setup-vllm ## The tests of serving on vLLM: in its own processes, and from outside (15 minutes)
-	$(VLLM)/bin/python -m pytest -m vllm tests/vllm
-	$(BIN)/python -m pytest -m vllm --ignore=tests/vllm
+	$(VLLM)/bin/python -m pytest tests/vllm
+	$(BIN)/python -m pytest -m vllm
 
 format: setup ## Rewrite the code in the house format
 	$(BIN)/ruff format src tests benchmarks examples

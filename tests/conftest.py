@@ -8,11 +8,8 @@ from pathlib import Path
 
 import pytest
 
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 CORE = Path(__file__).parent / "core"
-INSIDE_VLLM = Path(__file__).parent / "vllm"
-"""Its marked tests import vLLM."""
 TOGETHER = (
     "tests/end_to_end/test_join.py",
     "tests/end_to_end/test_real_model.py",
@@ -100,8 +97,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if CORE in item.path.parents:
             item.add_marker("core")
-        if not HAS_VLLM and INSIDE_VLLM in item.path.parents and item.get_closest_marker("vllm") is not None:
-            item.add_marker(pytest.mark.skip("needs vLLM (`make test-vllm`)"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -72,6 +72,9 @@ def main(ill: str) -> None:
         told = {"argv": sys.argv, "environment": dict(os.environ), "session": os.getsid(0)}
         (notes / str(os.getpid())).write_text(json.dumps(told))
         print(f"{PREFIX} Starting vLLM server on http://x", flush=True)
+        if ill == "refused":
+            why = "it refuses: it can't join: another model"
+            print(f"{PREFIX} the agent at /a.sock is not there ({why}); vLLM serves on without it", flush=True)
         server.timeout = 0.1
         while not (notes / "crash").exists():
             server.handle_request()

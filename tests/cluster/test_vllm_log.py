@@ -2,7 +2,7 @@
 
 import pytest
 
-from dualpath.cluster.vllm_log import reason_in, step_of
+from dualpath.cluster.vllm_log import reason_in, step_of, without_agent
 
 CORE = "(EngineCore pid=779) ERROR 11-29 17:08:00 [core.py:1510]"
 AFTERWARDS = (
@@ -56,3 +56,15 @@ def test_steps() -> None:
     said = "(Worker pid=28634) INFO 11-29 16:59:06 [default_loader.py:501] Loading weights took 0.01 seconds"
     assert step_of(said) == "makes room for KV"
     assert step_of("(APIServer pid=1) INFO 11-29 16:58:41 [api_utils.py:347]") is None
+
+
+def test_what_the_connector_says_of_its_agent() -> None:
+    line = (
+        "(Worker pid=1) WARNING 11-29 [agent_link.py:106] the agent at /a.sock is not there ({}); vLLM serves on"
+    )
+    said = [f"{line.format(why)} without it" for why in ("[Errno 2] No such file", "it refuses: it can't join: no (x)")]
+    assert [without_agent(each) for each in said] == [
+        ("[Errno 2] No such file", False),
+        ("it can't join: no (x)", True),
+    ]
+    assert without_agent("attached to the agent at /a.sock") is None

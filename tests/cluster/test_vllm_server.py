@@ -143,6 +143,7 @@ def test_what_a_server_is_given(short_tmp_path: Path, role: Role) -> None:
 @pytest.mark.parametrize(
     ("ill", "reason"),
     [
+        ("refused", "can't run: it can't join: another model"),
         ("usage", "can't run: vLLM: unrecognized arguments: --foo"),
         ("fails", "can't run: vLLM: No available memory for the cache blocks. Try increasing it."),
     ],

@@ -21,7 +21,7 @@ from dualpath.server import bind
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("DUALPATH_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 START_S = 240.0
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON.exists(), reason="needs vLLM in .venv-vllm")]
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON.exists(), reason="needs vLLM in .venv-vllm")]
 
 SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}

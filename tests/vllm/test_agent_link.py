@@ -9,6 +9,7 @@ import pytest
 
 from dualpath.cluster.attachment import Attach, Leave, Reply
 from dualpath.cluster.vllm_attachment import AttachWorker, Drop
+from dualpath.cluster.vllm_log import without_agent
 from dualpath.core.vocabulary import Role
 from dualpath.transfer.pool import MappedPages
 from dualpath.vllm import agent_link
@@ -88,7 +89,8 @@ def test_an_agent_that_is_gone_and_back(tmp_path: Path, link: AgentLink, worker:
 
 def test_an_agent_that_refuses(tmp_path: Path, link: AgentLink, caplog: pytest.LogCaptureFixture) -> None:
     agent = ScriptedAgent(tmp_path / "agent", refusal=Leave("another model", failed=True, refused=True)).start()
-    wait_until(lambda: "it says: another model" in caplog.text, "the refusal is in the log")
+    wait_until(lambda: "another model" in caplog.text, "the refusal is in the log")
+    assert [without_agent(said) for said in caplog.messages] == [("another model", True)]  # who started vLLM reads it
     agent.stop()
 
 

@@ -39,7 +39,12 @@ def sessions_below(pid: int) -> list[int]:
 
 
 def chat(url: str) -> Any:
-    body = {"model": NAME, "messages": [{"role": "user", "content": "What is a cache? " * 40}], "max_tokens": 8}
+    body: dict[str, Any] = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": "What is a cache? " * 40}],
+        "max_tokens": 8,
+    }
+    body["ignore_eos"] = True
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
     return answer.json() if answer.status_code == 200 else None
 

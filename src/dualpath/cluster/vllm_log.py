@@ -16,6 +16,9 @@ _STEPS = (
     ("init engine (", "has its engine"),
     ("Starting vLLM", "starts its HTTP server"),
 )
+_NO_AGENT = re.compile(r"the agent at \S+ is not there \((?P<why>.*)\); vLLM serves on without it")
+"""The connector's own line, `vllm.agent_link`."""
+_REFUSES = "it refuses: "
 _PREFIX = re.compile(r"^(?:\([\w-]+ pid=\d+\) ?)?(?:(?:ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
 """Which process says it, when, and where in the code."""
 _ERROR = re.compile(r"^(?:[a-zA-Z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b: *(?P<message>.*)")
@@ -28,6 +31,12 @@ _LONGEST_REASON = 500
 def step_of(line: str) -> str | None:
     """Returns what a server does now, if the line says that."""
     return next((step for words, step in _STEPS if words in line), None)
+
+
+def without_agent(line: str) -> tuple[str, bool] | None:
+    """Returns why an engine is no part of the cluster, and whether that is for good; None if the line says nothing."""
+    found = _NO_AGENT.search(line)
+    return None if found is None else (found["why"].removeprefix(_REFUSES), found["why"].startswith(_REFUSES))
 
 
 def reason_in(lines: Iterable[str]) -> str:

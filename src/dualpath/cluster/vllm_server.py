@@ -26,7 +26,7 @@ from dualpath.cluster.attachment import LEAVE
 from dualpath.cluster.children import SIGNALS_OF_THE_PARENT, end_with_parent
 from dualpath.cluster.parts import CAN_NOT_RUN
 from dualpath.cluster.sessions import end_session
-from dualpath.cluster.vllm_log import reason_in, step_of
+from dualpath.cluster.vllm_log import reason_in, step_of, without_agent
 from dualpath.spec.log import ROOT, start_log
 from dualpath.spec.private_files import private_opener
 
@@ -101,6 +101,8 @@ class _Server:
         self._partial = b""
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._serves = False
+        self._refused = ""
+        """Why the agent will not have it."""
 
     def run(self) -> str:
         """Returns why it has ended."""
@@ -121,12 +123,12 @@ class _Server:
         os.set_blocking(process.stdout.fileno(), False)
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
-            while process.poll() is None:
+            while process.poll() is None and not self._refused:
                 if selector.select(LOOK_S) and not self._read(process.stdout.fileno()):
                     time.sleep(LOOK_S)  # it has closed its output, which stays readable
                 self._look_whether_it_serves()
         self._read(process.stdout.fileno())
-        return self._why(process.returncode)
+        return f"{CAN_NOT_RUN}{self._refused}" if self._refused else self._why(process.returncode)
 
     def leave(self) -> None:
         """Have it end; what does not end in time is killed with the session."""
@@ -166,6 +168,11 @@ class _Server:
         step = None if self._serves else step_of(line)
         if step is not None:
             self._say(step)
+        alone = without_agent(line)
+        if alone is not None:
+            why, for_good = alone
+            self._say(f"has no agent: {why}")
+            self._refused = why if for_good else ""
 
     def _look_whether_it_serves(self) -> None:
         if self._serves:

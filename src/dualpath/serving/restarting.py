@@ -29,16 +29,27 @@ LAST_WORDS_S = 20.0
 
 
 class RollingRestart:
-    """One at a time. `timeout_s` bounds a start, `patience_s` how long requests in hand may take."""
+    """One restart at a time. `timeout_s` bounds a start, `patience_s` how long requests in hand may take.
+
+    With `one_at_a_time` an engine's device has no room for two: the old one ends first, and requests wait.
+    """
 
     def __init__(
-        self, supervisor: Supervisor, server: ServerPart, nodes: list[NodeParts], *, timeout_s: float, patience_s: float
+        self,
+        supervisor: Supervisor,
+        server: ServerPart,
+        nodes: list[NodeParts],
+        *,
+        timeout_s: float,
+        patience_s: float,
+        one_at_a_time: bool = False,
     ) -> None:
         self._supervisor = supervisor
         self._server = server
         self._nodes = nodes
         self._timeout_s = timeout_s
         self._patience_s = patience_s
+        self._one_at_a_time = one_at_a_time
         self._turn = asyncio.Lock()
 
     async def run(self, say: Say) -> None:
@@ -60,7 +71,7 @@ class RollingRestart:
         of_role = Counter(_role(engine.name) for other in self._nodes for engine in other.engines)
         for engine in node.engines:
             say(f"restarts {engine.name}")
-            alone = of_role[_role(engine.name)] == 1
+            alone = of_role[_role(engine.name)] == 1 and not self._one_at_a_time
             await self._supervisor.replace(engine.name, self._retire_engine, first=alone, timeout_s=self._timeout_s)
         await asyncio.to_thread(old.kill)
 
@@ -71,6 +82,8 @@ class RollingRestart:
         answer = await self._server.answer(old, w.Retired, self._patience_s + LAST_WORDS_S)
         if answer.error:
             raise ReplaceError(f"{old.name} stays: {answer.error}")
+        if old.leads_session:  # a server of vLLM, which serves on without its cluster
+            await asyncio.to_thread(old.kill)
 
     async def _retire_server(self, old: Child, new: Child | None) -> None:
         assert new is not None

@@ -99,6 +99,7 @@ class SupervisedCluster:
             nodes,
             timeout_s=config.join_timeout_s,
             patience_s=config.request_deadline_ns / 1e9,
+            one_at_a_time=config.engine == "vllm",
         )
         self._orders = OrdersSocket({RESTART: self._restart_all})
         self._signals = 0
@@ -160,8 +161,6 @@ class SupervisedCluster:
     async def _restart_all(self, say: Say) -> None:
         if self._signals:
             raise ReplaceError("the server is shutting down")
-        if self._config.engine == "vllm":
-            raise ReplaceError("servers of vLLM are not restarted one by one: stop `dualpath serve` and start it again")
         await self._restart.run(say)
 
     # ── the parts ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -95,7 +95,8 @@ class AgentLink:
             try:
                 self._serve()
             except _LeaveError as leaving:
-                pause_s, why = (REFUSED_S if leaving.refused else RETRY_S), f"it says: {leaving}"
+                pause_s = REFUSED_S if leaving.refused else RETRY_S
+                why = f"it {'refuses' if leaving.refused else 'says'}: {leaving}"
             except (OSError, NotAPeerError, ValueError) as error:
                 why = str(error) or repr(error)
             if why != said and not self._closed.is_set():
