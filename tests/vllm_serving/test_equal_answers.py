@@ -98,7 +98,7 @@ def test_eight_at_once(pair: Pair) -> None:
 
 def test_several_choices(pair: Pair) -> None:
     prompt = pair.prompt(300)
-    more = {"n": 3, "temperature": 0.8, "seed": 4}  # vLLM refuses several of greedy sampling
+    more = {"n": 3, "temperature": 0.8, "top_k": 1}  # vLLM refuses several of greedy sampling; seeds end it on a CPU
     expected, got = (complete(url, prompt, 20, **more) for url in (pair.plain, pair.url))
     assert ids(got) == ids(expected)
     assert [choice["index"] for choice in got["choices"]] == [0, 1, 2]
