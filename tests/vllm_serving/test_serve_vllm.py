@@ -54,6 +54,10 @@ def engines(url: str) -> list[dict[str, Any]]:
     return health["engines"] if not health["starting"] else []
 
 
+def is_another(engine: dict[str, Any], worker: int) -> bool:
+    return bool(engine["role"] == "prefill" and engine["pid"] != worker)
+
+
 def left_of(sessions: list[int]) -> set[int]:
     return set().union(*(session_members(session) for session in sessions))
 
@@ -82,8 +86,8 @@ def test_a_part_of_vllm_that_dies_is_brought_back_and_a_killed_command_leaves_no
     before = engines(url)
     worker = next(engine["pid"] for engine in before if engine["role"] == "prefill")
     os.kill(worker, signal.SIGKILL)
-    wait_for(lambda: {engine["pid"] for engine in engines(url)}.isdisjoint({worker, 0}), START_S, "another server")
-    wait_for(lambda: len(engines(url)) == 2 and chat(url) is not None, START_S, "an answer")
+    wait_for(lambda: any(is_another(engine, worker) for engine in engines(url)), START_S, "another server")
+    assert chat(url) is not None
     sessions = sorted({*sessions, *sessions_below(process.pid)})
     assert len(sessions) == 3
     process.kill()
