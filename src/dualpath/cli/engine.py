@@ -24,6 +24,8 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--rank", type=not_negative, default=0, help="tells nodes of one role apart in logs")
     parser.add_argument("--engines", type=positive, metavar="N", help="of the node (default: as --topology says)")
+    names = "names of the model, as the router has them; for servers of vLLM (default: the checkpoint's)"
+    parser.add_argument("--served-model-name", "--name", nargs="+", dest="names", metavar="NAME", help=names)
     add_cluster_options(parser)
 
 
@@ -42,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         with usage_errors(ValueError):
             check_key("--engine vllm")
+    arguments.served_model_name, *aliases = arguments.names or [None]
+    arguments.served_model_aliases = tuple(aliases)
     given = cluster_config(arguments)
     if given.cluster_secret is None:
         raise UsageError(f"an engine needs the secret of the cluster that it joins; {HOW_TO_GIVE}")

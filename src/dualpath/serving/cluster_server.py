@@ -180,7 +180,11 @@ class ClusterServer:
         body = msgspec.json.encode({"model": name, **asked, "max_tokens": 32}).decode()
         key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
         path = "chat/completions" if self.chats else "completions"
-        on = f"{config.dtype} on {config.device}" if config.engine == "dualpath" else f"vLLM {config.vllm.version}"
+        on = (
+            f"{config.dtype} on {config.device}"
+            if config.engine == "dualpath"
+            else f"vLLM {config.vllm.version}".strip()
+        )
         return (
             f"dualpath {config.system} {config.topology} serves {name} at {self.url}/v1\n"
             f"KV-cache in {config.store}, {on}. Try:\n"
