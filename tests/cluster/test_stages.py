@@ -24,7 +24,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0
-        for module in ("live_request", "open_requests"):
+        for module in ("attempt", "live_request", "open_requests"):
             monkeypatch.setattr(f"dualpath.cluster.coordinator.{module}.time", self)
 
     def monotonic_ns(self) -> int:

@@ -59,9 +59,7 @@ def test_steps() -> None:
 
 
 def test_what_the_connector_says_of_its_agent() -> None:
-    line = (
-        "(Worker pid=1) WARNING 11-29 [agent_link.py:106] the agent at /a.sock is not there ({}); vLLM serves on"
-    )
+    line = "(Worker pid=1) WARNING 11-29 [agent_link.py:106] the agent at /a.sock is not there ({}); vLLM serves on"
     said = [f"{line.format(why)} without it" for why in ("[Errno 2] No such file", "it refuses: it can't join: no (x)")]
     assert [without_agent(each) for each in said] == [
         ("[Errno 2] No such file", False),

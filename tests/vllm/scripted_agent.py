@@ -54,6 +54,7 @@ class ScriptedAgent:
         self.heard: list[tuple[int, Any]] = []
         """Rank and message, in order; without beats."""
         self.beats = 0
+        self._ready: set[Connection] = set()
         self.pool: BufferPool | None = None
         self._connections: dict[int, Connection] = {}
         self._numbers = itertools.count()
@@ -114,12 +115,18 @@ class ScriptedAgent:
                 with self.changed:
                     if isinstance(message, Beat):
                         self.beats += 1
+                        self._ready.add(connection)
                     else:
                         self.heard.append((rank, message))
                     self.changed.notify_all()
 
     def wait_attached(self, timeout_s: float = PATIENCE_S) -> AttachWorker:
-        self._wait(lambda: len(self._connections) == self._workers, "its workers attach", timeout_s)
+        """Wait until all workers have mapped the buffer: they beat only then."""
+
+        def ready() -> bool:
+            return len(self._connections) == self._workers and self._ready >= set(self._connections.values())
+
+        self._wait(ready, "its workers attach", timeout_s)
         assert self.hello is not None
         return self.hello
 

@@ -124,7 +124,8 @@ def test_an_agent_that_does_not_read_is_gone(
     agent = ScriptedAgent(tmp_path / "agent", pages=3)
     hold = threading.Lock()
     agent.changed = threading.Condition(hold)
-    agent.start().wait_attached()
+    agent.start()
+    wait_until(lambda: len(worker.pages) == 1, "it is attached")
     with hold:
         for _ in range(200):
             link.say(Reply(1, error="x" * 10_000))

@@ -33,7 +33,8 @@ _MLA_ARGUMENTS = ["--block-size", "16", "--compilation-config", '{"custom_ops":[
 _NGRAM = '{"method":"ngram","num_speculative_tokens":3,"prompt_lookup_max":3,"prompt_lookup_min":1}'
 KINDS: dict[str, tuple[Any, list[str], list[str], tuple[int, int]]] = {
     "MLA": (_MLA, _MLA_ARGUMENTS, _MLA_ARGUMENTS, (1, 1)),
-    "two ranks": (DEMO_MODEL, ["--tensor-parallel-size", "2"], ["--tensor-parallel-size", "2"], (2, 2)),
+    "two ranks prefill": (DEMO_MODEL, ["--tensor-parallel-size", "2"], [], (2, 1)),
+    "two ranks decode": (DEMO_MODEL, [], ["--tensor-parallel-size", "2"], (1, 2)),
     "n-gram speculation": (DEMO_MODEL, [], ["--speculative-config", _NGRAM], (1, 1)),
 }
 

@@ -152,6 +152,15 @@ def test_a_layer_that_ran_without_its_hook_is_noticed(bench: Bench) -> None:
     assert not any(isinstance(each, StepSaved) for each in bench.said)
 
 
+def test_a_prompt_whose_first_step_was_missed_is_never_complete(bench: Bench) -> None:
+    """As when the agent has just attached: its word comes after the step."""
+    bench.run(Chunk(OWNER, 0, [4, 5], 128))
+    bench.worker.handle(Expect(OWNER, [10, 11, 12], 0, 150))
+    bench.run(Chunk(OWNER, 2, [6], 150))
+    bench.run(Chunk(OWNER, 2, [6], 150))
+    assert bench.said.take() == []
+
+
 def test_a_prompt_in_two_steps(bench: Bench) -> None:
     bench.worker.handle(Expect(OWNER, [10, 11, 12], 0, 150))
     bench.run(Chunk(OWNER, 0, [4, 5], 100))

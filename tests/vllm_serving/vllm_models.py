@@ -15,9 +15,10 @@ MODELS = {
         "hidden_size": 128,
         "kv_lora_rank": 512,
         "qk_rope_head_dim": 64,
-        "qk_nope_head_dim": 128,
-        "v_head_dim": 128,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
         "num_hidden_layers": 3,
+        "first_k_dense_replace": 3,
     },
 }
 """With heads as large as vLLM's attention on a CPU wants them."""

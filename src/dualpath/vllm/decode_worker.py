@@ -16,14 +16,13 @@ import msgspec
 
 from dualpath.cluster.attachment import Admit, Begin, CopyOut, Fill, Owner, Release, Reply, Stop
 from dualpath.cluster.vllm_attachment import Generated
-from dualpath.core.vocabulary import BLOCK_TOKENS
 from dualpath.transfer.pool import MappedPages
 from dualpath.vllm.copies import Copies
 from dualpath.vllm.device_sequence import DeviceSequence, Stage
 from dualpath.vllm.recent import Recent
+from dualpath.vllm.sequence_copies import SequenceCall, carry_out
 from dualpath.vllm.steps import DecodeStep, End, Load
 
-SequenceCall = Admit | Fill | Begin | CopyOut | Release
 _log = logging.getLogger("vllm.dualpath")
 
 
@@ -122,46 +121,11 @@ class DecodeWorker:
                 if call is None:
                     return
                 pages, sequence.busy = self._pages, True
-            error = self._carry_out(sequence, call, pages)
+            error = carry_out(self._copies, sequence, call, pages)
             with self._idle:
                 sequence.busy = False
                 self._answer(sequence, call, error)
                 self._idle.notify_all()
-
-    def _carry_out(self, sequence: DeviceSequence, call: SequenceCall, pages: MappedPages | None) -> str:
-        """Returns an error."""
-        try:
-            if pages is None:
-                return "its agent is gone"
-            if isinstance(call, Fill):
-                self._fill(sequence, call, pages)
-                self._copies.settle()
-            elif isinstance(call, CopyOut):
-                self._copy_out(sequence, call, pages)
-                self._copies.settle()
-        except (IndexError, ValueError) as error:  # of a page or block that is not there: an error of its agent
-            return str(error)
-        return ""
-
-    def _fill(self, sequence: DeviceSequence, call: Fill, pages: MappedPages) -> None:
-        if sequence.stage is not Stage.LOADING:
-            raise ValueError(f"sequence {call.sequence} does not load any more")
-        ratio = self._copies.part.ratio
-        for block, page, _ in call.blocks:
-            device_blocks = sequence.device_blocks[block * ratio : (block + 1) * ratio]
-            if not device_blocks:
-                raise ValueError(f"sequence {call.sequence} has no block {block}")
-            skip = max(0, sequence.local_tokens // self._copies.part.block_size - block * ratio)
-            for layer in range(len(self._copies.layers)):
-                self._copies.to_device(pages, page, layer, device_blocks, skip)
-
-    def _copy_out(self, sequence: DeviceSequence, call: CopyOut, pages: MappedPages) -> None:
-        ratio = self._copies.part.ratio
-        device_blocks = sequence.device_blocks[call.block * ratio : (call.block + 1) * ratio]
-        if len(device_blocks) < ratio or sequence.computed_tokens < (call.block + 1) * BLOCK_TOKENS:
-            raise ValueError(f"block {call.block} is not on the device any more")
-        for layer in range(len(self._copies.layers)):
-            self._copies.to_page(pages, call.page, layer, device_blocks)
 
     def _answer(self, sequence: DeviceSequence, call: SequenceCall, error: str) -> None:
         if sequence.stage is Stage.FAILED and not isinstance(call, Release):
@@ -283,7 +247,7 @@ class DecodeWorker:
         while sequence.stage is Stage.RUNNING and not sequence.busy and sequence.can_copy(self._copies.part.ratio):
             call = sequence.calls.popleft()
             self._copies.follow()
-            error = self._carry_out(sequence, call, self._pages)
+            error = carry_out(self._copies, sequence, call, self._pages)
             self._say(Reply(call.call, error=error))
 
     def load(self, step: DecodeStep) -> None:

@@ -31,6 +31,8 @@ _log = logging.getLogger("vllm.dualpath")
 @dataclass(slots=True, eq=False)
 class _Prompt:
     expected: Expect
+    complete_tokens: int
+    """So many are in its pages, in all layers."""
     ready_layers: int = 0
 
 
@@ -86,7 +88,7 @@ class PrefillWorker:
         if len(message.pages) * BLOCK_TOKENS < message.prompt_tokens or any(page >= pages for page in message.pages):
             _log.error("attempt %s: its pages are too few for its prompt, or not of this buffer", message.owner)
         else:
-            self._prompts[message.owner] = _Prompt(message)
+            self._prompts[message.owner] = _Prompt(message, message.hit_tokens)
 
     def _settle(self) -> None:
         """Nothing touches a page when this returns."""
@@ -107,6 +109,8 @@ class PrefillWorker:
             for chunk in step.chunks:
                 prompt = self._expected(chunk)
                 if prompt is None:
+                    self._prompts.pop(chunk.owner, None)
+                    self._over.add(chunk.owner)
                     self._errors.update(chunk.hit_device_blocks)
                 else:
                     self._chunks.append((chunk, prompt))
@@ -118,7 +122,9 @@ class PrefillWorker:
         )
         prompt = self._prompts.get(owner)
         if prompt is None or chunk.computed_tokens > prompt.expected.prompt_tokens:
-            self._over.add(owner)
+            return None
+        if chunk.first_block * BLOCK_TOKENS > prompt.complete_tokens:
+            _log.error("attempt %s: a step before this one was not saved; its prompt is not sent", owner)
             return None
         return prompt
 
@@ -197,6 +203,7 @@ class PrefillWorker:
                 _log.error("%d of %d layers were saved; is a full CUDA graph on?", self._saved_layers, self._n_layers)
                 return
             for chunk, prompt in chunks:
+                prompt.complete_tokens = chunk.computed_tokens
                 if chunk.computed_tokens >= prompt.expected.prompt_tokens:
                     del self._prompts[chunk.owner]
             if chunks:
