@@ -106,6 +106,17 @@ def test_several_choices(pair: Pair) -> None:
     assert got["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
 
 
+def test_a_stop_string(pair: Pair) -> None:
+    """vLLM's front end finds it, and aborts the request in its engine: no failure, and what is whole is stored."""
+    prompt = pair.prompt(200)
+    text = complete(pair.plain, prompt, 60)["choices"][0]["text"]
+    stop = text[30:32]
+    for more in ({}, {"stream": False, "include_stop_str_in_output": True}):
+        expected, got = (complete(url, prompt, 60, stop=stop, **more)["choices"][0] for url in (pair.plain, pair.url))
+        assert (got["text"], got["finish_reason"], got["stop_reason"]) == (expected["text"], "stop", stop)
+    assert cached(complete(pair.url, prompt, 1)) == 192
+
+
 def test_logprobs(pair: Pair) -> None:
     prompt = pair.prompt(333)
     expected, got = (complete(url, prompt, 20, logprobs=3) for url in (pair.plain, pair.url))

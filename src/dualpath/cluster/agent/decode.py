@@ -177,7 +177,8 @@ class DecodeWorker:
             attempt.add_token(token_id)
         if told.finish_reason is not None:
             self._joined.discard(attempt.sequence)
-            attempt.end(told.finish_reason)
+            # vLLM's front end finds stop strings, and then aborts the request in its engine. Ours end by `_end`.
+            attempt.end("stop" if told.finish_reason == "abort" else told.finish_reason)
 
     def _fail(self, attempt: DecodeAttempt, failed: Reply | SequenceStep) -> None:
         """Stop the attempt's generation; it keeps its pages and blocks until it is aborted."""
