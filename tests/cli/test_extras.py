@@ -28,18 +28,18 @@ def run_without(absent: set[str], *argv: str) -> subprocess.CompletedProcess[str
 
 
 def test_a_command_says_which_extra_it_misses() -> None:
-    ended = run_without({"httpx"}, "demo", "--agents", "1")
+    ended = run_without({"obstore"}, "store", "stat", "s3://bucket/prefix")
     assert ended.returncode == 1
-    assert ended.stderr == "dualpath demo: httpx is not installed; pip install 'dualpath[lab]' brings it\n"
+    assert ended.stderr == "dualpath store: obstore is not installed; pip install 'dualpath[s3]' brings it\n"
 
 
 def test_planning_and_simulating_need_no_extra() -> None:
-    absent = {"plotly", "matplotlib", "httpx", "obstore", "pandas", "torch"}
+    absent = {"plotly", "matplotlib", "obstore", "pandas", "torch"}
     assert run_without(absent, "plan", "ds660b-2p4d").returncode == 0
     assert run_without(absent, "simulate", "ds27b-1p1d", "--trace", "32K", "--agents", "2").returncode == 0
 
 
-@pytest.mark.parametrize(("module", "extra"), [("obstore", "s3"), ("matplotlib.pyplot", "lab"), ("httpx", "lab")])
+@pytest.mark.parametrize(("module", "extra"), [("obstore", "s3"), ("matplotlib.pyplot", "lab")])
 def test_the_hint_is_what_the_metadata_says(module: str, extra: str) -> None:
     assert any(module.partition(".")[0] in line for line in PROJECT["optional-dependencies"][extra])
     assert f"dualpath[{extra}]" in str(how_to_install(ModuleNotFoundError(name=module)))
