@@ -52,7 +52,8 @@ class ScriptedAgent:
         self.changed = threading.Condition()
         self.hello: AttachWorker | None = None
         self.heard: list[tuple[int, Any]] = []
-        """Rank and message, in order; without beats."""
+        """Rank and message, in order; without beats and replies."""
+        self._replies: dict[int, list[Reply]] = {}
         self.beats = 0
         self._ready: set[Connection] = set()
         self.pool: BufferPool | None = None
@@ -115,7 +116,11 @@ class ScriptedAgent:
                 with self.changed:
                     if isinstance(message, Beat):
                         self.beats += 1
+                        if connection in self._ready:
+                            continue
                         self._ready.add(connection)
+                    elif isinstance(message, Reply):
+                        self._replies.setdefault(message.call, []).append(message)
                     else:
                         self.heard.append((rank, message))
                     self.changed.notify_all()
@@ -146,11 +151,9 @@ class ScriptedAgent:
         return number
 
     def answer(self, number: int, timeout_s: float = PATIENCE_S) -> str:
-        def replies() -> list[Reply]:
-            return [each for _, each in self.heard if isinstance(each, Reply) and each.call == number]
-
-        self._wait(lambda: len(replies()) == self._workers, f"call {number} is answered", timeout_s)
-        return next((reply.error for reply in replies() if reply.error), "")
+        replies = self._replies.setdefault(number, [])
+        self._wait(lambda: len(replies) == self._workers, f"call {number} is answered", timeout_s)
+        return next((reply.error for reply in replies if reply.error), "")
 
     def wait_for(self, predicate: Callable[[Any], bool], what: str, timeout_s: float = PATIENCE_S) -> Any:
         """Returns the first message that is so, once every worker has said one."""

@@ -128,6 +128,25 @@ def test_a_complete_prompt_is_forgotten(bench: Bench) -> None:
     assert all(bench.device.page_is(page, 200) for page in EXPECT.pages)
 
 
+def test_an_agent_that_attaches_while_a_step_begins(tmp_path: Path) -> None:
+    device, said = Device(tmp_path), Said()
+    worker = PrefillWorker(device.copies, said.append)
+
+    def attach() -> None:
+        worker.attached(device.pool)
+        worker.handle(Expect(OWNER, [10, 11, 12], 0, 150))
+
+    attaching = threading.Timer(0.05, attach)
+    attaching.start()
+    worker.begin(PrefillStep([Chunk(OWNER, 0, [4, 5, 6], 150)]))
+    for layer in range(LAYOUT.layers):
+        worker.save(layer)
+    worker.end()
+    attaching.join()
+    assert said[-1] == StepSaved([(OWNER, 150)])
+    device.pool.close()
+
+
 def test_a_prompt_that_nobody_expects_is_computed_for_nobody(bench: Bench) -> None:
     bench.run(CHUNK)
     assert bench.worker.take_errors() == {4}

@@ -6,6 +6,7 @@ copies are made while it is held: once an owner has been dropped, none of its pa
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from dualpath.vllm.recent import Recent
 from dualpath.vllm.steps import Chunk, PrefillStep
 
 EXPECT_S = 2.0
-"""How long a step waits for word of a prompt: its agent has sent it before the request."""
+"""How long a step waits for word of its prompts: their agent has sent it before the requests, but may be attaching."""
 LAYER_S = 60.0
 """How long a step waits for a hit layer; its agent gives a transfer up before."""
 
@@ -63,6 +64,8 @@ class PrefillWorker:
         """The agent is gone, and its pages with it. Returns once nothing touches them."""
         with self._changed:
             self._settle()
+            for owner in self._prompts:
+                self._over.add(owner)
             self._prompts.clear()
             self._pages = None
             self._changed.notify_all()
@@ -105,9 +108,9 @@ class PrefillWorker:
         """A step begins; no layer has run."""
         self._saved_layers = 0
         with self._changed:
-            self._chunks = []
+            self._chunks, deadline_s = [], time.monotonic() + EXPECT_S
             for chunk in step.chunks:
-                prompt = self._expected(chunk)
+                prompt = self._expected(chunk, deadline_s)
                 if prompt is None:
                     self._prompts.pop(chunk.owner, None)
                     self._over.add(chunk.owner)
@@ -115,11 +118,10 @@ class PrefillWorker:
                 else:
                     self._chunks.append((chunk, prompt))
 
-    def _expected(self, chunk: Chunk) -> _Prompt | None:
+    def _expected(self, chunk: Chunk, deadline_s: float) -> _Prompt | None:
         owner = chunk.owner
-        self._changed.wait_for(
-            lambda: owner in self._prompts or owner in self._over or self._pages is None, timeout=EXPECT_S
-        )
+        timeout_s = max(0.0, deadline_s - time.monotonic())
+        self._changed.wait_for(lambda: owner in self._prompts or owner in self._over, timeout=timeout_s)
         prompt = self._prompts.get(owner)
         if prompt is None or chunk.computed_tokens > prompt.expected.prompt_tokens:
             return None
