@@ -242,6 +242,7 @@ async def our_cluster(bench: Bench, system: str, store: Path, limited: bool) -> 
     launcher = TestbedLauncher(
         bench.testbed, model=bench.options.model, rates=bench.rates, logs=bench.out, work=bench.out / "work",
         options=("--engine", "vllm", "--dtype", "float32", *memory), start_timeout_s=START_S,
+        engine_arguments=("--", "--max-model-len", "8192", "--max-num-seqs", "16"),
     )  # fmt: skip
     async with launcher.cluster(system, bench.options.topology, system, store, limited) as cluster:
         yield cluster.url

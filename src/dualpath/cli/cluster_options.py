@@ -31,6 +31,8 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     option("--engine", "engine", what, choices=ENGINES)
     pythons = "of an environment with vLLM and dualpath (default: this one's, else .venv-vllm of the clone)"
     group.add_argument("--vllm-python", metavar="PYTHON", default="", help=pythons)
+    hosts = "where vLLM's servers listen, for the router and the node's agent (default: --data-host)"
+    group.add_argument("--vllm-host", metavar="ADDRESS", default="", help=hosts)
     logs = "folder for the logs of vLLM's servers (default: one is made, and named)"
     group.add_argument("--vllm-logs", metavar="DIR", default="", help=logs)
     nodes = "nodes, such as 1P2D, 1P2Dx4 with four engines each, or 1Px4+2Dx2 (default: %(default)s)"
@@ -133,9 +135,10 @@ def cluster_config(arguments: argparse.Namespace, starts_engines: bool = True) -
 def _vllm(arguments: argparse.Namespace) -> VllmSettings:
     """Raises UsageError, or ValueError for an argument of vLLM's that is ours."""
     passed = after_dashes(arguments.command_line)
-    if arguments.engine != "vllm" and (passed or arguments.vllm_python or arguments.vllm_logs):
-        raise UsageError("--vllm-python, --vllm-logs and what follows -- are for vLLM: give --engine vllm too")
-    return VllmSettings(python=arguments.vllm_python, arguments=passed, logs=arguments.vllm_logs)
+    ours = {name: getattr(arguments, f"vllm_{name}") for name in ("python", "host", "logs")}
+    if arguments.engine != "vllm" and (passed or any(ours.values())):
+        raise UsageError("--vllm-… and what follows -- are for vLLM: give --engine vllm too")
+    return VllmSettings(arguments=passed, **ours)
 
 
 def before_dashes(command_line: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ def vllm_part(config: ClusterConfig, agent: str, role: Role, name: str, gpus: tu
     """Returns an engine's server; `agent` is its agent's socket, beside which vLLM has its own ones."""
 
     def start(child: Child) -> BaseProcess:
-        host = config.data_host
+        host = config.vllm.host or config.data_host
         port = free_port(host)
         settings = VllmServerConfig(
             name=name,

@@ -44,6 +44,8 @@ class VllmSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The interpreter of vLLM's environment; empty: it is looked for."""
     arguments: tuple[str, ...] = ()
     """For every server; see `vllm_launch.command` for what we add."""
+    host: str = ""
+    """Address at which the servers listen, for the router and the node's agent; empty: the data host."""
     logs: str = ""
     """The folder of the servers' logs; empty: one is made."""
     version: str = ""

@@ -20,7 +20,8 @@ def python(code):
 @pytest.fixture
 def start(tmp_path):
     def make(command, timeout_s=20):
-        return ClusterProcess("c", command, tmp_path / "ready.json", tmp_path / "c.log", timeout_s)
+        ready = tmp_path / "ready.json"
+        return ClusterProcess("c", [*command, "--ready-file", str(ready)], ready, tmp_path / "c.log", timeout_s)
 
     return make
 

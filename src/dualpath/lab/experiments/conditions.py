@@ -16,6 +16,8 @@ from dualpath.spec.topology import Topology
 AXES = ("agents", "turns", "context_tokens", "append_tokens", "generate_tokens", "spread", "agents_per_s")
 GENERATED_AGENTS = 12
 ENGINES = ("dualpath", "vllm")
+VLLM_CONTEXT_TOKENS = 16_384
+"""The demo's model would take eight times as many, for which vLLM wants more memory than these clusters have."""
 SERVE = (sys.executable, "-m", "dualpath", "serve")
 Parameters = dict[str, float | str]
 
@@ -125,6 +127,11 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     def engine_options(self) -> tuple[str, ...]:
         """Options of the commands that start a cluster."""
         return () if self.engine == ENGINES[0] else ("--engine", self.engine)
+
+    @property
+    def engine_arguments(self) -> tuple[str, ...]:
+        """What those that start engines end with."""
+        return () if self.engine == ENGINES[0] else ("--", "--max-model-len", str(VLLM_CONTEXT_TOKENS))
 
 
 DEMO = Conditions(topologies=("1P1D", "1P2D"), agents=None, turns=4, context_tokens=2800)

@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
@@ -92,6 +92,7 @@ class LocalLauncher:
             *("--port", "0"),
         ]
         log = log_path(self._logs, name)
+        command += ["--ready-file", str(self._ready_file), *self._bench.engine_arguments]
         return ClusterProcess(name, command, self._ready_file, log, self._bench.start_timeout_s)
 
 
@@ -100,12 +101,24 @@ class _Ready(msgspec.Struct):
 
 
 class ClusterProcess:
-    """Use as ``async with ClusterProcess(…) as cluster``. It is entered once every engine has joined."""
+    """Use as ``async with ClusterProcess(…) as cluster``. It is entered once every engine has joined.
 
-    def __init__(self, name: str, command: Sequence[str], ready_file: Path, log: Path, start_timeout_s: float) -> None:
+    `command` is told of `ready_file`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        ready_file: Path,
+        log: Path,
+        start_timeout_s: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
+        self._environment = environment
         self.url = ""
-        self._command = [*command, "--ready-file", str(ready_file)]
+        self._command = command
         self._ready_file = ready_file
         self._log = log
         self._start_timeout_s = start_timeout_s
@@ -115,7 +128,12 @@ class ClusterProcess:
         self._ready_file.unlink(missing_ok=True)
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=self._environment,
             )
         try:
             self.url = (await self._ready()).url

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
+from dualpath.cluster.vllm_settings import KEY_VARIABLE
 from dualpath.lab.experiments.conditions import Bench, Conditions
 from dualpath.lab.experiments.local_cluster import (
     ClusterLauncher,
@@ -63,6 +64,7 @@ class TestbedLauncher:
         logs: Path,
         work: Path,
         options: Sequence[str] = (),
+        engine_arguments: Sequence[str] = (),
         port: int = HTTP_PORT,
         start_timeout_s: float = 240.0,
     ) -> None:
@@ -72,6 +74,7 @@ class TestbedLauncher:
         self.logs = logs
         self.work = work
         self.options = tuple(options)
+        self.engine_arguments = tuple(engine_arguments)
         self.port = port
         self.start_timeout_s = start_timeout_s
 
@@ -104,11 +107,17 @@ class TestbedCluster:
             *("--cluster-secret-file", str(launcher.work / "secret")),
             *launcher.options,
         )
+        self._vllm_key = secrets.token_hex(16)
         self._engines = list(_engines(self._plan.nodes, topology))
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._exits: asyncio.Task[LaunchError] | None = None
         self._serve = ClusterProcess(
-            name, self._serve_command(), launcher.work / "ready.json", self._log(), launcher.start_timeout_s
+            name,
+            self._serve_command(),
+            launcher.work / "ready.json",
+            self._log(),
+            launcher.start_timeout_s,
+            _environment(self._vllm_key),
         )
         self._stack = AsyncExitStack()
 
@@ -178,6 +187,8 @@ class TestbedCluster:
             *("--coordinator", f"tcp://{self._plan.node('head').address('management')}:{CONTROL_PORT}"),
             *("--data-host", node.address("compute")),
             *self._options,
+            *(self._vllm_options(node) if "vllm" in self._options else ()),
+            *self._launcher.engine_arguments,
         )
         with self._log(node.name).open("wb") as log:
             self._processes[node.name] = await asyncio.create_subprocess_exec(
@@ -186,8 +197,12 @@ class TestbedCluster:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=_environment(),
+                env=_environment(self._vllm_key),
             )
+
+    def _vllm_options(self, node: Node) -> tuple[str, ...]:
+        """The router is not in the compute network."""
+        return ("--vllm-host", node.address("management"), "--vllm-logs", str(self._launcher.logs))
 
     async def _first_exit(self) -> LaunchError:
         """Waits until an engine has ended; returns the error to raise."""
@@ -231,13 +246,12 @@ class TestbedCluster:
 
     def _serve_command(self) -> tuple[str, ...]:
         head = self._plan.node("head")
-        environment = [f"{name}=" for name in os.environ if name.lower() in _PROXIES]
         return (
             *inside(head.namespace),
-            *(("env", *environment) if environment else ()),
             *(sys.executable, "-m", "dualpath", "serve", "--host", head.address("management")),
             *("--port", str(self._launcher.port)),
             *("--join-address", f"tcp://{head.address('management')}:{CONTROL_PORT}"),
+            *("--ready-file", str(self._launcher.work / "ready.json")),
             *self._options,
         )
 
@@ -265,14 +279,16 @@ def temporary_testbed(
             work=work,
             start_timeout_s=bench.start_timeout_s,
             options=bench.engine_options,
+            engine_arguments=bench.engine_arguments,
         )
     finally:
         network.down(name)
 
 
-def _environment() -> Mapping[str, str]:
+def _environment(vllm_key: str) -> Mapping[str, str]:
     """Returns the environment without proxies, which would get the object server's requests."""
-    return {name: value for name, value in os.environ.items() if name.lower() not in _PROXIES}
+    kept = {name: value for name, value in os.environ.items() if name.lower() not in _PROXIES}
+    return kept | {KEY_VARIABLE: vllm_key}
 
 
 def _size(topology: str) -> tuple[int, int]:
