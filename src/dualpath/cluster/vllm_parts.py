@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -22,10 +23,13 @@ def vllm_part(config: ClusterConfig, agent: str, role: Role, name: str, gpus: tu
     def start(child: Child) -> BaseProcess:
         host = config.vllm.host or config.data_host
         port = free_port(host)
+        temporary = Path(agent).parent / name
+        shutil.rmtree(temporary, ignore_errors=True)  # a killed server leaves its sockets
+        temporary.mkdir(mode=0o700)
         settings = VllmServerConfig(
             name=name,
             command=command(config, role, agent=agent, name=name, ticket=child.ticket, host=host, port=port),
-            environment=environment(config, host=host, temporary=Path(agent).parent, gpus=gpus),
+            environment=environment(config, host=host, temporary=temporary, gpus=gpus),
             host=host,
             port=port,
             log=f"{config.vllm.logs}/{name}.log",

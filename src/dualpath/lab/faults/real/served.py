@@ -145,8 +145,8 @@ class Served:
         return [f"{series} {value}" for series, value in found if float(value)] if found else ["no figures"]
 
     def pids(self) -> list[int]:
-        """Returns the process and its descendants, and what their deaths have left: all have its temporary folder."""
-        mark, found = f"TMPDIR={self._temporary.name}\0".encode(), []
+        """Returns the process and its descendants, and what their deaths have left: all have inherited its folder."""
+        mark, found = f"XDG_RUNTIME_DIR={self._temporary.name}\0".encode(), []
         for entry in Path("/proc").iterdir():
             with suppress(OSError, ValueError):
                 pid = int(entry.name)
