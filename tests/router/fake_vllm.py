@@ -116,7 +116,8 @@ def prompts_of(path: str, body: dict[str, Any]) -> list[list[int]]:
 
 def rendered(path: str, body: dict[str, Any], **more: Any) -> Any:
     limit = body.get("max_tokens") or body.get("max_output_tokens") or 100
-    sampling = {"n": body.get("n") or 1, "temperature": body.get("temperature", 1.0), "max_tokens": limit}
+    sampling = {"n": body.get("n") or 1, "temperature": body.get("temperature", 1.0)}
+    sampling |= {} if limit == 16 else {"max_tokens": limit}  # vLLM leaves out its defaults
     sampling |= {} if body.get("seed") is None else {"seed": body["seed"]}
     sampling |= {} if body.get("prompt_logprobs") is None else {"prompt_logprobs": body["prompt_logprobs"]}
     found = [

@@ -42,6 +42,7 @@ CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
 )
 SAME = [
     (CHAT, ASKED),
+    (CHAT, ASKED | {"max_tokens": 16}),
     (CHAT, ASKED | {"stream": True}),
     (CHAT, ASKED | STREAM),
     (CHAT, ASKED | {"tools": [TOOL], "tool_choice": "required", "max_tokens": 64}),

@@ -23,7 +23,7 @@ _encode = msgspec.json.encode
 class Sampling(msgspec.Struct):
     """What the router must know of vLLM's sampling parameters; vLLM leaves out those that have their defaults."""
 
-    max_tokens: int
+    max_tokens: int = 16
     n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
