@@ -56,6 +56,14 @@ def test_a_chat_is_handed_off_with_its_own_fields(vllm: FakeVllm, url: str) -> N
     assert whole["usage"]["prompt_tokens_details"] == {"cached_tokens": 64, "created_cache_tokens": 0}
 
 
+def test_what_vllm_leaves_out_when_it_renders_has_its_default(vllm: FakeVllm, url: str) -> None:
+    cluster = FakeRouting([url])
+    with running_router(cluster) as router:
+        assert post(router, "/v1/chat/completions", CHAT | {"max_tokens": 16}).status_code == 200
+    assert "max_tokens" not in rendered("/v1/chat/completions", CHAT | {"max_tokens": 16})["sampling_params"]
+    assert [request.sampling.max_tokens for request in cluster.requests] == [16]
+
+
 def test_a_completion_is_handed_off_as_token_ids(vllm: FakeVllm, url: str) -> None:
     with running_router(FakeRouting([url])) as router:
         post(router, "/v1/completions", {"model": "m", "prompt": "hello", "suffix": "end", "max_tokens": 5})
