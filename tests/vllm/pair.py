@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,18 @@ class Pair:
         thread.join(120)
         assert answer.choice is not None
 
-    def serve(self, prompt: list[int], tokens: int, hit: list[int] | None = None) -> "Answer":
+    def serve(
+        self,
+        prompt: list[int],
+        tokens: int,
+        hit: list[int] | None = None,
+        before_decoding: Callable[[], object] = lambda: None,
+    ) -> "Answer":
         """A request from end to end. Pages are given back."""
         owner = self.owner()
         pages = self.prefill(prompt, owner, hit)
         shipped = self.ship(owner, pages)
+        before_decoding()
         agent, sequence = self.de_agent, owner[0]
         calls = [agent.admit(sequence, owner, len(prompt)), agent.fill(sequence, shipped, len(prompt))]
         with self.decoding(prompt, owner, tokens) as answer:

@@ -136,9 +136,10 @@ def test_eight_at_once_in_too_little_memory(pair: Pair, expected: Any) -> None:
     wanted = [expected(prompt, 200)["token_ids"] for prompt in EIGHT]
     before = pair.de.metric("vllm:num_preemptions_total")
     answers: dict[int, Any] = {}
+    all_are_shipped = threading.Barrier(8, timeout=100)
 
     def ask(number: int) -> None:
-        answers[number] = pair.serve(EIGHT[number], 200)
+        answers[number] = pair.serve(EIGHT[number], 200, before_decoding=all_are_shipped.wait)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -193,11 +194,13 @@ def test_blocks_of_a_preempted_sequence_are_copied_out_right(pair: Pair, expecte
     agent = pair.de_agent
     owners = [pair.owner(), pair.owner()]
     results: dict[int, Any] = {}
+    both_are_shipped = threading.Barrier(2, timeout=100)
 
     def run(number: int) -> None:
         prompt, owner, sequence = prompts[number], owners[number], owners[number][0]
         pages = pair.prefill(prompt, owner)
         shipped = pair.ship(owner, pages)
+        both_are_shipped.wait()
         agent.admit(sequence, owner, len(prompt))
         filled = agent.fill(sequence, shipped, len(prompt))
         with pair.decoding(prompt, owner, tokens) as answer:
