@@ -12,8 +12,9 @@ import msgspec
 from dualpath.cli.arguments import byte_count, milliseconds, positive, rates, system, topology
 from dualpath.cli.outcome import UsageError, usage_errors
 from dualpath.cluster.cluster_secret import SECRET_VARIABLE, ClusterSecret
-from dualpath.cluster.config import DTYPES, ENGINES, ClusterConfig, KVEventsConfig
+from dualpath.cluster.config import DTYPES, ClusterConfig, KVEventsConfig
 from dualpath.cluster.vllm_settings import VllmSettings
+from dualpath.spec.cluster_setup import ENGINES
 from dualpath.spec.generation_defaults import GENERATION_CONFIGS
 from dualpath.spec.sampling import LogprobsMode
 from dualpath.transfer import TRANSPORTS

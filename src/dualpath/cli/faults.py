@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualpath.cli.arguments import command, not_negative, positive, positive_number, topology
 from dualpath.cli.outcome import CommandError, command_errors, new_console, usage_errors, write_json
-from dualpath.lab.experiments.conditions import ENGINES
+from dualpath.spec.cluster_setup import ENGINES
 
 if TYPE_CHECKING:
     from dualpath.lab.faults.matrix import Combination

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dualpath.cli.arguments import SOURCES_HELP, not_negative, positive, positive_number, rate, systems, topologies
-from dualpath.lab.experiments.conditions import ENGINES, GENERATED_AGENTS, Bench, Conditions
+from dualpath.lab.experiments.conditions import GENERATED_AGENTS, Bench, Conditions
+from dualpath.spec.cluster_setup import ENGINES
 
 
 def add_series_options(parser: argparse.ArgumentParser, conditions: Conditions | None, out: Path) -> None:

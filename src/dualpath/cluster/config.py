@@ -10,14 +10,13 @@ from dualpath.cluster.vllm_settings import VllmSettings
 from dualpath.core.policy import QUOTA_NS, Policy
 from dualpath.core.systems import HEADLINE, find_system
 from dualpath.core.vocabulary import Role
-from dualpath.spec.cluster_setup import ClusterSetup, ServedCluster
+from dualpath.spec.cluster_setup import ENGINES, ClusterSetup, ServedCluster
 from dualpath.spec.generation_defaults import GENERATION_CONFIGS, GenerationDefaults, read_generation_defaults
 from dualpath.spec.log import FORMATS
 from dualpath.spec.sampling import LogprobsMode
 from dualpath.spec.topology import Rates, Topology
 from dualpath.transfer import TRANSPORTS
 
-ENGINES = ("dualpath", "vllm")
 HBM_BYTES = 2**30
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

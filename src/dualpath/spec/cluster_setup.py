@@ -6,6 +6,9 @@ import msgspec
 
 from dualpath.spec.topology import Rates
 
+ENGINES = ("dualpath", "vllm")
+"""What computes: engines of our own, or servers of vLLM with our connector."""
+
 
 class ClusterSetup(msgspec.Struct, frozen=True, kw_only=True):
     """A cluster on one host, without its topology and system: complete enough to simulate it."""

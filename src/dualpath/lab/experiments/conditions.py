@@ -11,11 +11,11 @@ from pathlib import Path
 
 import msgspec
 
+from dualpath.spec.cluster_setup import ENGINES
 from dualpath.spec.topology import Topology
 
 AXES = ("agents", "turns", "context_tokens", "append_tokens", "generate_tokens", "spread", "agents_per_s")
 GENERATED_AGENTS = 12
-ENGINES = ("dualpath", "vllm")
 VLLM_CONTEXT_TOKENS = 16_384
 """The demo's model would take eight times as many, for which vLLM wants more memory than these clusters have."""
 SERVE = (sys.executable, "-m", "dualpath", "serve")

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from dualpath.lab.experiments.conditions import ENGINES
 from dualpath.lab.faults.matrix import PARTITIONS, Combination, Fault, Phase, Victim
 from dualpath.lab.faults.real.asking import WAITS, Answer, Asked, Load, Prompt, Turn, until, verdict
 from dualpath.lab.faults.real.harm import Place, Scene, Skip, harm, place_of, small_disk
@@ -29,6 +28,7 @@ from dualpath.lab.testbed.failure import TestbedError
 from dualpath.lab.testbed.network import Testbed
 from dualpath.lab.testbed.object_server import ObjectServer
 from dualpath.lab.testbed.plan import Rates, make_plan
+from dualpath.spec.cluster_setup import ENGINES
 from dualpath.spec.topology import Topology
 
 LET_GO_S = 20.0
