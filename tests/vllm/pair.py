@@ -87,7 +87,7 @@ class Pair:
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         yield answer
-        thread.join(120)
+        thread.join(300)
         assert answer.choice is not None
 
     def serve(

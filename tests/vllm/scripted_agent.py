@@ -40,7 +40,7 @@ from dualpath.spec.sampling import SamplingParams
 from dualpath.transfer.pool import BufferPool
 
 BLOCK = 64
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 _decoder = msgspec.msgpack.Decoder(AttachWorker | Reply | Beat | Quiet | LayerSaved | StepSaved | Generated)
 
 

@@ -1,6 +1,7 @@
 """A worker's connection to its agent, over a real socket, with a scripted agent at the other end."""
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_an_agent_that_is_gone_and_back(tmp_path: Path, link: AgentLink, worker:
 def test_an_agent_that_refuses(tmp_path: Path, link: AgentLink, caplog: pytest.LogCaptureFixture) -> None:
     agent = ScriptedAgent(tmp_path / "agent", refusal=Leave("another model", failed=True, refused=True)).start()
     wait_until(lambda: "another model" in caplog.text, "the refusal is in the log")
-    assert [without_agent(said) for said in caplog.messages] == [("another model", True)]  # who started vLLM reads it
+    assert without_agent(caplog.messages[-1]) == ("another model", True)  # who started vLLM reads it
     agent.stop()
 
 
@@ -116,8 +117,26 @@ def test_bytes_that_are_no_record_end_the_connection(tmp_path: Path, link: Agent
     agent.stop()
 
 
+def test_beats_do_not_pile_up_before_an_agent_that_gets_no_processor(
+    tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_link, "BEAT_S", 0.0005)
+    monkeypatch.setattr(agent_link, "SEND_S", 1)
+    agent = ScriptedAgent(tmp_path / "agent", pages=3).start()
+    link = AgentLink(str(tmp_path / "agent"), HELLO)
+    link.start(worker)
+    agent.wait_attached()
+    with agent.changed:
+        time.sleep(2.5)  # 5,000 beats; the socket takes 280
+        link.say(Reply(5))
+    assert agent.answer(5) == ""
+    assert worker.detached_times == 0
+    link.close()
+    agent.stop()
+
+
 def test_an_agent_that_does_not_read_is_gone(
-    tmp_path: Path, link: AgentLink, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, link: AgentLink, worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A worker must not wait for it for ever in vLLM's step."""
     monkeypatch.setattr(agent_link, "SEND_S", 1)
@@ -132,4 +151,5 @@ def test_an_agent_that_does_not_read_is_gone(
             if worker.detached_times:
                 break
     wait_until(lambda: worker.detached_times >= 1, "it is detached")
+    wait_until(lambda: "has read nothing for 1 s" in caplog.text, "the log says why")
     agent.stop()

@@ -101,7 +101,7 @@ class VllmProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def request(self, method: str, path: str, body: Any = None, timeout_s: float = 120) -> tuple[int, Any]:
+    def request(self, method: str, path: str, body: Any = None, timeout_s: float = 300) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
             headers = {"Content-Type": "application/json"}

@@ -6,15 +6,17 @@ kernel closes it however a process dies.
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import socket
 import struct
+import termios
 import threading
 from typing import Any, TypeVar
 
 import msgspec
 
-from dualpath.cluster.attachment import Attach, LayerThread
+from dualpath.cluster.attachment import Attach, Beat, LayerThread
 from dualpath.cluster.vllm_attachment import AttachWorker
 from dualpath.spec.private_files import peer_user
 
@@ -77,6 +79,16 @@ class Connection:
     def send(self, message: msgspec.Struct) -> None:
         with self._sending:
             self._socket.sendall(frame(message))
+
+    def send_beat(self, beat: Beat) -> None:
+        """Send it unless the other side has still to read what came before, which tells it as much.
+
+        Beats that pile up before a process that gets no processor would take all the room that a word of ours needs.
+        """
+        with self._sending:
+            unread = fcntl.ioctl(self._socket, termios.TIOCOUTQ, _LENGTH.pack(0))
+            if unread == _LENGTH.pack(0):
+                self._socket.sendall(frame(beat))
 
     def receive(self, decoder: "msgspec.msgpack.Decoder[Any]") -> Any:
         """Raises ConnectionError at the end, NotAPeerError for what is no frame or a record of another kind."""

@@ -4,6 +4,7 @@ import logging
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -54,6 +55,8 @@ class AgentLink:
     def __init__(self, path: str, hello: AttachWorker) -> None:
         self._path, self._hello = path, hello
         self._connection: Connection | None = None
+        self._why = ""
+        """Why this side has ended the connection."""
         self._closed = threading.Event()
         self._worker: Worker
         self._threads = [
@@ -77,12 +80,18 @@ class AgentLink:
 
     def say(self, message: msgspec.Struct) -> None:
         """Send from any thread; to an agent that is gone, nothing."""
+        self._with_connection(lambda connection: connection.send(message))
+
+    def _with_connection(self, send: Callable[[Connection], None]) -> None:
         connection = self._connection
         if connection is None:
             return
         try:
-            connection.send(message)
-        except OSError:  # gone, or deaf for `SEND_S`: the receiving thread sees the end
+            send(connection)
+        except BlockingIOError:
+            self._why = f"it has read nothing for {SEND_S} s"
+            connection.close()
+        except OSError:  # the receiving thread sees the end
             connection.close()
 
     # ── threads ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -91,14 +100,14 @@ class AgentLink:
         name_this_thread("dp-link")
         said = ""
         while not self._closed.is_set():
-            pause_s = RETRY_S
+            pause_s, self._why = RETRY_S, ""
             try:
                 self._serve()
             except _LeaveError as leaving:
                 pause_s = REFUSED_S if leaving.refused else RETRY_S
                 why = f"it {'refuses' if leaving.refused else 'says'}: {leaving}"
             except (OSError, NotAPeerError, ValueError) as error:
-                why = str(error) or repr(error)
+                why = self._why or str(error) or repr(error)
             if why != said and not self._closed.is_set():
                 said = why
                 _log.warning("the agent at %s is not there (%s); vLLM serves on without it", self._path, why)
@@ -137,7 +146,7 @@ class AgentLink:
     def _beat(self) -> None:
         name_this_thread("dp-beats")
         while not self._closed.wait(BEAT_S):
-            self.say(Beat({}))
+            self._with_connection(lambda connection: connection.send_beat(Beat({})))
 
 
 class _LeaveError(Exception):

@@ -210,7 +210,10 @@ class Engine:
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(self._config.cluster.heartbeat_ns / 1e9):
-            self._send(a.Beat(self.worker.gauges()))
+            connection = self._connection
+            if connection is not None:
+                with contextlib.suppress(OSError):  # the main thread sees the end too
+                    connection.send_beat(a.Beat(self.worker.gauges()))
 
     def _send(self, message: a.FromEngineProcess) -> None:
         """Send from any thread; to an agent that is gone, nothing."""
