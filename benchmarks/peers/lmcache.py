@@ -38,6 +38,7 @@ from starlette.routing import Route
 
 from dualpath.client.interrupts import until_terminated
 from dualpath.client.replay import ReplayOptions, replay, warm_up
+from dualpath.cluster.vllm_launch import on_cpu
 from dualpath.lab.experiments.conditions import Conditions
 from dualpath.lab.experiments.series import agents_under
 from dualpath.lab.testbed import iproute, network
@@ -54,15 +55,8 @@ TESTBED, SUBNET = "peers", "10.91"
 REDIS_PORT, LMCACHE_PORT, VLLM_PORT = 6379, 5777, 8100
 START_S, LOAD_S = 600.0, 0.5
 LMCACHE_SYSTEMS, OURS = ("sticky", "apart"), ("basic", "dualpath")
-ENVIRONMENT = {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "PYTHONHASHSEED": "0",
-    "PYTHONPATH": str(LMCACHE),
-}
+ENVIRONMENT = on_cpu(1) | {"PYTHONHASHSEED": "0"}
+ENVIRONMENT["PYTHONPATH"] += f":{LMCACHE}"
 Row = dict[str, Any]
 
 

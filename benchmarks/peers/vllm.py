@@ -18,15 +18,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+from dualpath.cluster.vllm_launch import on_cpu
+
 START_DEADLINE_S = 600.0
 STOP_GRACE_S = 30.0
-SETTINGS = {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 def serve(interpreter: Path, model: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
@@ -36,7 +31,7 @@ def serve(interpreter: Path, model: Path, port: int, log: Path) -> subprocess.Po
     command += ["--kv-cache-memory-bytes", str(256 << 20), "--block-size", "32", "--enable-prompt-tokens-details"]
     with log.open("wb") as file:
         return subprocess.Popen(
-            command, stdout=file, stderr=file, env=os.environ | SETTINGS, start_new_session=True, cwd=log.parent
+            command, stdout=file, stderr=file, env=os.environ | on_cpu(1), start_new_session=True, cwd=log.parent
         )
 
 

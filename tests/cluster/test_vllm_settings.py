@@ -1,5 +1,8 @@
 """What of vLLM is ours, what its users may give, and what is told before anything starts."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -10,7 +13,7 @@ from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.engine_parts import node_parts
 from dualpath.cluster.preflight_files import NotReadyError
 from dualpath.cluster.preflight_vllm import find_python, settled_vllm
-from dualpath.cluster.vllm_launch import command, environment
+from dualpath.cluster.vllm_launch import command, environment, on_cpu
 from dualpath.cluster.vllm_settings import KEY_VARIABLE, VllmSettings
 from dualpath.core.vocabulary import Role
 from dualpath.spec.topology import Topology
@@ -75,6 +78,14 @@ def test_what_the_user_has_set_of_vllms_own_environment_stays(monkeypatch: pytes
     made = environment(cluster(threads=2), host="127.0.0.1", temporary=tmp_path, gpus=())
     assert "VLLM_CPU_OMP_THREADS_BIND" not in made and made["OMP_NUM_THREADS"] == "2"
     assert made["VLLM_HOST_IP"] == "127.0.0.1" and "CUDA_VISIBLE_DEVICES" not in made
+
+
+def test_a_server_on_a_cpu_that_waits_gives_its_core_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's processes wait in loops of `sched_yield`."""
+    monkeypatch.setenv("PYTHONPATH", "/of/the/user")
+    ask = "import os, sys; os.sched_yield(); print(os.sched_yield.__module__, '/of/the/user' in sys.path)"
+    said = subprocess.run([sys.executable, "-c", ask], env=os.environ | on_cpu(1), capture_output=True, check=True)
+    assert said.stdout.split() == [b"sitecustomize", b"True"]
 
 
 def test_each_server_gets_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch, short_tmp_path: Path) -> None:

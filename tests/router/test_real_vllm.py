@@ -15,6 +15,7 @@ import httpx
 import pytest
 from fake_routing import FakeRouting, running_router
 
+from dualpath.cluster.vllm_launch import on_cpu
 from dualpath.model.checkpoint import make_checkpoint
 from dualpath.server import bind
 
@@ -86,8 +87,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     make_checkpoint(folder / "model", "qwen3", head_dim=64)
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_HOST_IP": "127.0.0.1"}
-    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder / "cache")}
+    environment = on_cpu(1) | {"VLLM_CACHE_ROOT": str(folder / "cache")}
     command = f"{PYTHON} -m vllm.entrypoints.openai.api_server --model {folder / 'model'} --served-model-name m"
     command += f" --host 127.0.0.1 --port {port} --enforce-eager --kv-cache-memory-bytes 134217728 --block-size 64"
     command += " --max-model-len 2048 --max-num-seqs 8 --enable-prompt-tokens-details --enable-scale-out"

@@ -78,10 +78,10 @@ def test_it_attaches_maps_the_buffer_and_beats(tmp_path: Path, link: AgentLink, 
 
 def test_an_agent_that_is_gone_and_back(tmp_path: Path, link: AgentLink, worker: Worker) -> None:
     agent = ScriptedAgent(tmp_path / "agent", pages=3).start()
-    for time in (1, 2):
-        wait_until(lambda time=time: len(worker.pages) == time, "it is attached")  # type: ignore[misc]
+    for attached in (1, 2):
+        wait_until(lambda attached=attached: len(worker.pages) == attached, "it is attached")  # type: ignore[misc]
         agent.stop()
-        wait_until(lambda time=time: worker.detached_times == time, "it is detached")  # type: ignore[misc]
+        wait_until(lambda attached=attached: worker.detached_times == attached, "it is detached")  # type: ignore[misc]
         link.say(Reply(1))
         agent.start()
     agent.wait_attached()

@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dualpath.cluster.vllm_launch import on_cpu
+
 START_S = 240
-_SRC = Path(__file__).parents[2] / "src"
 
 
 def free_port() -> int:
@@ -39,14 +40,7 @@ class VllmProcess:
     def __init__(self, model: Path, log: Path, *arguments: str, transfer: dict[str, Any] | None = None) -> None:
         self.port = int(arguments[arguments.index("--port") + 1]) if "--port" in arguments else free_port()
         self._log = log
-        environment = os.environ | {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
-            "VLLM_HOST_IP": "127.0.0.1",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "PYTHONPATH": os.pathsep.join([str(_SRC), os.environ.get("PYTHONPATH", "")]),
-        }
+        environment = os.environ | on_cpu(1)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "m", "--host", "127.0.0.1", "--max-num-seqs", "8", "--enforce-eager"]
         for option, value in (

@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 
+from dualpath.cluster.vllm_launch import on_cpu
+
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 START_S = 400.0
@@ -21,13 +23,6 @@ STOP_S = 40.0
 MAX_MODEL_LEN = 4096
 COMMON = ("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8", "--enforce-eager")
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-ENVIRONMENT = {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 NAME = "m"
 
 
@@ -65,7 +60,7 @@ def plain_vllm(model: Path, log: Path, *options: str) -> Iterator[str]:
     command += [*COMMON, "--no-enable-prefix-caching", "--enable-prompt-tokens-details", *options]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            list(map(str, command)), stdout=file, stderr=file, env=os.environ | ENVIRONMENT, start_new_session=True
+            list(map(str, command)), stdout=file, stderr=file, env=os.environ | on_cpu(1), start_new_session=True
         )
     url = f"http://127.0.0.1:{port}"
     try:

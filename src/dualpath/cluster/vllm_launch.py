@@ -10,6 +10,7 @@ from dualpath.core.vocabulary import BLOCK_TOKENS, Role
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """`vllm serve` does not know itself where vLLM is built for a CPU: its distribution has another name there."""
+_ON_CPU = Path(__file__).parent / "vllm_on_cpu"
 _CONNECTOR = {
     "kv_connector": "DualPathConnector",
     "kv_connector_module_path": "dualpath.vllm",
@@ -77,14 +78,25 @@ def _mapped(config: ClusterConfig) -> dict[str, str | None]:
     }
 
 
+def on_cpu(threads: int, host: str = "127.0.0.1") -> dict[str, str]:
+    """Returns what is set for a server on cores that it shares with others; see `vllm_on_cpu/sitecustomize.py`."""
+    path = os.pathsep.join(filter(None, [str(_ON_CPU), os.environ.get("PYTHONPATH")]))
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+    return cores | _anywhere(host)
+
+
+def _anywhere(host: str) -> dict[str, str]:
+    return {"VLLM_HOST_IP": host, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+
+
 def environment(config: ClusterConfig, *, host: str, temporary: Path, gpus: tuple[str, ...]) -> dict[str, str]:
     """Returns what is set for one server beside what it inherits. What the user has set of vLLM's own stays.
 
     `temporary` is for its sockets.
     """
-    ours = {"VLLM_HOST_IP": host, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(temporary)}
+    ours = _anywhere(host) | {"TMPDIR": str(temporary)}
     if config.vllm.device == "cpu":
-        ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(config.threads)}
+        ours |= on_cpu(config.threads, host)
     elif gpus:
         ours |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     kept = {name for name in ours if name.startswith(("VLLM_", "HF_")) and name in os.environ}
