@@ -85,6 +85,7 @@ def paired(plain: str, other: str, options: argparse.Namespace) -> dict[str, dic
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="loaded,cluster")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--prompt", type=int, default=1000, help="tokens")
     parser.add_argument("--tokens", type=int, default=48, help="generated for each")
@@ -100,12 +101,14 @@ def main() -> int:
         extra = {"role": "decode", "agent": f"{work}/nobody.sock", "url": "http://127.0.0.1:1", "name": "alone"}
         connector = json.dumps(CONNECTOR | {"kv_connector_extra_config": extra})
         with plain_vllm(model, where / "plain.log", *common) as plain:
-            with plain_vllm(model, where / "loaded.log", *common, "--kv-transfer-config", connector) as loaded:
-                print("loaded", flush=True)
-                results["loaded"] = paired(plain, loaded, options)
-            with cluster(model, where, "--dtype", "float32") as (url, _):
-                print("cluster", flush=True)
-                results["cluster"] = paired(plain, url, options)
+            if "loaded" in options.parts:
+                with plain_vllm(model, where / "loaded.log", *common, "--kv-transfer-config", connector) as loaded:
+                    print("loaded", flush=True)
+                    results["loaded"] = paired(plain, loaded, options)
+            if "cluster" in options.parts:
+                with cluster(model, where, "--dtype", "float32") as (url, _):
+                    print("cluster", flush=True)
+                    results["cluster"] = paired(plain, url, options)
     print(json.dumps(results, indent=1))
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1))
