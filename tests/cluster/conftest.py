@@ -15,7 +15,7 @@ from dualpath.cluster.local import Cluster
 from dualpath.spec.sampling import SamplingParams
 from dualpath.spec.topology import Topology
 
-ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3")
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3", "deepseek_v32")
 ANSWER_DEADLINE_S = 60.0
 
 

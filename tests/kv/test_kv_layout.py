@@ -1,10 +1,11 @@
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpath.kv.layout import KVLayout, KVPart
+from dualpath.kv.layout import KVLayout, KVPart, parts_of
 
 LAYOUTS = st.builds(
     KVLayout,
@@ -61,3 +62,16 @@ def test_a_layout_without_bytes_is_refused() -> None:
         KVLayout(1, (part,), "float32", 0)
     with pytest.raises(ValueError, match="'rope' has 1 heads × 0"):
         KVPart("rope", 1, 0)
+
+
+def test_an_indexer_is_a_third_part_of_every_layer_or_refused() -> None:
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    latent, rope, index = KVPart("latent", 1, 512), KVPart("rope", 1, 64), KVPart("index", 1, 128)
+    assert parts_of(SimpleNamespace(**sizes)) == (latent, rope)
+    indexed = sizes | {"index_head_dim": 128}
+    assert parts_of(SimpleNamespace(**indexed)) == (latent, rope, index)
+    assert parts_of(SimpleNamespace(**indexed, layer_types=["indexed_attention"] * 2)) == (latent, rope, index)
+    with pytest.raises(ValueError, match="full_attention, indexed_attention, and only some"):
+        parts_of(SimpleNamespace(**indexed, layer_types=["indexed_attention", "full_attention"]))
+    with pytest.raises(ValueError, match="layers 1, 2 share the indexer"):
+        parts_of(SimpleNamespace(**indexed, indexer_types=["full", "shared", "shared"]))

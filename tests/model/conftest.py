@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # where there is no torch, these tests are skipped, not their
 
     from dualpath.model import LayerwisePrefill, LoadedModel
 
-ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3")
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
 
 
 @pytest.fixture(scope="session")

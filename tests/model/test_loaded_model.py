@@ -19,7 +19,10 @@ PARTS = {
     "qwen3": (KVPart("k", 2, 16), KVPart("v", 2, 16)),
     "llama": (KVPart("k", 2, 16), KVPart("v", 2, 16)),
     "deepseek_v3": (KVPart("latent", 1, 32), KVPart("rope", 1, 8)),
+    "deepseek_v32": (KVPart("latent", 1, 32), KVPart("rope", 1, 8), KVPart("index", 1, 16)),
+    "glm_moe_dsa": (KVPart("latent", 1, 32), KVPart("rope", 1, 8), KVPart("index", 1, 16)),
 }
+INDEXED = ("deepseek_v32", "glm_moe_dsa")
 
 
 def test_a_model_knows_its_layout_and_limits(engines: Engines) -> None:
@@ -38,10 +41,16 @@ def test_half_precision_halves_the_rows(checkpoint: Callable[[str], Path]) -> No
 
 
 def test_attention_flops_are_counted_from_the_config(engines: Engines) -> None:
-    """By hand for the tiny models: hidden 64, 4 heads × 16, 2 KV heads; MLA ranks 32, rope 8, nope 16, value 12."""
-    if engines.architecture == "deepseek_v3":
+    """By hand for the tiny models: hidden 64, 4 heads × 16, 2 KV heads; MLA ranks 32, rope 8, nope 16, value 12.
+
+    Indexers have 16 heads × 16.
+    """
+    if engines.architecture in ("deepseek_v3", *INDEXED):
         weights = 64 * 32 + 32 * 4 * 24 + 64 * 40 + 32 * 4 * 28 + 4 * 12 * 64
         pair = 2 * 4 * (24 + 12)
+        if engines.architecture in INDEXED:
+            weights += 32 * 16 * 16 + 64 * 16 + 64 * 16
+            pair += 2 * 16 * 16
     else:
         weights = 64 * 64 + 2 * 64 * 32 + 64 * 64
         pair = 4 * 4 * 16

@@ -8,7 +8,7 @@ from typing import Any
 from dualpath.cli.arguments import command, not_negative
 from dualpath.cli.outcome import UsageError, command_errors, usage_errors
 
-ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3")
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
 EXAMPLES = """\
 examples:
   dualpath checkpoint .models/tiny --architecture deepseek_v3

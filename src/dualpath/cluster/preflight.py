@@ -29,6 +29,8 @@ from dualpath.spec.loopback import is_loopback
 logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LAYER_TYPES = {"full_attention", "indexed_attention", "deepseek_sparse_attention"}
+"""Of these, the last two are one: the latter is its older name."""
 _DEVICES = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -136,11 +138,11 @@ def _check_architecture(directory: Path, facts: dict[str, Any]) -> None:
         raise NotReadyError(
             f"--model: {directory} is a {', '.join(names)}; give a causal language model (…ForCausalLM)"
         )
-    others = sorted({str(kind) for kind in facts.get("layer_types") or ()} - {"full_attention"})
+    others = sorted({str(kind) for kind in facts.get("layer_types") or ()} - _LAYER_TYPES)
     if others:
         raise NotReadyError(
-            f"--model: {directory} has layers of type {', '.join(others)}; only models with full attention in every "
-            "layer are supported"
+            f"--model: {directory} has layers of type {', '.join(others)}; only models with full or indexed attention "
+            "in every layer are supported"
         )
     if "num_hidden_layers" in facts and not any(directory.glob("*.safetensors")):
         raise NotReadyError(f"--model: {directory} has no *.safetensors; get or convert the weights to safetensors")

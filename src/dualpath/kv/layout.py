@@ -14,7 +14,7 @@ _ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class KVPart(msgspec.Struct, frozen=True):
-    """A named piece of a token's bytes in one layer, `heads × dim` elements: k and v, or MLA's latent and rope."""
+    """A named piece of a token's bytes in one layer, `heads × dim` elements: k and v, or latent, rope and index."""
 
     name: Name
     heads: Count
@@ -28,13 +28,37 @@ class KVPart(msgspec.Struct, frozen=True):
 def parts_of(config: Any) -> tuple[KVPart, ...]:
     """Returns the parts of a model's KV from its Hugging Face `config`. Raises ValueError when it does not say them."""
     if getattr(config, "kv_lora_rank", None):
-        return (KVPart("latent", 1, config.kv_lora_rank), KVPart("rope", 1, config.qk_rope_head_dim))
+        return (
+            KVPart("latent", 1, config.kv_lora_rank),
+            KVPart("rope", 1, config.qk_rope_head_dim),
+            *_index_part(config),
+        )
     heads: int | None = getattr(config, "num_attention_heads", None)
     if heads is None:
         raise ValueError("its config.json does not say num_attention_heads; its attention is not known")
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return (KVPart("k", kv_heads, head_dim), KVPart("v", kv_heads, head_dim))
+
+
+def _index_part(config: Any) -> tuple[KVPart, ...]:
+    """The key by which a sparse layer's indexer selects tokens, if the model has one.
+
+    All layers have one layout here, so a model is refused whose layers differ in whether they keep a key.
+    """
+    dim: int | None = getattr(config, "index_head_dim", None)
+    if not dim:
+        return ()
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    if len(kinds) > 1:
+        raise ValueError(f"its layers are of types {', '.join(kinds)}, and only some of them keep index keys")
+    without = [i for i, kind in enumerate(getattr(config, "indexer_types", None) or ()) if kind != "full"]
+    if without:
+        raise ValueError(
+            f"its layers {', '.join(map(str, without))} share the indexer of a layer before them (indexer_types), so "
+            "they keep no index keys while others do"
+        )
+    return (KVPart("index", 1, dim),)
 
 
 class KVLayout(msgspec.Struct, frozen=True):

@@ -9,10 +9,11 @@ of that buffer. No context is ever copied, padded or converted, and there is no 
 
 A row has one of two forms. *Grouped* (GQA, MHA, MQA): a row is k‖v. *Latent* (MLA): a row is latent‖rope. It is either
 absorbed (queries are projected into latent space, so one row is the only key and value of all heads) or expanded to
-ordinary keys and values, whichever takes fewer FLOPs for the chunk; decode always absorbs.
+ordinary keys and values, whichever takes fewer FLOPs for the chunk; decode always absorbs. A latent row may have an
+index key as its third part, by which a query selects the rows it attends to; `sparse` has that form.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,12 +44,35 @@ class AttentionForm(Protocol):
         ...
 
 
+@runtime_checkable
+class IndexedForm(AttentionForm, Protocol):
+    """A form whose layers also keep a key per token by which each query selects what it attends to; see `sparse`."""
+
+    def store_index(self, rows: Tensor, new_rows: Tensor, keys: Tensor) -> Any:
+        """Write the keys ``[1, tokens, dim]`` of `update_indexer` into ``rows[new_rows]``. Returns what the model's
+        indexer continues with, and hands to the attention function as `indices`."""
+        ...
+
+    def attend_selected(
+        self,
+        module: Any,
+        query: Tensor,
+        rows: Tensor,
+        sequences: tuple[PackedSequence, ...],
+        scale: float,
+        selection: Any,
+    ) -> Tensor:
+        """As `attend`, over what `selection` selects, which began as the result of `store_index`."""
+        ...
+
+
 class PackedPass:
     """One packed forward, given to the model as its `past_key_values`. Subclasses say where a layer's rows are."""
 
     def __init__(self, form: AttentionForm, sequences: tuple[PackedSequence, ...], new_rows: Tensor) -> None:
         """`new_rows` ``[tokens]`` int64: the buffer row of each new token of the pack."""
         self.form = form
+        self._indexed = form if isinstance(form, IndexedForm) else None
         self.sequences = sequences
         self._new_rows = new_rows
         self._rows: Tensor | None = None
@@ -67,12 +91,24 @@ class PackedPass:
         """Transformers calls this before a layer's attention: `[1, heads, tokens, dim]`, k and v or latent and rope."""
         self._rows = self.layer_rows(layer_idx)
         passed_on = self.form.store(self._rows, self._new_rows, first, second)
-        self.written(layer_idx)
+        if self._indexed is None:
+            self.written(layer_idx)
         return passed_on
 
-    def attend(self, module: Any, query: Tensor, scale: float) -> Tensor:
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Any:
+        """Transformers calls this after `update` in a layer with an indexer: `[1, tokens, dim]`."""
+        if self._indexed is None or self._rows is None:
+            raise UnsupportedModelError(f"layer {layer_idx} has an indexer, which this model's config does not say")
+        stands_for_keys = self._indexed.store_index(self._rows, self._new_rows, keys)
+        self.written(layer_idx)
+        return stands_for_keys
+
+    def attend(self, module: Any, query: Tensor, scale: float, selection: Any = None) -> Tensor:
         assert self._rows is not None, "update comes before attention in every layer"
-        out = self.form.attend(module, query[0], self._rows, self.sequences, scale)
+        if self._indexed is None:
+            out = self.form.attend(module, query[0], self._rows, self.sequences, scale)
+        else:
+            out = self._indexed.attend_selected(module, query[0], self._rows, self.sequences, scale, selection)
         self._rows = None
         self.attended(module.layer_idx)
         return out[None]
@@ -97,7 +133,7 @@ def packed_attention(
             f"{type(module).__name__} does not pass keyword arguments on to its attention function; it needs a "
             "Transformers model with attention-backend support"
         )
-    return packed.attend(module, query, given["scaling"]), None
+    return packed.attend(module, query, given["scaling"], given.get("indices")), None
 
 
 class GroupedForm:

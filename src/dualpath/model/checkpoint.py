@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from dualpath.model.chat_template import CHATML_TEMPLATE
 
-Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v3"]
+Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"]
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -35,26 +35,30 @@ _TINY: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
+_TINY_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+_TINY_INDEXER: dict[str, Any] = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 64}
+"""With fewer heads, scores of exactly zero, and so ties, would be common."""
 _TINY_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 16},
     "llama": {"head_dim": 16},
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 12,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "moe_intermediate_size": 32,
-        "first_k_dense_replace": 1,
-        "num_nextn_predict_layers": 0,
-    },
+    "deepseek_v3": _TINY_LATENT | {"num_nextn_predict_layers": 0},
+    "deepseek_v32": _TINY_LATENT | _TINY_INDEXER,
+    "glm_moe_dsa": _TINY_LATENT | _TINY_INDEXER,
 }
 
 DEMO_MODEL: Mapping[str, Any] = {

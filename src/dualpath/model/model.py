@@ -24,6 +24,7 @@ from dualpath.model.attention import (
     packed_attention,
 )
 from dualpath.model.spans import PackedSequence
+from dualpath.model.sparse import SparseLatentForm
 
 # No mask function is registered under this name, so Transformers builds no mask.
 AttentionInterface.register(IMPLEMENTATION, packed_attention)
@@ -42,6 +43,8 @@ class LoadedModel:
         self.dtype: torch.dtype = network.dtype
         self.device: torch.device = network.device
         self.form, parts = _form_of(config)
+        self.layer_mask = torch.zeros(1, 1, 1, 1) if isinstance(self.form, SparseLatentForm) else None
+        """What layers get as their mask. An indexer demands one; this hides nothing, for our selection is causal."""
         self.layout = KVLayout(
             layers=config.num_hidden_layers, parts=parts, dtype=str(self.dtype).removeprefix("torch.")
         )
@@ -90,6 +93,7 @@ class LoadedModel:
             past_key_values=packed,
             use_cache=True,
             logits_to_keep=kept,
+            attention_mask=self._masks(),
             packed=packed,
         )
         logits: Tensor = output.logits[0]
@@ -100,7 +104,12 @@ class LoadedModel:
         """One packed forward without the output head. Returns ``[tokens, width]``, what `head` takes."""
         ids, places = (torch.tensor(x, device=self.device) for x in (token_ids, positions))
         output = self.network.get_decoder()(
-            input_ids=ids[None], position_ids=places[None], past_key_values=packed, use_cache=True, packed=packed
+            input_ids=ids[None],
+            position_ids=places[None],
+            past_key_values=packed,
+            use_cache=True,
+            attention_mask=self._masks(),
+            packed=packed,
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
@@ -111,6 +120,10 @@ class LoadedModel:
         logits: Tensor = self.network.get_output_embeddings()(hidden)
         return logits
 
+    def _masks(self) -> dict[str, Tensor] | None:
+        """Returns ready masks by type of layer, which models with an indexer take as they are; None for others."""
+        return None if self.layer_mask is None else {"indexed_attention": self.layer_mask}
+
     @property
     def attention_flops_per_token(self) -> int:
         """FLOPs of one attention layer's projections for one new token; they do not depend on its context."""
@@ -120,9 +133,15 @@ class LoadedModel:
 
     @property
     def attention_flops_per_pair(self) -> int:
-        """FLOPs of one attention layer for a new token and one it attends to: score and weighted value, all heads."""
+        """FLOPs of one attention layer for a new token and one it attends to: score and weighted value, all heads.
+
+        With an indexer, those of its score as well, as if every token were selected: too many beyond top-k tokens.
+        """
         if isinstance(self.form, LatentForm):
-            return 2 * self.form.heads * (self.form.nope_dim + self.form.rope_dim + self.form.value_dim)
+            pair = 2 * self.form.heads * (self.form.nope_dim + self.form.rope_dim + self.form.value_dim)
+            if isinstance(self.form, SparseLatentForm):
+                pair += 2 * self.form.index_heads * self.form.index_dim
+            return pair
         return 4 * self.form.heads * self.form.head_dim
 
 
@@ -143,6 +162,7 @@ class _Probe(PackedPass):
         self._model = model
         self._buffer = torch.zeros(2, model.token_elems, dtype=model.dtype, device=model.device)
         self._updated: list[int] = []
+        self._indexed_layers: list[int] = []
         self._computed: list[int] = []
 
     def layer_rows(self, layer: int) -> Tensor:  # noqa: ARG002  one buffer serves all layers
@@ -150,13 +170,23 @@ class _Probe(PackedPass):
 
     def update(self, first: Tensor, second: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._updated.append(layer_idx)
-        expected = [(1, part.heads, 2, part.dim) for part in self._model.layout.parts]
+        expected = [(1, part.heads, 2, part.dim) for part in self._model.layout.parts[:2]]
         if [tuple(first.shape), tuple(second.shape)] != expected or args or kwargs:
             raise UnsupportedModelError(
                 f"layer {layer_idx} passes KV of shapes {tuple(first.shape)} and {tuple(second.shape)}, but its config "
                 f"says {expected[0]} and {expected[1]}"
             )
         return super().update(first, second, layer_idx)
+
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Any:
+        self._indexed_layers.append(layer_idx)
+        expected = [(1, 2, part.dim) for part in self._model.layout.parts[2:]]
+        if [tuple(keys.shape)] != expected:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} passes index keys of shape {tuple(keys.shape)}, but its config says "
+                f"{expected[0] if expected else 'none'}"
+            )
+        return super().update_indexer(keys, layer_idx)
 
     def attended(self, layer: int) -> None:
         self._computed.append(layer)
@@ -174,6 +204,10 @@ class _Probe(PackedPass):
                 f"{name} updated KV in layers {self._updated} and attended in {self._computed}; every one of its "
                 f"{len(layers)} layers must do both, in order"
             )
+        if len(self._model.layout.parts) > 2 and self._indexed_layers != layers:
+            raise UnsupportedModelError(
+                f"{name} keeps index keys in layers {self._indexed_layers}, not in all {layers}"
+            )
 
     def head_alone(self) -> bool:
         """Whether the model's logits are its output head's, so that a prompt can be scored slice by slice.
@@ -189,7 +223,7 @@ class _Probe(PackedPass):
 
 
 def _refuse_other_attention(config: Any) -> None:
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "indexed_attention"})
     if others:
         raise UnsupportedModelError(
             f"{config.model_type} has layers of type {', '.join(others)}; only full attention has KV of every token in "
@@ -210,6 +244,8 @@ def _form_of(config: Any) -> tuple[GroupedForm | LatentForm, tuple[KVPart, ...]]
             config.qk_nope_head_dim,
             config.v_head_dim,
         )
+        if len(parts) == 3:
+            return SparseLatentForm(latent, config.index_n_heads, config.index_head_dim), parts
         return latent, parts
     return GroupedForm(config.num_attention_heads, parts[0].heads, parts[0].dim), parts
 

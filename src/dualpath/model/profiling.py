@@ -72,7 +72,7 @@ def _measure_ns(model: LoadedModel, cached: int, new: int, deadline_ns: int) -> 
         decoder.layers[0].self_attn(
             hidden_states=hidden,
             position_embeddings=embeddings,
-            attention_mask=None,
+            attention_mask=model.layer_mask,
             past_key_values=packed,
             packed=packed,
         )
