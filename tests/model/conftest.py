@@ -11,7 +11,9 @@ if TYPE_CHECKING:  # where there is no torch, these tests are skipped, not their
 
     from dualpath.model import LayerwisePrefill, LoadedModel
 
-ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3")
+WINDOWED = ("gpt_oss", "gemma2", "gemma3_text", "olmo3", "exaone4", "cohere2", "mistral")
+"""With sliding windows of 50 tokens; gpt_oss with sinks and gemma2 with capped scores, too."""
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3", *WINDOWED)
 
 
 @pytest.fixture(scope="session")

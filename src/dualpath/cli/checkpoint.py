@@ -8,7 +8,19 @@ from typing import Any
 from dualpath.cli.arguments import command, not_negative
 from dualpath.cli.outcome import UsageError, command_errors, usage_errors
 
-ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3")
+ARCHITECTURES = (
+    "qwen2",
+    "qwen3",
+    "llama",
+    "deepseek_v3",
+    "gpt_oss",
+    "gemma2",
+    "gemma3_text",
+    "olmo3",
+    "exaone4",
+    "cohere2",
+    "mistral",
+)
 EXAMPLES = """\
 examples:
   dualpath checkpoint .models/tiny --architecture deepseek_v3
