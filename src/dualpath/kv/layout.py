@@ -11,7 +11,7 @@ import msgspec
 from dualpath.spec.bounds import Count, Name
 
 WHOLE_KV_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-"""Layers, by their names in a config's `layer_types`, that keep a row of every token; a sliding one reads its window."""
+"""Layers, by name in a config's `layer_types`, that keep a row of every token; a sliding one reads its window."""
 
 _ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -191,11 +191,12 @@ def _printable_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def _draw_weights(model: Any, seed: int, printable: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)
     is_gemma = "gemma" in model.config.model_type  # it adds 1 to gains and scales embeddings
+    only_after = not any("input_layernorm" in name for name, _ in model.named_parameters())  # norms follow each part
     embedding_scale = math.sqrt(model.config.hidden_size) if is_gemma else 1.0
     for name, weight in sorted(model.named_parameters()):
         noise = torch.randn(weight.shape, generator=generator)
         if weight.dim() == 1:
-            weight.copy_(_drawn_vector(name, noise, gains_start_at=0.0 if is_gemma else 1.0))
+            weight.copy_(_drawn_vector(name, noise, weakens=only_after and "post_" in name, from_zero=is_gemma))
         elif "embed_tokens" in name:
             weight.copy_(noise / embedding_scale)
         elif "lm_head" in name:
@@ -209,8 +210,11 @@ def _draw_weights(model: Any, seed: int, printable: list[int]) -> None:
             weight.copy_(noise * ((2.0 if sharpens_attention else 1.0) / math.sqrt(weight.shape[-1])))
 
 
-def _drawn_vector(name: str, noise: Tensor, gains_start_at: float) -> Tensor:
-    """Returns a norm's gains, attention sinks that weigh about as much as a token does, or a bias."""
+def _drawn_vector(name: str, noise: Tensor, weakens: bool, from_zero: bool) -> Tensor:
+    """Returns a norm's gains, attention sinks that weigh about as much as a token does, or a bias.
+
+    A norm that `weakens` keeps what a layer adds below the token's own part, or all tokens would look alike.
+    """
     if "norm" in name:
-        return gains_start_at + 0.1 * noise
+        return (0.4 if weakens else 0.0 if from_zero else 1.0) + 0.1 * noise
     return 2.0 + noise if "sinks" in name else 0.1 * noise
