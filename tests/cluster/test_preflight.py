@@ -62,7 +62,7 @@ def test_a_gpu_gets_the_checkpoints_own_type(tmp_path: Path, monkeypatch: pytest
     ("changes", "complaint"),
     [
         ({"architectures": ["BertForMaskedLM"]}, "is a BertForMaskedLM; give a causal language model"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "has layers of type sliding_attention"),
+        ({"layer_types": ["sliding_attention", "linear_attention"]}, "has layers of type linear_attention"),
         ({"weights": False}, r"has no \*.safetensors"),
     ],
 )

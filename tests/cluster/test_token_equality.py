@@ -102,7 +102,7 @@ def snic_read_blocks(cluster: Cluster, role: str, block_bytes: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["qwen3", "deepseek_v3", "deepseek_v32"])
+@pytest.mark.parametrize("architecture", ["qwen3", "deepseek_v3", "deepseek_v32", "gpt_oss"])
 def test_agents_packed_in_one_batch(
     checkpoint: Callable[[str], Path], reference: Reference, tmp_path: Path, architecture: str
 ) -> None:

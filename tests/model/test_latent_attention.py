@@ -6,6 +6,7 @@ from engine_world import DeBuffer, Engines, drain, enter, greedy, prefill, rando
 
 from dualpath.model import LayerwisePrefill, PagedDecode
 from dualpath.model.attention import LatentForm
+from dualpath.model.rules import PLAIN, AttentionRules
 from dualpath.model.spans import PackedSequence
 
 
@@ -16,7 +17,10 @@ def test_absorbing_is_for_short_chunks() -> None:
 
 
 @pytest.mark.parametrize("value_dim", [5, 11, 16])
-def test_both_forms_agree(value_dim: int) -> None:
+@pytest.mark.parametrize(
+    "rules", [PLAIN, AttentionRules(20, sinks=torch.tensor([1.0, 4, -2])), AttentionRules(64, 2.0)]
+)
+def test_both_forms_agree(value_dim: int, rules: AttentionRules) -> None:
     form = LatentForm(heads=3, rank=12, rope_dim=4, nope_dim=7, value_dim=value_dim)
     generator = torch.Generator().manual_seed(0)
 
@@ -28,7 +32,7 @@ def test_both_forms_agree(value_dim: int) -> None:
     query = torch.randn(3, 9, 11, generator=generator)
     sequence = PackedSequence(0, new_tokens=9, past_tokens=60, extents=((13, 69),))
     with torch.no_grad():
-        absorbed, expanded = (how(Layer, query, rows, sequence, 0.3) for how in (form._absorbed, form._expanded))
+        absorbed, expanded = (how(Layer, query, rows, sequence, 0.3, rules) for how in (form._absorbed, form._expanded))
     assert absorbed.shape == (9, 3, value_dim)
     assert torch.allclose(absorbed, expanded, atol=1e-5)
 

@@ -14,20 +14,17 @@ from dualpath.model import LoadedModel, UnsupportedModelError, make_checkpoint, 
 from dualpath.model.checkpoint import DEMO_MODEL
 from dualpath.model.profiling import _fit
 
-PARTS = {
-    "qwen2": (KVPart("k", 2, 16), KVPart("v", 2, 16)),
-    "qwen3": (KVPart("k", 2, 16), KVPart("v", 2, 16)),
-    "llama": (KVPart("k", 2, 16), KVPart("v", 2, 16)),
-    "deepseek_v3": (KVPart("latent", 1, 32), KVPart("rope", 1, 8)),
-    "deepseek_v32": (KVPart("latent", 1, 32), KVPart("rope", 1, 8), KVPart("index", 1, 16)),
-    "glm_moe_dsa": (KVPart("latent", 1, 32), KVPart("rope", 1, 8), KVPart("index", 1, 16)),
-}
+GROUPED = (KVPart("k", 2, 16), KVPart("v", 2, 16))
+LATENT = (KVPart("latent", 1, 32), KVPart("rope", 1, 8))
+SPARSE = (*LATENT, KVPart("index", 1, 16))
 INDEXED = ("deepseek_v32", "glm_moe_dsa")
 
 
 def test_a_model_knows_its_layout_and_limits(engines: Engines) -> None:
     model = engines.model
-    assert model.layout.parts == PARTS[engines.architecture]
+    assert model.layout.parts == {"deepseek_v3": LATENT, "deepseek_v32": SPARSE, "glm_moe_dsa": SPARSE}.get(
+        engines.architecture, GROUPED
+    )
     assert (model.layout.layers, model.layout.dtype, model.max_length_tokens) == (5, "float32", 4096)
     assert model.vocab_size == 259
     assert model.eos_token_ids == (258, 256)
@@ -83,20 +80,32 @@ def rewritten(source: Path, target: Path, **changes: object) -> Path:
 
 
 def test_other_attention_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    sliding = ["full_attention", "sliding_attention"] + ["full_attention"] * 3
-    path = rewritten(
-        checkpoint("qwen3"), tmp_path / "a", layer_types=sliding, use_sliding_window=True, sliding_window=128
-    )
-    with pytest.raises(UnsupportedModelError, match="qwen3 has layers of type sliding_attention"):
+    chunked = ["full_attention", "chunked_attention"] + ["full_attention"] * 3
+    path = rewritten(checkpoint("qwen3"), tmp_path / "a", layer_types=chunked)
+    with pytest.raises(UnsupportedModelError, match="qwen3 has layers of type chunked_attention"):
         LoadedModel.load(path)
+
+
+def test_windows_that_contradict_the_config_are_refused(
+    engines_of: Callable[[str], Engines], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = engines_of("mistral").model.network
+    monkeypatch.setattr(network.config, "layer_types", ["sliding_attention", "full_attention"] * 2, raising=False)
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 is of type full_attention and passes .* window of 50"):
+        LoadedModel(network, ())
 
 
 @pytest.mark.parametrize(
     ("model_type", "sizes", "message"),
     [
-        ("gemma2", {"layer_types": ["full_attention"] * 2}, "score soft-capping"),
-        ("gpt_oss", {"layer_types": ["full_attention"] * 2, "num_local_experts": 2}, "attention sinks"),
-        ("mistral", {"sliding_window": 16}, "sliding-window layers"),
+        ("gemma3_text", {"use_bidirectional_attention": True, "head_dim": 8}, "bidirectional attention"),
+        ("llama4_text", {"intermediate_size_mlp": 32, "num_local_experts": 2}, "layers of type chunked_attention"),
+        (
+            "mimo_v2_flash",
+            {"n_routed_experts": 8, "moe_intermediate_size": 8, "num_key_value_heads": 2},
+            "KV of shapes",
+        ),
+        ("phimoe", {"sliding_window": 16, "num_local_experts": 2}, "does not pass it to its attention function"),
         ("mamba", {}, "layers of type linear_attention"),
         ("gpt_neox", {"num_key_value_heads": 2}, "its config says"),
     ],

@@ -34,7 +34,7 @@ def test_any_extents_give_plain_attention(
     """With the CPU's kernel and with the one for other devices; spans of 64 rows, so that several are merged."""
     monkeypatch.setattr(spans, "STREAM_BYTES", 1)
     if by_matmul:
-        monkeypatch.setattr(spans, "_partial", spans._partial_by_matmul)
+        monkeypatch.setattr(spans, "_partial", spans.partial_by_matmul)
     heads, kv_heads, dim = 6, 3, 8
     generator = torch.Generator().manual_seed(new)
     rows = torch.randn(260, 2 * kv_heads * dim, generator=generator)
@@ -49,4 +49,4 @@ def test_any_extents_give_plain_attention(
 
 def test_merging_survives_scores_of_any_size() -> None:
     parts = [(torch.full((1, 2), 1.0), torch.tensor([900.0])), (torch.full((1, 2), 5.0), torch.tensor([-900.0]))]
-    assert spans._merge(parts).tolist() == [[1.0, 1.0]]
+    assert spans.merge(parts).tolist() == [[1.0, 1.0]]

@@ -8,7 +8,21 @@ from typing import Any
 from dualpath.cli.arguments import command, not_negative
 from dualpath.cli.outcome import UsageError, command_errors, usage_errors
 
-ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
+ARCHITECTURES = (
+    "qwen2",
+    "qwen3",
+    "llama",
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "gemma2",
+    "gemma3_text",
+    "olmo3",
+    "exaone4",
+    "cohere2",
+    "mistral",
+)
 EXAMPLES = """\
 examples:
   dualpath checkpoint .models/tiny --architecture deepseek_v3
@@ -25,7 +39,8 @@ def add(commands: Any) -> None:
         run,
     )
     parser.add_argument("path", metavar="PATH", type=Path)
-    parser.add_argument("--architecture", choices=ARCHITECTURES, default="qwen3", help="(default: %(default)s)")
+    named = f"one of {', '.join(ARCHITECTURES)} (default: %(default)s)"
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="qwen3", metavar="NAME", help=named)
     parser.add_argument("--seed", type=not_negative, default=0, help="seed of the weights (default: %(default)s)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--demo", action="store_true", help="the demo's model: qwen3, 16 KiB of KV per token, own seed")

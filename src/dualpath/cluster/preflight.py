@@ -23,14 +23,12 @@ from dualpath.cluster.control_address import control_place
 from dualpath.cluster.preflight_files import NotReadyError, check_buffers, check_outputs, check_tls, cuda_devices
 from dualpath.cluster.preflight_vllm import settled_vllm
 from dualpath.kv import KVLayout, StoreError, open_store
-from dualpath.kv.layout import parts_of
+from dualpath.kv.layout import WHOLE_KV_LAYER_TYPES, parts_of
 from dualpath.spec.loopback import is_loopback
 
 logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_LAYER_TYPES = {"full_attention", "indexed_attention", "deepseek_sparse_attention"}
-"""Of these, the last two are one: the latter is its older name."""
 _DEVICES = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -138,11 +136,11 @@ def _check_architecture(directory: Path, facts: dict[str, Any]) -> None:
         raise NotReadyError(
             f"--model: {directory} is a {', '.join(names)}; give a causal language model (…ForCausalLM)"
         )
-    others = sorted({str(kind) for kind in facts.get("layer_types") or ()} - _LAYER_TYPES)
+    others = sorted({str(kind) for kind in facts.get("layer_types") or ()} - WHOLE_KV_LAYER_TYPES)
     if others:
         raise NotReadyError(
-            f"--model: {directory} has layers of type {', '.join(others)}; only models with full or indexed attention "
-            "in every layer are supported"
+            f"--model: {directory} has layers of type {', '.join(others)}; only models whose layers all have full, "
+            "sliding-window or indexed attention are supported"
         )
     if "num_hidden_layers" in facts and not any(directory.glob("*.safetensors")):
         raise NotReadyError(f"--model: {directory} has no *.safetensors; get or convert the weights to safetensors")

@@ -10,6 +10,12 @@ import msgspec
 
 from dualpath.spec.bounds import Count, Name
 
+WHOLE_KV_LAYER_TYPES = frozenset(
+    {"full_attention", "sliding_attention", "indexed_attention", "deepseek_sparse_attention"}
+)
+"""Layers, by name in a config's `layer_types`, that keep a row of every token; a sliding one reads its window, an
+indexed one (the last is its older name) what it selects."""
+
 _ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

@@ -5,7 +5,8 @@ Theory of operation. A forward packs several sequences, each with its own cached
 Transformers calls us twice per layer. ``past_key_values.update(k, v, layer)`` is `PackedPass.update`: it writes the new
 tokens' KV into the layer's device buffer, rows ``[row, token_elems]`` whose bytes are exactly those of a Layer Block.
 Then the registered attention function, `packed_attention`, reads each sequence's KV, cached and new, as strided views
-of that buffer. No context is ever copied, padded or converted, and there is no mask.
+of that buffer. No context is ever copied, padded or converted, and no mask spans it. A layer's sliding window, sinks
+and cap of scores reach us as arguments, and go on as `rules`.
 
 A row has one of two forms. *Grouped* (GQA, MHA, MQA): a row is k‖v. *Latent* (MLA): a row is latent‖rope. It is either
 absorbed (queries are projected into latent space, so one row is the only key and value of all heads) or expanded to
@@ -18,12 +19,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dualpath.model.spans import EXPAND_ROWS, PackedSequence, attend_sequence
+from dualpath.model.rules import PLAIN, AttentionRules, attend_by_rules
+from dualpath.model.spans import EXPAND_ROWS, PackedSequence
 
 IMPLEMENTATION = "dualpath_packed"
 """Our name in Transformers' attention registry."""
 
-_UNSUPPORTED = {"sliding_window": "sliding-window layers", "softcap": "score soft-capping", "s_aux": "attention sinks"}
+_UNSUPPORTED = {"position_bias": "position biases"}
 
 
 class UnsupportedModelError(ValueError):
@@ -38,7 +40,13 @@ class AttentionForm(Protocol):
         ...
 
     def attend(
-        self, module: Any, query: Tensor, rows: Tensor, sequences: tuple[PackedSequence, ...], scale: float
+        self,
+        module: Any,
+        query: Tensor,
+        rows: Tensor,
+        sequences: tuple[PackedSequence, ...],
+        scale: float,
+        rules: AttentionRules = PLAIN,
     ) -> Tensor:
         """Query ``[heads, tokens, dim]`` → output ``[tokens, heads, value_dim]``."""
         ...
@@ -103,10 +111,14 @@ class PackedPass:
         self.written(layer_idx)
         return stands_for_keys
 
-    def attend(self, module: Any, query: Tensor, scale: float, selection: Any = None) -> Tensor:
+    def attend(
+        self, module: Any, query: Tensor, scale: float, rules: AttentionRules = PLAIN, selection: Any = None
+    ) -> Tensor:
         assert self._rows is not None, "update comes before attention in every layer"
         if self._indexed is None:
-            out = self.form.attend(module, query[0], self._rows, self.sequences, scale)
+            out = self.form.attend(module, query[0], self._rows, self.sequences, scale, rules)
+        elif rules is not PLAIN:
+            raise UnsupportedModelError(f"{type(module).__name__} has an indexer and a window, sinks or capped scores")
         else:
             out = self._indexed.attend_selected(module, query[0], self._rows, self.sequences, scale, selection)
         self._rows = None
@@ -119,7 +131,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that Transformers calls. It ignores `key` and `value`: the pass has them in its buffers.
 
-    Raises UnsupportedModelError when the layer needs more than plain causal attention.
+    Raises UnsupportedModelError when the layer needs more than causal attention under `AttentionRules`.
     """
     del key, value, attention_mask
     for name, meaning in _UNSUPPORTED.items():
@@ -133,7 +145,22 @@ def packed_attention(
             f"{type(module).__name__} does not pass keyword arguments on to its attention function; it needs a "
             "Transformers model with attention-backend support"
         )
-    return packed.attend(module, query, given["scaling"], given.get("indices")), None
+    return packed.attend(module, query, given["scaling"], _rules_of(module, given), given.get("indices")), None
+
+
+def _rules_of(module: Any, given: dict[str, Any]) -> AttentionRules:
+    """Returns what Transformers' arguments ask of a layer. Raises UnsupportedModelError for what can't be."""
+    if given.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has bidirectional attention; only causal attention is computed"
+        )
+    window, softcap, sinks = given.get("sliding_window"), given.get("softcap"), given.get("s_aux")
+    if window is None and softcap is None and sinks is None:
+        return PLAIN
+    try:
+        return AttentionRules(window, softcap, sinks)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(module).__name__} has {error}") from error
 
 
 class GroupedForm:
@@ -149,7 +176,13 @@ class GroupedForm:
         return first, second
 
     def attend(
-        self, module: Any, query: Tensor, rows: Tensor, sequences: tuple[PackedSequence, ...], scale: float
+        self,
+        module: Any,
+        query: Tensor,
+        rows: Tensor,
+        sequences: tuple[PackedSequence, ...],
+        scale: float,
+        rules: AttentionRules = PLAIN,
     ) -> Tensor:
         del module
         keys, values = rows.view(-1, 2, self.kv_heads, self.head_dim).permute(1, 2, 0, 3).unbind()
@@ -161,7 +194,7 @@ class GroupedForm:
         out = query.new_empty((query.shape[1], self.heads, self.head_dim))
         for sequence in sequences:
             chunk = slice(sequence.first_query, sequence.first_query + sequence.new_tokens)
-            out[chunk] = attend_sequence(grouped[:, :, chunk], rows, sequence, keys_values, scale)
+            out[chunk] = attend_by_rules(grouped[:, :, chunk], rows, sequence, keys_values, scale, rules)
         return out
 
 
@@ -178,13 +211,19 @@ class LatentForm:
         return first[:, :, :1], second[:, :, :1]
 
     def attend(
-        self, module: Any, query: Tensor, rows: Tensor, sequences: tuple[PackedSequence, ...], scale: float
+        self,
+        module: Any,
+        query: Tensor,
+        rows: Tensor,
+        sequences: tuple[PackedSequence, ...],
+        scale: float,
+        rules: AttentionRules = PLAIN,
     ) -> Tensor:
         out = query.new_empty((query.shape[1], self.heads, self.value_dim))
         for sequence in sequences:
             chunk = slice(sequence.first_query, sequence.first_query + sequence.new_tokens)
             how = self._absorbed if self.absorbs(sequence.new_tokens) else self._expanded
-            out[chunk] = how(module, query[:, chunk], rows, sequence, scale)
+            out[chunk] = how(module, query[:, chunk], rows, sequence, scale, rules)
         return out
 
     def absorbs(self, new_tokens: int) -> bool:
@@ -192,7 +231,15 @@ class LatentForm:
         widened = 2 * self.rank - self.nope_dim - self.value_dim
         return new_tokens * widened <= self.rank * (self.nope_dim + self.value_dim)
 
-    def _absorbed(self, module: Any, query: Tensor, rows: Tensor, sequence: PackedSequence, scale: float) -> Tensor:
+    def _absorbed(
+        self,
+        module: Any,
+        query: Tensor,
+        rows: Tensor,
+        sequence: PackedSequence,
+        scale: float,
+        rules: AttentionRules = PLAIN,
+    ) -> Tensor:
         to_key, to_value = self._projections(module)
         latent_query = torch.bmm(query[..., : self.nope_dim], to_key)
         latent_query = torch.cat((latent_query, query[..., self.nope_dim :]), dim=-1)
@@ -201,11 +248,19 @@ class LatentForm:
             span = rows[None, first : first + count]
             return span, span  # a value is the latent part; its rope part is dropped from the output below
 
-        out = attend_sequence(latent_query[None], rows, sequence, keys_values, scale)
+        out = attend_by_rules(latent_query[None], rows, sequence, keys_values, scale, rules)
         latent_out = out[..., : self.rank].transpose(0, 1)
         return torch.bmm(latent_out, to_value.transpose(1, 2)).transpose(0, 1)
 
-    def _expanded(self, module: Any, query: Tensor, rows: Tensor, sequence: PackedSequence, scale: float) -> Tensor:
+    def _expanded(
+        self,
+        module: Any,
+        query: Tensor,
+        rows: Tensor,
+        sequence: PackedSequence,
+        scale: float,
+        rules: AttentionRules = PLAIN,
+    ) -> Tensor:
         to_key, to_value = self._projections(module)
         width = max(self.nope_dim + self.rope_dim, self.value_dim)
 
@@ -220,7 +275,7 @@ class LatentForm:
             return keys, values
 
         padded = torch.nn.functional.pad(query, (0, width - query.shape[-1]))
-        out = attend_sequence(padded[:, None], rows, sequence, keys_values, scale, span_rows=EXPAND_ROWS)
+        out = attend_by_rules(padded[:, None], rows, sequence, keys_values, scale, rules, EXPAND_ROWS)
         return out[..., : self.value_dim]
 
     def _projections(self, module: Any) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,26 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from dualpath.model.chat_template import CHATML_TEMPLATE
 
-Architecture = Literal["qwen2", "qwen3", "llama", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"]
+Architecture = Literal[
+    "qwen2",
+    "qwen3",
+    "llama",
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "gemma2",
+    "gemma3_text",
+    "olmo3",
+    "exaone4",
+    "cohere2",
+    "mistral",
+]
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -59,6 +74,24 @@ _TINY_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "deepseek_v3": _TINY_LATENT | {"num_nextn_predict_layers": 0},
     "deepseek_v32": _TINY_LATENT | _TINY_INDEXER,
     "glm_moe_dsa": _TINY_LATENT | _TINY_INDEXER,
+    "gpt_oss": {"head_dim": 16, "sliding_window": 50, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 50,
+        "attn_logit_softcapping": 6.0,
+        "final_logit_softcapping": 15.0,
+    },
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 50,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "olmo3": {"sliding_window": 50},
+    "exaone4": {"sliding_window": 50},
+    "cohere2": {"sliding_window": 50, "logit_scale": 0.5},
+    "mistral": {"sliding_window": 50},
 }
 
 DEMO_MODEL: Mapping[str, Any] = {
@@ -92,6 +125,9 @@ def make_checkpoint(path: str | Path, architecture: Architecture, seed: int = 0,
     )
     config = AutoConfig.for_model(architecture)
     fields = _TINY | _TINY_BY_ARCHITECTURE[architecture] | sizes
+    if "layer_types" in fields and "layer_types" not in sizes:
+        layers = fields["num_hidden_layers"]
+        fields["layer_types"] = (fields["layer_types"] * layers)[:layers]
     unknown = sorted(name for name in fields if not hasattr(config, name))
     if unknown:
         raise ValueError(f"{architecture} has no config field named {', '.join(unknown)}; see its Transformers config")
@@ -158,15 +194,17 @@ def _printable_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 @torch.no_grad()
-def _draw_weights(model: torch.nn.Module, seed: int, printable: list[int]) -> None:
+def _draw_weights(model: Any, seed: int, printable: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)
+    is_gemma = "gemma" in model.config.model_type  # it adds 1 to gains and scales embeddings
+    only_after = not any("input_layernorm" in name for name, _ in model.named_parameters())  # norms follow each part
+    embedding_scale = math.sqrt(model.config.hidden_size) if is_gemma else 1.0
     for name, weight in sorted(model.named_parameters()):
         noise = torch.randn(weight.shape, generator=generator)
         if weight.dim() == 1:
-            is_gain = "norm" in name
-            weight.copy_(1.0 + 0.1 * noise if is_gain else 0.1 * noise)
+            weight.copy_(_drawn_vector(name, noise, weakens=only_after and "post_" in name, from_zero=is_gemma))
         elif "embed_tokens" in name:
-            weight.copy_(noise)
+            weight.copy_(noise / embedding_scale)
         elif "lm_head" in name:
             flatter = torch.full((weight.shape[0], 1), 0.5)
             flatter[printable] = 1.0
@@ -176,3 +214,13 @@ def _draw_weights(model: torch.nn.Module, seed: int, printable: list[int]) -> No
         else:
             sharpens_attention = any(part in name for part in ("q_proj", "k_proj", "q_b_proj"))
             weight.copy_(noise * ((2.0 if sharpens_attention else 1.0) / math.sqrt(weight.shape[-1])))
+
+
+def _drawn_vector(name: str, noise: Tensor, weakens: bool, from_zero: bool) -> Tensor:
+    """Returns a norm's gains, attention sinks that weigh about as much as a token does, or a bias.
+
+    A norm that `weakens` keeps what a layer adds below the token's own part, or all tokens would look alike.
+    """
+    if "norm" in name:
+        return (0.4 if weakens else 0.0 if from_zero else 1.0) + 0.1 * noise
+    return 2.0 + noise if "sinks" in name else 0.1 * noise

@@ -7,6 +7,7 @@ else is therefore refused, with a reason, before it serves a token. Read `attent
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from dualpath.kv.layout import KVLayout, KVPart, parts_of
+from dualpath.kv.layout import WHOLE_KV_LAYER_TYPES, KVLayout, KVPart, parts_of
 from dualpath.model.attention import (
     IMPLEMENTATION,
     GroupedForm,
@@ -23,6 +24,7 @@ from dualpath.model.attention import (
     UnsupportedModelError,
     packed_attention,
 )
+from dualpath.model.rules import PLAIN, AttentionRules
 from dualpath.model.spans import PackedSequence
 from dualpath.model.sparse import SparseLatentForm
 
@@ -164,6 +166,7 @@ class _Probe(PackedPass):
         self._updated: list[int] = []
         self._indexed_layers: list[int] = []
         self._computed: list[int] = []
+        self._windows: list[int | None] = []
 
     def layer_rows(self, layer: int) -> Tensor:  # noqa: ARG002  one buffer serves all layers
         return self._buffer
@@ -188,6 +191,12 @@ class _Probe(PackedPass):
             )
         return super().update_indexer(keys, layer_idx)
 
+    def attend(
+        self, module: Any, query: Tensor, scale: float, rules: AttentionRules = PLAIN, selection: Any = None
+    ) -> Tensor:
+        self._windows.append(rules.window_tokens)
+        return super().attend(module, query, scale, rules, selection)
+
     def attended(self, layer: int) -> None:
         self._computed.append(layer)
 
@@ -208,26 +217,59 @@ class _Probe(PackedPass):
             raise UnsupportedModelError(
                 f"{name} keeps index keys in layers {self._indexed_layers}, not in all {layers}"
             )
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        """Raises UnsupportedModelError when a model masks what lies outside a window that it does not tell us."""
+        network, config = self._model.network, self._model.network.config
+        name = type(network).__name__
+        types = getattr(config, "layer_types", None) or ()
+        for layer, (kind, window_tokens) in enumerate(zip(types, self._windows, strict=False)):
+            if (kind == "sliding_attention") != (window_tokens is not None):
+                raise UnsupportedModelError(
+                    f"{name}: layer {layer} is of type {kind} and passes its attention function a window of "
+                    f"{window_tokens} tokens; one of them is wrong"
+                )
+        masks_windows = "create_sliding_window_causal_mask" in vars(sys.modules[type(network).__module__])
+        if masks_windows and not types and getattr(config, "sliding_window", None) and not any(self._windows):
+            raise UnsupportedModelError(f"{name} has a sliding window, but does not pass it to its attention function")
 
     def head_alone(self) -> bool:
         """Whether the model's logits are its output head's, so that a prompt can be scored slice by slice.
 
-        Some models scale or cap the head's output.
+        Some models scale or cap the head's output. A cap hardly changes small logits, so they are made large.
         """
-        whole = self._model.forward(self, [0, 1], [0, 1], [1])
+        network = self._model.network
         try:
+            hook = network.get_output_embeddings().register_forward_hook(_enlarged)
+        except (AttributeError, TypeError):
+            return False
+        try:
+            whole = self._model.forward(self, [0, 1], [0, 1], [1])
             alone = self._model.head(self._model.hidden(self, [0, 1], [0, 1])[1:])
         except (AttributeError, TypeError):
             return False
-        return torch.allclose(whole, alone, rtol=1e-3, atol=1e-3)
+        finally:
+            hook.remove()
+        return torch.allclose(whole.float(), alone.float(), rtol=1e-3, atol=1e-3 * _LARGE_LOGIT)
+
+
+_LARGE_LOGIT = 1000.0
+"""Beyond any model's cap of its logits (30 in Gemma 2), within float16."""
+
+
+def _enlarged(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    """A hook that scales each row of a head's logits to a largest one of `_LARGE_LOGIT`."""
+    del module, inputs
+    return output * (_LARGE_LOGIT / output.abs().amax(-1, keepdim=True).clamp(min=1e-3))
 
 
 def _refuse_other_attention(config: Any) -> None:
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "indexed_attention"})
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - WHOLE_KV_LAYER_TYPES)
     if others:
         raise UnsupportedModelError(
-            f"{config.model_type} has layers of type {', '.join(others)}; only full attention has KV of every token in "
-            "every layer, which is what is stored and moved here"
+            f"{config.model_type} has layers of type {', '.join(others)}; only full, sliding-window and indexed "
+            "attention has KV of every token in every layer, which is what is stored and moved here"
         )
 
 

@@ -1,5 +1,6 @@
 """Measures an attention layer on this machine: time against FLOPs, for the compute quota (paper §6.2)."""
 
+import inspect
 import time
 from typing import Any
 
@@ -59,17 +60,24 @@ class _OneLayer(PackedPass):
 
 @torch.inference_mode()
 def _measure_ns(model: LoadedModel, cached: int, new: int, deadline_ns: int) -> float:
-    """Returns the shortest of up to five runs of one attention layer, after one warm-up run."""
+    """Returns the shortest of up to five runs of one attention layer, after one warm-up run.
+
+    The layer has full attention if any has: a window's layers would promise too short a time for the others.
+    """
     decoder = model.network.get_decoder()
     hidden = torch.randn(1, new, model.network.config.hidden_size, device=model.device).to(model.dtype)
     positions = torch.arange(cached, cached + new, device=model.device)[None]
-    embeddings = decoder.rotary_emb(hidden, positions)
+    types = getattr(model.network.config, "layer_types", None) or ("full_attention",)
+    kind = "full_attention" if "full_attention" in types else types[0]
+    attention = decoder.layers[types.index(kind)].self_attn
+    by_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    embeddings = decoder.rotary_emb(hidden, positions, *([kind] if by_kind else []))
     packed = _OneLayer(model, cached, new)
     shortest_ns = float("inf")
     for attempt in range(6):
         _synchronize(model)
         started_ns = time.perf_counter_ns()
-        decoder.layers[0].self_attn(
+        attention(
             hidden_states=hidden,
             position_embeddings=embeddings,
             attention_mask=model.layer_mask,

@@ -21,6 +21,9 @@ EXPAND_ROWS = 4096
 KeysValues = Callable[[int, int], tuple[Tensor, Tensor]]
 """``(first_row, rows)`` → keys and values ``[kv_heads, rows, dim]`` of equal `dim`."""
 
+Partial = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+"""Attention over one span: ``(query, keys, values, scale, causal)`` → output and log-sum-exp."""
+
 
 class PackedSequence(msgspec.Struct, frozen=True):
     """Where one sequence lies in a packed forward and in the layer buffers."""
@@ -43,6 +46,25 @@ def attend_sequence(
 ) -> Tensor:
     """Query ``[kv_heads, group, new_tokens, dim]`` → output ``[new_tokens, heads, dim]``; spans are merged exactly."""
     kv_heads, group, new_tokens, dim = query.shape
+    parts = sequence_parts(query, rows, sequence, keys_values, scale, span_rows)
+    return merge(parts).permute(2, 0, 1, 3).reshape(new_tokens, kv_heads * group, dim)
+
+
+def sequence_parts(
+    query: Tensor,
+    rows: Tensor,
+    sequence: PackedSequence,
+    keys_values: KeysValues,
+    scale: float,
+    span_rows: int | None = None,
+    partial: Partial | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """What `attend_sequence` merges: of each span, output ``[kv_heads, group, new_tokens, dim]`` and log-sum-exp.
+
+    `partial` computes one span, by default on the fastest way for plain attention.
+    """
+    partial = partial or _partial
+    kv_heads, group, new_tokens, dim = query.shape
     streams = new_tokens == 1 and rows.device.type == "cpu"
     if streams:
         span_rows = max(64, STREAM_BYTES // (rows.shape[1] * rows.element_size()))
@@ -55,14 +77,14 @@ def attend_sequence(
         if streams:
             _stream(rows[first : first + count])
         keys, values = keys_values(first, count)
-        out, lse = _partial(folded, keys[None], values[None], scale, causal=False)
+        out, lse = partial(folded, keys[None], values[None], scale, False)
         parts.append((out.view(kv_heads, group, new_tokens, dim), lse.view(kv_heads, group, new_tokens)))
     if causal is not None:
         keys, values = keys_values(*causal)
         keys, values = (x.expand(group, -1, -1, -1) for x in (keys, values))
-        out, lse = _partial(query.transpose(0, 1), keys, values, scale, causal=True)
+        out, lse = partial(query.transpose(0, 1), keys, values, scale, True)
         parts.append((out.transpose(0, 1), lse.transpose(0, 1)))
-    return _merge(parts).permute(2, 0, 1, 3).reshape(new_tokens, kv_heads * group, dim)
+    return parts
 
 
 def _spans(sequence: PackedSequence, span_rows: int | None) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
@@ -94,7 +116,7 @@ def _stream(span: Tensor) -> None:
     span.sum()
 
 
-def _merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Merge partial attentions ``[…, dim]`` by the log-sum-exp ``[…]`` of each one's scores."""
     if len(parts) == 1:
         return parts[0][0]
@@ -110,14 +132,27 @@ def _partial(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: 
             query, keys, values, 0.0, causal, scale=scale
         )
         return out, lse
-    return _partial_by_matmul(query, keys, values, scale, causal)
+    return partial_by_matmul(query, keys, values, scale, causal)
 
 
-def _partial_by_matmul(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool
+def partial_by_matmul(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    causal: bool,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`_partial` on any device, with all scores of the span in float32 (at most EXPAND_ROWS per unmasked query)."""
+    """`_partial` on any device, with all scores of the span in float32 (at most EXPAND_ROWS per unmasked query).
+
+    `softcap` bounds the scores smoothly; then `mask` is added to them.
+    """
     scores = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        scores = scores + mask
     if causal:
         n, rows = scores.shape[-2:]
         ahead = torch.ones(n, rows, dtype=torch.bool, device=query.device).triu(rows - n + 1)
