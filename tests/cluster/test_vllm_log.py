@@ -42,6 +42,14 @@ AFTERWARDS = (
             "",
         ),
         (["INFO: fine", "\x00\xff", ""], ""),
+        (
+            [
+                f"{CORE} Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down executor.",
+                f"{CORE} RuntimeError: cancelled",
+                "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above).",
+            ],
+            "Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down executor.",
+        ),
     ],
 )
 def test_the_cause_is_found_and_not_what_follows_from_it(lines: list[str], reason: str) -> None:

@@ -271,6 +271,23 @@ def test_responses_that_one_server_would_keep_are_refused(vllm: FakeVllm, url: s
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [('{"detail": "There was an error"}', "There was an error"), ("[1", "[1"), ('{"a": 1}', '{"a": 1}')],
+)
+def test_words_of_vllms_framework_get_the_shape_of_openais(vllm: FakeVllm, url: str, said: str, told: str) -> None:
+    vllm.render = lambda path, body: Said(400, said)
+    with running_router(FakeRouting([url])) as router:
+        answer = post(router, "/v1/chat/completions", CHAT)
+    assert answer.status_code == 400
+    assert answer.json()["error"] | {"type": ""} == {
+        "message": told,
+        "type": "",
+        "param": None,
+        "code": "refused_by_vllm",
+    }
+
+
 def test_mistakes_are_answered_in_vllms_words(vllm: FakeVllm, url: str) -> None:
     said = {"error": {"message": "no such model", "type": "NotFoundError", "param": "model", "code": 404}}
     vllm.render = lambda path, body: Said(404, json.dumps(said))

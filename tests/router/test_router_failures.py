@@ -206,12 +206,14 @@ def test_error_events_have_the_shape_of_their_api(vllm: FakeVllm, url: str, path
         assert (last["response"]["status"], last["response"]["id"]) == ("failed", "resp_1")
 
 
-def test_an_error_that_the_server_streams_is_passed(vllm: FakeVllm, url: str) -> None:
-    error = {"error": {"message": "the engine died", "type": "InternalServerError", "code": 500}}
+@pytest.mark.parametrize(("code", "told"), [(400, 400), (500, "answer_broke_off")])
+def test_an_error_that_the_server_streams(vllm: FakeVllm, url: str, code: int, told: object) -> None:
+    """One about the request is passed as it is; after one about the server the client should try again."""
+    error = {"error": {"message": "so it is", "type": "Error", "code": code}}
     vllm.script = lambda number, path, body: Said(200, FIRST, sse(error), sse("[DONE]"), kind=SSE)
     with running_router(FakeRouting([url])) as router:
-        _, got, done = events(post(router, CHAT_PATH, STREAM))
-    assert (got, done) == (error, "[DONE]")
+        _, got, *_ = events(post(router, CHAT_PATH, STREAM))
+    assert got["error"]["code"] == told and "so it is" in got["error"]["message"]
 
 
 def test_an_answer_outlives_the_cluster_but_not_its_deadline(vllm: FakeVllm, url: str) -> None:

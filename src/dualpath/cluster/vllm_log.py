@@ -24,7 +24,14 @@ _PREFIX = re.compile(r"^(?:\([\w-]+ pid=\d+\) ?)?(?:(?:ERROR|CRITICAL) [\d-]+ [\
 _ERROR = re.compile(r"^(?:[a-zA-Z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b: *(?P<message>.*)")
 _USAGE = re.compile(r"^\S+: error: (?P<message>.+)")
 """argparse's last line."""
-_FOLLOWS_FROM_ANOTHER = ("Engine core initialization failed", "WorkerProc initialization failed", "See root cause")
+_DIED = re.compile(r"^(?P<message>Worker proc \S+ died .*)")
+_FOLLOWS_FROM_ANOTHER = (
+    "Engine core initialization failed",
+    "WorkerProc initialization failed",
+    "See root cause",
+    "EngineCore encountered an issue",
+    "cancelled",
+)
 _LONGEST_REASON = 500
 
 
@@ -51,9 +58,9 @@ def reason_in(lines: Iterable[str]) -> str:
 
 
 def _message(line: str, after: list[str]) -> str:
-    usage = _USAGE.match(line)
-    if usage:
-        return usage["message"]
+    said = _USAGE.match(line) or _DIED.match(line)
+    if said:
+        return said["message"]
     error = _ERROR.match(line)
     if error is None:
         return ""

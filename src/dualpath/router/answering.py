@@ -160,11 +160,21 @@ class RouterDoor(Door):
     async def refusal(self, request: Request, refusal: Exception) -> Response:
         """Answer what a server has refused, in its words; Anthropic's clients get them in their own shape."""
         assert isinstance(refusal, RefusalError)
-        self.count_failure(request.url.path, ApiError(refusal.status, str(refusal), code="refused_by_vllm"))
-        body = refusal.body
+        error = ApiError(refusal.status, _detail(refusal.body), code="refused_by_vllm")
+        self.count_failure(request.url.path, error)
+        body, kind = refusal.body, refusal.content_type
+        if b'"error"' not in body:  # the words of vLLM's framework, in a shape that OpenAI's clients do not know
+            body, kind = error.body, "application/json"
         if request.url.path.startswith("/v1/messages"):
             body = _for_anthropic(body)
-        return Response(body, refusal.status, media_type=refusal.content_type)
+        return Response(body, refusal.status, media_type=kind)
+
+
+def _detail(body: bytes) -> str:
+    try:
+        return str(msgspec.json.decode(body)["detail"])
+    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, KeyError):
+        return body[:300].decode(errors="replace")
 
 
 def _checked(

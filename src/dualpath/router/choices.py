@@ -182,11 +182,13 @@ async def _next(begun: _Begun) -> list[bytes]:
     assert begun.rest is not None
     try:
         block = await begun.routing.next_of(begun.rest)
-        if block is not None:
-            return begun.reader.take(block)
+        if block is None:
+            raise UpstreamError("it ended in the middle")
+        if (why := begun.reader.server_failed(block)) is not None:
+            raise UpstreamError(why)
+        return begun.reader.take(block)
     except UpstreamError as error:
         raise _broke_off(str(error)) from error
-    raise _broke_off("it ended in the middle")
 
 
 def _broke_off(why: str) -> ApiError:
