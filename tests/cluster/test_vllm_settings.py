@@ -11,6 +11,7 @@ import pytest
 from dualpath.cluster import preflight_vllm
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.engine_parts import node_parts
+from dualpath.cluster.preflight import settled
 from dualpath.cluster.preflight_files import NotReadyError
 from dualpath.cluster.preflight_vllm import find_python, settled_vllm
 from dualpath.cluster.vllm_launch import command, environment, on_cpu
@@ -18,11 +19,12 @@ from dualpath.cluster.vllm_settings import KEY_VARIABLE, VllmSettings
 from dualpath.core.vocabulary import Role
 from dualpath.spec.topology import Topology
 from tests.cluster.fake_api_server import make_python
+from tests.cluster.test_preflight import BLOCK_BYTES, checkpoint
 
 
 def cluster(*arguments: str, **settings: object) -> ClusterConfig:
     vllm = VllmSettings(arguments=arguments, python="python", version="0.32.0", logs="logs")
-    return ClusterConfig(model="m", store="s", engine="vllm", **{"vllm": vllm} | settings)  # type: ignore[arg-type]
+    return ClusterConfig(engine="vllm", **{"vllm": vllm, "model": "m", "store": "s"} | settings)  # type: ignore[arg-type]
 
 
 def given(config: ClusterConfig, role: Role = Role.DECODE) -> list[str]:
@@ -122,13 +124,13 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_left_open_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    settled = settled_vllm(unsettled(make_python(tmp_path)))
-    assert (settled.vllm.version, settled.vllm.device) == ("0.32.0", "cpu")
-    assert Path(settled.vllm.logs).is_dir()
+    found = settled_vllm(unsettled(make_python(tmp_path)))
+    assert (found.vllm.version, found.vllm.device) == ("0.32.0", "cpu")
+    assert Path(found.vllm.logs).is_dir()
     key = preflight_vllm.os.environ[KEY_VARIABLE]
     assert len(key) > 30
     (tmp_path / "python").unlink()
-    assert settled_vllm(settled) is settled and preflight_vllm.os.environ[KEY_VARIABLE] == key
+    assert settled_vllm(found) is found and preflight_vllm.os.environ[KEY_VARIABLE] == key
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,16 @@ def test_no_vllm_anywhere_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) ->
 def test_settings_of_the_embedded_engine_are_refused_by_name(setting: dict[str, object], option: str) -> None:
     with pytest.raises(NotReadyError, match=f"{option}: not with --engine vllm"):
         settled_vllm(unsettled("python", **setting))
+
+
+def test_a_buffer_that_holds_no_block(tmp_path: Path) -> None:
+    """Unless vLLM's own arguments say how large one is."""
+    model = checkpoint(tmp_path / "tiny")
+    asked = cluster(model=str(model), store=str(tmp_path / "kv"), buffer_bytes=BLOCK_BYTES - 1)
+    vllm = VllmSettings(python=make_python(tmp_path), logs=str(tmp_path))
+    with pytest.raises(NotReadyError, match=f"--buffer: {BLOCK_BYTES - 1} bytes does not hold one block"):
+        settled(msgspec.structs.replace(asked, vllm=vllm))
+    settled(msgspec.structs.replace(asked, vllm=msgspec.structs.replace(vllm, arguments=("--dtype", "bfloat16"))))
 
 
 def test_too_few_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ def settled(config: ClusterConfig, starts_engines: bool = True) -> ClusterConfig
     if config.engine == "vllm":  # it says itself what it can't run
         config = settled_vllm(config, starts_engines)
         dtype = "float32" if config.dtype == "auto" and config.vllm.runs_on("cpu") else config.dtype
+        if not config.vllm.has("--dtype", "--kv-cache-dtype"):
+            _check_sizes(config, facts, dtype)
     else:
         dtype = _own_dtype(facts, config.device) if config.dtype == "auto" else config.dtype
         _check_device(config.device)
