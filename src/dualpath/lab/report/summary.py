@@ -10,11 +10,14 @@ The busiest storage NIC can't finish before its bytes have passed at its rate, s
 from collections.abc import Callable, Iterable, Iterator
 
 from dualpath.core.systems import BASELINE
+from dualpath.lab.report.chain import longest_chain
 from dualpath.results.build import pooled
 from dualpath.results.cells import Cell, Comparison, cells_of, comparisons
 from dualpath.results.file import ResultFile, Run
 from dualpath.results.roles import contenders, oracle_among, readers
 
+PAUSE_S = 0.05
+"""Shorter pauses of an agent are the client's own, and not worth a word."""
 BOUND_SHARE = 0.8
 """Share of a job from which a busy NIC is called its bottleneck."""
 
@@ -61,8 +64,25 @@ def _comparison(one: Comparison, rate: int | None) -> list[str]:
     sentences = [] if basic is None or rate is None else [_bottleneck(one.setting.label, basic, rate)]
     for _, cell in _gaining([one]):
         sentences.append(_gain(one, cell))
-        sentences += [] if rate is None else [_losses(one.setting.label, cell.median, rate)]
+        if rate is not None:
+            sentences += [
+                _losses(one.setting.label, cell.median, rate),
+                *_last_agent(one.setting.label, cell.median, rate),
+            ]
     return sentences
+
+
+def _last_agent(where: str, run: Run, rate: int) -> list[str]:
+    chain = longest_chain(run, rate)
+    if chain is None:
+        return []
+    pauses = f", {chain.pauses_s:.1f} s pauses" if chain.pauses_s >= PAUSE_S else ""
+    told = (
+        f"{where}: {run.system} can't end before its longest chain of one agent ({chain.trajectory}), "
+        f"{chain.total_s:.1f} s: {chain.decode_s:.1f} s decode, {chain.prefill_s:.1f} s prefill, "
+        f"{chain.reads_alone_s:.1f} s reads with every SNIC to itself ({chain.reads_s:.1f} s as they were){pauses}."
+    )
+    return [told]
 
 
 def _busiest(run: Run) -> tuple[str, int]:
