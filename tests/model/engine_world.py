@@ -163,6 +163,17 @@ def turn(
     return outputs, [buffer.hit_tokens for buffer in buffers]
 
 
+PLACES = [
+    (1, ((0, 1),)),
+    (1, ((40, 200),)),
+    (1, ((0, 64), (192, 64), (128, 3))),
+    (7, ((5, 7),)),
+    (7, ((5, 180),)),
+    (90, ((3, 230),)),
+]
+"""Of a sequence in a buffer: new tokens, and the extents of all its rows."""
+
+
 def random_tokens(count: int, seed: int, vocabulary: int = 256) -> list[int]:
     return [int(t) for t in torch.randint(0, vocabulary, (count,), generator=torch.Generator().manual_seed(seed))]
 

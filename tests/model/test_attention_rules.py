@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WINDOWED
-from engine_world import Engines, random_tokens
+from engine_world import PLACES, Engines, random_tokens
 from transformers import AutoModelForCausalLM
 
 from dualpath.model import LoadedModel, rules
@@ -36,18 +36,7 @@ def by_definition(
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 50, 64, 199, 200, 1000])
-@pytest.mark.parametrize(
-    ("new", "extents"),
-    [
-        (1, ((0, 1),)),
-        (1, ((40, 200),)),
-        (1, ((0, 64), (192, 64), (128, 3))),
-        (7, ((5, 7),)),
-        (7, ((5, 180),)),
-        (90, ((3, 230),)),
-        (200, ((20, 200),)),
-    ],
-)
+@pytest.mark.parametrize(("new", "extents"), [*PLACES, (200, ((20, 200),))])
 def test_rules_compute_their_definition(
     new: int,
     extents: tuple[tuple[int, int], ...],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from engine_world import PLACES
 
 from dualpath.model import spans
 from dualpath.model.attention import GroupedForm
@@ -16,17 +17,7 @@ def plain(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: 
     return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values.double()
 
 
-@pytest.mark.parametrize(
-    ("new", "extents"),
-    [
-        (1, ((0, 1),)),
-        (1, ((40, 200),)),
-        (1, ((0, 64), (192, 64), (128, 3))),
-        (7, ((5, 7),)),
-        (7, ((5, 180),)),
-        (90, ((3, 230),)),
-    ],
-)
+@pytest.mark.parametrize(("new", "extents"), PLACES)
 @pytest.mark.parametrize("by_matmul", [False, True])
 def test_any_extents_give_plain_attention(
     new: int, extents: tuple[tuple[int, int], ...], by_matmul: bool, monkeypatch: pytest.MonkeyPatch

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from engine_world import DeBuffer, drain, enter, greedy, prefill, random_tokens, turn
+from engine_world import DeBuffer, Reference, drain, enter, greedy, prefill, random_tokens, turn
 from transformers import AutoModelForCausalLM
 
 from dualpath.model import LayerwisePrefill, LoadedModel, PagedDecode, UnsupportedModelError, make_checkpoint, sparse
 from dualpath.model.attention import PackedPass
-from dualpath.model.checkpoint import Architecture
 from dualpath.model.spans import PackedSequence
 from dualpath.model.sparse import Selection
+from dualpath.spec.architectures import Architecture
 
 TOP_K = 32
 ATOL = 1e-4
@@ -34,17 +34,7 @@ class Pair:
         return logits
 
     def generated(self, prompt: list[int], max_tokens: int) -> list[int]:
-        ids = torch.tensor([prompt])
-        out = self.eager.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=max_tokens,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        tokens: list[int] = out[0, len(prompt) :].tolist()
-        return tokens
+        return Reference(self.eager).generate(prompt, max_tokens)
 
 
 @pytest.fixture(scope="module")

@@ -3,26 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dualpath.cli.arguments import command, not_negative
 from dualpath.cli.outcome import UsageError, command_errors, usage_errors
+from dualpath.spec.architectures import Architecture
 
-ARCHITECTURES = (
-    "qwen2",
-    "qwen3",
-    "llama",
-    "deepseek_v3",
-    "deepseek_v32",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "gemma2",
-    "gemma3_text",
-    "olmo3",
-    "exaone4",
-    "cohere2",
-    "mistral",
-)
+ARCHITECTURES = get_args(Architecture)
 EXAMPLES = """\
 examples:
   dualpath checkpoint .models/tiny --architecture deepseek_v3

@@ -232,17 +232,10 @@ class LatentForm:
         return new_tokens * widened <= self.rank * (self.nope_dim + self.value_dim)
 
     def _absorbed(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequence: PackedSequence,
-        scale: float,
-        rules: AttentionRules = PLAIN,
+        self, module: Any, query: Tensor, rows: Tensor, sequence: PackedSequence, scale: float, rules: AttentionRules
     ) -> Tensor:
         to_key, to_value = self._projections(module)
-        latent_query = torch.bmm(query[..., : self.nope_dim], to_key)
-        latent_query = torch.cat((latent_query, query[..., self.nope_dim :]), dim=-1)
+        latent_query = self._latent_query(query, to_key)
 
         def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
             span = rows[None, first : first + count]
@@ -253,13 +246,7 @@ class LatentForm:
         return torch.bmm(latent_out, to_value.transpose(1, 2)).transpose(0, 1)
 
     def _expanded(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequence: PackedSequence,
-        scale: float,
-        rules: AttentionRules = PLAIN,
+        self, module: Any, query: Tensor, rows: Tensor, sequence: PackedSequence, scale: float, rules: AttentionRules
     ) -> Tensor:
         to_key, to_value = self._projections(module)
         width = max(self.nope_dim + self.rope_dim, self.value_dim)
@@ -277,6 +264,10 @@ class LatentForm:
         padded = torch.nn.functional.pad(query, (0, width - query.shape[-1]))
         out = attend_by_rules(padded[:, None], rows, sequence, keys_values, scale, rules, EXPAND_ROWS)
         return out[..., : self.value_dim]
+
+    def _latent_query(self, query: Tensor, to_key: Tensor) -> Tensor:
+        """A query ``[heads, tokens, nope + rope]`` in latent space: ``[heads, tokens, rank + rope]``."""
+        return torch.cat((torch.bmm(query[..., : self.nope_dim], to_key), query[..., self.nope_dim :]), dim=-1)
 
     def _projections(self, module: Any) -> tuple[Tensor, Tensor]:
         """``kv_b_proj`` as per-head matrices: to keys ``[heads, nope, rank]``, to values ``[heads, value, rank]``."""

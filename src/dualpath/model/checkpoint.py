@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -22,22 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from dualpath.model.chat_template import CHATML_TEMPLATE
-
-Architecture = Literal[
-    "qwen2",
-    "qwen3",
-    "llama",
-    "deepseek_v3",
-    "deepseek_v32",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "gemma2",
-    "gemma3_text",
-    "olmo3",
-    "exaone4",
-    "cohere2",
-    "mistral",
-]
+from dualpath.spec.architectures import Architecture
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 

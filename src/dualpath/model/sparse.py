@@ -170,8 +170,7 @@ class SparseLatentForm(LatentForm):
     def _over_chosen(self, module: Any, query: Tensor, latents: Tensor, chosen: Tensor, scale: float) -> Tensor:
         """Absorbed attention, each query over rows of its own: ``chosen[query]``."""
         to_key, to_value = self._projections(module)
-        latent_query = torch.bmm(query[..., : self.nope_dim], to_key)
-        latent_query = torch.cat((latent_query, query[..., self.nope_dim :]), dim=-1).transpose(0, 1)
+        latent_query = self._latent_query(query, to_key).transpose(0, 1)
         gathered = latents.index_select(0, chosen.flatten()).view(*chosen.shape, -1)
         scores = torch.bmm(latent_query, gathered.transpose(1, 2)).float().mul_(scale)
         latent_out = torch.bmm(scores.softmax(-1).to(gathered.dtype), gathered[..., : self.rank])
