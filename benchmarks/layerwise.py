@@ -71,11 +71,11 @@ def overlap(model: LoadedModel, name: str, layerwise: bool, load_to_compute: flo
     engine = LayerwisePrefill(model, layerwise=layerwise)
     engine.run(items, PacedIO(None, zeros=True))
     compute_s = min(measure_prefill(engine, items, None)["wall_s"] for _ in range(3))
-    cached_bytes = sum(item.past_tokens for item in items) * model.layout.token_bytes * model.layout.layers
+    cached_bytes = sum(item.past_tokens for item in items) * model.layout.kv_bytes.bytes_per_token
     rate = cached_bytes / (compute_s * load_to_compute)
     pairs = [(measure_prefill(engine, items, None), measure_prefill(engine, items, rate)) for _ in range(PAIRS)]
     engine.close()
-    batch_layer_bytes = sum(item.past_tokens + len(item.token_ids) for item in items) * model.layout.token_bytes
+    batch_layer_bytes = sum(item.past_tokens + len(item.token_ids) for item in items) * model.layout.row_bytes[0]
     rows = [
         {
             "compute_s": alone["wall_s"],

@@ -22,7 +22,7 @@ import numpy as np
 from dualpath.kv import BlockKey, KVLayout, KVPart, PosixStore, Store, block_keys, namespace, open_store
 from dualpath.lab.testbed.object_server import ObjectServer, free_port
 
-LAYOUT = KVLayout(8, (KVPart("k", 4, 64), KVPart("v", 4, 64)), "float32")
+LAYOUT = KVLayout.alike(8, (KVPart("k", 4, 64), KVPart("v", 4, 64)), "float32")
 """1 MiB a block."""
 SPACE = namespace("benchmark", "1", LAYOUT)
 THREADS = (2, 4)

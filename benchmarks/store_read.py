@@ -24,9 +24,9 @@ from dualpath.kv import BlockKey, KVLayout, KVPart, PosixStore, block_keys, name
 from dualpath.kv.stores.block_file import CHUNK_BYTES, PAGE_BYTES
 
 LAYOUTS = {
-    "small: 12 layers × 16 KiB": KVLayout(12, (KVPart("k", 1, 64), KVPart("v", 1, 64)), "bfloat16"),
-    "MLA: 61 layers × 72 KiB": KVLayout(61, (KVPart("latent", 1, 512), KVPart("rope", 1, 64)), "bfloat16"),
-    "GQA: 64 layers × 256 KiB": KVLayout(64, (KVPart("k", 8, 128), KVPart("v", 8, 128)), "bfloat16"),
+    "small: 12 layers × 16 KiB": KVLayout.alike(12, (KVPart("k", 1, 64), KVPart("v", 1, 64)), "bfloat16"),
+    "MLA: 61 layers × 72 KiB": KVLayout.alike(61, (KVPart("latent", 1, 512), KVPart("rope", 1, 64)), "bfloat16"),
+    "GQA: 64 layers × 256 KiB": KVLayout.alike(64, (KVPart("k", 8, 128), KVPart("v", 8, 128)), "bfloat16"),
 }
 Reader = Callable[[BlockKey, NDArray[np.uint8]], None]
 

@@ -6,7 +6,7 @@ A block is a row, and a transaction makes it appear whole. Every thread has a co
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -72,7 +72,14 @@ class SqliteStore:
             raise StoreWriteError(key, self.location, error) from error
         return len(view)
 
-    def read(self, space: Namespace, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
+    def read(
+        self,
+        space: Namespace,
+        key: BlockKey,
+        into: BlockBuffer,
+        pace: Pace = unpaced,
+        layers: Collection[int] | None = None,  # noqa: ARG002 (a row is read as a whole, so all are filled)
+    ) -> None:
         room = room_for_block(into, space.layout)
         payload = self._payload(space.root, key)
         if len(payload) != len(room):

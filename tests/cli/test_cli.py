@@ -192,7 +192,7 @@ def test_what_serve_is_not_told_is_the_configurations_default(served, model):
 @pytest.fixture
 def store(tmp_path):
     """A store of three blocks, one after another, and their keys."""
-    layout = KVLayout(layers=2, parts=(KVPart("k", 1, 4), KVPart("v", 1, 4)), dtype="float32")
+    layout = KVLayout.alike(layers=2, parts=(KVPart("k", 1, 4), KVPart("v", 1, 4)), dtype="float32")
     space = namespace("fingerprint", "v1", layout)
     opened = PosixStore(tmp_path / "kv")
     keys = block_keys(space.root, list(range(192)))

@@ -19,7 +19,7 @@ from dualpath.core.vocabulary import Role
 from dualpath.kv.layout import KVLayout, KVPart
 from dualpath.spec.topology import Topology
 
-LAYOUT = KVLayout(layers=2, parts=(KVPart("k", 1, 2), KVPart("v", 1, 2)), dtype="float32")
+LAYOUT = KVLayout.alike(layers=2, parts=(KVPart("k", 1, 2), KVPart("v", 1, 2)), dtype="float32")
 WAIT_S = 10.0
 SECRET = ClusterSecret.random()
 Message = TypeVar("Message")

@@ -28,7 +28,7 @@ from dualpath.core.vocabulary import BLOCK_TOKENS, Role
 from dualpath.kv.layout import KVLayout, KVPart
 from dualpath.transfer.pool import BufferPool
 
-LAYOUT = KVLayout(layers=3, parts=(KVPart("k", 2, 4), KVPart("v", 2, 4)), dtype="float32")
+LAYOUT = KVLayout.alike(layers=3, parts=(KVPart("k", 2, 4), KVPart("v", 2, 4)), dtype="float32")
 WAIT_S = 10.0
 _decoder = msgspec.msgpack.Decoder(v.ToWorker)
 Owner = tuple[int, int]
@@ -38,7 +38,7 @@ def kv_of(token_ids: list[int], layer: int, block: int) -> np.ndarray:
     """Returns a Layer Block's bytes: a function of the tokens up to the block's end, as far as there are any."""
     before = np.asarray(token_ids[: (block + 1) * BLOCK_TOKENS], np.int64).tobytes()
     seed = xxhash.xxh64_intdigest(before, seed=layer)
-    return np.random.default_rng(seed).integers(0, 256, LAYOUT.layer_block_bytes, dtype=np.uint8)
+    return np.random.default_rng(seed).integers(0, 256, LAYOUT.layer_block_bytes[0], dtype=np.uint8)
 
 
 def full_block(token_ids: list[int], block: int) -> bytes:

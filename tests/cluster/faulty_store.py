@@ -6,7 +6,7 @@ when its fault has gone, as one on a hard-mounted file system does.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from dualpath.kv import (
@@ -87,9 +87,16 @@ class FaultyStore:
         self._suffer("write", key)
         return self._genuine.write(space, key, parent, payload, pace)
 
-    def read(self, space: Namespace, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
+    def read(
+        self,
+        space: Namespace,
+        key: BlockKey,
+        into: BlockBuffer,
+        pace: Pace = unpaced,
+        layers: Collection[int] | None = None,
+    ) -> None:
         self._suffer("read", key)
-        self._genuine.read(space, key, into, pace)
+        self._genuine.read(space, key, into, pace, layers)
         self._suffer("end read", key)
 
     def find(self, root: BlockKey, keys: Sequence[BlockKey]) -> list[BlockRecord]:

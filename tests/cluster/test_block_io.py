@@ -11,20 +11,25 @@ import pytest
 
 from dualpath.cluster.agent.block_io import IO_THREADS, MAX_HUNG, BlockIO
 from dualpath.cluster.config import ClusterConfig
-from dualpath.cluster.messages import BlockFaultReport
+from dualpath.cluster.messages import BlockFaultReport, LoadLeg
 from dualpath.cluster.store_standing import MAX_REFUSED_BLOCKS, READ_ONLY, SLOW, UNREACHABLE
-from dualpath.kv import BlockKey, KVLayout, KVPart, PosixStore, StoreError, block_keys, namespace
+from dualpath.core.vocabulary import Leg, Side
+from dualpath.kv import BlockKey, KVLayout, KVPart, LayerKV, PosixStore, StoreError, block_keys, namespace
 from dualpath.spec import metrics
 from dualpath.transfer.pool import BufferPool
 from dualpath.transfer.traffic import TrafficManager
 
 from .faulty_store import Faults, FaultyStore
 
-LAYOUT = KVLayout(layers=2, parts=(KVPart("kv", 1, 4),), dtype="float32")
+LAYOUT = KVLayout.alike(layers=2, parts=(KVPart("kv", 1, 4),), dtype="float32")
 SPACE = namespace("model", "", LAYOUT)
 OWNER = (1, 0)
 WAIT_S = 20.0
 PAGES = 40
+
+
+def load(keys: list[BlockKey]) -> LoadLeg:
+    return LoadLeg(*OWNER, Leg(Side.DE, 0, len(keys)), 64 * len(keys), SPACE, keys)
 
 
 def payload(n: int) -> np.ndarray:
@@ -51,7 +56,7 @@ class Bench:
         for page in pages:
             self.pool.view(page)[:] = 255
         try:
-            faults = await self.io.read_leg(SPACE, keys, pages, lambda: False)
+            faults = await self.io.read_leg(load(keys), pages, lambda: False)
             return [int(self.pool.view(page)[0]) for page in pages], faults
         finally:
             self.pool.free(OWNER, pages)
@@ -90,6 +95,34 @@ def with_bench(
                 bench.io.close()
 
     asyncio.run(run())
+
+
+def test_of_layers_with_a_window_only_what_it_sees_is_read(tmp_path: Path) -> None:
+    """Three layers, one with a window of 100 tokens: after 256 tokens it sees from 157 on, in the last two blocks."""
+    layer = LayerKV((KVPart("kv", 1, 4),))
+    layout = KVLayout.of([layer, LayerKV(layer.parts, 100), layer], "float32")
+    space, layer_bytes = namespace("model", "", layout), layout.layer_block_bytes[0]
+    store, keys = PosixStore(tmp_path, durable=False), block_keys(space.root, range(256))
+    for n, (parent, key) in enumerate(zip([space.root, *keys], keys, strict=False)):
+        store.write(space, key, parent, np.full(layout.full_block_bytes, n, np.uint8))
+
+    async def work(pool: BufferPool) -> None:
+        io = BlockIO(ClusterConfig(model="", store=str(tmp_path)), layout, pool, TrafficManager(), store=store)
+        pages = pool.allocate(OWNER, 3)
+        for page in pages:
+            pool.view(page)[:] = 255
+        try:
+            leg = LoadLeg(*OWNER, Leg(Side.PE, 1, 3), 256, space, keys[1:])  # the other side reads block 0
+            assert await io.read_leg(leg, pages, lambda: False) == []
+        finally:
+            io.close()
+        found = [pool.view(page)[: layout.full_block_bytes].reshape(3, layer_bytes) for page in pages]
+        assert [[int(part[0]) for part in block] for block in found] == [[1, 255, 1], [2, 2, 2], [3, 3, 3]]
+        assert all((part == part[0]).all() for block in found for part in block)
+        assert io.read_bytes == 8 * layer_bytes
+
+    with closing(BufferPool.create("block-io", layout.full_block_bytes, 3)) as pool:
+        asyncio.run(work(pool))
 
 
 def test_blocks_come_in_order_and_a_missing_one_is_told(tmp_path: Path) -> None:
@@ -299,10 +332,10 @@ def test_a_late_write_writes_what_it_was_given_whatever_becomes_of_its_page(tmp_
 def test_a_cancelled_leg_starts_no_further_block(tmp_path: Path) -> None:
     async def work(bench: Bench) -> None:
         pages = bench.pool.allocate(OWNER, 6)
-        assert await bench.io.read_leg(SPACE, bench.keys, pages, lambda: True) == []
+        assert await bench.io.read_leg(load(bench.keys), pages, lambda: True) == []
         assert bench.store.calls == []
         bench.let("read", "hang")
-        reading = asyncio.create_task(bench.io.read_leg(SPACE, bench.keys, pages, lambda: False))
+        reading = asyncio.create_task(bench.io.read_leg(load(bench.keys), pages, lambda: False))
         await bench.becomes(metrics.BLOCK_IO_RUNNING, "read", IO_THREADS)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
@@ -321,7 +354,7 @@ def test_waiting_for_the_nic_is_not_the_stores_fault(tmp_path: Path) -> None:
         cluster = ClusterConfig(model="", store=str(tmp_path), store_timeout_s=0.1)
         io = BlockIO(cluster, LAYOUT, bench.pool, slow, store=bench.store)
         pages = bench.pool.allocate(OWNER, 6)
-        assert await io.read_leg(SPACE, bench.keys, pages, lambda: False) == []
+        assert await io.read_leg(load(bench.keys), pages, lambda: False) == []
         bench.pool.free(OWNER, pages)
         assert io.gauges()[metrics.BLOCK_IO_LATE("read")] == 0
         io.close()

@@ -53,7 +53,7 @@ def test_warming_up_leaves_nothing_behind(checkpoint: Checkpoint, tmp_path: Path
 def test_messages_of_unknown_attempts_are_dropped_and_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
     async def work(engine: Bench) -> None:
         prompt = appended(0, 130)
-        engine.worker.handle(m.LoadLeg(5, 0, Leg(Side.DE, 0, 1), engine.space, engine.keys(prompt)[:1]))
+        engine.worker.handle(m.LoadLeg(5, 0, Leg(Side.DE, 0, 1), 64, engine.space, engine.keys(prompt)[:1]))
         engine.start(5, prompt)
         await asyncio.sleep(0.05)
         engine.worker.handle(m.AbortAttempt(5, 0))
@@ -77,7 +77,7 @@ def test_abort_right_after_each_message(checkpoint: Checkpoint, tmp_path: Path) 
             engine.prepare(request, prompt, hit_tokens=128)
             if request >= 1:
                 leg = Leg(Side.DE, 0, 2)
-                engine.worker.handle(m.LoadLeg(request, 0, leg, engine.space, engine.keys(prompt)[:2]))
+                engine.worker.handle(m.LoadLeg(request, 0, leg, 128, engine.space, engine.keys(prompt)[:2]))
             if request == 2:
                 await engine.hears(m.Loaded)
                 engine.start(request, prompt)
@@ -98,7 +98,7 @@ def test_a_peer_is_lost_while_a_leg_is_read(checkpoint: Checkpoint, tmp_path: Pa
         engine.prepare(0, prompt, hit_tokens=192)
         with engine.peer(engine.host.link.tag(3)):
             leg = Leg(Side.DE, 0, 3)
-            engine.worker.handle(m.LoadLeg(0, 0, leg, engine.space, engine.keys(prompt)[:3]))
+            engine.worker.handle(m.LoadLeg(0, 0, leg, 192, engine.space, engine.keys(prompt)[:3]))
             await asyncio.sleep(0)  # the read is under way, and fails at once: there is no block
             engine.worker.handle(m.AbortAttempt(0, 0, lost_peer=3))
             await engine.hears(m.Released)
@@ -142,7 +142,7 @@ def test_an_engine_that_loses_its_coordinator_lets_go_of_everything(checkpoint: 
         engine.worker.handle(m.PeerJoined(3, "shm:/nowhere"))
         for request in range(3):
             engine.prepare(request, prompt)
-        engine.worker.handle(m.LoadLeg(1, 0, Leg(Side.DE, 0, 2), engine.space, engine.keys(prompt)[:2]))
+        engine.worker.handle(m.LoadLeg(1, 0, Leg(Side.DE, 0, 2), 128, engine.space, engine.keys(prompt)[:2]))
         engine.start(2, prompt, max_tokens=3000)
         await engine.hears(m.Tokens)
         with engine.peer(engine.host.link.tag(3)) as peer:
@@ -269,7 +269,7 @@ def test_storage_that_cannot_be_written_or_opened(
         assert not engine.said(m.Stored)
         assert engine.host.counters[metrics.STORE_WRITE_ERRORS()] == 1
         engine.prepare(1, prompt, hit_tokens=64)
-        engine.worker.handle(m.LoadLeg(1, 0, Leg(Side.DE, 0, 1), engine.space, engine.keys(prompt)[:1]))
+        engine.worker.handle(m.LoadLeg(1, 0, Leg(Side.DE, 0, 1), 64, engine.space, engine.keys(prompt)[:1]))
         failed = await engine.hears(m.LoadFailed)
         assert failed.faults == []  # no block is to blame, and none may be set aside
         engine.worker.handle(m.AbortAttempt(1, 0))

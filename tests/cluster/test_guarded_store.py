@@ -27,7 +27,7 @@ from dualpath.kv.stores.conformance import CHECKS, wrong_sizes_and_keys_are_refu
 
 from .faulty_store import FaultyStore
 
-LAYOUT = KVLayout(2, (KVPart("kv", 1, 4),), "float32")
+LAYOUT = KVLayout.alike(2, (KVPart("kv", 1, 4),), "float32")
 SPACE = namespace("model", "", LAYOUT)
 KEY, OTHER = block_keys(SPACE.root, range(128))
 BLOCK = bytes(LAYOUT.full_block_bytes)

@@ -109,7 +109,7 @@ def test_abort_right_after_each_message(checkpoint: Checkpoint, tmp_path: Path) 
             parent = key
         async with decode_buffer(engine, tmp_path / "de") as server:
             for request in range(4):
-                engine.worker.handle(m.LoadLeg(request, 0, leg, engine.space, engine.keys(PROMPT)[:2]))
+                engine.worker.handle(m.LoadLeg(request, 0, leg, 128, engine.space, engine.keys(PROMPT)[:2]))
                 if request >= 1:
                     await engine.hears(m.Loaded, request)
                     start_prefill(engine, request, server.address, leg=leg)
@@ -137,9 +137,9 @@ def test_an_engine_that_loses_its_coordinator_lets_go_of_everything(checkpoint: 
             store.write(engine.space, key, parent, bytes(engine.host.layout.full_block_bytes))
             parent = key
         async with decode_buffer(engine, tmp_path / "de") as server:
-            engine.worker.handle(m.LoadLeg(0, 0, leg, engine.space, engine.keys(PROMPT)[:2]))
+            engine.worker.handle(m.LoadLeg(0, 0, leg, 128, engine.space, engine.keys(PROMPT)[:2]))
             await engine.hears(m.Loaded)
-            engine.worker.handle(m.LoadLeg(1, 0, leg, engine.space, engine.keys(PROMPT)[:2]))
+            engine.worker.handle(m.LoadLeg(1, 0, leg, 128, engine.space, engine.keys(PROMPT)[:2]))
             start_prefill(engine, 2, server.address)
             await asyncio.sleep(0)
             channels = engine.worker._channels  # type: ignore[union-attr]
@@ -355,7 +355,7 @@ def test_a_store_that_cannot_be_opened_fails_the_load_without_blame(checkpoint: 
     (tmp_path / "file").write_text("no directory")
 
     async def work(engine: Bench) -> None:
-        engine.worker.handle(m.LoadLeg(0, 0, Leg(Side.PE, 0, 2), engine.space, engine.keys(PROMPT)[:2]))
+        engine.worker.handle(m.LoadLeg(0, 0, Leg(Side.PE, 0, 2), 128, engine.space, engine.keys(PROMPT)[:2]))
         assert (await engine.hears(m.LoadFailed)).faults == []
         engine.worker.handle(m.AbortAttempt(0, 0))
         await engine.hears(m.Released)

@@ -31,7 +31,7 @@ from dualpath.kv.stores.block_file import PAGE_BYTES
 
 from .faulty_store import Faults, FaultyStore
 
-LAYOUT = KVLayout(layers=2, parts=(KVPart("kv", 1, 4),), dtype="float32")
+LAYOUT = KVLayout.alike(layers=2, parts=(KVPart("kv", 1, 4),), dtype="float32")
 
 
 TIMEOUT_S = 0.1

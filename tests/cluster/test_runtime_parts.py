@@ -34,7 +34,7 @@ def test_rates_are_lifted_where_io_is_free() -> None:
     free = ClusterConfig(model="m", store="s", system="oracle", **rates)  # type: ignore[arg-type]
     assert (bound.snic_rate, bound.cnic_rate) == (1000, 2000)
     assert (free.snic_rate, free.cnic_rate) == (None, None)
-    token_bytes = LAYOUT.token_bytes * LAYOUT.layers
+    token_bytes = LAYOUT.kv_bytes.bytes_per_token
     assert scheduler_constants(bound, LAYOUT, 100.0).alpha_tokens == round(3 * 1000 / token_bytes)
     assert scheduler_constants(free, LAYOUT, 100.0).alpha_tokens == round(3 * UNLIMITED_BYTES_PER_S / token_bytes)
     assert scheduler_constants(free, LAYOUT, 100.0).beta_tokens == 500

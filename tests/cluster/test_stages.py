@@ -15,7 +15,7 @@ from dualpath.spec.sampling import SamplingParams
 from dualpath.spec.timings import Timings
 
 from .conftest import cluster_config, in_cluster
-from .fake_engine import FakeEngine, Head, head
+from .fake_engine import LAYOUT, FakeEngine, Head, head
 from .test_request_life import PROMPT, stored
 
 
@@ -108,6 +108,7 @@ def test_every_stage_of_a_hit_request(tmp_path: Path, monkeypatch: pytest.Monkey
             decode_engine="DE0",
             pe_read_tokens=128,
             de_read_tokens=0,
+            kv_read_bytes=128 * LAYOUT.kv_bytes.bytes_per_token,
             attempts=1,
         )
 

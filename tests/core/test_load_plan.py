@@ -11,32 +11,46 @@ PE_LEG, DE_LEG = (Leg(Side.PE, 0, 4),), (Leg(Side.DE, 0, 4),)
 
 
 def test_pe_path_ships_hit_and_miss() -> None:
-    assert chunk_plan(PE_LEG, 256, 256, 50) == ChunkPlan((Segment(Side.PE, 0, 256),), (TokenRange(0, 306),))
+    assert chunk_plan(PE_LEG, 256, 256, 50) == ChunkPlan(256, (Segment(Side.PE, 0, 256),), (TokenRange(0, 306),))
 
 
 def test_de_path_ships_miss_only() -> None:
-    assert chunk_plan(DE_LEG, 256, 256, 50) == ChunkPlan((Segment(Side.DE, 0, 256),), (TokenRange(256, 50),))
+    assert chunk_plan(DE_LEG, 256, 256, 50) == ChunkPlan(256, (Segment(Side.DE, 0, 256),), (TokenRange(256, 50),))
 
 
 def test_nothing_hit_nothing_loaded() -> None:
-    assert chunk_plan((), 0, 0, 50) == ChunkPlan((), (TokenRange(0, 50),))
+    assert chunk_plan((), 0, 0, 50) == ChunkPlan(0, (), (TokenRange(0, 50),))
 
 
 def test_later_chunks_load_what_earlier_ones_computed_from_the_de_buffer() -> None:
     assert chunk_plan(PE_LEG, 256, 300, 10) == ChunkPlan(
-        (Segment(Side.PE, 0, 256), Segment(Side.DE, 256, 44)), (TokenRange(300, 10),)
+        300, (Segment(Side.PE, 0, 256), Segment(Side.DE, 256, 44)), (TokenRange(300, 10),)
     )
-    assert chunk_plan(DE_LEG, 256, 300, 10) == ChunkPlan((Segment(Side.DE, 0, 300),), (TokenRange(300, 10),))
-    assert chunk_plan((), 0, 30, 10) == ChunkPlan((Segment(Side.DE, 0, 30),), (TokenRange(30, 10),))
+    assert chunk_plan(DE_LEG, 256, 300, 10) == ChunkPlan(300, (Segment(Side.DE, 0, 300),), (TokenRange(300, 10),))
+    assert chunk_plan((), 0, 30, 10) == ChunkPlan(30, (Segment(Side.DE, 0, 30),), (TokenRange(30, 10),))
 
 
 def test_a_split_ships_the_pe_part_and_the_miss() -> None:
     split = (Leg(Side.PE, 0, 1), Leg(Side.DE, 1, 3))
     assert chunk_plan(split, 256, 256, 5) == ChunkPlan(
-        (Segment(Side.PE, 0, 64), Segment(Side.DE, 64, 192)), (TokenRange(0, 64), TokenRange(256, 5))
+        256, (Segment(Side.PE, 0, 64), Segment(Side.DE, 64, 192)), (TokenRange(0, 64), TokenRange(256, 5))
     )
     other_way = (Leg(Side.PE, 3, 1), Leg(Side.DE, 0, 3))
     assert chunk_plan(other_way, 256, 256, 5).ships == (TokenRange(192, 69),)
+
+
+def test_a_window_loads_and_ships_of_the_hit_only_what_it_sees() -> None:
+    """With a window of 100, the token at 256 sees from 157 on. New tokens are shipped whole, for storage."""
+    split = chunk_plan((Leg(Side.PE, 0, 3), Leg(Side.DE, 3, 1)), 256, 256, 5)
+    assert split.within(100) == ChunkPlan(
+        256, (Segment(Side.PE, 157, 35), Segment(Side.DE, 192, 64)), (TokenRange(157, 35), TokenRange(256, 5))
+    )
+    assert split.within(1) == ChunkPlan(256, (), (TokenRange(256, 5),))
+    assert split.within(257) == split.within(None) == split
+    pe_path = chunk_plan(PE_LEG, 256, 256, 500).within(10)
+    assert pe_path == ChunkPlan(256, (Segment(Side.PE, 247, 9),), (TokenRange(247, 509),))
+    later = chunk_plan(PE_LEG, 256, 300, 10).within(50)
+    assert later == ChunkPlan(300, (Segment(Side.PE, 251, 5), Segment(Side.DE, 256, 44)), (TokenRange(300, 10),))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ Bytes = NDArray[np.uint8]
 @pytest.fixture
 def layout() -> KVLayout:
     """Three layers of 256 bytes: files small enough to damage byte by byte."""
-    return KVLayout(layers=3, parts=(KVPart("k", 1, 4), KVPart("v", 1, 4)), dtype="float16", block_tokens=16)
+    return KVLayout.alike(layers=3, parts=(KVPart("k", 1, 4), KVPart("v", 1, 4)), dtype="float16", block_tokens=16)
 
 
 @pytest.fixture

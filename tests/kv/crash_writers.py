@@ -23,7 +23,7 @@ import numpy as np
 from dualpath.kv import BadFile, BlockError, BlockKey, KVLayout, KVPart, Namespace, PosixStore, block_keys, namespace
 from dualpath.kv.stores.inspection import fsck
 
-LAYOUT = KVLayout(2, (KVPart("k", 2, 64), KVPart("v", 2, 64)), "float32", block_tokens=576)  # 1.1 MiB: two chunks
+LAYOUT = KVLayout.alike(2, (KVPart("k", 2, 64), KVPart("v", 2, 64)), "float32", block_tokens=576)  # 1.1 MiB: two chunks
 SPACES = [namespace("crash", "1", LAYOUT, f"tenant {n}") for n in range(3)]
 KEYS_EACH = 6
 WRITTEN, DELETING, DELETED, MOVED = range(4)

@@ -14,7 +14,7 @@ from .crash_writers import run
 
 pytestmark = pytest.mark.slow
 
-LAYOUT = KVLayout(4, (KVPart("k", 2, 64), KVPart("v", 2, 64)), "float32", block_tokens=1024)  # 4 MiB: four chunks
+LAYOUT = KVLayout.alike(4, (KVPart("k", 2, 64), KVPart("v", 2, 64)), "float32", block_tokens=1024)  # 4 MiB: four chunks
 SPACE = namespace("crash", "1", LAYOUT)
 SITES = ("write", "fsync", "posix_fadvise", "pread", "preadv", "close", "rename")
 KEYS = block_keys(SPACE.root, range(4 * 1024), 1024)

@@ -25,7 +25,7 @@ from dualpath.kv.stores.inspection import fsck
 
 pytestmark = pytest.mark.privileged
 
-LAYOUT = KVLayout(2, (KVPart("kv", 1, 64),), "float32", block_tokens=128)  # 64 KiB
+LAYOUT = KVLayout.alike(2, (KVPart("kv", 1, 64),), "float32", block_tokens=128)  # 64 KiB
 SPACE = namespace("disk", "1", LAYOUT)
 KEYS = block_keys(SPACE.root, range(64 * 128), 128)
 

@@ -150,7 +150,7 @@ def test_a_description_of_another_geometry_condemns_the_blocks(
 ) -> None:
     write_chain(1)
     path = tmp_path / "store" / space.hex / "namespace.json"
-    path.write_text(path.read_text().replace('"layers": 3', '"layers": 4'))
+    path.write_text(path.read_text().replace('"layer_kinds": [', '"layer_kinds": [0, '))
     (file,) = fsck(store).bad_files
     assert "geometry" in file.detail
 

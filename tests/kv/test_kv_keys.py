@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dualpath.kv.keys import KEY_BYTES, block_keys, namespace
-from dualpath.kv.layout import KVLayout, KVPart
+from dualpath.kv.layout import KVLayout, KVPart, LayerKV
 
-LAYOUT = KVLayout(2, (KVPart("k", 1, 4),), "float16")
+LAYOUT = KVLayout.alike(2, (KVPart("k", 1, 4),), "float16")
 ROOT = namespace("model", "1", LAYOUT).root
 TOKENS = st.lists(st.integers(0, 3), max_size=40)  # few values: equal prefixes happen
 
@@ -59,14 +59,15 @@ def test_every_fact_of_a_namespace_changes_its_root() -> None:
             ("model2", "1", LAYOUT),
             ("model", "1", msgspec.structs.replace(LAYOUT, block_tokens=32)),
             ("model", "1", msgspec.structs.replace(LAYOUT, dtype="bfloat16")),
-            ("model", "1", msgspec.structs.replace(LAYOUT, parts=(KVPart("v", 1, 4),))),
+            ("model", "1", KVLayout.alike(2, (KVPart("v", 1, 4),), "float16")),
+            ("model", "1", KVLayout.of([LayerKV((KVPart("k", 1, 4),), window) for window in (None, 128)], "float16")),
             ("model", "1", LAYOUT, "alice"),
             ("model", "1", LAYOUT, "bob"),
             ("model1", "", LAYOUT),
             ("", "model1", LAYOUT),
         ]
     }
-    assert len(roots) == 10
+    assert len(roots) == 11
     assert namespace("model", "1", LAYOUT).root == ROOT
 
 

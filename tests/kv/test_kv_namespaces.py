@@ -18,7 +18,7 @@ PathOf = Callable[[BlockKey], Path]
 PayloadOf = Callable[[BlockKey], np.ndarray]
 WriteChain = Callable[..., list[BlockKey]]
 
-LAYOUT = KVLayout(2, (KVPart("kv", 1, 4),), "float32", block_tokens=16)
+LAYOUT = KVLayout.alike(2, (KVPart("kv", 1, 4),), "float32", block_tokens=16)
 PAYLOAD = bytes(LAYOUT.full_block_bytes)
 
 

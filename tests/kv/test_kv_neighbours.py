@@ -31,7 +31,7 @@ PayloadOf = Callable[[BlockKey], np.ndarray]
 PathOf = Callable[[BlockKey], Path]
 WriteChain = Callable[..., list[BlockKey]]
 
-LAYOUT = KVLayout(2, (KVPart("kv", 1, 4),), "float32", block_tokens=16)
+LAYOUT = KVLayout.alike(2, (KVPart("kv", 1, 4),), "float32", block_tokens=16)
 SPACE = namespace("shared", "1", LAYOUT)
 CHAINS, BLOCKS, SCANS = 40, 8, 20
 

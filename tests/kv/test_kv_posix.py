@@ -219,7 +219,7 @@ def test_the_description_is_repaired_at_open(
     path = tmp_path / "store" / space.hex / "namespace.json"
     described = msgspec.json.decode(path.read_bytes())
     assert described["namespace"] == space.hex
-    assert described["model_fingerprint"] == "tiny-model" and described["layout"]["layers"] == 3
+    assert described["model_fingerprint"] == "tiny-model" and described["layout"]["layer_kinds"] == [0, 0, 0]
     path.write_bytes(b"{")
     PosixStore(tmp_path / "store").prepare(space)
     assert msgspec.json.decode(path.read_bytes()) == described

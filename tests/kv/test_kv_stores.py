@@ -161,7 +161,7 @@ def test_any_contiguous_memory_of_the_right_size_will_do(store: Store, payload_o
 def test_many_layers_grow_the_header_by_pages(
     open_store: OpenStore, tmp_path: Path, layers: int, space: Namespace
 ) -> None:
-    layout = KVLayout(layers, (KVPart("k", 1, 1),), "float16", block_tokens=1)
+    layout = KVLayout.alike(layers, (KVPart("k", 1, 1),), "float16", block_tokens=1)
     store, space = open_store(), namespace("deep", "1", layout)
     key = block_keys(space.root, [1], 1)[0]
     payload = bytes(n % 251 for n in range(layout.full_block_bytes))
@@ -232,11 +232,11 @@ def test_a_block_of_another_geometry(
     open_store: OpenStore, store: Store, payload_of: PayloadOf, space: Namespace
 ) -> None:
     """Only a forged namespace can do this; the geometry is checked all the same before bytes go into a buffer."""
-    layout = KVLayout(6, (KVPart("k", 1, 4),), "float16", block_tokens=16)
+    layout = KVLayout.alike(6, (KVPart("k", 1, 4),), "float16", block_tokens=16)
     forged = msgspec.structs.replace(space, layout=layout)
     key = block_keys(space.root, range(16), 16)[0]
     open_store().write(forged, key, forged.root, payload_of(key))
-    with pytest.raises(BlockError, match="6 layers of 128 bytes instead of 3 of 256"):
+    with pytest.raises(BlockError, match="6 layers of 128 bytes instead of 3 layers of 256"):
         store.read(space, key, bytearray(768))
 
 
@@ -258,7 +258,7 @@ def test_a_valid_block_is_left_alone_and_a_damaged_one_replaced(
 
 
 def test_pace_sees_every_payload_byte_in_small_chunks(open_store: OpenStore, space: Namespace) -> None:
-    layout = KVLayout(3, (KVPart("k", 1, 1500),), "float32", block_tokens=256)
+    layout = KVLayout.alike(3, (KVPart("k", 1, 1500),), "float32", block_tokens=256)
     store, space = open_store(), namespace("wide", "1", layout)
     key = block_keys(space.root, range(256), 256)[0]
     payload = np.random.default_rng(1).integers(0, 256, layout.full_block_bytes, dtype=np.uint8)

@@ -32,22 +32,26 @@ class DeBuffer:
     def __init__(self, layout: KVLayout, prompt: list[int], store: BlockStore | None = None) -> None:
         self.layout, self.prompt = layout, prompt
         blocks = -(-len(prompt) // BLOCK)
-        self.pages = np.full((blocks, layout.layers, BLOCK, layout.token_bytes), 0xAB, dtype=np.uint8)
+        self.pages = np.full((blocks, layout.full_block_bytes), 0xAB, dtype=np.uint8)
         self.hit_tokens = 0
         if store is not None:
             hits = store.hit_blocks(prompt)
             self.hit_tokens = hits * BLOCK
             for block in range(hits):
-                self.pages[block] = store.pages[tuple(prompt[: (block + 1) * BLOCK])].reshape(self.pages[block].shape)
+                stored = store.pages[tuple(prompt[: (block + 1) * BLOCK])].reshape(-1)
+                for start, stop in layout.extents(layout.layers_seen(block, self.hit_tokens)):
+                    self.pages[block, start:stop] = stored[start:stop]  # what no window sees stays unread
 
     def rows(self, layer: int) -> np.ndarray:
-        """A copy of the layer's rows, ``[tokens, token_bytes]``."""
-        return self.pages[:, layer].reshape(-1, self.layout.token_bytes)
+        """A copy of the layer's rows, ``[tokens, row_bytes]``."""
+        start, stop = self.layout.layer_range(layer)
+        return self.pages[:, start:stop].reshape(-1, self.layout.row_bytes[layer])
 
     def write(self, layer: int, first_token: int, rows: np.ndarray) -> None:
-        for offset, row in enumerate(rows.reshape(-1, self.layout.token_bytes)):
+        for offset, row in enumerate(rows.reshape(-1, self.layout.row_bytes[layer])):
             block, token = divmod(first_token + offset, BLOCK)
-            self.pages[block, layer, token] = row
+            start, stop = self.layout.layer_range(layer, token, 1)
+            self.pages[block, start:stop] = row
 
 
 class BufferIO:
@@ -66,7 +70,11 @@ class BufferIO:
         for i, destination in enumerate(destinations):
             if destination is not None:
                 self.addresses.add(destination.ctypes.data)
-                destination[:] = self.buffers[i].rows(layer)[: self.items[i].past_tokens].reshape(-1)
+                buffer, past = self.buffers[i], self.items[i].past_tokens
+                seen = buffer.layout.kind(layer).first_seen(past)
+                rows = destination.reshape(past, -1)
+                rows[:seen] = 0xFF  # NaN: a row that no window sees is read by nobody
+                rows[seen:] = buffer.rows(layer)[seen:past]
         return [self.load_errors.get((layer, i)) for i in range(len(destinations))]
 
     def ship_layer(self, layer: int, rows: list[np.ndarray | None]) -> list[Exception | None]:
@@ -75,10 +83,10 @@ class BufferIO:
             if span is None:
                 continue
             item, buffer = self.items[i], self.buffers[i]
-            cached_bytes = item.past_tokens * buffer.layout.token_bytes
-            assert np.array_equal(span[:cached_bytes], buffer.rows(layer)[: item.past_tokens].reshape(-1))
-            assert span.nbytes == (item.past_tokens + len(item.token_ids)) * buffer.layout.token_bytes
-            buffer.write(layer, item.past_tokens, span[cached_bytes:])
+            rows_sent = span.reshape(item.past_tokens + len(item.token_ids), buffer.layout.row_bytes[layer])
+            seen = buffer.layout.kind(layer).first_seen(item.past_tokens)
+            assert np.array_equal(rows_sent[seen : item.past_tokens], buffer.rows(layer)[seen : item.past_tokens])
+            buffer.write(layer, item.past_tokens, rows_sent[item.past_tokens :])
         return [None] * len(rows)
 
 
@@ -123,11 +131,11 @@ def enter(decode: PagedDecode, sequence: int, buffer: DeBuffer, first: PrefillOu
 
 
 def persist(decode: PagedDecode, sequence: int, tokens: list[int], store: BlockStore) -> None:
-    """Copy every Full Block of a sequence whose prompt and output are `tokens` into the store."""
+    """Copy the Full Blocks that the store lacks, of a sequence whose prompt and output are `tokens`."""
     for block in range(decode.full_blocks(sequence)):
         page = np.empty(decode.model.layout.full_block_bytes, dtype=np.uint8)
         decode.copy_block(sequence, block, page)
-        store.pages[tuple(tokens[: (block + 1) * BLOCK])] = page
+        store.pages.setdefault(tuple(tokens[: (block + 1) * BLOCK]), page)
 
 
 def drain(decode: PagedDecode) -> dict[int, list[int]]:

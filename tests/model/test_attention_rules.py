@@ -102,7 +102,7 @@ class Buffers(PackedPass):
 
 
 def buffers_of(model: LoadedModel, rows: int) -> list[torch.Tensor]:
-    return [torch.full((rows, model.token_elems), torch.nan) for _ in range(model.layout.layers)]
+    return [torch.full((rows, model.row_elements[0]), torch.nan) for _ in range(model.layout.layers)]
 
 
 @pytest.fixture(params=WINDOWED)
@@ -181,7 +181,7 @@ def test_half_precision_stays_near_full(checkpoint: Callable[[str], Path]) -> No
     """Sinks and masks are merged with outputs of another type than theirs."""
     for architecture in ("gpt_oss", "gemma2"):
         model = LoadedModel.load(checkpoint(architecture), dtype="bfloat16")
-        buffers = [torch.zeros(120, model.token_elems, dtype=model.dtype) for _ in range(model.layout.layers)]
+        buffers = [torch.zeros(120, model.row_elements[0], dtype=model.dtype) for _ in range(model.layout.layers)]
         logits = model.forward(
             Buffers(model, buffers, [(0, 120, ((0, 120),))]), random_tokens(120, seed=3), list(range(120)), [119]
         )

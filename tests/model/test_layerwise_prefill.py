@@ -31,7 +31,7 @@ def test_only_a_few_layers_are_on_the_device(engines: Engines, prefill_of: Prefi
     engine.run(items, io)
     batch_tokens = sum(len(b.prompt) for b in buffers)
     assert engine.statistics.batch_tokens == batch_tokens
-    layer_bytes = batch_tokens * engines.model.layout.token_bytes
+    layer_bytes = batch_tokens * engines.model.layout.row_bytes[0]
     assert layer_bytes <= engine.statistics.peak_device_kv_bytes <= device_layers * layer_bytes
     assert len(io.addresses) == device_layers * len(items)
     layers = range(engines.model.layout.layers)
@@ -42,7 +42,7 @@ def test_without_layerwise_every_layer_is_on_the_device(qwen: Engines, prefill_o
     buffers, items = batch_with_hits(qwen, prefill_of)
     engine, io = prefill_of(qwen.model, layerwise=False), BufferIO(buffers, items)
     engine.run(items, io)
-    batch_bytes = sum(len(b.prompt) for b in buffers) * qwen.model.layout.token_bytes
+    batch_bytes = sum(len(b.prompt) for b in buffers) * qwen.model.layout.row_bytes[0]
     assert engine.statistics.peak_device_kv_bytes == qwen.model.layout.layers * batch_bytes
 
 

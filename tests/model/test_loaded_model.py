@@ -22,9 +22,14 @@ INDEXED = ("deepseek_v32", "glm_moe_dsa")
 
 def test_a_model_knows_its_layout_and_limits(engines: Engines) -> None:
     model = engines.model
-    assert model.layout.parts == {"deepseek_v3": LATENT, "deepseek_v32": SPARSE, "glm_moe_dsa": SPARSE}.get(
-        engines.architecture, GROUPED
-    )
+    parts = {"deepseek_v3": LATENT, "deepseek_v32": SPARSE, "glm_moe_dsa": SPARSE}.get(engines.architecture, GROUPED)
+    assert {kind.parts for kind in model.layout.kinds} == {parts}
+    config = model.network.config
+    types = getattr(config, "layer_types", None) or ["full_attention"] * 5
+    if engines.architecture == "mistral":
+        types = ["sliding_attention"] * 5
+    windows = [config.sliding_window if kind == "sliding_attention" else None for kind in types]
+    assert [model.layout.kind(layer).window_tokens for layer in range(5)] == windows
     assert (model.layout.layers, model.layout.dtype, model.max_length_tokens) == (5, "float32", 4096)
     assert model.vocab_size == 259
     assert model.eos_token_ids == (258, 256)
@@ -34,7 +39,7 @@ def test_half_precision_halves_the_rows(checkpoint: Callable[[str], Path]) -> No
     full = LoadedModel.load(checkpoint("qwen3"))
     half = LoadedModel.load(checkpoint("qwen3"), dtype="bfloat16")
     assert half.layout.dtype == "bfloat16"
-    assert 2 * half.layout.token_bytes == full.layout.token_bytes
+    assert 2 * half.layout.row_bytes[0] == full.layout.row_bytes[0]
 
 
 def test_attention_flops_are_counted_from_the_config(engines: Engines) -> None:
@@ -179,5 +184,5 @@ def test_greedy_output_is_lively(engines: Engines) -> None:
 
 def test_the_demo_model_has_16_kib_of_kv_a_token(tmp_path: Path) -> None:
     model = LoadedModel.load(make_checkpoint(tmp_path, **DEMO_MODEL))
-    assert model.layout.layers * model.layout.token_bytes == 16384
+    assert model.layout.kv_bytes.bytes_per_token == 16384
     assert model.max_length_tokens >= 131072

@@ -91,7 +91,7 @@ class Packed:
     def __init__(self, model: LoadedModel, prompts: list[list[int]]) -> None:
         self.model, self.prompts = model, prompts
         generator = torch.Generator().manual_seed(0)
-        shape = (ROOM, model.token_elems)
+        shape = (ROOM, model.row_elements[0])
         self.buffers = [torch.randn(shape, generator=generator) * 9 for _ in range(model.layout.layers)]
         self.done = [0] * len(prompts)
         self.first_rows = [3 + 7 * i + sum(map(len, prompts[:i])) for i in range(len(prompts))]
@@ -263,7 +263,7 @@ def test_layers_that_share_an_indexer_are_refused(tmp_path: Path) -> None:
     path = make_checkpoint(
         tmp_path / "shared", "glm_moe_dsa", num_hidden_layers=3, indexer_types=["full", "shared", "full"]
     )
-    with pytest.raises(UnsupportedModelError, match="glm_moe_dsa: its layers 1 share the indexer of a layer before"):
+    with pytest.raises(UnsupportedModelError, match="glm_moe_dsa: its layers 1 keep other KV of a token"):
         LoadedModel.load(path)
 
 
@@ -273,6 +273,6 @@ def test_an_indexer_with_another_formula_is_refused(pair: Pair) -> None:
         torch.nn.functional.gelu(scores)
     with pytest.raises(UnsupportedModelError, match="scores by matmul, topk"):
         torch.matmul(torch.ones(1, 1), scores).topk(3, dim=-1)
-    packed = Pass(pair.model, [torch.zeros(2, pair.model.token_elems)], [PackedSequence(0, 1, 0, ((0, 1),))])
+    packed = Pass(pair.model, [torch.zeros(2, pair.model.row_elements[0])], [PackedSequence(0, 1, 0, ((0, 1),))])
     with pytest.raises(UnsupportedModelError, match="layer 0 has an indexer"):
         packed.update_indexer(torch.zeros(1, 1, 16), 0)

@@ -12,7 +12,7 @@ from dualpath.kv.layout import KVLayout, KVPart
 from dualpath.transfer.pool import BufferPool
 from dualpath.vllm.copies import Copies, WorkerPart
 
-LAYOUT = KVLayout(3, (KVPart("k", 2, 4), KVPart("v", 2, 4)), "float32")
+LAYOUT = KVLayout.alike(3, (KVPart("k", 2, 4), KVPart("v", 2, 4)), "float32")
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Device:
     """`blocks` device blocks of `block_size` tokens on the CPU, and a buffer."""
 
     def __init__(self, folder: Path, blocks: int = 16, block_size: int = 64, rank: int = 0, ranks: int = 1) -> None:
-        share = LAYOUT.layer_block_bytes // ranks
+        share = LAYOUT.layer_block_bytes[0] // ranks
         part = WorkerPart(LAYOUT, block_size, share * block_size // 64, rank * share)
         self.layers = [torch.zeros(blocks, part.device_block_bytes, dtype=torch.uint8) for _ in range(LAYOUT.layers)]
         self.copies = Copies(part, self.layers)

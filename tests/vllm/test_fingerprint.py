@@ -73,7 +73,7 @@ def grouped(heads: int, block_size: int = 64) -> Any:
 
 
 def test_ranks_share_a_layer_block_head_after_head() -> None:
-    whole = LAYOUT.layer_block_bytes
+    whole = LAYOUT.layer_block_bytes[0]
     assert worker_part(grouped(2), None, 3, whole, 0, 1).layout == LAYOUT
     parts = [worker_part(grouped(1), None, 3, whole // 2, rank, 2) for rank in range(2)]
     assert [part.layout for part in parts] == [LAYOUT, LAYOUT]
@@ -88,7 +88,7 @@ def test_ranks_share_a_layer_block_head_after_head() -> None:
 def test_ranks_have_the_same_latent_and_the_first_writes_it() -> None:
     spec = MLAAttentionSpec(head_size=40, dtype="torch.bfloat16", block_size=16)
     parts = [worker_part(spec, SimpleNamespace(qk_rope_head_dim=8), 2, 16 * 40 * 2, rank, 2) for rank in range(2)]
-    assert [part.layout.token_bytes for part in parts] == [80, 80]
+    assert [part.layout.row_bytes[0] for part in parts] == [80, 80]
     assert [(part.offset_bytes, part.writes, part.ratio) for part in parts] == [(0, True, 4), (0, False, 4)]
 
 
@@ -119,7 +119,7 @@ def test_rows_of_other_arrangements() -> None:
 
 
 def test_devices_that_are_not_known() -> None:
-    part = worker_part(grouped(2), None, 3, LAYOUT.layer_block_bytes, 0, 1)
+    part = worker_part(grouped(2), None, 3, LAYOUT.layer_block_bytes[0], 0, 1)
     assert type(copies_for(part, [torch.zeros(1)])) is Copies
     with pytest.raises(ValueError, match="meta device"):
         copies_for(part, [torch.zeros(1, device="meta")])

@@ -108,7 +108,7 @@ def test_hit_layers_are_taken_one_by_one_as_they_come(pair: Pair, expected: Any)
     answer: list[Any] = []
     thread = threading.Thread(target=lambda: answer.append(pair.pe.complete(prompt, 1, ours)))
     thread.start()
-    layer_bytes = agent.hello.engine.layout.layer_block_bytes
+    layer_bytes = agent.hello.engine.layout.layer_block_bytes[0]
     for layer in range(8):
         part = slice(layer * layer_bytes, (layer + 1) * layer_bytes)
         for source, page in zip(whole[:9], pages[:9], strict=True):

@@ -12,6 +12,7 @@ from dualpath.core.systems import HEADLINE, find_system
 from dualpath.core.vocabulary import Role
 from dualpath.spec.cluster_setup import ENGINES, ClusterSetup, ServedCluster
 from dualpath.spec.generation_defaults import GENERATION_CONFIGS, GenerationDefaults, read_generation_defaults
+from dualpath.spec.kv_bytes import KVBytes
 from dualpath.spec.log import FORMATS
 from dualpath.spec.sampling import LogprobsMode
 from dualpath.spec.topology import Rates, Topology
@@ -254,11 +255,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         fields: dict[str, Any] = {} if self.generation_config == "vllm" else read_generation_defaults(self.model)
         return GenerationDefaults(**fields, logprobs_mode=self.logprobs_mode)
 
-    def served(self, layers: int, kv_bytes_per_token: int) -> ServedCluster:
-        """Returns what clients are told of the cluster, to simulate it; `kv_bytes_per_token` is over all layers."""
+    def served(self, layers: int, kv_bytes: KVBytes) -> ServedCluster:
+        """Returns what clients are told of the cluster, to simulate it."""
         setup = ClusterSetup(
             layers=layers,
-            kv_bytes_per_token=kv_bytes_per_token,
+            kv_bytes_per_token=kv_bytes.bytes_per_token,
+            kv_windows=kv_bytes.windows,
             snic_bytes_per_s=None if self.policy.free_io else self.snic_bytes_per_s,
             cnic_bytes_per_s=None if self.policy.free_io else self.cnic_bytes_per_s,
             compute_quota_s=self.quota_ns / 1e9,

@@ -6,7 +6,7 @@ So it counts as `StoreError`: prompts are computed meanwhile. Its traceback is l
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -54,8 +54,15 @@ class _Guarded:
     ) -> int:
         return self._ask("write", lambda: _made(self._genuine.write(space, key, parent, payload, pace), int))
 
-    def read(self, space: Namespace, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
-        self._ask("read", lambda: self._genuine.read(space, key, into, pace))
+    def read(
+        self,
+        space: Namespace,
+        key: BlockKey,
+        into: BlockBuffer,
+        pace: Pace = unpaced,
+        layers: Collection[int] | None = None,
+    ) -> None:
+        self._ask("read", lambda: self._genuine.read(space, key, into, pace, layers))
 
     def find(self, root: BlockKey, keys: Sequence[BlockKey]) -> list[BlockRecord]:
         return self._ask("find", lambda: [_made(found, BlockRecord) for found in self._genuine.find(root, keys)])

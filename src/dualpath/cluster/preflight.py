@@ -23,7 +23,7 @@ from dualpath.cluster.control_address import control_place
 from dualpath.cluster.preflight_files import NotReadyError, check_buffers, check_outputs, check_tls, cuda_devices
 from dualpath.cluster.preflight_vllm import settled_vllm
 from dualpath.kv import KVLayout, StoreError, open_store
-from dualpath.kv.layout import WHOLE_KV_LAYER_TYPES, parts_of
+from dualpath.kv.layout import WHOLE_KV_LAYER_TYPES, LayerKV, layer_parts
 from dualpath.spec.loopback import is_loopback
 
 logger = logging.getLogger(__name__)
@@ -151,8 +151,8 @@ def _check_architecture(directory: Path, facts: dict[str, Any]) -> None:
 def _check_sizes(config: ClusterConfig, facts: dict[str, Any], dtype: str) -> None:
     """Check that a buffer holds a block. A config.json that does not say its sizes is left to the engines."""
     try:
-        layout = KVLayout(layers=facts["num_hidden_layers"], parts=parts_of(SimpleNamespace(**facts)), dtype=dtype)
-    except (KeyError, TypeError, ValueError, AttributeError):
+        layout = KVLayout.of([LayerKV(parts) for parts in layer_parts(SimpleNamespace(**facts))], dtype)
+    except (IndexError, TypeError, ValueError, AttributeError):
         return
     for option, size in (("--buffer", config.buffer_bytes), ("--hbm", config.hbm_bytes)):
         if size < layout.full_block_bytes:

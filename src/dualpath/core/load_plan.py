@@ -4,7 +4,8 @@ Theory of operation (paper §4.1). Before a layer's attention, positions ``[0, p
 The hit tokens are in the buffer of the side that read them. Tokens that earlier chunks of the prompt computed are in
 the DE buffer, where every computed token goes. After the layer, the chunk's new tokens are shipped to the DE buffer.
 The first chunk also ships the hit tokens that the PE side read, because the DE buffer must finally hold the whole
-prompt. On the DE path only miss tokens are shipped.
+prompt. On the DE path only miss tokens are shipped. A layer with a window loads and ships of the hit tokens only those
+that the window still sees (`ChunkPlan.within`).
 
 ```
  prompt   |<------- hit ------->|<-- computed earlier -->|<-- new -->|
@@ -16,6 +17,7 @@ prompt. On the DE path only miss tokens are shipped.
 import msgspec
 
 from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side
+from dualpath.spec.kv_bytes import first_seen
 
 
 class Segment(msgspec.Struct, frozen=True, gc=False):
@@ -36,8 +38,20 @@ class TokenRange(msgspec.Struct, frozen=True, gc=False):
 class ChunkPlan(msgspec.Struct, frozen=True):
     """Per layer: `loads` tile ``[0, past_tokens)`` in order; `ships` is what the DE buffer still lacks, in order."""
 
+    past_tokens: int
     loads: tuple[Segment, ...]
     ships: tuple[TokenRange, ...]
+
+    def within(self, window_tokens: int | None) -> "ChunkPlan":
+        """Returns the plan for a layer in which a token sees `window_tokens` tokens, itself included; None: all.
+
+        Of the tokens before the chunk, its first token sees the last ``window_tokens - 1``; what is computed later sees
+        no earlier ones. The chunk's own tokens are all shipped: they become Full Blocks in storage.
+        """
+        first = first_seen(self.past_tokens, window_tokens)
+        loads = (Segment(load.side, *cut) for load in self.loads if (cut := _from(first, load)))
+        ships = (TokenRange(*cut) for ship in self.ships if (cut := _from(first, ship)))
+        return ChunkPlan(self.past_tokens, tuple(loads), tuple(ships))
 
 
 def chunk_plan(legs: tuple[Leg, ...], hit_tokens: int, past_tokens: int, new_tokens: int) -> ChunkPlan:
@@ -60,7 +74,13 @@ def chunk_plan(legs: tuple[Leg, ...], hit_tokens: int, past_tokens: int, new_tok
         ships[-1] = TokenRange(ships[-1].first_token, ships[-1].tokens + new_tokens)
     else:
         ships.append(TokenRange(past_tokens, new_tokens))
-    return ChunkPlan(tuple(loads), tuple(ships))
+    return ChunkPlan(past_tokens, tuple(loads), tuple(ships))
+
+
+def _from(first_token: int, part: Segment | TokenRange) -> tuple[int, int] | None:
+    """Returns first token and number of the part's tokens from `first_token` on; None if there are none."""
+    start, end = max(part.first_token, first_token), part.first_token + part.tokens
+    return (start, end - start) if start < end else None
 
 
 def _hit_segments(legs: tuple[Leg, ...], hit_tokens: int) -> list[Segment]:

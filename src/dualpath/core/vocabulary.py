@@ -7,9 +7,10 @@ from enum import Enum, IntEnum
 
 import msgspec
 
+from dualpath.spec import kv_bytes
 from dualpath.spec.bounds import Count
 
-BLOCK_TOKENS = 64
+BLOCK_TOKENS = kv_bytes.BLOCK_TOKENS
 """Tokens in a block (paper §3)."""
 
 EngineId = int

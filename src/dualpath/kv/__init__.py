@@ -2,7 +2,7 @@
 
 from dualpath.kv.index import GoneBlock, IndexStatistics, PrefixIndex
 from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
-from dualpath.kv.layout import KVLayout, KVPart
+from dualpath.kv.layout import KVLayout, KVPart, LayerKV
 from dualpath.kv.rebuild import RebuildReport, ancestors, delete_orphan, publish_all, rebuild
 from dualpath.kv.stores import STORES, StoreOpener, open_store
 from dualpath.kv.stores.errors import (
@@ -35,6 +35,7 @@ __all__ = [
     "Inspectable",
     "KVLayout",
     "KVPart",
+    "LayerKV",
     "Namespace",
     "NamespaceDescription",
     "PosixStore",

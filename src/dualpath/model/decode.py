@@ -2,7 +2,7 @@
 
 Life of a sequence: `admit` takes device blocks for the prompt and all it may generate; `fill_block` copies the prompt's
 KV in, one Full Block at a time; `join` adds it to the batch from the next `step` on; `copy_block` copies a finished
-Full Block out, for storage; `release` frees the blocks. KV is in one buffer per layer ``[blocks × 64, token_elems]``. A
+Full Block out, for storage; `release` frees the blocks. KV is in one buffer per layer ``[blocks × 64, elements]``. A
 block's rows there are as in its Layer Block, so both copies are plain.
 
 Threads: one compute thread calls `step`; another thread may call everything else at the same time. It touches only
@@ -73,11 +73,11 @@ class PagedDecode:
 
     def restore_memory(self) -> None:
         """Take the blocks' memory."""
-        shape = (self._allocator.blocks * self._block_tokens, self.model.token_elems)
+        rows = self._allocator.blocks * self._block_tokens
         # Zeroed, so that the host's pages exist: page faults would otherwise slow the first requests.
         self._pool = [
-            torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
-            for _ in range(self.model.layout.layers)
+            torch.zeros((rows, elements), dtype=self.model.dtype, device=self.model.device)
+            for elements in self.model.row_elements
         ]
 
     def blocks_for(self, prompt_tokens: int, sampling: SamplingParams, generated_so_far: int = 0) -> int:
@@ -118,7 +118,10 @@ class PagedDecode:
         return admitted.finished
 
     def fill_block(self, sequence: int, block_index: int, page: Page, tokens: int) -> None:
-        """Copy the first `tokens` tokens of a Full Block `page` (uint8, full_block_bytes) into the sequence's block."""
+        """Copy the first `tokens` tokens of a Full Block `page` (uint8, full_block_bytes) into the sequence's block.
+
+        Layers whose window has passed the block at the prompt's end are left out; the page need not have them.
+        """
         with self._copying(sequence) as filled:
             if filled.joined:
                 raise ValueError(f"sequence {sequence} is decoding; its prompt can't be filled any more")
@@ -130,8 +133,8 @@ class PagedDecode:
                 )
             source = self._as_rows(page)
             row = filled.row(first)
-            for layer, pool in enumerate(self._pool):
-                pool[row : row + tokens].copy_(source[layer, :tokens])
+            for layer in self.model.layout.layers_seen(block_index, filled.prompt_tokens):
+                self._pool[layer][row : row + tokens].copy_(source[layer][:tokens])
 
     def join(self, sequence: int) -> str | None:
         """Decode the sequence from the next step on; its prompt's blocks must be filled.
@@ -228,13 +231,14 @@ class PagedDecode:
             with self._lock:
                 held.copies -= 1
 
-    def _as_rows(self, page: Page) -> Tensor:
-        """Returns a Full Block's bytes as ``[layers, 64, token_elems]``."""
+    def _as_rows(self, page: Page) -> list[Tensor]:
+        """Returns a Full Block's bytes as ``[64, elements]`` of each layer."""
         expected = self.model.layout.full_block_bytes
         if page.dtype != np.uint8 or page.nbytes != expected or not page.flags.c_contiguous:
             raise ValueError(f"a page is {expected} contiguous uint8 bytes, not {page.nbytes} bytes of {page.dtype}")
-        rows = torch.from_numpy(page.reshape(-1)).view(self.model.dtype)
-        return rows.view(self.model.layout.layers, self._block_tokens, self.model.token_elems)
+        layers = torch.from_numpy(page.reshape(-1)).view(self.model.dtype)
+        sizes = [self._block_tokens * elements for elements in self.model.row_elements]
+        return [layer.view(self._block_tokens, -1) for layer in torch.split(layers, sizes)]
 
 
 class _Sequence:

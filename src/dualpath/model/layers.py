@@ -127,7 +127,7 @@ class OwnMemory:
 
 
 class DeviceLayers:
-    """`slots` device buffers ``[rows, token_elems]``. They are kept between runs and grow for a larger batch."""
+    """`slots` device buffers of rows, as wide as the layer's in each. They are kept between runs and grow."""
 
     def __init__(
         self, layout: KVLayout, slots: int, device: torch.device, dtype: torch.dtype, memory: HostMemory
@@ -151,21 +151,24 @@ class DeviceLayers:
         self._unpin()
         self._memory.clear()
         if self._streams:
-            shape = (self._capacity_rows, self._layout.token_bytes // self._dtype.itemsize)
-            self._slots = [torch.empty(shape, dtype=self._dtype, device=self._device) for _ in self._slots]
-            self._staging = {way: self._pinned(self._host_rows()) for way in self._streams}
+            size = self._slot_bytes // self._dtype.itemsize
+            self._slots = [torch.empty(size, dtype=self._dtype, device=self._device) for _ in self._slots]
+            self._staging = {way: self._pinned(self._host_slot()) for way in self._streams}
         else:
-            self._slots = [self._host_rows() for _ in self._slots]
+            self._slots = [self._host_slot() for _ in self._slots]
 
-    def _host_rows(self) -> Tensor:
-        taken = self._memory.take(self._capacity_rows * self._layout.token_bytes)
-        return torch.from_numpy(taken).view(self._dtype).view(self._capacity_rows, -1)
+    @property
+    def _slot_bytes(self) -> int:
+        return self._capacity_rows * max(self._layout.row_bytes)
 
-    def _pinned(self, rows: Tensor) -> Tensor:
-        status = torch.cuda.cudart().cudaHostRegister(rows.data_ptr(), rows.nbytes, 0)  # type: ignore[no-untyped-call]
+    def _host_slot(self) -> Tensor:
+        return torch.from_numpy(self._memory.take(self._slot_bytes)).view(self._dtype)
+
+    def _pinned(self, slot: Tensor) -> Tensor:
+        status = torch.cuda.cudart().cudaHostRegister(slot.data_ptr(), slot.nbytes, 0)  # type: ignore[no-untyped-call]
         if int(status) != 0:
-            raise RuntimeError(f"staging memory of {rows.nbytes} bytes can't be pinned: CUDA error {int(status)}")
-        return rows
+            raise RuntimeError(f"staging memory of {slot.nbytes} bytes can't be pinned: CUDA error {int(status)}")
+        return slot
 
     def _unpin(self) -> None:
         for staged in self._staging.values():
@@ -179,14 +182,19 @@ class DeviceLayers:
         self._memory.clear()
 
     def rows(self, layer: int) -> Tensor:
-        """The device buffer of `layer`."""
-        return self._slots[layer % len(self._slots)]
+        """The device buffer of `layer`: ``[rows, elements of a row]``."""
+        return self._as_rows(layer, self._slots[layer % len(self._slots)])
+
+    def _as_rows(self, layer: int, slot: Tensor) -> Tensor:
+        elements = self._layout.row_bytes[layer] // self._dtype.itemsize
+        return slot[: self._capacity_rows * elements].view(self._capacity_rows, elements)
 
     def destination(self, layer: int, first_row: int, rows: int) -> Bytes:
-        """Returns host memory, ``rows × token_bytes`` bytes, for a load of these rows to fill."""
+        """Returns host memory, `rows` rows of the layer, for a load to fill."""
         if self._streams:
             self._wait_mark("attended", layer - len(self._slots))
-        return _as_bytes(self._staging.get("load", self.rows(layer))[first_row : first_row + rows])
+            return _as_bytes(self._as_rows(layer, self._staging["load"])[first_row : first_row + rows])
+        return _as_bytes(self.rows(layer)[first_row : first_row + rows])
 
     def upload(self, layer: int, spans: list[tuple[int, int]]) -> None:
         """Copy loaded `spans` ``(first_row, rows)`` to the device. Returns when they are there."""
@@ -194,7 +202,7 @@ class DeviceLayers:
             return
         with torch.cuda.stream(self._streams["load"]):
             for first, count in spans:
-                staged = self._staging["load"][first : first + count]
+                staged = self._as_rows(layer, self._staging["load"])[first : first + count]
                 self.rows(layer)[first : first + count].copy_(staged, non_blocking=True)
         self._streams["load"].synchronize()
 
@@ -202,7 +210,7 @@ class DeviceLayers:
         """Returns host bytes of `spans` of `layer`; on an accelerator they are valid until the next download."""
         if not self._streams:
             return [_as_bytes(self.rows(layer)[first : first + count]) for first, count in spans]
-        staging = self._staging["ship"]
+        staging = self._as_rows(layer, self._staging["ship"])
         self._wait_mark("written", layer)
         with torch.cuda.stream(self._streams["ship"]):
             for first, count in spans:

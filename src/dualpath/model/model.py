@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from dualpath.kv.layout import WHOLE_KV_LAYER_TYPES, KVLayout, KVPart, parts_of
+from dualpath.kv.layout import WHOLE_KV_LAYER_TYPES, KVLayout, KVPart, LayerKV, layer_parts
 from dualpath.model.attention import (
     IMPLEMENTATION,
     GroupedForm,
@@ -47,13 +47,13 @@ class LoadedModel:
         self.form, parts = _form_of(config)
         self.layer_mask = torch.zeros(1, 1, 1, 1) if isinstance(self.form, SparseLatentForm) else None
         """What layers get as their mask. An indexer demands one; this hides nothing, for our selection is causal."""
-        self.layout = KVLayout(
-            layers=config.num_hidden_layers, parts=parts, dtype=str(self.dtype).removeprefix("torch.")
-        )
+        dtype = str(self.dtype).removeprefix("torch.")
+        self.layout = KVLayout.of([LayerKV(parts)] * config.num_hidden_layers, dtype)
         self.vocab_size: int = config.vocab_size
         self.max_length_tokens: int = config.max_position_embeddings
         self.eos_token_ids = eos_token_ids
-        _Probe(self).run()
+        windows = _Probe(self).run()
+        self.layout = KVLayout.of([LayerKV(parts, window_tokens) for window_tokens in windows], dtype)
         self.scores_prompts = _Probe(self).head_alone()
         """Whether `hidden` and `head` together compute what `forward` does."""
 
@@ -78,9 +78,9 @@ class LoadedModel:
         return LoadedModel(network, _eos_token_ids(path, config))
 
     @property
-    def token_elems(self) -> int:
-        """Elements of one token's row in one layer."""
-        return self.layout.token_bytes // self.layout.itemsize_bytes
+    def row_elements(self) -> tuple[int, ...]:
+        """For each layer, the elements of one token's row."""
+        return tuple(row // self.layout.itemsize_bytes for row in self.layout.row_bytes)
 
     @torch.inference_mode()
     def forward(self, packed: PackedPass, token_ids: list[int], positions: list[int], keep: list[int]) -> Tensor:
@@ -162,7 +162,7 @@ class _Probe(PackedPass):
         sequence = PackedSequence(first_query=0, new_tokens=2, past_tokens=0, extents=((0, 2),))
         super().__init__(model.form, (sequence,), torch.arange(2, device=model.device))
         self._model = model
-        self._buffer = torch.zeros(2, model.token_elems, dtype=model.dtype, device=model.device)
+        self._buffer = torch.zeros(2, model.row_elements[0], dtype=model.dtype, device=model.device)
         self._updated: list[int] = []
         self._indexed_layers: list[int] = []
         self._computed: list[int] = []
@@ -171,9 +171,12 @@ class _Probe(PackedPass):
     def layer_rows(self, layer: int) -> Tensor:  # noqa: ARG002  one buffer serves all layers
         return self._buffer
 
+    def _parts(self, layer: int) -> tuple[KVPart, ...]:
+        return self._model.layout.kind(layer).parts
+
     def update(self, first: Tensor, second: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._updated.append(layer_idx)
-        expected = [(1, part.heads, 2, part.dim) for part in self._model.layout.parts[:2]]
+        expected = [(1, part.heads, 2, part.dim) for part in self._parts(layer_idx)[:2]]
         if [tuple(first.shape), tuple(second.shape)] != expected or args or kwargs:
             raise UnsupportedModelError(
                 f"layer {layer_idx} passes KV of shapes {tuple(first.shape)} and {tuple(second.shape)}, but its config "
@@ -183,7 +186,7 @@ class _Probe(PackedPass):
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Any:
         self._indexed_layers.append(layer_idx)
-        expected = [(1, 2, part.dim) for part in self._model.layout.parts[2:]]
+        expected = [(1, 2, part.dim) for part in self._parts(layer_idx)[2:]]
         if [tuple(keys.shape)] != expected:
             raise UnsupportedModelError(
                 f"layer {layer_idx} passes index keys of shape {tuple(keys.shape)}, but its config says "
@@ -200,8 +203,8 @@ class _Probe(PackedPass):
     def attended(self, layer: int) -> None:
         self._computed.append(layer)
 
-    def run(self) -> None:
-        """Raises UnsupportedModelError when the model does not use the seam once per layer, in order."""
+    def run(self) -> list[int | None]:
+        """Returns each layer's window. Raises UnsupportedModelError when layers don't use the seam once, in order."""
         name = type(self._model.network).__name__
         try:
             self._model.forward(self, [0, 0], [0, 1], [1])
@@ -213,11 +216,12 @@ class _Probe(PackedPass):
                 f"{name} updated KV in layers {self._updated} and attended in {self._computed}; every one of its "
                 f"{len(layers)} layers must do both, in order"
             )
-        if len(self._model.layout.parts) > 2 and self._indexed_layers != layers:
+        if len(self._parts(0)) > 2 and self._indexed_layers != layers:
             raise UnsupportedModelError(
                 f"{name} keeps index keys in layers {self._indexed_layers}, not in all {layers}"
             )
         self._check_windows()
+        return self._windows
 
     def _check_windows(self) -> None:
         """Raises UnsupportedModelError when a model masks what lies outside a window that it does not tell us."""
@@ -275,9 +279,16 @@ def _refuse_other_attention(config: Any) -> None:
 
 def _form_of(config: Any) -> tuple[GroupedForm | LatentForm, tuple[KVPart, ...]]:
     try:
-        parts = parts_of(config)
+        kinds = layer_parts(config)
     except ValueError as error:
         raise UnsupportedModelError(f"{config.model_type}: {error}") from error
+    parts = kinds[0]
+    others = [layer for layer, kind in enumerate(kinds) if kind != parts]
+    if others:
+        raise UnsupportedModelError(
+            f"{config.model_type}: its layers {', '.join(map(str, others))} keep other KV of a token than layer 0, "
+            "which is not supported"
+        )
     if getattr(config, "kv_lora_rank", None):
         latent = LatentForm(
             config.num_attention_heads,

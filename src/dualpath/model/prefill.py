@@ -50,8 +50,8 @@ class LayerIO(Protocol):
     """
 
     def load_layer(self, layer: int, destinations: list[Bytes | None]) -> list[Exception | None]:
-        """Loader thread: fill ``destinations[i]``, ``past_tokens_i × token_bytes`` bytes. None means that the item has
-        nothing to load or has failed. Not called for a layer when all are None."""
+        """Loader thread: fill ``destinations[i]``, `past_tokens` rows of the layer; of one with a window, the rows that
+        it sees. None means that the item has nothing to load or has failed. Not called when all are None."""
         ...
 
     def ship_layer(self, layer: int, rows: list[Bytes | None]) -> list[Exception | None]:
@@ -189,12 +189,13 @@ class LayerwisePrefill:
             progress.wait_slot(layer)
             wanted = [i for i in batch.alive() if batch.items[i].past_tokens]
             destinations: list[Bytes | None] = [None] * len(batch.items)
-            spans = [(batch.first_rows[i], batch.items[i].past_tokens) for i in wanted]
-            for i, span in zip(wanted, spans, strict=True):
-                destinations[i] = self._device.destination(layer, *span)
+            for i in wanted:
+                destinations[i] = self._device.destination(layer, batch.first_rows[i], batch.items[i].past_tokens)
             if wanted:
                 batch.call(io.load_layer, layer, destinations)
-                self._device.upload(layer, spans)
+                first_seen = self.model.layout.kind(layer).first_seen
+                past = [(batch.first_rows[i], batch.items[i].past_tokens) for i in wanted]
+                self._device.upload(layer, [(row + first_seen(n), n - first_seen(n)) for row, n in past])
             progress.advance("loaded", layer)
 
     def _ship_all(self, batch: PrefillBatch, io: LayerIO, progress: LayerProgress) -> None:
@@ -210,7 +211,7 @@ class LayerwisePrefill:
             progress.advance("shipped", layer)
 
     def _note_statistics(self, batch: PrefillBatch, progress: LayerProgress, total_ns: int) -> None:
-        layer_bytes = batch.rows * self.model.layout.token_bytes
+        layer_bytes = batch.rows * max(self.model.layout.row_bytes)
         self.statistics = PrefillStatistics(
             load_wait_ns=progress.load_wait_ns,
             compute_ns=total_ns - progress.load_wait_ns - progress.ship_wait_ns,

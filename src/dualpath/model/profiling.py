@@ -52,7 +52,7 @@ class _OneLayer(PackedPass):
     def __init__(self, model: LoadedModel, cached: int, new: int) -> None:
         sequence = PackedSequence(first_query=0, new_tokens=new, past_tokens=cached, extents=((0, cached + new),))
         super().__init__(model.form, (sequence,), torch.arange(cached, cached + new, device=model.device))
-        self._buffer = torch.randn(cached + new, model.token_elems, device=model.device).to(model.dtype)
+        self._buffer = torch.randn(cached + new, model.row_elements[0], device=model.device).to(model.dtype)
 
     def layer_rows(self, layer: int) -> torch.Tensor:  # noqa: ARG002  there is only one
         return self._buffer

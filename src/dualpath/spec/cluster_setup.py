@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from dualpath.spec.kv_bytes import Window
 from dualpath.spec.topology import Rates
 
 ENGINES = ("dualpath", "vllm")
@@ -15,7 +16,9 @@ class ClusterSetup(msgspec.Struct, frozen=True, kw_only=True):
 
     layers: int
     kv_bytes_per_token: int
-    """Bytes over all layers."""
+    """Bytes over all layers, those with a window too."""
+    kv_windows: tuple[Window, ...] = ()
+    """How much of it is of layers that see a window."""
     snic_bytes_per_s: Rates
     """Rate of each storage NIC, or of each group's of the topology; None means unlimited."""
     cnic_bytes_per_s: Rates

@@ -27,5 +27,9 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     pe_read_tokens: int
     """Hit tokens that the PE read from storage."""
     de_read_tokens: int
+    kv_read_bytes: int = 0
+    """Bytes of KV that these tokens were read as."""
+    kv_unread_bytes: int = 0
+    """Bytes of their KV that were left in storage, because they are of layers whose window has passed them."""
     attempts: int
     """Number of attempts so far, this one included."""

@@ -54,7 +54,7 @@ class Copies:
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         part, rows = self.part, self.layers[layer]
         whole = torch.from_numpy(pages.view(page))
-        start, n_bytes = layer * part.layout.layer_block_bytes + part.offset_bytes, part.device_block_bytes
+        start, n_bytes = part.layout.layer_range(layer)[0] + part.offset_bytes, part.device_block_bytes
         return [
             (rows[device_block], whole[start + index * n_bytes : start + (index + 1) * n_bytes])
             for index, device_block in enumerate(device_blocks)

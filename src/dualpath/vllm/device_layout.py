@@ -59,8 +59,8 @@ def worker_part(spec: Any, config: Any, layers: int, device_block_bytes: int, ra
     else:
         heads = spec.num_kv_heads * ranks
         parts = (KVPart("k", heads, spec.head_size), KVPart("v", heads, spec.head_size_v))
-    layout = KVLayout(layers, parts, str(spec.dtype).removeprefix("torch."), BLOCK_TOKENS)
-    share = layout.layer_block_bytes // (1 if replicated else ranks)
+    layout = KVLayout.alike(layers, parts, str(spec.dtype).removeprefix("torch."), BLOCK_TOKENS)
+    share = layout.layer_block_bytes[0] // (1 if replicated else ranks)
     if share != device_block_bytes * (BLOCK_TOKENS // spec.block_size):
         raise ValueError(
             f"a device block of {spec.block_size} tokens has {device_block_bytes} bytes in a layer at this rank, but "

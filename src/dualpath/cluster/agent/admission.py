@@ -58,7 +58,11 @@ class Admission:
             if attempt.aborted:
                 break
             part = blocks[first : first + at_once]
-            n_bytes = sum(tokens for _, _, tokens in part) * layout.layers * layout.token_bytes
+            n_bytes = sum(
+                tokens * layout.row_bytes[layer]
+                for block, _, tokens in part
+                for layer in layout.layers_seen(block, attempt.prompt_tokens)
+            )
             await loop.run_in_executor(self._copies, self._host.traffic.local_copy, n_bytes)
             fills.append(self._host.attached.call(lambda call, part=part: Fill(call, attempt.sequence, part)))  # type: ignore[misc]
         return fills

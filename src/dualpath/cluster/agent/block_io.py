@@ -17,14 +17,14 @@ import asyncio
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.deadline_threads import AbandonedError, Call, DeadlineThreads, LateError
 from dualpath.cluster.guarded_store import guarded
-from dualpath.cluster.messages import BlockFaultReport
+from dualpath.cluster.messages import BlockFaultReport, LoadLeg
 from dualpath.cluster.store_standing import StoreStanding, troubles_s
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.kv import (
@@ -49,6 +49,14 @@ IO_THREADS = 2
 MAX_HUNG = 6
 """Most threads of each that may hang and are replaced."""
 _SILENT = "the store did not answer a moment ago"
+
+
+class _Wanted(NamedTuple):
+    """A block to read, or only the ranges of `layers`."""
+
+    space: Namespace
+    key: BlockKey
+    layers: tuple[int, ...] | None
 
 
 class BlockIO:
@@ -77,30 +85,35 @@ class BlockIO:
         """Bytes of this engine's reads; its node's SNIC counts those of all."""
         self.written_bytes = 0
 
-    async def read_leg(
-        self, space: Namespace, keys: list[BlockKey], pages: list[int], cancelled: Callable[[], bool]
-    ) -> list[BlockFaultReport]:
-        """Read blocks from storage into the buffer, in order. Returns the blocks that can't be read.
+    async def read_leg(self, load: LoadLeg, pages: list[int], cancelled: Callable[[], bool]) -> list[BlockFaultReport]:
+        """Read a leg's blocks from storage into `pages`, in order. Returns the blocks that can't be read.
 
-        Earlier requests come first: the I/O threads take blocks in the order of the calls. Once `cancelled` returns
-        True, no further block is started. Raises StoreError when the store itself does not answer. Then, too, nothing
-        touches `pages` any more.
+        Of a layer with a window only the blocks are read that the rest of the prompt sees. Earlier requests come first:
+        the I/O threads take blocks in the order of the calls. Once `cancelled` returns True, no further block is
+        started. Raises StoreError when the store itself does not answer. Then, too, nothing touches `pages` any more.
         """
-        if keys and self._readable.hangs:
+        wanted = self._wanted(load)
+        if wanted and self._readable.hangs:
             if self._readable.worth_a_try():
-                self._try(self._reads, partial(self._fetch, space, keys[0]), partial(self._give_up_read, keys[0]))
+                self._try(self._reads, partial(self._fetch, wanted[0]), partial(self._give_up_read, wanted[0].key))
             raise StoreError(_SILENT)
         reads = [
-            self._reads.submit(
-                partial(self._read, space, key, page, cancelled), if_late=partial(self._give_up_read, key)
-            )
-            for key, page in zip(keys, pages, strict=True)
+            self._reads.submit(partial(self._read, one, page, cancelled), if_late=partial(self._give_up_read, one.key))
+            for one, page in zip(wanted, pages, strict=True)
         ]
         try:
             return await self._outcomes([read.future for read in reads])
         finally:
             for read in reads:
                 await read.let_go()
+
+    def _wanted(self, load: LoadLeg) -> "list[_Wanted]":
+        layout, first = self._layout, load.leg.first_block
+        seen = [layout.layers_seen(block, load.hit_tokens) for block in range(first, first + len(load.keys))]
+        return [
+            _Wanted(load.namespace, key, None if len(layers) == layout.layers else layers)
+            for key, layers in zip(load.keys, seen, strict=True)
+        ]
 
     async def _outcomes(self, reads: "list[asyncio.Future[BlockFaultReport | None]]") -> list[BlockFaultReport]:
         """Returns what can't be read, or raises as soon as one read raises."""
@@ -153,27 +166,27 @@ class BlockIO:
     # ── on an I/O thread ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _read(
-        self,
-        space: Namespace,
-        key: BlockKey,
-        page: int,
-        cancelled: Callable[[], bool],
-        call: "Call[BlockFaultReport | None]",
+        self, wanted: "_Wanted", page: int, cancelled: Callable[[], bool], call: "Call[BlockFaultReport | None]"
     ) -> BlockFaultReport | None:
         if cancelled():
             return None
         if self._readable.hangs or not self._readable.worth_a_try():
             raise StoreError(_SILENT)
-        fault = self._fetch(space, key, call)
+        fault = self._fetch(wanted, call)
         if fault is None:
-            call.hand_over(lambda: np.copyto(self._pool.view(page)[: self._layout.full_block_bytes], self._own_block()))
+            call.hand_over(lambda: self._copy_to_page(wanted, page))
         return fault
 
-    def _fetch(self, space: Namespace, key: BlockKey, call: "Call[BlockFaultReport | None]") -> BlockFaultReport | None:
+    def _copy_to_page(self, wanted: "_Wanted", page: int) -> None:
+        view, own = self._pool.view(page), self._own_block()
+        for start, stop in self._layout.extents(wanted.layers):  # the rest of `own` may be of another tenant
+            np.copyto(view[start:stop], own[start:stop])
+
+    def _fetch(self, wanted: "_Wanted", call: "Call[BlockFaultReport | None]") -> BlockFaultReport | None:
         """Read a block into this thread's memory."""
-        own = self._own_block()
+        own, key = self._own_block(), wanted.key
         try:
-            self._store.read(space, key, own, partial(self._pace_read, call))
+            self._store.read(wanted.space, key, own, partial(self._pace_read, call), wanted.layers)
         except BlockError as error:
             self._readable.answered()
             return BlockFaultReport(key, error.cause.value)

@@ -94,7 +94,7 @@ class DecodeWorker:
         leg = message.leg
         pages = [attempt.pages[block] for block in range(leg.first_block, leg.first_block + leg.blocks)]
         try:
-            faults = await self._host.blocks.read_leg(message.namespace, message.keys, pages, lambda: attempt.aborted)
+            faults = await self._host.blocks.read_leg(message, pages, lambda: attempt.aborted)
         except StoreError as error:
             self._host.log(f"request {message.request} can't be loaded: {error}")
             self._host.send(m.LoadFailed(*attempt.owner, Side.DE, []))

@@ -6,7 +6,7 @@ that serve the engine's loader and shipper call this code. An item that fails or
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 
 import msgspec
@@ -23,7 +23,7 @@ TRANSFER_DEADLINE_NS = 60_000_000_000
 """Longest one layer's transfer of one item may take before the attempt is failed."""
 
 Rows = np.ndarray
-"""uint8 bytes of whole tokens of one layer, `token_bytes` each."""
+"""uint8 bytes of whole tokens of one layer, its `KVLayout.row_bytes` each."""
 
 
 class TokenRun(msgspec.Struct, frozen=True):
@@ -33,23 +33,34 @@ class TokenRun(msgspec.Struct, frozen=True):
     first_token: int
     tokens: int
     row: int
-    """Index of the first token in the item's rows."""
+    """Index of the first token in the item's rows, which is its position in the prompt."""
 
 
-def token_runs(pages: list[int], first_block: int, first_token: int, tokens: int, first_row: int) -> list[TokenRun]:
+def token_runs(pages: list[int], first_block: int, first_token: int, tokens: int) -> list[TokenRun]:
     """Returns runs for tokens [first_token, first_token + tokens) of a prompt; block `first_block` is `pages[0]`."""
     runs = []
     at, end = first_token, first_token + tokens
     while at < end:
         block, inside = divmod(at, BLOCK_TOKENS)
         n = min(BLOCK_TOKENS - inside, end - at)
-        runs.append(TokenRun(pages[block - first_block], inside, n, first_row + at - first_token))
+        runs.append(TokenRun(pages[block - first_block], inside, n, at))
         at += n
     return runs
 
 
+class LayerRuns(msgspec.Struct, frozen=True):
+    """One item's runs in one kind of layer."""
+
+    copies: list[TokenRun]
+    """From the PE buffer."""
+    pulls: list[TokenRun]
+    """From the DE buffer."""
+    puts: list[TokenRun]
+    """Into the DE buffer."""
+
+
 class ItemTransfers:
-    """One item's runs: those to copy from the PE buffer, to pull from the DE buffer, and to put into it."""
+    """One item's runs, in layers without a window and in those with each of `windows`."""
 
     def __init__(
         self,
@@ -59,21 +70,26 @@ class ItemTransfers:
         de_pages: list[int],
         channel: Channel | None,
         cancelled: Callable[[], bool],
+        windows: Collection[int | None] = (None,),
     ) -> None:
         self.channel = channel
         self.cancelled = cancelled
-        self.copies: list[TokenRun] = []
-        self.pulls: list[TokenRun] = []
-        for segment in plan.loads:
-            if segment.side is Side.PE:
-                self.copies += token_runs(
-                    pe_pages, pe_first_block, segment.first_token, segment.tokens, segment.first_token
-                )
+        self._pe_pages, self._pe_first_block, self._de_pages = pe_pages, pe_first_block, de_pages
+        self._runs = {window: self._runs_of(plan.within(window)) for window in windows}
+
+    def runs(self, window_tokens: int | None) -> LayerRuns:
+        return self._runs[window_tokens]
+
+    def _runs_of(self, plan: ChunkPlan) -> LayerRuns:
+        copies, pulls, puts = [], [], []
+        for part in plan.loads:
+            if part.side is Side.PE:
+                copies += token_runs(self._pe_pages, self._pe_first_block, part.first_token, part.tokens)
             else:
-                self.pulls += token_runs(de_pages, 0, segment.first_token, segment.tokens, segment.first_token)
-        self.puts: list[TokenRun] = []
+                pulls += token_runs(self._de_pages, 0, part.first_token, part.tokens)
         for ship in plan.ships:
-            self.puts += token_runs(de_pages, 0, ship.first_token, ship.tokens, ship.first_token)
+            puts += token_runs(self._de_pages, 0, ship.first_token, ship.tokens)
+        return LayerRuns(copies, pulls, puts)
 
 
 class AttemptCancelledError(Exception):
@@ -100,12 +116,13 @@ class BatchTransfers:
         """Fill every destination. All pulls run together, while local copies are made."""
         errors: list[Exception | None] = [None] * len(destinations)
         pulls: list[Future[int] | None] = [None] * len(destinations)
+        runs = [item.runs(self._layout.kind(layer).window_tokens) for item in self._items]
         for i, (item, rows) in enumerate(zip(self._items, destinations, strict=True)):
-            if rows is not None and item.pulls:
-                errors[i], pulls[i] = self._post(item, layer, rows, item.pulls, write=False)
-        for i, (item, rows) in enumerate(zip(self._items, destinations, strict=True)):
-            if rows is not None and item.copies and errors[i] is None:
-                self._copy(layer, rows, item.copies)
+            if rows is not None and runs[i].pulls:
+                errors[i], pulls[i] = self._post(item, layer, rows, runs[i].pulls, write=False)
+        for i, rows in enumerate(destinations):
+            if rows is not None and runs[i].copies and errors[i] is None:
+                self._copy(layer, rows, runs[i].copies)
         return [self._wait(error, pull) for error, pull in zip(errors, pulls, strict=True)]
 
     def ship_layer(self, layer: int, rows: list[Rows | None]) -> list[Exception | None]:
@@ -115,7 +132,8 @@ class BatchTransfers:
             if item_rows is None:
                 posted.append((None, None))
             else:
-                posted.append(self._post(item, layer, item_rows, item.puts, write=True))
+                puts = item.runs(self._layout.kind(layer).window_tokens).puts
+                posted.append(self._post(item, layer, item_rows, puts, write=True))
         return [self._wait(error, put) for error, put in posted]
 
     def _post(
@@ -129,7 +147,7 @@ class BatchTransfers:
         for run in runs:
             start, stop = self._layout.layer_range(layer, run.first_token, run.tokens)
             ranges.append(PageRange(run.page, start, stop - start))
-            local.append(self._part(rows, run))
+            local.append(self._part(layer, rows, run))
         deadline_ns = time.monotonic_ns() + TRANSFER_DEADLINE_NS
         try:
             verb = item.channel.write if write else item.channel.read
@@ -138,14 +156,15 @@ class BatchTransfers:
             return error, None
 
     def _copy(self, layer: int, rows: Rows, runs: list[TokenRun]) -> None:
-        self._traffic.local_copy(sum(run.tokens for run in runs) * self._layout.token_bytes)
+        self._traffic.local_copy(sum(run.tokens for run in runs) * self._layout.row_bytes[layer])
         for run in runs:
             start, stop = self._layout.layer_range(layer, run.first_token, run.tokens)
-            np.copyto(self._part(rows, run), self._pool.view(run.page)[start:stop])  # gives up the interpreter lock
+            source = self._pool.view(run.page)[start:stop]
+            np.copyto(self._part(layer, rows, run), source)  # gives up the interpreter lock
 
-    def _part(self, rows: Rows, run: TokenRun) -> Rows:
-        token_bytes = self._layout.token_bytes
-        return rows[run.row * token_bytes : (run.row + run.tokens) * token_bytes]
+    def _part(self, layer: int, rows: Rows, run: TokenRun) -> Rows:
+        row_bytes = self._layout.row_bytes[layer]
+        return rows[run.row * row_bytes : (run.row + run.tokens) * row_bytes]
 
     @staticmethod
     def _wait(error: Exception | None, transfer: Future[int] | None) -> Exception | None:

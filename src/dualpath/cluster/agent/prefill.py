@@ -93,6 +93,7 @@ class PrefillWorker(PrefillAttempts[PrefillAttempt]):
 
     def _transfers(self, chunks: tuple[Chunk, ...], attempts: list[PrefillAttempt]) -> BatchTransfers:
         items = []
+        windows = {kind.window_tokens for kind in self._host.layout.kinds}
         for chunk, attempt in zip(chunks, attempts, strict=True):
             start = attempt.start
             assert start is not None
@@ -104,6 +105,7 @@ class PrefillWorker(PrefillAttempts[PrefillAttempt]):
                     start.decode_pages,
                     self._channels.get(start.decode_address),
                     lambda attempt=attempt: attempt.aborted,  # type: ignore[misc]
+                    windows,
                 )
             )
         return BatchTransfers(self._host.layout, self._host.pool, self._host.traffic, items)

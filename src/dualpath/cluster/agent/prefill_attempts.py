@@ -77,9 +77,7 @@ class PrefillAttempts(Generic[Attempt]):
     async def _load(self, attempt: Attempt, message: m.LoadLeg) -> None:
         faults: list[m.BlockFaultReport] | None = None
         try:
-            faults = await self._host.blocks.read_leg(
-                message.namespace, message.keys, attempt.pages, lambda: attempt.aborted
-            )
+            faults = await self._host.blocks.read_leg(message, attempt.pages, lambda: attempt.aborted)
         except StoreError as error:
             self._host.log(f"request {message.request} can't be loaded: {error}")
         attempt.busy = False

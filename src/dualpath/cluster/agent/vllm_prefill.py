@@ -121,8 +121,8 @@ class VllmPrefillWorker(PrefillAttempts[VllmAttempt]):
     async def _bring_in(self, attempt: VllmAttempt) -> None:
         """Pull what the decode side has read, let the hit KV through the CNIC, and tell how many layers there are."""
         prompt, layout, loop = attempt.prompt, self._host.layout, asyncio.get_running_loop()
-        pulled, layer_bytes = attempt.read_by(Side.DE), prompt.hit_tokens * layout.token_bytes
-        if not layer_bytes:
+        pulled, hit_bytes = attempt.read_by(Side.DE), [prompt.hit_tokens * row for row in layout.row_bytes]
+        if not prompt.hit_tokens:
             return
         at_once = 1 if pulled or self._host.config.cluster.cnic_rate is not None else layout.layers
         pulls: list[asyncio.Task[None]] = []
@@ -134,7 +134,8 @@ class VllmPrefillWorker(PrefillAttempts[VllmAttempt]):
                 ]
                 if pulls:
                     await pulls[layer]
-                await loop.run_in_executor(self._copies, self._host.traffic.local_copy, at_once * layer_bytes)
+                n_bytes = sum(hit_bytes[layer : layer + at_once])
+                await loop.run_in_executor(self._copies, self._host.traffic.local_copy, n_bytes)
                 self._engine.tell(v.LayersReady(attempt.owner, layer + at_once))
         finally:
             for pull in pulls:

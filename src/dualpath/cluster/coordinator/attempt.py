@@ -17,6 +17,7 @@ from dualpath.cluster.generator import PromptLogprob
 from dualpath.cluster.messages import Draw
 from dualpath.core.vocabulary import BLOCK_TOKENS, EngineId, Leg, Side
 from dualpath.kv.keys import BlockKey
+from dualpath.spec.kv_bytes import KVBytes
 from dualpath.spec.timings import Timings
 
 
@@ -43,11 +44,13 @@ class Stages(msgspec.Struct):
         """One of its legs is loaded; the last call counts."""
         self.loaded_ns = time.monotonic_ns()
 
-    def timings(self, arrived_ns: int, legs: Sequence[Leg], attempts: int) -> Timings:
+    def timings(self, arrived_ns: int, legs: Sequence[Leg], kv_bytes: KVBytes, attempts: int) -> Timings:
         """Returns the timings of an attempt whose first token is sent now."""
         now_ns = time.monotonic_ns()
         ready_ns = max(self.allocated_ns, self.loaded_ns)
         tokens = {side: sum(leg.blocks for leg in legs if leg.side is side) * BLOCK_TOKENS for side in Side}
+        hit_tokens = sum(tokens.values())
+        read_bytes = kv_bytes.hit_bytes(hit_tokens)
         return Timings(
             scheduling_s=(self.told_ns - arrived_ns) / 1e9,
             allocation_s=(self.allocated_ns - self.told_ns) / 1e9,
@@ -58,6 +61,8 @@ class Stages(msgspec.Struct):
             decode_engine=self.decode_engine,
             pe_read_tokens=tokens[Side.PE],
             de_read_tokens=tokens[Side.DE],
+            kv_read_bytes=read_bytes,
+            kv_unread_bytes=hit_tokens * kv_bytes.bytes_per_token - read_bytes,
             attempts=attempts,
         )
 

@@ -29,9 +29,9 @@ UNLIMITED_BYTES_PER_S = 10**12
 
 
 def scheduler_constants(config: ClusterConfig, layout: KVLayout, prefill_tokens_per_s: float) -> Constants:
-    """Returns the constants: α from the SNIC's rate, β from an engine's measured prefill rate."""
+    """Returns the constants: α from the SNIC's rate, in tokens deep in a hit; β from a measured prefill rate."""
     return Constants.from_rates(
-        snic_tokens_per_s=(config.snic_rate or UNLIMITED_BYTES_PER_S) / (layout.token_bytes * layout.layers),
+        snic_tokens_per_s=(config.snic_rate or UNLIMITED_BYTES_PER_S) / max(1, layout.kv_bytes.whole_bytes_per_token),
         prefill_tokens_per_s=prefill_tokens_per_s,
     )
 

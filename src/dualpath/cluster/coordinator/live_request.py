@@ -181,7 +181,8 @@ class LiveRequest:
         attempts = self._earlier_attempts + self.current.attempt + 1
         if self._timings is None:
             self._first_token_ns = time.monotonic_ns()
-            self._timings = self.current.stages.timings(self._arrived_ns, self.current.legs, attempts)
+            kv_bytes = self.namespace.layout.kv_bytes
+            self._timings = self.current.stages.timings(self._arrived_ns, self.current.legs, kv_bytes, attempts)
         else:
             decode_s = (time.monotonic_ns() - self._first_token_ns) / 1e9
             self._timings = msgspec.structs.replace(self._timings, decode_s=decode_s, attempts=attempts)
@@ -211,7 +212,7 @@ def order(live: LiveRequest, command: Prepare | Load | Prefill | Decode, decode_
         case Load(leg=leg):
             attempt.legs.append(leg)
             keys = attempt.keys[leg.first_block : leg.first_block + leg.blocks]
-            return m.LoadLeg(*ids, leg, live.namespace, keys)
+            return m.LoadLeg(*ids, leg, attempt.hit_tokens, live.namespace, keys)
         case Prefill():
             assert attempt.decode_pages is not None
             if not live.scores_prompt:

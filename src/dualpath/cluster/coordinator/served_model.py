@@ -17,6 +17,6 @@ def served_model(config: ClusterConfig, join: m.Join, path: str, version: str) -
         vocab_size=join.vocab_size,
         eos_token_ids=join.eos_token_ids,
         defaults=config.generation_defaults(),
-        cluster=config.served(join.layout.layers, join.layout.layers * join.layout.token_bytes),
+        cluster=config.served(join.layout.layers, join.layout.kv_bytes),
         weight_version=version,
     )

@@ -70,7 +70,7 @@ class PrefillCompute:
         most_tokens = max(model.max_length_tokens, cluster.max_batch_kv_tokens)
         layers = cluster.device_layers if cluster.policy.layerwise else model.layout.layers
         page_bytes = 4096
-        layer_bytes = -(-most_tokens * model.layout.token_bytes // page_bytes) * page_bytes
+        layer_bytes = -(-most_tokens * max(model.layout.row_bytes) // page_bytes) * page_bytes
         self.rows = SharedRows.create("rows", max(layers, 2) * layer_bytes)
         self._prefill = LayerwisePrefill(
             model,

@@ -31,11 +31,13 @@ class PrepareDecode(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadLeg(msgspec.Struct, frozen=True, tag=True):
-    """Read `keys` (blocks `leg.first_block`…) from storage into the buffer."""
+    """Read `keys` (blocks `leg.first_block`…) of a hit from storage into the buffer."""
 
     request: Count
     attempt: Count
     leg: Leg
+    hit_tokens: Count
+    """Of the whole hit: its end says how much of a block layers with a window see."""
     namespace: Namespace
     keys: Keys
 

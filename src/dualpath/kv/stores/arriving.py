@@ -1,4 +1,4 @@
-"""`Arriving`: a block's object while it is received, checked layer by layer."""
+"""`Arriving`: a block's object, or a range of it, while it is received, checked layer by layer."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from dualpath.kv.stores.errors import BlockError, BlockFault
 
 
 class Arriving:
-    """An object being received: its header first, then its payload."""
+    """An object being received: its header first, then its payload; or a range of the payload."""
 
     def __init__(self, body: Body) -> None:
         self.n_bytes = body.n_bytes
@@ -23,20 +23,30 @@ class Arriving:
 
     def payload(self, header: BlockHeader, into: memoryview, pace: Pace, *, verify: bool) -> None:
         """Copy the payload into `into` and check each layer against its checksum. Raises BlockError, StoreError."""
-        filled, layers = 0, LayerChecks(header, into)
-        for piece in self._after(header.header_bytes):
+        self._raw = self._raw[header.header_bytes :]
+        self.part(header, into, (0, len(into)), pace, LayerChecks(header, into) if verify else None)
+
+    def part(
+        self, header: BlockHeader, into: memoryview, ends: tuple[int, int], pace: Pace, checks: LayerChecks | None
+    ) -> None:
+        """Copy what arrives to ``into[start:stop]``, which `ends` gives, and check the layers that it completes.
+
+        Raises BlockError, StoreError.
+        """
+        filled, stop = ends
+        for piece in self._rest():
             while piece:
-                chunk = piece[: min(CHUNK_BYTES, len(into) - filled)]
+                chunk = piece[: min(CHUNK_BYTES, stop - filled)]
                 if not chunk:
                     raise BlockError(header.key, BlockFault.HEADER, "the server sent more bytes than it had announced")
                 pace(len(chunk))
                 into[filled : filled + len(chunk)] = chunk
                 filled, piece = filled + len(chunk), piece[len(chunk) :]
-                if verify:
-                    layers.check(filled)
-        if filled < len(into):
+                if checks is not None:
+                    checks.check(filled)
+        if filled < stop:
             raise BlockError(header.key, BlockFault.TRUNCATED, f"the object ended after {filled} payload bytes")
 
-    def _after(self, header_bytes: int) -> Iterator[memoryview]:
-        yield memoryview(self._raw)[header_bytes:]
+    def _rest(self) -> Iterator[memoryview]:
+        yield memoryview(self._raw)
         yield from self._pieces

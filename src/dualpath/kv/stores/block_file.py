@@ -4,19 +4,23 @@
 
     0        fixed fields: magic, version, header bytes, layers, layer block bytes, namespace, key, parent key
     80       one xxh3_64 per layer, of that layer's byte range of the payload
+    …        only where layers differ in size (then "layer block bytes" is 0): the bytes of each layer, 8 bytes a layer
     …        zeros
     H - 8    xxh3_64 of the header's first H - 8 bytes                      H = 4096, or more 4096s for > 501 layers
-    H        payload: the Full Block, layer after layer, exactly layers × layer_block_bytes
+    H        payload: the Full Block, layer after layer
 
-The payload starts on a page, so that it can be read straight into a page-aligned buffer. The checksums find decay and
+The payload starts on a page, so that it can be read straight into a page-aligned buffer. Layers can be read apart,
+because each has its checksum. The checksums find decay and
 torn writes; they do not protect against forged files. A fault raises `BlockError`,
 and a system error `BlockUnavailableError`: it says nothing of the block.
 """
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import msgspec
@@ -24,6 +28,7 @@ import numpy as np
 import xxhash
 
 from dualpath.kv.keys import BlockKey, Namespace
+from dualpath.kv.layout import extents
 from dualpath.kv.stores.entries import NotAFileError, open_file
 from dualpath.kv.stores.errors import BlockError, BlockFault, BlockUnavailableError
 
@@ -47,25 +52,32 @@ class BlockHeader(msgspec.Struct, frozen=True, gc=False):
     namespace: BlockKey
     key: BlockKey
     parent: BlockKey
-    layers: int
-    layer_block_bytes: int
+    layer_block_bytes: tuple[int, ...]
+    """Of each layer."""
     checksums: tuple[int, ...]
 
     @classmethod
     def describing(cls, payload: memoryview, space: Namespace, key: BlockKey, parent: BlockKey) -> "BlockHeader":
         """Returns the header of a Full Block of `space`, with its checksums."""
-        layout = space.layout
-        checksums = payload_checksums(payload, layout.layer_block_bytes)
-        return cls(space.root, key, parent, layout.layers, layout.layer_block_bytes, checksums)
+        sizes = space.layout.layer_block_bytes
+        return cls(space.root, key, parent, sizes, payload_checksums(payload, sizes))
+
+    @property
+    def layers(self) -> int:
+        return len(self.layer_block_bytes)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all layers have one size."""
+        return len(set(self.layer_block_bytes)) == 1
 
     @property
     def header_bytes(self) -> int:
-        needed = _FIXED.size + _CHECKSUM.size * (self.layers + 1)
-        return -(-needed // PAGE_BYTES) * PAGE_BYTES
+        return header_bytes(self.layers, self.alike)
 
     @property
     def payload_bytes(self) -> int:
-        return self.layers * self.layer_block_bytes
+        return sum(self.layer_block_bytes)
 
     def encode(self) -> bytes:
         """Returns the header as it is in the file, `header_bytes` long."""
@@ -75,20 +87,27 @@ class BlockHeader(msgspec.Struct, frozen=True, gc=False):
             self.header_bytes,
             self.layers,
             0,
-            self.layer_block_bytes,
+            self.layer_block_bytes[0] if self.alike else 0,
             self.namespace,
             self.key,
             self.parent,
         )
-        body = fixed + np.array(self.checksums, dtype="<u8").tobytes()
+        sizes = () if self.alike else self.layer_block_bytes
+        body = fixed + np.array((*self.checksums, *sizes), dtype="<u8").tobytes()
         body = body.ljust(self.header_bytes - _CHECKSUM.size, b"\0")
         return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
 
 
-def payload_checksums(payload: memoryview, layer_block_bytes: int) -> tuple[int, ...]:
+def header_bytes(layers: int, alike: bool) -> int:
+    """Returns the size of the header of a block of `layers` layers, which all have one size or do not."""
+    needed = _FIXED.size + _CHECKSUM.size * (layers * (1 if alike else 2) + 1)
+    return -(-needed // PAGE_BYTES) * PAGE_BYTES
+
+
+def payload_checksums(payload: memoryview, layer_block_bytes: Sequence[int]) -> tuple[int, ...]:
     """xxh3_64 of each layer's range of a Full Block."""
-    starts = range(0, len(payload), layer_block_bytes)
-    return tuple(xxhash.xxh3_64_intdigest(payload[start : start + layer_block_bytes]) for start in starts)
+    ranges = pairwise(accumulate(layer_block_bytes, initial=0))
+    return tuple(xxhash.xxh3_64_intdigest(payload[start:stop]) for start, stop in ranges)
 
 
 @contextmanager
@@ -155,15 +174,16 @@ def check_root(header: BlockHeader, root: BlockKey) -> BlockHeader:
 def check_namespace(header: BlockHeader, space: Namespace) -> BlockHeader:
     """Returns `header` if it is of a block of `space` with its geometry. Raises BlockError: HEADER."""
     check_root(header, space.root)
-    layout = space.layout
-    if (header.layers, header.layer_block_bytes) != (layout.layers, layout.layer_block_bytes):
-        raise BlockError(
-            header.key,
-            BlockFault.HEADER,
-            f"{header.layers} layers of {header.layer_block_bytes} bytes instead of {layout.layers} of "
-            f"{layout.layer_block_bytes}",
-        )
+    expected = space.layout.layer_block_bytes
+    if header.layer_block_bytes != expected:
+        detail = f"{_sizes(header.layer_block_bytes)} instead of {_sizes(expected)}"
+        raise BlockError(header.key, BlockFault.HEADER, detail)
     return header
+
+
+def _sizes(layer_block_bytes: tuple[int, ...]) -> str:
+    distinct = sorted(set(layer_block_bytes))
+    return f"{len(layer_block_bytes)} layers of {' and '.join(map(str, distinct))} bytes"
 
 
 def _decode(key: BlockKey, head: Callable[[int], bytes]) -> BlockHeader:
@@ -171,67 +191,78 @@ def _decode(key: BlockKey, head: Callable[[int], bytes]) -> BlockHeader:
         return BlockError(key, BlockFault.HEADER, detail)
 
     raw = _whole(key, head, PAGE_BYTES)
-    magic, version, header_bytes, layers, _, layer_block_bytes, space, own_key, parent = _FIXED.unpack_from(raw)
+    magic, version, n_bytes, layers, _, layer_block_bytes, space, own_key, parent = _FIXED.unpack_from(raw)
     if magic != _MAGIC:
         raise wrong(f"starts with {magic!r} instead of {_MAGIC!r}")
     if version != _VERSION:
         raise wrong(f"format version {version}, this program reads version {_VERSION}")
-    if not (0 < layers <= _MAX_LAYERS and layer_block_bytes > 0):
-        raise wrong(f"{layers} layers of {layer_block_bytes} bytes make no block")
-    header = BlockHeader(space, own_key, parent, layers, layer_block_bytes, ())
-    if header_bytes != header.header_bytes:
-        raise wrong(f"a header of {header_bytes} bytes does not fit {layers} layers")
-    if header_bytes > PAGE_BYTES:
-        raw = _whole(key, head, header_bytes)
-    body, (checksum,) = raw[: header_bytes - _CHECKSUM.size], _CHECKSUM.unpack(raw[-_CHECKSUM.size :])
+    if not 0 < layers <= _MAX_LAYERS:
+        raise wrong(f"{layers} layers make no block")
+    if n_bytes != header_bytes(layers, alike=layer_block_bytes > 0):
+        raise wrong(f"a header of {n_bytes} bytes does not fit {layers} layers")
+    if n_bytes > PAGE_BYTES:
+        raw = _whole(key, head, n_bytes)
+    body, (checksum,) = raw[: n_bytes - _CHECKSUM.size], _CHECKSUM.unpack(raw[-_CHECKSUM.size :])
     if xxhash.xxh3_64_intdigest(body) != checksum:
         raise wrong("the header's checksum does not match")
-    checksums = np.frombuffer(body, dtype="<u8", count=layers, offset=_FIXED.size)
-    return msgspec.structs.replace(header, checksums=tuple(checksums.tolist()))
+    numbers = np.frombuffer(body, dtype="<u8", count=layers * (1 if layer_block_bytes else 2), offset=_FIXED.size)
+    checksums, sizes = numbers[:layers].tolist(), numbers[layers:].tolist() or [layer_block_bytes] * layers
+    if not all(sizes):
+        raise wrong("a layer of 0 bytes")
+    return BlockHeader(space, own_key, parent, tuple(sizes), tuple(checksums))
 
 
-def _whole(key: BlockKey, head: Callable[[int], bytes], header_bytes: int) -> bytes:
-    raw = head(header_bytes)
-    if len(raw) < header_bytes:
-        raise BlockError(key, BlockFault.TRUNCATED, f"{len(raw)} bytes, the header alone has {header_bytes}")
+def _whole(key: BlockKey, head: Callable[[int], bytes], n_bytes: int) -> bytes:
+    raw = head(n_bytes)
+    if len(raw) < n_bytes:
+        raise BlockError(key, BlockFault.TRUNCATED, f"{len(raw)} bytes, the header alone has {n_bytes}")
     return raw
 
 
-def read_payload(fd: int, header: BlockHeader, into: memoryview, pace: Pace, *, verify: bool = True) -> None:
-    """Read the payload into `into` (exactly `payload_bytes`, writable bytes), chunk by chunk; hash layers as they fill.
+def read_payload(
+    fd: int,
+    header: BlockHeader,
+    into: memoryview,
+    pace: Pace,
+    *,
+    layers: Collection[int] | None = None,
+    verify: bool = True,
+) -> None:
+    """Read the payload, or only the ranges of `layers`, to their places in `into` (exactly `payload_bytes`, writable).
 
-    Raises BlockError: TRUNCATED, CHECKSUM. After an error the content of `into` is undefined.
+    It is read chunk by chunk, and layers are checked as they fill. Raises BlockError: TRUNCATED, CHECKSUM. After an
+    error what was read is undefined.
     """
-    filled, layers = 0, LayerChecks(header, into)
-    while filled < len(into):
-        stop = min(filled + CHUNK_BYTES, len(into))
-        pace(stop - filled)
-        while filled < stop:
-            with io_faults(header.key):
-                got = os.preadv(fd, [into[filled:stop]], header.header_bytes + filled)
-            if got == 0:
-                raise BlockError(header.key, BlockFault.TRUNCATED, f"the file ended after {filled} payload bytes")
-            filled += got
-        if verify:
-            layers.check(filled)
+    checks = LayerChecks(header, into, layers)
+    for filled, end in extents(header.layer_block_bytes, layers):
+        while filled < end:
+            stop = min(filled + CHUNK_BYTES, end)
+            pace(stop - filled)
+            while filled < stop:
+                with io_faults(header.key):
+                    got = os.preadv(fd, [into[filled:stop]], header.header_bytes + filled)
+                if got == 0:
+                    raise BlockError(header.key, BlockFault.TRUNCATED, f"the file ended after {filled} payload bytes")
+                filled += got
+            if verify:
+                checks.check(filled)
 
 
 class LayerChecks:
-    """Checks each layer of a payload against its checksum as soon as the layer is complete."""
+    """Checks each layer of a payload, or of `layers` of it, against its checksum as soon as the layer is complete."""
 
-    def __init__(self, header: BlockHeader, payload: memoryview) -> None:
+    def __init__(self, header: BlockHeader, payload: memoryview, layers: Collection[int] | None = None) -> None:
         self._header = header
         self._payload = payload
-        self._checked_layers = 0
+        ranges = enumerate(pairwise(accumulate(header.layer_block_bytes, initial=0)))
+        self._left = deque((layer, *ends) for layer, ends in ranges if layers is None or layer in layers)
 
     def check(self, filled_bytes: int) -> None:
-        """Check the layers within the first `filled_bytes` that were not checked yet. Raises BlockError."""
-        n_bytes = self._header.layer_block_bytes
-        while (self._checked_layers + 1) * n_bytes <= filled_bytes:
-            layer, start = self._checked_layers, self._checked_layers * n_bytes
-            if xxhash.xxh3_64_intdigest(self._payload[start : start + n_bytes]) != self._header.checksums[layer]:
+        """Check the layers that end within the first `filled_bytes` and were not checked yet. Raises BlockError."""
+        while self._left and self._left[0][2] <= filled_bytes:
+            layer, start, stop = self._left.popleft()
+            if xxhash.xxh3_64_intdigest(self._payload[start:stop]) != self._header.checksums[layer]:
                 raise BlockError(self._header.key, BlockFault.CHECKSUM, f"layer {layer} does not match its checksum")
-            self._checked_layers += 1
 
 
 def physical_bytes(status: os.stat_result) -> int:

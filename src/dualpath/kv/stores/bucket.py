@@ -127,11 +127,14 @@ class Bucket:
             raise StoreLocationError(f"the store at {url} cannot be opened: {_summary(error)}") from error
         return cls(objects, plain, folder, probes=probes)
 
-    def get(self, name: str) -> Body | None:
-        """Returns the object; None if there is none. Iterating over its pieces may raise StoreError, too."""
+    def get(self, name: str, ends: tuple[int, int] | None = None) -> Body | None:
+        """Returns the object, or its bytes ``(start, stop)``; None if there is none.
+
+        Iterating over its pieces may raise StoreError, too.
+        """
         with self._errors("read", name):
             try:
-                found = obstore.get(self._objects, self._folder + name)
+                found = obstore.get(self._objects, self._folder + name, options={"range": ends} if ends else None)
             except FileNotFoundError:
                 return None
             return Body(found.meta["size"], self._pieces(name, found.stream(min_chunk_size=PIECE_BYTES)))

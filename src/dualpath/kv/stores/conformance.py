@@ -17,7 +17,7 @@ from hashlib import shake_128
 
 from dualpath.kv.index import PrefixIndex
 from dualpath.kv.keys import BlockKey, Namespace, block_keys, namespace
-from dualpath.kv.layout import KVLayout, KVPart
+from dualpath.kv.layout import KVLayout, KVPart, LayerKV
 from dualpath.kv.rebuild import rebuild
 from dualpath.kv.stores.errors import BlockError, BlockFault, BlockUnavailableError
 from dualpath.kv.stores.inspection import fsck
@@ -26,8 +26,14 @@ from dualpath.kv.stores.protocol import Inspectable, Store
 OpenStore = Callable[[], Store]
 Unreadable = Callable[[BlockKey], AbstractContextManager[None]]
 
-LAYOUT = KVLayout(3, (KVPart("k", 2, 64), KVPart("v", 2, 64)), "float32", block_tokens=1024)
+LAYOUT = KVLayout.alike(3, (KVPart("k", 2, 64), KVPart("v", 2, 64)), "float32", block_tokens=1024)
 """Blocks of 3 MiB: more than one chunk."""
+DIFFERING = KVLayout.of(
+    [LayerKV((KVPart("k", heads, 64), KVPart("v", heads, 64)), window) for heads, window in ((2, None), (4, 512))] * 2,
+    "float32",
+    block_tokens=512,
+)
+"""Blocks of 3 MiB in layers of 512 KiB and 1 MiB, the larger ones with a window."""
 SPACE = namespace("conformance", "1", LAYOUT)
 OTHER = namespace("conformance", "1", LAYOUT, tenant_salt="another")
 KEYS = block_keys(SPACE.root, range(4 * 1024), 1024)
@@ -129,6 +135,23 @@ def pace_sees_every_payload_byte(opened: OpenStore) -> None:
     assert max(*written, *taken) <= 1 << 20, "in pieces small enough to pace"
 
 
+def layers_can_be_read_apart(opened: OpenStore) -> None:
+    """The sizes of layers may differ; what is read of layers that were not asked for does not matter."""
+    store = opened()
+    for layout in (LAYOUT, DIFFERING):
+        space = namespace("conformance", "apart", layout)
+        (key,) = block_keys(space.root, range(layout.block_tokens), layout.block_tokens)
+        payload = shake_128(key).digest(layout.full_block_bytes)
+        store.write(space, key, space.root, payload)
+        for layers in ((), (0,), (1,), (0, 2), (1, 2), tuple(range(layout.layers)), None):
+            into, taken = bytearray(len(payload)), [0]
+            store.read(space, key, into, taken.append, layers)
+            wanted = [layout.layer_range(layer) for layer in (range(layout.layers) if layers is None else layers)]
+            assert all(into[start:stop] == payload[start:stop] for start, stop in wanted), layers
+            assert sum(stop - start for start, stop in wanted) <= sum(taken) <= len(payload), layers
+        assert store.quarantine(space.root, key) is None, "nothing is wrong with it"
+
+
 def what_pace_raises_ends_a_write_without_a_trace(opened: OpenStore) -> None:
     class GivenUpError(OSError):
         pass
@@ -216,6 +239,7 @@ CHECKS: tuple[Callable[[OpenStore], None], ...] = (
     a_namespace_without_blocks_leaves_nothing,
     a_sound_block_is_left_alone,
     pace_sees_every_payload_byte,
+    layers_can_be_read_apart,
     what_pace_raises_ends_a_write_without_a_trace,
     wrong_sizes_and_keys_are_refused,
     many_threads_may_write_and_read_at_once,

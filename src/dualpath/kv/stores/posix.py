@@ -10,7 +10,7 @@ has blocks (see `posix_namespaces`).
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,13 +90,20 @@ class PosixStore:
                 raise
         return self._write(space, key, parent, view, pace)  # its folder was removed meanwhile, with the draft in it
 
-    def read(self, space: Namespace, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
+    def read(
+        self,
+        space: Namespace,
+        key: BlockKey,
+        into: BlockBuffer,
+        pace: Pace = unpaced,
+        layers: Collection[int] | None = None,
+    ) -> None:
         """See `Store.read`. `pace` counts payload bytes, without the header."""
         view = room_for_block(into, space.layout)
         try:
             with open_block(self._files.block_path(space.root, key), key) as fd:
                 header = check_namespace(read_header(fd, key), space)
-                read_payload(fd, header, view, pace, verify=self._verify_reads)
+                read_payload(fd, header, view, pace, layers=layers, verify=self._verify_reads)
         except (BlockError, BlockUnavailableError) as error:
             bad = isinstance(error, BlockError) and error.cause is not BlockFault.MISSING
             if not bad and not self._files.is_there():

@@ -25,7 +25,7 @@ call `read` and `write`, several at once. So all methods may block, and all must
 once. Each process opens its own store and keeps it for its whole life; nobody closes it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import msgspec
@@ -107,8 +107,18 @@ class Store(Protocol):
         """
         ...
 
-    def read(self, space: Namespace, key: BlockKey, into: BlockBuffer, pace: Pace = unpaced) -> None:
+    def read(
+        self,
+        space: Namespace,
+        key: BlockKey,
+        into: BlockBuffer,
+        pace: Pace = unpaced,
+        layers: Collection[int] | None = None,
+    ) -> None:
         """Fill `into` with a block. Raises BlockError, leaving `into` undefined; ValueError for a wrong size.
+
+        Only the ranges of `layers`, in increasing order, are needed (None: all), at their places; what `into` has of
+        others afterwards is undefined. A store may read more of the block, and `pace` counts what it reads.
 
         `BlockFault.MISSING` means that the block is gone. BlockUnavailableError means that it can't be read now,
         another StoreError that the store does not answer: then no block is to blame.

@@ -56,7 +56,7 @@ def measure_profile(options: ProfileOptions, on_progress: Progress) -> Profile:
         prefill=tuple(prefill),
         decode=tuple(decode),
         rates=rates,
-        kv_bytes_per_token=layout.layers * layout.token_bytes,
+        kv_bytes_per_token=layout.kv_bytes.bytes_per_token,
         machine=_machine(options, load_average),
     )
     del model

@@ -17,6 +17,7 @@ import numpy as np
 from dualpath.cluster.agent.block_io import BlockIO
 from dualpath.cluster.agent.layer_transfers import BatchTransfers, ItemTransfers
 from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.messages import LoadLeg
 from dualpath.core.load_plan import chunk_plan
 from dualpath.core.vocabulary import BLOCK_TOKENS, Leg, Side, TrafficClass
 from dualpath.kv import KVLayout, block_keys, namespace
@@ -69,7 +70,8 @@ async def _write_and_read(layout: KVLayout, blocks: BlockIO, pool: BufferPool) -
     read_ns = []
     for _ in range(PASSES):
         started_ns = time.perf_counter_ns()
-        faults = await blocks.read_leg(space, keys, pages, lambda: False)
+        leg = LoadLeg(0, 0, Leg(Side.PE, 0, BLOCKS), BLOCKS * layout.block_tokens, space, keys)
+        faults = await blocks.read_leg(leg, pages, lambda: False)
         if faults:
             raise OSError(f"a block that was just written can't be read again: {faults[0].fault}")
         read_ns.append(time.perf_counter_ns() - started_ns)
@@ -91,18 +93,18 @@ def _transfer_rate(layout: KVLayout) -> float:
             channel = transport.connect(server.address, here, traffic_class=TrafficClass.LOW, peer_tag=name, key=KEY)
             try:
                 hit_tokens = BLOCKS * BLOCK_TOKENS
-                rows = np.zeros(hit_tokens * layout.token_bytes, np.uint8)
+                rows = [np.zeros(hit_tokens * row, np.uint8) for row in layout.row_bytes]
                 plan = chunk_plan((Leg(Side.DE, 0, BLOCKS),), hit_tokens, hit_tokens, 1)
                 item = ItemTransfers(plan, [], 0, list(range(BLOCKS + 1)), channel, lambda: False)
                 batch = BatchTransfers(layout, pool, here, [item])
 
                 def pull() -> None:
                     for layer in range(layout.layers):
-                        for error in batch.load_layer(layer, [rows]):
+                        for error in batch.load_layer(layer, [rows[layer]]):
                             if error is not None:
                                 raise error
 
-                return rows.nbytes * layout.layers * 1e9 / _least_ns(pull)
+                return hit_tokens * layout.kv_bytes.bytes_per_token * 1e9 / _least_ns(pull)
             finally:
                 channel.close()
         finally:

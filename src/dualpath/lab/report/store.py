@@ -75,8 +75,12 @@ def fsck_lines(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _layout(layout: Mapping[str, Any]) -> str:
-    parts = " ".join(f"{part['name']} {part['heads']}×{part['dim']}" for part in layout["parts"])
-    return f"{layout['layers']} layers, {parts}, {layout['dtype']}"
+    kinds = []
+    for index, kind in enumerate(layout["kinds"]):
+        parts = " ".join(f"{part['name']} {part['heads']}×{part['dim']}" for part in kind["parts"])
+        window = "" if kind["window_tokens"] is None else f", window {kind['window_tokens']}"
+        kinds.append(f"{layout['layer_kinds'].count(index)} layers, {parts}{window}")
+    return f"{'; '.join(kinds)}, {layout['dtype']}"
 
 
 def _when(mtime_ns: int | None) -> str:
