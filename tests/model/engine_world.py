@@ -130,11 +130,15 @@ def enter(decode: PagedDecode, sequence: int, buffer: DeBuffer, first: PrefillOu
     decode.join(sequence)
 
 
-def persist(decode: PagedDecode, sequence: int, tokens: list[int], store: BlockStore) -> None:
-    """Copy the Full Blocks that the store lacks, of a sequence whose prompt and output are `tokens`."""
-    for block in range(decode.full_blocks(sequence)):
+def persist(decode: PagedDecode, sequence: int, buffer: DeBuffer, output: list[int], store: BlockStore) -> None:
+    """Store the Full Blocks of a sequence that the store lacks: a prompt's from the buffer, as a DE does."""
+    tokens = buffer.prompt + output
+    for block in range(buffer.hit_tokens // BLOCK, decode.full_blocks(sequence)):
         page = np.empty(decode.model.layout.full_block_bytes, dtype=np.uint8)
-        decode.copy_block(sequence, block, page)
+        if (block + 1) * BLOCK <= len(buffer.prompt):
+            page[:] = buffer.pages[block]
+        else:
+            decode.copy_block(sequence, block, page)
         store.pages.setdefault(tuple(tokens[: (block + 1) * BLOCK]), page)
 
 
@@ -166,7 +170,7 @@ def turn(
     outputs = [[first.token.token_id, *rest.get(i, [])] for i, first in enumerate(firsts) if first.token]
     for i, output in enumerate(outputs):
         if store is not None:
-            persist(decode, i, prompts[i] + output, store)
+            persist(decode, i, buffers[i], output, store)
         decode.release(i)
     return outputs, [buffer.hit_tokens for buffer in buffers]
 

@@ -112,14 +112,14 @@ def test_blocks_persisted_while_decoding_are_those_of_the_end(qwen: Engines, pre
     buffer = DeBuffer(qwen.model.layout, prompt)
     (first,) = prefill(engine, [buffer], [greedy(60)])
     enter(decode, 0, buffer, first, greedy(60))
-    tokens, early = [*prompt, first.token.token_id], BlockStore()
+    output, early = [first.token.token_id], BlockStore()
     assert decode.full_blocks(0) == 1
     while decode.full_blocks(0) < 2:
-        tokens.append(decode.step()[0].draw.token_id)
-    assert len(tokens) == 129  # the newest token has no KV yet
-    persist(decode, 0, tokens, early)
-    tokens += drain(decode)[0]
+        output.append(decode.step()[0].draw.token_id)
+    assert len(prompt + output) == 129  # the newest token has no KV yet
+    persist(decode, 0, buffer, output, early)
+    output += drain(decode)[0]
     late = BlockStore()
-    persist(decode, 0, tokens, late)
+    persist(decode, 0, buffer, output, late)
     assert early.pages.keys() == late.pages.keys()
     assert all((early.pages[key] == late.pages[key]).all() for key in early.pages)

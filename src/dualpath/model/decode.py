@@ -181,7 +181,10 @@ class PagedDecode:
             return self._find(sequence).kv_tokens // self._block_tokens
 
     def copy_block(self, sequence: int, block_index: int, out: Page) -> None:
-        """Copy a finished Full Block of the sequence to host memory `out` (uint8, full_block_bytes)."""
+        """Copy a finished Full Block of the sequence to host memory `out` (uint8, full_block_bytes).
+
+        One of the prompt lacks what `fill_block` has left out.
+        """
         with self._copying(sequence) as copied:
             complete = copied.kv_tokens // self._block_tokens
             if not 0 <= block_index < complete:
