@@ -10,6 +10,7 @@ from engine_world import Engines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dualpath.kv.layout import KVPart
+from dualpath.lab.facts.models import from_hf_config
 from dualpath.model import LoadedModel, UnsupportedModelError, make_checkpoint, model_fingerprint, profile_attention
 from dualpath.model.checkpoint import DEMO_MODEL
 from dualpath.model.profiling import _fit
@@ -33,6 +34,11 @@ def test_a_model_knows_its_layout_and_limits(engines: Engines) -> None:
     assert (model.layout.layers, model.layout.dtype, model.max_length_tokens) == (5, "float32", 4096)
     assert model.vocab_size == 259
     assert model.eos_token_ids == (258, 256)
+
+
+def test_simulator_and_planner_count_the_same_bytes(engines: Engines) -> None:
+    config = engines.model.network.config.to_dict()
+    assert from_hf_config(config).kv("fp32") == engines.model.layout.kv_bytes
 
 
 def test_half_precision_halves_the_rows(checkpoint: Callable[[str], Path]) -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from dualpath.spec.kv_bytes import Window
+from dualpath.spec.kv_bytes import KVBytes, Window
 from dualpath.spec.topology import Rates
 
 ENGINES = ("dualpath", "vllm")
@@ -31,6 +31,11 @@ class ClusterSetup(msgspec.Struct, frozen=True, kw_only=True):
     transport: str
     links: Literal["emulated", "kernel"] = "emulated"
     """Who enforces the rates: the traffic manager, or the kernel between network namespaces (`dualpath testbed`)."""
+
+    @property
+    def kv(self) -> KVBytes:
+        windows = sum(window.bytes_per_token for window in self.kv_windows)
+        return KVBytes(self.kv_bytes_per_token - windows, self.kv_windows)
 
 
 class ServedCluster(msgspec.Struct, frozen=True, kw_only=True):

@@ -39,9 +39,16 @@ class KVBytes(msgspec.Struct, frozen=True):
         return self.whole_bytes_per_token + sum(window.bytes_per_token for window in self.windows)
 
     def hit_bytes(self, hit_tokens: int, block_tokens: int = BLOCK_TOKENS) -> int:
-        """Returns the bytes that are read and moved for a hit, in whole blocks of each layer."""
-        n_bytes = hit_tokens * self.whole_bytes_per_token
+        """Returns the bytes that are read from storage for a hit, in whole blocks of each layer."""
+        return self.seen_bytes(0, hit_tokens, hit_tokens, block_tokens)
+
+    def seen_bytes(self, first_token: int, tokens: int, context_tokens: int, block_tokens: int = 1) -> int:
+        """Returns the bytes of tokens ``first_token … + tokens`` that are seen from token `context_tokens` on.
+
+        Layers see whole blocks of `block_tokens` tokens.
+        """
+        n_bytes = tokens * self.whole_bytes_per_token
         for window in self.windows:
-            first = first_seen(hit_tokens, window.window_tokens) // block_tokens * block_tokens
-            n_bytes += max(0, hit_tokens - first) * window.bytes_per_token
+            first = first_seen(context_tokens, window.window_tokens) // block_tokens * block_tokens
+            n_bytes += max(0, first_token + tokens - max(first, first_token)) * window.bytes_per_token
         return n_bytes

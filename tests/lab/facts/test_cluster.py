@@ -39,7 +39,7 @@ def test_every_preset_is_the_papers_node_and_holds_its_weights(name):
     cluster = load_cluster(name)
     assert (cluster.engines_per_node, cluster.snic_ratio) == (8, 1)
     assert (cluster.cnic_bytes_per_s, cluster.dram_bytes_per_s) == (NIC_400G_BYTES_PER_S, DRAM_BYTES_PER_S)
-    longest = cluster.model.kv_bytes(65_536, cluster.kv_dtype)
+    longest = 65_536 * cluster.kv_bytes_per_token
     assert cluster.decode_kv_bytes > longest
     assert cluster.prefill_kv_bytes > longest
     assert cluster.dram_buffer_bytes > cluster.engines_per_node * longest
@@ -93,7 +93,7 @@ def test_an_efficiency_is_a_share(tmp_path):
 
 def test_the_same_nodes_with_another_model():
     cluster = load_cluster("qwen32b-1p2d").with_model("gpt-oss-120b")
-    assert (cluster.kv_bytes_per_token, cluster.weight_bytes_per_parameter) == (18_432, 0.53125)
+    assert (cluster.kv_bytes_per_token, cluster.weight_bytes_per_parameter) == (36_864, 0.53125)
     assert cluster.prefill_weight_bytes == pytest.approx(116.8e9 * 0.53125, rel=0.01)
     with pytest.raises(ClusterError, match="no model 'gpt-9'"):
         cluster.with_model("gpt-9")

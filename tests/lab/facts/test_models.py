@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from dualpath.lab.facts import models
 from dualpath.lab.facts.attention import AttentionLayers, Indexer, KVFormat
 from dualpath.lab.facts.models import MODELS, ModelConfigError, find_model, from_hf_config
+from dualpath.spec.kv_bytes import KVBytes, Window
 
 PUBLISHED = {  # active and total parameters, as the model cards and reports give them
     "deepseek-v3.2": (37e9, 671e9),
@@ -59,23 +60,23 @@ def test_ds_27b_has_27e9_parameters():
         ("deepseek-v3", "bf16", 70_272),
         ("qwen2.5-32b", "fp16", 262_144),
         ("qwen3-235b-a22b", "fp8", 96_256),
-        ("gpt-oss-120b", "fp8", 18_432),
+        ("gpt-oss-120b", "fp8", 36_864),
         ("ds-27b", "fp8", 30 * (656 + 68)),
     ],
 )
 def test_kv_bytes_per_token(name, dtype, n_bytes):
-    assert MODELS[name].kv_bytes_per_token(dtype) == n_bytes
+    assert MODELS[name].kv(dtype).bytes_per_token == n_bytes
 
 
 def test_index_keys_can_be_left_out():
-    assert MODELS["deepseek-v3.2"].kv_bytes_per_token(index_keys=False) == 40_016
+    assert MODELS["deepseek-v3.2"].kv(index_keys=False).bytes_per_token == 40_016
 
 
-def test_sliding_windows_hold_bytes_but_do_not_grow():
-    spec = MODELS["gpt-oss-120b"]
-    window = 128 * 18 * 1024
-    assert spec.kv_bytes(10_000) == 10_000 * 18_432 + window
-    assert spec.kv_bytes(64) == 64 * 36 * 1024
+def test_sliding_windows_are_stored_whole_and_read_in_part():
+    kv = MODELS["gpt-oss-120b"].kv()
+    assert kv == KVBytes(18_432, (Window(128, 18_432),))
+    assert kv.hit_bytes(9_984) == 9_984 * 18_432 + 128 * 18_432
+    assert kv.hit_bytes(64) == 64 * 36 * 1024
 
 
 ATTENTION = [
@@ -129,7 +130,7 @@ def test_a_config_file_is_read_by_path_and_by_directory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
     by_file, by_directory = from_hf_config(tmp_path / "config.json"), from_hf_config(tmp_path)
     assert by_file == by_directory
-    assert (by_file.layers, by_file.kv_dtype, by_file.kv_bytes_per_token()) == (28, "bf16", 28 * 2 * 8 * 128 * 2)
+    assert (by_file.layers, by_file.kv_dtype, by_file.kv().bytes_per_token) == (28, "bf16", 28 * 2 * 8 * 128 * 2)
     assert by_file.total_parameters == pytest.approx(0.596e9, rel=0.01)  # Qwen3-0.6B, tied embeddings
     assert find_model("config.json", tmp_path).layers == 28
 
@@ -231,4 +232,4 @@ def test_errors_name_the_file(tmp_path):
 
 def test_an_unknown_kv_dtype_is_refused():
     with pytest.raises(ValueError, match="KV dtype 'int3' is unknown"):
-        MODELS["ds-27b"].kv_bytes_per_token("int3")
+        MODELS["ds-27b"].kv("int3")

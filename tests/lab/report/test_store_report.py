@@ -9,8 +9,11 @@ SPACE = {
     "description": {
         "model_fingerprint": "0123456789abcdef",
         "layout": {
-            "layers": 8,
-            "parts": [{"name": "k", "heads": 4, "dim": 64}, {"name": "v", "heads": 4, "dim": 64}],
+            "kinds": [
+                {"parts": [{"name": "k", "heads": 4, "dim": 64}], "window_tokens": None},
+                {"parts": [{"name": "k", "heads": 8, "dim": 64}], "window_tokens": 128},
+            ],
+            "layer_kinds": [0, 1, 1],
             "dtype": "float32",
         },
     },
@@ -42,8 +45,8 @@ def test_a_namespace_is_a_row():
     console.print(stat_table({"location": "kv", "namespaces": [SPACE, SPACE | {"description": None}]}))
     first, second = [line.split() for line in console.file.getvalue().splitlines() if "abababab" in line]
     assert first == [
-        *("abababab", "0123456789ab", "8", "layers,", "k", "4×64", "v", "4×64,", "float32", "1,234", "1.3", "GB"),
-        *("60", "–", "1", "2"),
+        *("abababab", "0123456789ab", "1", "layer,", "k", "4×64;", "2", "layers,", "k", "8×64,", "window", "128,"),
+        *("float32", "1,234", "1.3", "GB", "60", "–", "1", "2"),
     ]
     assert second[:3] == ["abababab", "?", "?"]
 

@@ -18,10 +18,16 @@ CALIBRATION = Calibration()
 
 
 def machine_of(
-    preset: str, engines_per_node: int = 2, calibration: Calibration = CALIBRATION, **changed: Any
+    preset: str,
+    engines_per_node: int = 2,
+    calibration: Calibration = CALIBRATION,
+    model: str | None = None,
+    **changed: Any,
 ) -> Machine:
     """The preset with small nodes, whose weights are made to fit."""
     cluster = load_cluster(preset)
+    if model is not None:
+        cluster = cluster.with_model(model)
     buffer_bytes = cluster.dram_buffer_bytes / cluster.engines_per_node * engines_per_node
     topology = Topology(cluster.prefill_nodes, cluster.decode_nodes, engines_per_node)
     cluster = msgspec.structs.replace(

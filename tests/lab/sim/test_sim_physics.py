@@ -11,6 +11,7 @@ from dualpath.core.journal import replay
 from dualpath.core.systems import SYSTEMS, find_system
 from dualpath.core.vocabulary import BLOCK_TOKENS, Role
 from dualpath.lab.sim.measure import Measurements
+from dualpath.lab.sim.turns import LiveTurn
 
 PRESETS = ("ds27b-1p1d", "qwen32b-1p2d", "ds660b-2p4d")
 
@@ -54,6 +55,33 @@ def test_bytes_are_conserved(system: str, exact: bool) -> None:
     assert written % (BLOCK_TOKENS * kv_bytes) == 0
     finals = agents.table.final_context_tokens
     assert written == sum((int(final) - 1) // BLOCK_TOKENS for final in finals) * BLOCK_TOKENS * kv_bytes
+
+
+@pytest.mark.parametrize("system", ["basic", "dualpath", "dualpath-split"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_of_layers_with_a_window_only_what_it_sees_moves(system: str, exact: bool) -> None:
+    """gpt-oss-120b: half of its layers see 128 tokens."""
+    machine = machine_of("qwen32b-1p2d", model="gpt-oss-120b")
+    kv = machine.costs.kv
+    turns: list[LiveTurn] = []
+    simulator = simulator_of(machine, system, exact=exact)
+    simulator.on_turn = turns.append
+    simulator.arrive(some_agents(12, 6))
+    simulator.run()
+    hit_bytes = sum(kv.hit_bytes(turn.hit_tokens) for turn in turns)
+    assert (
+        0 < sum(simulator.storage.read_bytes) == hit_bytes < 0.52 * simulator.measured.hit_tokens * kv.bytes_per_token
+    )
+    assert sum(simulator.fabric.read_bytes) == sum(simulator.fabric.write_bytes)
+    # A prompt is copied to its decode engine's device as far as it is seen; what was computed is shipped whole.
+    copied = sum(kv.seen_bytes(0, turn.prompt_tokens, turn.prompt_tokens, BLOCK_TOKENS) for turn in turns)
+    computed = sum(turn.prompt_tokens - turn.hit_tokens for turn in turns) * kv.bytes_per_token
+    by_pe = sum(kv.seen_bytes(0, turn.pe_tokens, turn.hit_tokens) for turn in turns)
+    decode = [facts.engine for facts in machine.of_role(Role.DECODE)]
+    received = sum(simulator.fabric.write_bytes[engine] for engine in decode)
+    rounding = machine.costs.layers * 2 * simulator.prefill.chunks if exact else 0
+    assert copied + computed + by_pe - rounding <= received <= copied + computed + by_pe
+    assert sum(simulator.storage.write_bytes) % (BLOCK_TOKENS * kv.bytes_per_token) == 0, "storage has whole blocks"
 
 
 @pytest.mark.parametrize("system", list(SYSTEMS.names()))

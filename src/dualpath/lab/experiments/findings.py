@@ -101,17 +101,15 @@ def longest_agent(result: ResultFile) -> list[str]:
     rate = result.configuration.snic_rate
     if run is None or run.cluster is None or rate is None:
         return []
-    read_tokens: dict[str, int] = {}
+    kv, read_bytes = run.cluster.kv, dict[str, int]()
     for turn in run.turn_results:
-        read_tokens[turn.trajectory] = read_tokens.get(turn.trajectory, 0) + turn.loaded_tokens
-    agent, most = max(read_tokens.items(), key=lambda item: item[1], default=("", 0))
-    every = sum(read_tokens.values())
+        read_bytes[turn.trajectory] = read_bytes.get(turn.trajectory, 0) + kv.hit_bytes(turn.loaded_tokens)
+    agent, most = max(read_bytes.items(), key=lambda item: item[1], default=("", 0))
     if not most:
         return []
-    per_token = run.cluster.kv_bytes_per_token
     sentence = (
-        f"{agent} reads {most * per_token / 1e6:.0f} of {every * per_token / 1e6:.0f} MB, one turn after another: "
-        f"{most * per_token / rate:.1f} s with one NIC, which no system that reads a request with one NIC can undercut."
+        f"{agent} reads {most / 1e6:.0f} of {sum(read_bytes.values()) / 1e6:.0f} MB, one turn after another: "
+        f"{most / rate:.1f} s with one NIC, which no system that reads a request with one NIC can undercut."
     )
     return [sentence]
 

@@ -3,8 +3,8 @@
 A model's layers come in runs that attend alike (`AttentionLayers`):
 
 * full: a new token is multiplied with every token before it.
-* sliding: a new token sees the last `window_tokens` only. KV outside the window is never read again and is not counted
-  as KV per token.
+* sliding: a new token sees the last `window_tokens` only. KV outside the window is stored, for prompts that end
+  earlier, but is not read.
 * sparse (DeepSeek's DSA): an *indexer*, a small attention of its own, scores every token before it, and the attention
   proper sees the `top_k_tokens` best. KV and the indexer's keys are kept for the whole context.
 
@@ -86,14 +86,6 @@ class AttentionLayers(msgspec.Struct, frozen=True, kw_only=True):
         """The most tokens that a new token sees; None: all of them."""
         return self.indexer.top_k_tokens if self.indexer else self.window_tokens
 
-    def kv_bytes_per_token(self, dtype: str, index_keys: bool = True) -> int:
-        """Bytes by which stored KV grows per token in all the layers; 0 for sliding ones, whose KV stops growing."""
-        return 0 if self.window_tokens is not None else self._token_bytes(dtype, index_keys)
-
-    def window_bytes(self, dtype: str) -> int:
-        """Bytes of a full window in all the layers; 0 if there is none."""
-        return (self.window_tokens or 0) * self._token_bytes(dtype, index_keys=True)
-
     def flops(self, hit_tokens: float, new_tokens: float) -> float:
         """FLOPs (scores, values, indexer) of `new_tokens` after `hit_tokens`; a new token sees itself too."""
         pairs = new_tokens * hit_tokens + new_tokens * (new_tokens + 1) / 2
@@ -107,7 +99,8 @@ class AttentionLayers(msgspec.Struct, frozen=True, kw_only=True):
         index = self.indexer.key.token_bytes(dtype) * context_tokens if self.indexer else 0
         return self.layers * (seen * self.kv.token_bytes(dtype) + index)
 
-    def _token_bytes(self, dtype: str, index_keys: bool) -> int:
+    def token_bytes(self, dtype: str, index_keys: bool = True) -> int:
+        """Returns the bytes of a token's KV in all the layers."""
         key = self.indexer.key.token_bytes(dtype) if self.indexer and index_keys else 0
         return self.layers * (self.kv.token_bytes(dtype) + key)
 

@@ -53,7 +53,8 @@ def cache_compute_gb_per_pflop(
     if context_tokens < 1 or append_tokens <= 0:
         raise ValueError(f"context ({context_tokens}) and append ({append_tokens}) must be above zero tokens")
     flops = append_tokens * (model.dense_flops_per_token + model.attention_flops(context_tokens - 1, 1))
-    return (model.kv_bytes_per_token(kv_dtype, index_keys=False) * context_tokens / 1e9) / (flops / 1e15)
+    kv = model.kv(kv_dtype, index_keys=False)
+    return (kv.seen_bytes(0, context_tokens, context_tokens) / 1e9) / (flops / 1e15)
 
 
 def paper_table() -> list[CacheComputeCell]:

@@ -14,6 +14,7 @@ from dualpath.lab.facts.hardware import NIC_400G_BYTES_PER_S, STORAGE_CLIENT_BYT
 from dualpath.lab.facts.model_spec import ModelSpec
 from dualpath.lab.facts.models import ModelConfigError, find_model
 from dualpath.lab.facts.step_times import MeasuredEngine
+from dualpath.spec.kv_bytes import KVBytes
 from dualpath.spec.topology import Topology
 
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -127,9 +128,13 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.gpu.hbm_bytes_per_s * self.efficiency.hbm
 
     @property
+    def kv(self) -> KVBytes:
+        """A token's KV in storage, in buffers and on devices, sparse attention's keys included."""
+        return self.model.kv(self.kv_dtype)
+
+    @property
     def kv_bytes_per_token(self) -> int:
-        """A token's KV in storage and in buffers, sparse attention's keys included."""
-        return self.model.kv_bytes_per_token(self.kv_dtype)
+        return self.kv.bytes_per_token
 
     @property
     def prefill_weight_bytes(self) -> float:

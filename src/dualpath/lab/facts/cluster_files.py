@@ -84,7 +84,7 @@ def _cluster(table: _ClusterTable, model: ModelSpec, name: str, where: str) -> C
         raise ClusterError(f"{where}: node.gpu: no GPU {node.gpu!r}; known are {', '.join(GPUS)}")
     kv_dtype = table.kv_dtype or model.kv_dtype
     try:
-        model.kv_bytes_per_token(kv_dtype)
+        model.kv(kv_dtype)
     except ValueError as error:
         raise ClusterError(f"{where}: kv_dtype: {error}") from error
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from dualpath.lab.facts.attention import KV_DTYPES, AttentionLayers
+from dualpath.spec.kv_bytes import KVBytes, Window
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,19 +53,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """The part of `dense_flops_per_token` in attention layers: q, k, v, o."""
         return 2 * self.attention_parameters
 
-    def kv_bytes_per_token(self, dtype: str | None = None, index_keys: bool = True) -> int:
-        """Bytes by which stored KV grows per token, all layers; `index_keys` includes sparse attention's keys."""
-        return sum(run.kv_bytes_per_token(dtype or self.kv_dtype, index_keys) for run in self.attention)
-
-    def kv_bytes(self, tokens: float, dtype: str | None = None) -> float:
-        """Bytes of the KV of `tokens` tokens, including sliding windows (at most what they hold)."""
-        chosen = dtype or self.kv_dtype
-        windows = sum(
-            run.window_bytes(chosen) * min(1.0, tokens / run.window_tokens)
-            for run in self.attention
-            if run.window_tokens
-        )
-        return tokens * self.kv_bytes_per_token(chosen) + windows
+    def kv(self, dtype: str | None = None, index_keys: bool = True) -> KVBytes:
+        """Bytes of a token's KV, all layers; `index_keys` includes sparse attention's keys."""
+        runs = [(run.window_tokens, run.token_bytes(dtype or self.kv_dtype, index_keys)) for run in self.attention]
+        whole = sum(n_bytes for window_tokens, n_bytes in runs if window_tokens is None)
+        return KVBytes(whole, tuple(Window(tokens, n_bytes) for tokens, n_bytes in runs if tokens is not None))
 
     def attention_flops(self, hit_tokens: float, new_tokens: float) -> float:
         """FLOPs of scores, values and indexer of `new_tokens` after `hit_tokens`: Σ over new tokens, causal."""

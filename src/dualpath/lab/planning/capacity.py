@@ -93,6 +93,8 @@ class CapacityPlan(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int
     hit_bytes: float
     """Bytes to load for the mean turn."""
+    unread_bytes: float
+    """Bytes of its hit KV that stay in storage, because the windows of their layers have passed them."""
     prefill_flops: float
     """FLOPs to compute for the mean turn."""
     gb_per_pflop: float
@@ -128,7 +130,7 @@ def plan_capacity(
     basic, dualpath = _systems(cluster, load, slo)
     splits = _splits(cluster, load, slo)
     flops = prefill_flops(cluster, load)
-    hit_bytes = load.hit_tokens * cluster.kv_bytes_per_token
+    hit_bytes = cluster.kv.hit_bytes(round(load.hit_tokens))
     return CapacityPlan(
         cluster=cluster.name,
         model=cluster.model.name,
@@ -140,6 +142,7 @@ def plan_capacity(
         slo=slo,
         kv_bytes_per_token=cluster.kv_bytes_per_token,
         hit_bytes=hit_bytes,
+        unread_bytes=round(load.hit_tokens) * cluster.kv_bytes_per_token - hit_bytes,
         prefill_flops=flops,
         gb_per_pflop=(hit_bytes / 1e9) / (flops / 1e15),
         unloaded_ttft_s=_unloaded_ttft_s(cluster, load),
@@ -163,7 +166,7 @@ def _check(cluster: ClusterSpec, load: TurnLoad, slo: Slo) -> None:
                 f"{cluster.name}: the weights of {cluster.model.name} don't fit a {role} engine's {cluster.gpu.name} "
                 f"({-kv_bytes / 1e9:.0f} GB too many); use more nodes of expert parallelism or smaller weights"
             )
-    longest = cluster.model.kv_bytes(load.max_context_tokens, cluster.kv_dtype)
+    longest = load.max_context_tokens * cluster.kv_bytes_per_token
     if longest > cluster.decode_kv_bytes:
         raise PlanError(
             f"{cluster.name}: the longest context ({load.max_context_tokens:,} tokens, {longest / 1e9:.1f} GB of KV) "
@@ -242,7 +245,7 @@ def _range(cluster: ClusterSpec) -> BottleneckFree:
 
 
 def _unloaded_ttft_s(cluster: ClusterSpec, load: TurnLoad) -> float:
-    read_s = load.hit_tokens * cluster.kv_bytes_per_token / cluster.usable_snic_bytes_per_s
+    read_s = cluster.kv.hit_bytes(round(load.hit_tokens)) / cluster.usable_snic_bytes_per_s
     request_s = cluster.measured.request_ns / 1e9 if cluster.measured is not None else 0.0
     return request_s + max(read_s, prefill_s(cluster, load, alone=True))
 

@@ -46,7 +46,7 @@ def step_s(cluster: ClusterSpec, batch: float, context_tokens: float) -> float:
 def decode_rate(cluster: ClusterSpec, load: TurnLoad, tpot_s: float) -> DecodeRate:
     """Returns the largest batch of mean turns within `tpot_s` and device memory. Throughput grows with the batch."""
     context_tokens = load.prompt_tokens + load.generate_tokens
-    by_memory = max(0.0, cluster.decode_kv_bytes) / cluster.model.kv_bytes(context_tokens, cluster.kv_dtype)
+    by_memory = max(0.0, cluster.decode_kv_bytes) / (context_tokens * cluster.kv_bytes_per_token)
     fixed_s = step_s(cluster, 0, context_tokens)
     by_tpot = max(0.0, tpot_s - fixed_s) / (step_s(cluster, 1, context_tokens) - fixed_s)
     batch = int(min(by_memory, by_tpot))

@@ -13,8 +13,7 @@ Let H, M and G be the bytes of hit, miss and generated KV, and f the share of H 
     PE DRAM         2f·H                         in and out
     DE DRAM         2(1−f)·H + f·H + M + H + M + G + M + G
 
-A prefill GPU computes M's tokens and a decode engine generates. KV of sliding windows is left out, because it doesn't
-grow with the context.
+A prefill GPU computes M's tokens and a decode engine generates. Of layers with a window, H has what the window sees.
 """
 
 from __future__ import annotations
@@ -42,7 +41,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 def demands(cluster: ClusterSpec, load: TurnLoad, decode: DecodeRate, pe_share: float) -> tuple[Demand, ...]:
     """Returns every resource, in the order above, with `pe_share` (f) of the hit KV read by prefill nodes."""
     kv = cluster.kv_bytes_per_token
-    hit, miss, generated = load.hit_tokens * kv, load.miss_tokens * kv, load.generate_tokens * kv
+    hit = cluster.kv.hit_bytes(round(load.hit_tokens))
+    miss, generated = load.miss_tokens * kv, load.generate_tokens * kv
     by_pe, by_de = pe_share * hit, (1 - pe_share) * hit
     to_decode_gpu = hit + miss + generated
     p_nodes, d_nodes = cluster.prefill_nodes, cluster.decode_nodes

@@ -101,7 +101,7 @@ def _machine(topology: Topology, cluster: ClusterSetup, profile: Profile) -> Mac
     return Machine(
         name=str(topology),
         engines=engines,
-        costs=measured_costs(profile.engine(), cluster.layers, kv_bytes),
+        costs=measured_costs(profile.engine(), cluster.layers, cluster.kv),
         synchronised=False,
         snic_bytes_per_s=tuple(_slower(rate, rates.store_read_bytes_per_s) for rate in snics),
         cnic_bytes_per_s=tuple(_slower(cnics[node], rates.transfer_bytes_per_s) for node in node_of),

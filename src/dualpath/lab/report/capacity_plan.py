@@ -69,12 +69,17 @@ def _question(plan: Mapping[str, Any]) -> str:
 
 def _turn(plan: Mapping[str, Any]) -> str:
     load = plan["load"]
+    kv = f"{format_bytes(plan['hit_bytes'])} at {plan['kv_bytes_per_token']:,} bytes a token"
     return (
         f"The mean turn of {load['name']} ({load['turns_per_agent']:.1f} turns an agent) loads "
-        f"{load['hit_tokens']:,.0f} tokens of KV ({format_bytes(plan['hit_bytes'])} at {plan['kv_bytes_per_token']:,} "
-        f"bytes a token), computes {load['miss_tokens']:,.0f} ({plan['prefill_flops'] / 1e12:.1f} TFLOP) and generates "
+        f"{load['hit_tokens']:,.0f} tokens of KV ({kv}{_unread(plan['unread_bytes'])}), computes "
+        f"{load['miss_tokens']:,.0f} ({plan['prefill_flops'] / 1e12:.1f} TFLOP) and generates "
         f"{load['generate_tokens']:,.0f}: {plan['gb_per_pflop']:.0f} GB to load for a PFLOP of prefill."
     )
+
+
+def _unread(n_bytes: float) -> str:
+    return f", less {format_bytes(n_bytes)} that sliding windows have passed" if n_bytes else ""
 
 
 def _basic(plan: Mapping[str, Any]) -> str:

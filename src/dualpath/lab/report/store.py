@@ -79,7 +79,8 @@ def _layout(layout: Mapping[str, Any]) -> str:
     for index, kind in enumerate(layout["kinds"]):
         parts = " ".join(f"{part['name']} {part['heads']}×{part['dim']}" for part in kind["parts"])
         window = "" if kind["window_tokens"] is None else f", window {kind['window_tokens']}"
-        kinds.append(f"{layout['layer_kinds'].count(index)} layers, {parts}{window}")
+        count = layout["layer_kinds"].count(index)
+        kinds.append(f"{count} {'layer' if count == 1 else 'layers'}, {parts}{window}")
     return f"{'; '.join(kinds)}, {layout['dtype']}"
 
 

@@ -23,6 +23,7 @@ from dualpath.core.batching import AttentionCost
 from dualpath.core.vocabulary import BLOCK_TOKENS
 from dualpath.lab.facts.cluster import ClusterSpec
 from dualpath.lab.facts.step_times import MeasuredEngine
+from dualpath.spec.kv_bytes import KVBytes
 
 SECOND_NS = 1e9
 
@@ -77,7 +78,7 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
     """Costs of a step on one kind of engine. Times in nanoseconds, all layers together."""
 
     layers: int
-    kv_bytes_per_token: int
+    kv: KVBytes
     attention: AttentionCost
     ffn_ns_per_token: float
     """Compute time of a token on one engine alone; a group's engines share theirs."""
@@ -96,6 +97,10 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
     request_ns: float = 0.0
     """Time from a request's arrival to its placement."""
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.kv.bytes_per_token
+
     def prefill_ns(self, slowest_attention_ns: float, mean_tokens: float) -> float:
         """Compute time of a group's step, without I/O; `mean_tokens` are new tokens per engine of the group."""
         busy_ns = slowest_attention_ns + mean_tokens * self.ffn_ns_per_token
@@ -109,9 +114,9 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
 def step_costs(cluster: ClusterSpec, calibration: Calibration) -> StepCosts:
     """Returns the costs of the cluster's model on its GPUs, or the measured ones."""
     model = cluster.model
-    kv_bytes_per_token = model.kv_bytes_per_token(cluster.kv_dtype, index_keys=calibration.index_keys)
+    kv = model.kv(cluster.kv_dtype, index_keys=calibration.index_keys)
     if cluster.measured is not None:
-        return measured_costs(cluster.measured, model.layers, kv_bytes_per_token)
+        return measured_costs(cluster.measured, model.layers, kv)
     ns_per_flop = SECOND_NS / calibration.prefill_flop_per_s
     flops_per_token, flops_per_pair = model.attention_line()
     hbm_ns_per_byte = SECOND_NS / cluster.usable_hbm_bytes_per_s
@@ -121,7 +126,7 @@ def step_costs(cluster: ClusterSpec, calibration: Calibration) -> StepCosts:
     read_per_request = read_bytes[0] - read_per_token * short
     return StepCosts(
         layers=model.layers,
-        kv_bytes_per_token=kv_bytes_per_token,
+        kv=kv,
         attention=AttentionCost(
             fixed_ns=0.0,
             ns_per_flop=ns_per_flop,
@@ -140,13 +145,13 @@ def step_costs(cluster: ClusterSpec, calibration: Calibration) -> StepCosts:
     )
 
 
-def measured_costs(engine: MeasuredEngine, layers: int, kv_bytes_per_token: int) -> StepCosts:
+def measured_costs(engine: MeasuredEngine, layers: int, kv: KVBytes) -> StepCosts:
     """Costs of a measured engine: experts and attention are one, and its loop has no lag except `request_ns`."""
     times = engine.times
     copy_ns_per_byte = SECOND_NS / engine.copy_bytes_per_s if engine.copy_bytes_per_s else 0.0
     return StepCosts(
         layers=layers,
-        kv_bytes_per_token=kv_bytes_per_token,
+        kv=kv,
         attention=AttentionCost(
             fixed_ns=0.0,
             ns_per_flop=1.0,
@@ -160,7 +165,7 @@ def measured_costs(engine: MeasuredEngine, layers: int, kv_bytes_per_token: int)
         decode_fixed_ns=times.decode_fixed_ns,
         decode_request_ns=times.decode_request_ns,
         decode_context_token_ns=times.decode_context_token_ns,
-        copy_ns_per_block=kv_bytes_per_token * BLOCK_TOKENS * copy_ns_per_byte,
+        copy_ns_per_block=kv.bytes_per_token * BLOCK_TOKENS * copy_ns_per_byte,
         loop_steps=0.0,
         request_ns=engine.request_ns,
     )

@@ -120,7 +120,7 @@ class ExactPrefill(PrefillPart):
     def _moves(self, step: _Step, kind: str) -> list[tuple[EngineId, EngineId, int]]:
         """Returns source, target and bytes of one layer's loads or ships."""
         moves = []
-        kv_bytes = self._costs.kv_bytes_per_token
+        kv = self._costs.kv
         for engine, chunks in step.batch:
             for chunk in chunks:
                 turn = self._lives[chunk.request]
@@ -128,10 +128,13 @@ class ExactPrefill(PrefillPart):
                 if kind == "load":
                     for part in plan.loads:
                         source = engine.engine if part.side is Side.PE else turn.decode_engine
-                        moves.append((source, engine.engine, part.tokens * kv_bytes))
+                        n_bytes = kv.seen_bytes(part.first_token, part.tokens, chunk.past_tokens)
+                        moves.append((source, engine.engine, n_bytes))
                 else:
-                    tokens = sum(part.tokens for part in plan.ships)
-                    moves.append((engine.engine, turn.decode_engine, tokens * kv_bytes))
+                    n_bytes = sum(
+                        kv.seen_bytes(part.first_token, part.tokens, chunk.past_tokens) for part in plan.ships
+                    )
+                    moves.append((engine.engine, turn.decode_engine, n_bytes))
         return [(source, target, n_bytes // self._layers()) for source, target, n_bytes in moves]
 
     def _load_layer(self, step: _Step) -> None:

@@ -127,7 +127,7 @@ def constants_for(machine: Machine, prompt_tokens: float, hit_tokens: float) -> 
     new_tokens = max(1, round(prompt_tokens - hit_tokens))
     turn_ns = costs.attention.chunk_ns(round(hit_tokens), new_tokens) + new_tokens * costs.ffn_ns_per_token
     return Constants.from_rates(
-        snic_tokens_per_s=sum(snics) / len(snics) / costs.kv_bytes_per_token,
+        snic_tokens_per_s=sum(snics) / len(snics) / max(1, costs.kv.whole_bytes_per_token),
         prefill_tokens_per_s=prompt_tokens / turn_ns * 1e9,
     )
 

@@ -194,14 +194,14 @@ class PrefillPart:
 
         The bytes are those of `core.load_plan.chunk_plan`, without the ranges.
         """
-        fabric, kv_bytes = self._fabric, self._costs.kv_bytes_per_token
+        fabric, kv = self._fabric, self._costs.kv
         read = write = ship = 0
         for chunk in chunks:
             turn = self._lives[chunk.request]
             decode, past_tokens = turn.decode_engine, chunk.past_tokens
-            pe_bytes = turn.pe_tokens * kv_bytes
-            de_bytes = past_tokens * kv_bytes - pe_bytes
-            ship_bytes = chunk.new_tokens * kv_bytes
+            pe_bytes = kv.seen_bytes(0, turn.pe_tokens, past_tokens)
+            de_bytes = kv.seen_bytes(0, past_tokens, past_tokens) - pe_bytes
+            ship_bytes = chunk.new_tokens * kv.bytes_per_token
             if past_tokens == turn.hit_tokens:
                 ship_bytes += pe_bytes
             if de_bytes:

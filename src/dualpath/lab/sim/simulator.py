@@ -80,7 +80,7 @@ class Simulator:
         self._wakes: list[int] = []
         self._node_of = [facts.node for facts in machine.engines]
         self._free_io = policy.free_io
-        self._kv_bytes = machine.costs.kv_bytes_per_token
+        self._kv = machine.costs.kv
         hooks = Hooks(self.lives, self._on_loaded, self._on_first_token, self._on_prefilled, self._on_decoded)
         parts = make_parts(machine, policy, self.events, hooks, exact=exact, window_ns=balance_window_ns)
         self.storage, self.fabric, self.prefill, self.decode = parts.storage, parts.fabric, parts.prefill, parts.decode
@@ -187,7 +187,9 @@ class Simulator:
         if self._free_io:
             self.scheduler.loaded(self.events.now, command.request, command.attempt, side)
             return
-        self.storage.read(self._node_of[engine], leg.blocks * BLOCK_TOKENS * self._kv_bytes, turn, side)
+        first_token, tokens = leg.first_block * BLOCK_TOKENS, leg.blocks * BLOCK_TOKENS
+        n_bytes = self._kv.seen_bytes(first_token, tokens, turn.hit_tokens, BLOCK_TOKENS)
+        self.storage.read(self._node_of[engine], n_bytes, turn, side)
 
     def _prefill(self, command: Prefill) -> None:
         turn = self.lives[command.request]
@@ -199,7 +201,7 @@ class Simulator:
         if self._free_io:
             self._on_copied((turn, turn.attempt))
             return
-        n_bytes = turn.prompt_tokens * self._kv_bytes
+        n_bytes = self._kv.seen_bytes(0, turn.prompt_tokens, turn.prompt_tokens, BLOCK_TOKENS)
         least_ns = 0.0
         if not self.policy.layerwise:
             least_ns = -(-turn.prompt_tokens // BLOCK_TOKENS) * self.machine.costs.copy_ns_per_block
@@ -293,5 +295,5 @@ class Simulator:
     def _on_decoded(self, turn: LiveTurn) -> None:
         whole = whole_blocks(turn.prompt_tokens + turn.generate_tokens - 1) - turn.hit_tokens
         if not self._free_io:
-            self.storage.write(self._node_of[turn.decode_engine], whole * self._kv_bytes)
+            self.storage.write(self._node_of[turn.decode_engine], whole * self._kv.bytes_per_token)
         self.scheduler.finished(self.events.now, turn.request, turn.attempt)
