@@ -56,6 +56,8 @@ class SimulationResult(msgspec.Struct, frozen=True, kw_only=True):
     """By role: share of the run in which its nodes' storage NICs were reading."""
     snic_read_bytes: list[int]
     """Bytes by node."""
+    snic_unread_bytes: int
+    """Bytes of hit KV that stayed in storage, because the windows of their layers had passed them."""
     snic_max_over_mean: float
     """Balance of all nodes' reads: mean over windows of `balance_window_s`."""
     balance_window_s: float

@@ -125,6 +125,7 @@ def summarize(scenario: Scenario, simulator: Simulator, cpu_s: float) -> Simulat
         generated_tokens=measured.generated_tokens,
         snic_busy={role.value: snic_busy(simulator, role) for role in Role},
         snic_read_bytes=list(simulator.storage.read_bytes),
+        snic_unread_bytes=simulator.unread_bytes,
         snic_max_over_mean=snic_balance(simulator),
         balance_window_s=scenario.balance_window_s,
         attention_max_over_mean=attention_balance(simulator),

@@ -81,6 +81,8 @@ class Simulator:
         self._node_of = [facts.node for facts in machine.engines]
         self._free_io = policy.free_io
         self._kv = machine.costs.kv
+        self.unread_bytes = 0
+        """Of hit KV, left in storage by the windows of its layers."""
         hooks = Hooks(self.lives, self._on_loaded, self._on_first_token, self._on_prefilled, self._on_decoded)
         parts = make_parts(machine, policy, self.events, hooks, exact=exact, window_ns=balance_window_ns)
         self.storage, self.fabric, self.prefill, self.decode = parts.storage, parts.fabric, parts.prefill, parts.decode
@@ -189,6 +191,7 @@ class Simulator:
             return
         first_token, tokens = leg.first_block * BLOCK_TOKENS, leg.blocks * BLOCK_TOKENS
         n_bytes = self._kv.seen_bytes(first_token, tokens, turn.hit_tokens, BLOCK_TOKENS)
+        self.unread_bytes += tokens * self._kv.bytes_per_token - n_bytes
         self.storage.read(self._node_of[engine], n_bytes, turn, side)
 
     def _prefill(self, command: Prefill) -> None:

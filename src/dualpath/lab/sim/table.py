@@ -35,7 +35,7 @@ def _rows(result: SimulationResult) -> list[tuple[str, str]]:
         ("TPOT", _times(result.tpot_s)),
         ("latency of a turn", _times(result.latency_s)),
         ("storage NICs busy", ", ".join(f"{role} {share:.0%}" for role, share in result.snic_busy.items())),
-        ("storage read", format_bytes(sum(result.snic_read_bytes))),
+        ("storage read", _read(result)),
         (f"storage NICs, max over mean ({result.balance_window_s:g} s)", f"{result.snic_max_over_mean:.2f}"),
         ("attention in a group, max over mean, first 5 %", f"{result.attention_max_over_mean:.2f}"),
         ("prefill engines busy", f"{result.prefill_busy:.0%}"),
@@ -45,6 +45,11 @@ def _rows(result: SimulationResult) -> list[tuple[str, str]]:
         rows.append(("turns failed; attempts retried", f"{failed}; {result.retries:,}"))
     cost = f"{result.cpu_s:.1f} CPU-s, {result.turns_per_cpu_s:,.0f} turns/CPU-s, {format_bytes(result.peak_rss_bytes)}"
     return [*rows, ("this simulation took", cost)]
+
+
+def _read(result: SimulationResult) -> str:
+    saved = f", {format_bytes(result.snic_unread_bytes)} left that sliding windows had passed"
+    return format_bytes(sum(result.snic_read_bytes)) + (saved if result.snic_unread_bytes else "")
 
 
 def _times(spread: Distribution) -> str:
