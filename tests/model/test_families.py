@@ -1,0 +1,63 @@
+"""docs/models.md: which families are served, and why others are not."""
+
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import transformers
+from families import ATOL, tried
+
+from dualpath.model.attention import PackedPass
+from dualpath.model.seam_checks import CheckedPass
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+@pytest.mark.slow
+def test_the_document_is_what_the_families_do() -> None:
+    """Half a minute of processor time: every family is loaded and compared."""
+    found = families.all_tried()
+    assert {row.model_type: row.error for row in found if row.error > ATOL} == {}
+    written = DOCUMENT.read_text()
+    if f"Transformers {transformers.__version__}," not in written:
+        pytest.skip(f"{DOCUMENT.name} is of another version of Transformers")
+    assert written == families.document(found), "run: python tests/model/families.py > docs/models.md"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("doge", "DogeAttention makes a mask of its own"),
+        ("jetmoe", "JetMoeAttention attends to other keys and values than those it passes to its cache"),
+        ("diffllama", "DiffLlamaAttention attends to other keys and values"),
+        ("bloom", "it asks its cache for get_seq_length, which has no one answer"),
+        ("gemma4_text", "has layers that differ in head_dim"),
+        ("gemma3", "is made of several models (text_config, vision_config)"),
+        ("gemma3n_text", "layer 2 attends without passing KV to its cache"),
+        ("phimoe", "has a sliding window, but does not pass it"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(model_type: str, reason: str) -> None:
+    row = tried(model_type)
+    assert row.outcome == "refused"
+    assert reason in row.reason
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gpt_oss", "deepseek_v2", "axk2", "laguna"])
+def test_a_served_family_computes_what_its_eager_attention_does(model_type: str) -> None:
+    row = tried(model_type)
+    assert row.outcome == "served" and row.error < ATOL
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+def test_a_family_that_is_computed_wrongly_would_show(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny weights are such that attention matters."""
+    right = PackedPass.attend
+
+    def attend(self: PackedPass, module: Any, query: Any, scale: float, *more: Any) -> Any:
+        blurred = 1.0 if isinstance(self, CheckedPass) else 0.9
+        return right(self, module, query, blurred * scale, *more)
+
+    monkeypatch.setattr(PackedPass, "attend", attend)
+    assert tried(model_type).error > 10 * ATOL
