@@ -1,5 +1,6 @@
 """docs/models.md: which families are served, and why others are not."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,15 @@ import families
 import pytest
 import transformers
 from families import ATOL, tried
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import CONFIG_MAPPING
 
+from dualpath.kv.refusals import STATE_FAMILIES
+from dualpath.model import LoadedModel, UnsupportedModelError
 from dualpath.model.attention import PackedPass
 from dualpath.model.seam_checks import CheckedPass
 
+STATE_LAYER_TYPES = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding", "recurrent"}
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 
 
@@ -61,3 +67,19 @@ def test_a_family_that_is_computed_wrongly_would_show(model_type: str, monkeypat
 
     monkeypatch.setattr(PackedPass, "attend", attend)
     assert tried(model_type).error > 10 * ATOL
+
+
+@pytest.mark.parametrize("model_type", sorted(STATE_FAMILIES))
+def test_a_model_with_a_state_is_refused_before_its_weights_are_read(model_type: str, tmp_path: Path) -> None:
+    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)  # and no weights
+    with pytest.raises(UnsupportedModelError, match=f"^{model_type} has layers that keep one state for all tokens"):
+        LoadedModel.load(tmp_path)
+
+
+def test_every_family_whose_config_tells_of_a_state_is_known_by_name() -> None:
+    for model_type in families.FAMILIES:
+        with suppress(StrictDataclassClassValidationError):  # of a family that has no default config
+            config = CONFIG_MAPPING[model_type]()
+            inner = getattr(config, "text_config", None) or config
+            kinds = set(getattr(inner, "layer_types", None) or ())
+            assert not kinds & STATE_LAYER_TYPES or model_type in STATE_FAMILIES, model_type

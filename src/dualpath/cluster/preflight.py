@@ -134,14 +134,14 @@ def _check_device(device: str) -> None:
 
 
 def _check_architecture(directory: Path, facts: dict[str, Any]) -> None:
+    reason = refusal(SimpleNamespace(**facts))
+    if reason is not None:
+        raise NotReadyError(f"--model: {directory} {reason}")
     names = [str(name) for name in facts.get("architectures") or ()]
     if names and not any("CausalLM" in name or "LMHead" in name for name in names):
         raise NotReadyError(
             f"--model: {directory} is a {', '.join(names)}; give a causal language model (…ForCausalLM)"
         )
-    reason = refusal(SimpleNamespace(**facts))
-    if reason is not None:
-        raise NotReadyError(f"--model: {directory} {reason}")
     if "num_hidden_layers" in facts and not any(directory.glob("*.safetensors")):
         raise NotReadyError(f"--model: {directory} has no *.safetensors; get or convert the weights to safetensors")
 
