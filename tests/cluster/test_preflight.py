@@ -89,6 +89,12 @@ def test_models_with_a_state_are_refused_by_name(tmp_path: Path, architecture: s
         settled(config(tmp_path))
 
 
+def test_a_hybrid_whose_layers_are_all_attention_may_be_served(tmp_path: Path) -> None:
+    """Granite 4.0 Micro."""
+    checkpoint(tmp_path / "tiny", model_type="granitemoehybrid", layer_types=["attention"] * 2)
+    settled(config(tmp_path))
+
+
 def test_a_model_of_several_is_refused(tmp_path: Path) -> None:
     checkpoint(tmp_path / "tiny")
     whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": TINY, "vision_config": {}}

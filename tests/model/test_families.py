@@ -9,6 +9,7 @@ import pytest
 import transformers
 from families import ATOL, tried
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from tiny_families import FIELDS
 from transformers import CONFIG_MAPPING
 
 from dualpath.kv.refusals import STATE_FAMILIES
@@ -71,9 +72,16 @@ def test_a_family_that_is_computed_wrongly_would_show(model_type: str, monkeypat
 
 @pytest.mark.parametrize("model_type", sorted(STATE_FAMILIES))
 def test_a_model_with_a_state_is_refused_before_its_weights_are_read(model_type: str, tmp_path: Path) -> None:
-    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)  # and no weights
+    CONFIG_MAPPING[model_type](**FIELDS.get(model_type, {})).save_pretrained(tmp_path)  # and no weights
     with pytest.raises(UnsupportedModelError, match=f"^{model_type} has layers that keep one state for all tokens"):
         LoadedModel.load(tmp_path)
+
+
+def test_a_hybrid_whose_layers_are_all_attention_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granite 4.0 Micro has the `model_type` of the hybrids."""
+    attention = {"num_hidden_layers": 4, "layer_types": ["attention"] * 4, "shared_intermediate_size": 32}
+    monkeypatch.setitem(FIELDS, "granitemoehybrid", attention | {"num_key_value_heads": 2, "num_local_experts": 0})
+    assert tried("granitemoehybrid").outcome == "served"
 
 
 def test_every_family_whose_config_tells_of_a_state_is_known_by_name() -> None:

@@ -52,6 +52,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 8},
     "laguna": WINDOWS,
+    "lfm2": {"full_attn_idxs": [2, 3]},
     "longcat_flash": {"num_layers": 2, "head_dim": 8, "num_key_value_heads": 4},
     "mellum": WINDOWS,
     "minimax_m3_vl_text": {"num_hidden_layers": 4, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},

@@ -38,7 +38,8 @@ STATE_FAMILIES = frozenset(
         "zaya",
     }
 )
-"""By `model_type`: a published config need not name the types of its layers. See docs/design/hybrids.md."""
+"""By `model_type`: a published config need not name the types of its layers. Where it does, and none keeps a state
+(Granite 4.0 Micro), the model is not refused. See docs/design/hybrids.md."""
 
 _SIZES = {"num_attention_heads", "num_key_value_heads", "head_dim", "kv_lora_rank", "qk_rope_head_dim"}
 
@@ -48,12 +49,13 @@ def refusal(config: Any) -> str | None:
 
     What else a config doesn't say, such as sizes that differ by layer, shows when the model is loaded.
     """
-    if getattr(config, "model_type", None) in STATE_FAMILIES:
+    kinds = set(map(str, getattr(config, "layer_types", None) or ()))
+    others = sorted(kinds - WHOLE_KV_LAYER_TYPES - {"attention"})  # older configs' name of full attention
+    if getattr(config, "model_type", None) in STATE_FAMILIES and (others or not kinds):
         return (
             "has layers that keep one state for all tokens so far (linear attention, state spaces, convolutions), not "
             "a row a token, so a prefix can't be cut out of them; only attention over rows of tokens is supported"
         )
-    others = sorted(set(map(str, getattr(config, "layer_types", None) or ())) - WHOLE_KV_LAYER_TYPES)
     if others:
         return (
             f"has layers of type {', '.join(others)}; only full, sliding-window and indexed attention has KV of every "
