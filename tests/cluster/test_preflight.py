@@ -72,6 +72,37 @@ def test_a_checkpoint_that_can_not_be_served(tmp_path: Path, changes: dict[str, 
         settled(config(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "says"),
+    [
+        ("Qwen3NextForCausalLM", {"model_type": "qwen3_next", "full_attention_interval": 4}),
+        ("Qwen3_5ForConditionalGeneration", {"model_type": "qwen3_5", "text_config": {}, "vision_config": {}}),
+        ("KimiLinearForCausalLM", {"model_type": "kimi_linear", "linear_attn_config": {"full_attn_layers": [4]}}),
+        ("NemotronHForCausalLM", {"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-"}),
+        ("GraniteMoeHybridForCausalLM", {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]}),
+    ],
+)
+def test_models_with_a_state_are_refused_by_name(tmp_path: Path, architecture: str, says: dict[str, Any]) -> None:
+    """Their published configs tell of it in words of their own, or leave the class to know it."""
+    checkpoint(tmp_path / "tiny", weights=False, architectures=[architecture], **says)
+    with pytest.raises(ValueError, match=r"^--model: .*/tiny has layers that keep one state for all tokens"):
+        settled(config(tmp_path))
+
+
+def test_a_hybrid_whose_layers_are_all_attention_may_be_served(tmp_path: Path) -> None:
+    """Granite 4.0 Micro."""
+    checkpoint(tmp_path / "tiny", model_type="granitemoehybrid", layer_types=["attention"] * 2)
+    settled(config(tmp_path))
+
+
+def test_a_model_of_several_is_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "tiny")
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": TINY, "vision_config": {}}
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=r"^--model: .* is made of several models \(text_config, vision_config\)"):
+        settled(config(tmp_path))
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
 def test_a_config_that_is_none(tmp_path: Path, text: str) -> None:
     (checkpoint(tmp_path / "tiny") / "config.json").write_text(text, encoding="latin-1")

@@ -1,10 +1,14 @@
 """A whole agent's round trip without processes or networks: a store of Full Blocks, a DE buffer, prefill, decode."""
 
+import itertools
+
 import numpy as np
 import torch
 
 from dualpath.kv.layout import KVLayout
 from dualpath.model import LayerwisePrefill, LoadedModel, PagedDecode, PrefillItem, PrefillOutput
+from dualpath.model.attention import PackedPass
+from dualpath.model.spans import PackedSequence
 from dualpath.spec.sampling import SamplingParams
 
 BLOCK = 64
@@ -184,6 +188,51 @@ PLACES = [
     (90, ((3, 230),)),
 ]
 """Of a sequence in a buffer: new tokens, and the extents of all its rows."""
+
+
+class Buffers(PackedPass):
+    """A pass over one buffer a layer, whose rows are given for each sequence as runs."""
+
+    def __init__(self, model: LoadedModel, buffers: list[torch.Tensor], pack: list[tuple[int, int, tuple]]) -> None:
+        """`pack` lists ``(past tokens, new tokens, extents)``."""
+        sequences, new_rows = [], []
+        for past, new, extents in pack:
+            sequences.append(PackedSequence(len(new_rows), new, past, extents))
+            order = [row for first, count in extents for row in range(first, first + count)]
+            new_rows += order[past : past + new]
+        super().__init__(model.form, tuple(sequences), torch.tensor(new_rows))
+        self.buffers = buffers
+
+    def layer_rows(self, layer: int) -> torch.Tensor:
+        return self.buffers[layer]
+
+
+def buffers_of(model: LoadedModel, rows: int) -> list[torch.Tensor]:
+    return [torch.full((rows, model.row_elements[0]), torch.nan) for _ in range(model.layout.layers)]
+
+
+def packed_logits(
+    model: LoadedModel, prompts: list[list[int]], firsts: tuple[int, ...], stops: tuple[int, ...]
+) -> list[torch.Tensor]:
+    """Logits of prompts that lie in one buffer a layer from rows `firsts` on, in passes that hold chunks of all.
+
+    A pass ends at token ``stops[i]`` of each prompt that is not done.
+    """
+    buffers = buffers_of(model, max(first + len(prompt) for first, prompt in zip(firsts, prompts, strict=True)))
+    found: list[list[torch.Tensor]] = [[] for _ in prompts]
+    for start, stop in itertools.pairwise((0, *stops)):
+        pack, ids, places, owners = [], [], [], []
+        for index, (prompt, first) in enumerate(zip(prompts, firsts, strict=True)):
+            end = min(stop, len(prompt))
+            if start < end:
+                pack.append((start, end - start, ((first, end),)))
+                ids += prompt[start:end]
+                places += range(start, end)
+                owners += [index] * (end - start)
+        logits = model.forward(Buffers(model, buffers, pack), ids, places, list(range(len(ids))))
+        for owner, row in zip(owners, logits, strict=True):
+            found[owner].append(row)
+    return [torch.stack(rows) for rows in found]
 
 
 def random_tokens(count: int, seed: int, vocabulary: int = 256) -> list[int]:

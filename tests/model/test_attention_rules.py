@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WINDOWED
-from engine_world import PLACES, Engines, random_tokens
+from engine_world import PLACES, Buffers, Engines, buffers_of, packed_logits, random_tokens
 from transformers import AutoModelForCausalLM
 
 from dualpath.model import LoadedModel, rules
-from dualpath.model.attention import GroupedForm, PackedPass
+from dualpath.model.attention import GroupedForm
 from dualpath.model.rules import AttentionRules
 from dualpath.model.spans import PackedSequence
 
@@ -84,27 +84,6 @@ def test_a_window_of_nothing_is_refused() -> None:
         AttentionRules(window_tokens=0)
 
 
-class Buffers(PackedPass):
-    """A pass over one buffer a layer, whose rows are given for each sequence as runs."""
-
-    def __init__(self, model: LoadedModel, buffers: list[torch.Tensor], pack: list[tuple[int, int, tuple]]) -> None:
-        """`pack` lists ``(past tokens, new tokens, extents)``."""
-        sequences, new_rows = [], []
-        for past, new, extents in pack:
-            sequences.append(PackedSequence(len(new_rows), new, past, extents))
-            order = [row for first, count in extents for row in range(first, first + count)]
-            new_rows += order[past : past + new]
-        super().__init__(model.form, tuple(sequences), torch.tensor(new_rows))
-        self.buffers = buffers
-
-    def layer_rows(self, layer: int) -> torch.Tensor:
-        return self.buffers[layer]
-
-
-def buffers_of(model: LoadedModel, rows: int) -> list[torch.Tensor]:
-    return [torch.full((rows, model.row_elements[0]), torch.nan) for _ in range(model.layout.layers)]
-
-
 @pytest.fixture(params=WINDOWED)
 def windowed(request: pytest.FixtureRequest, engines_of: Callable[[str], Engines]) -> Engines:
     return engines_of(request.param)
@@ -137,23 +116,9 @@ def test_packed_chunks_over_cached_rows(windowed: Engines, eager: Callable[[list
     """Three prompts, in passes that hold chunks of all three; each has its own rows."""
     model = windowed.model
     prompts = [random_tokens(count, seed=count) for count in (190, 35, 120)]
-    firsts = (7, 200, 240)
-    buffers = buffers_of(model, 400)
-    found: list[list[torch.Tensor]] = [[], [], []]
-    for start, stop in ((0, 20), (20, 21), (21, 90), (90, 190)):
-        pack, ids, places, owners = [], [], [], []
-        for index, (prompt, first) in enumerate(zip(prompts, firsts, strict=True)):
-            end = min(stop, len(prompt))
-            if start < end:
-                pack.append((start, end - start, ((first, end),)))
-                ids += prompt[start:end]
-                places += range(start, end)
-                owners += [index] * (end - start)
-        logits = model.forward(Buffers(model, buffers, pack), ids, places, list(range(len(ids))))
-        for owner, row in zip(owners, logits, strict=True):
-            found[owner].append(row)
-    for prompt, rows in zip(prompts, found, strict=True):
-        assert torch.allclose(torch.stack(rows), eager(prompt), atol=1e-4, rtol=0)
+    found = packed_logits(model, prompts, (7, 200, 240), (20, 21, 90, 190))
+    for prompt, logits in zip(prompts, found, strict=True):
+        assert torch.allclose(logits, eager(prompt), atol=1e-4, rtol=0)
 
 
 def test_decode_over_fragments(windowed: Engines, eager: Callable[[list[int]], torch.Tensor]) -> None:

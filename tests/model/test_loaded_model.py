@@ -117,7 +117,7 @@ def test_windows_that_contradict_the_config_are_refused(
             "KV of shapes",
         ),
         ("phimoe", {"sliding_window": 16, "num_local_experts": 2}, "does not pass it to its attention function"),
-        ("mamba", {}, "layers of type linear_attention"),
+        ("mamba", {}, "mamba has layers that keep one state"),
         ("gpt_neox", {"num_key_value_heads": 2}, "its config says"),
     ],
 )

@@ -60,8 +60,9 @@ def test_scores_are_those_of_a_plain_forward(
 
 def test_a_model_that_changes_its_head_s_logits_is_known(qwen: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     from dualpath.model.model import _Probe
+    from dualpath.model.seam_checks import head_alone
 
     assert qwen.model.scores_prompts
     forward = qwen.model.forward
     monkeypatch.setattr(qwen.model, "forward", lambda *args: forward(*args) * 0.5)
-    assert not _Probe(qwen.model).head_alone()
+    assert not head_alone(qwen.model, _Probe(qwen.model))

@@ -23,7 +23,8 @@ from dualpath.cluster.control_address import control_place
 from dualpath.cluster.preflight_files import NotReadyError, check_buffers, check_outputs, check_tls, cuda_devices
 from dualpath.cluster.preflight_vllm import settled_vllm
 from dualpath.kv import KVLayout, StoreError, open_store
-from dualpath.kv.layout import WHOLE_KV_LAYER_TYPES, LayerKV, layer_parts
+from dualpath.kv.layout import LayerKV, layer_parts
+from dualpath.kv.refusals import refusal
 from dualpath.spec.loopback import is_loopback
 
 logger = logging.getLogger(__name__)
@@ -133,16 +134,13 @@ def _check_device(device: str) -> None:
 
 
 def _check_architecture(directory: Path, facts: dict[str, Any]) -> None:
+    reason = refusal(SimpleNamespace(**facts))
+    if reason is not None:
+        raise NotReadyError(f"--model: {directory} {reason}")
     names = [str(name) for name in facts.get("architectures") or ()]
     if names and not any("CausalLM" in name or "LMHead" in name for name in names):
         raise NotReadyError(
             f"--model: {directory} is a {', '.join(names)}; give a causal language model (…ForCausalLM)"
-        )
-    others = sorted({str(kind) for kind in facts.get("layer_types") or ()} - WHOLE_KV_LAYER_TYPES)
-    if others:
-        raise NotReadyError(
-            f"--model: {directory} has layers of type {', '.join(others)}; only models whose layers all have full, "
-            "sliding-window or indexed attention are supported"
         )
     if "num_hidden_layers" in facts and not any(directory.glob("*.safetensors")):
         raise NotReadyError(f"--model: {directory} has no *.safetensors; get or convert the weights to safetensors")

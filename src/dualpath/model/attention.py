@@ -111,10 +111,16 @@ class PackedPass:
         self.written(layer_idx)
         return stands_for_keys
 
+    def passed(self, module: Any, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> None:
+        """What the model passes to its attention function comes before each `attend`; see `seam_checks`."""
+
     def attend(
         self, module: Any, query: Tensor, scale: float, rules: AttentionRules = PLAIN, selection: Any = None
     ) -> Tensor:
-        assert self._rows is not None, "update comes before attention in every layer"
+        if self._rows is None:
+            raise UnsupportedModelError(
+                f"layer {module.layer_idx} attends without passing KV to its cache: it shares that of a layer before it"
+            )
         if self._indexed is None:
             out = self.form.attend(module, query[0], self._rows, self.sequences, scale, rules)
         elif rules is not PLAIN:
@@ -133,7 +139,6 @@ def packed_attention(
 
     Raises UnsupportedModelError when the layer needs more than causal attention under `AttentionRules`.
     """
-    del key, value, attention_mask
     for name, meaning in _UNSUPPORTED.items():
         if given.get(name) is not None:
             raise UnsupportedModelError(
@@ -145,6 +150,7 @@ def packed_attention(
             f"{type(module).__name__} does not pass keyword arguments on to its attention function; it needs a "
             "Transformers model with attention-backend support"
         )
+    packed.passed(module, key, value, attention_mask)
     return packed.attend(module, query, given["scaling"], _rules_of(module, given), given.get("indices")), None
 
 

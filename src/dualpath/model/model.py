@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from dualpath.kv.layout import WHOLE_KV_LAYER_TYPES, KVLayout, KVPart, LayerKV, layer_parts
+from dualpath.kv.layout import KVLayout, KVPart, LayerKV, layer_parts
+from dualpath.kv.refusals import refusal
 from dualpath.model.attention import (
     IMPLEMENTATION,
     GroupedForm,
@@ -25,6 +26,13 @@ from dualpath.model.attention import (
     packed_attention,
 )
 from dualpath.model.rules import PLAIN, AttentionRules
+from dualpath.model.seam_checks import (
+    FOREIGN_ERRORS,
+    CheckedPass,
+    head_alone,
+    longest_context_tokens,
+    not_through_the_seam,
+)
 from dualpath.model.spans import PackedSequence
 from dualpath.model.sparse import SparseLatentForm
 
@@ -50,11 +58,11 @@ class LoadedModel:
         dtype = str(self.dtype).removeprefix("torch.")
         self.layout = KVLayout.of([LayerKV(parts)] * config.num_hidden_layers, dtype)
         self.vocab_size: int = config.vocab_size
-        self.max_length_tokens: int = config.max_position_embeddings
         self.eos_token_ids = eos_token_ids
         windows = _Probe(self).run()
         self.layout = KVLayout.of([LayerKV(parts, window_tokens) for window_tokens in windows], dtype)
-        self.scores_prompts = _Probe(self).head_alone()
+        self.max_length_tokens = longest_context_tokens(config)
+        self.scores_prompts = head_alone(self, _Probe(self))
         """Whether `hidden` and `head` together compute what `forward` does."""
 
     @staticmethod
@@ -155,7 +163,7 @@ def load_network(path: str | Path, dtype: torch.dtype) -> Any:
     return network.eval()
 
 
-class _Probe(PackedPass):
+class _Probe(CheckedPass):
     """Runs two tokens through every layer and records what each layer passes to us."""
 
     def __init__(self, model: LoadedModel) -> None:
@@ -207,9 +215,11 @@ class _Probe(PackedPass):
         """Returns each layer's window. Raises UnsupportedModelError when layers don't use the seam once, in order."""
         name = type(self._model.network).__name__
         try:
-            self._model.forward(self, [0, 0], [0, 1], [1])
-        except (AttributeError, NotImplementedError, TypeError) as error:
-            raise UnsupportedModelError(f"{name} does not run through the packed-attention seam: {error}") from error
+            self._model.forward(self, [0, 1], [0, 1], [1])
+        except (UnsupportedModelError, torch.OutOfMemoryError):
+            raise
+        except FOREIGN_ERRORS as error:
+            raise not_through_the_seam(name, error) from error
         layers = list(range(self._model.layout.layers))
         if self._updated != layers or self._computed != layers:
             raise UnsupportedModelError(
@@ -238,43 +248,10 @@ class _Probe(PackedPass):
         if masks_windows and not types and getattr(config, "sliding_window", None) and not any(self._windows):
             raise UnsupportedModelError(f"{name} has a sliding window, but does not pass it to its attention function")
 
-    def head_alone(self) -> bool:
-        """Whether the model's logits are its output head's, so that a prompt can be scored slice by slice.
-
-        Some models scale or cap the head's output. A cap hardly changes small logits, so they are made large.
-        """
-        network = self._model.network
-        try:
-            hook = network.get_output_embeddings().register_forward_hook(_enlarged)
-        except (AttributeError, TypeError):
-            return False
-        try:
-            whole = self._model.forward(self, [0, 1], [0, 1], [1])
-            alone = self._model.head(self._model.hidden(self, [0, 1], [0, 1])[1:])
-        except (AttributeError, TypeError):
-            return False
-        finally:
-            hook.remove()
-        return torch.allclose(whole.float(), alone.float(), rtol=1e-3, atol=1e-3 * _LARGE_LOGIT)
-
-
-_LARGE_LOGIT = 1000.0
-"""Beyond any model's cap of its logits (30 in Gemma 2), within float16."""
-
-
-def _enlarged(module: Any, inputs: Any, output: Tensor) -> Tensor:
-    """A hook that scales each row of a head's logits to a largest one of `_LARGE_LOGIT`."""
-    del module, inputs
-    return output * (_LARGE_LOGIT / output.abs().amax(-1, keepdim=True).clamp(min=1e-3))
-
 
 def _refuse_other_attention(config: Any) -> None:
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - WHOLE_KV_LAYER_TYPES)
-    if others:
-        raise UnsupportedModelError(
-            f"{config.model_type} has layers of type {', '.join(others)}; only full, sliding-window and indexed "
-            "attention has KV of every token in every layer, which is what is stored and moved here"
-        )
+    if (reason := refusal(config)) is not None:
+        raise UnsupportedModelError(f"{config.model_type} {reason}")
 
 
 def _form_of(config: Any) -> tuple[GroupedForm | LatentForm, tuple[KVPart, ...]]:
