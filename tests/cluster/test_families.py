@@ -32,6 +32,7 @@ FAMILIES = (
     "deepseek_v32",
     "glm_moe_dsa",
     "gpt_oss",
+    "mimo_v2_flash",
     "gemma2",
     "gemma3_text",
     "olmo3",

@@ -11,8 +11,8 @@ if TYPE_CHECKING:  # where there is no torch, these tests are skipped, not their
 
     from dualpath.model import LayerwisePrefill, LoadedModel
 
-WINDOWED = ("gpt_oss", "gemma2", "gemma3_text", "olmo3", "exaone4", "cohere2", "mistral")
-"""With sliding windows of 50 tokens; gpt_oss with sinks and gemma2 with capped scores, too."""
+WINDOWED = ("gpt_oss", "mimo_v2_flash", "gemma2", "gemma3_text", "olmo3", "exaone4", "cohere2", "mistral")
+"""With sliding windows of 50 tokens; gpt_oss and mimo_v2_flash with sinks, gemma2 with capped scores, too."""
 SEEDS = {"gemma2": 4}
 """Of a checkpoint's weights, where two tokens of a reference are too close with the usual seed."""
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", *WINDOWED)

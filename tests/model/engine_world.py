@@ -200,7 +200,7 @@ class Buffers(PackedPass):
             sequences.append(PackedSequence(len(new_rows), new, past, extents))
             order = [row for first, count in extents for row in range(first, first + count)]
             new_rows += order[past : past + new]
-        super().__init__(model.form, tuple(sequences), torch.tensor(new_rows))
+        super().__init__(model.forms, tuple(sequences), torch.tensor(new_rows))
         self.buffers = buffers
 
     def layer_rows(self, layer: int) -> torch.Tensor:
@@ -208,7 +208,7 @@ class Buffers(PackedPass):
 
 
 def buffers_of(model: LoadedModel, rows: int) -> list[torch.Tensor]:
-    return [torch.full((rows, model.row_elements[0]), torch.nan) for _ in range(model.layout.layers)]
+    return [torch.full((rows, elements), torch.nan) for elements in model.row_elements]
 
 
 def packed_logits(

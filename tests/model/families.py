@@ -23,7 +23,7 @@ from dualpath.kv.refusals import refusal
 from dualpath.model import LoadedModel, UnsupportedModelError
 from dualpath.model.attention import IMPLEMENTATION, LatentForm
 from dualpath.model.rules import PLAIN, AttentionRules
-from dualpath.model.sparse import SparseLatentForm
+from dualpath.model.sparse import SelectedLatentForm
 
 ATOL = 1e-4
 
@@ -87,9 +87,9 @@ def _attention(model: LoadedModel) -> str:
     packed = _Noting(model, buffers_of(model, 2), [(0, 2, ((0, 2),))])
     packed.noted = []
     model.forward(packed, [0, 1], [0, 1], [])
-    form = model.form
+    form = model.forms[0]
     kinds = ["MLA"] if isinstance(form, LatentForm) else ["MHA" if form.heads == form.kv_heads else "GQA"]
-    if isinstance(form, SparseLatentForm):
+    if isinstance(form, SelectedLatentForm):
         kinds.append("top-k by an indexer")
     windows = [rules.window_tokens is not None for rules in packed.noted]
     if any(windows):

@@ -146,7 +146,7 @@ def test_half_precision_stays_near_full(checkpoint: Callable[[str], Path]) -> No
     """Sinks and masks are merged with outputs of another type than theirs."""
     for architecture in ("gpt_oss", "gemma2"):
         model = LoadedModel.load(checkpoint(architecture), dtype="bfloat16")
-        buffers = [torch.zeros(120, model.row_elements[0], dtype=model.dtype) for _ in range(model.layout.layers)]
+        buffers = [torch.zeros(120, elements, dtype=model.dtype) for elements in model.row_elements]
         logits = model.forward(
             Buffers(model, buffers, [(0, 120, ((0, 120),))]), random_tokens(120, seed=3), list(range(120)), [119]
         )

@@ -31,9 +31,10 @@ def test_only_a_few_layers_are_on_the_device(engines: Engines, prefill_of: Prefi
     engine.run(items, io)
     batch_tokens = sum(len(b.prompt) for b in buffers)
     assert engine.statistics.batch_tokens == batch_tokens
-    layer_bytes = batch_tokens * engines.model.layout.row_bytes[0]
+    layer_bytes = batch_tokens * max(engines.model.layout.row_bytes)
     assert layer_bytes <= engine.statistics.peak_device_kv_bytes <= device_layers * layer_bytes
-    assert len(io.addresses) == device_layers * len(items)
+    if len(set(engines.model.layout.row_bytes)) == 1:
+        assert len(io.addresses) == device_layers * len(items)
     layers = range(engines.model.layout.layers)
     assert io.loaded == io.shipped == [(layer, (0, 1, 2)) for layer in layers]
 

@@ -23,8 +23,13 @@ INDEXED = ("deepseek_v32", "glm_moe_dsa")
 
 def test_a_model_knows_its_layout_and_limits(engines: Engines) -> None:
     model = engines.model
-    parts = {"deepseek_v3": LATENT, "deepseek_v32": SPARSE, "glm_moe_dsa": SPARSE}.get(engines.architecture, GROUPED)
-    assert {kind.parts for kind in model.layout.kinds} == {parts}
+    parts = {
+        "deepseek_v3": {LATENT},
+        "deepseek_v32": {SPARSE},
+        "glm_moe_dsa": {SPARSE, LATENT},
+        "mimo_v2_flash": {(KVPart("k", heads, 16), KVPart("v", heads, 12)) for heads in (2, 4)},
+    }.get(engines.architecture, {GROUPED})
+    assert {kind.parts for kind in model.layout.kinds} == parts
     config = model.network.config
     types = getattr(config, "layer_types", None) or ["full_attention"] * 5
     if engines.architecture == "mistral":
@@ -59,6 +64,9 @@ def test_attention_flops_are_counted_from_the_config(engines: Engines) -> None:
         if engines.architecture in INDEXED:
             weights += 32 * 16 * 16 + 64 * 16 + 64 * 16
             pair += 2 * 16 * 16
+    elif engines.architecture == "mimo_v2_flash":  # values of 12
+        weights = 64 * 64 + 64 * 2 * (16 + 12) + 4 * 12 * 64
+        pair = 2 * 4 * (16 + 12)
     else:
         weights = 64 * 64 + 2 * 64 * 32 + 64 * 64
         pair = 4 * 4 * 16
@@ -101,7 +109,11 @@ def test_windows_that_contradict_the_config_are_refused(
     engines_of: Callable[[str], Engines], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = engines_of("mistral").model.network
-    monkeypatch.setattr(network.config, "layer_types", ["sliding_attention", "full_attention"] * 2, raising=False)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    monkeypatch.setattr(network.config, "layer_types", kinds[:2] * 2, raising=False)
+    with pytest.raises(UnsupportedModelError, match="layer_types for 4 layers, and 5 layers"):
+        LoadedModel(network, ())
+    monkeypatch.setattr(network.config, "layer_types", kinds[:2] + kinds, raising=False)
     with pytest.raises(UnsupportedModelError, match=r"layer 1 is of type full_attention and passes .* window of 50"):
         LoadedModel(network, ())
 
@@ -111,11 +123,6 @@ def test_windows_that_contradict_the_config_are_refused(
     [
         ("gemma3_text", {"use_bidirectional_attention": True, "head_dim": 8}, "bidirectional attention"),
         ("llama4_text", {"intermediate_size_mlp": 32, "num_local_experts": 2}, "layers of type chunked_attention"),
-        (
-            "mimo_v2_flash",
-            {"n_routed_experts": 8, "moe_intermediate_size": 8, "num_key_value_heads": 2},
-            "KV of shapes",
-        ),
         ("phimoe", {"sliding_window": 16, "num_local_experts": 2}, "does not pass it to its attention function"),
         ("mamba", {}, "mamba has layers that keep one state"),
         ("gpt_neox", {"num_key_value_heads": 2}, "its config says"),

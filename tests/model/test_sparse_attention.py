@@ -68,7 +68,7 @@ class Pass(PackedPass):
 
     def __init__(self, model: LoadedModel, buffers: list[torch.Tensor], sequences: list[PackedSequence]) -> None:
         rows = [row for sequence in sequences for row in rows_of(sequence)]
-        super().__init__(model.form, tuple(sequences), torch.tensor(rows))
+        super().__init__(model.forms, tuple(sequences), torch.tensor(rows))
         self.buffers = buffers
         self.at_written: list[torch.Tensor] = []
 
@@ -91,8 +91,7 @@ class Packed:
     def __init__(self, model: LoadedModel, prompts: list[list[int]]) -> None:
         self.model, self.prompts = model, prompts
         generator = torch.Generator().manual_seed(0)
-        shape = (ROOM, model.row_elements[0])
-        self.buffers = [torch.randn(shape, generator=generator) * 9 for _ in range(model.layout.layers)]
+        self.buffers = [torch.randn((ROOM, one), generator=generator) * 9 for one in model.row_elements]
         self.done = [0] * len(prompts)
         self.first_rows = [3 + 7 * i + sum(map(len, prompts[:i])) for i in range(len(prompts))]
         self.logits: list[list[torch.Tensor]] = [[] for _ in prompts]
@@ -226,7 +225,7 @@ def test_a_step_reads_no_latents_but_the_selected(pair: Pair) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Selection, "select", remember)
         world.forward([1])
-    assert len(seen) == 2
+    assert len(seen) == {"deepseek_v32": 2, "glm_moe_dsa": 1}[pair.model.network.config.model_type]
     assert close(world.logits[0][-1][-1], pair.expected(prompt)[-1])
 
 
@@ -259,12 +258,34 @@ def test_an_unwritten_index_would_be_noticed(pair: Pair) -> None:
     assert outputs[0] == pair.generated(prompt, 12) != outputs[1]
 
 
-def test_layers_that_share_an_indexer_are_refused(tmp_path: Path) -> None:
+def test_layers_that_share_an_indexer_attend_to_its_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They keep no index keys, and none is scored for them; 3 layers of which the middle one shares."""
     path = make_checkpoint(
-        tmp_path / "shared", "glm_moe_dsa", num_hidden_layers=3, indexer_types=["full", "shared", "full"]
+        tmp_path / "shared",
+        "glm_moe_dsa",
+        num_hidden_layers=3,
+        indexer_types=["full", "shared", "full"],
+        index_topk=TOP_K,
     )
-    with pytest.raises(UnsupportedModelError, match="glm_moe_dsa: its layers 1 keep other KV of a token"):
-        LoadedModel.load(path)
+    model = LoadedModel.load(path)
+    assert [len(model.layout.kind(layer).parts) for layer in range(3)] == [3, 2, 3]
+    scored: list[int] = []
+    select = Selection.select
+
+    def counted(self: Selection, keys: torch.Tensor, part: PackedSequence) -> torch.Tensor:
+        scored.append(part.new_tokens)
+        return select(self, keys, part)
+
+    monkeypatch.setattr(Selection, "select", counted)
+    prompt = random_tokens(3 * TOP_K, seed=8)
+    buffers = [torch.full((len(prompt), elements), torch.nan) for elements in model.row_elements]
+    packed = Pass(model, buffers, [PackedSequence(0, len(prompt), 0, ((0, len(prompt)),))])
+    logits = model.forward(packed, prompt, list(range(len(prompt))), list(range(len(prompt))))
+    network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        expected = network(input_ids=torch.tensor([prompt])).logits[0]
+    assert torch.allclose(logits, expected, atol=1e-4)
+    assert sum(scored) == 2 * 2 * TOP_K, "queries beyond the first k, in the two layers with an indexer"
 
 
 def test_an_indexer_with_another_formula_is_refused(pair: Pair) -> None:

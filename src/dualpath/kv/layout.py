@@ -56,6 +56,10 @@ def layer_parts(config: Any) -> tuple[tuple[KVPart, ...], ...]:
     layers: int | None = getattr(config, "num_hidden_layers", None)
     if layers is None:
         raise ValueError("its config.json does not say num_hidden_layers")
+    for by_layer in ("layer_types", "indexer_types"):
+        named = getattr(config, by_layer, None)
+        if named is not None and len(named) != layers:
+            raise ValueError(f"its config.json has {by_layer} for {len(named)} layers, and {layers} layers")
     if getattr(config, "kv_lora_rank", None):
         latent = (KVPart("latent", 1, config.kv_lora_rank), KVPart("rope", 1, config.qk_rope_head_dim))
         return tuple((*latent, *_index_part(config, layer)) for layer in range(layers))
@@ -64,7 +68,11 @@ def layer_parts(config: Any) -> tuple[tuple[KVPart, ...], ...]:
         raise ValueError("its config.json does not say num_attention_heads; its attention is not known")
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return ((KVPart("k", kv_heads, head_dim), KVPart("v", kv_heads, head_dim)),) * layers
+    value_dim = getattr(config, "v_head_dim", None) or head_dim
+    types = getattr(config, "layer_types", None) or ("",) * layers
+    doubled = "sliding_attention" if getattr(config, "model_type", None) == "mimo_v2_flash" else None
+    heads_of = [kv_heads * 2 if kind == doubled else kv_heads for kind in types]
+    return tuple((KVPart("k", own, head_dim), KVPart("v", own, value_dim)) for own in heads_of)
 
 
 def _index_part(config: Any, layer: int) -> tuple[KVPart, ...]:

@@ -14,6 +14,7 @@ ordinary keys and values, whichever takes fewer FLOPs for the chunk; decode alwa
 index key as its third part, by which a query selects the rows it attends to; `sparse` has that form.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -53,13 +54,8 @@ class AttentionForm(Protocol):
 
 
 @runtime_checkable
-class IndexedForm(AttentionForm, Protocol):
-    """A form whose layers also keep a key per token by which each query selects what it attends to; see `sparse`."""
-
-    def store_index(self, rows: Tensor, new_rows: Tensor, keys: Tensor) -> Any:
-        """Write the keys ``[1, tokens, dim]`` of `update_indexer` into ``rows[new_rows]``. Returns what the model's
-        indexer continues with, and hands to the attention function as `indices`."""
-        ...
+class SelectingForm(AttentionForm, Protocol):
+    """A form whose layers attend to what an indexer selects for each query; see `sparse`."""
 
     def attend_selected(
         self,
@@ -70,17 +66,26 @@ class IndexedForm(AttentionForm, Protocol):
         scale: float,
         selection: Any,
     ) -> Tensor:
-        """As `attend`, over what `selection` selects, which began as the result of `store_index`."""
+        """As `attend`, over what `selection` selects: a result of `store_index`, in this layer or one before."""
+        ...
+
+
+@runtime_checkable
+class IndexedForm(SelectingForm, Protocol):
+    """One whose layers have an indexer, and keep a key per token for it."""
+
+    def store_index(self, rows: Tensor, new_rows: Tensor, keys: Tensor) -> Any:
+        """Write the keys ``[1, tokens, dim]`` of `update_indexer` into ``rows[new_rows]``. Returns what the model's
+        indexer continues with, and hands to the attention function as `indices`."""
         ...
 
 
 class PackedPass:
     """One packed forward, given to the model as its `past_key_values`. Subclasses say where a layer's rows are."""
 
-    def __init__(self, form: AttentionForm, sequences: tuple[PackedSequence, ...], new_rows: Tensor) -> None:
-        """`new_rows` ``[tokens]`` int64: the buffer row of each new token of the pack."""
-        self.form = form
-        self._indexed = form if isinstance(form, IndexedForm) else None
+    def __init__(self, forms: Sequence[AttentionForm], sequences: tuple[PackedSequence, ...], new_rows: Tensor) -> None:
+        """`forms` are those of the layers; `new_rows` ``[tokens]`` int64: the buffer row of each new token."""
+        self._forms = forms
         self.sequences = sequences
         self._new_rows = new_rows
         self._rows: Tensor | None = None
@@ -97,17 +102,18 @@ class PackedPass:
 
     def update(self, first: Tensor, second: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Transformers calls this before a layer's attention: `[1, heads, tokens, dim]`, k and v or latent and rope."""
-        self._rows = self.layer_rows(layer_idx)
-        passed_on = self.form.store(self._rows, self._new_rows, first, second)
-        if self._indexed is None:
+        self._rows, form = self.layer_rows(layer_idx), self._forms[layer_idx]
+        passed_on = form.store(self._rows, self._new_rows, first, second)
+        if not isinstance(form, IndexedForm):
             self.written(layer_idx)
         return passed_on
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Any:
         """Transformers calls this after `update` in a layer with an indexer: `[1, tokens, dim]`."""
-        if self._indexed is None or self._rows is None:
+        form = self._forms[layer_idx]
+        if not isinstance(form, IndexedForm) or self._rows is None:
             raise UnsupportedModelError(f"layer {layer_idx} has an indexer, which this model's config does not say")
-        stands_for_keys = self._indexed.store_index(self._rows, self._new_rows, keys)
+        stands_for_keys = form.store_index(self._rows, self._new_rows, keys)
         self.written(layer_idx)
         return stands_for_keys
 
@@ -121,12 +127,14 @@ class PackedPass:
             raise UnsupportedModelError(
                 f"layer {module.layer_idx} attends without passing KV to its cache: it shares that of a layer before it"
             )
-        if self._indexed is None:
-            out = self.form.attend(module, query[0], self._rows, self.sequences, scale, rules)
+        form = self._forms[module.layer_idx]
+        out: Tensor
+        if not isinstance(form, SelectingForm):
+            out = form.attend(module, query[0], self._rows, self.sequences, scale, rules)
         elif rules is not PLAIN:
             raise UnsupportedModelError(f"{type(module).__name__} has an indexer and a window, sinks or capped scores")
         else:
-            out = self._indexed.attend_selected(module, query[0], self._rows, self.sequences, scale, selection)
+            out = form.attend_selected(module, query[0], self._rows, self.sequences, scale, selection)
         self._rows = None
         self.attended(module.layer_idx)
         return out[None]

@@ -58,8 +58,17 @@ _TINY_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16},
     "deepseek_v3": _TINY_LATENT | {"num_nextn_predict_layers": 0},
     "deepseek_v32": _TINY_LATENT | _TINY_INDEXER,
-    "glm_moe_dsa": _TINY_LATENT | _TINY_INDEXER,
+    "glm_moe_dsa": _TINY_LATENT | _TINY_INDEXER | {"indexer_types": ["full", "shared"]},
     "gpt_oss": {"head_dim": 16, "sliding_window": 50, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mimo_v2_flash": {
+        "head_dim": 16,
+        "v_head_dim": 12,
+        "sliding_window": 50,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
     "gemma2": {
         "head_dim": 16,
         "query_pre_attn_scalar": 16,
@@ -110,9 +119,9 @@ def make_checkpoint(path: str | Path, architecture: Architecture, seed: int = 0,
     )
     config = AutoConfig.for_model(architecture)
     fields = _TINY | _TINY_BY_ARCHITECTURE[architecture] | sizes
-    if "layer_types" in fields and "layer_types" not in sizes:
-        layers = fields["num_hidden_layers"]
-        fields["layer_types"] = (fields["layer_types"] * layers)[:layers]
+    layers = fields["num_hidden_layers"]
+    for by_layer in {"layer_types", "indexer_types"} & set(fields) - set(sizes):
+        fields[by_layer] = (fields[by_layer] * layers)[:layers]
     unknown = sorted(name for name in fields if not hasattr(config, name))
     if unknown:
         raise ValueError(f"{architecture} has no config field named {', '.join(unknown)}; see its Transformers config")

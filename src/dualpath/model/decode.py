@@ -307,7 +307,7 @@ class _DecodePass(PackedPass):
     def __init__(
         self, model: LoadedModel, pool: list[Tensor], sequences: list[PackedSequence], rows: list[int]
     ) -> None:
-        super().__init__(model.form, tuple(sequences), torch.tensor(rows, device=model.device))
+        super().__init__(model.forms, tuple(sequences), torch.tensor(rows, device=model.device))
         self._pool = pool
 
     def layer_rows(self, layer: int) -> Tensor:

@@ -19,12 +19,13 @@ from dualpath.kv.layout import KVLayout, KVPart, LayerKV, layer_parts
 from dualpath.kv.refusals import refusal
 from dualpath.model.attention import (
     IMPLEMENTATION,
-    GroupedForm,
+    IndexedForm,
     LatentForm,
     PackedPass,
     UnsupportedModelError,
     packed_attention,
 )
+from dualpath.model.forms import forms_of
 from dualpath.model.rules import PLAIN, AttentionRules
 from dualpath.model.seam_checks import (
     FOREIGN_ERRORS,
@@ -34,7 +35,7 @@ from dualpath.model.seam_checks import (
     not_through_the_seam,
 )
 from dualpath.model.spans import PackedSequence
-from dualpath.model.sparse import SparseLatentForm
+from dualpath.model.sparse import SelectedLatentForm
 
 # No mask function is registered under this name, so Transformers builds no mask.
 AttentionInterface.register(IMPLEMENTATION, packed_attention)
@@ -52,15 +53,16 @@ class LoadedModel:
         self.network = network
         self.dtype: torch.dtype = network.dtype
         self.device: torch.device = network.device
-        self.form, parts = _form_of(config)
-        self.layer_mask = torch.zeros(1, 1, 1, 1) if isinstance(self.form, SparseLatentForm) else None
+        parts = _layer_parts(config)
+        self.forms = forms_of(config, parts)
+        self.layer_mask = torch.zeros(1, 1, 1, 1) if any(isinstance(one, IndexedForm) for one in self.forms) else None
         """What layers get as their mask. An indexer demands one; this hides nothing, for our selection is causal."""
         dtype = str(self.dtype).removeprefix("torch.")
-        self.layout = KVLayout.of([LayerKV(parts)] * config.num_hidden_layers, dtype)
+        self.layout = KVLayout.of([LayerKV(kept) for kept in parts], dtype)
         self.vocab_size: int = config.vocab_size
         self.eos_token_ids = eos_token_ids
         windows = _Probe(self).run()
-        self.layout = KVLayout.of([LayerKV(parts, window_tokens) for window_tokens in windows], dtype)
+        self.layout = KVLayout.of([LayerKV(*kept) for kept in zip(parts, windows, strict=True)], dtype)
         self.max_length_tokens = longest_context_tokens(config)
         self.scores_prompts = head_alone(self, _Probe(self))
         """Whether `hidden` and `head` together compute what `forward` does."""
@@ -147,12 +149,14 @@ class LoadedModel:
 
         With an indexer, those of its score as well, as if every token were selected: too many beyond top-k tokens.
         """
-        if isinstance(self.form, LatentForm):
-            pair = 2 * self.form.heads * (self.form.nope_dim + self.form.rope_dim + self.form.value_dim)
-            if isinstance(self.form, SparseLatentForm):
-                pair += 2 * self.form.index_heads * self.form.index_dim
+        form: Any = self.forms[0]
+        if isinstance(form, LatentForm):
+            pair: int = 2 * form.heads * (form.nope_dim + form.rope_dim + form.value_dim)
+            if isinstance(form, SelectedLatentForm):
+                pair += 2 * form.index_heads * form.index_dim
             return pair
-        return 4 * self.form.heads * self.form.head_dim
+        key, value = self.layout.kind(0).parts
+        return int(2 * form.heads * (key.dim + value.dim))
 
 
 def load_network(path: str | Path, dtype: torch.dtype) -> Any:
@@ -168,16 +172,16 @@ class _Probe(CheckedPass):
 
     def __init__(self, model: LoadedModel) -> None:
         sequence = PackedSequence(first_query=0, new_tokens=2, past_tokens=0, extents=((0, 2),))
-        super().__init__(model.form, (sequence,), torch.arange(2, device=model.device))
+        super().__init__(model.forms, (sequence,), torch.arange(2, device=model.device))
         self._model = model
-        self._buffer = torch.zeros(2, model.row_elements[0], dtype=model.dtype, device=model.device)
+        self._buffers = [torch.zeros(2, row, dtype=model.dtype, device=model.device) for row in model.row_elements]
         self._updated: list[int] = []
         self._indexed_layers: list[int] = []
         self._computed: list[int] = []
         self._windows: list[int | None] = []
 
-    def layer_rows(self, layer: int) -> Tensor:  # noqa: ARG002  one buffer serves all layers
-        return self._buffer
+    def layer_rows(self, layer: int) -> Tensor:
+        return self._buffers[layer]
 
     def _parts(self, layer: int) -> tuple[KVPart, ...]:
         return self._model.layout.kind(layer).parts
@@ -226,9 +230,10 @@ class _Probe(CheckedPass):
                 f"{name} updated KV in layers {self._updated} and attended in {self._computed}; every one of its "
                 f"{len(layers)} layers must do both, in order"
             )
-        if len(self._parts(0)) > 2 and self._indexed_layers != layers:
+        indexed = [layer for layer in layers if len(self._parts(layer)) > 2]
+        if self._indexed_layers != indexed:
             raise UnsupportedModelError(
-                f"{name} keeps index keys in layers {self._indexed_layers}, not in all {layers}"
+                f"{name} keeps index keys in layers {self._indexed_layers}, but its config says in {indexed}"
             )
         self._check_windows()
         return self._windows
@@ -254,30 +259,11 @@ def _refuse_other_attention(config: Any) -> None:
         raise UnsupportedModelError(f"{config.model_type} {reason}")
 
 
-def _form_of(config: Any) -> tuple[GroupedForm | LatentForm, tuple[KVPart, ...]]:
+def _layer_parts(config: Any) -> tuple[tuple[KVPart, ...], ...]:
     try:
-        kinds = layer_parts(config)
+        return layer_parts(config)
     except ValueError as error:
         raise UnsupportedModelError(f"{config.model_type}: {error}") from error
-    parts = kinds[0]
-    others = [layer for layer, kind in enumerate(kinds) if kind != parts]
-    if others:
-        raise UnsupportedModelError(
-            f"{config.model_type}: its layers {', '.join(map(str, others))} keep other KV of a token than layer 0, "
-            "which is not supported"
-        )
-    if getattr(config, "kv_lora_rank", None):
-        latent = LatentForm(
-            config.num_attention_heads,
-            config.kv_lora_rank,
-            config.qk_rope_head_dim,
-            config.qk_nope_head_dim,
-            config.v_head_dim,
-        )
-        if len(parts) == 3:
-            return SparseLatentForm(latent, config.index_n_heads, config.index_head_dim), parts
-        return latent, parts
-    return GroupedForm(config.num_attention_heads, parts[0].heads, parts[0].dim), parts
 
 
 def _eos_token_ids(path: str | Path, config: Any) -> tuple[int, ...]:

@@ -230,7 +230,7 @@ class _PrefillPass(PackedPass):
     """Ties the forward's layers to the run's progress."""
 
     def __init__(self, model: LoadedModel, batch: PrefillBatch, device: DeviceLayers, progress: LayerProgress) -> None:
-        super().__init__(model.form, batch.sequences, torch.tensor(batch.new_rows, device=model.device))
+        super().__init__(model.forms, batch.sequences, torch.tensor(batch.new_rows, device=model.device))
         self._batch, self._device, self._progress = batch, device, progress
 
     def layer_rows(self, layer: int) -> Tensor:

@@ -47,14 +47,14 @@ def _fit(flops: np.ndarray[Any, Any], times_ns: np.ndarray[Any, Any]) -> tuple[f
 
 
 class _OneLayer(PackedPass):
-    """A chunk of one sequence, alone with one layer's buffer."""
+    """A chunk of one sequence, alone with the buffer of `layer`."""
 
-    def __init__(self, model: LoadedModel, cached: int, new: int) -> None:
+    def __init__(self, model: LoadedModel, layer: int, cached: int, new: int) -> None:
         sequence = PackedSequence(first_query=0, new_tokens=new, past_tokens=cached, extents=((0, cached + new),))
-        super().__init__(model.form, (sequence,), torch.arange(cached, cached + new, device=model.device))
-        self._buffer = torch.randn(cached + new, model.row_elements[0], device=model.device).to(model.dtype)
+        super().__init__(model.forms, (sequence,), torch.arange(cached, cached + new, device=model.device))
+        self._buffer = torch.randn(cached + new, model.row_elements[layer], device=model.device).to(model.dtype)
 
-    def layer_rows(self, layer: int) -> torch.Tensor:  # noqa: ARG002  there is only one
+    def layer_rows(self, layer: int) -> torch.Tensor:  # noqa: ARG002  the only one that runs
         return self._buffer
 
 
@@ -69,10 +69,11 @@ def _measure_ns(model: LoadedModel, cached: int, new: int, deadline_ns: int) -> 
     positions = torch.arange(cached, cached + new, device=model.device)[None]
     types = getattr(model.network.config, "layer_types", None) or ("full_attention",)
     kind = "full_attention" if "full_attention" in types else types[0]
-    attention = decoder.layers[types.index(kind)].self_attn
+    layer = types.index(kind)
+    attention = decoder.layers[layer].self_attn
     by_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
     embeddings = decoder.rotary_emb(hidden, positions, *([kind] if by_kind else []))
-    packed = _OneLayer(model, cached, new)
+    packed = _OneLayer(model, layer, cached, new)
     shortest_ns = float("inf")
     for attempt in range(6):
         _synchronize(model)

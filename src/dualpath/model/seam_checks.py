@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualpath.model.attention import PackedPass, UnsupportedModelError
+from dualpath.model.attention import PackedPass, SelectingForm, UnsupportedModelError
 from dualpath.model.rules import PLAIN, AttentionRules
 
 _NEAR, _NEAR_IN_HALF = 0.03, 0.3
@@ -39,7 +39,7 @@ class CheckedPass(PackedPass):
         return first, second  # whole, so that a model with latents expands all of them
 
     def passed(self, module: Any, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> None:
-        if attention_mask is not None and self._indexed is None:
+        if attention_mask is not None and not isinstance(self._forms[module.layer_idx], SelectingForm):
             raise UnsupportedModelError(
                 f"{type(module).__name__} makes a mask of its own, besides the causal one; it would be ignored here"
             )

@@ -43,6 +43,8 @@ class Selection:
         self._factors: list[Tensor] = []
         self._scale = 1.0
         self.top_k = 0
+        self.chosen: list[Tensor] = []
+        """What was selected, piece after piece, where layers behind this one share it."""
         self.shape = (1, 1, sys.maxsize)
         """The model bounds its top-k by the number of keys; here each sequence has its own."""
 
@@ -126,20 +128,13 @@ class Selection:
         return _buffer_rows(scores.topk(self.top_k, sorted=False).indices, part.extents)
 
 
-class SparseLatentForm(LatentForm):
-    """Rows are latent‖rope‖index; see the module docstring."""
+class SelectedLatentForm(LatentForm):
+    """Rows are latent‖rope, and the selection is that of a layer before, whose rows lie as this layer's do."""
 
     def __init__(self, latent: LatentForm, index_heads: int, index_dim: int) -> None:
         super().__init__(latent.heads, latent.rank, latent.rope_dim, latent.nope_dim, latent.value_dim)
         self.index_heads, self.index_dim = index_heads, index_dim
         self._width = latent.rank + latent.rope_dim
-
-    def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        return super().store(rows[:, : self._width], new_rows, first, second)
-
-    def store_index(self, rows: Tensor, new_rows: Tensor, keys: Tensor) -> Selection:
-        rows[:, self._width :].index_copy_(0, new_rows, keys[0])
-        return Selection()
 
     def attend_selected(
         self,
@@ -150,15 +145,22 @@ class SparseLatentForm(LatentForm):
         scale: float,
         selection: Any,
     ) -> Tensor:
-        latents, keys = rows[:, : self._width], rows[:, self._width :]
+        latents = rows[:, : self._width]
         dense, sparse = _by_length(sequences, selection.top_k)
         out = self.attend(module, query, latents, dense, scale)
-        for piece in _pieces(sparse, self._piece_queries(sparse, selection.top_k, rows.element_size())):
+        pieces = _pieces(sparse, self._piece_queries(sparse, selection.top_k, rows.element_size()))
+        for number, piece in enumerate(pieces):
             places = torch.cat([torch.arange(p.first_query, p.first_query + p.new_tokens) for p in piece])
             places = places.to(rows.device)
-            chosen = torch.cat([selection.select(keys, part) for part in piece])
+            chosen = self._chosen(rows, selection, number, piece)
             out[places] = self._over_chosen(module, query[:, places], latents, chosen, scale)
         return out
+
+    def _chosen(self, rows: Tensor, selection: Any, number: int, piece: list[PackedSequence]) -> Tensor:
+        """Returns the buffer rows ``[queries, top_k]`` of a piece's queries."""
+        del rows, piece
+        chosen: Tensor = selection.chosen[number]
+        return chosen
 
     def _piece_queries(self, sequences: tuple[PackedSequence, ...], top_k: int, itemsize_bytes: int) -> int:
         """Returns how many queries' gathered rows, attention scores and index scores fit in the scratch memory."""
@@ -175,6 +177,30 @@ class SparseLatentForm(LatentForm):
         scores = torch.bmm(latent_query, gathered.transpose(1, 2)).float().mul_(scale)
         latent_out = torch.bmm(scores.softmax(-1).to(gathered.dtype), gathered[..., : self.rank])
         return torch.bmm(latent_out.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
+
+
+class SparseLatentForm(SelectedLatentForm):
+    """Rows are latent‖rope‖index; see the module docstring."""
+
+    def __init__(self, latent: LatentForm, index_heads: int, index_dim: int, *, shared: bool) -> None:
+        """`shared`: layers behind it may use its selection."""
+        super().__init__(latent, index_heads, index_dim)
+        self._shared = shared
+
+    def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return super().store(rows[:, : self._width], new_rows, first, second)
+
+    def store_index(self, rows: Tensor, new_rows: Tensor, keys: Tensor) -> Selection:
+        rows[:, self._width :].index_copy_(0, new_rows, keys[0])
+        return Selection()
+
+    def _chosen(self, rows: Tensor, selection: Any, number: int, piece: list[PackedSequence]) -> Tensor:
+        del number
+        keys = rows[:, self._width :]
+        chosen = torch.cat([selection.select(keys, part) for part in piece])
+        if self._shared:
+            selection.chosen.append(chosen.int())
+        return chosen
 
 
 def _by_length(

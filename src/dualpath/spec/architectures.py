@@ -10,6 +10,7 @@ Architecture = Literal[
     "deepseek_v32",
     "glm_moe_dsa",
     "gpt_oss",
+    "mimo_v2_flash",
     "gemma2",
     "gemma3_text",
     "olmo3",

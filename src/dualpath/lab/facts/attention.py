@@ -71,6 +71,8 @@ class AttentionLayers(msgspec.Struct, frozen=True, kw_only=True):
     kv: KVFormat
     window_tokens: int | None = None
     indexer: Indexer | None = None
+    own_indexer: bool = True
+    """False for layers that take the selection of a layer before: they keep no index keys and score none."""
 
     @property
     def flops_per_pair(self) -> int:
@@ -79,7 +81,7 @@ class AttentionLayers(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def index_flops_per_pair(self) -> int:
-        return self.layers * self.indexer.flops_per_pair if self.indexer else 0
+        return self.layers * self.indexer.flops_per_pair if self.indexer and self.own_indexer else 0
 
     @property
     def limit_tokens(self) -> int | None:
@@ -96,12 +98,12 @@ class AttentionLayers(msgspec.Struct, frozen=True, kw_only=True):
     def read_bytes(self, context_tokens: float, dtype: str) -> float:
         """KV bytes that a decode step of one sequence reads from device memory, all the layers."""
         seen = context_tokens if self.limit_tokens is None else min(context_tokens, self.limit_tokens)
-        index = self.indexer.key.token_bytes(dtype) * context_tokens if self.indexer else 0
+        index = self.indexer.key.token_bytes(dtype) * context_tokens if self.indexer and self.own_indexer else 0
         return self.layers * (seen * self.kv.token_bytes(dtype) + index)
 
     def token_bytes(self, dtype: str, index_keys: bool = True) -> int:
         """Returns the bytes of a token's KV in all the layers."""
-        key = self.indexer.key.token_bytes(dtype) if self.indexer and index_keys else 0
+        key = self.indexer.key.token_bytes(dtype) if self.indexer and self.own_indexer and index_keys else 0
         return self.layers * (self.kv.token_bytes(dtype) + key)
 
 

@@ -116,19 +116,22 @@ class _Reader:
 
     def _attention(self) -> tuple[AttentionLayers, ...]:
         sliding = self._sliding_layers()
-        run = self._mla_layer() if self._is_mla else self._gqa_layer()
-        runs = []
-        if self._layers > sliding:
-            runs.append(msgspec.structs.replace(run, layers=self._layers - sliding))
+        run = self._mla_layer() if self._is_mla else self._gqa_layer(self._kv_heads())
+        sharing = self._sharing_layers()
+        runs = [
+            msgspec.structs.replace(run, layers=self._layers - sliding - sharing),
+            msgspec.structs.replace(run, layers=sharing, own_indexer=False),
+        ]
         if sliding:
             window = self._need("sliding_window")
-            runs.append(msgspec.structs.replace(run, layers=sliding, window_tokens=window))
-        return tuple(runs)
+            other = run if self._is_mla else self._gqa_layer(self._kv_heads(sliding=True))
+            runs.append(msgspec.structs.replace(other, layers=sliding, window_tokens=window))
+        return tuple(run for run in runs if run.layers)
 
-    def _gqa_layer(self) -> AttentionLayers:
-        head_dim = self._head_dim()
-        kv = KVFormat(elements=2 * self._kv_heads() * head_dim)
-        return AttentionLayers(layers=1, heads=self._heads, score_dim=head_dim, value_dim=head_dim, kv=kv)
+    def _gqa_layer(self, kv_heads: int) -> AttentionLayers:
+        key, value = self._head_dim(), self._value_dim()
+        kv = KVFormat(elements=kv_heads * (key + value))
+        return AttentionLayers(layers=1, heads=self._heads, score_dim=key, value_dim=value, kv=kv)
 
     def _mla_layer(self) -> AttentionLayers:
         latent, rope = self._need("kv_lora_rank"), self._need("qk_rope_head_dim")
@@ -147,6 +150,10 @@ class _Reader:
         return Indexer(
             heads=self._need("index_n_heads"), dim=self._need("index_head_dim"), top_k_tokens=self._need("index_topk")
         )
+
+    def _sharing_layers(self) -> int:
+        """Layers that take the selection of a layer before, and so keep no index keys."""
+        return sum(kind != "full" for kind in self._content.get("indexer_types") or ())
 
     def _sliding_layers(self) -> int:
         types = self._content.get("layer_types")
@@ -167,11 +174,13 @@ class _Reader:
             return max(0, self._layers - self._need("max_window_layers"))
         return self._layers
 
-    def _attention_parameters(self) -> int:
+    def _attention_parameters(self) -> float:
+        """Of the mean layer."""
         hidden, heads = self._hidden, self._heads
         if not self._is_mla:
-            head_dim = self._head_dim()
-            return 2 * hidden * heads * head_dim + 2 * hidden * self._kv_heads() * head_dim
+            widths, sliding = self._head_dim() + self._value_dim(), self._sliding_layers()
+            kv_heads = self._kv_heads() * (self._layers - sliding) + self._kv_heads(sliding=True) * sliding
+            return hidden * widths * heads + hidden * widths * kv_heads / self._layers
         latent, rope = self._need("kv_lora_rank"), self._need("qk_rope_head_dim")
         nope, value = self._need("qk_nope_head_dim"), self._need("v_head_dim")
         q_lora = self._content.get("q_lora_rank")
@@ -179,9 +188,10 @@ class _Reader:
         q = (hidden * q_lora if q_lora else 0) + query_input * heads * (nope + rope)
         kv = hidden * (latent + rope) + latent * heads * (nope + value)
         indexer = self._indexer()
-        index = 0
+        index = 0.0
         if indexer is not None:
             index = query_input * indexer.heads * indexer.dim + hidden * (indexer.dim + indexer.heads)
+            index *= 1 - self._sharing_layers() / self._layers
         return q + kv + heads * value * hidden + index
 
     def _head_dim(self) -> int:
@@ -191,8 +201,14 @@ class _Reader:
             raise self._error("head_dim", f"is missing and {self._hidden} does not divide by {self._heads} heads")
         return self._hidden // self._heads
 
-    def _kv_heads(self) -> int:
-        return self._heads if self._content.get("num_key_value_heads") is None else self._need("num_key_value_heads")
+    def _value_dim(self) -> int:
+        """Elements of a value's head, where it is not MLA's."""
+        return self._head_dim() if self._content.get("v_head_dim") is None else self._need("v_head_dim")
+
+    def _kv_heads(self, *, sliding: bool = False) -> int:
+        doubled = sliding and self._content.get("model_type") == "mimo_v2_flash"
+        heads = self._heads if self._content.get("num_key_value_heads") is None else self._need("num_key_value_heads")
+        return 2 * heads if doubled else heads
 
     # ── experts ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
