@@ -44,8 +44,17 @@ SIZES: dict[str, Any] = {
 }
 WINDOWS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 LATE_WINDOWS = {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": WINDOW}
-FIELDS: dict[str, dict[str, Any]] = {
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+DECODER = {"decoder_layers": 4, "decoder_attention_heads": 4, "encoder_attention_heads": 4}
+DECODERS = "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart whisper".split()  # noqa: SIM905
+FIELDS: dict[str, dict[str, Any]] = dict.fromkeys(DECODERS, DECODER) | {
     "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": WINDOWS | {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "dbrx": {
+        "d_model": 64,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "max_window_layers": 2},
     "gemma3n_text": WINDOWS
     | {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 64, "intermediate_size": [96] * 4},
@@ -57,11 +66,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mellum": WINDOWS,
     "minimax_m3_vl_text": {"num_hidden_layers": 4, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "phimoe": {"sliding_window": WINDOW},
-    "plbart": {"decoder_attention_heads": 4, "encoder_attention_heads": 4},
     "qwen2": LATE_WINDOWS,
     "qwen3": LATE_WINDOWS,
     "qwen3_moe": LATE_WINDOWS,
-    "whisper": {"decoder_attention_heads": 4, "encoder_attention_heads": 4},
     "xmod": {"default_language": "en_XX"},
 }
 """What a family needs besides, or may have although its config class leaves it out (windows of Qwen, Phi-3.5-MoE)."""
