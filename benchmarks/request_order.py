@@ -53,6 +53,10 @@ class Facts(NamedTuple):
     """By agent and turn: what it has before it, this turn included, alone on the cluster."""
     guess: list[float]
     """By agent: a factor that an estimate of it is off by."""
+    generated: list[int]
+    read: list[int]
+    busy_ns: list[int]
+    """By agent: what it has been served in earlier turns."""
 
 
 def _pace(turn: LiveTurn, facts: Facts) -> float:
@@ -64,6 +68,11 @@ RANKS: dict[str, Order] = {
     "arrival": lambda turn, facts: 0,
     # What a server can know by itself.
     "fewest-turns": lambda turn, facts: turn.agent.taken,
+    "turns-by-4": lambda turn, facts: turn.agent.taken // 4,
+    "least-generated": lambda turn, facts: facts.generated[turn.agent.number],
+    "least-read": lambda turn, facts: facts.read[turn.agent.number],
+    "least-busy": lambda turn, facts: facts.busy_ns[turn.agent.number],
+    "turns+context": lambda turn, facts: turn.agent.taken * turn.prompt_tokens,
     "most-turns": lambda turn, facts: -turn.agent.taken,
     "short-context": lambda turn, facts: turn.prompt_tokens,
     "long-context": lambda turn, facts: -turn.prompt_tokens,
@@ -302,12 +311,14 @@ def run(case: Case, order: str, lines: tuple[str, ...], left_ns: list[list[int]]
     guess = np.exp(np.random.default_rng([seed, 2]).normal(0, sigma, len(case.agents))).tolist()
     ranks: dict[RequestId, tuple[float, int]] = {}
     order_of = RANKS.get(order)
+    count = len(case.agents)
+    generated, read, busy_ns = [0] * count, [0] * count, [0] * count
 
     def rank(request: RequestId) -> tuple[float, int]:
         known = ranks.get(request)
         if known is None:
             turn = simulator.lives[request]
-            value = order_of(turn, Facts(simulator.events.now, left_ns, guess))  # type: ignore[misc]
+            value = order_of(turn, Facts(simulator.events.now, left_ns, guess, generated, read, busy_ns))  # type: ignore[misc]
             known = ranks[request] = (value, request)
         return known
 
@@ -317,7 +328,11 @@ def run(case: Case, order: str, lines: tuple[str, ...], left_ns: list[list[int]]
     waits: list[float] = []
 
     def note(turn: LiveTurn) -> None:
-        ended[turn.agent.number] = simulator.events.now - turn.agent.start_ns
+        agent = turn.agent.number
+        ended[agent] = simulator.events.now - turn.agent.start_ns
+        generated[agent] += turn.generate_tokens
+        read[agent] += turn.hit_tokens
+        busy_ns[agent] += simulator.events.now - turn.submitted_ns
         waits.append((turn.first_token_ns - turn.submitted_ns) / 1e9)
 
     simulator.on_turn = note
