@@ -1,16 +1,14 @@
 """Finds out in the simulator what another order than that of arrival does to a rollout. Nothing of core's is changed.
 
-Every line in which requests wait (for a PE and a DE, for buffer, for a storage NIC, for prefill) is served by *rank*,
-smallest first, equal ones by arrival. A storage NIC takes up a better read at once and goes on with the other one later,
-as an engine could between two blocks. `RANKS` are the orders; docs/design/request-order.md says what came of them.
+Every line in which a request waits (`LINES`) is served by *rank*: the smallest first, equal ones by arrival. A storage
+NIC takes one leg at a time. docs/design/request-order.md has what came of it.
 
-Run: ``python benchmarks/request_order.py [CASE ...] [--orders LIST] [--lines LIST] [--seeds N] [--traces DIR]``.
+Run: ``python benchmarks/request_order.py --traces DIR [CASE ...]``; ``--help`` has the rest. DIR has recorded agents in
+folders ``weka`` and ``miniswe``. A case is ``TRACE:TOPOLOGY:AGENTS[:KEY=VALUE ...]``. Without an ``x`` in the topology,
+engines are those of a small machine. Without cases, all of `CASES` are run.
 """
 
 import argparse
-import functools
-import json
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from heapq import heappop, heappush
@@ -24,7 +22,8 @@ from dualpath.core.batching import AttentionCost, PrefillQueue
 from dualpath.core.ledger import Key, Ledger
 from dualpath.core.policy import Policy
 from dualpath.core.request import Request
-from dualpath.core.vocabulary import BLOCK_TOKENS, EngineFacts, EngineId, NodeId, RequestId, Role, Side
+from dualpath.core.vocabulary import EngineId, NodeId, RequestId, Side
+from dualpath.core.waiting import WaitingRoom
 from dualpath.lab.facts.cluster_files import load_cluster
 from dualpath.lab.sim.calibration import calibration_for
 from dualpath.lab.sim.costs import StepCosts
@@ -40,108 +39,118 @@ from dualpath.traces.limits import TraceLimits
 from dualpath.traces.sources import load_source
 from dualpath.traces.turn_table import Agents, TurnTable
 
+CASES = (
+    "both:1P1D:13:turns=8:snic=40e6",
+    "both:1P1D:13:turns=8:snic=20e6",
+    "both:1P2D:24:turns=8:snic=10e6",
+    "weka:1P1D:24:snic=10e6",
+    "miniswe:2P2D:24:snic=10e6",
+    "weka:1P1Dx8:200:snic=0.05",
+    "weka:2P2Dx8:200:snic=0.02",
+    "weka:2P2Dx8:400",
+    "weka:1P1Dx8:100:snic=0.1:context=150000:buffer=4",
+    "weka:1P2Dx8:200:snic=0.05:turns=12:context=150000:buffer=4",
+    "miniswe:2P2Dx8:200:snic=0.01",
+    "64K:1P1Dx8:60:snic=0.1",
+    "32K:1P2Dx8:100:snic=0.1",
+)
+"""``snic``: bytes a second on the small machine, else a factor on the preset's; ``context``: where a recording ends;
+``turns``: at most so many; ``buffer``: a factor on the preset's; ``aps``: agents a second, which else start at once."""
 LINES = ("place", "buffer", "read", "prefill")
-Order = Callable[[LiveTurn, "Facts"], float]
+"""For a PE and a DE; for buffer; for a storage NIC; for prefill."""
+SMALL = StepCosts(
+    layers=8, kv_bytes_per_token=16_384, prefill_fixed_ns=11.6e6, prefill_chunk_ns=2.8e6, decode_fixed_ns=10.1e6,
+    decode_request_ns=0.95e6, decode_context_token_ns=3.3e3, request_ns=9.9e6, ffn_ns_per_token=0.0,
+    prefill_floor_ns=0.0, copy_ns_per_block=0.0, loop_steps=0.0,
+    attention=AttentionCost(fixed_ns=0.0, ns_per_flop=1.0, flops_per_token=214e3, flops_per_pair=323.0),
+)  # fmt: skip
+"""The demo's model on a CPU thread, as `dualpath profile` measured it."""
+SMALL_CORES = 2.0
+
+
+class Asked(NamedTuple):
+    """A turn as an order sees it, when it is handed in."""
+
+    prompt_tokens: int
+    turns: int
+    """Turns that its agent has been served, and what these read and generated, in tokens."""
+    read_tokens: int
+    generated_tokens: int
+    age_ns: int
+    """Since the agent's first turn."""
+    turns_left: int
+    """What the agent has left, this turn included, only its client can know."""
+    left_ns: int
+    """If it had the cluster to itself."""
+    misjudged: float
+    """How far off an estimate of that is: a factor, the same for all turns of an agent, log-normal."""
+
+
+ORDERS: dict[str, Callable[[Asked], float]] = {
+    "arrival": lambda _: 0,
+    "fewest-turns": lambda asked: asked.turns,
+    "most-turns": lambda asked: -asked.turns,
+    "least-read": lambda asked: asked.read_tokens,
+    "least-generated": lambda asked: asked.generated_tokens,
+    "short-context": lambda asked: asked.prompt_tokens,
+    "long-context": lambda asked: -asked.prompt_tokens,
+    "slowest-pace": lambda asked: -asked.age_ns / max(1, asked.turns),
+    "longest-left": lambda asked: -asked.left_ns,
+    "estimated-left": lambda asked: -asked.left_ns * asked.misjudged,
+    "most-turns-left": lambda asked: -asked.turns_left,
+    "shortest-left": lambda asked: asked.left_ns,
+}
 Rank = Callable[[RequestId], tuple[float, int]]
 
 
-class Facts(NamedTuple):
-    """What an order may look at besides the turn."""
-
-    now: int
-    left_ns: list[list[int]]
-    """By agent and turn: what it has before it, this turn included, alone on the cluster."""
-    guess: list[float]
-    """By agent: a factor that an estimate of it is off by."""
-    generated: list[int]
-    read: list[int]
-    busy_ns: list[int]
-    """By agent: what it has been served in earlier turns."""
-
-
-def _pace(turn: LiveTurn, facts: Facts) -> float:
-    """Slowest agent first: its time so far over its turns so far."""
-    return -(facts.now - turn.agent.start_ns) / max(1, turn.agent.taken)
-
-
-RANKS: dict[str, Order] = {
-    "arrival": lambda turn, facts: 0,
-    # What a server can know by itself.
-    "fewest-turns": lambda turn, facts: turn.agent.taken,
-    "turns-by-4": lambda turn, facts: turn.agent.taken // 4,
-    "least-generated": lambda turn, facts: facts.generated[turn.agent.number],
-    "least-read": lambda turn, facts: facts.read[turn.agent.number],
-    "least-busy": lambda turn, facts: facts.busy_ns[turn.agent.number],
-    "turns+context": lambda turn, facts: turn.agent.taken * turn.prompt_tokens,
-    "most-turns": lambda turn, facts: -turn.agent.taken,
-    "short-context": lambda turn, facts: turn.prompt_tokens,
-    "long-context": lambda turn, facts: -turn.prompt_tokens,
-    "short-read": lambda turn, facts: turn.hit_tokens,
-    "slowest-pace": _pace,
-    "oldest-agent": lambda turn, facts: turn.agent.start_ns,
-    # What only the client can know, right or about right.
-    "longest-left": lambda turn, facts: -facts.left_ns[turn.agent.number][turn.agent.taken],
-    "shortest-left": lambda turn, facts: facts.left_ns[turn.agent.number][turn.agent.taken],
-    "guess-left": lambda turn, facts: -facts.left_ns[turn.agent.number][turn.agent.taken]
-    * facts.guess[turn.agent.number],
-}
-
-
 class OrderedStorage(Storage):
-    """Storage NICs that serve the best rank first."""
+    """Storage NICs that take the best rank first, and the oldest leg every `oldest` times (0: never)."""
 
-    def __init__(self, plain: Storage, rank: Rank) -> None:
+    def __init__(self, plain: Storage, rank: Rank, oldest: int) -> None:
         vars(self).update(vars(plain))
-        self._rank = rank
-        self._waiting: list[list[tuple[tuple[float, int], int, list[float], tuple[LiveTurn, Side, int]]]] = [
-            [] for _ in self._free_ns
-        ]
-        self._serving = [0] * len(self._free_ns)
-        """Number of the present service; an event of an earlier one comes in vain."""
-        self._since_ns = [0] * len(self._free_ns)
-        self._number = 0
+        self._rank, self._oldest = rank, oldest
+        self._lines: list[list[tuple[tuple[float, int], int, tuple[int, LiveTurn, Side]]]] = [[] for _ in self._free_ns]
+        self._taken = [0] * len(self._free_ns)
+        self._busy: list[bool] = [False] * len(self._free_ns)
+        self._legs = 0
 
     def read(self, node: NodeId, n_bytes: int, turn: LiveTurn, side: Side) -> None:
-        spent_ns = n_bytes * self._ns_per_byte[node]
-        self.busy_ns[node] += spent_ns
-        self.read_bytes[node] += n_bytes
-        waiting = self._waiting[node]
-        if waiting:
-            waiting[0][2][0] -= self._events.now - self._since_ns[node]
-        self._number += 1
-        heappush(waiting, (self._rank(turn.request), self._number, [spent_ns], (turn, side, turn.attempt)))
-        self._serve(node)
+        self._legs += 1
+        heappush(self._lines[node], (self._rank(turn.request), self._legs, (n_bytes, turn, side)))
+        if not self._busy[node]:
+            self._take(node)
 
-    def _serve(self, node: NodeId) -> None:
-        self._serving[node] += 1
-        self._since_ns[node] = now = self._events.now
-        if self._waiting[node]:
-            left_ns = max(0, int(self._waiting[node][0][2][0]))
-            self._events.at(now + left_ns, self._served, (node, self._serving[node]))
-
-    def _served(self, service: tuple[NodeId, int]) -> None:
-        node, number = service
-        if number == self._serving[node]:
-            leg = heappop(self._waiting[node])[3]
-            self._events.at(self._events.now + self._latency_ns, self._on_loaded, leg)
-            self._serve(node)
+    def _take(self, node: NodeId) -> None:
+        line = self._lines[node]
+        self._busy[node] = bool(line)
+        if not line:
+            return
+        self._taken[node] += 1
+        if self._oldest and self._taken[node] % self._oldest == 0:
+            first = min(line, key=lambda waiting: waiting[1])
+            line.remove(first)
+            line.sort()
+        else:
+            first = heappop(line)
+        super().read(node, *first[2])
+        self._events.at(int(self._free_ns[node]), self._take, node)
 
 
-def put_in_order(simulator: Simulator, rank: Rank, lines: tuple[str, ...]) -> None:
+def put_in_order(simulator: Simulator, rank: Rank, lines: tuple[str, ...], oldest: int) -> None:
     """Makes these lines of a simulator that has not begun serve by rank."""
     life = simulator.scheduler.life  # type: ignore[union-attr]
     if "place" in lines:
         _order_placement(life.waiting, rank)
     if "buffer" in lines:
         _order_buffers(life.ledger, rank)
-    if "read" in lines and not simulator.policy.free_io:
-        simulator.storage = OrderedStorage(simulator.storage, rank)
-    if "prefill" in lines:
-        for engine in simulator.prefill.engines.values():
+    if "read" in lines:
+        simulator.storage = OrderedStorage(simulator.storage, rank, oldest)
+    for engine in simulator.prefill.engines.values():
+        if "prefill" in lines:
             _order_prefill(engine.queue, rank)
 
 
-def _order_placement(room: Any, rank: Rank) -> None:
+def _order_placement(room: WaitingRoom, rank: Rank) -> None:
     join = room.join
 
     def join_in_order(request: Request) -> None:
@@ -152,7 +161,7 @@ def _order_placement(room: Any, rank: Rank) -> None:
             room.requests = {one: room.requests[one] for one in order}
             room.start_over()
 
-    room.join = join_in_order
+    room.join = join_in_order  # type: ignore[method-assign]
 
 
 def _order_buffers(ledger: Ledger, rank: Rank) -> None:
@@ -178,213 +187,163 @@ def _order_prefill(queue: PrefillQueue, rank: Rank) -> None:
     queue.push = push_in_order  # type: ignore[method-assign]
 
 
-# ── cases ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class Case(NamedTuple):
-    """A cluster, its agents, and how they start."""
-
     machine: Machine
     agents: Agents
     starts_ns: list[int]
-    """Empty: all at once."""
 
 
-SMALL = {
-    "token": 214e3, "pair": 323.0, "fixed": 11.6e6, "chunk": 2.8e6,
-    "step": 10.1e6, "step_request": 0.95e6, "step_context_token": 3.3e3, "request": 9.9e6,
-}  # fmt: skip
-LINKS_BYTES_PER_S = 320e6
-"""A compute NIC of the small cluster, as `dualpath experiment` has it."""
-
-
-def small_machine(topology: Topology, snic_bytes_per_s: float) -> Machine:
-    """The demo's model on CPUs, as `dualpath profile` measured it on two shared cores."""
-    kv_bytes, prefill = 16_384, topology.prefill_engines
-    node_of = [node for node, engines in enumerate(topology.sizes) for _ in range(engines)]
-    blocks = (2 << 30) // (kv_bytes * BLOCK_TOKENS)
-    return Machine(
-        name="small",
-        engines=tuple(
-            EngineFacts(
-                engine=number,
-                role=Role.PREFILL if number < prefill else Role.DECODE,
-                node=node,
-                group=int(number >= prefill),
-                buffer_blocks=blocks,
-                hbm_blocks=0 if number < prefill else blocks,
-            )
-            for number, node in enumerate(node_of)
-        ),
-        costs=StepCosts(
-            layers=8,
-            kv_bytes_per_token=kv_bytes,
-            attention=AttentionCost(fixed_ns=0.0, ns_per_flop=1.0, flops_per_token=SMALL["token"], flops_per_pair=SMALL["pair"]),
-            ffn_ns_per_token=0.0,
-            prefill_floor_ns=0.0,
-            prefill_fixed_ns=SMALL["fixed"],
-            prefill_chunk_ns=SMALL["chunk"],
-            decode_fixed_ns=SMALL["step"],
-            decode_request_ns=SMALL["step_request"],
-            decode_context_token_ns=SMALL["step_context_token"],
-            copy_ns_per_block=0.0,
-            loop_steps=0.0,
-            request_ns=SMALL["request"],
-        ),
-        synchronised=False,
-        snic_bytes_per_s=(snic_bytes_per_s,) * len(topology.sizes),
-        cnic_bytes_per_s=(LINKS_BYTES_PER_S,) * len(node_of),
-        read_latency_ns=0,
-        prefill_kv_tokens=32_768,
-        batches=BatchLimits(quota_ns=0.3e9 * 8, requests=64, kv_tokens=32_768),
-        full_speed_engines=2.0,
+def make_case(text: str, traces: Path, seed: int) -> Case:
+    trace, layout, count, *rest = text.split(":")
+    options = dict(one.split("=") for one in rest)
+    small = "x" not in layout
+    folders = {"weka": ["weka"], "miniswe": ["miniswe"], "both": ["weka", "miniswe"]}
+    if trace in folders:
+        context = int(options.get("context", 6144 if small else 65_536))
+        turns = int(options["turns"]) if "turns" in options else None
+        limits = TraceLimits(scale=16 if small else 1, max_context_tokens=context, max_turns=turns)
+        agents = _recorded([str(traces / folder) for folder in folders[trace]], limits, int(count), seed)
+    else:
+        agents = agents_of([trace], int(count), seed=seed)
+    starts = (
+        poisson_arrivals_ns(float(options["aps"]), len(agents), seed) if "aps" in options else np.zeros(len(agents))
     )
+    machine = _machine(layout, small, float(options.get("snic", 1)), float(options.get("buffer", 1)))
+    return Case(machine, agents, starts.astype(np.int64).tolist())
 
 
-def recorded(names: list[str], scale: float, cap: int, turns: int | None, gaps: float) -> TurnTable:
-    source = load_source(names, TraceLimits(scale=scale, max_context_tokens=cap, max_turns=turns))
+def _recorded(names: list[str], limits: TraceLimits, count: int, seed: int) -> Agents:
+    """`count` of the recorded agents, and of those made of them by a round before. They don't pause between turns."""
+    source = load_source(names, limits)
     table = TurnTable.from_trajectories([one for agent in source.trajectories for one in agent.contexts()])
-    return table.with_gaps(np.minimum((table.gap_ns * gaps), 30e9).astype(np.int64))
-
-
-def chosen(table: TurnTable, count: int, cap: int, seed: int) -> Agents:
-    """`count` of the recorded agents and of those made of them."""
-    many = Agents.prepended(table, max(len(table), 2 * count), cap, seed)
+    table = table.with_gaps(np.zeros_like(table.gap_ns))
+    many = Agents.prepended(table, max(len(table), 2 * count), limits.max_context_tokens, seed)
     pick = np.random.default_rng([seed, 1]).choice(len(many), count, replace=False)
     return Agents(table, many.template[pick], many.prefix_tokens[pick], many.turns[pick])
 
 
-def make_case(text: str, traces: Path, seed: int) -> Case:
-    """``TRACE:TOPOLOGY:AGENTS[:key=value...]``: snic (bytes/s, or a factor of the preset's), aps, gaps."""
-    trace, layout, count, *rest = text.split(":")
-    options = dict(one.split("=") for one in rest)
-    topology, small = Topology.parse(layout), "x" not in layout
-    names = {"weka": [str(traces / "weka-claude-code/sessions")], "miniswe": [str(traces / "lmcache-miniswe")]}
-    names["both"] = names["weka"] + names["miniswe"]
-    cap = 6144 if small else int(options.get("cap", 65_536))
-    if trace in names:
-        turns = int(options["turns"]) if "turns" in options else None
-        scale = float(options.get("scale", 16 if small else 1))
-        agents = chosen(recorded(names[trace], scale, cap, turns, float(options.get("gaps", 0))), int(count), cap, seed)
-    else:
-        agents = agents_of([trace], int(count), seed=seed)
-    if small:
-        machine = small_machine(topology, float(options.get("snic", 40e6)))
-    else:
-        spec = load_cluster(options.get("preset", "ds27b-1p1d"))
-        rate = spec.snic_bytes_per_s
-        assert not isinstance(rate, tuple)
-        spec = msgspec.structs.replace(
-            spec, topology=topology, snic_bytes_per_s=rate * float(options.get("snic", 1)),
-            dram_buffer_bytes=spec.dram_buffer_bytes * float(options.get("buffer", 1)),
-        )  # fmt: skip
-        machine = build_machine(spec, calibration_for(spec))
-    starts = poisson_arrivals_ns(float(options["aps"]), len(agents), seed).tolist() if "aps" in options else []
-    return Case(machine, agents, starts)
+def _machine(layout: str, small: bool, snic: float, buffer: float) -> Machine:
+    spec = load_cluster("ds27b-1p1d")
+    spec = msgspec.structs.replace(
+        spec, topology=Topology.parse(layout), dram_buffer_bytes=spec.dram_buffer_bytes * buffer
+    )
+    machine = build_machine(spec, calibration_for(spec))
+    if not small:
+        return msgspec.structs.replace(
+            machine, snic_bytes_per_s=tuple(snic * rate for rate in machine.snic_bytes_per_s)
+        )
+    return msgspec.structs.replace(
+        machine,
+        costs=SMALL,
+        synchronised=False,
+        snic_bytes_per_s=(snic,) * machine.nodes,
+        cnic_bytes_per_s=(320e6,) * len(machine.engines),
+        batches=BatchLimits(quota_ns=0.3e9 * SMALL.layers, kv_tokens=32_768),
+        full_speed_engines=SMALL_CORES,
+    )
 
 
-def simulator_of(case: Case, policy: Policy) -> Simulator:
+def _simulator(case: Case, policy: Policy) -> Simulator:
     constants = constants_for(case.machine, *typical_turn(case.agents))
     return Simulator(case.machine, policy, constants, limits_for(len(case.agents)))
 
 
-def alone_ns(case: Case) -> list[list[int]]:
-    """By agent and turn: what the agent has before it, this turn included, if it had the cluster to itself."""
-    simulator = simulator_of(case, Policy())
-    apart_ns = 10**15
-    submitted: list[list[int]] = [[] for _ in range(len(case.agents))]
-    ends = [0] * len(case.agents)
+def left_alone_ns(case: Case) -> list[list[int]]:
+    """By agent and turn: what is before the agent, this turn included, if it has the cluster to itself."""
+    simulator, agents = _simulator(case, Policy()), len(case.agents)
+    submitted: list[list[int]] = [[] for _ in range(agents)]
+    ends_ns = [0] * agents
 
     def note(turn: LiveTurn) -> None:
         submitted[turn.agent.number].append(turn.submitted_ns)
-        ends[turn.agent.number] = simulator.events.now
+        ends_ns[turn.agent.number] = simulator.events.now
 
     simulator.on_turn = note
-    simulator.arrive(case.agents, [apart_ns * number for number in range(len(case.agents))])
+    simulator.arrive(case.agents, [10**15 * number for number in range(agents)])
     with without_garbage_collection():
         simulator.run()
-    return [[end - at for at in begun] for begun, end in zip(submitted, ends, strict=True)]
+    return [[end_ns - at_ns for at_ns in turns] for turns, end_ns in zip(submitted, ends_ns, strict=True)]
 
 
-def run(case: Case, order: str, lines: tuple[str, ...], left_ns: list[list[int]], seed: int, sigma: float, bound_s: float) -> dict[str, float]:
-    simulator = simulator_of(case, Policy(free_io=order == "no-io"))
-    guess = np.exp(np.random.default_rng([seed, 2]).normal(0, sigma, len(case.agents))).tolist()
-    ranks: dict[RequestId, tuple[float, int]] = {}
-    order_of = RANKS.get(order)
-    count = len(case.agents)
-    generated, read, busy_ns = [0] * count, [0] * count, [0] * count
+class Books:
+    """What the agents have been served, and their requests' ranks."""
 
-    def rank(request: RequestId) -> tuple[float, int]:
-        known = ranks.get(request)
-        if known is None:
-            turn = simulator.lives[request]
-            value = order_of(turn, Facts(simulator.events.now, left_ns, guess, generated, read, busy_ns))  # type: ignore[misc]
-            known = ranks[request] = (value, request)
-        return known
+    def __init__(self, simulator: Simulator, left_ns: list[list[int]], order: str, sigma: float, seed: int) -> None:
+        self._simulator, self._left_ns, self._order = simulator, left_ns, ORDERS[order]
+        self._misjudged = np.exp(np.random.default_rng([seed, 2]).normal(0, sigma, len(left_ns))).tolist()
+        self._ranks: dict[RequestId, tuple[float, int]] = {}
+        self._read, self._generated = [0] * len(left_ns), [0] * len(left_ns)
+        self.ended_s: dict[int, float] = {}
+        simulator.on_turn = self._note
 
-    if order_of is not None and order != "plain":
-        put_in_order(simulator, rank, lines)
-    ended: dict[int, int] = {}
-    waits: list[float] = []
+    def rank(self, request: RequestId) -> tuple[float, int]:
+        """The same as long as the request lives."""
+        if request not in self._ranks:
+            turn = self._simulator.lives[request]
+            agent = turn.agent
+            number, taken, age_ns = agent.number, agent.taken, turn.submitted_ns - agent.start_ns
+            served = (turn.prompt_tokens, taken, self._read[number], self._generated[number], age_ns)
+            left = (agent.turns - taken, self._left_ns[number][taken], self._misjudged[number])
+            self._ranks[request] = (self._order(Asked(*served, *left)), request)
+        return self._ranks[request]
 
-    def note(turn: LiveTurn) -> None:
-        agent = turn.agent.number
-        ended[agent] = simulator.events.now - turn.agent.start_ns
-        generated[agent] += turn.generate_tokens
-        read[agent] += turn.hit_tokens
-        busy_ns[agent] += simulator.events.now - turn.submitted_ns
-        waits.append((turn.first_token_ns - turn.submitted_ns) / 1e9)
+    def _note(self, turn: LiveTurn) -> None:
+        number = turn.agent.number
+        self._read[number] += turn.hit_tokens
+        self._generated[number] += turn.generate_tokens
+        self.ended_s[number] = (self._simulator.events.now - turn.agent.start_ns) / 1e9
 
-    simulator.on_turn = note
-    simulator.arrive(case.agents, case.starts_ns or None)
+
+def run(case: Case, order: str, left_ns: list[list[int]], seed: int, asked: Any) -> dict[str, float]:
+    """Simulates a case in one order; ``core``: as core has it. Returns the figures of a row."""
+    simulator = _simulator(case, Policy())
+    books = Books(simulator, left_ns, "arrival" if order == "core" else order, asked.sigma, seed)
+    if order != "core":
+        put_in_order(simulator, books.rank, tuple(asked.lines.split(",")), asked.oldest)
+    simulator.arrive(case.agents, case.starts_ns)
     with without_garbage_collection():
         simulator.run()
-    ends_s = np.array(list(ended.values())) / 1e9
-    makespan_s = simulator.events.now / 1e9
-    p50, p95, last = np.percentile(ends_s, (50, 95, 100))
-    ttft = np.array(waits)
+    measured, makespan_s = simulator.measured, simulator.events.now / 1e9
+    assert measured.agents_finished == len(case.agents), measured.failed
+    ttft_s, agents_s = np.asarray(measured.ttft_s), np.array(list(books.ended_s.values()))
     return {
-        "makespan_s": makespan_s,
-        "p50_s": p50, "p95_s": p95, "max_s": last, "mean_s": ends_s.mean(),
-        "ttft_s": ttft.mean(), "ttft_p99_s": np.percentile(ttft, 99), "ttft_max_s": ttft.max(),
-        "tokens_per_s": simulator.measured.generated_tokens / makespan_s,
-        "snic": sum(simulator.storage.busy_ns) / simulator.events.now / len(simulator.storage.busy_ns),
-        "prefill": simulator.prefill.busy_ns / simulator.events.now / len(simulator.prefill.groups),
+        "makespan": makespan_s, "p50": np.median(agents_s), "p95": np.percentile(agents_s, 95), "max": agents_s.max(),
+        "mean": agents_s.mean(), "TTFT": ttft_s.mean(), "p99 ": np.percentile(ttft_s, 99), "max ": ttft_s.max(),
+        "tok/s": measured.generated_tokens / makespan_s,
+        "NIC %": 100 * sum(simulator.storage.busy_ns) / simulator.events.now / case.machine.nodes,
     }  # fmt: skip
+
+
+def show(text: str, arguments: Any) -> None:
+    """Prints a case's table: medians over seeds, and the makespan against core's, seed by seed."""
+    orders = ["core", *arguments.orders.split(",")]
+    rows: dict[str, list[dict[str, float]]] = {order: [] for order in orders}
+    for seed in range(arguments.seeds):
+        case = make_case(text, arguments.traces, seed)
+        left_ns = left_alone_ns(case)
+        for order in orders:
+            rows[order].append(run(case, order, left_ns, seed, arguments))
+    print(f"\n{text}: {case.agents.total_turns()} turns, the longest agent alone {max(left_ns)[0] / 1e9:.0f} s")
+    print(f"{'order':<16}{'vs core: median (least, most)':>31}" + "".join(f"{name:>9}" for name in rows["core"][0]))
+    for order, runs in rows.items():
+        change = [100 * (one["makespan"] / core["makespan"] - 1) for one, core in zip(runs, rows["core"], strict=True)]
+        spread = f"{np.median(change):+.1f}% ({min(change):+.1f}, {max(change):+.1f})"
+        figures = "".join(f"{np.median([one[name] for one in runs]):>9.1f}" for name in runs[0])
+        print(f"{order:<16}{spread:>31}{figures}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="+")
-    parser.add_argument("--orders", default=",".join(RANKS))
-    parser.add_argument("--lines", default=",".join(LINES))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sigma", type=float, default=1.0)
-    parser.add_argument("--traces", type=Path, default=Path("traces"))
+    parser.add_argument("cases", nargs="*", metavar="CASE")
+    parser.add_argument("--traces", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--orders", default=",".join(ORDERS), metavar="LIST")
+    parser.add_argument("--lines", default=",".join(LINES), metavar="LIST", help="lines that are put in order")
+    parser.add_argument("--oldest", type=int, default=0, metavar="N", help="every Nth read is the oldest one")
+    parser.add_argument("--sigma", type=float, default=0.5, metavar="S", help="log standard deviation of an estimate")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N")
     arguments = parser.parse_args()
-    lines = tuple(arguments.lines.split(","))
-    for text in arguments.cases:
-        rows: dict[str, list[dict[str, float]]] = {}
-        chains = []
-        for seed in range(arguments.seeds):
-            case = make_case(text, arguments.traces, seed)
-            left_ns = alone_ns(case)
-            starts = case.starts_ns or [0] * len(case.agents)
-            chains.append(max(start + left[0] for start, left in zip(starts, left_ns)) / 1e9)
-            for order in ["plain", *arguments.orders.split(",")]:
-                rows.setdefault(order, []).append(run(case, order, lines, left_ns, seed, arguments.sigma, 0))
-        print(f"\n{text}  longest chain alone {np.median(chains):.1f} s, turns {case.agents.total_turns()}")
-        print(f"{'order':<15}{'makespan':>10}{'vs arrival':>22}{'p50':>9}{'p95':>9}{'max':>9}{'mean':>9}{'TTFT':>8}{'p99':>8}{'max':>8}{'tok/s':>8}{'snic':>6}{'pe':>6}")
-        base = np.array([row["makespan_s"] for row in rows["plain"]])
-        for order, runs in rows.items():
-            ratio = (np.array([row["makespan_s"] for row in runs]) / base - 1) * 100
-            mid = {name: float(np.median([row[name] for row in runs])) for name in runs[0]}
-            print(
-                f"{order:<15}{mid['makespan_s']:>10.1f}{f'{np.median(ratio):+.1f}% ({ratio.min():+.1f}, {ratio.max():+.1f})':>22}"
-                f"{mid['p50_s']:>9.1f}{mid['p95_s']:>9.1f}{mid['max_s']:>9.1f}{mid['mean_s']:>9.1f}"
-                f"{mid['ttft_s']:>8.2f}{mid['ttft_p99_s']:>8.2f}{mid['ttft_max_s']:>8.2f}{mid['tokens_per_s']:>8.0f}{mid['snic']:>6.0%}{mid['prefill']:>6.0%}",
-                flush=True,
-            )
+    for text in arguments.cases or CASES:
+        show(text, arguments)
 
 
 if __name__ == "__main__":
