@@ -1,36 +1,30 @@
 """Finds out in the simulator what another order than that of arrival does to a rollout. Nothing of core's is changed.
 
-Every line in which a request waits (`LINES`) is served by *rank*: the smallest first, equal ones by arrival. A storage
-NIC takes one leg at a time. docs/design/request-order.md has what came of it.
+Every line in which a request waits (`orders.LINES`) is served by *rank*: the smallest first, equal ones by arrival. A
+storage NIC takes one leg at a time. docs/design/request-order.md has what came of it.
 
-Run: ``python benchmarks/request_order.py --traces DIR [CASE ...]``; ``--help`` has the rest. DIR has recorded agents in
-folders ``weka`` and ``miniswe``. A case is ``TRACE:TOPOLOGY:AGENTS[:KEY=VALUE ...]``. Without an ``x`` in the topology,
-engines are those of a small machine. Without cases, all of `CASES` are run.
+Run: ``python benchmarks/request_order/run.py --traces DIR [CASE ...]``; ``--help`` has the rest. DIR has folders
+``weka`` and ``miniswe`` of recorded agents. In the order ``A/B`` reads are by A and B in turn, all else is by A. A case
+is ``TRACE:TOPOLOGY:AGENTS[:KEY=VALUE ...]``. Without an ``x`` in the topology, engines are those of a small machine.
+Without cases, all of `CASES` are run.
 """
 
 import argparse
-from collections import OrderedDict
-from collections.abc import Callable
-from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+from orders import IN_TURN, LINES, ORDERS, Books, put_in_order
 
-from dualpath.core.batching import AttentionCost, PrefillQueue
-from dualpath.core.ledger import Key, Ledger
+from dualpath.core.batching import AttentionCost
 from dualpath.core.policy import Policy
-from dualpath.core.request import Request
-from dualpath.core.vocabulary import EngineId, NodeId, RequestId, Side
-from dualpath.core.waiting import WaitingRoom
 from dualpath.lab.facts.cluster_files import load_cluster
 from dualpath.lab.sim.calibration import calibration_for
 from dualpath.lab.sim.costs import StepCosts
 from dualpath.lab.sim.machine import BatchLimits, Machine, build_machine, constants_for, limits_for
 from dualpath.lab.sim.run import without_garbage_collection
 from dualpath.lab.sim.simulator import Simulator
-from dualpath.lab.sim.storage import Storage
 from dualpath.lab.sim.turns import LiveTurn
 from dualpath.lab.sim.workloads import agents_of, typical_turn
 from dualpath.spec.topology import Topology
@@ -53,11 +47,12 @@ CASES = (
     "miniswe:2P2Dx8:200:snic=0.01",
     "64K:1P1Dx8:60:snic=0.1",
     "32K:1P2Dx8:100:snic=0.1",
+    "weka:1P1Dx8:150:snic=0.05:turns=30",
+    "miniswe:1P1Dx8:100:snic=0.05",
+    "48K:2P2Dx8:100:snic=0.05",
 )
 """``snic``: bytes a second on the small machine, else a factor on the preset's; ``context``: where a recording ends;
 ``turns``: at most so many; ``buffer``: a factor on the preset's; ``aps``: agents a second, which else start at once."""
-LINES = ("place", "buffer", "read", "prefill")
-"""For a PE and a DE; for buffer; for a storage NIC; for prefill."""
 SMALL = StepCosts(
     layers=8, kv_bytes_per_token=16_384, prefill_fixed_ns=11.6e6, prefill_chunk_ns=2.8e6, decode_fixed_ns=10.1e6,
     decode_request_ns=0.95e6, decode_context_token_ns=3.3e3, request_ns=9.9e6, ffn_ns_per_token=0.0,
@@ -66,125 +61,6 @@ SMALL = StepCosts(
 )  # fmt: skip
 """The demo's model on a CPU thread, as `dualpath profile` measured it."""
 SMALL_CORES = 2.0
-
-
-class Asked(NamedTuple):
-    """A turn as an order sees it, when it is handed in."""
-
-    prompt_tokens: int
-    turns: int
-    """Turns that its agent has been served, and what these read and generated, in tokens."""
-    read_tokens: int
-    generated_tokens: int
-    age_ns: int
-    """Since the agent's first turn."""
-    turns_left: int
-    """What the agent has left, this turn included, only its client can know."""
-    left_ns: int
-    """If it had the cluster to itself."""
-    misjudged: float
-    """How far off an estimate of that is: a factor, the same for all turns of an agent, log-normal."""
-
-
-ORDERS: dict[str, Callable[[Asked], float]] = {
-    "arrival": lambda _: 0,
-    "fewest-turns": lambda asked: asked.turns,
-    "most-turns": lambda asked: -asked.turns,
-    "least-read": lambda asked: asked.read_tokens,
-    "least-generated": lambda asked: asked.generated_tokens,
-    "short-context": lambda asked: asked.prompt_tokens,
-    "long-context": lambda asked: -asked.prompt_tokens,
-    "slowest-pace": lambda asked: -asked.age_ns / max(1, asked.turns),
-    "longest-left": lambda asked: -asked.left_ns,
-    "estimated-left": lambda asked: -asked.left_ns * asked.misjudged,
-    "most-turns-left": lambda asked: -asked.turns_left,
-    "shortest-left": lambda asked: asked.left_ns,
-}
-Rank = Callable[[RequestId], tuple[float, int]]
-
-
-class OrderedStorage(Storage):
-    """Storage NICs that take the best rank first, and the oldest leg every `oldest` times (0: never)."""
-
-    def __init__(self, plain: Storage, rank: Rank, oldest: int) -> None:
-        vars(self).update(vars(plain))
-        self._rank, self._oldest = rank, oldest
-        self._lines: list[list[tuple[tuple[float, int], int, tuple[int, LiveTurn, Side]]]] = [[] for _ in self._free_ns]
-        self._taken = [0] * len(self._free_ns)
-        self._busy: list[bool] = [False] * len(self._free_ns)
-        self._legs = 0
-
-    def read(self, node: NodeId, n_bytes: int, turn: LiveTurn, side: Side) -> None:
-        self._legs += 1
-        heappush(self._lines[node], (self._rank(turn.request), self._legs, (n_bytes, turn, side)))
-        if not self._busy[node]:
-            self._take(node)
-
-    def _take(self, node: NodeId) -> None:
-        line = self._lines[node]
-        self._busy[node] = bool(line)
-        if not line:
-            return
-        self._taken[node] += 1
-        if self._oldest and self._taken[node] % self._oldest == 0:
-            first = min(line, key=lambda waiting: waiting[1])
-            line.remove(first)
-            line.sort()
-        else:
-            first = heappop(line)
-        super().read(node, *first[2])
-        self._events.at(int(self._free_ns[node]), self._take, node)
-
-
-def put_in_order(simulator: Simulator, rank: Rank, lines: tuple[str, ...], oldest: int) -> None:
-    """Makes these lines of a simulator that has not begun serve by rank."""
-    life = simulator.scheduler.life  # type: ignore[union-attr]
-    if "place" in lines:
-        _order_placement(life.waiting, rank)
-    if "buffer" in lines:
-        _order_buffers(life.ledger, rank)
-    if "read" in lines:
-        simulator.storage = OrderedStorage(simulator.storage, rank, oldest)
-    for engine in simulator.prefill.engines.values():
-        if "prefill" in lines:
-            _order_prefill(engine.queue, rank)
-
-
-def _order_placement(room: WaitingRoom, rank: Rank) -> None:
-    join = room.join
-
-    def join_in_order(request: Request) -> None:
-        join(request)
-        order = sorted(room.requests, key=rank)
-        if order[-1] != request.id:
-            # Half-made choices go too: two lines in different orders would wait for each other.
-            room.requests = {one: room.requests[one] for one in order}
-            room.start_over()
-
-    room.join = join_in_order  # type: ignore[method-assign]
-
-
-def _order_buffers(ledger: Ledger, rank: Rank) -> None:
-    line_up = ledger.line_up
-
-    def line_up_in_order(engine: EngineId, key: Key, blocks: int) -> bool:
-        granted = line_up(engine, key, blocks)
-        if not granted:
-            account = ledger.accounts[engine]
-            account.line = OrderedDict(sorted(account.line.items(), key=lambda item: rank(item[0][0])))
-        return granted
-
-    ledger.line_up = line_up_in_order  # type: ignore[method-assign]
-
-
-def _order_prefill(queue: PrefillQueue, rank: Rank) -> None:
-    push = queue.push
-
-    def push_in_order(request: RequestId, attempt: int, past_tokens: int, new_tokens: int) -> None:
-        push(request, attempt, past_tokens, new_tokens)
-        queue._lines = dict(sorted(queue._lines.items(), key=lambda item: rank(item[0][0])))
-
-    queue.push = push_in_order  # type: ignore[method-assign]
 
 
 class Case(NamedTuple):
@@ -265,41 +141,12 @@ def left_alone_ns(case: Case) -> list[list[int]]:
     return [[end_ns - at_ns for at_ns in turns] for turns, end_ns in zip(submitted, ends_ns, strict=True)]
 
 
-class Books:
-    """What the agents have been served, and their requests' ranks."""
-
-    def __init__(self, simulator: Simulator, left_ns: list[list[int]], order: str, sigma: float, seed: int) -> None:
-        self._simulator, self._left_ns, self._order = simulator, left_ns, ORDERS[order]
-        self._misjudged = np.exp(np.random.default_rng([seed, 2]).normal(0, sigma, len(left_ns))).tolist()
-        self._ranks: dict[RequestId, tuple[float, int]] = {}
-        self._read, self._generated = [0] * len(left_ns), [0] * len(left_ns)
-        self.ended_s: dict[int, float] = {}
-        simulator.on_turn = self._note
-
-    def rank(self, request: RequestId) -> tuple[float, int]:
-        """The same as long as the request lives."""
-        if request not in self._ranks:
-            turn = self._simulator.lives[request]
-            agent = turn.agent
-            number, taken, age_ns = agent.number, agent.taken, turn.submitted_ns - agent.start_ns
-            served = (turn.prompt_tokens, taken, self._read[number], self._generated[number], age_ns)
-            left = (agent.turns - taken, self._left_ns[number][taken], self._misjudged[number])
-            self._ranks[request] = (self._order(Asked(*served, *left)), request)
-        return self._ranks[request]
-
-    def _note(self, turn: LiveTurn) -> None:
-        number = turn.agent.number
-        self._read[number] += turn.hit_tokens
-        self._generated[number] += turn.generate_tokens
-        self.ended_s[number] = (self._simulator.events.now - turn.agent.start_ns) / 1e9
-
-
 def run(case: Case, order: str, left_ns: list[list[int]], seed: int, asked: Any) -> dict[str, float]:
     """Simulates a case in one order; ``core``: as core has it. Returns the figures of a row."""
     simulator = _simulator(case, Policy())
-    books = Books(simulator, left_ns, "arrival" if order == "core" else order, asked.sigma, seed)
+    books = Books(simulator, left_ns, asked.sigma, seed)
     if order != "core":
-        put_in_order(simulator, books.rank, tuple(asked.lines.split(",")), asked.oldest)
+        put_in_order(simulator, [books.rank(one) for one in order.split("/")], tuple(asked.lines.split(",")))
     simulator.arrive(case.agents, case.starts_ns)
     with without_garbage_collection():
         simulator.run()
@@ -324,21 +171,20 @@ def show(text: str, arguments: Any) -> None:
         for order in orders:
             rows[order].append(run(case, order, left_ns, seed, arguments))
     print(f"\n{text}: {case.agents.total_turns()} turns, the longest agent alone {max(left_ns)[0] / 1e9:.0f} s")
-    print(f"{'order':<16}{'vs core: median (least, most)':>31}" + "".join(f"{name:>9}" for name in rows["core"][0]))
+    print(f"{'order':<37}{'vs core: median (least, most)':>31}" + "".join(f"{name:>9}" for name in rows["core"][0]))
     for order, runs in rows.items():
         change = [100 * (one["makespan"] / core["makespan"] - 1) for one, core in zip(runs, rows["core"], strict=True)]
         spread = f"{np.median(change):+.1f}% ({min(change):+.1f}, {max(change):+.1f})"
         figures = "".join(f"{np.median([one[name] for one in runs]):>9.1f}" for name in runs[0])
-        print(f"{order:<16}{spread:>31}{figures}", flush=True)
+        print(f"{order:<37}{spread:>31}{figures}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--traces", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--orders", default=",".join(ORDERS), metavar="LIST")
+    parser.add_argument("--orders", default=",".join((*ORDERS, IN_TURN)), metavar="LIST")
     parser.add_argument("--lines", default=",".join(LINES), metavar="LIST", help="lines that are put in order")
-    parser.add_argument("--oldest", type=int, default=0, metavar="N", help="every Nth read is the oldest one")
     parser.add_argument("--sigma", type=float, default=0.5, metavar="S", help="log standard deviation of an estimate")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
     arguments = parser.parse_args()
