@@ -25,6 +25,7 @@ from dualpath.kv import (
     open_store,
     rebuild,
 )
+from dualpath.kv.stores.arriving import WORTH_A_REQUEST_BYTES, worthwhile
 from dualpath.kv.stores.block_file import PAGE_BYTES
 from dualpath.kv.stores.bucket import COOL_S, Body, Bucket, ObjectRecord
 from dualpath.kv.stores.conformance import LAYOUT
@@ -212,6 +213,15 @@ def test_rebuilding_cleans_what_is_bad_or_out_of_reach(
 def test_urls_that_make_no_store(url: str, message: str) -> None:
     with pytest.raises(StoreLocationError, match=message):
         open_store(url)
+
+
+def test_parts_of_a_block_that_lie_near_are_one_request() -> None:
+    near, far = WORTH_A_REQUEST_BYTES - 1, WORTH_A_REQUEST_BYTES
+    assert worthwhile([(0, 10), (10 + near, 200_000), (200_000 + far, 300_000)]) == [
+        (0, 200_000),
+        (200_000 + far, 300_000),
+    ]
+    assert worthwhile([]) == []
 
 
 def test_blocks_in_s3(

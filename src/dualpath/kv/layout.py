@@ -29,8 +29,9 @@ _ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def extents(layer_block_bytes: Sequence[int], layers: Collection[int] | None = None) -> list[tuple[int, int]]:
     """Returns the byte ranges ``(start, stop)`` of `layers` in their Full Block, joined where they touch; None: all."""
     joined: list[tuple[int, int]] = []
+    wanted = None if layers is None else set(layers)
     for layer, (start, stop) in enumerate(pairwise(accumulate(layer_block_bytes, initial=0))):
-        if layers is None or layer in layers:
+        if wanted is None or layer in wanted:
             first = joined.pop()[0] if joined and joined[-1][1] == start else start
             joined.append((first, stop))
     return joined
@@ -70,6 +71,7 @@ def layer_parts(config: Any) -> tuple[tuple[KVPart, ...], ...]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     value_dim = getattr(config, "v_head_dim", None) or head_dim
     types = getattr(config, "layer_types", None) or ("",) * layers
+    # MiMo's layers with a window have twice the heads, which its code says, not its config.
     doubled = "sliding_attention" if getattr(config, "model_type", None) == "mimo_v2_flash" else None
     heads_of = [kv_heads * 2 if kind == doubled else kv_heads for kind in types]
     return tuple((KVPart("k", own, head_dim), KVPart("v", own, value_dim)) for own in heads_of)

@@ -1,10 +1,22 @@
 """`Arriving`: a block's object, or a range of it, while it is received, checked layer by layer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 
-from dualpath.kv.stores.block_file import CHUNK_BYTES, BlockHeader, LayerChecks, Pace
+from dualpath.kv.keys import BlockKey, Namespace
+from dualpath.kv.stores.block_file import (
+    CHUNK_BYTES,
+    BlockHeader,
+    LayerChecks,
+    Pace,
+    check_namespace,
+    decode_header,
+    header_bytes,
+)
 from dualpath.kv.stores.bucket import Body
 from dualpath.kv.stores.errors import BlockError, BlockFault
+
+WORTH_A_REQUEST_BYTES = 1 << 16
+"""Where a block is read in parts: fewer bytes between two of them are read too, which is cheaper than a request."""
 
 
 class Arriving:
@@ -50,3 +62,32 @@ class Arriving:
     def _rest(self) -> Iterator[memoryview]:
         yield memoryview(self._raw)
         yield from self._pieces
+
+
+def worthwhile(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join extents that are so near that what is between them costs less than another request."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in extents:
+        near = joined and start - joined[-1][1] < WORTH_A_REQUEST_BYTES
+        joined.append((joined.pop()[0] if near else start, stop))
+    return joined
+
+
+def receive_layers(
+    get: Callable[[tuple[int, int]], Body],
+    space: Namespace,
+    key: BlockKey,
+    into: memoryview,
+    pace: Pace,
+    layers: Collection[int],
+    *,
+    verify: bool,
+) -> None:
+    """Read the ranges of `layers` into their places; `get` returns a range. Raises BlockError, StoreError."""
+    sizes = space.layout.layer_block_bytes
+    start = header_bytes(len(sizes), alike=len(set(sizes)) == 1)
+    head = Arriving(get((0, start)))
+    header = check_namespace(decode_header(key, head.n_bytes, head.head), space)
+    checks = LayerChecks(header, into, layers) if verify else None
+    for first, end in worthwhile(space.layout.extents(layers)):
+        Arriving(get((start + first, start + end))).part(header, into, (first, end), pace, checks)

@@ -20,16 +20,14 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 from dualpath.kv.keys import BlockKey, Namespace
-from dualpath.kv.stores.arriving import Arriving
+from dualpath.kv.stores.arriving import Arriving, receive_layers
 from dualpath.kv.stores.block_file import (
     CHUNK_BYTES,
     BlockHeader,
-    LayerChecks,
     Pace,
     check_namespace,
     check_root,
     decode_header,
-    header_bytes,
     unpaced,
 )
 from dualpath.kv.stores.bucket import Body, Bucket, ObjectError, ObjectRecord
@@ -57,8 +55,6 @@ MAX_QUARANTINED_BYTES = 1 << 28
 """A bad object of more bytes passes through no memory of ours: it is deleted."""
 HEADER_REQUESTS = 16
 """Headers fetched at a time: a server answers them in the time of a few round trips."""
-WORTH_A_REQUEST_BYTES = 1 << 16
-"""Where a block is read in parts: fewer bytes between two of them are read too, which is cheaper than a request."""
 
 
 class ObjectStore:
@@ -121,13 +117,15 @@ class ObjectStore:
         """See `Store.read`. `pace` counts payload bytes as they are taken from the connection.
 
         Layers are ranges of their own; what lies between two of them is taken too where it is shorter than
-        `WORTH_A_REQUEST_BYTES`.
+        `arriving.WORTH_A_REQUEST_BYTES`.
         """
         room = room_for_block(into, space.layout)
         if layers is None:
             self._fetch(space, key, room, pace, verify=self._verify_reads)
         else:
-            self._fetch_layers(space, key, room, pace, layers)
+            with _about(key):
+                get = partial(self._get, space.root, key)
+                receive_layers(get, space, key, room, pace, layers, verify=self._verify_reads)
 
     def find(self, root: BlockKey, keys: Sequence[BlockKey]) -> list[BlockRecord]:
         """See `Store.find`. A look is one HEAD; once the first block is found, more are sent together."""
@@ -267,20 +265,6 @@ class ObjectStore:
             arriving.payload(header, into, pace, verify=verify)
         return header
 
-    def _fetch_layers(
-        self, space: Namespace, key: BlockKey, into: memoryview, pace: Pace, layers: Collection[int]
-    ) -> None:
-        """Read the ranges of `layers` into their places. Raises BlockError, StoreError."""
-        sizes = space.layout.layer_block_bytes
-        start = header_bytes(len(sizes), alike=len(set(sizes)) == 1)
-        with _about(key):
-            arriving = Arriving(self._get(space.root, key, (0, start)))
-            header = check_namespace(decode_header(key, arriving.n_bytes, arriving.head), space)
-            checks = LayerChecks(header, into, layers) if self._verify_reads else None
-            for first, end in _requests(space.layout.extents(layers)):
-                body = Arriving(self._get(space.root, key, (start + first, start + end)))
-                body.part(header, into, (first, end), pace, checks)
-
     def _set_aside(self, name: str, cause: BlockFault) -> bool:
         """Move a bad object into quarantine. Returns False if it is gone already."""
         body = self._bucket.get(name)
@@ -295,15 +279,6 @@ class ObjectStore:
             for surplus in oldest_first[:-MAX_QUARANTINED_FILES]:
                 self._bucket.delete(surplus.name)
         return True
-
-
-def _requests(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join extents that are so near that what is between them costs less than another request."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in extents:
-        near = joined and start - joined[-1][1] < WORTH_A_REQUEST_BYTES
-        joined.append((joined.pop()[0] if near else start, stop))
-    return joined
 
 
 def _batches(n: int) -> Iterator[tuple[int, int]]:
