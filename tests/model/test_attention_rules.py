@@ -10,7 +10,7 @@ from engine_world import PLACES, Engines, random_tokens
 from transformers import AutoModelForCausalLM
 
 from dualpath.model import LoadedModel, rules
-from dualpath.model.attention import GroupedForm, PackedPass
+from dualpath.model.attention import GroupedForm, LayerQueries, PackedPass
 from dualpath.model.rules import AttentionRules
 from dualpath.model.spans import PackedSequence
 
@@ -57,9 +57,8 @@ def test_rules_compute_their_definition(
     unseen = torch.ones(260, dtype=torch.bool)
     unseen[order[max(0, total - new - (window or total) + 1) :]] = False
     rows[unseen] = torch.nan
-    out = GroupedForm(HEADS, KV_HEADS, DIM).attend(
-        None, query, rows, (PackedSequence(0, new, total - new, extents),), 0.4, ruled
-    )
+    asked = LayerQueries(None, query, rows, (PackedSequence(0, new, total - new, extents),), 0.4)
+    out = GroupedForm(HEADS, KV_HEADS, DIM).attend(asked, ruled)
     keys, values = visible.view(total, 2, KV_HEADS, DIM).permute(1, 2, 0, 3).repeat_interleave(2, dim=1)
     expected = by_definition(query, keys, values, 0.4, ruled)
     assert torch.allclose(out.transpose(0, 1).double(), expected, atol=4e-6)
@@ -73,10 +72,11 @@ def test_bounded_pieces_do_not_change_the_result(scores: int, monkeypatch: pytes
     query = torch.randn(HEADS, 300, DIM, generator=generator)
     sequence = PackedSequence(0, 300, 90, ((10, 390),))
     form, ruled = GroupedForm(HEADS, KV_HEADS, DIM), AttentionRules(200, 3.0)
-    expected = form.attend(None, query, rows, (sequence,), 0.4, ruled)
+    asked = LayerQueries(None, query, rows, (sequence,), 0.4)
+    expected = form.attend(asked, ruled)
     monkeypatch.setattr(rules, "SCORES", scores)
     monkeypatch.setattr(rules, "BLOCK_TOKENS", 64)
-    assert torch.allclose(form.attend(None, query, rows, (sequence,), 0.4, ruled), expected, atol=2e-6)
+    assert torch.allclose(form.attend(asked, ruled), expected, atol=2e-6)
 
 
 def test_a_window_of_nothing_is_refused() -> None:

@@ -16,6 +16,7 @@ index key as its third part, by which a query selects the rows it attends to; `s
 
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -32,23 +33,37 @@ class UnsupportedModelError(ValueError):
     """A model whose attention does not fit the seam; the message says which part."""
 
 
+class LayerQueries(msgspec.Struct, frozen=True, eq=False):
+    """What a layer asks of its form: the attention of a pack."""
+
+    module: Any
+    """Transformers' attention module."""
+    query: Tensor
+    """``[heads, tokens, dim]``."""
+    rows: Tensor
+    sequences: tuple[PackedSequence, ...]
+    scale: float
+
+
 class AttentionForm(Protocol):
-    """How a token's row is written and read; one per kind of attention."""
+    """How a token's row is written and read; one per kind of attention.
+
+    `rows` are a layer's buffer: ``[rows, token_elems]``, or what `paged` made of that.
+    """
+
+    def paged(self, memory: Tensor) -> Tensor:
+        """Returns `memory` ``[rows, token_elems]`` as the rows of a decode engine, in the order that it reads fastest.
+
+        ``[rows, …]``; the elements of a row, flattened, are those of a Layer Block's row.
+        """
+        ...
 
     def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Write the arguments of `update` into ``rows[new_rows]``. Returns what the model's code continues with."""
         ...
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequences: tuple[PackedSequence, ...],
-        scale: float,
-        rules: AttentionRules = PLAIN,
-    ) -> Tensor:
-        """Query ``[heads, tokens, dim]`` → output ``[tokens, heads, value_dim]``."""
+    def attend(self, asked: LayerQueries, rules: AttentionRules = PLAIN) -> Tensor:
+        """Returns the output ``[tokens, heads, value_dim]``."""
         ...
 
 
@@ -61,15 +76,7 @@ class IndexedForm(AttentionForm, Protocol):
         indexer continues with, and hands to the attention function as `indices`."""
         ...
 
-    def attend_selected(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequences: tuple[PackedSequence, ...],
-        scale: float,
-        selection: Any,
-    ) -> Tensor:
+    def attend_selected(self, asked: LayerQueries, selection: Any) -> Tensor:
         """As `attend`, over what `selection` selects, which began as the result of `store_index`."""
         ...
 
@@ -115,12 +122,13 @@ class PackedPass:
         self, module: Any, query: Tensor, scale: float, rules: AttentionRules = PLAIN, selection: Any = None
     ) -> Tensor:
         assert self._rows is not None, "update comes before attention in every layer"
+        asked = LayerQueries(module, query[0], self._rows, self.sequences, scale)
         if self._indexed is None:
-            out = self.form.attend(module, query[0], self._rows, self.sequences, scale, rules)
+            out = self.form.attend(asked, rules)
         elif rules is not PLAIN:
             raise UnsupportedModelError(f"{type(module).__name__} has an indexer and a window, sinks or capped scores")
         else:
-            out = self._indexed.attend_selected(module, query[0], self._rows, self.sequences, scale, selection)
+            out = self._indexed.attend_selected(asked, selection)
         self._rows = None
         self.attended(module.layer_idx)
         return out[None]
@@ -169,32 +177,31 @@ class GroupedForm:
     def __init__(self, heads: int, kv_heads: int, head_dim: int) -> None:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
 
+    def paged(self, memory: Tensor) -> Tensor:
+        """``[rows, 2, kv_heads, head_dim]``, each head apart: a decode step reads all of one head, then of the next."""
+        return memory.view(2, self.kv_heads, -1, self.head_dim).permute(2, 0, 1, 3)
+
+    def _parts(self, rows: Tensor) -> Tensor:
+        return rows if rows.dim() == 4 else rows.view(-1, 2, self.kv_heads, self.head_dim)
+
     def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        parts = rows.view(-1, 2, self.kv_heads, self.head_dim)
+        parts = self._parts(rows)
         parts[:, 0].index_copy_(0, new_rows, first[0].transpose(0, 1))
         parts[:, 1].index_copy_(0, new_rows, second[0].transpose(0, 1))
         return first, second
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequences: tuple[PackedSequence, ...],
-        scale: float,
-        rules: AttentionRules = PLAIN,
-    ) -> Tensor:
-        del module
-        keys, values = rows.view(-1, 2, self.kv_heads, self.head_dim).permute(1, 2, 0, 3).unbind()
+    def attend(self, asked: LayerQueries, rules: AttentionRules = PLAIN) -> Tensor:
+        keys, values = self._parts(asked.rows).permute(1, 2, 0, 3).unbind()
 
         def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
             return keys[:, first : first + count], values[:, first : first + count]
 
+        query = asked.query
         grouped = query.view(self.kv_heads, -1, query.shape[1], self.head_dim)
         out = query.new_empty((query.shape[1], self.heads, self.head_dim))
-        for sequence in sequences:
+        for sequence in asked.sequences:
             chunk = slice(sequence.first_query, sequence.first_query + sequence.new_tokens)
-            out[chunk] = attend_by_rules(grouped[:, :, chunk], rows, sequence, keys_values, scale, rules)
+            out[chunk] = attend_by_rules(grouped[:, :, chunk], sequence, keys_values, asked.scale, rules)
         return out
 
 
@@ -204,26 +211,21 @@ class LatentForm:
     def __init__(self, heads: int, rank: int, rope_dim: int, nope_dim: int, value_dim: int) -> None:
         self.heads, self.rank, self.rope_dim, self.nope_dim, self.value_dim = heads, rank, rope_dim, nope_dim, value_dim
 
+    def paged(self, memory: Tensor) -> Tensor:
+        return memory
+
     def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         rows[:, : self.rank].index_copy_(0, new_rows, first[0, 0])
         rows[:, self.rank :].index_copy_(0, new_rows, second[0, 0])
         # The model's code expands what it gets back, to no use; one token is the least that it accepts.
         return first[:, :, :1], second[:, :, :1]
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequences: tuple[PackedSequence, ...],
-        scale: float,
-        rules: AttentionRules = PLAIN,
-    ) -> Tensor:
-        out = query.new_empty((query.shape[1], self.heads, self.value_dim))
-        for sequence in sequences:
+    def attend(self, asked: LayerQueries, rules: AttentionRules = PLAIN) -> Tensor:
+        out = asked.query.new_empty((asked.query.shape[1], self.heads, self.value_dim))
+        for sequence in asked.sequences:
             chunk = slice(sequence.first_query, sequence.first_query + sequence.new_tokens)
             how = self._absorbed if self.absorbs(sequence.new_tokens) else self._expanded
-            out[chunk] = how(module, query[:, chunk], rows, sequence, scale, rules)
+            out[chunk] = how(asked, asked.query[:, chunk], sequence, rules)
         return out
 
     def absorbs(self, new_tokens: int) -> bool:
@@ -231,24 +233,21 @@ class LatentForm:
         widened = 2 * self.rank - self.nope_dim - self.value_dim
         return new_tokens * widened <= self.rank * (self.nope_dim + self.value_dim)
 
-    def _absorbed(
-        self, module: Any, query: Tensor, rows: Tensor, sequence: PackedSequence, scale: float, rules: AttentionRules
-    ) -> Tensor:
-        to_key, to_value = self._projections(module)
+    def _absorbed(self, asked: LayerQueries, query: Tensor, sequence: PackedSequence, rules: AttentionRules) -> Tensor:
+        to_key, to_value = self._projections(asked.module)
         latent_query = self._latent_query(query, to_key)
 
         def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
-            span = rows[None, first : first + count]
+            span = asked.rows[None, first : first + count]
             return span, span  # a value is the latent part; its rope part is dropped from the output below
 
-        out = attend_by_rules(latent_query[None], rows, sequence, keys_values, scale, rules)
+        out = attend_by_rules(latent_query[None], sequence, keys_values, asked.scale, rules)
         latent_out = out[..., : self.rank].transpose(0, 1)
         return torch.bmm(latent_out, to_value.transpose(1, 2)).transpose(0, 1)
 
-    def _expanded(
-        self, module: Any, query: Tensor, rows: Tensor, sequence: PackedSequence, scale: float, rules: AttentionRules
-    ) -> Tensor:
-        to_key, to_value = self._projections(module)
+    def _expanded(self, asked: LayerQueries, query: Tensor, sequence: PackedSequence, rules: AttentionRules) -> Tensor:
+        to_key, to_value = self._projections(asked.module)
+        rows = asked.rows
         width = max(self.nope_dim + self.rope_dim, self.value_dim)
 
         def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -262,7 +261,7 @@ class LatentForm:
             return keys, values
 
         padded = torch.nn.functional.pad(query, (0, width - query.shape[-1]))
-        out = attend_by_rules(padded[:, None], rows, sequence, keys_values, scale, rules, EXPAND_ROWS)
+        out = attend_by_rules(padded[:, None], sequence, keys_values, asked.scale, rules, EXPAND_ROWS)
         return out[..., : self.value_dim]
 
     def _latent_query(self, query: Tensor, to_key: Tensor) -> Tensor:

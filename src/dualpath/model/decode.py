@@ -2,8 +2,8 @@
 
 Life of a sequence: `admit` takes device blocks for the prompt and all it may generate; `fill_block` copies the prompt's
 KV in, one Full Block at a time; `join` adds it to the batch from the next `step` on; `copy_block` copies a finished
-Full Block out, for storage; `release` frees the blocks. KV is in one buffer per layer ``[blocks × 64, token_elems]``. A
-block's rows there are as in its Layer Block, so both copies are plain.
+Full Block out, for storage; `release` frees the blocks. KV is in one buffer per layer of ``blocks × 64`` rows. A row
+holds what a Layer Block's row does; where each element lies in memory is the form's choice (`AttentionForm.paged`).
 
 Threads: one compute thread calls `step`; another thread may call everything else at the same time. It touches only
 blocks that the step in progress does not write: those of sequences that have not joined, and finished ones. One lock
@@ -76,7 +76,7 @@ class PagedDecode:
         shape = (self._allocator.blocks * self._block_tokens, self.model.token_elems)
         # Zeroed, so that the host's pages exist: page faults would otherwise slow the first requests.
         self._pool = [
-            torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+            self.model.form.paged(torch.zeros(shape, dtype=self.model.dtype, device=self.model.device))
             for _ in range(self.model.layout.layers)
         ]
 
@@ -131,7 +131,8 @@ class PagedDecode:
             source = self._as_rows(page)
             row = filled.row(first)
             for layer, pool in enumerate(self._pool):
-                pool[row : row + tokens].copy_(source[layer, :tokens])
+                block = pool[row : row + tokens]
+                block.copy_(source[layer, :tokens].view(block.shape))
 
     def join(self, sequence: int) -> str | None:
         """Decode the sequence from the next step on; its prompt's blocks must be filled.
@@ -186,7 +187,8 @@ class PagedDecode:
             target = self._as_rows(out)
             row = copied.row(block_index * self._block_tokens)
             for layer, pool in enumerate(self._pool):
-                target[layer].copy_(pool[row : row + self._block_tokens])
+                block = pool[row : row + self._block_tokens]
+                target[layer].view(block.shape).copy_(block)
 
     def leave(self, sequence: int) -> None:
         """Take the sequence out of the batch from the next step on; it keeps its blocks. Raises KeyError."""

@@ -24,6 +24,7 @@ from dualpath.model.attention import (
     UnsupportedModelError,
     packed_attention,
 )
+from dualpath.model.linears import pack_linears
 from dualpath.model.rules import PLAIN, AttentionRules
 from dualpath.model.spans import PackedSequence
 from dualpath.model.sparse import SparseLatentForm
@@ -152,7 +153,7 @@ def load_network(path: str | Path, dtype: torch.dtype) -> Any:
     network = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=IMPLEMENTATION, use_safetensors=True, local_files_only=True
     )
-    return network.eval()
+    return pack_linears(network.eval())
 
 
 class _Probe(PackedPass):

@@ -19,10 +19,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from dualpath.model.attention import LatentForm, UnsupportedModelError
+from dualpath.model.attention import LatentForm, LayerQueries, UnsupportedModelError
 from dualpath.model.spans import PackedSequence
 
 SCRATCH_BYTES = 64 << 20
@@ -141,23 +142,15 @@ class SparseLatentForm(LatentForm):
         rows[:, self._width :].index_copy_(0, new_rows, keys[0])
         return Selection()
 
-    def attend_selected(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequences: tuple[PackedSequence, ...],
-        scale: float,
-        selection: Any,
-    ) -> Tensor:
-        latents, keys = rows[:, : self._width], rows[:, self._width :]
-        dense, sparse = _by_length(sequences, selection.top_k)
-        out = self.attend(module, query, latents, dense, scale)
-        for piece in _pieces(sparse, self._piece_queries(sparse, selection.top_k, rows.element_size())):
+    def attend_selected(self, asked: LayerQueries, selection: Any) -> Tensor:
+        latents, keys = asked.rows[:, : self._width], asked.rows[:, self._width :]
+        dense, sparse = _by_length(asked.sequences, selection.top_k)
+        out = self.attend(msgspec.structs.replace(asked, rows=latents, sequences=dense))
+        for piece in _pieces(sparse, self._piece_queries(sparse, selection.top_k, keys.element_size())):
             places = torch.cat([torch.arange(p.first_query, p.first_query + p.new_tokens) for p in piece])
-            places = places.to(rows.device)
+            places = places.to(keys.device)
             chosen = torch.cat([selection.select(keys, part) for part in piece])
-            out[places] = self._over_chosen(module, query[:, places], latents, chosen, scale)
+            out[places] = self._over_chosen(asked.module, asked.query[:, places], latents, chosen, asked.scale)
         return out
 
     def _piece_queries(self, sequences: tuple[PackedSequence, ...], top_k: int, itemsize_bytes: int) -> int:
