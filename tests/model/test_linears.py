@@ -12,7 +12,7 @@ def network(bias: bool, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 40), (1, 1, 40), (1, 9, 40), (600, 40)])
+@pytest.mark.parametrize("shape", [(1, 40), (2, 40), (1, 9, 40), (600, 40)])
 def test_a_packed_layer_gives_the_same(bias: bool, shape: tuple[int, ...]) -> None:
     given = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     packed, plain = pack_linears(network(bias)), network(bias)

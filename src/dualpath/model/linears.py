@@ -29,15 +29,23 @@ class PackedLinear(torch.nn.Linear):
     """
 
     _packed: Tensor | None = None
-    _packed_of: tuple[int, int] | None = None
+    _packed_of: tuple[Tensor | None, int] = (None, 0)
+    """The weight, and its count of changes."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  the name is torch's
-        weight = self.weight
-        if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.is_inference():
-            return super().forward(input)
-        state = (weight.data_ptr(), weight._version)
-        if self._packed is None or self._packed_of != state:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-            self._packed_of = state
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], "")
+        weight = self._parameters["weight"]
+        assert weight is not None
+        seen, version = self._packed_of
+        if weight is not seen or (self._packed is not None and weight._version != version):
+            self._pack(weight)
+        if self._packed is None or input.numel() == self.in_features:
+            return super().forward(input)  # one row reads the weight once, in whatever order
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            input, self._packed, self._parameters["bias"], "none", [], ""
+        )
         return out
+
+    def _pack(self, weight: Tensor) -> None:
+        fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.is_inference()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS) if fits else None
+        self._packed_of = (weight, weight._version if fits else 0)
