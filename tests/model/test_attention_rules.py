@@ -64,6 +64,24 @@ def test_rules_compute_their_definition(
     assert torch.allclose(out.transpose(0, 1).double(), expected, atol=4e-6)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_one_token_in_half_precision(sinks: bool, softcap: float | None) -> None:
+    """Over three runs of rows, of which the window cuts the first; in the precision that bfloat16 has."""
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(260, 2 * KV_HEADS * DIM, generator=generator).bfloat16()
+    query = torch.randn(HEADS, 1, DIM, generator=generator).bfloat16()
+    ruled = AttentionRules(90, softcap, 2 * torch.randn(HEADS, generator=generator) if sinks else None)
+    sequence = PackedSequence(0, 1, 127, ((192, 64), (0, 50), (100, 14)))
+    form = GroupedForm(HEADS, KV_HEADS, DIM)
+    paged = form.paged(torch.zeros_like(rows))
+    paged.copy_(rows.view(paged.shape))
+    out = form.attend(LayerQueries(None, query, paged, (sequence,), 0.4), ruled)
+    visible = torch.cat([rows[first : first + count] for first, count in sequence.extents])
+    keys, values = visible.view(-1, 2, KV_HEADS, DIM).permute(1, 2, 0, 3).repeat_interleave(2, dim=1)
+    assert torch.allclose(out.transpose(0, 1).double(), by_definition(query, keys, values, 0.4, ruled), atol=0.02)
+
+
 @pytest.mark.parametrize("scores", [1, 2**12, 2**24])
 def test_bounded_pieces_do_not_change_the_result(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of other devices and of capped scores, with few and with many scores at a time."""

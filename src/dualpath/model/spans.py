@@ -46,25 +46,35 @@ def attend_token(
     `softcap` bounds the scores smoothly; `sinks` ``[heads]`` are scores that take weight and have no value.
     """
     kv_heads, group, _, dim = query.shape
-    scaled = query.view(kv_heads, group, dim) * scale
-    spans = [keys_values(first, count) for first, count in extents]
-    scores = _joined([torch.bmm(scaled, keys.transpose(1, 2)) for keys, _ in spans]).float()
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    if sinks is not None:
-        scores = torch.cat((scores, sinks.to(scores.dtype).view(kv_heads, group, 1)), dim=-1)
-    weights = scores.softmax(-1).to(query.dtype)
-    out, done = None, 0
-    for _, values in spans:
-        part = weights[..., done : done + values.shape[1]]
-        out = torch.bmm(part, values) if out is None else out.baddbmm_(part, values)
-        done += values.shape[1]
-    assert out is not None, "a token attends to itself at least"
+    by_kv_head = query.view(kv_heads, group, dim)
+    spans = [keys_values(*extent) for extent in extents]
+    if query.dtype == torch.float32 or softcap is not None:
+        out = _by_one_softmax(by_kv_head * scale, spans, softcap, sinks)
+    else:  # a matrix product of few rows in half precision is slow on a CPU, its fused kernel is not
+        parts = [_partial(by_kv_head[None], keys[None], values[None], scale, False) for keys, values in spans]
+        if sinks is not None:
+            parts.append((torch.zeros_like(parts[0][0]), sinks.to(parts[0][1].dtype).view(1, kv_heads, group)))
+        out = merge(parts)
     return out.view(1, kv_heads * group, dim)
 
 
-def _joined(scores: list[Tensor]) -> Tensor:
-    return scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+def _by_one_softmax(
+    scaled: Tensor, spans: list[tuple[Tensor, Tensor]], softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention of a query ``[kv_heads, group, dim]``, times its scale, by matrix products over whole spans."""
+    scores = [torch.bmm(scaled, keys.transpose(1, 2)).float() for keys, _ in spans]
+    if softcap is not None:
+        scores = [score.div_(softcap).tanh_().mul_(softcap) for score in scores]
+    if sinks is not None:
+        scores.append(sinks.float().view(*scaled.shape[:2], 1))
+    if len(scores) == 1:
+        return torch.bmm(scores[0].softmax(-1).to(scaled.dtype), spans[0][1])
+    joined = torch.cat(scores, dim=-1).softmax(-1).to(scaled.dtype)
+    weights = torch.split(joined, [score.shape[-1] for score in scores], dim=-1)
+    out = torch.bmm(weights[0], spans[0][1])
+    for weight, (_, values) in zip(weights[1:], spans[1:], strict=False):
+        out.baddbmm_(weight, values)
+    return out
 
 
 def attend_chunk(
