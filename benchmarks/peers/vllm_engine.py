@@ -268,7 +268,9 @@ def paired(ours: Engine, other: Engine, rounds: int, method: str, arguments: tup
 def summary(name: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
     low, median, high = statistics.quantiles([theirs / mine for mine, theirs in pairs], n=4)
     mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(f"\r{name:24}{median:6.2f}  ({low:.2f} to {high:.2f})  ours {mine:7.1f} ms, vLLM {theirs:7.1f} ms", flush=True)
+    print(
+        f"\r{name:24}{median:6.2f}  ({low:.2f} to {high:.2f})  ours {mine:7.1f} ms, vLLM {theirs:7.1f} ms", flush=True
+    )
     return {"ratio": median, "quartiles": [low, high], "ours_ms": mine, "vllm_ms": theirs, "pairs": pairs}
 
 
