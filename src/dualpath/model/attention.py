@@ -42,6 +42,7 @@ class LayerQueries(msgspec.Struct, frozen=True, eq=False):
     """``[heads, tokens, dim]``."""
     rows: Tensor
     sequences: tuple[PackedSequence, ...]
+    """All of the pack's, in its order."""
     scale: float
 
 
@@ -196,13 +197,12 @@ class GroupedForm:
         def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
             return keys[:, first : first + count], values[:, first : first + count]
 
-        query = asked.query
-        grouped = query.view(self.kv_heads, -1, query.shape[1], self.head_dim)
-        out = query.new_empty((query.shape[1], self.heads, self.head_dim))
+        grouped = asked.query.view(self.kv_heads, -1, asked.query.shape[1], self.head_dim)
+        outs = []
         for sequence in asked.sequences:
-            chunk = slice(sequence.first_query, sequence.first_query + sequence.new_tokens)
-            out[chunk] = attend_by_rules(grouped[:, :, chunk], sequence, keys_values, asked.scale, rules)
-        return out
+            chunk = grouped[:, :, sequence.first_query : sequence.first_query + sequence.new_tokens]
+            outs.append(attend_by_rules(chunk, sequence, keys_values, asked.scale, rules))
+        return torch.cat(outs)
 
 
 class LatentForm:

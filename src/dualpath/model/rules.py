@@ -69,13 +69,13 @@ def attend_by_rules(
     `span_rows` bounds what is asked of `keys_values` at a time, where a chunk does not need more.
     """
     past, new = sequence.past_tokens, sequence.new_tokens
-    window = rules.window_tokens or past + new
     if new == 1:
-        seen = _latest(sequence.extents, window)
+        seen = sequence.extents if rules.window_tokens is None else _latest(sequence.extents, rules.window_tokens)
         return attend_token(query, seen, keys_values, scale, rules.softcap, rules.sinks)
     if rules is PLAIN:
         return attend_chunk(query, sequence, keys_values, scale, span_rows)
     ruled = _Ruled(query, keys_values, scale, rules, span_rows)
+    window = rules.window_tokens or past + new
     early = min(max(window - past, 0), new)
     first, _ = sequence.extents[0]
     outs = []
