@@ -10,7 +10,7 @@ from engine_world import PLACES, Buffers, Engines, buffers_of, packed_logits, ra
 from transformers import AutoModelForCausalLM
 
 from dualpath.model import LoadedModel, rules
-from dualpath.model.attention import GroupedForm
+from dualpath.model.attention import GroupedForm, LayerQueries
 from dualpath.model.rules import AttentionRules
 from dualpath.model.spans import PackedSequence
 
@@ -57,12 +57,29 @@ def test_rules_compute_their_definition(
     unseen = torch.ones(260, dtype=torch.bool)
     unseen[order[max(0, total - new - (window or total) + 1) :]] = False
     rows[unseen] = torch.nan
-    out = GroupedForm(HEADS, KV_HEADS, DIM).attend(
-        None, query, rows, (PackedSequence(0, new, total - new, extents),), 0.4, ruled
-    )
+    asked = LayerQueries(None, query, rows, (PackedSequence(0, new, total - new, extents),), 0.4)
+    out = GroupedForm(HEADS, KV_HEADS, DIM).attend(asked, ruled)
     keys, values = visible.view(total, 2, KV_HEADS, DIM).permute(1, 2, 0, 3).repeat_interleave(2, dim=1)
     expected = by_definition(query, keys, values, 0.4, ruled)
     assert torch.allclose(out.transpose(0, 1).double(), expected, atol=4e-6)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_one_token_in_half_precision(sinks: bool, softcap: float | None) -> None:
+    """Over three runs of rows, of which the window cuts the first; in the precision that bfloat16 has."""
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(260, 2 * KV_HEADS * DIM, generator=generator).bfloat16()
+    query = torch.randn(HEADS, 1, DIM, generator=generator).bfloat16()
+    ruled = AttentionRules(90, softcap, 2 * torch.randn(HEADS, generator=generator) if sinks else None)
+    sequence = PackedSequence(0, 1, 127, ((192, 64), (0, 50), (100, 14)))
+    form = GroupedForm(HEADS, KV_HEADS, DIM)
+    paged = form.paged(torch.zeros_like(rows))
+    paged.copy_(rows.view(paged.shape))
+    out = form.attend(LayerQueries(None, query, paged, (sequence,), 0.4), ruled)
+    visible = torch.cat([rows[first : first + count] for first, count in sequence.extents])
+    keys, values = visible.view(-1, 2, KV_HEADS, DIM).permute(1, 2, 0, 3).repeat_interleave(2, dim=1)
+    assert torch.allclose(out.transpose(0, 1).double(), by_definition(query, keys, values, 0.4, ruled), atol=0.02)
 
 
 @pytest.mark.parametrize("scores", [1, 2**12, 2**24])
@@ -73,10 +90,11 @@ def test_bounded_pieces_do_not_change_the_result(scores: int, monkeypatch: pytes
     query = torch.randn(HEADS, 300, DIM, generator=generator)
     sequence = PackedSequence(0, 300, 90, ((10, 390),))
     form, ruled = GroupedForm(HEADS, KV_HEADS, DIM), AttentionRules(200, 3.0)
-    expected = form.attend(None, query, rows, (sequence,), 0.4, ruled)
+    asked = LayerQueries(None, query, rows, (sequence,), 0.4)
+    expected = form.attend(asked, ruled)
     monkeypatch.setattr(rules, "SCORES", scores)
     monkeypatch.setattr(rules, "BLOCK_TOKENS", 64)
-    assert torch.allclose(form.attend(None, query, rows, (sequence,), 0.4, ruled), expected, atol=2e-6)
+    assert torch.allclose(form.attend(asked, ruled), expected, atol=2e-6)
 
 
 def test_a_window_of_nothing_is_refused() -> None:

@@ -5,7 +5,7 @@ import torch
 from engine_world import DeBuffer, Engines, drain, enter, greedy, prefill, random_tokens
 
 from dualpath.model import LayerwisePrefill, PagedDecode
-from dualpath.model.attention import LatentForm
+from dualpath.model.attention import LatentForm, LayerQueries
 from dualpath.model.rules import PLAIN, AttentionRules
 from dualpath.model.spans import PackedSequence
 
@@ -31,8 +31,9 @@ def test_both_forms_agree(value_dim: int, rules: AttentionRules) -> None:
     rows = torch.randn(100, 16, generator=generator)
     query = torch.randn(3, 9, 11, generator=generator)
     sequence = PackedSequence(0, new_tokens=9, past_tokens=60, extents=((13, 69),))
+    asked = LayerQueries(Layer, query, rows, (sequence,), 0.3)
     with torch.no_grad():
-        absorbed, expanded = (how(Layer, query, rows, sequence, 0.3, rules) for how in (form._absorbed, form._expanded))
+        absorbed, expanded = (how(asked, query, sequence, rules) for how in (form._absorbed, form._expanded))
     assert absorbed.shape == (9, 3, value_dim)
     assert torch.allclose(absorbed, expanded, atol=1e-5)
 

@@ -3,7 +3,7 @@
 Theory of operation. A forward packs several sequences, each with its own cached context, into one row of tokens
 ``[1, heads, tokens, dim]``. Everything in a transformer but attention is per token, so packing costs nothing there.
 Transformers calls us twice per layer. ``past_key_values.update(k, v, layer)`` is `PackedPass.update`: it writes the new
-tokens' KV into the layer's device buffer, rows ``[row, token_elems]`` whose bytes are exactly those of a Layer Block.
+tokens' KV into the layer's device buffer, rows ``[row, elements]`` whose bytes are exactly those of a Layer Block.
 Then the registered attention function, `packed_attention`, reads each sequence's KV, cached and new, as strided views
 of that buffer. No context is ever copied, padded or converted, and no mask spans it. A layer's sliding window, sinks
 and cap of scores reach us as arguments, and go on as `rules`.
@@ -17,6 +17,7 @@ index key as its third part, by which a query selects the rows it attends to; `s
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -33,23 +34,38 @@ class UnsupportedModelError(ValueError):
     """A model whose attention does not fit the seam; the message says which part."""
 
 
+class LayerQueries(msgspec.Struct, frozen=True, eq=False):
+    """What a layer asks of its form: the attention of a pack."""
+
+    module: Any
+    """Transformers' attention module."""
+    query: Tensor
+    """``[heads, tokens, dim]``."""
+    rows: Tensor
+    sequences: tuple[PackedSequence, ...]
+    """All of the pack's, in its order."""
+    scale: float
+
+
 class AttentionForm(Protocol):
-    """How a token's row is written and read; one per kind of attention."""
+    """How a token's row is written and read; one per kind of attention.
+
+    `rows` are a layer's buffer: ``[rows, elements]``, or what `paged` made of that.
+    """
+
+    def paged(self, memory: Tensor) -> Tensor:
+        """Returns `memory` ``[rows, elements]`` as the rows of a decode engine, in the order that it reads fastest.
+
+        ``[rows, …]``; the elements of a row, flattened, are those of a Layer Block's row.
+        """
+        ...
 
     def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Write the arguments of `update` into ``rows[new_rows]``. Returns what the model's code continues with."""
         ...
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequences: tuple[PackedSequence, ...],
-        scale: float,
-        rules: AttentionRules = PLAIN,
-    ) -> Tensor:
-        """Query ``[heads, tokens, dim]`` → output ``[tokens, heads, value_dim]``."""
+    def attend(self, asked: LayerQueries, rules: AttentionRules = PLAIN) -> Tensor:
+        """Returns the output ``[tokens, heads, value_dim]``."""
         ...
 
 
@@ -57,15 +73,7 @@ class AttentionForm(Protocol):
 class SelectingForm(AttentionForm, Protocol):
     """A form whose layers attend to what an indexer selects for each query; see `sparse`."""
 
-    def attend_selected(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequences: tuple[PackedSequence, ...],
-        scale: float,
-        selection: Any,
-    ) -> Tensor:
+    def attend_selected(self, asked: LayerQueries, selection: Any) -> Tensor:
         """As `attend`, over what `selection` selects: a result of `store_index`, in this layer or one before."""
         ...
 
@@ -91,7 +99,7 @@ class PackedPass:
         self._rows: Tensor | None = None
 
     def layer_rows(self, layer: int) -> Tensor:
-        """Returns a layer's device buffer ``[rows, token_elems]`` with every cached row in it; may wait for them."""
+        """Returns a layer's device buffer ``[rows, elements]`` with every cached row in it; may wait for them."""
         raise NotImplementedError
 
     def written(self, layer: int) -> None:
@@ -127,14 +135,14 @@ class PackedPass:
             raise UnsupportedModelError(
                 f"layer {module.layer_idx} attends without passing KV to its cache: it shares that of a layer before it"
             )
-        form = self._forms[module.layer_idx]
+        form, asked = self._forms[module.layer_idx], LayerQueries(module, query[0], self._rows, self.sequences, scale)
         out: Tensor
         if not isinstance(form, SelectingForm):
-            out = form.attend(module, query[0], self._rows, self.sequences, scale, rules)
+            out = form.attend(asked, rules)
         elif rules is not PLAIN:
             raise UnsupportedModelError(f"{type(module).__name__} has an indexer and a window, sinks or capped scores")
         else:
-            out = form.attend_selected(module, query[0], self._rows, self.sequences, scale, selection)
+            out = form.attend_selected(asked, selection)
         self._rows = None
         self.attended(module.layer_idx)
         return out[None]
@@ -183,33 +191,31 @@ class GroupedForm:
     def __init__(self, heads: int, kv_heads: int, head_dim: int) -> None:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
 
+    def paged(self, memory: Tensor) -> Tensor:
+        """``[rows, 2, kv_heads, head_dim]``, each head apart: a decode step reads all of one head, then of the next."""
+        return memory.view(2, self.kv_heads, -1, self.head_dim).permute(2, 0, 1, 3)
+
+    def _parts(self, rows: Tensor) -> Tensor:
+        return rows if rows.dim() == 4 else rows.view(-1, 2, self.kv_heads, self.head_dim)
+
     def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        parts = rows.view(-1, 2, self.kv_heads, self.head_dim)
+        parts = self._parts(rows)
         parts[:, 0].index_copy_(0, new_rows, first[0].transpose(0, 1))
         parts[:, 1].index_copy_(0, new_rows, second[0].transpose(0, 1))
         return first, second
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequences: tuple[PackedSequence, ...],
-        scale: float,
-        rules: AttentionRules = PLAIN,
-    ) -> Tensor:
-        del module
-        keys, values = rows.view(-1, 2, self.kv_heads, self.head_dim).permute(1, 2, 0, 3).unbind()
+    def attend(self, asked: LayerQueries, rules: AttentionRules = PLAIN) -> Tensor:
+        keys, values = self._parts(asked.rows).permute(1, 2, 0, 3).unbind()
 
         def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
             return keys[:, first : first + count], values[:, first : first + count]
 
-        grouped = query.view(self.kv_heads, -1, query.shape[1], self.head_dim)
-        out = query.new_empty((query.shape[1], self.heads, self.head_dim))
-        for sequence in sequences:
-            chunk = slice(sequence.first_query, sequence.first_query + sequence.new_tokens)
-            out[chunk] = attend_by_rules(grouped[:, :, chunk], rows, sequence, keys_values, scale, rules)
-        return out
+        grouped = asked.query.view(self.kv_heads, -1, asked.query.shape[1], self.head_dim)
+        outs = []
+        for sequence in asked.sequences:
+            chunk = grouped[:, :, sequence.first_query : sequence.first_query + sequence.new_tokens]
+            outs.append(attend_by_rules(chunk, sequence, keys_values, asked.scale, rules))
+        return torch.cat(outs)
 
 
 class LatentForm:
@@ -218,26 +224,21 @@ class LatentForm:
     def __init__(self, heads: int, rank: int, rope_dim: int, nope_dim: int, value_dim: int) -> None:
         self.heads, self.rank, self.rope_dim, self.nope_dim, self.value_dim = heads, rank, rope_dim, nope_dim, value_dim
 
+    def paged(self, memory: Tensor) -> Tensor:
+        return memory
+
     def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         rows[:, : self.rank].index_copy_(0, new_rows, first[0, 0])
         rows[:, self.rank :].index_copy_(0, new_rows, second[0, 0])
         # The model's code expands what it gets back, to no use; one token is the least that it accepts.
         return first[:, :, :1], second[:, :, :1]
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequences: tuple[PackedSequence, ...],
-        scale: float,
-        rules: AttentionRules = PLAIN,
-    ) -> Tensor:
-        out = query.new_empty((query.shape[1], self.heads, self.value_dim))
-        for sequence in sequences:
+    def attend(self, asked: LayerQueries, rules: AttentionRules = PLAIN) -> Tensor:
+        out = asked.query.new_empty((asked.query.shape[1], self.heads, self.value_dim))
+        for sequence in asked.sequences:
             chunk = slice(sequence.first_query, sequence.first_query + sequence.new_tokens)
             how = self._absorbed if self.absorbs(sequence.new_tokens) else self._expanded
-            out[chunk] = how(module, query[:, chunk], rows, sequence, scale, rules)
+            out[chunk] = how(asked, asked.query[:, chunk], sequence, rules)
         return out
 
     def absorbs(self, new_tokens: int) -> bool:
@@ -245,24 +246,21 @@ class LatentForm:
         widened = 2 * self.rank - self.nope_dim - self.value_dim
         return new_tokens * widened <= self.rank * (self.nope_dim + self.value_dim)
 
-    def _absorbed(
-        self, module: Any, query: Tensor, rows: Tensor, sequence: PackedSequence, scale: float, rules: AttentionRules
-    ) -> Tensor:
-        to_key, to_value = self._projections(module)
+    def _absorbed(self, asked: LayerQueries, query: Tensor, sequence: PackedSequence, rules: AttentionRules) -> Tensor:
+        to_key, to_value = self._projections(asked.module)
         latent_query = self._latent_query(query, to_key)
 
         def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
-            span = rows[None, first : first + count]
+            span = asked.rows[None, first : first + count]
             return span, span  # a value is the latent part; its rope part is dropped from the output below
 
-        out = attend_by_rules(latent_query[None], rows, sequence, keys_values, scale, rules)
+        out = attend_by_rules(latent_query[None], sequence, keys_values, asked.scale, rules)
         latent_out = out[..., : self.rank].transpose(0, 1)
         return torch.bmm(latent_out, to_value.transpose(1, 2)).transpose(0, 1)
 
-    def _expanded(
-        self, module: Any, query: Tensor, rows: Tensor, sequence: PackedSequence, scale: float, rules: AttentionRules
-    ) -> Tensor:
-        to_key, to_value = self._projections(module)
+    def _expanded(self, asked: LayerQueries, query: Tensor, sequence: PackedSequence, rules: AttentionRules) -> Tensor:
+        to_key, to_value = self._projections(asked.module)
+        rows = asked.rows
         width = max(self.nope_dim + self.rope_dim, self.value_dim)
 
         def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -276,7 +274,7 @@ class LatentForm:
             return keys, values
 
         padded = torch.nn.functional.pad(query, (0, width - query.shape[-1]))
-        out = attend_by_rules(padded[:, None], rows, sequence, keys_values, scale, rules, EXPAND_ROWS)
+        out = attend_by_rules(padded[:, None], sequence, keys_values, asked.scale, rules, EXPAND_ROWS)
         return out[..., : self.value_dim]
 
     def _latent_query(self, query: Tensor, to_key: Tensor) -> Tensor:

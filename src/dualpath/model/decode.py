@@ -2,8 +2,8 @@
 
 Life of a sequence: `admit` takes device blocks for the prompt and all it may generate; `fill_block` copies the prompt's
 KV in, one Full Block at a time; `join` adds it to the batch from the next `step` on; `copy_block` copies a finished
-Full Block out, for storage; `release` frees the blocks. KV is in one buffer per layer ``[blocks × 64, elements]``. A
-block's rows there are as in its Layer Block, so both copies are plain.
+Full Block out, for storage; `release` frees the blocks. KV is in one buffer per layer of ``blocks × 64`` rows. A row
+holds what a Layer Block's row does; where each element lies in memory is the form's choice (`AttentionForm.paged`).
 
 Threads: one compute thread calls `step`; another thread may call everything else at the same time. It touches only
 blocks that the step in progress does not write: those of sequences that have not joined, and finished ones. One lock
@@ -76,8 +76,8 @@ class PagedDecode:
         rows = self._allocator.blocks * self._block_tokens
         # Zeroed, so that the host's pages exist: page faults would otherwise slow the first requests.
         self._pool = [
-            torch.zeros((rows, elements), dtype=self.model.dtype, device=self.model.device)
-            for elements in self.model.row_elements
+            form.paged(torch.zeros((rows, elements), dtype=self.model.dtype, device=self.model.device))
+            for form, elements in zip(self.model.forms, self.model.row_elements, strict=True)
         ]
 
     def blocks_for(self, prompt_tokens: int, sampling: SamplingParams, generated_so_far: int = 0) -> int:
@@ -134,7 +134,8 @@ class PagedDecode:
             source = self._as_rows(page)
             row = filled.row(first)
             for layer in self.model.layout.layers_seen(block_index, filled.prompt_tokens):
-                self._pool[layer][row : row + tokens].copy_(source[layer][:tokens])
+                block = self._pool[layer][row : row + tokens]
+                block.copy_(source[layer][:tokens].view(block.shape))
 
     def join(self, sequence: int) -> str | None:
         """Decode the sequence from the next step on; its prompt's blocks must be filled.
@@ -192,7 +193,8 @@ class PagedDecode:
             target = self._as_rows(out)
             row = copied.row(block_index * self._block_tokens)
             for layer, pool in enumerate(self._pool):
-                target[layer].copy_(pool[row : row + self._block_tokens])
+                block = pool[row : row + self._block_tokens]
+                target[layer].view(block.shape).copy_(block)
 
     def leave(self, sequence: int) -> None:
         """Take the sequence out of the batch from the next step on; it keeps its blocks. Raises KeyError."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dualpath.kv.layout import KVPart
-from dualpath.model.attention import AttentionForm, GroupedForm, LatentForm
+from dualpath.model.attention import AttentionForm, GroupedForm, LatentForm, LayerQueries
 from dualpath.model.rules import PLAIN, AttentionRules, attend_by_rules
-from dualpath.model.spans import EXPAND_ROWS, PackedSequence
+from dualpath.model.spans import EXPAND_ROWS
 from dualpath.model.sparse import SelectedLatentForm, SparseLatentForm
 
 
@@ -32,36 +32,29 @@ class UnevenForm:
     def _by_head(self, part: Tensor, dim: int) -> Tensor:
         return part.as_strided((part.shape[0], self.kv_heads, dim), (part.stride(0), dim, 1))
 
+    def paged(self, memory: Tensor) -> Tensor:
+        return memory
+
     def store(self, rows: Tensor, new_rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self._parts(rows)
         keys.index_copy_(0, new_rows, first[0].transpose(0, 1))
         values.index_copy_(0, new_rows, second[0].transpose(0, 1))
         return first, second
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequences: tuple[PackedSequence, ...],
-        scale: float,
-        rules: AttentionRules = PLAIN,
-    ) -> Tensor:
-        del module
+    def attend(self, asked: LayerQueries, rules: AttentionRules = PLAIN) -> Tensor:
         width = max(self.key_dim, self.value_dim)
-        keys, values = (part.transpose(0, 1) for part in self._parts(rows))
+        keys, values = (part.transpose(0, 1) for part in self._parts(asked.rows))
 
         def keys_values(first: int, count: int) -> tuple[Tensor, Tensor]:
             span = slice(first, first + count)
             return _widened(keys[:, span], width), _widened(values[:, span], width)
 
-        grouped = _widened(query, width).view(self.kv_heads, -1, query.shape[1], width)
-        out = query.new_empty((query.shape[1], self.heads, self.value_dim))
-        for sequence in sequences:
-            chunk = slice(sequence.first_query, sequence.first_query + sequence.new_tokens)
-            attended = attend_by_rules(grouped[:, :, chunk], rows, sequence, keys_values, scale, rules, EXPAND_ROWS)
-            out[chunk] = attended[..., : self.value_dim]
-        return out
+        grouped = _widened(asked.query, width).view(self.kv_heads, -1, asked.query.shape[1], width)
+        outs = []
+        for sequence in asked.sequences:
+            chunk = grouped[:, :, sequence.first_query : sequence.first_query + sequence.new_tokens]
+            outs.append(attend_by_rules(chunk, sequence, keys_values, asked.scale, rules, EXPAND_ROWS))
+        return torch.cat(outs)[..., : self.value_dim]
 
 
 def _widened(part: Tensor, width: int) -> Tensor:

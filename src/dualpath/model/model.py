@@ -26,6 +26,7 @@ from dualpath.model.attention import (
     packed_attention,
 )
 from dualpath.model.forms import forms_of
+from dualpath.model.linears import pack_linears
 from dualpath.model.rules import PLAIN, AttentionRules
 from dualpath.model.seam_checks import (
     FOREIGN_ERRORS,
@@ -164,7 +165,7 @@ def load_network(path: str | Path, dtype: torch.dtype) -> Any:
     network = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=IMPLEMENTATION, use_safetensors=True, local_files_only=True
     )
-    return network.eval()
+    return pack_linears(network.eval())
 
 
 class _Probe(CheckedPass):

@@ -22,10 +22,11 @@ from torch import Tensor
 from dualpath.model.spans import (
     KeysValues,
     PackedSequence,
-    attend_sequence,
+    attend_chunk,
+    attend_token,
+    chunk_parts,
     merge,
     partial_by_matmul,
-    sequence_parts,
 )
 
 BLOCK_TOKENS = 256
@@ -57,21 +58,24 @@ PLAIN = AttentionRules()
 
 def attend_by_rules(
     query: Tensor,
-    rows: Tensor,
     sequence: PackedSequence,
     keys_values: KeysValues,
     scale: float,
     rules: AttentionRules,
     span_rows: int | None = None,
 ) -> Tensor:
-    """`attend_sequence` under `rules`: query ``[kv_heads, group, new_tokens, dim]`` → ``[new_tokens, heads, dim]``."""
-    if rules is PLAIN:
-        return attend_sequence(query, rows, sequence, keys_values, scale, span_rows)
-    ruled = _Ruled(rows, keys_values, scale, rules, span_rows)
+    """One sequence's attention: query ``[kv_heads, group, new_tokens, dim]`` → ``[new_tokens, heads, dim]``.
+
+    `span_rows` bounds what is asked of `keys_values` at a time, where a chunk does not need more.
+    """
     past, new = sequence.past_tokens, sequence.new_tokens
-    window = rules.window_tokens or past + new
     if new == 1:
-        return ruled.all_before(query, _latest(sequence, window))
+        seen = sequence.extents if rules.window_tokens is None else _latest(sequence.extents, rules.window_tokens)
+        return attend_token(query, seen, keys_values, scale, rules.softcap, rules.sinks)
+    if rules is PLAIN:
+        return attend_chunk(query, sequence, keys_values, scale, span_rows)
+    ruled = _Ruled(query, keys_values, scale, rules, span_rows)
+    window = rules.window_tokens or past + new
     early = min(max(window - past, 0), new)
     first, _ = sequence.extents[0]
     outs = []
@@ -83,45 +87,42 @@ def attend_by_rules(
     return torch.cat(outs)
 
 
-def _latest(sequence: PackedSequence, tokens: int) -> PackedSequence:
-    """Returns a decode step's `sequence` without the rows before its last `tokens` ones."""
+def _latest(extents: tuple[tuple[int, int], ...], tokens: int) -> tuple[tuple[int, int], ...]:
+    """Returns `extents` without the rows before their last `tokens` ones."""
     kept: list[tuple[int, int]] = []
-    left = tokens
-    for first, rows in reversed(sequence.extents):
-        taken = min(rows, left)
+    for first, rows in reversed(extents):
+        taken = min(rows, tokens)
         if taken:
             kept.append((first + rows - taken, taken))
-        left -= taken
-    past = min(sequence.past_tokens, tokens - 1)
-    return PackedSequence(sequence.first_query, 1, past, tuple(reversed(kept)))
+        tokens -= taken
+    return tuple(reversed(kept))
 
 
 class _Ruled:
     """One layer's rows under its rules."""
 
     def __init__(
-        self, rows: Tensor, keys_values: KeysValues, scale: float, rules: AttentionRules, span_rows: int | None
+        self, query: Tensor, keys_values: KeysValues, scale: float, rules: AttentionRules, span_rows: int | None
     ) -> None:
-        self.rows, self.keys_values, self.scale, self.rules, self.span_rows = rows, keys_values, scale, rules, span_rows
-        self.fused = rows.device.type == "cpu" and rules.softcap is None
+        self.keys_values, self.scale, self.rules, self.span_rows = keys_values, scale, rules, span_rows
+        self.device, self.dtype = query.device, query.dtype
+        self.fused = query.device.type == "cpu" and rules.softcap is None
 
     def all_before(self, query: Tensor, sequence: PackedSequence) -> Tensor:
         """Attention of tokens that see all rows up to their own. Returns ``[new_tokens, heads, dim]``."""
         kv_heads, group, new, _ = query.shape
         if self.rules.softcap is None:
-            parts = sequence_parts(query, self.rows, sequence, self.keys_values, self.scale, self.span_rows)
+            parts = chunk_parts(query, sequence, self.keys_values, self.scale, self.span_rows)
             return self._joined(parts)
         capped = partial(partial_by_matmul, softcap=self.rules.softcap)
         outs = []
         for start in range(0, new, BLOCK_TOKENS):
             size = min(BLOCK_TOKENS, new - start)
-            block = sequence
-            if new > 1:
-                past = sequence.past_tokens + start
-                block = PackedSequence(0, size, past, ((sequence.extents[0][0], past + size),))
+            past = sequence.past_tokens + start
+            block = PackedSequence(0, size, past, ((sequence.extents[0][0], past + size),))
             span_rows = self._span_rows(kv_heads * group * size)
             part = query[:, :, start : start + size]
-            parts = sequence_parts(part, self.rows, block, self.keys_values, self.scale, span_rows, capped)
+            parts = chunk_parts(part, block, self.keys_values, self.scale, span_rows, capped)
             outs.append(self._joined(parts))
         return torch.cat(outs)
 
@@ -161,7 +162,7 @@ class _Ruled:
 
     def _pieces(self, window: int, size: int, queries: int) -> list[tuple[int, int, Tensor | None]]:
         """Returns ``(first row, rows, mask)`` of a block's rows, relative to the oldest row it sees."""
-        visible = torch.ones(size, size, dtype=torch.bool, device=self.rows.device)
+        visible = torch.ones(size, size, dtype=torch.bool, device=self.device)
         pieces: list[tuple[int, int, Tensor | None]] = [(window - 1, size, self._mask(visible.tril()))]
         if window == 1:
             return pieces
@@ -170,7 +171,7 @@ class _Ruled:
         return pieces + [(start, min(step, window - 1 - start), None) for start in range(size, window - 1, step)]
 
     def _mask(self, visible: Tensor) -> Tensor:
-        hidden = torch.zeros(visible.shape, dtype=self.rows.dtype, device=self.rows.device)
+        hidden = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
         return hidden.masked_fill_(~visible, -torch.inf)
 
     def _masked(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""Exact attention of one sequence of a pack, merged from spans of buffer rows.
+"""Exact attention of one sequence of a pack over its buffer rows.
 
 A chunk of `n` new tokens after `c` cached ones attends to spans: the cached rows without a mask, the new rows causally.
-Each span gives an output and the log-sum-exp of its scores, which suffice to merge the spans exactly; the same merge
-joins the extents of a paged sequence. Query heads that share a KV head are folded into the query's token axis where
-there is no mask, so no KV is repeated.
+Each span gives an output and the log-sum-exp of its scores, which suffice to merge the spans exactly. A single new
+token sees all rows, so it needs neither mask nor merge: its scores of all extents go through one softmax. Query heads
+that share a KV head are folded into the query's token axis where there is no mask, so no KV is repeated.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,6 @@ from collections.abc import Callable
 import msgspec
 import torch
 from torch import Tensor
-
-STREAM_BYTES = 2 << 20
-"""Decode reads a context in pieces of about this many bytes, which stays in the CPU's cache (see `_stream`)."""
 
 EXPAND_ROWS = 4096
 """Latents expanded at a time, which bounds the scratch memory of MLA prefill."""
@@ -36,84 +33,86 @@ class PackedSequence(msgspec.Struct, frozen=True):
     one new token has a single extent."""
 
 
-def attend_sequence(
+def attend_token(
     query: Tensor,
-    rows: Tensor,
-    sequence: PackedSequence,
+    extents: tuple[tuple[int, int], ...],
     keys_values: KeysValues,
     scale: float,
-    span_rows: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of one token to all rows of `extents`: query ``[kv_heads, group, 1, dim]`` → ``[1, heads, dim]``.
+
+    `softcap` bounds the scores smoothly; `sinks` ``[heads]`` are scores that take weight and have no value.
+    """
+    kv_heads, group, _, dim = query.shape
+    by_kv_head = query.view(kv_heads, group, dim)
+    spans = [keys_values(*extent) for extent in extents]
+    if query.dtype == torch.float32 or softcap is not None:
+        out = _by_one_softmax(by_kv_head * scale, spans, softcap, sinks)
+    else:  # a matrix product of few rows in half precision is slow on a CPU, its fused kernel is not
+        parts = [_partial(by_kv_head[None], keys[None], values[None], scale, False) for keys, values in spans]
+        if sinks is not None:
+            parts.append((torch.zeros_like(parts[0][0]), sinks.to(parts[0][1].dtype).view(1, kv_heads, group)))
+        out = merge(parts)
+    return out.view(1, kv_heads * group, dim)
+
+
+def _by_one_softmax(
+    scaled: Tensor, spans: list[tuple[Tensor, Tensor]], softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention of a query ``[kv_heads, group, dim]``, times its scale, by matrix products over whole spans."""
+    scores = [torch.bmm(scaled, keys.transpose(1, 2)).float() for keys, _ in spans]
+    if softcap is not None:
+        scores = [score.div_(softcap).tanh_().mul_(softcap) for score in scores]
+    if sinks is not None:
+        scores.append(sinks.float().view(*scaled.shape[:2], 1))
+    if len(scores) == 1:
+        return torch.bmm(scores[0].softmax(-1).to(scaled.dtype), spans[0][1])
+    joined = torch.cat(scores, dim=-1).softmax(-1).to(scaled.dtype)
+    weights = torch.split(joined, [score.shape[-1] for score in scores], dim=-1)
+    out = torch.bmm(weights[0], spans[0][1])
+    for weight, (_, values) in zip(weights[1:], spans[1:], strict=False):
+        out.baddbmm_(weight, values)
+    return out
+
+
+def attend_chunk(
+    query: Tensor, sequence: PackedSequence, keys_values: KeysValues, scale: float, span_rows: int | None = None
 ) -> Tensor:
     """Query ``[kv_heads, group, new_tokens, dim]`` → output ``[new_tokens, heads, dim]``; spans are merged exactly."""
     kv_heads, group, new_tokens, dim = query.shape
-    parts = sequence_parts(query, rows, sequence, keys_values, scale, span_rows)
+    parts = chunk_parts(query, sequence, keys_values, scale, span_rows)
     return merge(parts).permute(2, 0, 1, 3).reshape(new_tokens, kv_heads * group, dim)
 
 
-def sequence_parts(
+def chunk_parts(
     query: Tensor,
-    rows: Tensor,
     sequence: PackedSequence,
     keys_values: KeysValues,
     scale: float,
     span_rows: int | None = None,
     partial: Partial | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """What `attend_sequence` merges: of each span, output ``[kv_heads, group, new_tokens, dim]`` and log-sum-exp.
+    """What `attend_chunk` merges: of each span, output ``[kv_heads, group, new_tokens, dim]`` and log-sum-exp.
 
     `partial` computes one span, by default on the fastest way for plain attention.
     """
     partial = partial or _partial
     kv_heads, group, new_tokens, dim = query.shape
-    streams = new_tokens == 1 and rows.device.type == "cpu"
-    if streams:
-        span_rows = max(64, STREAM_BYTES // (rows.shape[1] * rows.element_size()))
-    elif rows.device.type != "cpu":
+    if query.device.type != "cpu":
         span_rows = min(span_rows or EXPAND_ROWS, EXPAND_ROWS)
     parts: list[tuple[Tensor, Tensor]] = []
     folded = query.reshape(1, kv_heads, group * new_tokens, dim)
-    spans, causal = _spans(sequence, span_rows)
-    for first, count in spans:
-        if streams:
-            _stream(rows[first : first + count])
-        keys, values = keys_values(first, count)
+    ((first, _),) = sequence.extents
+    new = first + sequence.past_tokens
+    for start in range(first, new, span_rows or max(1, sequence.past_tokens)):
+        keys, values = keys_values(start, min(span_rows or new, new - start))
         out, lse = partial(folded, keys[None], values[None], scale, False)
         parts.append((out.view(kv_heads, group, new_tokens, dim), lse.view(kv_heads, group, new_tokens)))
-    if causal is not None:
-        keys, values = keys_values(*causal)
-        keys, values = (x.expand(group, -1, -1, -1) for x in (keys, values))
-        out, lse = partial(query.transpose(0, 1), keys, values, scale, True)
-        parts.append((out.transpose(0, 1), lse.transpose(0, 1)))
-    return parts
-
-
-def _spans(sequence: PackedSequence, span_rows: int | None) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
-    """Returns row runs of at most `span_rows` without a mask, and the causal run, if any.
-
-    A single new token attends to all of its context, itself included, so it has no causal run.
-    """
-    whole = list(sequence.extents)
-    causal = None
-    if sequence.new_tokens > 1:
-        first, _ = sequence.extents[0]
-        causal = (first + sequence.past_tokens, sequence.new_tokens)
-        whole = [(first, sequence.past_tokens)] if sequence.past_tokens else []
-    if span_rows is not None:
-        whole = [
-            (start, min(span_rows, first + count - start))
-            for first, count in whole
-            for start in range(first, first + count, span_rows)
-        ]
-    return whole, causal
-
-
-def _stream(span: Tensor) -> None:
-    """Read `span` into the CPU's cache, front to back.
-
-    Per-head views of a row-major context jump from row to row, which defeats the hardware's prefetcher: a decode step
-    then waits for memory most of the time. Reading the same bytes in order first is several times faster overall.
-    """
-    span.sum()
+    keys, values = (x.expand(group, -1, -1, -1) for x in keys_values(new, new_tokens))
+    out, lse = partial(query.transpose(0, 1), keys, values, scale, True)
+    return [*parts, (out.transpose(0, 1), lse.transpose(0, 1))]
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -19,10 +19,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from dualpath.model.attention import LatentForm, UnsupportedModelError
+from dualpath.model.attention import LatentForm, LayerQueries, UnsupportedModelError
 from dualpath.model.spans import PackedSequence
 
 SCRATCH_BYTES = 64 << 20
@@ -136,24 +137,16 @@ class SelectedLatentForm(LatentForm):
         self.index_heads, self.index_dim = index_heads, index_dim
         self._width = latent.rank + latent.rope_dim
 
-    def attend_selected(
-        self,
-        module: Any,
-        query: Tensor,
-        rows: Tensor,
-        sequences: tuple[PackedSequence, ...],
-        scale: float,
-        selection: Any,
-    ) -> Tensor:
-        latents = rows[:, : self._width]
-        dense, sparse = _by_length(sequences, selection.top_k)
-        out = self.attend(module, query, latents, dense, scale)
-        pieces = _pieces(sparse, self._piece_queries(sparse, selection.top_k, rows.element_size()))
+    def attend_selected(self, asked: LayerQueries, selection: Any) -> Tensor:
+        latents = asked.rows[:, : self._width]
+        dense, sparse = _by_length(asked.sequences, selection.top_k)
+        out = self.attend(msgspec.structs.replace(asked, rows=latents, sequences=dense))
+        pieces = _pieces(sparse, self._piece_queries(sparse, selection.top_k, latents.element_size()))
         for number, piece in enumerate(pieces):
             places = torch.cat([torch.arange(p.first_query, p.first_query + p.new_tokens) for p in piece])
-            places = places.to(rows.device)
-            chosen = self._chosen(rows, selection, number, piece)
-            out[places] = self._over_chosen(module, query[:, places], latents, chosen, scale)
+            places = places.to(latents.device)
+            chosen = self._chosen(asked.rows, selection, number, piece)
+            out[places] = self._over_chosen(asked.module, asked.query[:, places], latents, chosen, asked.scale)
         return out
 
     def _chosen(self, rows: Tensor, selection: Any, number: int, piece: list[PackedSequence]) -> Tensor:
