@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from dualpath.kv.layout import WHOLE_KV_LAYER_TYPES, KVLayout, KVPart, parts_of
+from dualpath.model.allocator import keep_freed_memory
 from dualpath.model.attention import (
     IMPLEMENTATION,
     GroupedForm,
@@ -60,7 +61,8 @@ class LoadedModel:
 
     @staticmethod
     def load(path: str | Path, device: str = "cpu", dtype: str = "float32", threads: int = 1) -> LoadedModel:
-        """Load a local checkpoint folder (safetensors only). Sets torch's thread count for the whole process.
+        """Load a local checkpoint folder (safetensors only). Sets torch's thread count, and what becomes of
+        freed memory, for the whole process.
 
         Raises ValueError for a bad argument, OSError when the folder is not a checkpoint, UnsupportedModelError for a
         model that the seam can't run.
@@ -72,6 +74,7 @@ class LoadedModel:
         if threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
+        keep_freed_memory()
         local = {"local_files_only": True}
         config = AutoConfig.from_pretrained(path, **local)
         _refuse_other_attention(config)
