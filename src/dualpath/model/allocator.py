@@ -13,8 +13,9 @@ MAPPED_BYTES = 256 << 20
 def keep_freed_memory() -> None:
     """Keep freed memory for this process's next allocations; `malloc_trim` gives it back. Without glibc: nothing.
 
-    glibc returns the end of its heap to the kernel as soon as some MiB of it are free, so a layer would take page faults
-    for tensors as large as those that the last one freed: 30,000 in a prefill of 1,000 tokens, a fifth of its CPU time.
+    glibc returns the end of its heap to the kernel as soon as some MiB of it are free. A layer would take page faults
+    for tensors as large as those that the last one freed: 30,000 in a prefill of 1,000 tokens, a tenth of its CPU time
+    and more.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
