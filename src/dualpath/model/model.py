@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 
 from dualpath.kv.layout import KVLayout, KVPart, LayerKV, layer_parts
 from dualpath.kv.refusals import refusal
+from dualpath.model.allocator import keep_freed_memory
 from dualpath.model.attention import (
     IMPLEMENTATION,
     IndexedForm,
@@ -70,7 +71,8 @@ class LoadedModel:
 
     @staticmethod
     def load(path: str | Path, device: str = "cpu", dtype: str = "float32", threads: int = 1) -> LoadedModel:
-        """Load a local checkpoint folder (safetensors only). Sets torch's thread count for the whole process.
+        """Load a local checkpoint folder (safetensors only). Sets torch's thread count, and what becomes of
+        freed memory, for the whole process.
 
         Raises ValueError for a bad argument, OSError when the folder is not a checkpoint, UnsupportedModelError for a
         model that the seam can't run.
@@ -82,6 +84,7 @@ class LoadedModel:
         if threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
+        keep_freed_memory()
         local = {"local_files_only": True}
         config = AutoConfig.from_pretrained(path, **local)
         _refuse_other_attention(config)
