@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dualpath.model.linears import PackedLinear, pack_linears
+from dualpath.model.linears import MOST_OF_AVAILABLE, PackedLinear, pack_linears
 
 
 def network(bias: bool, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -21,6 +21,15 @@ def test_a_packed_layer_gives_the_same(bias: bool, shape: tuple[int, ...]) -> No
         assert torch.allclose(packed(given), plain(given), atol=1e-6)
         assert packed[0]._packed is not None
     assert packed.state_dict().keys() == network(bias).state_dict().keys()
+
+
+def test_weights_that_leave_no_room_stay_plain() -> None:
+    weights_bytes = 4 * (40 * 24 + 24 * 7)
+    kinds = [
+        {type(layer) for layer in pack_linears(network(True), available)}
+        for available in (MOST_OF_AVAILABLE * weights_bytes, MOST_OF_AVAILABLE * weights_bytes - 1)
+    ]
+    assert kinds == [{PackedLinear}, {torch.nn.Linear}]
 
 
 def test_new_weights_count_from_the_next_call_on() -> None:

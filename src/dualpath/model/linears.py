@@ -1,9 +1,11 @@
 """Linear layers of a network on a CPU, with their weights in the order that oneDNN's matrix products read.
 
 A product of few rows spends most of its time on arranging the weight; here that happens once. It takes as much memory
-as the weight, which stays as it is for whoever reads or replaces it.
+as the weight, which stays as it is for whoever reads or replaces it. So it is not done where weights are a large part of
+the available memory: a model that fits must still fit.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +13,31 @@ from torch import Tensor
 
 _ROWS = 512
 """Rows of input that the order is chosen for: as good for one row as any, and better than others for many."""
+MOST_OF_AVAILABLE = 8
+"""Weights are packed up to this part of the available memory: several engines of a host do the same."""
 
 
-def pack_linears(network: Any) -> Any:
-    """Make the plain linear layers of `network` `PackedLinear`. Returns `network`."""
-    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        for module in network.modules():
-            if type(module) is torch.nn.Linear:
-                module.__class__ = PackedLinear
+def pack_linears(network: Any, available_bytes: int | None = None) -> Any:
+    """Make the plain linear layers of `network` `PackedLinear`, if there is room. Returns `network`."""
+    linears = [module for module in network.modules() if type(module) is torch.nn.Linear]
+    available = _available_bytes() if available_bytes is None else available_bytes
+    packed_bytes = sum(module.weight.nbytes for module in linears if module.weight.dtype == torch.float32)
+    if torch.backends.mkldnn.is_available() and packed_bytes * MOST_OF_AVAILABLE <= available:  # type: ignore[no-untyped-call]
+        for module in linears:
+            module.__class__ = PackedLinear
     return network
+
+
+def _available_bytes() -> int:
+    """Returns the memory that this process may still take: the host's, or its container's if that is less."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no such group, or no limit
+        return available
+    return min(available, left)
 
 
 class PackedLinear(torch.nn.Linear):
