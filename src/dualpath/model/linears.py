@@ -1,8 +1,8 @@
 """Linear layers of a network on a CPU, with their weights in the order that oneDNN's matrix products read.
 
 A product of few rows spends most of its time on arranging the weight; here that happens once. It takes as much memory
-as the weight, which stays as it is for whoever reads or replaces it. So it is not done where weights are a large part of
-the available memory: a model that fits must still fit.
+as the weight, which stays as it is for whoever reads or replaces it. So it is not done where weights are a large part
+of the available memory: a model that fits must still fit.
 """
 
 from pathlib import Path
