@@ -63,6 +63,15 @@ def test_a_gpu_gets_the_checkpoints_own_type(tmp_path: Path, monkeypatch: pytest
     [
         ({"architectures": ["BertForMaskedLM"]}, "is a BertForMaskedLM; give a causal language model"),
         ({"layer_types": ["sliding_attention", "linear_attention"]}, "has layers of type linear_attention"),
+        ({"layer_types": ["full_attention"] * 3}, "has a config.json with layer_types for 3 layers, and 2 layers"),
+        ({"layer_types": "full_attention"}, "whose layer_types is 'full_attention', which makes no sense"),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 0}, "whose sliding_window is 0"),
+        ({"indexer_types": ["shared"] * 2}, "whose first layer shares the indexer"),
+        ({"index_topk": 0}, "whose index_topk is 0; it must be a whole number above 0"),
+        ({"head_dim": 1.5}, "whose head_dim is 1.5; it must be a whole number above 0"),
+        ({"model_type": ["x"]}, r"whose model_type is \['x'\], which makes no sense"),
+        ({"per_layer_attributes": 5}, "whose per_layer_attributes is 5, which makes no sense"),
+        ({"architectures": 5}, "is a 5; give a causal language model"),
         ({"weights": False}, r"has no \*.safetensors"),
     ],
 )

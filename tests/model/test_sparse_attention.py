@@ -258,6 +258,11 @@ def test_an_unwritten_index_would_be_noticed(pair: Pair) -> None:
     assert outputs[0] == pair.generated(prompt, 12) != outputs[1]
 
 
+def test_one_selected_token_is_enough_to_load(tmp_path: Path) -> None:
+    model = LoadedModel.load(make_checkpoint(tmp_path / "one", "deepseek_v32", num_hidden_layers=2, index_topk=1))
+    assert model.layout.layers == 2
+
+
 def test_layers_that_share_an_indexer_attend_to_its_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They keep no index keys, and none is scored for them; 3 layers of which the middle one shares."""
     path = make_checkpoint(

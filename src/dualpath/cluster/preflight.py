@@ -137,7 +137,8 @@ def _check_architecture(directory: Path, facts: dict[str, Any]) -> None:
     reason = refusal(SimpleNamespace(**facts))
     if reason is not None:
         raise NotReadyError(f"--model: {directory} {reason}")
-    names = [str(name) for name in facts.get("architectures") or ()]
+    named = facts.get("architectures") or ()
+    names = [str(name) for name in named] if isinstance(named, list | tuple) else [str(named)]
     if names and not any("CausalLM" in name or "LMHead" in name for name in names):
         raise NotReadyError(
             f"--model: {directory} is a {', '.join(names)}; give a causal language model (…ForCausalLM)"

@@ -171,7 +171,10 @@ def test_the_text_model_of_a_multimodal_file():
 @pytest.mark.parametrize(
     ("change", "sliding"),
     [
-        ({"sliding_window": 64}, 28),
+        ({"sliding_window": 64}, 0),  # it does not say that it uses it
+        ({"sliding_window": 64, "model_type": "mistral"}, 28),
+        ({"sliding_window": 64, "model_type": "olmo3"}, 21),
+        ({"sliding_window": 64, "use_sliding_window": True, "model_type": "qwen3_moe"}, 28),
         ({"sliding_window": 64, "use_sliding_window": False, "max_window_layers": 20}, 0),
         ({"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 20}, 8),
         ({"sliding_window": 64, "sliding_window_pattern": 6}, 24),

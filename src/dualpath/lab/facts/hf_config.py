@@ -20,8 +20,10 @@ from dualpath.lab.facts.model_spec import ModelSpec
 
 _FULL = {"full_attention", "indexed_attention", "attention"}
 _SLIDING = "sliding_attention"
-_ALTERNATING = {"gpt_oss", "gemma2"}
-"""Models whose even layers slide if the file has no `layer_types`."""
+_FULL_EVERY = {"gpt_oss": 2, "gemma2": 2, "olmo3": 4, "cohere2": 4, "exaone4": 4, "gemma3_text": 6}
+"""Models whose every nth layer is full, and the others slide, if the file has neither `layer_types` nor a pattern."""
+_ALL_SLIDE = {"mistral", "mixtral", "phi3", "starcoder2", "qwen3_moe"}
+"""Models with a window in every layer, if the file has one at all."""
 _UNGATED = {"gpt_neox", "opt", "phi", "starcoder2", "nemotron"}
 """Models whose MLP has two matrices; all others have three (gate, up, down)."""
 _FOREIGN_KEYS = (
@@ -166,13 +168,17 @@ class _Reader:
             return sum(kind == _SLIDING for kind in types)
         if not self._content.get("sliding_window") or self._content.get("use_sliding_window") is False:
             return 0
-        if self._content.get("model_type") in _ALTERNATING:
-            return (self._layers + 1) // 2
-        if self._content.get("sliding_window_pattern"):
-            return self._layers - self._layers // self._need("sliding_window_pattern")
-        if "use_sliding_window" in self._content:  # Qwen: the layers from max_window_layers on
+        family = str(self._content.get("model_type"))
+        every = self._content.get("sliding_window_pattern") or _FULL_EVERY.get(family)
+        if every:
+            return self._layers - self._layers // every
+        if family in _ALL_SLIDE:
+            return self._layers
+        if family.startswith("qwen") and "use_sliding_window" not in self._content:
+            return 0
+        if family.startswith("qwen"):
             return max(0, self._layers - self._need("max_window_layers"))
-        return self._layers
+        raise self._error("layer_types", "is missing, and the model has a window: say which layers see it")
 
     def _attention_parameters(self) -> float:
         """Of the mean layer."""

@@ -52,12 +52,15 @@ def fsck_lines(report: Mapping[str, Any]) -> Iterator[str]:
     )
     bad = [f"{file['path']}: {file['cause']}: {file['detail']}" for file in report["bad_files"]]
     unavailable = [f"{file['path']}: {file['detail']}" for file in report["unavailable"]]
-    found = False
+    nameless, found = report["undescribed"], False
     for title, items in (
         ("bad files", bad),
         ("orphans: sound blocks that no prefix leads to", report["orphans"]),
         ("leftovers: half-written files and empty namespaces", report["leftovers"]),
-        ("namespaces without a sound description; their next block brings it", report["undescribed"]),
+        (
+            "namespaces without a sound description; their next block brings it, in another version's none",
+            nameless,
+        ),
         ("blocks or folders that can't be read now, and are left alone", unavailable),
         ("repairs that failed", report["not_repaired"]),
     ):
