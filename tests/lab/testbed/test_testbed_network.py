@@ -133,7 +133,7 @@ def test_what_up_installs_is_what_qos_check_wants(testbed: Testbed) -> None:
 
     assert check("cnic0").returncode == 0
     checked = check("snic0")
-    assert checked.returncode == 1 and "rate of the link" in checked.stdout
+    assert checked.returncode == 1 and "cnic0" not in checked.stdout and "snic0: the high class" in checked.stdout
 
 
 def test_our_channels_carry_their_class_on_both_ends(testbed: Testbed) -> None:
