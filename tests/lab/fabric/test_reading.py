@@ -125,6 +125,20 @@ def test_other_weights_are_rendered_and_kept(weights: tuple[int, int]) -> None:
     ).is_as_meant
 
 
+@pytest.mark.parametrize(
+    ("lane", "follows"),
+    [
+        (15, "the port drops what is sent on 7"),
+        (2, "what is sent on 7 queues with KV"),
+        (1, "no effect on the two classes"),
+    ],
+)
+def test_service_levels_that_are_not_ours_are_looked_at_too(lane: int, follows: str) -> None:
+    moved = PortTables(99, MEANT.high, MEANT.low, {"0": (*LANES[:7], lane, *LANES[8:])})
+    (found,) = infiniband.check({Port("Pe0", 1, 1): moved}).differences
+    assert found.follows == follows
+
+
 def test_what_is_no_guid_is_refused() -> None:
     with pytest.raises(FabricError, match="'0x1 : 0' is not the GUID of a port"):
         infiniband.render(storage_guids=["0x1 : 0"])
@@ -140,7 +154,7 @@ def test_alike_differences_are_one_and_every_line_says_what_follows() -> None:
         "    found    0:4",
         "    so       KV still has 1.00% of a link that model messages fill: no effect on the shares",
     ]
-    assert shown[-1].startswith("infiniband: 2 differences; ") and shown[-1].endswith("at 7 places compared")
+    assert shown[-1].startswith("infiniband: 2 differences; ") and shown[-1].endswith("values compared at 7 places")
     comparison = Comparison()
     comparison.compare("a", "what", 1, 1, "nothing")
     assert comparison.differences() == () and comparison.compared == 1

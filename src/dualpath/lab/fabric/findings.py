@@ -69,8 +69,10 @@ def lines(report: CheckReport) -> list[str]:
             f"    so       {one.follows}",
         ]
     shown += [f"note: {note}" for note in report.notes]
-    verdict = f"{len(report.differences)} differences" if report.differences else "no difference"
-    return [*shown, f"{report.fabric}: {verdict}; {report.compared} values at {len(report.places)} places compared"]
+    count = len(report.differences)
+    verdict = f"{count or 'no'} difference{'s' if count > 1 else ''}"
+    places = report.places[0] if len(report.places) == 1 else f"{len(report.places)} places"
+    return [*shown, f"{report.fabric}: {verdict}; {report.compared} values compared at {places}"]
 
 
 def kv_is_left(share: float, meant: float) -> str:

@@ -147,17 +147,20 @@ def _compare_port(comparison: Comparison, place: str, tables: PortTables, weight
     meant = meant_tables(weights)
     is_read = tables.high_limit is not None
     tables = tables if is_read else msgspec.structs.replace(tables, high_limit=meant.high_limit)
-    effect = "; ".join(dict.fromkeys(_effect(tables, lanes, weights) for lanes in tables.sl2vl.values()))
+    unless = "" if is_read else ", if the high limit is as meant"
+    effects = {lanes: _effect(tables, lanes, weights, unless) for lanes in tables.sl2vl.values()}
+    effect = "; ".join(dict.fromkeys(effects.values()))
     if is_read:
         comparison.compare(place, "high limit (× 4 KiB)", meant.high_limit, tables.high_limit, effect)
     comparison.compare(place, "high table, lane:weight", _shown(meant.high), _shown(tables.high), effect)
     comparison.compare(place, "low table, lane:weight", _shown(meant.low), _shown(tables.low), effect)
-    for lanes in dict.fromkeys(tables.sl2vl.values()):
-        for level, lane in enumerate(meant.sl2vl["0"]):
-            so = _effect(tables, lanes, weights) if level in _NAMES else _lane_effect(level, lanes)
-            comparison.compare(
-                place, f"virtual lane of service level {level}{_NAMES.get(level, '')}", lane, lanes[level], so
-            )
+    for lanes, so in effects.items():
+        for level, name in _NAMES.items():
+            what = f"virtual lane of service level {level} ({name})"
+            comparison.compare(place, what, meant.sl2vl["0"][level], lanes[level], so)
+        others, found = (_listed([row[level] for level in _OTHERS]) for row in (meant.sl2vl["0"], lanes))
+        what = f"virtual lanes of service levels {_listed(_OTHERS)}"
+        comparison.compare(place, what, others, found, _others_effect(lanes))
 
 
 def _compare_options(comparison: Comparison, installed: str, weights: Weights) -> None:
@@ -180,10 +183,11 @@ def _compare_options(comparison: Comparison, installed: str, weights: Weights) -
                 comparison.compare(place, own, "unset", "unset" if other in (*_UNSET, value) else other, so)
 
 
-_NAMES = {HIGH.service_level: " (model messages)", LOW.service_level: " (KV)"}
+_NAMES = {HIGH.service_level: "model messages", LOW.service_level: "KV"}
+_OTHERS = tuple(level for level in range(16) if level not in _NAMES)
 
 
-def _effect(tables: PortTables, lanes: tuple[int, ...], weights: Weights) -> str:
+def _effect(tables: PortTables, lanes: tuple[int, ...], weights: Weights, unless: str) -> str:
     kv, high = lanes[LOW.service_level], lanes[HIGH.service_level]
     dropped = [name for name, lane in (("KV", kv), ("model messages", high)) if lane == DROP_LANE]
     if dropped:
@@ -191,15 +195,19 @@ def _effect(tables: PortTables, lanes: tuple[int, ...], weights: Weights) -> str
     if kv == high:
         return f"KV and model messages share lane {kv}: messages wait behind KV"
     meant = meant_tables(weights)
-    return kv_is_left(kv_share(tables, lanes), kv_share(meant, meant.sl2vl["0"]))
+    return kv_is_left(kv_share(tables, lanes), kv_share(meant, meant.sl2vl["0"])) + unless
 
 
-def _lane_effect(level: int, lanes: tuple[int, ...]) -> str:
-    lane = lanes[level]
-    if lane == DROP_LANE:
-        return f"the port drops what is sent on service level {level}"
-    shared = [name.strip(" ()") for known, name in _NAMES.items() if lanes[known] == lane]
-    return f"what is sent on service level {level} queues with {' and '.join(shared) or f'others on lane {lane}'}"
+def _others_effect(lanes: tuple[int, ...]) -> str:
+    dropped = [level for level in _OTHERS if lanes[level] == DROP_LANE]
+    with_kv = [level for level in _OTHERS if lanes[level] == lanes[LOW.service_level]]
+    found = [f"the port drops what is sent on {_listed(dropped)}"] if dropped else []
+    found += [f"what is sent on {_listed(with_kv)} queues with KV"] if with_kv else []
+    return "; ".join(found) or "no effect on the two classes"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _shown(table: Table) -> str:
