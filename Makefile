@@ -33,7 +33,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio # of another torch, vLLM does not start
 	touch $@
 
-services: # What tests need besides Python packages: nginx, a browser, iproute2
+services: # What tests need besides Python packages: nginx, a browser, iproute2, OpenSM on a simulated fabric
 	bash tests/setup_services.sh
 
 demo: setup ## The main job: basic, dualpath and oracle side by side on real clusters

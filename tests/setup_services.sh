@@ -7,11 +7,14 @@ export PATH="$PATH:/usr/sbin:/usr/local/sbin" DEBIAN_FRONTEND=noninteractive
 has_object_server() { command -v nginx && compgen -G '/usr/*/nginx/modules/ngx_http_dav_ext_module.so'; }
 has_browser() { command -v chromedriver && { command -v chromium || command -v google-chrome; }; }
 has_network_tools() { command -v ip && command -v tc; }
+# Not where there is InfiniBand: the package starts OpenSM, which would manage that fabric.
+has_infiniband_simulator() { [ -e /sys/class/infiniband_mad ] || { command -v ibsim && command -v opensm; }; }
 
 declare -A packages=(
   [object_server]="nginx-light libnginx-mod-http-dav-ext"
   [browser]="chromium chromium-driver fonts-dejavu-core"
   [network_tools]="iproute2"
+  [infiniband_simulator]="ibsim-utils opensm infiniband-diags"
 )
 missing=()
 for part in "${!packages[@]}"; do "has_$part" >/dev/null || missing+=("$part"); done

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_conformance import SERVER, WRITER, cause_of, child
 
+from dualpath.core.traffic_classes import CLASSES
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.transfer.traffic import TrafficManager
 from dualpath.transfer.transport import PageRange, TransferCause, TransferError
@@ -37,7 +38,7 @@ from dualpath.transfer.transports.framed.handshake import (
     shake_hands,
 )
 from dualpath.transfer.transports.shm import SharedMemoryTransport
-from dualpath.transfer.transports.tcp import TOS, TcpTransport
+from dualpath.transfer.transports.tcp import TcpTransport
 
 pytestmark = pytest.mark.slow
 
@@ -529,8 +530,8 @@ def test_tcp_marks_both_ends_with_the_class():
         for traffic_class in TrafficClass:
             channel = pair.connect(traffic_class)
             channel.ping(b"", deadline_ns()).result(WAIT_S)
-            assert channel._stream._socket.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == TOS[traffic_class]
+            assert channel._stream._socket.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == CLASSES[traffic_class].tos
             served = list(pair.server._connections.values())[-1]
-            assert served._stream._socket.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == TOS[traffic_class]
+            assert served._stream._socket.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == CLASSES[traffic_class].tos
     finally:
         pair.close()

@@ -18,6 +18,7 @@ from dualpath.cli import (
     paper,
     plan,
     profile,
+    qos,
     replay,
     report,
     restart,
@@ -46,6 +47,7 @@ COMMANDS = (
     profile,
     paper,
     testbed,
+    qos,
     faults,
     checkpoint,
 )
@@ -70,6 +72,7 @@ examples:
   dualpath profile --model DIR --store DIR           measure this machine, for plan and simulate
   dualpath paper                                     simulate the paper's evaluation, theirs beside ours
   sudo dualpath testbed up 1P2D                      network namespaces, kernel rates, a real object server
+  dualpath qos check --fabric infiniband             does the fabric keep KV out of the messages' way?
   dualpath faults sim --steps 1000000                break the scheduler in every way, and see that it holds
   dualpath COMMAND --help                            a command's options, with examples
 """

@@ -123,6 +123,13 @@ def _parse_positive_number(text: str) -> float:
     return value
 
 
+def _parse_weights(text: str) -> tuple[int, int]:
+    high, _, low = text.partition(":")
+    if not (high.isdecimal() and low.isdecimal() and int(high) >= int(low) >= 1):
+        raise ValueError(f"{text!r} are not two whole numbers, the higher one first; give them like 99:1")
+    return int(high), int(low)
+
+
 def _parse_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
@@ -147,6 +154,8 @@ listen_address = _argument(address_to_listen)
 join_address = _argument(address_to_join)
 positive_number = _argument(_parse_positive_number)
 system = _argument(_parse_system)
+weights = _argument(_parse_weights)
+"""Parses the shares of two traffic classes, HIGH:LOW."""
 topology = _argument(Topology.parse)
 topologies = _argument(lambda text: tuple(str(Topology.parse(name)) for name in _parse_names(text)))
 milliseconds = _argument(lambda text: round(_parse_positive_number(text) * 1_000_000))

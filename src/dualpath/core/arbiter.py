@@ -20,6 +20,7 @@ from collections import OrderedDict
 
 import msgspec
 
+from dualpath.core.traffic_classes import WEIGHTS
 from dualpath.core.vocabulary import TrafficClass
 
 SECOND_NS = 1_000_000_000
@@ -42,7 +43,7 @@ class Arbiter:
     """Grants chunks of two classes their time on one link. `poll` is O(grants), every other method O(1)."""
 
     def __init__(
-        self, rate_bytes_per_s: int | None, weights: tuple[int, int] = (99, 1), burst_ns: int = 2_000_000
+        self, rate_bytes_per_s: int | None, weights: tuple[int, int] = WEIGHTS, burst_ns: int = 2_000_000
     ) -> None:
         """`weights` are HIGH's and LOW's. Raises ValueError for a rate or weight below 1 or a burst below 0."""
         if (rate_bytes_per_s is not None and rate_bytes_per_s < 1) or min(weights) < 1 or burst_ns < 0:

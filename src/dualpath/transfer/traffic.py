@@ -25,6 +25,7 @@ from functools import partial
 import msgspec
 
 from dualpath.core.arbiter import Arbiter
+from dualpath.core.traffic_classes import WEIGHTS
 from dualpath.core.vocabulary import TrafficClass
 
 Clock = Callable[[], int]
@@ -247,7 +248,7 @@ class TrafficManager:
         cnic_bytes_per_s: int | None = None,
         *,
         snic: Nic | None = None,
-        weights: Weights = (99, 1),
+        weights: Weights = WEIGHTS,
         burst_ns: int = BURST_NS,
         clock: Clock = time.monotonic_ns,
         sleep: Sleep = _sleep_ns,

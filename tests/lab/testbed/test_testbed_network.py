@@ -122,6 +122,20 @@ def test_the_high_class_goes_first_and_the_low_one_is_not_starved(testbed: Testb
     assert high_bytes > 3 * low_bytes > 0
 
 
+def test_what_up_installs_is_what_qos_check_wants(testbed: Testbed) -> None:
+    """Both follow `dualpath.lab.fabric.htb`; a storage NIC has one queue, as it carries KV alone."""
+
+    def check(device: str) -> subprocess.CompletedProcess[str]:
+        command = ("qos", "check", "--fabric", "linux", "--device", device, "--rate", f"{CNIC}B/s")
+        space = iproute.inside(testbed.plan.node("pe0").namespace)
+        command_line = [*space, sys.executable, "-m", "dualpath", *command]
+        return subprocess.run(command_line, capture_output=True, text=True, timeout=60)
+
+    assert check("cnic0").returncode == 0
+    checked = check("snic0")
+    assert checked.returncode == 1 and "cnic0" not in checked.stdout and "snic0: the high class" in checked.stdout
+
+
 def test_our_channels_carry_their_class_on_both_ends(testbed: Testbed) -> None:
     """Reads: the peer sends, over a connection that only the initiator has asked to be of a class."""
     script = f"""

@@ -2,10 +2,10 @@
 
 import pytest
 
+from dualpath.lab.fabric.htb import shaping
 from dualpath.lab.testbed import iproute
 from dualpath.lab.testbed.failure import TestbedError
 from dualpath.lab.testbed.plan import Rates, make_plan, rate_of
-from dualpath.lab.testbed.shaping import shaping
 
 
 def test_every_node_has_the_nics_of_its_part() -> None:

@@ -12,10 +12,11 @@ flow could use.
 
 from collections.abc import Sequence
 
+from dualpath.core.traffic_classes import WEIGHTS
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.lab.sim.events import Action, Events
 
-HIGH_SHARE = 0.99
+HIGH_SHARE = WEIGHTS[0] / sum(WEIGHTS)
 _LITTLE_BYTES = 1e-6
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import msgspec
 
+from dualpath.lab.fabric.htb import HIGH_CLASS, LOW_CLASS, Discipline, shaping
 from dualpath.lab.testbed import iproute
 from dualpath.lab.testbed.failure import TestbedError
 from dualpath.lab.testbed.plan import NETWORKS, Node, Plan, Rates, host_link, namespace_prefix, rate_of
-from dualpath.lab.testbed.shaping import HIGH_CLASS, LOW_CLASS, Discipline, shaping
 from dualpath.spec.whole_file import write_whole
 from dualpath.transfer.pool_files import sweep_dead_pools
 

@@ -23,13 +23,13 @@ from typing import TypeVar
 
 import msgspec
 
+from dualpath.lab.fabric.htb import Discipline
 from dualpath.lab.testbed import network
 from dualpath.lab.testbed.failure import TestbedError
 from dualpath.lab.testbed.iproute import inside
 from dualpath.lab.testbed.network import Testbed
 from dualpath.lab.testbed.plan import Node, Rates, make_plan
 from dualpath.lab.testbed.qos_peer import MESSAGE_BYTES, Address, Moved, Order, RoundTrips
-from dualpath.lab.testbed.shaping import Discipline
 
 SUBNET = "10.88"
 START_S = 60.0

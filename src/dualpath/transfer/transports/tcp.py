@@ -1,6 +1,6 @@
 """``tcp``, between hosts: the payload follows its DATA frame, `sendmsg` and `recvmsg_into` straight from and to pages.
 
-Both ends mark the connection's class in the IP header: DSCP EF for the high class. So a kernel or a switch can separate
+Both ends mark the connection's class in the IP header (`core.traffic_classes`). So a kernel or a switch can separate
 the two; where none does, `TrafficManager` separates them.
 """
 
@@ -9,6 +9,7 @@ import socket
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from dualpath.core.traffic_classes import CLASSES
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.transfer.pool import Bytes
 from dualpath.transfer.transports.framed import FramedTransport
@@ -21,7 +22,6 @@ from dualpath.transfer.transports.framed.operations import Cursor, Operation, la
 if TYPE_CHECKING:
     from dualpath.transfer.transports.framed.server import FramedServer
 
-TOS = {TrafficClass.HIGH: 0xB8, TrafficClass.LOW: 0x00}
 _PEER_DEAD_AFTER_MS = 10_000
 """A host that acknowledges nothing for this long counts as dead."""
 
@@ -140,6 +140,6 @@ def _configure(connected: socket.socket) -> None:
 def _mark(connected: socket.socket, traffic_class: TrafficClass) -> None:
     with contextlib.suppress(OSError):  # a container may forbid it; the traffic manager does not depend on it
         if connected.family == socket.AF_INET6:
-            connected.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, TOS[traffic_class])
+            connected.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, CLASSES[traffic_class].tos)
         else:
-            connected.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, TOS[traffic_class])
+            connected.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, CLASSES[traffic_class].tos)

@@ -11,12 +11,12 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dualpath.lab.fabric.htb import shaping
 from dualpath.lab.faults.matrix import Combination, Fault, Victim
 from dualpath.lab.faults.real.served import Served
 from dualpath.lab.testbed import iproute
 from dualpath.lab.testbed.network import Testbed
 from dualpath.lab.testbed.plan import NETWORKS, Node
-from dualpath.lab.testbed.shaping import shaping
 
 CONTROL_PORT = 5555
 RESTART_S = 0.5
