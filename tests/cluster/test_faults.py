@@ -103,7 +103,7 @@ def test_kill_9_under_load(checkpoint: Callable[[str], Path], reference: Referen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "nixl"])
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_an_engine_that_hangs_under_load(
     checkpoint: Callable[[str], Path], reference: Reference, tmp_path: Path, role: str, transport: str

@@ -15,6 +15,7 @@
                              <──      ERROR(cause)      ends any operation; an ended write's DATA is discarded
     PING(bytes)              ──>
                              <──      PONG(bytes)
+BUSY, IDLE               ──>                        `nixl` alone: whether operations are in flight
 
 A header is 32 bytes, little-endian. The initiator numbers a connection's operations and never reuses a number.
 
@@ -69,6 +70,8 @@ class FrameKind(IntEnum):
     PING = 9
     PONG = 10
     CHALLENGE = 11
+    BUSY = 12
+    IDLE = 13
 
 
 class ProtocolError(Exception):
