@@ -8,6 +8,7 @@ from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from channel_pair import KEY, PAGE_BYTES, SLOW, WAIT_S, WHOLE, deadline_ns, random_bytes, until
 from test_conformance import SERVER, WRITER, cause_of, child, works
@@ -45,12 +46,21 @@ def test_connections_leave_no_agent_behind(pair):
     )
 
 
+def test_on_loopback_ucx_listens_nowhere_else(pair):
+    """UCX lets in whoever comes: a cluster of one host must not open ports to others."""
+    pair.serve()
+    works(pair, pair.connect())
+    ports = [one for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    assert len(ports) > 1, "the server's door, and UCX's"
+    assert {one.laddr.ip for one in ports} == {"127.0.0.1"}
+
+
 def test_an_agent_that_something_keeps_is_not_proven_gone(transport):
-    one = Agent(TrafficClass.LOW, np.zeros(4096, np.uint8), 4096)
+    one = Agent(TrafficClass.LOW, True, np.zeros(4096, np.uint8), 4096)
     kept = one._agent
     assert not one.destroy()
     del kept
-    assert Agent(TrafficClass.HIGH, np.zeros(4096, np.uint8), 4096).destroy()
+    assert Agent(TrafficClass.HIGH, True, np.zeros(4096, np.uint8), 4096).destroy()
 
 
 def test_a_server_without_that_proof_calls_nobody_quiet(pair, monkeypatch):
@@ -91,12 +101,11 @@ def test_a_deadline_holds_though_the_server_stands_still(transport):
         assert channel.read(whole, [memory], deadline_ns()).result(WAIT_S) == memory.size
         server.send_signal(signal.SIGSTOP)
         memory[:] = 0
-        late = channel.read(whole, [memory], deadline_ns(0.2))
         if os.environ.get("UCX_TLS") == "tcp":
-            assert cause_of(late) is TransferCause.DEADLINE
+            assert cause_of(channel.read(whole, [memory], deadline_ns(0.2))) is TransferCause.DEADLINE
             assert not memory.any()
         else:  # the kernel copies out of a process that stands still
-            assert late.result(WAIT_S) == memory.size
+            assert channel.read(whole, [memory], deadline_ns()).result(WAIT_S) == memory.size
         server.send_signal(signal.SIGCONT)
         memory[:] = 0
         assert channel.read(whole, [memory], deadline_ns()).result(WAIT_S) == memory.size

@@ -41,17 +41,19 @@ class Invitation(msgspec.Struct, frozen=True):
 class Agent:
     """Registers `n_bytes` of memory from the beginning of `memory`, which it keeps. One thread at a time may call.
 
+    `is_loopback` keeps UCX from listening at other interfaces.
+
     Raises StreamClosed for every failure of NIXL's, which means that this agent is of no more use.
     """
 
-    def __init__(self, traffic_class: TrafficClass, memory: Bytes, n_bytes: int) -> None:
+    def __init__(self, traffic_class: TrafficClass, is_loopback: bool, memory: Bytes, n_bytes: int) -> None:
         self._memory = memory
         self.memory_at = memory.ctypes.data
         self._peer = ""
         self._numbers = itertools.count()
         self._handles: dict[int, Any] = {}
         """Of transfers under way. Each keeps the agent alive, so they are nowhere else."""
-        self._agent: Any = _make(traffic_class)
+        self._agent: Any = _make(_CLASS[traffic_class] + (",NET_DEVICES=lo" if is_loopback else ""))
         self._registered = self._call("register_memory", [(self.memory_at, n_bytes, 0, "")], "DRAM")
 
     def metadata(self) -> bytes:
@@ -117,7 +119,7 @@ class Agent:
         raise StreamClosed(why)
 
 
-def _make(traffic_class: TrafficClass) -> Any:
+def _make(ucx_options: str) -> Any:
     os.environ.setdefault("UCX_LOG_LEVEL", "error")  # it warns of every transfer that `destroy` cuts off,
     os.environ.setdefault("UCX_LOG_FILE", "stderr")  # and on standard output, as NIXL does
     library = import_module(f"{next(filter(find_spec, LIBRARIES))}._api")
@@ -128,7 +130,7 @@ def _make(traffic_class: TrafficClass) -> Any:
     config = library.nixl_agent_config(enable_prog_thread=False, backends=[])  # its thread would never sleep
     try:
         agent = library.nixl_agent(uuid.uuid4().hex, config)
-        agent.create_backend("UCX", {"engine_config": _CLASS[traffic_class]})
+        agent.create_backend("UCX", {"engine_config": ucx_options})
     except Exception as error:  # NIXL's errors have no class in common
         raise StreamClosed(f"NIXL makes no agent: {type(error).__name__}: {error}") from error
     return agent

@@ -56,7 +56,7 @@ class NixlChannel(FramedChannel):
     ) -> None:
         self._invitation = _receive_invitation(stream, traffic.clock() + _INVITED_WITHIN_NS)
         self._slots = np.empty((SLOTS, MAX_CHUNK_BYTES), np.uint8)
-        self._agent: Agent | None = Agent(traffic_class, self._slots[0], self._slots.nbytes)
+        self._agent: Agent | None = Agent(traffic_class, stream.is_loopback, self._slots[0], self._slots.nbytes)
         self._agent.meet(self._invitation.metadata)
         self._changed = threading.Condition()
         self._free = list(range(SLOTS))
@@ -102,7 +102,8 @@ class NixlChannel(FramedChannel):
             flight.number = self._agent.post(op.kind is FrameKind.WRITE, near, chunk)
             self._flights[slot] = flight
             self._changed.notify_all()
-            moved = self._is_done(flight)
+            # A read's arrays are the poller's to touch: two threads at once may not touch those of one operation.
+            moved = op.kind is FrameKind.WRITE and self._is_done(flight)
         if moved:
             self._land(flight)
         return not op.decided

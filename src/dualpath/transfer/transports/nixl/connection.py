@@ -44,7 +44,7 @@ class NixlConnection(TcpConnection):
         pool = self._server.pool
         first = pool.view(0)
         try:
-            self._agent = Agent(self._class, first, pool.pages * pool.stride_bytes)
+            self._agent = Agent(self._class, self._stream.is_loopback, first, pool.pages * pool.stride_bytes)
         except StreamClosed as error:  # who reads the log must know that it was not the peer
             raise RuntimeError(str(error)) from error
         super()._greet()
