@@ -21,7 +21,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from channels import TrafficManager, channel_rate, connect, serving
+from channel_throughput import TrafficManager, channel_rate, connect, serving
 
 CHUNK_BYTES = 256 * 1024
 BLOCK_BYTES = (64 * 1024, 1024 * 1024)
@@ -94,8 +94,8 @@ def main() -> None:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         pem = str(certificate(directory))
-        addresses = {kind: stack.enter_context(serving(kind, None)) for kind in ("tcp", "tcp-authenticated")}
-        channels = {kind: connect(kind, address, TrafficManager()) for kind, address in addresses.items()}
+        served = {kind: stack.enter_context(serving(kind, None)) for kind in ("tcp", "tcp-authenticated")}
+        channels = {kind: connect(kind, one.address, TrafficManager()) for kind, one in served.items()}
         for _ in range(arguments.rounds):
             for block_bytes in BLOCK_BYTES:
                 for verb in ("read", "write"):

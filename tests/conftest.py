@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dualpath.spec.extras import how_to_install
+
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 CORE = Path(__file__).parent / "core"
 TOGETHER = (
@@ -47,20 +49,22 @@ def pytest_pycollect_makemodule(module_path: object, parent: pytest.Collector) -
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup() -> Iterator[None]:
-    return (yield from _skipping_what_needs_torch())
+    return (yield from _skipping_what_is_not_there())
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
-    return (yield from _skipping_what_needs_torch())
+    return (yield from _skipping_what_is_not_there())
 
 
-def _skipping_what_needs_torch() -> Iterator[None]:
+def _skipping_what_is_not_there() -> Iterator[None]:
     try:
         return (yield)
     except ImportError as error:
         if not HAS_TORCH and _lacks_torch(error):
             pytest.skip(NEEDS_TORCH)
+        if isinstance(error, ModuleNotFoundError) and error.name == "nixl_cu12":
+            pytest.skip(how_to_install(error) or "needs nixl-cu12 (`make setup` installs it)")
         raise
 
 

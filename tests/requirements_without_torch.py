@@ -6,4 +6,4 @@ from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 required = chain(project["dependencies"], *project["optional-dependencies"].values())
-print(*(one for one in required if not one.startswith(("torch", "accelerate", project["name"]))), sep="\n")
+print(*(one for one in required if not one.startswith(("torch", "accelerate", "nixl", project["name"]))), sep="\n")

@@ -59,6 +59,7 @@ def test_the_experiments_own_rate_is_the_default(planned):
         (["traces"], "traces replays recorded sessions: give them with --trace"),
         (["traces", "--trace", "absent.json"], "no trace 'absent.json': give"),
         (["ablation", "--values", "speed=1"], "--values: 'speed' can't be varied; choose from agents"),
+        (["ablation", "--testbed", "--transport", "nixl"], "--transport: between a testbed's hosts KV moves by tcp"),
     ],
 )
 def test_what_can_not_be_run_is_a_wrong_command(arguments, message, capsys):
@@ -78,15 +79,29 @@ def test_redrawing_needs_a_result(capsys, tmp_path):
 
 
 def test_demo_takes_only_what_is_given_and_keeps_the_command(planned, capsys, tmp_path):
-    options = ["--agents", "2", "--snic-rate", "unlimited", "--repeat", "3", "--out", str(tmp_path)]
+    options = [
+        "--agents",
+        "2",
+        "--snic-rate",
+        "unlimited",
+        "--repeat",
+        "3",
+        "--transport",
+        "tcp",
+        "--out",
+        str(tmp_path),
+    ]
     assert cli.main(["demo", *options]) == 1
     assert capsys.readouterr().err == "dualpath demo: no cluster here\n"
     ((series, bench),) = planned
     asked = series.conditions
     assert (series.kind, series.name, bench.repeats, bench.out) == ("demo", "demo", 3, tmp_path)
+    assert bench.transport == "tcp"
     assert (asked.agents, asked.snic_bytes_per_s, asked.cnic_bytes_per_s) == (2, None, 320_000_000)
     assert (asked.topologies, asked.systems) == (("1P1D", "1P2D"), ("basic", "dualpath", "oracle"))
-    assert bench.command == f"dualpath demo --agents 2 --snic-rate unlimited --repeat 3 --out {tmp_path}"
+    assert (
+        bench.command == f"dualpath demo --agents 2 --snic-rate unlimited --repeat 3 --transport tcp --out {tmp_path}"
+    )
 
 
 def test_demo_and_experiment_have_their_own_directories(planned):

@@ -70,14 +70,18 @@ def block_file(cluster: Cluster, store: Path, prompt: list[int], block: int) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("transport", ["shm", "nixl"])
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_kill_9_under_load(checkpoint: Callable[[str], Path], reference: Reference, tmp_path: Path, role: str) -> None:
-    """One of two engines of a role dies at work: every client still gets exactly the right tokens."""
+def test_kill_9_under_load(
+    checkpoint: Callable[[str], Path], reference: Reference, tmp_path: Path, role: str, transport: str
+) -> None:
+    """One of two engines of a role dies at work: every client gets exactly the right tokens, and nothing stays held."""
     config = cluster_config(
         checkpoint("qwen3"),
         tmp_path,
         "2P2D",
         system="dualpath",
+        transport=transport,
         cnic_bytes_per_s=4_000_000,
         lease_ns=2_000_000_000,
         heartbeat_ns=HEARTBEAT_NS,
@@ -103,7 +107,7 @@ def test_kill_9_under_load(checkpoint: Callable[[str], Path], reference: Referen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "nixl"])
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_an_engine_that_hangs_under_load(
     checkpoint: Callable[[str], Path], reference: Reference, tmp_path: Path, role: str, transport: str

@@ -50,6 +50,7 @@ PATHS = {
     "cache-off": {"system": "dualpath", "prefix_cache": False},
     "chunked": {"system": "dualpath-split", "max_batch_tokens": 37},
     "tcp": {"system": "dualpath-split", "transport": "tcp"},
+    "nixl": {"system": "dualpath-split", "transport": "nixl"},
 }
 
 

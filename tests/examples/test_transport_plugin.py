@@ -93,10 +93,9 @@ def test_help_and_errors_know_it(install: Install, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "dualpath", "serve", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
-    assert "shm, tcp, tcp-authenticated, procmem, or MODULE:ATTRIBUTE" in " ".join(serve("--help").stdout.split())
+    assert "shm, tcp, tcp-authenticated, nixl, procmem, or MODULE:ATTRIBUTE" in " ".join(serve("--help").stdout.split())
     (tmp_path / "config.json").write_text("{}")
     refused = serve("--model", str(tmp_path), "--store", str(tmp_path / "store"), "--transport", "rdma")
     assert refused.returncode == 2
-    assert (
-        refused.stderr == "dualpath serve: unknown transport 'rdma'; choose from shm, tcp, tcp-authenticated, procmem\n"
-    )
+    names = "shm, tcp, tcp-authenticated, nixl, procmem"
+    assert refused.stderr == f"dualpath serve: unknown transport 'rdma'; choose from {names}\n"

@@ -108,6 +108,8 @@ def run_series_of(
     quick = getattr(arguments, "quick", False)
     with usage_errors(ValueError):
         bench = bench_of(arguments, out)
+        if testbed and bench.transport is not None:
+            raise ValueError("--transport: between a testbed's hosts KV moves by tcp; leave it out")
         conditions = chosen.under(quick, given_conditions(arguments))
         series = series_of(chosen.name, conditions, bench.seed, bench.repeats)
     with (

@@ -28,6 +28,7 @@ def add_series_options(parser: argparse.ArgumentParser, conditions: Conditions |
     option("--repeat", "repeats", positive, "N", "runs per system, for medians")
     option("--model", "model", Path, "DIR", "a checkpoint, made if absent")
     option("--engine", "engine", str, "NAME", "what computes: dualpath, or vllm", choices=ENGINES)
+    option("--transport", "transport", str, "NAME", "", help="what moves KV between engines (default: shm)")
     group = parser.add_argument_group("agents")
     option("--agents", "agents", positive, "N", "agents, all at once")
     option("--turns", "turns", positive, "N", "measured turns of an agent")

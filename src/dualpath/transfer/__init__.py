@@ -47,11 +47,17 @@ def _tcp_authenticated() -> "Transport":
     return AuthenticatedTcpTransport()
 
 
+def _nixl() -> "Transport":
+    from dualpath.transfer.transports.nixl import NixlTransport
+
+    return NixlTransport()
+
+
 TRANSPORTS: "Registry[Transport]" = Registry(
     "transport",
     "dualpath.transports",
-    {"shm": _shm, "tcp": _tcp, "tcp-authenticated": _tcp_authenticated},
+    {"shm": _shm, "tcp": _tcp, "tcp-authenticated": _tcp_authenticated, "nixl": _nixl},
     methods=("serve", "connect", "sweep"),
 )
-"""``shm`` within a host, ``tcp`` anywhere, ``tcp-authenticated`` where somebody might change bytes on their way; and
-other packages' transports. Importing this imports no numpy."""
+"""``shm`` within a host, ``tcp`` anywhere, ``tcp-authenticated`` where somebody might change bytes on their way,
+``nixl`` for RDMA (an extra); and other packages' transports. Importing this imports no numpy."""

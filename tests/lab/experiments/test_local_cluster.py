@@ -8,7 +8,8 @@ import psutil
 import pytest
 
 from dualpath.lab.experiments import local_cluster as cluster_module
-from dualpath.lab.experiments.local_cluster import ClusterProcess, LaunchError
+from dualpath.lab.experiments.conditions import Bench, Conditions
+from dualpath.lab.experiments.local_cluster import ClusterProcess, LaunchError, LocalLauncher
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +34,14 @@ def fake(start, fake_serve, tmp_path):
 
 def pid_of(cluster):
     return cluster._process.pid
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, False), ("nixl", True)])
+def test_a_cluster_moves_kv_by_what_is_asked_for(tmp_path, asked, given):
+    launcher = LocalLauncher(Conditions(), Bench(transport=asked), tmp_path, tmp_path)
+    command = list(launcher.cluster("c", "1P1D", "dualpath", tmp_path, limited=True)._command)
+    assert ("--transport" in command) is given
+    assert not given or command[command.index("--transport") + 1] == asked
 
 
 def test_a_cluster_is_entered_ready_and_left_ended(fake):

@@ -107,6 +107,8 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     """A checkpoint, which is made if absent."""
     engine: str = ENGINES[0]
     """What computes: the engine of this package, or vLLM servers."""
+    transport: str | None = None
+    """What moves KV between engines, for `dualpath serve` to check; None: its default."""
     out: Path = Path("results/experiments")
     """Directory of the result file, its figure and the clusters' logs."""
     work: Path = Path(".store")

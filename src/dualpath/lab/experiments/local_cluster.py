@@ -83,6 +83,7 @@ class LocalLauncher:
         command = [
             *self._bench.serve_command,
             *self._bench.engine_options,
+            *(("--transport", self._bench.transport) if self._bench.transport is not None else ()),
             *("--topology", topology),
             *("--model", str(self._bench.model)),
             *("--store", str(store)),

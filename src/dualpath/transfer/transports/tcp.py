@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from dualpath.core.traffic_classes import CLASSES
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.transfer.pool import Bytes
-from dualpath.transfer.transports.framed import FramedTransport
+from dualpath.transfer.transports.framed import FramedTransport, MakeChannel
 from dualpath.transfer.transports.framed.channel import FramedChannel
 from dualpath.transfer.transports.framed.connection import Connection
 from dualpath.transfer.transports.framed.frames import Frame
@@ -86,7 +86,7 @@ class TcpTransport(FramedTransport):
     """Its addresses are ``tcp://host:port``; port 0 takes a free one."""
 
     scheme = "tcp"
-    channel = TcpChannel
+    channel: MakeChannel = TcpChannel
     connection = TcpConnection
 
     def bind_address(self, host: str, name: str) -> str:  # noqa: ARG002

@@ -23,11 +23,13 @@ from dualpath.transfer.transports.framed.server import FramedServer
 MAX_OPS_IN_FLIGHT = 1_024
 """Largest bound a channel may choose: a server keeps a record of each operation."""
 
+MakeChannel = Callable[[Stream, Welcome, TrafficManager, TrafficClass, int], FramedChannel]
+
 
 class FramedTransport(ABC):
     """A `Transport` over a socket. A subclass says where to listen, how to dial, and how payload travels."""
 
-    channel: Callable[[Stream, Welcome, TrafficManager, TrafficClass, int], FramedChannel]
+    channel: MakeChannel
     connection: type[Connection]
     authenticated = False
     """Whether every frame carries a MAC, for networks on which somebody could change bytes on their way."""

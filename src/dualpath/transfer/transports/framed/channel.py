@@ -17,7 +17,7 @@ from concurrent.futures import Future
 
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.transfer.pool import Bytes
-from dualpath.transfer.traffic import DeadlineExceeded, TrafficManager
+from dualpath.transfer.traffic import DeadlineExceeded, Lane, TrafficManager
 from dualpath.transfer.transport import PageRange, TransferCause, TransferError, check_operation
 from dualpath.transfer.transports.framed.frames import (
     CAUSES,
@@ -49,7 +49,7 @@ class FramedChannel:
         self._table = OperationTable(max_ops, stream.wake)
         self._threads = [
             threading.Thread(target=self._run, args=(loop,), name=f"channel {name}", daemon=True)
-            for name, loop in (("poster", self._post_all), ("collector", self._collect_all))
+            for name, loop in self._loops().items()
         ]
         self._exit_lock = threading.Lock()
         self._threads_left = len(self._threads)
@@ -80,6 +80,10 @@ class FramedChannel:
         else:
             self._table.add(op)
         return op.future
+
+    def _loops(self) -> dict[str, Callable[[], None]]:
+        """What the channel's threads do, by name."""
+        return {"poster": self._post_all, "collector": self._collect_all}
 
     def close(self) -> None:
         self._break(TransferError(TransferCause.PEER_CLOSED, "the channel was closed on this side"))
@@ -127,7 +131,7 @@ class FramedChannel:
     def _post_all(self) -> None:
         while (op := self._table.next_queued()) is not None:
             if op.kind is FrameKind.PING:
-                if self._charged(op, op.total_bytes):
+                if self._charged(op, op.total_bytes, self._traffic.cnic.tx):
                     self._stream.send(self._opening(op), [op.payload])
                 else:
                     self._table.forget(op)
@@ -144,9 +148,10 @@ class FramedChannel:
 
     def _post_chunks(self, op: Operation) -> bool:
         """Send a write's payload. Returns False when the operation ended before all of it was sent."""
+        lane = self._traffic.cnic.tx
         while op.moved_bytes < op.total_bytes:
-            n_bytes = min(self._traffic.cnic.tx.chunk_bytes, op.total_bytes - op.moved_bytes)
-            if not self._charged(op, n_bytes) or not self._table.begin_touch(op):
+            n_bytes = min(lane.chunk_bytes, op.total_bytes - op.moved_bytes)
+            if not self._charged(op, n_bytes, lane) or not self._table.begin_touch(op):
                 return False
             try:
                 self._put(op, Frame(FrameKind.DATA, op.number, n_bytes))
@@ -155,12 +160,12 @@ class FramedChannel:
                 self._table.end_touch(op)
         return True
 
-    def _charged(self, op: Operation, n_bytes: int) -> bool:
-        """Acquire the transmit lane. Returns False when the operation ended before the grant."""
+    def _charged(self, op: Operation, n_bytes: int, lane: Lane) -> bool:
+        """Acquire the lane. Returns False when the operation ended before the grant."""
         if op.decided:
             return False
         try:
-            self._traffic.cnic.tx.acquire(self._class, n_bytes, op.deadline_ns)
+            lane.acquire(self._class, n_bytes, op.deadline_ns)
         except DeadlineExceeded:
             self._table.end(op, late_error(op))
         return not op.decided

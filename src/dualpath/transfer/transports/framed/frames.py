@@ -15,6 +15,7 @@
                              <──      ERROR(cause)      ends any operation; an ended write's DATA is discarded
     PING(bytes)              ──>
                              <──      PONG(bytes)
+BUSY, IDLE               ──>                        `nixl` alone: whether operations are in flight
 
 A header is 32 bytes, little-endian. The initiator numbers a connection's operations and never reuses a number.
 
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from dualpath.spec.loopback import is_loopback
 from dualpath.transfer.transport import MAX_RANGES, PageRange, TransferCause
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ class FrameKind(IntEnum):
     PING = 9
     PONG = 10
     CHALLENGE = 11
+    BUSY = 12
+    IDLE = 13
 
 
 class ProtocolError(Exception):
@@ -145,6 +149,11 @@ class Stream:
         self._closed = False
         self.seal: Seal | None = None
         """Frames that are sent and received from when it is set carry MACs."""
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the other end is a TCP port of this host."""
+        return self._socket.family != socket.AF_UNIX and is_loopback(self._socket.getsockname()[0]) is True
 
     def send(
         self,

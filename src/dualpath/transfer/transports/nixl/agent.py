@@ -1,0 +1,140 @@
+"""An agent of NIXL's with one piece of registered memory, and the proof that it is gone."""
+
+import gc
+import itertools
+import logging
+import os
+import time
+import uuid
+import weakref
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from dualpath.core.vocabulary import TrafficClass
+from dualpath.spec.bounds import Count
+from dualpath.transfer.pool import Bytes
+from dualpath.transfer.transports.framed.frames import MAX_CHUNK_BYTES, StreamClosed
+
+LIBRARIES = ("nixl_cu12", "nixl_cu13", "nixl_rocm")
+"""Builds of NIXL; they differ in the GPUs whose memory they move, and we register DRAM. The package ``nixl`` would
+choose among them, for which it imports torch."""
+POLL_S = 50e-6
+"""How long a thread sleeps before it looks again: NIXL tells nobody when a transfer is over. It costs a tenth of a core
+while something is in flight, and a transfer a tenth of a millisecond."""
+
+_CLASS = {TrafficClass.HIGH: "IB_SL=1,IB_TRAFFIC_CLASS=184", TrafficClass.LOW: "IB_SL=0,IB_TRAFFIC_CLASS=0"}
+"""Service levels on InfiniBand, and DSCP EF or 0 on RoCE. UCX marks no TCP packets."""
+
+
+class Invitation(msgspec.Struct, frozen=True):
+    """What a server tells a peer that has proved itself: its agent, and where in its memory the pool lies."""
+
+    metadata: Annotated[bytes, msgspec.Meta(max_length=MAX_CHUNK_BYTES // 2)]
+    pool_at: Count
+    stride_bytes: Count
+
+
+class Agent:
+    """Registers `n_bytes` of memory from the beginning of `memory`, which it keeps. One thread at a time may call.
+
+    `is_loopback` keeps UCX from listening at other interfaces.
+
+    Raises StreamClosed for every failure of NIXL's, which means that this agent is of no more use.
+    """
+
+    def __init__(self, traffic_class: TrafficClass, is_loopback: bool, memory: Bytes, n_bytes: int) -> None:
+        self._memory = memory
+        self.memory_at = memory.ctypes.data
+        self._peer = ""
+        self._numbers = itertools.count()
+        self._handles: dict[int, Any] = {}
+        """Of transfers under way. Each keeps the agent alive, so they are nowhere else."""
+        self._agent: Any = _make(_CLASS[traffic_class] + (",NET_DEVICES=lo" if is_loopback else ""))
+        self._registered = self._call("register_memory", [(self.memory_at, n_bytes, 0, "")], "DRAM")
+
+    def metadata(self) -> bytes:
+        return bytes(self._call("get_agent_metadata"))
+
+    def meet(self, metadata: bytes) -> None:
+        """`post` is to that agent from now on."""
+        self._peer = self._call("add_remote_agent", metadata)
+
+    def post(self, is_write: bool, local_at: int, remote: list[tuple[int, int]]) -> int:
+        """Copy between consecutive local bytes and `remote`'s (address, bytes). Returns a number for `is_done`."""
+        sizes = np.array([n_bytes for _, n_bytes in remote], np.uint64)
+        far = np.zeros((len(remote), 3), np.uint64)
+        far[:, 0] = [address for address, _ in remote]
+        far[:, 1] = sizes
+        near = far.copy()
+        near[:, 0] = np.uint64(local_at) + np.cumsum(sizes) - sizes
+        lists = self._call("get_xfer_descs", near, "DRAM"), self._call("get_xfer_descs", far, "DRAM")
+        number = next(self._numbers)
+        self._handles[number] = self._call("initialize_xfer", "WRITE" if is_write else "READ", *lists, self._peer)
+        self._call("transfer", self._handles[number])
+        return number
+
+    def is_done(self, number: int) -> bool:
+        """True, once, when all bytes have moved and the threads of either side can see them."""
+        state = self._call("check_xfer_state", self._handles[number])
+        if state == "PROC":
+            return False
+        if state != "DONE":
+            raise StreamClosed("NIXL: a transfer failed")
+        self._call("release_xfer_handle", self._handles.pop(number))
+        return True
+
+    def drive(self) -> None:
+        """Do what peers have asked of us, where no NIC does it."""
+        self._call("get_new_notifs")
+
+    def destroy(self) -> bool:
+        """End the agent. Returns True if it is gone, and with it everything that could move a byte of its memory.
+
+        It closes UCX's sockets and queue pairs and takes back the registration, so what is on its way arrives nowhere.
+        Only what a peer's kernel copies by itself (CMA, on one host) goes on: the peer must say that it has let go.
+        """
+        gone = weakref.ref(self._agent.agent)
+        self._handles.clear()
+        registered, self._registered = self._registered, None
+        try:
+            self._call("deregister_memory", registered)
+        except StreamClosed as error:
+            logging.getLogger(__name__).warning("an agent's memory stays registered until its end: %s", error)
+        self._agent = None
+        if gone() is not None:
+            gc.collect()
+        return gone() is None
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Returns what the method does. Nothing of an error outlives this call but words: it would keep the agent."""
+        try:
+            return getattr(self._agent, method)(*arguments)
+        except Exception as error:  # NIXL's errors have no class in common
+            why = f"NIXL: {type(error).__name__}: {error}"
+        del arguments
+        raise StreamClosed(why)
+
+
+def _make(ucx_options: str) -> Any:
+    os.environ.setdefault("UCX_LOG_LEVEL", "error")  # it warns of every transfer that `destroy` cuts off,
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")  # and on standard output, as NIXL does
+    library = import_module(f"{next(filter(find_spec, LIBRARIES))}._api")
+    log = logging.getLogger("nixl")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.WARNING)
+    config = library.nixl_agent_config(enable_prog_thread=False, backends=[])  # its thread would never sleep
+    try:
+        agent = library.nixl_agent(uuid.uuid4().hex, config)
+        agent.create_backend("UCX", {"engine_config": ucx_options})
+    except Exception as error:  # NIXL's errors have no class in common
+        raise StreamClosed(f"NIXL makes no agent: {type(error).__name__}: {error}") from error
+    return agent
+
+
+def rest() -> None:
+    time.sleep(POLL_S)

@@ -1,0 +1,122 @@
+"""What is NIXL's alone: agents that are gone, peers and servers that stand still, and a library that is not there."""
+
+import os
+import signal
+import threading
+import tomllib
+from concurrent.futures import wait
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from channel_pair import KEY, PAGE_BYTES, SLOW, WAIT_S, WHOLE, deadline_ns, random_bytes, until
+from test_conformance import SERVER, WRITER, cause_of, child, works
+
+from dualpath.core.vocabulary import TrafficClass
+from dualpath.transfer import TRANSPORTS
+from dualpath.transfer.traffic import TrafficManager
+from dualpath.transfer.transport import PageRange, TransferCause
+from dualpath.transfer.transports.nixl.agent import Agent
+
+pytestmark = pytest.mark.slow
+TRANSPORT_NAMES = ("nixl", "nixl@tcp")
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_connections_leave_no_agent_behind(pair):
+    """An agent has sockets, so descriptors tell; the first one loads libraries and keeps some."""
+    pair.serve()
+    works(pair, pair.connect())
+    pair.channels.pop().close()
+    until(lambda: pair.server.statistics().connections_open == 0, "the server has let go")
+    before, threads = descriptors(), threading.active_count()
+    for _ in range(3):
+        channel = pair.connect()
+        works(pair, channel)
+        pending = channel.write([WHOLE], [random_bytes(PAGE_BYTES)], deadline_ns())
+        channel.close()
+        wait([pending], WAIT_S)
+        until(lambda: pair.server.statistics().connections_open == 0, "the server has let go")
+    until(
+        lambda: (descriptors(), threading.active_count()) == (before, threads), "all descriptors and threads are gone"
+    )
+
+
+def test_on_loopback_ucx_listens_nowhere_else(pair):
+    """UCX lets in whoever comes: a cluster of one host must not open ports to others."""
+    pair.serve()
+    works(pair, pair.connect())
+    ports = [one for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    assert len(ports) > 1, "the server's door, and UCX's"
+    assert {one.laddr.ip for one in ports} == {"127.0.0.1"}
+
+
+def test_an_agent_that_something_keeps_is_not_proven_gone(transport):
+    one = Agent(TrafficClass.LOW, True, np.zeros(4096, np.uint8), 4096)
+    kept = one._agent
+    assert not one.destroy()
+    del kept
+    assert Agent(TrafficClass.HIGH, True, np.zeros(4096, np.uint8), 4096).destroy()
+
+
+def test_a_server_without_that_proof_calls_nobody_quiet(pair, monkeypatch):
+    pair.serve()
+    channel = pair.connect(peer_tag="pe7")
+    works(pair, channel)
+    destroy = Agent.destroy
+    monkeypatch.setattr(Agent, "destroy", lambda self: destroy(self) and self._peer != "")  # the server's meets nobody
+    quiet = pair.server.quiesce("pe7")
+    until(lambda: pair.server.statistics().connections_open == 0, "the connection has ended")
+    assert not quiet.done()
+    pair.server.close()
+    assert cause_of(quiet) is TransferCause.PEER_CLOSED
+
+
+def test_a_peer_that_stands_still_is_not_quiet_until_it_is_dead(pair):
+    pair.serve()
+    with child(WRITER, "nixl", pair.server.address, str(SLOW), str(PAGE_BYTES)) as writer:
+        assert writer.stdout.readline() == "posted\n"
+        until(lambda: pair.pool.view(0)[0] == 0x11, "the first chunk has come")
+        writer.send_signal(signal.SIGSTOP)
+        quiet = pair.server.quiesce("victim")
+        assert wait([quiet], 0.3).not_done
+        writer.send_signal(signal.SIGKILL)
+        quiet.result(WAIT_S)
+    works(pair, pair.connect())
+
+
+def test_a_deadline_holds_though_the_server_stands_still(transport):
+    """The chunk in its slot can't be stopped; the caller's memory is the caller's at once."""
+    with child(SERVER, "nixl") as server:
+        address = server.stdout.readline().strip()
+        channel = TRANSPORTS.get("nixl").connect(
+            address, TrafficManager(), traffic_class=TrafficClass.LOW, peer_tag="pe0", key=KEY
+        )
+        memory = np.zeros(8 << 20, np.uint8)
+        whole = [PageRange(0, 0, memory.size)]
+        assert channel.read(whole, [memory], deadline_ns()).result(WAIT_S) == memory.size
+        server.send_signal(signal.SIGSTOP)
+        memory[:] = 0
+        if os.environ.get("UCX_TLS") == "tcp":
+            assert cause_of(channel.read(whole, [memory], deadline_ns(0.2))) is TransferCause.DEADLINE
+            assert not memory.any()
+        else:  # the kernel copies out of a process that stands still
+            assert channel.read(whole, [memory], deadline_ns()).result(WAIT_S) == memory.size
+        server.send_signal(signal.SIGCONT)
+        memory[:] = 0
+        assert channel.read(whole, [memory], deadline_ns()).result(WAIT_S) == memory.size
+        assert (memory == 0x11).all()
+        channel.close()
+
+
+def test_without_the_library_the_name_says_which_extra_is_missing(monkeypatch):
+    monkeypatch.setattr("dualpath.transfer.transports.nixl.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError) as missing:
+        TRANSPORTS.get("nixl")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (brings,) = project["optional-dependencies"]["nixl"]
+    assert brings.startswith(missing.value.name.replace("_", "-"))
