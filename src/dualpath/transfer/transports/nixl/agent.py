@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from dualpath.core.traffic_classes import CLASSES
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.spec.bounds import Count
 from dualpath.transfer.pool import Bytes
@@ -26,8 +27,11 @@ POLL_S = 50e-6
 """How long a thread sleeps before it looks again: NIXL tells nobody when a transfer is over. It costs a tenth of a core
 while something is in flight, and a transfer a tenth of a millisecond."""
 
-_CLASS = {TrafficClass.HIGH: "IB_SL=1,IB_TRAFFIC_CLASS=184", TrafficClass.LOW: "IB_SL=0,IB_TRAFFIC_CLASS=0"}
-"""Service levels on InfiniBand, and DSCP EF or 0 on RoCE. UCX marks no TCP packets."""
+_CLASS = {
+    traffic_class: f"IB_SL={marks.service_level},IB_TRAFFIC_CLASS={marks.tos}"
+    for traffic_class, marks in CLASSES.items()
+}
+"""The service level on InfiniBand, and DSCP on RoCE. UCX marks no TCP packets."""
 
 
 class Invitation(msgspec.Struct, frozen=True):
