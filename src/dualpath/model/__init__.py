@@ -7,7 +7,8 @@ from dualpath.model.attention import UnsupportedModelError
 from dualpath.model.batch import PrefillItem, PrefillOutput, Scored
 from dualpath.model.checkpoint import make_checkpoint, model_fingerprint
 from dualpath.model.constraints import TokenConstraints
-from dualpath.model.decode import PagedDecode, StepOutput
+from dualpath.model.decode import PagedDecode
+from dualpath.model.decode_sequence import StepOutput
 from dualpath.model.grammar import GrammarError, Grammars
 from dualpath.model.layers import LayerIOTimeoutError
 from dualpath.model.model import LoadedModel

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,25 +22,14 @@ from torch import Tensor
 
 from dualpath.model.attention import PackedPass
 from dualpath.model.constraints import TokenConstraints
-from dualpath.model.grammar import GrammarError
+from dualpath.model.decode_sequence import DecodeSequence, StepOutput
 from dualpath.model.model import LoadedModel
-from dualpath.model.paged import BlockAllocator, Extent
-from dualpath.model.sampling import TokenDraw, draw
+from dualpath.model.paged import BlockAllocator
+from dualpath.model.sampling import draw
 from dualpath.model.spans import PackedSequence
-from dualpath.spec.sampling import SamplingParams, finish_reason
+from dualpath.spec.sampling import SamplingParams
 
 Page = NDArray[np.uint8]
-
-
-class StepOutput(msgspec.Struct, frozen=True):
-    """One sequence's result of a step: a token, or the error that ended the sequence."""
-
-    sequence: int
-    draw: TokenDraw | None
-    """None only when there is an `error`."""
-    finish_reason: str | None
-    """``"stop"``, ``"length"``, or None while more tokens follow. A finished or failed sequence has left the batch."""
-    error: Exception | None = None
 
 
 class PagedDecode:
@@ -54,7 +42,7 @@ class PagedDecode:
         self._allocator = BlockAllocator(blocks)
         self._pool: list[Tensor] = []
         self.restore_memory()
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, DecodeSequence] = {}
         self._lock = threading.Lock()
         self._stepped = threading.Condition(self._lock)
         self._stepping: set[int] = set()
@@ -111,7 +99,7 @@ class PagedDecode:
             if sequence in self._sequences:
                 raise ValueError(f"sequence {sequence} is admitted already")
             extents = self._allocator.take(self.blocks_for(prompt_tokens, sampling, generated_so_far))
-            admitted = _Sequence(
+            admitted = DecodeSequence(
                 prompt_tokens, first_token, sampling, generated_so_far + 1, extents, self._block_tokens, constraints
             )
             self._sequences[sequence] = admitted
@@ -161,7 +149,7 @@ class PagedDecode:
                 self._stepping = set()
                 self._stepped.notify_all()
 
-    def _step(self, batch: dict[int, "_Sequence"]) -> list[StepOutput]:
+    def _step(self, batch: dict[int, DecodeSequence]) -> list[StepOutput]:
         members = list(batch.values())
         rows = [s.row(s.kv_tokens) for s in members]
         packed = _DecodePass(self.model, self._pool, [s.packed(i) for i, s in enumerate(members)], rows)
@@ -174,7 +162,7 @@ class PagedDecode:
             [s.constraints for s in members],
         )
         with self._lock:
-            return [_advance(i, s, token) for (i, s), token in zip(batch.items(), tokens, strict=True)]
+            return [s.advance(i, token) for (i, s), token in zip(batch.items(), tokens, strict=True)]
 
     def full_blocks(self, sequence: int) -> int:
         """Returns how many Full Blocks will not change any more: prompt + generated − 1 tokens have KV."""
@@ -220,13 +208,13 @@ class PagedDecode:
             self._allocator.give_back(leaving.extents)
             del self._sequences[sequence]
 
-    def _find(self, sequence: int) -> "_Sequence":
+    def _find(self, sequence: int) -> DecodeSequence:
         if sequence not in self._sequences:
             raise KeyError(f"sequence {sequence} is not admitted here")
         return self._sequences[sequence]
 
     @contextmanager
-    def _copying(self, sequence: int) -> Iterator["_Sequence"]:
+    def _copying(self, sequence: int) -> Iterator[DecodeSequence]:
         with self._lock:
             held = self._find(sequence)
             held.copies += 1
@@ -244,63 +232,6 @@ class PagedDecode:
         layers = torch.from_numpy(page.reshape(-1)).view(self.model.dtype)
         sizes = [self._block_tokens * elements for elements in self.model.row_elements]
         return [layer.view(self._block_tokens, -1) for layer in torch.split(layers, sizes)]
-
-
-class _Sequence:
-    """The state of one sequence. Token t's KV is row ``row(t)`` of every layer's buffer."""
-
-    def __init__(
-        self,
-        prompt_tokens: int,
-        first_token: int,
-        sampling: SamplingParams,
-        generated_tokens: int,
-        extents: tuple[Extent, ...],
-        block_tokens: int,
-        constraints: TokenConstraints | None,
-    ) -> None:
-        self.prompt_tokens, self.last_token, self.sampling = prompt_tokens, first_token, sampling
-        self.generated_tokens = generated_tokens
-        self.extents, self.constraints = extents, constraints
-        self.kv_tokens = prompt_tokens
-        self.joined = False
-        self.copies = 0
-        self.finished = finish_reason(sampling, first_token, generated_tokens)
-        self._runs = [(e.first_block * block_tokens, e.blocks * block_tokens) for e in extents]
-
-    def row(self, token: int) -> int:
-        for first_row, rows in self._runs:
-            if token < rows:
-                return first_row + token
-            token -= rows
-        raise IndexError(f"token {token} past the end of the sequence's blocks")
-
-    def packed(self, query: int) -> PackedSequence:
-        """Returns this step's part of the pack: one new token at index `query`, which attends to all KV and its own."""
-        left = self.kv_tokens + 1
-        extents: list[tuple[int, int]] = []
-        for first_row, rows in self._runs:
-            if left > 0:
-                extents.append((first_row, min(rows, left)))
-            left -= rows
-        return PackedSequence(first_query=query, new_tokens=1, past_tokens=self.kv_tokens, extents=tuple(extents))
-
-
-def _advance(index: int, sequence: _Sequence, token: TokenDraw | Exception) -> StepOutput:
-    if isinstance(token, Exception):
-        sequence.finished = "error"
-        return StepOutput(index, None, None, token)
-    sequence.kv_tokens += 1
-    sequence.generated_tokens += 1
-    sequence.last_token = token.token_id
-    sequence.finished = finish_reason(sequence.sampling, token.token_id, sequence.generated_tokens)
-    if sequence.constraints is not None and sequence.finished is None:
-        try:
-            sequence.constraints.accept(token.token_id)
-        except GrammarError as error:
-            sequence.finished = "error"
-            return StepOutput(index, None, None, error)
-    return StepOutput(index, token, sequence.finished)
 
 
 class _DecodePass(PackedPass):

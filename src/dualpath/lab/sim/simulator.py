@@ -81,8 +81,7 @@ class Simulator:
         self._node_of = [facts.node for facts in machine.engines]
         self._free_io = policy.free_io
         self._kv = machine.costs.kv
-        self.unread_bytes = 0
-        """Of hit KV, left in storage by the windows of its layers."""
+        self.unread_bytes = 0  # of hit KV, left in storage by windows
         hooks = Hooks(self.lives, self._on_loaded, self._on_first_token, self._on_prefilled, self._on_decoded)
         parts = make_parts(machine, policy, self.events, hooks, exact=exact, window_ns=balance_window_ns)
         self.storage, self.fabric, self.prefill, self.decode = parts.storage, parts.fabric, parts.prefill, parts.decode
@@ -182,15 +181,14 @@ class Simulator:
     def _load(self, command: Load) -> None:
         turn = self.lives[command.request]
         leg = command.leg
-        side, engine = leg.side, command.engine
+        side, engine, tokens = leg.side, command.engine, leg.blocks * BLOCK_TOKENS
         if side is Side.PE:
-            turn.pe_tokens = leg.blocks * BLOCK_TOKENS
+            turn.pe_tokens = tokens
             turn.load_engine = engine
         if self._free_io:
             self.scheduler.loaded(self.events.now, command.request, command.attempt, side)
             return
-        first_token, tokens = leg.first_block * BLOCK_TOKENS, leg.blocks * BLOCK_TOKENS
-        n_bytes = self._kv.seen_bytes(first_token, tokens, turn.hit_tokens, BLOCK_TOKENS)
+        n_bytes = self._kv.seen_bytes(leg.first_block * BLOCK_TOKENS, tokens, turn.hit_tokens, BLOCK_TOKENS)
         self.unread_bytes += tokens * self._kv.bytes_per_token - n_bytes
         self.storage.read(self._node_of[engine], n_bytes, turn, side)
 

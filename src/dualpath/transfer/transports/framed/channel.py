@@ -19,6 +19,7 @@ from dualpath.core.vocabulary import TrafficClass
 from dualpath.transfer.pool import Bytes
 from dualpath.transfer.traffic import DeadlineExceeded, Lane, TrafficManager
 from dualpath.transfer.transport import PageRange, TransferCause, TransferError, check_operation
+from dualpath.transfer.transports.framed.buffers import advance
 from dualpath.transfer.transports.framed.frames import (
     CAUSES,
     HEADER_BYTES,
@@ -28,7 +29,6 @@ from dualpath.transfer.transports.framed.frames import (
     ProtocolError,
     Stream,
     StreamClosed,
-    advance,
     pack_ranges,
     unpack,
 )

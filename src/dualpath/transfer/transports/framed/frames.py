@@ -38,6 +38,7 @@ import numpy as np
 
 from dualpath.spec.loopback import is_loopback
 from dualpath.transfer.transport import MAX_RANGES, PageRange, TransferCause
+from dualpath.transfer.transports.framed.buffers import advance, zeros
 
 if TYPE_CHECKING:
     from dualpath.transfer.transports.framed.sealed import Seal
@@ -50,7 +51,6 @@ MAX_TEXT_BYTES = 4_096
 
 _IOV_MAX = 512
 _LONGEST_POLL_MS = 3_600_000
-_ZEROS = memoryview(bytes(65_536))
 _MAGIC = b"DP"
 _HEADER = struct.Struct("<2sBBIQQQ")
 CAUSES = tuple(TransferCause)
@@ -179,7 +179,7 @@ class Stream:
                 sent_bytes = self._send_some(rest, deadline_ns)
                 if sent_bytes == 0:
                     head = rest[:1] if opening_bytes_left else []
-                    rest = head + _zeros(sum(map(len, rest)) - opening_bytes_left)
+                    rest = head + zeros(sum(map(len, rest)) - opening_bytes_left)
                     deadline_ns = None
                     if on_late is not None:
                         on_late()
@@ -289,19 +289,3 @@ class Stream:
         if deadline_ns is None:
             return None
         return min(max(0, -(-(deadline_ns - self._clock()) // 1_000_000)), _LONGEST_POLL_MS)
-
-
-def advance(buffers: list[memoryview], n_bytes: int) -> None:
-    """Drop the first `n_bytes` of `buffers`, in place."""
-    done = 0
-    while done < len(buffers) and n_bytes >= len(buffers[done]):
-        n_bytes -= len(buffers[done])
-        done += 1
-    del buffers[:done]
-    if n_bytes:
-        buffers[0] = buffers[0][n_bytes:]
-
-
-def _zeros(n_bytes: int) -> list[memoryview]:
-    whole, rest = divmod(n_bytes, len(_ZEROS))
-    return [_ZEROS] * whole + ([_ZEROS[:rest]] if rest else [])
