@@ -4,6 +4,7 @@ import pytest
 
 from dualpath.cluster.config import ClusterConfig
 from dualpath.core.vocabulary import Role
+from dualpath.spec.kv_bytes import KVBytes
 from dualpath.spec.topology import Topology
 
 
@@ -37,7 +38,8 @@ def test_each_node_has_the_size_and_the_rates_of_its_group() -> None:
     assert [one.topology.sizes[0] for one in found] == [2, 4, 1, 1, 1]
     assert [(one.snic_rate, one.cnic_rate) for one in found] == [(40, 7), (20, 7), (10, 7), (10, 7), (10, 7)]
     oracle = ClusterConfig(model="m", store="s", topology=mixed, snic_bytes_per_s=(4, 2, 1), system="oracle")
-    assert oracle.of_node(Role.DECODE, 0).snic_rate is None and oracle.served(1, 1).setup.snic_bytes_per_s is None
+    assert oracle.of_node(Role.DECODE, 0).snic_rate is None
+    assert oracle.served(1, KVBytes(1)).setup.snic_bytes_per_s is None
     with pytest.raises(ValueError, match="2 rates for 1Px2"):
         ClusterConfig(model="m", store="s", topology=mixed, snic_bytes_per_s=(40, 20))
 

@@ -4,7 +4,6 @@ The coordinator sees to it that nothing is in flight where an order needs that. 
 its own, so that the engine serves meanwhile; everything else is on the compute thread, between two batches.
 """
 
-import ctypes
 import gc
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -15,6 +14,7 @@ import torch
 from dualpath.cluster import orders as o
 from dualpath.cluster.attachment import CarryOut, Reply
 from dualpath.model import LoadedModel, NewWeights, read_weights, release_weights, restore_weights, use_weights
+from dualpath.model.allocator import giving_memory_back
 from dualpath.thread_names import named_threads
 
 
@@ -89,15 +89,14 @@ class EngineOrders:
         return ""
 
     def _release(self, message: o.ReleaseMemory) -> None:
-        if message.kv:
-            self._worker.release_memory()
-        if message.weights:
-            release_weights(self._model, message.keep)
-        gc.collect()
+        with giving_memory_back():
+            if message.kv:
+                self._worker.release_memory()
+            if message.weights:
+                release_weights(self._model, message.keep)
+            gc.collect()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
-        elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory otherwise
-            libc.malloc_trim(0)
 
     def close(self) -> None:
         self._reading.shutdown(wait=False, cancel_futures=True)

@@ -33,6 +33,8 @@ MAX_DESCRIPTORS = 256
 IDLE_AFTER_S = 0.002
 _INVITED_WITHIN_NS = 5_000_000_000
 
+_invitation = msgspec.msgpack.Decoder(Invitation)
+
 Piece = tuple[int, int]
 """Where in the server's memory, and how many bytes."""
 
@@ -197,7 +199,7 @@ def _receive_invitation(stream: Stream, deadline_ns: int) -> Invitation:
     frame = stream.receive_frame(deadline_ns)
     if frame.kind is not FrameKind.DATA:
         raise ProtocolError(f"expected DATA: {frame}")
-    return msgspec.msgpack.decode(stream.receive_bytes(frame.n_bytes, deadline_ns), type=Invitation)
+    return _invitation.decode(stream.receive_bytes(frame.n_bytes, deadline_ns))
 
 
 def _chunks(ranges: Sequence[PageRange], pool: Invitation, chunk_bytes: int) -> Iterator[list[Piece]]:
