@@ -136,7 +136,7 @@ def test_garbage_at_each_port_changes_nothing_but_a_counter(target: Target, requ
     seconds = time.monotonic() - begun
     wait_for(lambda: sum(map(target.counted, REFUSED)) - before[3] >= sum(sent), 60)  # type: ignore[operator]
     assert target.ask() == expected
-    wait_for(lambda: (target.threads(), target.files()) == (before[0], before[1]), 30)
+    wait_for(lambda: target.threads() <= before[0] and target.files() <= before[1], 60)
     print(
         f"\n{frames} frames at each of {len(ports)} ports, {sum(sent)} connections, {seconds:.0f} s: "
         f"{sum(map(target.counted, REFUSED)) - before[3]} refused, {answers} answers meanwhile, all right, memory "  # type: ignore[operator]
