@@ -82,7 +82,8 @@ def test_ten_thousand_seeded_steps() -> None:
 @pytest.mark.slow
 def test_fifty_thousand_random_steps() -> None:
     """`tests/lab/faults` takes more, drawn and shrunk by the laboratory itself."""
-    assert run(examples=280, steps_each=250, seeded=1) >= 50_000
+    # What a seed draws also depends on the modules that are loaded, so a seed with a margin: seed 1 came to 9 of one.
+    assert run(examples=280, steps_each=250, seeded=2) >= 50_000
     happened = SchedulerMachine.outcomes
     for name in (
         "finished",
@@ -92,4 +93,4 @@ def test_fifty_thousand_random_steps() -> None:
         "failed_too_large",
         "failed_overloaded",
     ):
-        assert happened.get(name, 0) > 4, f"{name} hardly ever happened, so the steps prove little: {happened}"
+        assert happened.get(name, 0) > 10, f"{name} hardly ever happened, so the steps prove little: {happened}"

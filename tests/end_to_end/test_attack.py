@@ -110,9 +110,17 @@ def flood(port: int, frames: int, seed: int) -> int:
     return connections
 
 
-def no_more(now: dict[int, int], before: dict[int, int]) -> bool:
-    """Whether each process has at most as many as before: some of those may have been about to end."""
-    return now.keys() == before.keys() and all(now[pid] <= before[pid] for pid in before)
+def settled(target: Target) -> tuple[dict[int, int], int]:
+    """Returns threads and files once they have stayed the same for a second: some may be about to end."""
+    seen: list[tuple[dict[int, int], int]] = []
+
+    def same() -> bool:
+        seen.append((target.threads(), target.files()))
+        time.sleep(0.25)
+        return len(seen) > 4 and all(one == seen[-1] for one in seen[-5:])
+
+    wait_for(same, 30)
+    return seen[-1]
 
 
 def test_nothing_but_loopback_is_listened_at(target: Target) -> None:
@@ -125,7 +133,7 @@ def test_garbage_at_each_port_changes_nothing_but_a_counter(target: Target, requ
     expected, ports = target.ask(), [port for _, port in target.listening()]
     for _ in range(12):  # threads that are made when they are first needed are there
         target.ask()
-    before = [target.threads(), target.files(), target.memory(), sum(map(target.counted, REFUSED))]
+    before = [*settled(target), target.memory(), sum(map(target.counted, REFUSED))]
     begun = time.monotonic()
     sent: list[int] = []
     floods = [
@@ -141,7 +149,7 @@ def test_garbage_at_each_port_changes_nothing_but_a_counter(target: Target, requ
     seconds = time.monotonic() - begun
     wait_for(lambda: sum(map(target.counted, REFUSED)) - before[3] >= sum(sent), 60)  # type: ignore[operator]
     assert target.ask() == expected
-    wait_for(lambda: no_more(target.threads(), before[0]) and target.files() <= before[1], 60)
+    wait_for(lambda: (target.threads(), target.files()) == (before[0], before[1]), 30)
     print(
         f"\n{frames} frames at each of {len(ports)} ports, {sum(sent)} connections, {seconds:.0f} s: "
         f"{sum(map(target.counted, REFUSED)) - before[3]} refused, {answers} answers meanwhile, all right, memory "  # type: ignore[operator]

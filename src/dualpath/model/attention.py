@@ -15,7 +15,7 @@ index key as its third part, by which a query selects the rows it attends to; `s
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -69,23 +69,21 @@ class AttentionForm(Protocol):
         ...
 
 
-@runtime_checkable
-class SelectingForm(AttentionForm, Protocol):
-    """A form whose layers attend to what an indexer selects for each query; see `sparse`."""
+class SelectingForm:
+    """A base of forms whose layers attend to what an indexer selects for each query; see `sparse`."""
 
     def attend_selected(self, asked: LayerQueries, selection: Any) -> Tensor:
         """As `attend`, over what `selection` selects: a result of `store_index`, in this layer or one before."""
-        ...
+        raise NotImplementedError
 
 
-@runtime_checkable
-class IndexedForm(SelectingForm, Protocol):
-    """One whose layers have an indexer, and keep a key per token for it."""
+class IndexedForm(SelectingForm):
+    """A base of those whose layers have an indexer, and keep a key per token for it."""
 
     def store_index(self, rows: Tensor, new_rows: Tensor, keys: Tensor) -> Any:
         """Write the keys ``[1, tokens, dim]`` of `update_indexer` into ``rows[new_rows]``. Returns what the model's
         indexer continues with, and hands to the attention function as `indices`."""
-        ...
+        raise NotImplementedError
 
 
 class PackedPass:

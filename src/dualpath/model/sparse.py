@@ -23,7 +23,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from dualpath.model.attention import LatentForm, LayerQueries, UnsupportedModelError
+from dualpath.model.attention import IndexedForm, LatentForm, LayerQueries, SelectingForm, UnsupportedModelError
 from dualpath.model.spans import PackedSequence
 
 SCRATCH_BYTES = 64 << 20
@@ -129,7 +129,7 @@ class Selection:
         return _buffer_rows(scores.topk(self.top_k, sorted=False).indices, part.extents)
 
 
-class SelectedLatentForm(LatentForm):
+class SelectedLatentForm(LatentForm, SelectingForm):
     """Rows are latent‖rope, and the selection is that of a layer before, whose rows lie as this layer's do."""
 
     def __init__(self, latent: LatentForm, index_heads: int, index_dim: int) -> None:
@@ -172,7 +172,7 @@ class SelectedLatentForm(LatentForm):
         return torch.bmm(latent_out.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
 
 
-class SparseLatentForm(SelectedLatentForm):
+class SparseLatentForm(SelectedLatentForm, IndexedForm):
     """Rows are latent‖rope‖index; see the module docstring."""
 
     def __init__(self, latent: LatentForm, index_heads: int, index_dim: int, *, shared: bool) -> None:
