@@ -108,6 +108,26 @@ class Worker:
                     raise Dropped
                 self.changed.wait(0.01)
 
+    def begin(self, owner: Owner, gone: Callable[[], bool]) -> None:
+        """Raises Dropped. From here on a drop is answered at the end."""
+        with self.changed:
+            self.wait(lambda: owner in self.expected, owner, gone)
+            self.running.add(owner)
+
+    def end(self, owner: Owner) -> None:
+        with self.changed:
+            if owner in self.running and owner in self.dropped:
+                self.say(v.Quiet(owner))
+            self.running.discard(owner)
+
+    def admit(self, owner: Owner, gone: Callable[[], bool]) -> int:
+        """Returns the sequence. Raises Dropped."""
+        with self.changed:
+            self.wait(lambda: owner in self.admits, owner, gone)
+            admit = self.admits.pop(owner)
+            self.say(a.Reply(admit.call))
+            return admit.sequence
+
     def _beat(self) -> None:
         while self._thread.is_alive():
             if not self.silent:
@@ -261,17 +281,13 @@ class FakeVllm:
         assert isinstance(tokens, list)
         self._pass("posted")
         with self.step:
-            for worker in self.workers:
-                worker.wait(lambda worker=worker: owner in worker.expected, owner, gone)  # type: ignore[misc]
-                worker.running.add(owner)
             try:
+                for worker in self.workers:
+                    worker.begin(owner, gone)
                 self._chunks(owner, tokens, hit, gone)
             finally:
                 for worker in self.workers:
-                    with worker.changed:
-                        worker.running.discard(owner)
-                        for _ in range(worker.dropped.count(owner)):
-                            worker.say(v.Quiet(owner))
+                    worker.end(owner)
         self._pass("answer")
 
     def _chunks(self, owner: Owner, tokens: list[int], hit: int, gone: Callable[[], bool]) -> None:
@@ -319,14 +335,7 @@ class FakeVllm:
         """Returns the generated tokens. Raises Dropped."""
         params = body["kv_transfer_params"]["dualpath"]  # type: ignore[index]
         owner, prompt = tuple(params["owner"]), list(body["prompt"])  # type: ignore[call-overload]
-        admits = []
-        for worker in self.workers:
-            worker.wait(lambda worker=worker: owner in worker.admits, owner, gone)  # type: ignore[misc]
-            with worker.changed:
-                admits.append(worker.admits.pop(owner))
-        sequence = admits[0].sequence
-        for worker, admit in zip(self.workers, admits, strict=True):
-            worker.say(a.Reply(admit.call))
+        sequence, *_ = [worker.admit(owner, gone) for worker in self.workers]
         for worker in self.workers:
             worker.wait(lambda worker=worker: sequence in worker.begun, owner, gone)  # type: ignore[misc]
             self._check(worker, sequence, prompt)

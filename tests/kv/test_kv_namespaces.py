@@ -1,5 +1,6 @@
 """A namespace has folders only while it has blocks, whoever writes and deletes at once; and they are their owner's."""
 
+import itertools
 import multiprocessing
 import os
 import stat
@@ -85,19 +86,15 @@ def at_every_step(
 ) -> int:
     """`act` again and again, with `meanwhile` before its first, second, … system call. Returns how many it has."""
     for step in range(200):
-        calls = iter(range(1_000_000))
-        with patch.context() as within:
-            _interrupt(within, lambda step=step, calls=calls: next(calls) == step, meanwhile)  # type: ignore[misc]
-            act()
-        if next(calls) <= step:
+        if interrupted(act, {step: meanwhile}, patch) <= step:
             return step
         after(step)
     raise AssertionError("it never ends")
 
 
-@pytest.mark.parametrize("interrupted", ["remover", "writer", "writer, and another has begun"])
+@pytest.mark.parametrize("during", ["remover", "writer", "writer, and another has begun"])
 def test_a_block_that_comes_while_its_namespace_goes(
-    interrupted: str,
+    during: str,
     store: PosixStore,
     tmp_path: Path,
     space: Namespace,
@@ -112,7 +109,7 @@ def test_a_block_that_comes_while_its_namespace_goes(
 
     def remove() -> None:
         store.delete(space.root, key)
-        if "another" in interrupted:
+        if "another" in during:
             (tmp_path / "store" / space.hex / late.hex()[:2]).mkdir(parents=True, exist_ok=True)
 
     def write() -> None:
@@ -128,25 +125,60 @@ def test_a_block_that_comes_while_its_namespace_goes(
         assert names(tmp_path / "store") == []
         write_chain(1)
 
-    acts = (remove, write) if interrupted == "remover" else (write, remove)
+    acts = (remove, write) if during == "remover" else (write, remove)
     assert at_every_step(*acts, check, monkeypatch) >= 7
 
 
-def _interrupt(patch: pytest.MonkeyPatch, is_now: Callable[[], bool], meanwhile: Callable[[], None]) -> None:
-    """`meanwhile` happens once, before the system call for which `is_now` returns True."""
-    happened: list[bool] = []
+def test_a_folder_that_goes_and_comes_back_under_a_writer(
+    store: PosixStore, tmp_path: Path, space: Namespace, payload_of: PayloadOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any system call of a writer the namespace's last block goes; before any later one another comes.
+
+    The folder that is there again must not be taken for what was in its place, and set aside with the block in it.
+    """
+    other = PosixStore(tmp_path / "store")
+    keys = (first_key(space, number) for number in range(10_000))
+    goes, comes, late = itertools.islice((key for key in keys if key.hex().startswith("5a")), 3)  # one shard
+
+    def write(key: BlockKey) -> None:
+        other.write(space, key, space.root, payload_of(key))
+
+    def run(gone: int, back: int) -> int:
+        write(goes)
+        meanwhile = {gone: lambda: other.delete(space.root, goes), back: lambda: write(comes)}
+        calls = interrupted(lambda: store.write(space, late, space.root, payload_of(late)), meanwhile, monkeypatch)
+        for key in (late, comes)[: 2 if back < calls else 1]:
+            other.read(space, key, bytearray(768))
+            assert other.delete(space.root, key), f"gone before call {gone}, back before {back}"
+        return calls
+
+    calls = run(1000, 1000)
+    for gone, back in itertools.combinations(range(calls), 2):
+        run(gone, back)
+
+
+def interrupted(
+    act: Callable[[], object], meanwhile: dict[int, Callable[[], object]], patch: pytest.MonkeyPatch
+) -> int:
+    """Returns how many system calls `act` makes. What is `meanwhile` happens before the calls with these numbers."""
+    calls, busy = 0, False
 
     def before(genuine: Callable[..., object]) -> Callable[..., object]:
         def wrapped(*arguments: object, **options: object) -> object:
-            if not happened and is_now():
-                happened.append(True)
-                meanwhile()
+            nonlocal calls, busy
+            if not busy:
+                busy, calls = True, calls + 1
+                meanwhile.get(calls - 1, lambda: None)()
+                busy = False
             return genuine(*arguments, **options)
 
         return wrapped
 
-    for call in ("open", "mkdir", "rmdir", "unlink", "replace", "listdir", "scandir", "lstat", "fsync"):
-        patch.setattr(os, call, before(getattr(os, call)))
+    with patch.context() as within:
+        for call in ("open", "mkdir", "rmdir", "unlink", "replace", "listdir", "scandir", "stat", "lstat", "fsync"):
+            within.setattr(os, call, before(getattr(os, call)))
+        act()
+    return calls
 
 
 def write_and_delete(directory: Path, writer: int, rounds: int) -> None:

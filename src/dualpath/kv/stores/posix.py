@@ -131,7 +131,7 @@ class PosixStore:
             try:
                 path.unlink()
             except IsADirectoryError:
-                return self._files.set_aside(path, BlockFault.HEADER)
+                return self._files.set_aside(path, BlockFault.HEADER, folder=True)
             except OSError as error:
                 if error.errno in NOT_THERE:
                     return False
@@ -245,7 +245,7 @@ class PosixStore:
         try:
             draft.commit(durable=self._durable)
         except IsADirectoryError:
-            self._files.set_aside(self._files.block_path(space.root, header.key), BlockFault.HEADER)
+            self._files.set_aside(self._files.block_path(space.root, header.key), BlockFault.HEADER, folder=True)
             draft.commit(durable=self._durable)
         return n_bytes
 

@@ -173,22 +173,26 @@ class StoreDirectory:
         except FileExistsError:
             if is_folder(path):
                 return
-            if os.path.lexists(path):  # else it was a folder that somebody has just removed
-                self.set_aside(path, BlockFault.HEADER)
+            self.set_aside(path, BlockFault.HEADER, folder=False)
             path.mkdir(bits, exist_ok=True)
         if bits & stat.S_IRWXG:
             path.chmod(bits)
 
-    def set_aside(self, path: Path, cause: BlockFault) -> bool:
-        """Move what is bad into quarantine, whatever it is. Returns False if it is gone already."""
+    def set_aside(self, path: Path, cause: BlockFault, *, folder: bool | None = None) -> bool:
+        """Move what is bad into quarantine, whatever it is. Returns False if it is gone already.
+
+        `folder` says what the caller has found. If it is the other by now, somebody has mended the place: it stays.
+        """
         aside = self.path / bad_name(self._name(path), cause)
         try:
             if path in aside.parents:  # it lies where quarantine must be: give way first
-                path = path.replace(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"))
-            for folder in (aside.parent.parent, aside.parent):
-                self.make_folder(folder)
+                path = _move(path, path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"), folder)
+            for parent in (aside.parent.parent, aside.parent):
+                self.make_folder(parent)
             remove(aside)
-            path.replace(aside)
+            _move(path, aside, folder)
+        except _MendedError:
+            return False
         except OSError as error:
             if error.errno in NOT_THERE and not os.path.lexists(path):
                 return False
@@ -201,6 +205,27 @@ class StoreDirectory:
     def _permissions(self) -> int:
         mode = self.path.stat().st_mode
         return 0o2770 if mode & _SHARED == _SHARED else 0o700
+
+
+class _MendedError(Exception):
+    """Something else lies there now than what was to be moved."""
+
+
+def _move(path: Path, to: Path, folder: bool | None) -> Path:
+    """Raises _MendedError, OSError."""
+    if folder is None:
+        return path.replace(to)
+    if folder:
+        to.mkdir()
+    else:
+        to.touch()
+    try:  # the kernel puts no folder in a file's place, and no file in a folder's
+        return path.replace(to)
+    except OSError as error:
+        remove(to)
+        if isinstance(error, NotADirectoryError | IsADirectoryError):
+            raise _MendedError from error
+        raise
 
 
 def _no_folder(name: str) -> BadFile:

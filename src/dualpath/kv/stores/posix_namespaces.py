@@ -79,7 +79,7 @@ class NamespaceFolders:
         try:
             fill_whole(self._files.draft(path), text, durable=self._durable)
         except IsADirectoryError:
-            self._files.set_aside(path, BlockFault.HEADER)
+            self._files.set_aside(path, BlockFault.HEADER, folder=True)
             fill_whole(self._files.draft(path), text, durable=self._durable)
 
     def remove_if_empty(self, root: BlockKey) -> bool:
