@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpath.core.engines import DecodeEngines, Fleet, PrefillEngines, ReadQueues
+from dualpath.core.engines import DecodeEngines, PrefillEngines, ReadQueues
+from dualpath.core.fleet import Fleet
 from dualpath.core.placement import (
     RoundRobin,
     choose_decode_engine,

@@ -175,8 +175,8 @@ def _launcher(testbed: bool, series: "Series") -> Iterator["MakeLauncher"]:
         yield LocalLauncher
         return
     from dualpath.lab.testbed.failure import TestbedError
-    from dualpath.lab.testbed.launcher import temporary_testbed
     from dualpath.lab.testbed.plan import Rates
+    from dualpath.lab.testbed.temporary import temporary_testbed
 
     asked = series.conditions
     rates = Rates(asked.snic_bytes_per_s, asked.cnic_bytes_per_s)

@@ -10,7 +10,7 @@ get freed blocks before newer ones are placed.
 
 from dualpath.core.counts import COUNTS
 from dualpath.core.deadlines import Aborts, Deadlines
-from dualpath.core.engines import Fleet
+from dualpath.core.fleet import Fleet
 from dualpath.core.ledger import Ledger
 from dualpath.core.placement import PLACEMENTS
 from dualpath.core.policy import FOREVER_NS, Constants, Limits, Policy

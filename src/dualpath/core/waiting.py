@@ -16,7 +16,7 @@ than that, as long as any could take it: where nothing succeeds there is always 
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 
-from dualpath.core.engines import Fleet
+from dualpath.core.fleet import Fleet
 from dualpath.core.ledger import Ledger
 from dualpath.core.placement import OneLine, Placement, TwoLevels
 from dualpath.core.read_path import ReadPath, least_pe_blocks

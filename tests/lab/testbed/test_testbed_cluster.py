@@ -13,10 +13,11 @@ from bed import SUBNET
 
 from dualpath.lab.experiments.local_cluster import LaunchError
 from dualpath.lab.testbed import iproute, network
-from dualpath.lab.testbed.launcher import TestbedLauncher, temporary_testbed
+from dualpath.lab.testbed.launcher import TestbedLauncher
 from dualpath.lab.testbed.network import Testbed, leftovers, load, status
 from dualpath.lab.testbed.object_server import missing_parts
 from dualpath.lab.testbed.plan import Rates
+from dualpath.lab.testbed.temporary import temporary_testbed
 from dualpath.model.checkpoint import make_checkpoint
 
 pytestmark = pytest.mark.privileged

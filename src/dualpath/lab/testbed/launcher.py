@@ -15,16 +15,14 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from dualpath.cluster.vllm_settings import KEY_VARIABLE
-from dualpath.lab.experiments.conditions import Bench, Conditions
 from dualpath.lab.experiments.local_cluster import (
-    ClusterLauncher,
     ClusterProcess,
     LaunchedCluster,
     LaunchError,
@@ -36,11 +34,9 @@ from dualpath.lab.testbed.failure import TestbedError
 from dualpath.lab.testbed.iproute import inside
 from dualpath.lab.testbed.network import Testbed
 from dualpath.lab.testbed.object_server import PORT, ObjectServer
-from dualpath.lab.testbed.plan import Node, Rates, make_plan
+from dualpath.lab.testbed.plan import Node, Rates
 from dualpath.spec.topology import Topology
 
-SUBNET = "10.89"
-"""Name of testbeds that come and go with an experiment."""
 CONTROL_PORT = 5555
 HTTP_PORT = 8000
 ENGINE_GRACE_S = 5.0
@@ -259,51 +255,19 @@ class TestbedCluster:
         return log_path(self._launcher.logs, f"{self.name} {engine}".strip())
 
 
-@contextmanager
-def temporary_testbed(
-    topologies: Sequence[str], rates: Rates, name: str = "run", subnet: str = SUBNET
-) -> Iterator[Callable[[Conditions, Bench, Path, Path], ClusterLauncher]]:
-    """Yields a launcher on a testbed large enough for all `topologies`, which lasts as long as the context.
-
-    Raises TestbedError, and ValueError for a topology that can't be.
-    """
-    sizes = [_size(topology) for topology in topologies]
-    plan = make_plan(name, max(prefill for prefill, _ in sizes), max(decode for _, decode in sizes), subnet)
-    testbed = network.up(plan, rates)
-    try:
-        yield lambda conditions, bench, logs, work: TestbedLauncher(
-            testbed,
-            model=bench.model,
-            rates=Rates(conditions.snic_bytes_per_s, conditions.cnic_bytes_per_s, rates.storage_node),
-            logs=logs,
-            work=work,
-            start_timeout_s=bench.start_timeout_s,
-            options=bench.engine_options,
-            engine_arguments=bench.engine_arguments,
-        )
-    finally:
-        network.down(name)
-
-
 def _environment(vllm_key: str) -> Mapping[str, str]:
     """Returns the environment without proxies, which would get the object server's requests."""
     kept = {name: value for name, value in os.environ.items() if name.lower() not in _PROXIES}
     return kept | {KEY_VARIABLE: vllm_key}
 
 
-def _size(topology: str) -> tuple[int, int]:
-    parsed = Topology.parse(topology)
-    return parsed.prefill_nodes, parsed.decode_nodes
-
-
 def _engines(nodes: Sequence[Node], topology: str) -> Iterator[tuple[Node, str]]:
     """Yields the nodes that `topology` takes, and their roles. Raises LaunchError if there are too few."""
     by_name = {node.name: node for node in nodes}
-    prefill, decode = _size(topology)
-    for kind, role, count in (("pe", "prefill", prefill), ("de", "decode", decode)):
+    size = Topology.parse(topology)
+    for kind, role, count in (("pe", "prefill", size.prefill_nodes), ("de", "decode", size.decode_nodes)):
         for rank in range(count):
             if f"{kind}{rank}" not in by_name:
-                raise LaunchError(
-                    f"the testbed has no {kind}{rank}, which {topology} needs: dualpath testbed up {topology}"
-                )
+                needed = f"{kind}{rank}, which {topology} needs: dualpath testbed up {topology}"
+                raise LaunchError(f"the testbed has no {needed}")
             yield by_name[f"{kind}{rank}"], role

@@ -6,7 +6,6 @@ docs/how-to/rollouts.md.
 
 import asyncio
 import contextlib
-import ipaddress
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, get_args
@@ -18,6 +17,7 @@ from starlette.responses import Response
 from dualpath.cluster.generator import Control, GenerateRequest, Inflight, Memory, RequestError
 from dualpath.server.door import Door, Route, json_response
 from dualpath.server.errors import ApiError, bad_parameter
+from dualpath.spec.loopback import is_loopback
 from dualpath.spec.sampling import SamplingParams
 
 _VERSION = re.compile(r'[^"\\\x00-\x1f\x7f]{1,128}')
@@ -119,7 +119,8 @@ class _Control:
                 raise ApiError(
                     403, "trainers' endpoints are closed; start with --enable-control", code="control_closed"
                 )
-            if who == "this host" and not (_is_loopback(request) and _is_no_page(request)):
+            at = request.client.host if request.client else ""
+            if who == "this host" and not (is_loopback(at) and _is_no_page(request)):
                 what = (
                     "without API keys only programs of this host may use trainers' endpoints, at its own address and "
                     "not from a web page; start with --api-key"
@@ -265,24 +266,13 @@ class _Control:
         return facts | {"weight_version": model.weight_version}
 
 
-def _is_loopback(request: Request) -> bool:
-    return request.client is not None and _is_loopback_address(request.client.host)
-
-
-def _is_loopback_address(text: str) -> bool:
-    try:
-        return ipaddress.ip_address(text).is_loopback
-    except ValueError:
-        return False
-
-
 def _is_no_page(request: Request) -> bool:
     """False for what a browser sends for a page of elsewhere, also one whose name was made to mean this host."""
     headers = request.headers
     host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
     if "origin" in headers or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         return False
-    return host == "localhost" or _is_loopback_address(host.strip("[]"))
+    return is_loopback(host.strip("[]")) is True
 
 
 def _waits(request: Request) -> bool:
