@@ -94,19 +94,19 @@ def longest_context_tokens(config: Any) -> int:
 
 
 def head_alone(model: Any, packed: PackedPass) -> bool:
-    """Whether a model's logits are its output head's, so that a prompt can be scored slice by slice.
+    """Whether a model's logits follow from its last hidden states, so that a prompt can be scored slice by slice.
 
-    `packed` is a pass of two new tokens of the LoadedModel `model`. Some models scale or cap the head's output. A cap
-    hardly changes small logits, so they are made large.
+    `packed` is a pass of two new tokens of the LoadedModel `model`. A cap hardly changes small logits, so they are made
+    large.
     """
     try:
         hook = model.network.get_output_embeddings().register_forward_hook(_enlarged)
-    except (AttributeError, TypeError):
+    except FOREIGN_ERRORS:
         return False
     try:
         whole = model.forward(packed, [0, 1], [0, 1], [1])
         alone = model.head(model.hidden(packed, [0, 1], [0, 1])[1:])
-    except (AttributeError, TypeError):
+    except FOREIGN_ERRORS:
         return False
     finally:
         hook.remove()
