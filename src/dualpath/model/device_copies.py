@@ -15,8 +15,9 @@ class DeviceCopiesError(RuntimeError):
 
 
 class DeviceCopies(Protocol):
-    """Copies that are over when the call returns. Raises DeviceCopiesError. On a CUDA device the caller has seen to it
-    that the device is done with what is copied; of `stream`, work that was queued before is done first."""
+    """Copies that are over when the call returns. Raises DeviceCopiesError.
+
+    A CUDA device is done with what is copied, but for work on the caller's current stream."""
 
     def hold(self, *memory: Tensor) -> Callable[[], None]:
         """Pieces may be parts of `memory` until the result is called, which waits for copies and comes before the
@@ -24,7 +25,7 @@ class DeviceCopies(Protocol):
         ...
 
     def to_device(self, pieces: Sequence[Piece], stream: "torch.cuda.Stream | None" = None) -> None:
-        """Copy each piece to the device. With a `stream`, its host memory is pinned."""
+        """Copy each piece to the device. A `stream` is for such copies alone; host memory is pinned then."""
         ...
 
     def to_host(self, pieces: Sequence[Piece], stream: "torch.cuda.Stream | None" = None) -> None:
@@ -35,7 +36,7 @@ class DeviceCopies(Protocol):
 class MemcpyCopies:
     """`DeviceCopies` by torch: ``memcpy`` on a CPU, ``cudaMemcpyAsync`` on CUDA."""
 
-    def hold(self, *memory: Tensor) -> Callable[[], None]:
+    def hold(self, *_memory: Tensor) -> Callable[[], None]:
         return nothing_held
 
     def to_device(self, pieces: Sequence[Piece], stream: "torch.cuda.Stream | None" = None) -> None:
