@@ -238,8 +238,8 @@ class TrafficManager:
     """The NICs of one engine. Rates are per direction; None leaves the pacing to the hardware.
 
     `snic` is the node's, if its engines share one (paper §2); else the manager has one of its own. `weights` are HIGH's
-    and LOW's. `copies_pass_cnic`: see `local_copy`. `clock` returns nanoseconds, and every deadline in this package is a
-    time of that clock; `sleep` takes nanoseconds.
+    and LOW's. For `copies_pass_cnic` see `local_copy`. `clock` returns nanoseconds, and every deadline in this package
+    is a time of that clock; `sleep` takes nanoseconds.
     """
 
     def __init__(
