@@ -1,0 +1,126 @@
+"""The seam of copies between host and device: who holds memory and for how long, and what is copied."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from engine_world import DeBuffer, Engines, drain, enter, greedy, prefill, random_tokens
+from torch import Tensor
+
+from dualpath.model import LayerwisePrefill, MemcpyCopies, PagedDecode
+from dualpath.model.device_copies import Piece
+from dualpath.model.layers import DeviceLayers, OwnMemory
+
+
+class NotedCopies(MemcpyCopies):
+    """Copies as usual, of memory that is held alone."""
+
+    def __init__(self) -> None:
+        self.held: list[tuple[int, int]] = []
+        self.most_held = 0
+        self.calls: list[tuple[str, list[Piece]]] = []
+
+    def hold(self, *memory: Tensor) -> Callable[[], None]:
+        ranges = [(one.data_ptr(), one.data_ptr() + one.nbytes) for one in memory]
+        self.held += ranges
+        self.most_held = max(self.most_held, len(self.held))
+
+        def let_go() -> None:
+            for one in ranges:
+                self.held.remove(one)
+
+        return let_go
+
+    def to_device(self, pieces: Sequence[Piece], stream: object = None) -> None:
+        self._note("to device", pieces)
+        super().to_device(pieces)
+
+    def to_host(self, pieces: Sequence[Piece], stream: object = None) -> None:
+        self._note("to host", pieces)
+        super().to_host(pieces)
+
+    def _note(self, way: str, pieces: Sequence[Piece]) -> None:
+        for device, host in pieces:
+            assert (device.shape, device.dtype) == (host.shape, host.dtype) and host.is_contiguous()
+            assert any(first <= device.data_ptr() < end for first, end in self.held)
+        self.calls.append((way, list(pieces)))
+
+
+def test_a_block_is_one_call_with_a_piece_for_each_layer(
+    qwen: Engines, prefill_of: Callable[..., LayerwisePrefill]
+) -> None:
+    copies = NotedCopies()
+    decode = PagedDecode(qwen.model, 4, copies)
+    prompt = random_tokens(70, seed=5)
+    buffer = DeBuffer(qwen.model.layout, prompt)
+    (first,) = prefill(prefill_of(qwen.model), [buffer], [greedy(20)])
+    enter(decode, 0, buffer, first, greedy(20))
+    layers = qwen.model.layout.layers
+    assert [(way, [len(device) for device, _ in pieces]) for way, pieces in copies.calls] == [
+        ("to device", [64] * layers),
+        ("to device", [6] * layers),
+    ]
+    assert drain(decode)[0] == qwen.reference.generate(prompt, 20)[1:]
+    page = np.empty(qwen.model.layout.full_block_bytes, np.uint8)
+    decode.copy_block(0, 0, page)
+    assert np.array_equal(page, buffer.pages[0])
+    assert [way for way, _ in copies.calls] == ["to device", "to device", "to host"]
+
+
+def test_decode_memory_is_held_while_it_is_there(qwen: Engines) -> None:
+    copies = NotedCopies()
+    decode = PagedDecode(qwen.model, 4, copies)
+    assert len(copies.held) == qwen.model.layout.layers
+    decode.release_memory()
+    assert copies.held == []
+    decode.restore_memory()
+    assert len(copies.held) == qwen.model.layout.layers
+    decode.admit(0, 64, 7, greedy(5))
+    with pytest.raises(RuntimeError, match="hold blocks"):
+        decode.release_memory()
+    assert len(copies.held) == qwen.model.layout.layers
+
+
+class AcceleratorLayers(DeviceLayers):
+    """Takes the CPU for an accelerator: with host memory of its own, and copies."""
+
+    def __init__(self, engines: Engines, copies: NotedCopies) -> None:
+        model = engines.model
+        super().__init__(model.layout, 2, model.device, model.dtype, OwnMemory(), copies)
+        self._streams = dict.fromkeys(("load", "ship"))  # type: ignore[assignment]
+
+    def _pinned(self, slot: Tensor) -> Tensor:
+        return slot
+
+    def _unpin(self) -> None:
+        self._staging = {}
+
+
+def test_an_accelerators_layers_are_copied_and_held_until_they_grow(qwen: Engines) -> None:
+    copies = NotedCopies()
+    layers = AcceleratorLayers(qwen, copies)
+    row_bytes = qwen.model.layout.row_bytes[1]
+    for rows in (10, 40):
+        layers.reserve(rows, 100)
+        assert len(copies.held) == copies.most_held == 4  # two slots, two of staging
+        loaded = np.random.default_rng(rows).integers(0, 255, (rows, row_bytes), np.uint8)
+        layers.destination(1, 0, rows)[:] = loaded.reshape(-1)
+        layers.rows(1).zero_()
+        layers.upload(1, [(0, 3), (5, rows - 5)])
+        expected = loaded.copy()
+        expected[3:5] = 0
+        assert np.array_equal(layers.rows(1)[:rows].view(torch.uint8).numpy(), expected)
+        shipped = layers.download(1, [(2, 4), (6, 1)])
+        assert [one.tobytes() for one in shipped] == [expected[2:6].tobytes(), expected[6:7].tobytes()]
+    assert [(way, len(pieces)) for way, pieces in copies.calls] == [("to device", 2), ("to host", 2)] * 2
+    layers.close()
+    assert copies.held == []
+
+
+def test_on_a_cpu_a_prefills_layers_are_not_copied(qwen: Engines, prefill_of: Callable[..., LayerwisePrefill]) -> None:
+    copies = NotedCopies()
+    prefill(
+        prefill_of(qwen.model, copies=copies), [DeBuffer(qwen.model.layout, random_tokens(70, seed=1))], [greedy(2)]
+    )
+    assert (copies.calls, copies.most_held) == ([], 0)
