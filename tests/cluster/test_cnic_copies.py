@@ -135,6 +135,7 @@ def test_lanes_count_the_copies_that_pass_the_cnic(
     asyncio.run(run())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the engine's thread exits
 def test_an_engine_whose_loop_fails_leaves_and_its_agent_gets_no_answer(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
