@@ -31,7 +31,7 @@ def test_a_setting_that_cannot_be_is_named(name: str, value: object) -> None:
 
 
 def test_vllm_copies_by_itself() -> None:
-    with pytest.raises(ValueError, match="^--device-copies cnic: vLLM copies by itself; leave it out"):
+    with pytest.raises(ValueError, match=r"^--device-copies cnic: vLLM copies by itself; leave it out"):
         ClusterConfig(model="m", store="s", device_copies="cnic", engine="vllm")
 
 

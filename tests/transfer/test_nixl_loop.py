@@ -86,7 +86,6 @@ def test_bytes_arrive_for_any_pieces_and_nothing_else_changes(loop: Loop) -> Non
         assert np.array_equal(memories.host, host) and np.array_equal(memories.device, device)
 
     check()
-    memories.copy(True, [])
 
 
 def test_threads_copy_at_once(loop: Loop) -> None:
@@ -170,7 +169,7 @@ def test_a_copy_that_misses_its_deadline_ends_the_loop_and_what_could_touch_memo
     destroy = Agent.destroy
     monkeypatch.setattr(Agent, "is_done", lambda *_: False)
     monkeypatch.setattr(Agent, "destroy", lambda self: destroyed.append(destroy(self)) or destroyed[-1])
-    with pytest.raises(LoopError, match=r"a copy of 2 pieces was not done within 0\.05 s$"):
+    with pytest.raises(LoopError, match=r"a copy was not done within 0\.05 s$"):
         memories.copy(True, [(0, 0, 10), (50, 50, 10)])
     assert destroyed == [True]
     with pytest.raises(LoopError, match="was not done"):

@@ -32,11 +32,12 @@ class CnicCopies:
         self._staging_held: list[int] = []
 
     def hold(self, *memory: Tensor) -> Callable[[], None]:
-        held = self._register(*memory)
+        held = {number: one for one, number in zip(memory, self._register(*memory), strict=True)}
 
         def let_go() -> None:
-            self._deregister(held)
+            self._deregister(list(held))
             self._drop_staging()
+            held.clear()  # not before: memory that is freed early would be written to all the same
 
         return let_go
 
@@ -47,14 +48,14 @@ class CnicCopies:
 
     def _deregister(self, held: list[int]) -> None:
         with _explained():
-            while held:
+            for number in held:
                 assert self._loop is not None
-                self._loop.deregister(held.pop())
+                self._loop.deregister(number)
 
     def _drop_staging(self) -> None:
         """The next scattered piece takes it anew."""
         self._deregister(self._staging_held)
-        self._staging = torch.empty(0)
+        self._staging_held, self._staging = [], torch.empty(0)
 
     def to_device(self, pieces: Sequence[Piece], _stream: "torch.cuda.Stream | None" = None) -> None:
         near = self._contiguous(pieces)

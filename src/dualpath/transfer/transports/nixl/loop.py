@@ -20,7 +20,7 @@ from dualpath.transfer.transports.nixl.agent import Agent, Pieces, rest
 DEADLINE_S = 10.0
 """Of one copy: ten thousand times what the largest Full Block takes."""
 
-_UCX = "TLS=^tcp,POSIX_ERROR_HANDLING=y,SYSV_ERROR_HANDLING=y"
+UCX_OPTIONS = "TLS=^tcp,POSIX_ERROR_HANDLING=y,SYSV_ERROR_HANDLING=y"
 """No port is opened, and where RDMA does not work nothing falls back to TCP. Without RDMA UCX meets itself in shared
 memory, for which its peers there must be watched. UCX's variables in the environment come first."""
 
@@ -45,7 +45,7 @@ class Loop:
         self._in_flight = 0
         self._why = ""
         try:
-            self._agent: Agent | None = Agent(traffic_class, False, ucx_options=_UCX)
+            self._agent: Agent | None = Agent(traffic_class, False, ucx_options=UCX_OPTIONS)
         except StreamClosed as error:
             raise LoopError(str(error)) from error
         self._agent.meet_itself()
@@ -62,21 +62,26 @@ class Loop:
                 self._call(lambda agent: agent.deregister(number))
 
     def copy(self, to_device: bool, copies: Sequence[Copy], device: int | None = None) -> None:
-        """Make all `copies`, in one transfer. `device` is None where device memory is the host's, too."""
-        if not copies:
-            return
+        """Make all `copies`, at least one, in one transfer. `device` is None where its memory is the host's, too."""
+        self.wait(self.submit(to_device, copies, device))
+
+    def submit(self, to_device: bool, copies: Sequence[Copy], device: int | None = None) -> int:
+        """Begin to `copy`. Returns a number for `wait`, which must follow."""
         table = np.array(copies, np.uint64)
         near, far = np.zeros((2, len(copies), 3), np.uint64)
         near[:, :2], far[:, :2], far[:, 2] = table[:, ::2], table[:, 1:], device or 0
         pieces = Pieces(near), Pieces(far, "DRAM" if device is None else "VRAM")
-        deadline_s = time.monotonic() + self._deadline_s
         with self._changed:
             number = self._call(lambda agent: agent.transfer(to_device, *pieces))
             self._in_flight += 1
+        return number
+
+    def wait(self, number: int) -> None:
+        deadline_s = time.monotonic() + self._deadline_s
         try:
             while not self._call(lambda agent: agent.is_done(number)):
                 if time.monotonic() > deadline_s:
-                    raise self._ended(f"a copy of {len(copies)} pieces was not done within {self._deadline_s:g} s")
+                    raise self._ended(f"a copy was not done within {self._deadline_s:g} s")
                 rest()
         finally:
             with self._changed:
