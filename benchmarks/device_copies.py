@@ -110,29 +110,34 @@ class Cnic:
 
 
 def measure_submission(rounds: int, seconds: float, ways: Sequence[str]) -> list[Row]:
-    rows = []
+    made: dict[tuple[int, str], tuple[Blocks, Memcpy | Cnic]] = {}
     for kib in BLOCK_KIB:
         blocks = Blocks(max(BATCHES), kib * 1024)
-        made = {way: (Memcpy if way == "memcpy" else Cnic)(blocks) for way in ways}
-        samples: dict[tuple[int, bool, str], list[tuple[float, float, float]]] = {}
-        for number in range(rounds):
-            progress(f"submission: blocks of {kib} KiB, round {number + 1} of {rounds}")
-            for key in product(BATCHES, (True, False), ways):
-                batch, to_device, way = key
-                samples.setdefault(key, []).append(_costs(made[way], blocks, to_device, batch, seconds))
-        for (batch, to_device, way), taken in samples.items():
-            submitted, whole, rates = zip(*taken, strict=True)
-            rows.append(
-                {"KiB": kib, "batch": batch, "to": "device" if to_device else "host", "way": way}
-                | spread("submit µs", submitted)
-                | spread("CPU µs", whole)
-                | {"GB/s": statistics.median(rates)}
-            )
-    return rows
+        made |= {(kib, way): (blocks, (Memcpy if way == "memcpy" else Cnic)(blocks)) for way in ways}
+    samples: dict[tuple[int, int, bool, str], list[tuple[float, float, float]]] = {}
+    for number in range(rounds):
+        progress(f"submission: round {number + 1} of {rounds}")
+        for kib, batch, to_device, way in product(BLOCK_KIB, BATCHES, (True, False), ways):
+            taken = _costs(*made[kib, way], to_device, batch, seconds)
+            samples.setdefault((kib, batch, to_device, way), []).append(taken)
+    return [_row(*key, *zip(*taken, strict=True)) for key, taken in samples.items()]
+
+
+def _row(
+    kib: int,
+    batch: int,
+    to_device: bool,
+    way: str,
+    submit_us: Sequence[float],
+    whole_us: Sequence[float],
+    rates: Sequence[float],
+) -> Row:
+    facts: Row = {"KiB": kib, "batch": batch, "to": "device" if to_device else "host", "way": way}
+    return facts | spread("submit µs", submit_us) | spread("CPU µs", whole_us) | {"GB/s": statistics.median(rates)}
 
 
 def _costs(
-    way: Memcpy | Cnic, blocks: Blocks, to_device: bool, batch: int, seconds: float
+    blocks: Blocks, way: Memcpy | Cnic, to_device: bool, batch: int, seconds: float
 ) -> tuple[float, float, float]:
     """Returns CPU µs a descriptor until submitted, and until over, and GB/s; of at least three batches."""
     taken: list[tuple[int, int]] = []
