@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from engine_world import DeBuffer, Engines, drain, enter, greedy, prefill, random_tokens
+from engine_world import BlockStore, DeBuffer, Engines, drain, enter, greedy, prefill, random_tokens, turn
 from torch import Tensor
 
-from dualpath.model import LayerwisePrefill, MemcpyCopies, PagedDecode
+from dualpath.model import DeviceCopies, DeviceCopiesError, LayerwisePrefill, MemcpyCopies, PagedDecode
 from dualpath.model.device_copies import Piece
 from dualpath.model.layers import DeviceLayers, OwnMemory
 
@@ -85,9 +85,8 @@ def test_decode_memory_is_held_while_it_is_there(qwen: Engines) -> None:
 class AcceleratorLayers(DeviceLayers):
     """Takes the CPU for an accelerator: with host memory of its own, and copies."""
 
-    def __init__(self, engines: Engines, copies: NotedCopies) -> None:
-        model = engines.model
-        super().__init__(model.layout, 2, model.device, model.dtype, OwnMemory(), copies)
+    def __init__(self, *given: object) -> None:
+        super().__init__(*given)  # type: ignore[arg-type]
         self._streams = dict.fromkeys(("load", "ship"))  # type: ignore[assignment]
 
     def _pinned(self, slot: Tensor) -> Tensor:
@@ -96,11 +95,15 @@ class AcceleratorLayers(DeviceLayers):
     def _unpin(self) -> None:
         self._staging = {}
 
+    def mark(self, stage: str, layer: int) -> None:
+        """Nothing runs beside the thread that computes."""
+
 
 def test_an_accelerators_layers_are_copied_and_held_until_they_grow(qwen: Engines) -> None:
     copies = NotedCopies()
-    layers = AcceleratorLayers(qwen, copies)
-    row_bytes = qwen.model.layout.row_bytes[1]
+    model = qwen.model
+    layers = AcceleratorLayers(model.layout, 2, model.device, model.dtype, OwnMemory(), copies)
+    row_bytes = model.layout.row_bytes[1]
     for rows in (10, 40):
         layers.reserve(rows, 100)
         assert len(copies.held) == copies.most_held == 4  # two slots, two of staging
@@ -124,3 +127,47 @@ def test_on_a_cpu_a_prefills_layers_are_not_copied(qwen: Engines, prefill_of: Ca
         prefill_of(qwen.model, copies=copies), [DeBuffer(qwen.model.layout, random_tokens(70, seed=1))], [greedy(2)]
     )
     assert (copies.calls, copies.most_held) == ([], 0)
+
+
+@pytest.fixture
+def as_if_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualpath.model.prefill.DeviceLayers", AcceleratorLayers)
+
+
+@pytest.mark.parametrize("kind", ["noted", "cnic"])
+def test_a_prefill_on_an_accelerator_gives_the_reference(
+    qwen: Engines, prefill_of: Callable[..., LayerwisePrefill], as_if_on_an_accelerator: None, kind: str
+) -> None:
+    """Loader and shipper copy at once, layer by layer, with hits in the second turn."""
+    if kind == "cnic":
+        pytest.importorskip("nixl_cu12", reason="NIXL (dualpath[nixl]) is not installed")
+        from dualpath.cluster.engines.cnic_copies import CnicCopies
+
+        copies: DeviceCopies = CnicCopies(torch.device("cpu"))
+    else:
+        copies = NotedCopies()
+    engine, decode, store = prefill_of(qwen.model, copies=copies), PagedDecode(qwen.model, 16), BlockStore()
+    contexts = [random_tokens(n, seed=n) for n in (150, 70)]
+    for hits in ([0, 0], [128, 64]):
+        expected = [qwen.reference.generate(context, 3) for context in contexts]
+        assert turn(engine, decode, contexts, 3, store) == (expected, hits)
+        contexts = [context + output for context, output in zip(contexts, expected, strict=True)]
+    if isinstance(copies, NotedCopies):
+        assert {way for way, _ in copies.calls} == {"to device", "to host"}
+    engine.release_memory()
+    assert turn(engine, decode, contexts[:1], 3, store)[0] == [qwen.reference.generate(contexts[0], 3)]
+
+
+def test_copies_that_can_not_go_on_end_the_run(
+    qwen: Engines, prefill_of: Callable[..., LayerwisePrefill], as_if_on_an_accelerator: None
+) -> None:
+    class Failing(NotedCopies):
+        def to_host(self, pieces: Sequence[Piece], stream: object = None) -> None:
+            raise DeviceCopiesError("no way out")
+
+    with pytest.raises(DeviceCopiesError, match="no way out"):
+        prefill(
+            prefill_of(qwen.model, copies=Failing()),
+            [DeBuffer(qwen.model.layout, random_tokens(70, seed=1))],
+            [greedy(2)],
+        )
