@@ -22,11 +22,17 @@ from dualpath.spec.topology import Topology
         ("transport", "pigeon"),
         ("system", "fast"),
         ("device_layers", 2),
+        ("device_copies", "pigeon"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         ClusterConfig(model="m", store="s", **{name: value})  # type: ignore[arg-type]
+
+
+def test_vllm_copies_by_itself() -> None:
+    with pytest.raises(ValueError, match=r"^--device-copies cnic: vLLM copies by itself; leave it out"):
+        ClusterConfig(model="m", store="s", device_copies="cnic", engine="vllm")
 
 
 def test_each_node_has_the_size_and_the_rates_of_its_group() -> None:

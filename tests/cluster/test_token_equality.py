@@ -51,6 +51,7 @@ PATHS = {
     "chunked": {"system": "dualpath-split", "max_batch_tokens": 37},
     "tcp": {"system": "dualpath-split", "transport": "tcp"},
     "nixl": {"system": "dualpath-split", "transport": "nixl"},
+    "cnic": {"system": "dualpath-split", "device_copies": "cnic"},
 }
 
 

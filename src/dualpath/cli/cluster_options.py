@@ -12,7 +12,7 @@ import msgspec
 from dualpath.cli.arguments import byte_count, milliseconds, positive, rates, system, topology
 from dualpath.cli.outcome import UsageError, usage_errors
 from dualpath.cluster.cluster_secret import SECRET_VARIABLE, ClusterSecret
-from dualpath.cluster.config import DTYPES, ClusterConfig, KVEventsConfig
+from dualpath.cluster.config import DEVICE_COPIES, DTYPES, ClusterConfig, KVEventsConfig
 from dualpath.cluster.vllm_settings import VllmSettings
 from dualpath.spec.cluster_setup import ENGINES
 from dualpath.spec.generation_defaults import GENERATION_CONFIGS
@@ -63,6 +63,8 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     dtypes = "auto is the checkpoint's own on a GPU, float32 on a CPU (default: %(default)s)"
     option("--dtype", "dtype", dtypes, choices=DTYPES)
     option("--device", "device", "cpu, or cuda where there is one (default: %(default)s)")
+    copies = "KV between host and device by memcpy, or through the compute NIC: cnic, with NIXL (default: %(default)s)"
+    option("--device-copies", "device_copies", copies, choices=DEVICE_COPIES)
     add_node_options(parser)
 
 

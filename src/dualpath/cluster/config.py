@@ -20,6 +20,7 @@ from dualpath.transfer import TRANSPORTS
 
 HBM_BYTES = 2**30
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_COPIES = ("memcpy", "cnic")
 
 
 class KVEventsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,6 +73,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How KV moves between engines: a name in `dualpath.transfer.TRANSPORTS`."""
     data_host: str = "127.0.0.1"
     """Address at which other hosts reach this host's engines, for a transport between hosts."""
+    device_copies: str = "memcpy"
+    """How KV is copied between host memory and the device: by ``memcpy``, or through the compute NIC (``cnic``)."""
     device: str = "cpu"
     dtype: str = "auto"
     """``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's own on a GPU, float32 on a CPU."""
@@ -185,9 +188,16 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"generation_config is {self.generation_config!r}; give {' or '.join(GENERATION_CONFIGS)}")
         if self.logprobs_mode not in get_args(LogprobsMode):
             raise ValueError(f"logprobs_mode is {self.logprobs_mode!r}; give {' or '.join(get_args(LogprobsMode))}")
-        for name, allowed in (("dtype", DTYPES), ("log_format", FORMATS), ("engine", ENGINES)):
+        for name, allowed in (
+            ("dtype", DTYPES),
+            ("log_format", FORMATS),
+            ("engine", ENGINES),
+            ("device_copies", DEVICE_COPIES),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        if self.device_copies == "cnic" and self.engine == "vllm":
+            raise ValueError("--device-copies cnic: vLLM copies by itself; leave it out, or use --engine dualpath")
         TRANSPORTS.get(self.transport)  # raises UnknownNameError, which is a ValueError
         if self.device_layers < 3:
             raise ValueError("device_layers must be at least 3: one loading, one computing, one shipping")
@@ -245,6 +255,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def cnic_rate(self) -> int | None:
         return self._enforced(self.cnic_bytes_per_s)
+
+    @property
+    def copies_pass_cnic(self) -> bool:
+        """Whether copies between host and device are charged to the CNIC's lanes: those that pass it, and all where its
+        rate is emulated, since then so is the paper's node."""
+        return self.device_copies == "cnic" or self.cnic_rate is not None
 
     def _enforced(self, rates: Rates) -> int | None:
         each = [rate for rate in self.topology.by_node(rates)[: self.topology.prefill_nodes] if rate is not None]

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _DEVICES = re.compile(r"cpu|cuda(:\d+)?")
+_RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 def settled(config: ClusterConfig, starts_engines: bool = True) -> ClusterConfig:
@@ -48,6 +49,7 @@ def settled(config: ClusterConfig, starts_engines: bool = True) -> ClusterConfig
     else:
         dtype = _own_dtype(facts, config.device) if config.dtype == "auto" else config.dtype
         _check_device(config.device)
+        _check_device_copies(config)
         _check_architecture(directory, facts)
         _check_sizes(config, facts, dtype)
     _check_store(config.store)
@@ -130,6 +132,21 @@ def _check_device(device: str) -> None:
     if cuda_devices() == 0:
         raise NotReadyError(
             "--device: no CUDA device is found here; see whether nvidia-smi shows one, or use --device cpu"
+        )
+
+
+def _check_device_copies(config: ClusterConfig) -> None:
+    if config.device_copies != "cnic":
+        return
+    from dualpath.transfer.transports.nixl.agent import LIBRARIES
+
+    if not any(map(find_spec, LIBRARIES)):
+        raise NotReadyError(
+            "--device-copies cnic: needs NIXL: pip install 'dualpath[nixl]', or leave it out: memcpy copies without it"
+        )
+    if config.device != "cpu" and not any(_RDMA_DEVICES.glob("*")):
+        raise NotReadyError(
+            f"--device-copies cnic: a GPU's copies need an RDMA NIC, and {_RDMA_DEVICES} shows none; use memcpy"
         )
 
 

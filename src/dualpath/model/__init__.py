@@ -9,6 +9,7 @@ from dualpath.model.checkpoint import make_checkpoint, model_fingerprint
 from dualpath.model.constraints import TokenConstraints
 from dualpath.model.decode import PagedDecode
 from dualpath.model.decode_sequence import StepOutput
+from dualpath.model.device_copies import DeviceCopies, DeviceCopiesError, MemcpyCopies
 from dualpath.model.grammar import GrammarError, Grammars
 from dualpath.model.layers import LayerIOTimeoutError
 from dualpath.model.model import LoadedModel
@@ -27,12 +28,15 @@ from dualpath.model.weights import (
 )
 
 __all__ = [
+    "DeviceCopies",
+    "DeviceCopiesError",
     "GrammarError",
     "Grammars",
     "LayerIO",
     "LayerIOTimeoutError",
     "LayerwisePrefill",
     "LoadedModel",
+    "MemcpyCopies",
     "NewWeights",
     "NoTokenError",
     "OutOfBlocksError",

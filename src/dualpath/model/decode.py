@@ -23,6 +23,7 @@ from torch import Tensor
 from dualpath.model.attention import PackedPass
 from dualpath.model.constraints import TokenConstraints
 from dualpath.model.decode_sequence import DecodeSequence, StepOutput
+from dualpath.model.device_copies import DeviceCopies, MemcpyCopies, nothing_held
 from dualpath.model.model import LoadedModel
 from dualpath.model.paged import BlockAllocator
 from dualpath.model.sampling import draw
@@ -35,9 +36,11 @@ Page = NDArray[np.uint8]
 class PagedDecode:
     """A model and the device blocks of its sequences. The module docstring says which thread may call what."""
 
-    def __init__(self, model: LoadedModel, blocks: int) -> None:
-        """`blocks` is the capacity of device memory in Full Blocks of KV."""
+    def __init__(self, model: LoadedModel, blocks: int, copies: DeviceCopies | None = None) -> None:
+        """`blocks` is the capacity of device memory in Full Blocks of KV, `copies` what moves it from and to pages."""
         self.model = model
+        self._copies = copies or MemcpyCopies()
+        self._let_go = nothing_held
         self._block_tokens = model.layout.block_tokens
         self._allocator = BlockAllocator(blocks)
         self._pool: list[Tensor] = []
@@ -57,6 +60,8 @@ class PagedDecode:
         with self._lock:
             if self._sequences:
                 raise RuntimeError(f"{len(self._sequences)} sequences hold blocks; their memory can't be given back")
+            self._let_go()
+            self._let_go = nothing_held
             self._pool = []
 
     def restore_memory(self) -> None:
@@ -67,6 +72,7 @@ class PagedDecode:
             form.paged(torch.zeros((rows, elements), dtype=self.model.dtype, device=self.model.device))
             for form, elements in zip(self.model.forms, self.model.row_elements, strict=True)
         ]
+        self._let_go = self._copies.hold(*self._pool)
 
     def blocks_for(self, prompt_tokens: int, sampling: SamplingParams, generated_so_far: int = 0) -> int:
         """Returns the number of blocks that `admit` will take."""
@@ -121,9 +127,9 @@ class PagedDecode:
                 )
             source = self._as_rows(page)
             row = filled.row(first)
-            for layer in self.model.layout.layers_seen(block_index, filled.prompt_tokens):
-                block = self._pool[layer][row : row + tokens]
-                block.copy_(source[layer][:tokens].view(block.shape))
+            layers = self.model.layout.layers_seen(block_index, filled.prompt_tokens)
+            blocks = [(self._pool[layer][row : row + tokens], source[layer][:tokens]) for layer in layers]
+            self._copies.to_device([(block, rows.view(block.shape)) for block, rows in blocks])
 
     def join(self, sequence: int) -> str | None:
         """Decode the sequence from the next step on; its prompt's blocks must be filled.
@@ -180,9 +186,9 @@ class PagedDecode:
                 raise ValueError(f"sequence {sequence}: block {block_index} is not one of its {complete} Full Blocks")
             target = self._as_rows(out)
             row = copied.row(block_index * self._block_tokens)
-            for layer, pool in enumerate(self._pool):
-                block = pool[row : row + self._block_tokens]
-                target[layer].view(block.shape).copy_(block)
+            blocks = [pool[row : row + self._block_tokens] for pool in self._pool]
+            pieces = zip(blocks, target, strict=True)
+            self._copies.to_host([(block, rows.view(block.shape)) for block, rows in pieces])
 
     def leave(self, sequence: int) -> None:
         """Take the sequence out of the batch from the next step on; it keeps its blocks. Raises KeyError."""

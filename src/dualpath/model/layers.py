@@ -8,8 +8,8 @@ l−1 is shipped, and at most three layers' KV of the batch are on the device.
 
 `LayerProgress` implements only that rule: four counters under one condition variable, deadlines for the compute
 thread's waits, and an abort that ends all waits. `DeviceLayers` is the memory: on a CPU the I/O callbacks get views of
-the buffers themselves; on an accelerator they get pinned staging memory, and the copies run on separate streams. Both
-kinds of host memory come from a `HostMemory`.
+the buffers themselves, and nothing is copied; on an accelerator they get pinned staging memory, and `DeviceCopies` run
+beside the compute stream. Both kinds of host memory come from a `HostMemory`.
 """
 
 import threading
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dualpath.kv.layout import KVLayout
+from dualpath.model.device_copies import DeviceCopies, Piece, nothing_held
 
 Bytes = NDArray[np.uint8]
 
@@ -130,9 +131,17 @@ class DeviceLayers:
     """`slots` device buffers of rows, as wide as the layer's in each. They are kept between runs and grow."""
 
     def __init__(
-        self, layout: KVLayout, slots: int, device: torch.device, dtype: torch.dtype, memory: HostMemory
+        self,
+        layout: KVLayout,
+        slots: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        memory: HostMemory,
+        copies: DeviceCopies,
     ) -> None:
         self._layout, self._device, self._dtype, self._memory = layout, device, dtype, memory
+        self._copies = copies
+        self._let_go = nothing_held
         self._memory.clear()
         self._slots: list[Tensor] = [torch.empty(0)] * slots
         self._staging: dict[str, Tensor] = {}
@@ -147,13 +156,12 @@ class DeviceLayers:
         if rows <= self._capacity_rows:
             return
         self._capacity_rows = min(limit_rows, max(rows, 2 * self._capacity_rows))
-        self._slots = [torch.empty(0)] * len(self._slots)  # free the old ones before taking the new
-        self._unpin()
-        self._memory.clear()
+        self._free()  # the old ones, before taking the new
         if self._streams:
             size = self._slot_bytes // self._dtype.itemsize
             self._slots = [torch.empty(size, dtype=self._dtype, device=self._device) for _ in self._slots]
             self._staging = {way: self._pinned(self._host_slot()) for way in self._streams}
+            self._let_go = self._copies.hold(*self._slots, *self._staging.values())
         else:
             self._slots = [self._host_slot() for _ in self._slots]
 
@@ -175,11 +183,17 @@ class DeviceLayers:
             torch.cuda.cudart().cudaHostUnregister(staged.data_ptr())  # type: ignore[no-untyped-call]
         self._staging = {}
 
-    def close(self) -> None:
-        """Give the memory back; the object can't be used any more."""
-        self._slots = []
+    def _free(self) -> None:
+        self._let_go()
+        self._let_go = nothing_held
+        self._slots = [torch.empty(0)] * len(self._slots)
         self._unpin()
         self._memory.clear()
+
+    def close(self) -> None:
+        """Give the memory back; the object can't be used any more."""
+        self._free()
+        self._slots = []
 
     def rows(self, layer: int) -> Tensor:
         """The device buffer of `layer`: ``[rows, elements of a row]``."""
@@ -200,23 +214,20 @@ class DeviceLayers:
         """Copy loaded `spans` ``(first_row, rows)`` to the device. Returns when they are there."""
         if not self._streams:
             return
-        with torch.cuda.stream(self._streams["load"]):
-            for first, count in spans:
-                staged = self._as_rows(layer, self._staging["load"])[first : first + count]
-                self.rows(layer)[first : first + count].copy_(staged, non_blocking=True)
-        self._streams["load"].synchronize()
+        self._copies.to_device(self._pieces(layer, "load", spans), self._streams["load"])
 
     def download(self, layer: int, spans: list[tuple[int, int]]) -> list[Bytes]:
         """Returns host bytes of `spans` of `layer`; on an accelerator they are valid until the next download."""
         if not self._streams:
             return [_as_bytes(self.rows(layer)[first : first + count]) for first, count in spans]
-        staging = self._as_rows(layer, self._staging["ship"])
         self._wait_mark("written", layer)
-        with torch.cuda.stream(self._streams["ship"]):
-            for first, count in spans:
-                staging[first : first + count].copy_(self.rows(layer)[first : first + count], non_blocking=True)
-        self._streams["ship"].synchronize()
-        return [_as_bytes(staging[first : first + count]) for first, count in spans]
+        pieces = self._pieces(layer, "ship", spans)
+        self._copies.to_host(pieces, self._streams["ship"])
+        return [_as_bytes(staged) for _, staged in pieces]
+
+    def _pieces(self, layer: int, way: str, spans: list[tuple[int, int]]) -> list[Piece]:
+        rows, staging = self.rows(layer), self._as_rows(layer, self._staging[way])
+        return [(rows[first : first + count], staging[first : first + count]) for first, count in spans]
 
     def mark(self, stage: str, layer: int) -> None:
         """Compute thread: record this point of the compute stream as the end of `stage` of `layer`."""

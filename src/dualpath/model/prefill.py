@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dualpath.model.attention import PackedPass
 from dualpath.model.batch import PrefillBatch, PrefillItem, PrefillOutput
+from dualpath.model.device_copies import DeviceCopies, MemcpyCopies
 from dualpath.model.layers import (
     Bytes,
     DeviceLayers,
@@ -71,11 +72,12 @@ class LayerwisePrefill:
         max_batch_tokens: int = 65536,
         io_deadline_s: float = 120.0,
         memory: HostMemory | None = None,
+        copies: DeviceCopies | None = None,
     ) -> None:
         """`layerwise=False` holds all layers of the batch: it loads all, computes all, ships all (the ablation's base).
 
         `max_batch_tokens` bounds a batch's cached and new tokens together, and therefore the device buffers. `memory`
-        is where the callbacks' host memory comes from.
+        is where the callbacks' host memory comes from, `copies` what moves it to an accelerator and back.
         """
         if device_layers < 2 or max_batch_tokens < 1:
             raise ValueError(f"{device_layers=} must be at least 2 and {max_batch_tokens=} at least 1")
@@ -86,6 +88,7 @@ class LayerwisePrefill:
         layers = model.layout.layers
         self._slots = min(device_layers, layers) if layerwise else layers
         self._memory = memory or OwnMemory()
+        self._copies = copies or MemcpyCopies()
         self._device = self._new_device()
         self._loader = named_threads(1, "prefill-loader")
         self._shipper = named_threads(1, "prefill-shipper")
@@ -120,7 +123,7 @@ class LayerwisePrefill:
 
     def _new_device(self) -> DeviceLayers:
         model = self.model
-        return DeviceLayers(model.layout, self._slots, model.device, model.dtype, self._memory)
+        return DeviceLayers(model.layout, self._slots, model.device, model.dtype, self._memory, self._copies)
 
     def close(self) -> None:
         """Stop the threads. A callback that hangs keeps only its own thread alive."""

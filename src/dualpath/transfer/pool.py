@@ -89,6 +89,13 @@ class MappedPages:
         view: Bytes = self._pages[page, : self.page_bytes]
         return view
 
+    @property
+    def memory(self) -> Bytes:
+        """All pages as they lie, for a NIC to register. Raises ValueError after `close`."""
+        if self._pages is None:
+            raise ValueError(f"pool {self.path} is closed")
+        return self._pages.reshape(-1)
+
     def close(self) -> None:
         """Drop the mapping; the memory is released with its last view."""
         self._pages = None

@@ -238,8 +238,8 @@ class TrafficManager:
     """The NICs of one engine. Rates are per direction; None leaves the pacing to the hardware.
 
     `snic` is the node's, if its engines share one (paper §2); else the manager has one of its own. `weights` are HIGH's
-    and LOW's. `clock` returns nanoseconds, and every deadline in this package is a time of that clock; `sleep` takes
-    nanoseconds.
+    and LOW's. For `copies_pass_cnic` see `local_copy`. `clock` returns nanoseconds, and every deadline in this package
+    is a time of that clock; `sleep` takes nanoseconds.
     """
 
     def __init__(
@@ -249,12 +249,14 @@ class TrafficManager:
         *,
         snic: Nic | None = None,
         weights: Weights = WEIGHTS,
+        copies_pass_cnic: bool = True,
         burst_ns: int = BURST_NS,
         clock: Clock = time.monotonic_ns,
         sleep: Sleep = _sleep_ns,
     ) -> None:
         self.clock = clock
         lane = partial(Lane, clock=clock, sleep=sleep, weights=weights, burst_ns=burst_ns)
+        self._copies_pass_cnic = copies_pass_cnic
         self.snic = snic or Nic("snic", partial(lane, rate_bytes_per_s=snic_bytes_per_s, whole_chunks=True))
         self.cnic = Nic("cnic", partial(lane, rate_bytes_per_s=cnic_bytes_per_s, whole_chunks=False))
 
@@ -263,10 +265,11 @@ class TrafficManager:
     ) -> None:
         """Charge a copy between this engine's DRAM and its GPU: out through the CNIC and in again (paper §5).
 
-        Blocks like `Lane.acquire`, for the slower of the two lanes, not for their sum. Raises DeadlineExceeded.
+        Blocks like `Lane.acquire`, for the slower of the two lanes, not for their sum; not at all where copies don't
+        pass the CNIC. Raises DeadlineExceeded.
         """
         rx, tx = self.cnic.rx, self.cnic.tx
-        while n_bytes > 0:
+        while n_bytes > 0 and self._copies_pass_cnic:
             chunk_bytes = min(n_bytes, tx.chunk_bytes)
             leaving = tx._begin(traffic_class, chunk_bytes, deadline_ns)
             arriving = rx._begin(traffic_class, chunk_bytes, None)

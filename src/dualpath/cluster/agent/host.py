@@ -56,7 +56,9 @@ class EngineHost:
         self.attached = attached
         self._logger = logging.getLogger(f"{ROOT}.engine {facts.name}")
         self.layout = facts.layout
-        self.traffic = TrafficManager(snic=snic, cnic_bytes_per_s=cluster.cnic_rate)
+        self.traffic = TrafficManager(
+            snic=snic, cnic_bytes_per_s=cluster.cnic_rate, copies_pass_cnic=cluster.copies_pass_cnic
+        )
         self.pool = pool
         self.staging: asyncio.Queue[int] = asyncio.Queue()
         """Free staging pages."""

@@ -7,14 +7,17 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 
+import torch
+
 from dualpath.cluster import attachment as a
 from dualpath.cluster.engines.constraining import REFUSALS, Constrainer
 from dualpath.cluster.engines.drawing import as_draw
-from dualpath.model import LoadedModel, PagedDecode, StepOutput
+from dualpath.model import DeviceCopies, LoadedModel, PagedDecode, StepOutput
+from dualpath.model.device_copies import nothing_held
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
 from dualpath.spec.sampling import SamplingParams
-from dualpath.transfer.pool import Bytes, MappedPages
+from dualpath.transfer.pool import BufferPool, Bytes, MappedPages
 
 _WARMING = -1
 """The sequence of the first step; agents number theirs from 0."""
@@ -30,9 +33,11 @@ class DecodeCompute:
         constrainer: Constrainer,
         compute: Executor,
         on_steps: Callable[[a.Steps], None],
+        copies: DeviceCopies,
     ) -> None:
         self.hbm_blocks = hbm_blocks
-        self._engine = PagedDecode(model, hbm_blocks)
+        self._copies = copies
+        self._engine = PagedDecode(model, hbm_blocks, copies)
         self._constrainer = constrainer
         self._compute = compute
         self._on_steps = on_steps
@@ -40,7 +45,13 @@ class DecodeCompute:
         self._lock = threading.Lock()
         self._stepping = False
         self._more = False
-        self.pages: MappedPages | None = None
+        self._pages: MappedPages | None = None
+        self._let_go_pages = nothing_held
+
+    def attach(self, pool_path: str) -> None:
+        """Copy from the pages of an agent's pool from now on, and to them."""
+        self._pages = BufferPool.attach(pool_path)
+        self._let_go_pages = self._copies.hold(torch.from_numpy(self._pages.memory))
 
     def warm_up(self) -> None:
         """Run a step on the calling thread before the first request."""
@@ -84,8 +95,8 @@ class DecodeCompute:
             self._engine.leave(sequence)
 
     def _page(self, page: int) -> Bytes:
-        assert self.pages is not None
-        return self.pages.view(page)
+        assert self._pages is not None
+        return self._pages.view(page)
 
     def _release(self, sequence: int) -> None:
         if sequence in self._sequences:
@@ -139,9 +150,11 @@ class DecodeCompute:
         """The agent is gone, and with it every sequence. On the copying thread."""
         for sequence in list(self._sequences):
             self._release(sequence)
-        if self.pages is not None:
-            self.pages.close()
-            self.pages = None
+        self._let_go_pages()
+        self._let_go_pages = nothing_held
+        if self._pages is not None:
+            self._pages.close()
+            self._pages = None
 
 
 def _sequence_step(output: StepOutput) -> a.SequenceStep:

@@ -22,16 +22,16 @@ from transformers.utils import logging as transformers_log
 from dualpath.cluster import attachment as a
 from dualpath.cluster.attachment_frames import Connection, NotAPeerError
 from dualpath.cluster.config import ClusterConfig
+from dualpath.cluster.engines.cnic_copies import device_copies
 from dualpath.cluster.engines.constraining import Constrainer
 from dualpath.cluster.engines.decode import DecodeCompute
 from dualpath.cluster.engines.orders import EngineOrders
 from dualpath.cluster.engines.prefill import AgentLayerIO, PrefillCompute
 from dualpath.cluster.parts import CAN_NOT_RUN
 from dualpath.core.vocabulary import Role
-from dualpath.model import LayerIOTimeoutError, LoadedModel, model_fingerprint, profile_attention
+from dualpath.model import DeviceCopiesError, LayerIOTimeoutError, LoadedModel, model_fingerprint, profile_attention
 from dualpath.spec.log import ROOT, start_log
 from dualpath.thread_names import COMPUTE_THREAD, named_threads
-from dualpath.transfer.pool import BufferPool
 
 Tell = Callable[[str], None]
 """Takes a step of an engine's start, in the words that are logged."""
@@ -61,7 +61,7 @@ def run_engine(config: a.EngineConfig, tell: Tell | None = None) -> None:
             engine.run(tell)
         finally:
             engine.close()
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError, DeviceCopiesError) as error:
         tell(f"{CAN_NOT_RUN}{' '.join(str(error).split())}")
         raise SystemExit(1) from error
 
@@ -120,7 +120,8 @@ class Engine:
         self._orders = EngineOrders(cluster.model, model, self.worker, self._compute)
 
     def _start_prefill(self, model: LoadedModel) -> PrefillCompute:
-        worker = PrefillCompute(model, self._config.cluster, self._constrainer)
+        cluster = self._config.cluster
+        worker = PrefillCompute(model, cluster, self._constrainer, device_copies(cluster, model.device))
         fixed_ns, ns_per_flop = profile_attention(model)
         self.facts = msgspec.structs.replace(
             self.facts,
@@ -139,7 +140,8 @@ class Engine:
             raise ValueError(
                 f"a Full Block of this model is {block_bytes} bytes; --hbm {cluster.hbm_bytes} does not hold one"
             )
-        worker = DecodeCompute(model, hbm_blocks, self._constrainer, self._compute, self._send)
+        copies = device_copies(cluster, model.device)
+        worker = DecodeCompute(model, hbm_blocks, self._constrainer, self._compute, self._send, copies)
         self._compute.submit(worker.warm_up).result()
         self.facts = msgspec.structs.replace(self.facts, hbm_blocks=hbm_blocks)
         return worker
@@ -260,7 +262,7 @@ class Engine:
 
     def _attached(self, message: a.Attached) -> None:
         if isinstance(self.worker, DecodeCompute):
-            self.worker.pages = BufferPool.attach(message.pool_path)
+            self.worker.attach(message.pool_path)
             return
         connections = []
         for way in ("load", "ship"):
@@ -272,8 +274,8 @@ class Engine:
     def _run_batch(self, worker: PrefillCompute, message: a.RunBatch) -> None:
         try:
             self._send(worker.run_batch(message))
-        except LayerIOTimeoutError as error:
-            # A thread hangs in a transfer: only the end of this process proves that it is quiet.
+        except (LayerIOTimeoutError, DeviceCopiesError) as error:
+            # A thread hangs in a transfer, or a NIC may: only the end of this process proves that it is quiet.
             self._leave(f"internal error: {error}")
         except Exception as error:  # the batch failed: its agent fails each of its requests
             self._send(a.BatchDone(message.call, [], repr(error)))
@@ -281,6 +283,9 @@ class Engine:
     def _answer(self, worker: DecodeCompute, call: a.Admit | a.Fill | a.Begin | a.CopyOut | a.Release) -> None:
         try:
             reply = worker.serve(call)
+        except DeviceCopiesError as error:  # the same; without an answer the agent keeps the pages until then
+            self._leave(f"internal error: {error}")
+            return
         except Exception as error:
             reply = a.Reply(call.call, error=repr(error))
         self._send(reply)

@@ -14,7 +14,7 @@ from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.engines.constraining import REFUSALS, Constrainer
 from dualpath.cluster.engines.drawing import as_draw
 from dualpath.cluster.shared_rows import SharedRows
-from dualpath.model import LayerwisePrefill, LoadedModel, PrefillItem, PrefillOutput, Scored
+from dualpath.model import DeviceCopies, LayerwisePrefill, LoadedModel, PrefillItem, PrefillOutput, Scored
 from dualpath.model.layers import Bytes
 from dualpath.spec import metrics
 from dualpath.spec.metrics import Figures
@@ -64,7 +64,9 @@ class AgentLayerIO:
 class PrefillCompute:
     """Runs batches, one after another, on the thread that calls `run_batch`."""
 
-    def __init__(self, model: LoadedModel, cluster: ClusterConfig, constrainer: Constrainer) -> None:
+    def __init__(
+        self, model: LoadedModel, cluster: ClusterConfig, constrainer: Constrainer, copies: DeviceCopies
+    ) -> None:
         self._model = model
         self._constrainer = constrainer
         most_tokens = max(model.max_length_tokens, cluster.max_batch_kv_tokens)
@@ -78,6 +80,7 @@ class PrefillCompute:
             layerwise=cluster.policy.layerwise,
             max_batch_tokens=most_tokens,
             memory=self.rows,
+            copies=copies,
         )
         self._peak_device_kv_bytes = 0
         self.io: AgentLayerIO | None = None

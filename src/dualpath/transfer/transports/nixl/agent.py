@@ -1,4 +1,4 @@
-"""An agent of NIXL's with one piece of registered memory, and the proof that it is gone."""
+"""An agent of NIXL's with its registered memory, and the proof that it is gone."""
 
 import gc
 import itertools
@@ -9,10 +9,11 @@ import uuid
 import weakref
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from dualpath.core.traffic_classes import CLASSES
 from dualpath.core.vocabulary import TrafficClass
@@ -21,8 +22,8 @@ from dualpath.transfer.pool import Bytes
 from dualpath.transfer.transports.framed.frames import MAX_CHUNK_BYTES, StreamClosed
 
 LIBRARIES = ("nixl_cu12", "nixl_cu13", "nixl_rocm")
-"""Builds of NIXL; they differ in the GPUs whose memory they move, and we register DRAM. The package ``nixl`` would
-choose among them, for which it imports torch."""
+"""Builds of NIXL; they differ in the GPUs whose memory they move. The package ``nixl`` would choose among them, for
+which it imports torch."""
 POLL_S = 50e-6
 """How long a thread sleeps before it looks again: NIXL tells nobody when a transfer is over. It costs a tenth of a core
 while something is in flight, and a transfer a tenth of a millisecond."""
@@ -42,30 +43,61 @@ class Invitation(msgspec.Struct, frozen=True):
     stride_bytes: Count
 
 
+class Pieces(NamedTuple):
+    """Memory of one kind, ``DRAM`` or ``VRAM``: `table` is ``[pieces, 3]``, address, bytes, device."""
+
+    table: NDArray[np.uint64]
+    kind: str = "DRAM"
+
+
 class Agent:
     """Registers `n_bytes` of memory from the beginning of `memory`, which it keeps. One thread at a time may call.
 
-    `is_loopback` keeps UCX from listening at other interfaces.
+    `is_loopback` keeps UCX from listening at other interfaces; `ucx_options` are more of its settings.
 
     Raises StreamClosed for every failure of NIXL's, which means that this agent is of no more use.
     """
 
-    def __init__(self, traffic_class: TrafficClass, is_loopback: bool, memory: Bytes, n_bytes: int) -> None:
+    def __init__(
+        self,
+        traffic_class: TrafficClass,
+        is_loopback: bool,
+        memory: Bytes | None = None,
+        n_bytes: int = 0,
+        ucx_options: str = "",
+    ) -> None:
         self._memory = memory
-        self.memory_at = memory.ctypes.data
+        self.memory_at = 0 if memory is None else memory.ctypes.data
         self._peer = ""
         self._numbers = itertools.count()
         self._handles: dict[int, Any] = {}
         """Of transfers under way. Each keeps the agent alive, so they are nowhere else."""
-        self._agent: Any = _make(_CLASS[traffic_class] + (",NET_DEVICES=lo" if is_loopback else ""))
-        self._registered = self._call("register_memory", [(self.memory_at, n_bytes, 0, "")], "DRAM")
+        options = [_CLASS[traffic_class], "NET_DEVICES=lo" if is_loopback else "", ucx_options]
+        self._agent: Any = _make(",".join(filter(None, options)))
+        self._registered: dict[int, Any] = {}
+        if memory is not None:
+            self.register(self.memory_at, n_bytes)
+
+    def register(self, address: int, n_bytes: int, device: int | None = None) -> int:
+        """Register memory of the host, or of a GPU. Returns a number for `deregister`."""
+        number, kind = next(self._numbers), "DRAM" if device is None else "VRAM"
+        self._registered[number] = self._call("register_memory", [(address, n_bytes, device or 0, "")], kind)
+        return number
+
+    def deregister(self, number: int) -> None:
+        """Nothing may be under way to that memory or from it."""
+        self._call("deregister_memory", self._registered.pop(number))
 
     def metadata(self) -> bytes:
         return bytes(self._call("get_agent_metadata"))
 
     def meet(self, metadata: bytes) -> None:
-        """`post` is to that agent from now on."""
+        """Transfers are to that agent from now on."""
         self._peer = self._call("add_remote_agent", metadata)
+
+    def meet_itself(self) -> None:
+        """Transfers are between this agent's own memories from now on."""
+        self._peer = self._agent.name
 
     def post(self, is_write: bool, local_at: int, remote: list[tuple[int, int]]) -> int:
         """Copy between consecutive local bytes and `remote`'s (address, bytes). Returns a number for `is_done`."""
@@ -75,7 +107,11 @@ class Agent:
         far[:, 1] = sizes
         near = far.copy()
         near[:, 0] = np.uint64(local_at) + np.cumsum(sizes) - sizes
-        lists = self._call("get_xfer_descs", near, "DRAM"), self._call("get_xfer_descs", far, "DRAM")
+        return self.transfer(is_write, Pieces(near), Pieces(far))
+
+    def transfer(self, is_write: bool, near: Pieces, far: Pieces) -> int:
+        """Copy from each of our pieces to the peer's, or the other way. Returns a number for `is_done`."""
+        lists = [self._call("get_xfer_descs", *pieces) for pieces in (near, far)]
         number = next(self._numbers)
         self._handles[number] = self._call("initialize_xfer", "WRITE" if is_write else "READ", *lists, self._peer)
         self._call("transfer", self._handles[number])
@@ -103,11 +139,12 @@ class Agent:
         """
         gone = weakref.ref(self._agent.agent)
         self._handles.clear()
-        registered, self._registered = self._registered, None
         try:
-            self._call("deregister_memory", registered)
+            for number in list(self._registered):
+                self.deregister(number)
         except StreamClosed as error:
             logging.getLogger(__name__).warning("an agent's memory stays registered until its end: %s", error)
+        self._registered.clear()
         self._agent = None
         if gone() is not None:
             gc.collect()
