@@ -145,7 +145,7 @@ def test_another_version_is_told(pair, knocked):
     pair.serve()
     given = challenge(False)
     body = msgspec.msgpack.encode(msgspec.structs.replace(hello(KEY, given), version=1))
-    with pytest.raises(ProtocolError, match="expected version 2 of the handshake, not 1"):
+    with pytest.raises(ProtocolError, match=f"expected version {VERSION} of the handshake, not 1"):
         check_hello(KEY, given, body)
 
 

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import tomllib
 from concurrent.futures import wait
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -16,8 +19,11 @@ from test_conformance import SERVER, WRITER, cause_of, child, works
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.transfer import TRANSPORTS
 from dualpath.transfer.traffic import TrafficManager
-from dualpath.transfer.transport import PageRange, TransferCause
-from dualpath.transfer.transports.nixl.agent import Agent
+from dualpath.transfer.transport import PageRange, TransferCause, TransferError
+from dualpath.transfer.transports.framed.frames import FrameKind, ProtocolError, Stream, StreamClosed
+from dualpath.transfer.transports.framed.handshake import VERSION, Welcome
+from dualpath.transfer.transports.nixl.agent import Agent, Invitation
+from dualpath.transfer.transports.nixl.channel import read_invitation
 
 pytestmark = pytest.mark.slow
 TRANSPORT_NAMES = ("nixl", "nixl@tcp")
@@ -53,6 +59,65 @@ def test_on_loopback_ucx_listens_nowhere_else(pair):
     ports = [one for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
     assert len(ports) > 1, "the server's door, and UCX's"
     assert {one.laddr.ip for one in ports} == {"127.0.0.1"}
+
+
+@pytest.fixture
+def unwelcome(monkeypatch):
+    """Peers whose connection ends while they are welcomed."""
+    send = Stream.send
+
+    def torn(self, frame, *more):
+        if frame.kind is FrameKind.WELCOME:
+            raise StreamClosed("it is torn")
+        return send(self, frame, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "send", torn)
+        yield
+
+
+def test_peers_that_leave_while_they_are_welcomed_leave_no_agent(pair, unwelcome):
+    pair.serve()
+
+    def knock():
+        with pytest.raises(TransferError):
+            pair.connect(timeout_s=WAIT_S)
+        until(lambda: pair.server.statistics().connections_open == 0, "the connection has ended")
+
+    knock()
+    before = descriptors()
+    for _ in range(3):
+        knock()
+    assert descriptors() == before
+    pair.server.quiesce("pe0").result(WAIT_S)
+
+
+def test_a_peer_that_left_early_is_not_quiet_without_proof(pair, unwelcome, monkeypatch):
+    monkeypatch.setattr(Agent, "destroy", lambda self: False)
+    pair.serve()
+    with pytest.raises(TransferError):
+        pair.connect()
+    until(lambda: pair.server.statistics().connections_open == 0, "the connection has ended")
+    assert wait([pair.server.quiesce("pe0")], 0.2).not_done
+
+
+@pytest.mark.parametrize("choice", ["UCX_TLS=rc", "UCX_TLS=self", "UCX_NET_DEVICES=mlx5_99:1"])
+def test_where_ucx_can_t_start_nothing_is_served(choice):
+    """Else a cluster would be up whose every prompt fails."""
+    variable, value = choice.split("=")
+    with pytest.raises(subprocess.CalledProcessError) as ended:
+        subprocess.run(
+            [sys.executable, "-c", SERVER, "nixl"], env=os.environ | {variable: value}, check=True, capture_output=True
+        )
+    assert f"OSError: transport nixl can't start here ({choice}): NIXL makes no agent" in ended.value.stderr.decode()
+
+
+@pytest.mark.parametrize("lie", [{"stride_bytes": 1}, {"stride_bytes": (1 << 62) - 1}])
+def test_a_pool_that_can_t_lie_where_the_server_says(lie):
+    told = Invitation(b"", pool_at=1 << 40, stride_bytes=4096)
+    assert read_invitation(Welcome(VERSION, 4096, 12, msgspec.msgpack.encode(told))) == told
+    with pytest.raises(ProtocolError, match="can't lie where it says"):
+        read_invitation(Welcome(VERSION, 4096, 12, msgspec.msgpack.encode(msgspec.structs.replace(told, **lie))))
 
 
 def test_an_agent_that_something_keeps_is_not_proven_gone(transport):

@@ -39,7 +39,7 @@ class SharedMemoryChannel(FramedChannel):
     def __init__(
         self, stream: Stream, welcome: Welcome, traffic: TrafficManager, traffic_class: TrafficClass, max_ops: int
     ) -> None:
-        self._pages = BufferPool.attach(welcome.pool_path)
+        self._pages = BufferPool.attach(welcome.where.decode())
         super().__init__(stream, welcome, traffic, traffic_class, max_ops)
 
     def _prepare(self, op: Operation) -> None:
@@ -77,8 +77,8 @@ class SharedMemoryConnection(Connection):
     def _push(self, frame: Frame, _slices: list[Bytes]) -> None:
         self._stream.send(frame)
 
-    def _pool_path(self) -> str:
-        return str(self._server.pool.path)
+    def _where(self) -> bytes:
+        return str(self._server.pool.path).encode()
 
     def _pushed(self, op: int) -> None:
         """Do nothing: a read ends with the peer's DONE."""

@@ -101,12 +101,17 @@ class Connection:
     def _mark_class(self, traffic_class: TrafficClass) -> None:
         """The peer's class is known now."""
 
-    def _pool_path(self) -> str:
-        return ""
+    def _where(self) -> bytes:
+        """What the peer is told of the pool, once it has proved itself."""
+        return b""
 
     def _pushed(self, op: int) -> None:
         """The last chunk of a read was sent, or its error."""
         self._ended(op)
+
+    def _has_let_go(self) -> bool:
+        """Whether nothing of ours can be touched for the peer any more, now that its end is closed."""
+        return True
 
     # ── Receiving ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -126,7 +131,7 @@ class Connection:
                 self._replies.put(None)
                 self._replier.join()
             self._stream.close()
-            if not self._forced:
+            if self._has_let_go() and not self._forced:
                 self._server.in_flight.end_connection(self.peer_tag, self.number)
             self._server.gone(self)
 
@@ -135,7 +140,7 @@ class Connection:
         if not self._server.in_flight.begin(self.peer_tag, (self.number, 0)):
             raise ProtocolError("it has too much in flight")
         pool = self._server.pool
-        welcome = Welcome(VERSION, pool.page_bytes, pool.pages, self._pool_path())
+        welcome = Welcome(VERSION, pool.page_bytes, pool.pages, self._where())
         welcome = msgspec.structs.replace(welcome, proof=self._session.server_proof(welcome))
         body = msgspec.msgpack.encode(welcome)
         self._stream.send(Frame(FrameKind.WELCOME, n_bytes=len(body)), [body])

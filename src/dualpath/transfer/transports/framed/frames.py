@@ -101,7 +101,7 @@ class Frame(msgspec.Struct, frozen=True, gc=False):
 _LIMIT_BYTES = {
     FrameKind.CHALLENGE: MAX_TEXT_BYTES,
     FrameKind.HELLO: MAX_TEXT_BYTES,
-    FrameKind.WELCOME: MAX_TEXT_BYTES,
+    FrameKind.WELCOME: MAX_CHUNK_BYTES,
     FrameKind.ERROR: MAX_TEXT_BYTES,
     FrameKind.DATA: MAX_CHUNK_BYTES,
     FrameKind.PING: MAX_PING_BYTES,

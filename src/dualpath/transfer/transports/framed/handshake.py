@@ -22,12 +22,18 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from dualpath.core.vocabulary import TrafficClass
-from dualpath.spec.bounds import Text
 from dualpath.spec.private_files import peer_user
-from dualpath.transfer.transports.framed.frames import Frame, FrameKind, ProtocolError, Stream, StreamClosed
+from dualpath.transfer.transports.framed.frames import (
+    MAX_CHUNK_BYTES,
+    Frame,
+    FrameKind,
+    ProtocolError,
+    Stream,
+    StreamClosed,
+)
 from dualpath.transfer.transports.framed.sealed import Seal
 
-VERSION = 2
+VERSION = 3
 NONCE_BYTES = PROOF_BYTES = 32
 MAX_TAG = 256
 Record = TypeVar("Record")
@@ -57,12 +63,12 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Welcome(msgspec.Struct, frozen=True):
-    """The pool that the ranges of this connection are in; `pool_path` only over shared memory."""
+    """The pool that the ranges of this connection are in; `where`, in words that only its transport reads."""
 
     version: _Version
     page_bytes: _Count
     pages: _Count
-    pool_path: Text = ""
+    where: Annotated[bytes, msgspec.Meta(max_length=MAX_CHUNK_BYTES // 2)] = b""
     proof: _Proof = bytes(PROOF_BYTES)
 
 

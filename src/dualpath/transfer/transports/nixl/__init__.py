@@ -13,16 +13,26 @@ in the metadata and in clear on the wire; over TCP, whoever reaches a port of UC
 a network of the cluster's own. UCX's variables (``UCX_TLS``, ``UCX_NET_DEVICES``) choose its devices.
 """
 
+import os
 from importlib.util import find_spec
 
-from dualpath.transfer.transports.nixl.agent import LIBRARIES
+from dualpath.core.vocabulary import TrafficClass
+from dualpath.spec.loopback import is_loopback
+from dualpath.transfer.pool import BufferPool
+from dualpath.transfer.traffic import TrafficManager
+from dualpath.transfer.transports.framed.frames import StreamClosed
+from dualpath.transfer.transports.framed.server import FramedServer
+from dualpath.transfer.transports.nixl.agent import LIBRARIES, Agent
 from dualpath.transfer.transports.nixl.channel import NixlChannel
 from dualpath.transfer.transports.nixl.connection import NixlConnection
 from dualpath.transfer.transports.tcp import AuthenticatedTcpTransport
 
 
 class NixlTransport(AuthenticatedTcpTransport):
-    """Its addresses are ``nixl://host:port``, of the TCP connection. Raises ModuleNotFoundError without the extra."""
+    """Its addresses are ``nixl://host:port``, of the TCP connection. Raises ModuleNotFoundError without the extra.
+
+    `serve` raises OSError also where NIXL or UCX can't start: peers would only see that nobody welcomes them.
+    """
 
     scheme = "nixl"
     channel = NixlChannel
@@ -31,3 +41,13 @@ class NixlTransport(AuthenticatedTcpTransport):
     def __init__(self) -> None:
         if not any(map(find_spec, LIBRARIES)):  # to import it takes a second, and the supervisor only sweeps
             raise ModuleNotFoundError(f"No module named {LIBRARIES[0]!r}", name=LIBRARIES[0])
+
+    def serve(self, pool: BufferPool, traffic: TrafficManager, *, host: str, name: str, key: bytes) -> FramedServer:
+        try:
+            first = pool.view(0)
+            Agent(TrafficClass.LOW, is_loopback(host) is True, first, first.nbytes).destroy()
+        except StreamClosed as error:
+            names = sorted(name for name in os.environ if name.startswith("UCX_") and "_LOG_" not in name)
+            chosen = ", ".join(f"{name}={os.environ[name]}" for name in names)
+            raise OSError(f"transport nixl can't start here ({chosen or 'no UCX variable is set'}): {error}") from error
+        return super().serve(pool, traffic, host=host, name=name, key=key)

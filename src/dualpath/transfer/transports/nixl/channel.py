@@ -22,7 +22,14 @@ from dualpath.transfer.pool import Bytes
 from dualpath.transfer.traffic import Lane, TrafficManager
 from dualpath.transfer.transport import PageRange
 from dualpath.transfer.transports.framed.channel import FramedChannel
-from dualpath.transfer.transports.framed.frames import MAX_CHUNK_BYTES, Frame, FrameKind, ProtocolError, Stream
+from dualpath.transfer.transports.framed.frames import (
+    MAX_CHUNK_BYTES,
+    Frame,
+    FrameKind,
+    ProtocolError,
+    Stream,
+    StreamClosed,
+)
 from dualpath.transfer.transports.framed.handshake import Welcome
 from dualpath.transfer.transports.framed.operations import Operation
 from dualpath.transfer.transports.nixl.agent import Agent, Invitation, rest
@@ -31,7 +38,6 @@ SLOTS = 4
 MAX_DESCRIPTORS = 256
 """In one chunk: UCX takes 5 to 15 µs for each."""
 IDLE_AFTER_S = 0.002
-_INVITED_WITHIN_NS = 5_000_000_000
 
 _invitation = msgspec.msgpack.Decoder(Invitation)
 
@@ -56,10 +62,14 @@ class NixlChannel(FramedChannel):
     def __init__(
         self, stream: Stream, welcome: Welcome, traffic: TrafficManager, traffic_class: TrafficClass, max_ops: int
     ) -> None:
-        self._invitation = _receive_invitation(stream, traffic.clock() + _INVITED_WITHIN_NS)
+        self._invitation = read_invitation(welcome)
         self._slots = np.empty((SLOTS, MAX_CHUNK_BYTES), np.uint8)
         self._agent: Agent | None = Agent(traffic_class, stream.is_loopback, self._slots[0], self._slots.nbytes)
-        self._agent.meet(self._invitation.metadata)
+        try:
+            self._agent.meet(self._invitation.metadata)
+        except StreamClosed:
+            self._agent.destroy()
+            raise
         self._changed = threading.Condition()
         self._free = list(range(SLOTS))
         self._flights: dict[int, _Flight] = {}
@@ -195,11 +205,12 @@ class NixlChannel(FramedChannel):
                 raise RuntimeError("an agent of NIXL's lives on; the server must see this process die")
 
 
-def _receive_invitation(stream: Stream, deadline_ns: int) -> Invitation:
-    frame = stream.receive_frame(deadline_ns)
-    if frame.kind is not FrameKind.DATA:
-        raise ProtocolError(f"expected DATA: {frame}")
-    return _invitation.decode(stream.receive_bytes(frame.n_bytes, deadline_ns))
+def read_invitation(welcome: Welcome) -> Invitation:
+    """Raises msgspec.DecodeError, ProtocolError."""
+    given = _invitation.decode(welcome.where)
+    if given.stride_bytes < welcome.page_bytes or given.pool_at + welcome.pages * given.stride_bytes > 1 << 63:
+        raise ProtocolError(f"its pool can't lie where it says: {welcome.pages} pages at {given.pool_at:#x}")
+    return given
 
 
 def _chunks(ranges: Sequence[PageRange], pool: Invitation, chunk_bytes: int) -> Iterator[list[Piece]]:

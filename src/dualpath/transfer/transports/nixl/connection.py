@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dualpath.transfer.pool import Bytes
-from dualpath.transfer.transports.framed.frames import Frame, FrameKind, ProtocolError, StreamClosed
+from dualpath.transfer.transports.framed.frames import FrameKind, ProtocolError, StreamClosed
 from dualpath.transfer.transports.framed.handshake import Session
 from dualpath.transfer.transports.nixl.agent import Agent, Invitation, rest
 from dualpath.transfer.transports.tcp import TcpConnection
@@ -31,6 +31,7 @@ class NixlConnection(TcpConnection):
         super().__init__(number, connected, server, session)
         self._busy = threading.Event()
         """The peer has something in flight, or is gone."""
+        self._agent: Agent | None = None
         self._gone = False
 
     def hang_up(self) -> None:
@@ -40,17 +41,19 @@ class NixlConnection(TcpConnection):
         _not_quiet.append(self._server.pool.view(0))
         super().force()
 
-    def _greet(self) -> None:
+    def _where(self) -> bytes:
         pool = self._server.pool
         first = pool.view(0)
         try:
             self._agent = Agent(self._class, self._stream.is_loopback, first, pool.pages * pool.stride_bytes)
+            metadata = self._agent.metadata()
         except StreamClosed as error:  # who reads the log must know that it was not the peer
             raise RuntimeError(str(error)) from error
-        super()._greet()
-        invitation = Invitation(self._agent.metadata(), first.ctypes.data, pool.stride_bytes)
-        body = msgspec.msgpack.encode(invitation)
-        self._stream.send(Frame(FrameKind.DATA, n_bytes=len(body)), [body])
+        return msgspec.msgpack.encode(Invitation(metadata, first.ctypes.data, pool.stride_bytes))
+
+    def _has_let_go(self) -> bool:
+        """Without proof the peer stays in flight."""
+        return self._agent is None or self._agent.destroy()
 
     def _receive_all(self) -> None:
         try:
@@ -68,11 +71,10 @@ class NixlConnection(TcpConnection):
 
     def _reply_all(self) -> None:
         """Drive the agent, asleep most of the time, and all of it while the peer wants nothing."""
+        assert self._agent is not None
         try:
             while self._busy.wait() and not self._gone:
                 self._agent.drive()
                 rest()
         except StreamClosed:
             self.hang_up()
-        if not self._agent.destroy():
-            self._forced = True  # without proof the peer stays in flight
