@@ -35,8 +35,11 @@ def add(commands: Any) -> None:
     _add_run(command(actions, "run", "run a cluster in the testbed that is up", run, _run))
     delay = "measure whether KV delays high-class messages"
     qos = command(actions, "qos", delay, f"{example}qos --cnic-rate 125MB/s --rounds 5 --json qos.json\n", _qos)
+    qos.add_argument("--transport", default="tcp", metavar="NAME", help="of channels (default: %(default)s)")
     qos.add_argument("--cnic-rate", type=rate, default="125MB/s", metavar="RATE", help="(default: %(default)s)")
-    qos.add_argument("--seconds", type=positive_number, default=2.0, metavar="S", help="phase length (%(default)s)")
+    qos.add_argument(
+        "--seconds", type=positive_number, default=2.0, metavar="S", help="of pings, and of all-to-alls (%(default)s)"
+    )
     qos.add_argument("--rounds", type=positive, default=5, metavar="N", help="for medians (default: %(default)s)")
     for action in actions.choices.values():
         default = "qos" if action is qos else "bed"
@@ -160,6 +163,7 @@ def _qos(arguments: argparse.Namespace) -> int:
     console = new_console()
     with command_errors(TestbedError), console.status("") as shown:
         report = measure(
+            arguments.transport,
             arguments.cnic_rate,
             arguments.seconds,
             arguments.rounds,

@@ -3,15 +3,15 @@
 Theory of operation. Callers cut transfers into chunks, which the link serves at its rate. Start-time fair queueing
 chooses the class: each class has a virtual start tag; the class with the smaller tag is served, and its tag grows by
 ``bytes / weight``. The tag just served is the link's virtual time. A class that was idle starts again from there, so
-idleness earns no credit. A chunk is many packets, and a NIC chooses for each: a high chunk that comes while a low one is
-on the wire goes after the *packet* on the wire, and the rest of the low chunk moves back. Hence:
+idleness earns no credit. A chunk is many packets, and a NIC chooses for each: a high chunk that comes while a low one
+is on the wire goes after the *packet* on the wire, and the rest of the low chunk moves back. Hence:
 
 * work conserving: a lone class has the whole link;
 * 99 : 1 in bytes while both are backlogged, to within two chunks; neither is ever starved;
 * a high chunk that arrives while low ones queue waits for one packet, or for low's turn: its one byte in a hundred.
 
-The low chunk was told its `done_ns` before and keeps it: the link then owes the high one's time, and starts the next low
-chunk that much later. So bytes are never ahead of the rate by more than the high class's burst and one low chunk.
+The low chunk was told its `done_ns` before and keeps it: the link owes that time, and starts the next low chunk so much
+later. So bytes are never ahead of the rate by more than the high class's burst and one low chunk.
 
 `poll` may be called late: it replays what the link would have done, and considers at each start only the chunks that
 had been requested by then. It reaches back at most `burst_ns`. That credit keeps the jitter of a sleeping thread from

@@ -35,7 +35,7 @@ Weights = tuple[int, int]
 BURST_NS = 2_000_000
 MIN_CHUNK_BYTES = 64 * 1024
 MAX_CHUNK_BYTES = 256 * 1024
-CHUNK_NS = 500_000
+CHUNK_NS = 2_000_000
 """A chunk should take about this long: it is the longest a high-class message waits for a low-class one."""
 WHOLE_CHUNK_BYTES = 1024 * 1024
 """Chunk size on lanes without a rate, and on the storage network, which carries no high class: nobody waits for a chunk
