@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from statistics import median
 from typing import TypeVar
 
 import msgspec
@@ -33,7 +32,7 @@ from dualpath.lab.testbed.iproute import inside
 from dualpath.lab.testbed.network import Testbed
 from dualpath.lab.testbed.plan import DEVICE, Node, Rates, make_plan
 from dualpath.lab.testbed.qos_peer import FLOWS, Address, Connect, Exchange, Exchanged, Move, Moved
-from dualpath.lab.testbed.qos_report import Phase, QosReport, Times, make_report
+from dualpath.lab.testbed.qos_report import Phase, QosReport, Times, make_report, times_of
 
 SUBNET = "10.88"
 RANKS = ("pe0", "pe1", "de0", "de1")
@@ -141,12 +140,7 @@ class Model:
         """Returns the slowest rank's times, and how many bytes pe0 sent."""
         order = Exchange(self.seconds, time.monotonic_ns() + round(LEAD_S * 1e9), messages, peers)
         found = await asyncio.gather(*(rank.ask(order, Exchanged) for rank in ranks))
-        common = set.intersection(*(set(one.took_ns) for one in found))
-        slowest_us = sorted(max(one.took_ns[period] for one in found) / 1e3 for period in common)
-        if not slowest_us:
-            raise TestbedError(f"no exchange in {self.seconds:g} s; give more --seconds")
-        times = Times(median(slowest_us), slowest_us[len(slowest_us) * 99 // 100], len(slowest_us))
-        return times, found[0].sent_bytes
+        return times_of(found), found[0].sent_bytes
 
     def _check_class(self, sent_bytes: int) -> None:
         """Some transports go past the kernel's NICs on one host, or mark no packets: then there is nothing to show."""

@@ -132,7 +132,7 @@ def _answer(record: object) -> None:
     print(msgspec.json.encode(record).decode(), flush=True)
 
 
-def _go_first() -> None:
+def go_first() -> None:
     """Raises the priority before any thread starts, which inherits it. A container may forbid it; then it stays."""
     with suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
@@ -142,7 +142,7 @@ def main(transport_name: str, class_name: str, host: str) -> None:
     """Serves a pool and obeys, until stdin ends."""
     traffic_class = TrafficClass[class_name]
     if traffic_class is TrafficClass.HIGH:
-        _go_first()
+        go_first()
     transport, traffic = TRANSPORTS.get(transport_name), TrafficManager()
     pool = BufferPool.create(f"qos{os.getpid()}", PAGE_BYTES, FLOWS)
     server = transport.serve(pool, traffic, host=host, name="qos", key=KEY)

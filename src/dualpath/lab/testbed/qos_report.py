@@ -1,12 +1,14 @@
-"""What `dualpath testbed qos` has found, and the rule of isolation that it is held to."""
+"""What `dualpath testbed qos` or `benchmarks/channels.py` has found, and the rule of isolation that it is held to."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median, quantiles
 from typing import TypeVar
 
 import msgspec
 
 from dualpath.lab.testbed.expert_traffic import Messages
+from dualpath.lab.testbed.failure import TestbedError
+from dualpath.lab.testbed.qos_peer import Exchanged
 
 WANTED_LATENCY_RATIO = 1.1
 WANTED_KV_SHARE = 0.97
@@ -68,6 +70,15 @@ class QosReport(msgspec.Struct, frozen=True):
     def is_as_wanted(self) -> bool:
         delays = (self.pings.idle.median, self.all_to_alls.idle.median)
         return max(delays) <= WANTED_LATENCY_RATIO and self.kv_share.median >= WANTED_KV_SHARE
+
+
+def times_of(ranks: Sequence[Exchanged]) -> Times:
+    """An exchange takes as long as its slowest rank. Raises TestbedError if the ranks have no exchange in common."""
+    common = set.intersection(*(set(one.took_ns) for one in ranks))
+    slowest_us = sorted(max(one.took_ns[period] for one in ranks) / 1e3 for period in common)
+    if not slowest_us:
+        raise TestbedError("no exchange in which all ranks took part; measure for more seconds")
+    return Times(median(slowest_us), slowest_us[len(slowest_us) * 99 // 100], len(slowest_us))
 
 
 def make_report(
