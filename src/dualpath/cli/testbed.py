@@ -155,11 +155,13 @@ def _qos(arguments: argparse.Namespace) -> int:
     from dualpath.lab.testbed.plan import check_name
     from dualpath.lab.testbed.qos import measure
     from dualpath.lab.testbed.tables import qos_lines, qos_table
+    from dualpath.transfer import TRANSPORTS
 
     if arguments.cnic_rate is None:
         raise UsageError("--cnic-rate: give a rate; without one there is nothing to share")
-    with usage_errors(ValueError):
+    with usage_errors(ValueError, ImportError):
         check_name(arguments.name)
+        TRANSPORTS.get(arguments.transport)
     console = new_console()
     with command_errors(TestbedError), console.status("") as shown:
         report = measure(
