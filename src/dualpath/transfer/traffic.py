@@ -7,7 +7,8 @@ the engine and ``tx`` out of it. Before a thread moves a chunk, it calls `Lane.a
 lets the chunk through. `core.arbiter.Arbiter` decides who is next; this module adds a lock and sleeping.
 
 One of the threads that wait on a lane *leads*: it sleeps until the arbiter can grant something, polls it, wakes the
-threads with a grant, and passes the lead on when it has a grant itself. So a grant wakes one thread, not all.
+threads with a grant, and passes the lead on when it has a grant itself. So a grant wakes one thread, not all. A leader
+that sleeps can't be woken; a high-class thread, which may wait less long, takes the lead from a low-class one.
 
 A thread sleeps 50-100 µs too long, more when another holds the interpreter lock, and copies its chunk before it
 requests the next one. Without credit the lane would idle meanwhile and lose that part of its rate. So a chunk counts as
