@@ -8,8 +8,8 @@
    all-to-alls idle, beside KV on other lanes, and beside KV on their own, in one class and in two.
 
 The example's transport takes part with ``PYTHONPATH=examples/transport_plugin`` and ``--transport
-dualpath_procmem:TRANSPORT``. ``--only isolation`` leaves 1 and 2 out. 3 runs at real-time priority where that is allowed,
-so that other jobs don't delay messages.
+dualpath_procmem:TRANSPORT``. ``--only isolation`` leaves 1 and 2 out. 3 runs at real-time priority where it may, so
+that other jobs don't delay messages.
 """
 
 import argparse
