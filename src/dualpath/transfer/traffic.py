@@ -39,7 +39,7 @@ MAX_CHUNK_BYTES = 256 * 1024
 CHUNK_NS = 2_000_000
 """A chunk should take about this long, which is `BURST_NS`. A high-class message waits for a packet of a low-class one
 and not for its chunk; but each chunk wakes threads that take the interpreter lock and the processor from messages. With
-chunks of 500 µs KV cost twice the CPU, and messages beside it took 1.4 to 2 times as long (measured)."""
+chunks of 500 µs KV cost twice the CPU, and messages beside it took 1.7 to 2 times as long (measured)."""
 WHOLE_CHUNK_BYTES = 1024 * 1024
 """Chunk size on lanes without a rate, and on the storage network, which carries no high class: nobody waits for a chunk
 there. Each chunk costs about 50 µs of CPU; with 64 KiB chunks a SNIC of 60 MB/s took a tenth of a core (measured)."""
