@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from dualpath.core.arbiter import PACKET_BYTES
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.transfer.traffic import BURST_NS, DeadlineExceeded, TrafficManager
 
@@ -162,6 +163,7 @@ def test_waiting_high_goes_before_waiting_low():
     for index, traffic_class in enumerate([LOW, LOW, HIGH]):
         while lane.statistics().waiting < index or lane.statistics().low_bytes == 0:
             threading.Event().wait(0.001)
+        time.now = index  # in the middle of a packet, for which the high one waits
         others.append(threading.Thread(target=move, args=(traffic_class.name, traffic_class)))
         others[-1].start()
     while lane.statistics().waiting < 3:
@@ -270,3 +272,31 @@ def test_a_follower_whose_deadline_passes_leaves_while_the_leader_stays():
         thread.join(30)
         assert not thread.is_alive()
     assert lane.statistics().low_bytes == 2 * 65_536
+
+
+def test_a_high_chunk_does_not_wait_for_a_sleeping_low_leader():
+    """A leader can't be woken, and a low one sleeps until the chunk on the wire is over: the high one leads then."""
+    time = SleptTime()
+    release = threading.Event()
+
+    def sleep(n_ns: int) -> None:
+        assert threading.current_thread().name == "high" or release.wait(30)
+        time.sleep(n_ns)
+
+    lane = TrafficManager(None, MB, burst_ns=0, clock=time.clock, sleep=sleep).cnic.tx
+    lows = [threading.Thread(target=lane.acquire, args=(LOW, 65_536), daemon=True) for _ in range(2)]
+    for index, thread in enumerate(lows):
+        thread.start()
+        while lane.statistics().low_bytes == 0 or lane.statistics().waiting < index:
+            threading.Event().wait(0.001)
+    high = threading.Thread(target=lane.acquire, args=(HIGH, 1_000), name="high", daemon=True)
+    time.now = 1 * MS
+    high.start()
+    high.join(30)
+    assert not high.is_alive() and lane.statistics().waiting == 1
+    assert time.now == PACKET_BYTES * 1_000 + 1 * MS, "the rest of a packet, and its own time"
+    release.set()
+    for thread in lows:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert (lane.statistics().high_bytes, lane.statistics().low_bytes) == (1_000, 2 * 65_536)

@@ -35,8 +35,11 @@ def add(commands: Any) -> None:
     _add_run(command(actions, "run", "run a cluster in the testbed that is up", run, _run))
     delay = "measure whether KV delays high-class messages"
     qos = command(actions, "qos", delay, f"{example}qos --cnic-rate 125MB/s --rounds 5 --json qos.json\n", _qos)
+    qos.add_argument("--transport", default="tcp", metavar="NAME", help="of channels (default: %(default)s)")
     qos.add_argument("--cnic-rate", type=rate, default="125MB/s", metavar="RATE", help="(default: %(default)s)")
-    qos.add_argument("--seconds", type=positive_number, default=2.0, metavar="S", help="phase length (%(default)s)")
+    qos.add_argument(
+        "--seconds", type=positive_number, default=2.0, metavar="S", help="of pings, and of all-to-alls (%(default)s)"
+    )
     qos.add_argument("--rounds", type=positive, default=5, metavar="N", help="for medians (default: %(default)s)")
     for action in actions.choices.values():
         default = "qos" if action is qos else "bed"
@@ -152,14 +155,17 @@ def _qos(arguments: argparse.Namespace) -> int:
     from dualpath.lab.testbed.plan import check_name
     from dualpath.lab.testbed.qos import measure
     from dualpath.lab.testbed.tables import qos_lines, qos_table
+    from dualpath.transfer import TRANSPORTS
 
     if arguments.cnic_rate is None:
         raise UsageError("--cnic-rate: give a rate; without one there is nothing to share")
-    with usage_errors(ValueError):
+    with usage_errors(ValueError, ImportError):
         check_name(arguments.name)
+        TRANSPORTS.get(arguments.transport)
     console = new_console()
     with command_errors(TestbedError), console.status("") as shown:
         report = measure(
+            arguments.transport,
             arguments.cnic_rate,
             arguments.seconds,
             arguments.rounds,

@@ -1,13 +1,17 @@
 """One direction of one NIC, shared between two traffic classes by weight (paper §5: 99 % for model execution).
 
-Theory of operation. The link serves one chunk at a time, at its rate. Callers cut transfers into chunks, so a newcomer
-waits for at most one chunk of the other class. Start-time fair queueing chooses the class: each class has a virtual
-start tag; the class with the smaller tag is served, and its tag grows by ``bytes / weight``. The tag just served is the
-link's virtual time. A class that was idle starts again from there, so idleness earns no credit. Hence:
+Theory of operation. Callers cut transfers into chunks, which the link serves at its rate. Start-time fair queueing
+chooses the class: each class has a virtual start tag; the class with the smaller tag is served, and its tag grows by
+``bytes / weight``. The tag just served is the link's virtual time. A class that was idle starts again from there, so
+idleness earns no credit. A chunk is many packets, and a NIC chooses for each: a high chunk that comes while a low one
+is on the wire goes after the *packet* on the wire, and the rest of the low chunk moves back. Hence:
 
 * work conserving: a lone class has the whole link;
-* 99 : 1 in bytes while both are backlogged, to within a chunk; neither is ever starved;
-* a high chunk that arrives while low ones queue is next, after the low chunk on the wire.
+* 99 : 1 in bytes while both are backlogged, to within two chunks; neither is ever starved;
+* a high chunk that arrives while low ones queue waits for one packet, or for low's turn: its one byte in a hundred.
+
+The low chunk was told its `done_ns` before and keeps it: the link owes that time, and starts the next low chunk so much
+later. So bytes are never ahead of the rate by more than the high class's burst and one low chunk.
 
 `poll` may be called late: it replays what the link would have done, and considers at each start only the chunks that
 had been requested by then. It reaches back at most `burst_ns`. That credit keeps the jitter of a sleeping thread from
@@ -24,6 +28,8 @@ from dualpath.core.traffic_classes import WEIGHTS
 from dualpath.core.vocabulary import TrafficClass
 
 SECOND_NS = 1_000_000_000
+PACKET_BYTES = 4096
+"""The largest packet of InfiniBand and RoCE."""
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
@@ -52,6 +58,7 @@ class Arbiter:
                 "at least 1 and the burst at least 0; for an unlimited link give the rate None"
             )
         self._rate = rate_bytes_per_s
+        self._packet_ns = max(self._wire_ns(PACKET_BYTES), 1)
         self._burst_ns = burst_ns
         # Tags count bytes × the *other* class's weight: the same ratios as bytes ÷ weight, in exact integers.
         self._cost_per_byte = (weights[1], weights[0])
@@ -61,7 +68,8 @@ class Arbiter:
         self._queues: tuple[OrderedDict[int, _Asked], OrderedDict[int, _Asked]] = (OrderedDict(), OrderedDict())
         self._class_of: dict[int, TrafficClass] = {}
         self._next_ticket = 0
-        self._free_at_ns = 0
+        self._free_at_ns = [0, 0]
+        """When the link is free of high chunks and, later or at the same time, of all."""
         self._served_bytes = [0, 0]
         self._queued_bytes = [0, 0]
         self._busy_ns = 0
@@ -86,18 +94,17 @@ class Arbiter:
         return True
 
     def poll(self, now: int) -> list[Grant]:
-        """Returns grants for all chunks that can start by `now`, in link order; their `done_ns` may be after `now`."""
+        """Returns grants for all chunks that can start by `now`, a class's in link order; some end after `now`."""
+        self._free_at_ns = [max(free_ns, now - self._burst_ns) for free_ns in self._free_at_ns]
         grants: list[Grant] = []
-        while (start_ns := self._next_start_ns()) is not None:
-            start_ns = max(start_ns, now - self._burst_ns)
-            if start_ns > now:
-                break
-            grants.append(self._serve(self._choose_class(start_ns), start_ns))
+        while (head := self._next()) is not None and head[1] <= now:
+            grants.append(self._serve(*head))
         return grants
 
     def next_wake(self) -> int | None:
         """Returns when the next chunk can start; None while nothing is queued. A past time means: poll now."""
-        return self._next_start_ns()
+        head = self._next()
+        return head[1] if head is not None else None
 
     @property
     def served_bytes(self) -> tuple[int, int]:
@@ -114,28 +121,47 @@ class Arbiter:
         """Total wire time of all grants so far."""
         return self._busy_ns
 
-    def _next_start_ns(self) -> int | None:
-        heads = [next(iter(queue.values())).asked_ns for queue in self._queues if queue]
-        return max(self._free_at_ns, min(heads)) if heads else None
+    def _next(self) -> tuple[TrafficClass, int] | None:
+        """Returns whose chunk is next, and when it starts."""
+        high, low = (next(iter(queue.values())).asked_ns if queue else None for queue in self._queues)
+        free_of_high_ns, free_ns = self._free_at_ns
+        low_start_ns = None if low is None else max(low, free_ns)
+        if high is None:
+            return None if low_start_ns is None else (TrafficClass.LOW, low_start_ns)
+        high_start_ns = max(high, free_of_high_ns)
+        if high_start_ns < free_ns:  # in the middle of a low chunk
+            high_start_ns += (free_ns - high_start_ns) % self._packet_ns
+        if low is not None and low_start_ns is not None:
+            lows_turn = low <= high_start_ns and self._tag(TrafficClass.LOW) < self._tag(TrafficClass.HIGH)
+            if lows_turn or low_start_ns < high_start_ns:
+                return TrafficClass.LOW, low_start_ns
+        return TrafficClass.HIGH, high_start_ns
 
-    def _choose_class(self, start_ns: int) -> TrafficClass:
-        """Returns the class with the smaller tag among those with a request by `start_ns`; HIGH on a tie."""
-        for traffic_class in TrafficClass:
-            queue = self._queues[traffic_class]
-            was_backlogged = self._backlogged[traffic_class]
-            self._backlogged[traffic_class] = bool(queue) and next(iter(queue.values())).asked_ns <= start_ns
-            if not was_backlogged:
-                self._tags[traffic_class] = max(self._tags[traffic_class], self._virtual_time)
-        return min((kind for kind in TrafficClass if self._backlogged[kind]), key=self._tags.__getitem__)
+    def _tag(self, traffic_class: TrafficClass) -> int:
+        tag = self._tags[traffic_class]
+        return tag if self._backlogged[traffic_class] else max(tag, self._virtual_time)
 
     def _serve(self, traffic_class: TrafficClass, start_ns: int) -> Grant:
+        for kind in TrafficClass:
+            self._tags[kind] = self._tag(kind)
+            queue = self._queues[kind]
+            self._backlogged[kind] = bool(queue) and next(iter(queue.values())).asked_ns <= start_ns
         ticket, asked = self._queues[traffic_class].popitem(last=False)
         del self._class_of[ticket]
         self._virtual_time = self._tags[traffic_class]
         self._tags[traffic_class] += asked.n_bytes * self._cost_per_byte[traffic_class]
         self._queued_bytes[traffic_class] -= asked.n_bytes
         self._served_bytes[traffic_class] += asked.n_bytes
-        wire_ns = 0 if self._rate is None else -(-asked.n_bytes * SECOND_NS // self._rate)
+        wire_ns = self._wire_ns(asked.n_bytes)
         self._busy_ns += wire_ns
-        self._free_at_ns = start_ns + wire_ns
-        return Grant(ticket, start_ns, self._free_at_ns)
+        done_ns = start_ns + wire_ns
+        free_of_high_ns, free_ns = self._free_at_ns
+        if traffic_class is TrafficClass.HIGH:
+            self._free_at_ns = [done_ns, max(free_ns, start_ns) + wire_ns]
+        else:
+            in_turn = self._backlogged[TrafficClass.HIGH]  # then high waits for all of it
+            self._free_at_ns = [done_ns if in_turn else free_of_high_ns, done_ns]
+        return Grant(ticket, start_ns, done_ns)
+
+    def _wire_ns(self, n_bytes: int) -> int:
+        return 0 if self._rate is None else -(-n_bytes * SECOND_NS // self._rate)

@@ -20,6 +20,7 @@ from dualpath.lab.testbed.network import leftovers
         ("down --name A", "can't be a testbed's name"),
         ("run --model nowhere --store x", "nowhere has no config.json"),
         ("qos --cnic-rate unlimited", "without one there is nothing to share"),
+        ("qos --transport pigeons", "unknown transport 'pigeons'"),
     ],
 )
 def test_a_wrong_value_ends_with_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,8 +91,23 @@ def test_qos_measures_every_phase_and_leaves_nothing(testbed_name: str, tmp_path
     report = json.loads(out.read_bytes())
     phases = {phase["name"]: phase for phase in report["phases"]}
     assert list(phases) == ["idle", "elsewhere", "fifo", "classes", "kv alone"]
-    assert all(phase["messages"] > 0 for name, phase in phases.items() if name != "kv alone")
+    for kind in ("pings", "all_to_alls"):
+        assert all(phase[kind]["messages"] > 0 for name, phase in phases.items() if name != "kv alone")
+        assert phases["kv alone"][kind] is None
+        one_round = phases["classes"][kind]["p50_us"] / phases["idle"][kind]["p50_us"]
+        assert report[kind]["idle"] == {"median": one_round, "low": one_round, "high": one_round}
     assert all(phases[name]["kv_bytes_per_s"] > 0 for name in ("elsewhere", "fifo", "classes", "kv alone"))
     assert phases["idle"]["kv_bytes_per_s"] is None
-    assert report["latency_ratio"] == phases["classes"]["p50_us"] / phases["idle"]["p50_us"]
+    assert phases["classes"]["high_bytes_per_s"] > 0
+    assert leftovers(testbed_name) == []
+
+
+@pytest.mark.privileged
+def test_qos_refuses_a_transport_whose_class_the_kernel_does_not_see(
+    testbed_name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shared memory goes past every NIC."""
+    line = ["testbed", "qos", "--name", testbed_name, "--cnic-rate", "20MB/s", "--seconds", "0.3", "--rounds", "1"]
+    assert main([*line, "--transport", "shm"]) == 1
+    assert "the kernel saw 0 of the " in capsys.readouterr().err
     assert leftovers(testbed_name) == []

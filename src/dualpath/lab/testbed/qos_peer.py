@@ -1,6 +1,6 @@
-"""A process of `dualpath testbed qos` in a node: it serves a pool, sends messages, or moves KV over our channels.
+"""A process of `dualpath testbed qos` in a node: it serves a pool and writes into others', messages or KV.
 
-Processes that exchange messages get the processor first: on hardware they run on other cores, and the NIC is what is
+Processes of the high class get the processor first: on hardware they run on other cores, and the NIC is what is
 measured here.
 
 Orders are lines of JSON on stdin; each is answered by one on stdout. The process ends with its stdin, so it does not
@@ -8,17 +8,17 @@ outlive its parent.
 
 ::
 
-    python -m dualpath.lab.testbed.qos_peer echo HOST            → {"address": "tcp://…"}, for messages
-    python -m dualpath.lab.testbed.qos_peer serve HOST           the same, for KV
-    python -m dualpath.lab.testbed.qos_peer ping ADDRESS         {"seconds": 2} → round trips of the high class
-    python -m dualpath.lab.testbed.qos_peer bulk ADDRESS         {"seconds": 2, "skip_s": 0.5} → bytes of the low class
+    python -m dualpath.lab.testbed.qos_peer TRANSPORT HIGH|LOW HOST     → {"address": "tcp://…"}
+    {"type": "Connect", "addresses": ["tcp://…"]}                       → {"address": …} again
+    {"type": "Exchange", "seconds": 2, …}                               → how long each exchange took
+    {"type": "Move", "seconds": 2, "skip_s": 0.5}                       → how fast the bytes went
 """
 
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 
@@ -26,39 +26,53 @@ import msgspec
 import numpy as np
 
 from dualpath.core.vocabulary import TrafficClass
+from dualpath.lab.testbed.expert_traffic import Messages
+from dualpath.transfer import TRANSPORTS
 from dualpath.transfer.pool import BufferPool
 from dualpath.transfer.traffic import TrafficManager
-from dualpath.transfer.transport import PageRange
-from dualpath.transfer.transports.framed.channel import FramedChannel
-from dualpath.transfer.transports.tcp import TcpTransport
+from dualpath.transfer.transport import Channel, PageRange
 
-MESSAGE_BYTES = 4096
+PAGE_BYTES = 4 << 20
+"""Takes any message of `expert_traffic`."""
 BLOCK_BYTES = 1 << 20
+"""Of KV."""
 FLOWS = 4
 """Channels that move KV at once."""
 IN_FLIGHT = 4
 """Blocks in flight on each channel."""
-PAUSE_S = 0.002
-"""Pause between two messages, which must be waited for and not fill the link."""
 OP_TIMEOUT_NS = 20_000_000_000
 KEY = bytes(32)
 """Of nobody's cluster: these pools have bytes of no meaning."""
 
 
-class Order(msgspec.Struct, frozen=True):
-    """What to do. `skip_s` leaves out the KV of the first moments, while connections find their rate."""
+class Connect(msgspec.Struct, frozen=True, tag=True):
+    """Connect to these pools, in this order, `flows` times each."""
+
+    addresses: tuple[str, ...]
+    flows: int = 1
+
+
+class Exchange(msgspec.Struct, frozen=True, tag=True):
+    """Send messages from `start_ns` of the host's monotonic clock on, which all ranks share. `peers` are channels."""
 
     seconds: float
-    skip_s: float = 0.0
+    start_ns: int
+    messages: Messages
+    peers: tuple[int, ...]
 
 
-class RoundTrips(msgspec.Struct, frozen=True):
-    """Times of messages there and back, as percentiles."""
+class Move(msgspec.Struct, frozen=True, tag=True):
+    """Move KV. `skip_s` leaves out the first moments, while connections find their rate."""
 
-    messages: int
-    p50_us: float
-    p99_us: float
-    sent_bytes_per_s: float
+    seconds: float
+    skip_s: float
+
+
+class Exchanged(msgspec.Struct, frozen=True):
+    """How long a rank's writes took in each period, by its number; periods that began too late are missing."""
+
+    took_ns: dict[int, int]
+    sent_bytes: int
 
 
 class Moved(msgspec.Struct, frozen=True):
@@ -68,30 +82,34 @@ class Moved(msgspec.Struct, frozen=True):
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Address of a served pool."""
+    """Address of the process's pool."""
 
     address: str
 
 
-def ping(channel: FramedChannel, order: Order) -> RoundTrips:
-    """Sends messages of the high class, one at a time."""
-    payload = bytes(MESSAGE_BYTES)
-    times_ns: list[int] = []
-    began_ns = time.monotonic_ns()
-    while time.monotonic_ns() - began_ns < order.seconds * 1e9:
-        sent_ns = time.monotonic_ns()
-        channel.ping(payload, sent_ns + OP_TIMEOUT_NS).result()
-        times_ns.append(time.monotonic_ns() - sent_ns)
-        time.sleep(PAUSE_S)
-    p50_ns, p99_ns = map(float, np.percentile(times_ns, (50, 99)))
-    bytes_per_s = len(times_ns) * MESSAGE_BYTES / ((time.monotonic_ns() - began_ns) / 1e9)
-    return RoundTrips(len(times_ns), p50_ns / 1e3, p99_ns / 1e3, bytes_per_s)
+def exchange(channels: Sequence[Channel], order: Exchange) -> Exchanged:
+    """Sends every peer its messages at once, again and again; each of a period's sizes has its own moment in it."""
+    messages, memory = order.messages, np.zeros(PAGE_BYTES, dtype=np.uint8)
+    took_ns: dict[int, int] = {}
+    period, end_ns = 0, order.start_ns + order.seconds * 1e9
+    while (start_ns := order.start_ns + period * messages.period_ns) < end_ns:
+        took_ns[period] = 0
+        for number, n_bytes in enumerate(messages.sizes_bytes):
+            at_ns = start_ns + number * messages.period_ns // len(messages.sizes_bytes)
+            time.sleep(max(at_ns - time.monotonic_ns(), 0) / 1e9)
+            began_ns = time.monotonic_ns()
+            where, what, deadline_ns = [PageRange(0, 0, n_bytes)], [memory[:n_bytes]], began_ns + OP_TIMEOUT_NS
+            for written in [channels[peer].write(where, what, deadline_ns) for peer in order.peers]:
+                written.result()
+            took_ns[period] += time.monotonic_ns() - began_ns
+        period = max(period + 1, -((order.start_ns - time.monotonic_ns()) // messages.period_ns))
+    return Exchanged(took_ns, len(took_ns) * sum(messages.sizes_bytes) * len(order.peers))
 
 
-def bulk(channels: list[FramedChannel], order: Order) -> Moved:
-    """Writes whole blocks of the low class, as fast as they go."""
+def move(channels: Sequence[Channel], order: Move) -> Moved:
+    """Writes whole blocks, as fast as they go."""
     block = np.zeros(BLOCK_BYTES, dtype=np.uint8)
-    flows: list[tuple[int, FramedChannel, deque[Future[int]]]] = [(n, one, deque()) for n, one in enumerate(channels)]
+    flows: list[tuple[int, Channel, deque[Future[int]]]] = [(n, one, deque()) for n, one in enumerate(channels)]
     began = time.monotonic()
     moved_bytes = 0
     while time.monotonic() - began < order.seconds:
@@ -110,59 +128,46 @@ def bulk(channels: list[FramedChannel], order: Order) -> Moved:
     return Moved(rate)
 
 
-def _serve(host: str) -> None:
-    pool = BufferPool.create("qos", BLOCK_BYTES, FLOWS)
-    server = TcpTransport().serve(pool, TrafficManager(), host=host, name="qos", key=KEY)
-    try:
-        _answer(Address(server.address))
-        sys.stdin.read()
-    finally:
-        server.close()
-        pool.close()
-
-
-def _client(
-    address: str, traffic_class: TrafficClass, flows: int, do: Callable[[list[FramedChannel], Order], object]
-) -> None:
-    transport, traffic = TcpTransport(), TrafficManager()
-    channels = [
-        transport.connect(address, traffic, traffic_class=traffic_class, peer_tag=f"{traffic_class.name} {n}", key=KEY)
-        for n in range(flows)
-    ]
-    try:
-        _answer(Address(address))
-        for line in sys.stdin:
-            _answer(do(channels, msgspec.json.decode(line, type=Order)))
-    finally:
-        for channel in channels:
-            channel.close()
-
-
 def _answer(record: object) -> None:
     print(msgspec.json.encode(record).decode(), flush=True)
 
 
-def _go_first() -> None:
+def go_first() -> None:
     """Raises the priority before any thread starts, which inherits it. A container may forbid it; then it stays."""
     with suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
 
-def main(kind: str, address: str) -> None:
-    """Runs one of the four kinds."""
-    if kind in ("echo", "ping"):
-        _go_first()
-    match kind:
-        case "echo":
-            _serve(address)
-        case "serve":
-            _serve(address)
-        case "ping":
-            _client(address, TrafficClass.HIGH, 1, lambda channels, order: ping(channels[0], order))
-        case "bulk":
-            _client(address, TrafficClass.LOW, FLOWS, bulk)
-        case _:
-            raise SystemExit(f"{kind!r} is unknown; use echo, serve, ping or bulk")
+def main(transport_name: str, class_name: str, host: str) -> None:
+    """Serves a pool and obeys, until stdin ends."""
+    traffic_class = TrafficClass[class_name]
+    if traffic_class is TrafficClass.HIGH:
+        go_first()
+    transport, traffic = TRANSPORTS.get(transport_name), TrafficManager()
+    pool = BufferPool.create(f"qos{os.getpid()}", PAGE_BYTES, FLOWS)
+    server = transport.serve(pool, traffic, host=host, name="qos", key=KEY)
+    channels: list[Channel] = []
+    try:
+        _answer(Address(server.address))
+        for line in sys.stdin:
+            match msgspec.json.decode(line, type=Connect | Exchange | Move):
+                case Connect(addresses, flows):
+                    for n, address in enumerate(addresses * flows):
+                        tag = f"{host} {class_name} {n}"
+                        channel = transport.connect(
+                            address, traffic, traffic_class=traffic_class, peer_tag=tag, key=KEY
+                        )
+                        channels.append(channel)
+                    _answer(Address(server.address))
+                case Exchange() as order:
+                    _answer(exchange(channels, order))
+                case Move() as order:
+                    _answer(move(channels, order))
+    finally:
+        for channel in channels:
+            channel.close()
+        server.close()
+        pool.close()
 
 
 if __name__ == "__main__":

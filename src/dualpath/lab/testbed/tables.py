@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from dualpath.lab.testbed.network import DeviceStatus, NodeStatus, Testbed
-from dualpath.lab.testbed.qos import WANTED_KV_SHARE, WANTED_LATENCY_RATIO, QosReport
+from dualpath.lab.testbed.qos_report import WANTED_KV_SHARE, WANTED_LATENCY_RATIO, QosReport, Ratio, Times
 
 
 def status_table(testbed: Testbed, nodes: list[NodeStatus]) -> Table:
@@ -23,17 +23,19 @@ def status_table(testbed: Testbed, nodes: list[NodeStatus]) -> Table:
 
 def qos_table(report: QosReport) -> Table:
     """Makes a row per phase."""
-    title = f"{report.message_bytes} B round trips, CNIC {_megabytes(report.cnic_bytes_per_s)}/s"
+    sizes = " + ".join(f"{n_bytes / 1e3:.0f}" for n_bytes in report.all_to_all.sizes_bytes)
+    title = f"{report.transport}, CNIC {_megabytes(report.cnic_bytes_per_s)}/s; all-to-alls of {sizes} kB to each rank"
     table = Table(title=title, title_justify="left")
     table.add_column("beside")
-    for heading in ("p50 µs", "p99 µs", "messages", "KV MB/s"):
+    for heading in ("ping p50 µs", "p99", "all-to-all p50 µs", "p99", "number", "messages MB/s", "KV MB/s"):
         table.add_column(heading, justify="right")
     for phase in report.phases:
         table.add_row(
             phase.name,
-            "" if phase.p50_us is None else f"{phase.p50_us:,.0f}",
-            "" if phase.p99_us is None else f"{phase.p99_us:,.0f}",
-            str(phase.messages or ""),
+            *_times(phase.pings),
+            *_times(phase.all_to_alls),
+            str(phase.all_to_alls.messages) if phase.all_to_alls else "",
+            f"{phase.high_bytes_per_s / 1e6:.1f}" if phase.high_bytes_per_s else "",
             "" if phase.kv_bytes_per_s is None else f"{phase.kv_bytes_per_s / 1e6:.1f}",
         )
     return table
@@ -41,12 +43,22 @@ def qos_table(report: QosReport) -> Table:
 
 def qos_lines(report: QosReport) -> list[str]:
     """Says what the table means."""
-    return [
-        f"p50 in two classes: {report.latency_ratio:.2f} × idle (wanted: at most {WANTED_LATENCY_RATIO})",
-        f"                    {report.latency_ratio_busy:.2f} × with KV elsewhere, the processor as busy",
-        f"p50 in one queue:   {report.latency_ratio_fifo:.1f} × idle",
-        f"KV has {report.kv_share:.1%} of what the messages leave (wanted: at least {WANTED_KV_SHARE:.0%})",
-    ]
+    lines = ["Medians and quartiles of the rounds:"]
+    for what, delays in (("pings", report.pings), ("all-to-alls", report.all_to_alls)):
+        lines += [
+            f"p50 of {what}, two classes: {_shown(delays.idle)} × idle (wanted: at most {WANTED_LATENCY_RATIO})",
+            f"  {_shown(delays.busy)} × with KV elsewhere, the processor as busy",
+            f"  one queue: {_shown(delays.fifo)} × idle",
+        ]
+    return [*lines, f"KV has {_shown(report.kv_share)} of what messages leave (wanted: at least {WANTED_KV_SHARE})"]
+
+
+def _shown(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def _times(times: Times | None) -> tuple[str, str]:
+    return (f"{times.p50_us:,.0f}", f"{times.p99_us:,.0f}") if times else ("", "")
 
 
 def _device(device: DeviceStatus) -> tuple[str, ...]:
