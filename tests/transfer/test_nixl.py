@@ -154,6 +154,18 @@ def test_a_peer_that_stands_still_is_not_quiet_until_it_is_dead(pair):
     works(pair, pair.connect())
 
 
+def test_a_server_sleeps_when_its_peer_has_nothing_in_flight(pair):
+    """Small writes are often over before the poller has looked."""
+    pair.serve()
+    channel = pair.connect()
+    (connection,) = pair.server._connections.values()
+    for size in (1, 1, 4096, PAGE_BYTES):
+        for _ in range(5):
+            out = random_bytes(size)
+            channel.write([PageRange(0, 0, size)], [out], deadline_ns()).result(WAIT_S)
+            until(lambda: not connection._busy.is_set(), "the server need not drive its agent")
+
+
 def test_a_deadline_holds_though_the_server_stands_still(transport):
     """The chunk in its slot can't be stopped; the caller's memory is the caller's at once."""
     with child(SERVER, "nixl") as server:

@@ -160,9 +160,11 @@ class NixlChannel(FramedChannel):
         def awake() -> bool:
             return self._agent is None or bool(self._flights)
 
-        if not self._changed.wait_for(awake, IDLE_AFTER_S):
-            self._tell(False)
-            self._changed.wait_for(awake)
+        while not awake():
+            if not self._busy:
+                self._changed.wait()
+            elif not self._changed.wait_for(awake, IDLE_AFTER_S):  # also when the poster has landed all by itself
+                self._tell(False)
         return self._agent is not None
 
     def _land(self, flight: _Flight) -> None:
