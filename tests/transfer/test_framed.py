@@ -15,7 +15,7 @@ import pytest
 from channel_pair import KEY, PAGE_BYTES, PAGES, SLOW, WAIT_S, WHOLE, Pair, deadline_ns, random_bytes, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_conformance import SERVER, WRITER, cause_of, child
+from test_conformance import SERVER, WRITER, cause_of, child, works
 
 from dualpath.core.traffic_classes import CLASSES
 from dualpath.core.vocabulary import TrafficClass
@@ -120,7 +120,7 @@ def test_an_operation_that_waits_behind_a_long_one_ends_at_its_own_deadline(pair
     assert cause_of(short) is TransferCause.DEADLINE
     assert not long.done(), "the short one did not wait for the long one"
     assert long.result(WAIT_S) == PAGE_BYTES
-    assert channel.ping(b"", deadline_ns()).result(WAIT_S) == b""
+    works(pair, channel)
     assert not pair.pool.view(1).any(), "a write that never began has written nothing"
 
 
@@ -193,11 +193,13 @@ def test_memory_of_a_read_that_stalls_in_a_chunk_is_the_callers_again_at_the_dea
     assert cause_of(future) is TransferCause.DEADLINE
     memory[:] = 0xEE
     silent.stream._socket.send(b"\x22" * 600)
-    pong = channel.ping(b"abc", deadline_ns())
-    ping = silent.stream.receive_frame(deadline_ns())
-    silent.stream.receive_bytes(3)
-    silent.stream.send(Frame(FrameKind.PONG, ping.op, 3), [b"abc"])
-    assert pong.result(WAIT_S) == b"abc"
+    again = np.zeros(3, np.uint8)
+    second = channel.read([PageRange(0, 0, 3)], [again], deadline_ns())
+    opening = silent.stream.receive_frame(deadline_ns())
+    silent.stream.receive_bytes(24)
+    silent.stream.send(Frame(FrameKind.DATA, opening.op, 3), [b"abc"])
+    assert second.result(WAIT_S) == 3
+    assert again.tobytes() == b"abc"
     assert np.all(memory == 0xEE)
     channel.close()
 
@@ -208,7 +210,7 @@ def test_memory_of_a_read_that_stalls_in_a_chunk_is_the_callers_again_at_the_dea
         Frame(FrameKind.DATA, 1, 1_001),
         Frame(FrameKind.DATA, 99, 10),
         Frame(FrameKind.DONE, 1),
-        Frame(FrameKind.PONG, 1, 5),
+        Frame(FrameKind.BUSY, 1, 5),
         Frame(FrameKind.WELCOME),
     ],
 )
@@ -248,9 +250,10 @@ def test_server_refuses_bad_descriptors_by_an_error_and_goes_on(pair, raw_peers)
     error = peer.receive(FrameKind.ERROR)
     assert (error.op, CAUSES[error.cause]) == (2, TransferCause.BAD_DESCRIPTOR)
     peer.stream.receive_bytes(error.n_bytes)
-    peer.stream.send(Frame(FrameKind.PING, 3, 2), [b"ok"])
-    assert peer.receive(FrameKind.PONG).op == 3
-    assert peer.stream.receive_bytes(2) == b"ok"
+    peer.open(FrameKind.READ, 3, [PageRange(0, 0, 10)])
+    assert peer.receive(FrameKind.DATA).op == 3
+    if pair.kind != "shm":
+        peer.stream.receive_bytes(10)
     assert all(np.array_equal(pair.pool.view(page), before[page]) for page in range(PAGES))
     statistics = server.statistics()
     assert (statistics.ops_rejected, statistics.protocol_errors, statistics.connections_open) == (2, 0, 1)
@@ -268,9 +271,9 @@ def frames_no_peer_sends() -> list[bytes]:
         Frame(FrameKind.WRITE, 5, 10, 1).pack() + ranges + Frame(FrameKind.DATA, 5, 11).pack() + bytes(11),
         Frame(FrameKind.DATA, 5, 1 << 40).pack(),
         Frame(FrameKind.ABORT, 3).pack(),
-        Frame(FrameKind.PONG, 3).pack(),
+        Frame(FrameKind.IDLE, 3).pack(),
         Frame(FrameKind.HELLO, n_bytes=3).pack() + b"abc",
-        Frame(FrameKind.PING, 3, 1 << 20).pack(),
+        Frame(FrameKind.WELCOME, 3, 1 << 30).pack(),
         Frame(FrameKind.ERROR, 3, cause=200).pack(),
         (Frame(FrameKind.WRITE, 5, 10, 1).pack() + ranges) * 2,
         b"".join(Frame(FrameKind.WRITE, op, 10, 1).pack() + ranges for op in range(1, 5_000)),
@@ -294,7 +297,7 @@ def test_a_peer_that_talks_nonsense_is_counted_and_closed(pair, raw_peers, said,
     statistics = server.statistics()
     refused = (0, 1) if tag else (1, 0)  # a stranger is turned away at the door
     assert (statistics.connections_refused, statistics.protocol_errors, statistics.ops_in_flight) == (*refused, 0)
-    assert good.ping(b"ok", deadline_ns()).result(WAIT_S) == b"ok"
+    works(pair, good)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -308,7 +311,7 @@ def test_random_bytes_do_not_bring_a_server_down(pair, said, greeted):
     peer.stream.close()
     until(lambda: server.statistics().connections_open == 0, "the connection is gone")
     assert server.statistics().ops_in_flight == 0
-    assert pair.connect().ping(b"ok", deadline_ns()).result(WAIT_S) == b"ok"
+    works(pair, pair.connect())
     pair.channels.pop().close()
     until(lambda: server.statistics().connections_open == 0, "the good connection is gone too")
 
@@ -319,8 +322,8 @@ def test_random_bytes_do_not_bring_a_server_down(pair, said, greeted):
 def test_quiesce_of_a_peer_with_nothing_in_flight_is_done_at_once(pair):
     server = pair.serve()
     assert server.quiesce("nobody", disconnect=False).done()
-    pair.connect(peer_tag="pe0").ping(b"", deadline_ns()).result(WAIT_S)
-    assert server.quiesce("pe0", disconnect=False).done()
+    works(pair, pair.connect(peer_tag="pe0"))
+    until(lambda: server.quiesce("pe0", disconnect=False).done(), "its last DONE has come")
 
 
 def test_quiesce_waits_for_what_is_in_flight_and_not_for_what_comes_later(pair, raw_peers):
@@ -371,7 +374,7 @@ def test_disconnecting_a_peer_ends_its_operations_and_proves_it_quiet(pair):
     assert cause_of(future) is TransferCause.PEER_CLOSED
     channel.close()
     assert np.array_equal(pair.pool.view(0), snapshot)
-    assert bystander.ping(b"", deadline_ns()).result(WAIT_S) == b""
+    works(pair, bystander)
 
 
 def test_a_peer_that_never_lets_go_of_shared_memory_is_not_called_quiet(raw_peers):
@@ -416,13 +419,13 @@ def test_an_initiator_killed_in_a_write_is_waited_for_without_being_disconnected
 def test_reconnect_after_the_server_restarted_at_its_address(pair):
     address = pair.serve().address
     first = pair.connect()
-    assert first.ping(b"1", deadline_ns()).result(WAIT_S) == b"1"
+    works(pair, first)
     pair.server.close()
-    assert cause_of(first.ping(b"2", deadline_ns())) is TransferCause.PEER_CLOSED
+    assert cause_of(first.write([WHOLE], [random_bytes(PAGE_BYTES)], deadline_ns())) is TransferCause.PEER_CLOSED
     with pytest.raises(TransferError, match="cannot connect"):
         pair.connect()
     pair.serve(address)
-    assert pair.connect().ping(b"3", deadline_ns()).result(WAIT_S) == b"3"
+    works(pair, pair.connect())
     assert not first.is_open
     with pytest.raises(OSError, match="cannot listen at"):
         type(pair.server)(pair.transport, pair.pool, pair.traffic, address, KEY)
@@ -437,7 +440,7 @@ def test_server_socket_left_by_a_killed_server_is_replaced():
             server.wait(WAIT_S)
         assert Path(address.removeprefix("shm:")).is_socket()
         pair.serve(address)
-        assert pair.connect().ping(b"", deadline_ns()).result(WAIT_S) == b""
+        works(pair, pair.connect())
     finally:
         pair.close()
 
@@ -488,26 +491,27 @@ def test_every_byte_that_leaves_one_nic_enters_the_other_in_its_class(pair):
     low.write([WHOLE, PageRange(1, 5, 1_000)], local, deadline_ns()).result(WAIT_S)
     low.read([WHOLE], local[:1], deadline_ns()).result(WAIT_S)
     high.read([PageRange(1, 5, 1_000)], local[1:], deadline_ns()).result(WAIT_S)
-    high.ping(b"x" * 77, deadline_ns()).result(WAIT_S)
+    high.write([PageRange(1, 5, 77)], [random_bytes(77)], deadline_ns()).result(WAIT_S)
     ours, theirs = pair.traffic.statistics().cnic, pair.server_traffic.statistics().cnic
     assert (ours.tx.low_bytes, ours.tx.high_bytes) == (PAGE_BYTES + 1_000, 77)
-    assert (ours.rx.low_bytes, ours.rx.high_bytes) == (PAGE_BYTES, 1_000 + 77)
+    assert (ours.rx.low_bytes, ours.rx.high_bytes) == (PAGE_BYTES, 1_000)
     assert (theirs.rx.low_bytes, theirs.rx.high_bytes) == (ours.tx.low_bytes, ours.tx.high_bytes)
     assert (theirs.tx.low_bytes, theirs.tx.high_bytes) == (ours.rx.low_bytes, ours.rx.high_bytes)
 
 
-def test_ranges_of_one_write_land_in_their_order_and_pings_pass_between_operations(pair):
+def test_ranges_of_one_write_land_in_their_order_and_reads_pass_between_operations(pair):
     pair.serve()
     channel = pair.connect(max_ops_in_flight=128)
     first, second = np.full(PAGE_BYTES, 1, np.uint8), np.full(100, 2, np.uint8)
     futures = [channel.write([WHOLE, PageRange(0, 50, 100)], [first, second], deadline_ns())]
-    futures += [channel.ping(bytes([n]) * 100, deadline_ns()) for n in range(20)]
-    assert [future.result(WAIT_S) for future in futures[1:]] == [bytes([n]) * 100 for n in range(20)]
+    pair.pool.view(1)[:20] = range(20)
+    found = np.zeros((20, 1), np.uint8)
+    futures += [channel.read([PageRange(1, n, 1)], [found[n]], deadline_ns()) for n in range(20)]
+    assert [future.result(WAIT_S) for future in futures[1:]] == [1] * 20
+    assert found[:, 0].tolist() == list(range(20))
     assert futures[0].result(WAIT_S) == PAGE_BYTES + 100
     assert np.all(pair.pool.view(0)[50:150] == 2)
     assert channel.ops_in_flight == 0
-    with pytest.raises(TransferError, match="65537 bytes"):
-        channel.ping(b"x" * 65_537, deadline_ns()).result(WAIT_S)
     with pytest.raises(ValueError, match="must be 1 to 1024"):
         pair.connect(max_ops_in_flight=1025)
 
@@ -520,7 +524,7 @@ def test_connections_beyond_the_bound_are_refused(pair, monkeypatch):
         pair.connect()
     assert failure.value.cause is TransferCause.PEER_CLOSED
     assert server.statistics().connections_refused == 1
-    assert kept.ping(b"", deadline_ns()).result(WAIT_S) == b""
+    works(pair, kept)
 
 
 def test_tcp_marks_both_ends_with_the_class():
@@ -529,7 +533,7 @@ def test_tcp_marks_both_ends_with_the_class():
         pair.serve()
         for traffic_class in TrafficClass:
             channel = pair.connect(traffic_class)
-            channel.ping(b"", deadline_ns()).result(WAIT_S)
+            works(pair, channel)
             assert channel._stream._socket.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == CLASSES[traffic_class].tos
             served = list(pair.server._connections.values())[-1]
             assert served._stream._socket.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == CLASSES[traffic_class].tos

@@ -13,7 +13,7 @@ LOST = TransferError(TransferCause.PEER_CLOSED, "lost")
 
 
 def operation(deadline_ns: int = 100) -> Operation:
-    return Operation(FrameKind.READ, [PageRange(0, 0, 4)], [np.zeros(4, np.uint8)], b"", deadline_ns)
+    return Operation(FrameKind.READ, [PageRange(0, 0, 4)], [np.zeros(4, np.uint8)], deadline_ns)
 
 
 def table_with(*ops: Operation, max_ops: int = 8) -> OperationTable:

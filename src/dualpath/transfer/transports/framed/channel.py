@@ -23,7 +23,6 @@ from dualpath.transfer.transports.framed.buffers import advance
 from dualpath.transfer.transports.framed.frames import (
     CAUSES,
     HEADER_BYTES,
-    MAX_PING_BYTES,
     Frame,
     FrameKind,
     ProtocolError,
@@ -66,20 +65,10 @@ class FramedChannel:
         return len(self._table)
 
     def read(self, remote: Sequence[PageRange], local: Sequence[Bytes], deadline_ns: int) -> "Future[int]":
-        return self._submit(Operation(FrameKind.READ, remote, local, b"", deadline_ns), local)
+        return self._submit(Operation(FrameKind.READ, remote, local, deadline_ns), local)
 
     def write(self, remote: Sequence[PageRange], local: Sequence[Bytes], deadline_ns: int) -> "Future[int]":
-        return self._submit(Operation(FrameKind.WRITE, remote, local, b"", deadline_ns), local)
-
-    def ping(self, payload: bytes, deadline_ns: int) -> "Future[bytes]":
-        """Send up to 64 KiB to the peer and back, to time a message of this class (`benchmarks`, `lab.testbed`)."""
-        op = Operation(FrameKind.PING, (), (), bytes(payload), deadline_ns)
-        if op.total_bytes > MAX_PING_BYTES:
-            text = f"a ping of {op.total_bytes} bytes is beyond {MAX_PING_BYTES}"
-            op.future.set_exception(TransferError(TransferCause.BAD_DESCRIPTOR, text))
-        else:
-            self._table.add(op)
-        return op.future
+        return self._submit(Operation(FrameKind.WRITE, remote, local, deadline_ns), local)
 
     def _loops(self) -> dict[str, Callable[[], None]]:
         """What the channel's threads do, by name."""
@@ -130,12 +119,6 @@ class FramedChannel:
 
     def _post_all(self) -> None:
         while (op := self._table.next_queued()) is not None:
-            if op.kind is FrameKind.PING:
-                if self._charged(op, op.total_bytes, self._traffic.cnic.tx):
-                    self._stream.send(self._opening(op), [op.payload])
-                else:
-                    self._table.forget(op)
-                continue
             self._prepare(op)
             self._stream.send(self._opening(op), [pack_ranges(op.ranges)])
             if op.kind is FrameKind.WRITE and not self._post_chunks(op):
@@ -185,8 +168,6 @@ class FramedChannel:
                     self._collect_data(frame, op)
                 case FrameKind.DONE, Operation(kind=FrameKind.WRITE):
                     self._finish(op)
-                case FrameKind.PONG, Operation(kind=FrameKind.PING, total_bytes=frame.n_bytes):
-                    self._collect_pong(frame, op)
                 case _:
                     raise ProtocolError(f"an answer to nothing that was asked: {frame}")
 
@@ -199,13 +180,6 @@ class FramedChannel:
         if op.moved_bytes == op.total_bytes:
             self._read_over(op)
             self._finish(op)
-
-    def _collect_pong(self, frame: Frame, op: Operation) -> None:
-        payload = bytearray(frame.n_bytes)
-        self._receive([memoryview(payload)])
-        self._charge_arrival(frame.n_bytes)
-        op.result = bytes(payload)
-        self._finish(op)
 
     def _collect_error(self, frame: Frame, op: Operation | None) -> None:
         text = bytearray(frame.n_bytes)

@@ -1,7 +1,7 @@
 """The server's side of one connection: checks, paces and answers a peer's operations on this engine's pool.
 
 Two threads serve it. The *receiver* takes frames and the chunks of writes, and answers writes. The *replier* serves
-reads and pings first-in first-out, so that an outgoing read does not delay an incoming write. Every chunk passes this
+reads first-in first-out, so that an outgoing read does not delay an incoming write. Every chunk passes this
 engine's CNIC. Nothing that a peer sends is trusted: a descriptor outside the pool is answered with an error, a protocol
 violation ends the connection, and the queue between the threads is bounded, which stops a peer that asks for too much.
 """
@@ -49,11 +49,6 @@ class _Transfer(msgspec.Struct):
     deadline_ns: int
 
 
-class _Ping(msgspec.Struct, frozen=True):
-    op: int
-    payload: bytes
-
-
 class Connection:
     """One connection that has proved itself. A subclass says how payload travels and how to hang up."""
 
@@ -69,7 +64,7 @@ class Connection:
             self._stream.seal = Seal(ours, theirs)
         self._server = server
         self._writes: dict[int, _Transfer] = {}
-        self._replies: queue.Queue[_Transfer | _Ping | None] = queue.Queue(MAX_QUEUED_REPLIES)
+        self._replies: queue.Queue[_Transfer | None] = queue.Queue(MAX_QUEUED_REPLIES)
         self._replier = threading.Thread(target=self._reply_all, name=f"channel replier {number}", daemon=True)
         self._receiver = threading.Thread(target=self._run, name=f"channel receiver {number}", daemon=True)
 
@@ -160,10 +155,6 @@ class Connection:
                     self._receive_chunk(frame)
                 case FrameKind.READ | FrameKind.WRITE:
                     self._open(frame)
-                case FrameKind.PING:
-                    payload = self._stream.receive_bytes(frame.n_bytes)
-                    self._server.traffic.cnic.rx.acquire(self._class, frame.n_bytes)
-                    self._replies.put(_Ping(frame.op, payload))
                 case FrameKind.ABORT:
                     if self._writes.pop(frame.op, None) is None:
                         raise ProtocolError(f"ABORT of no open write: {frame}")
@@ -221,11 +212,7 @@ class Connection:
             if not connected:
                 continue
             try:
-                if isinstance(reply, _Ping):
-                    self._server.traffic.cnic.tx.acquire(self._class, len(reply.payload))
-                    self._stream.send(Frame(FrameKind.PONG, reply.op, len(reply.payload)), [reply.payload])
-                else:
-                    self._reply_read(reply)
+                self._reply_read(reply)
             except StreamClosed:
                 connected = False
 

@@ -13,9 +13,7 @@
                              <──      DONE
     WRITE(ranges) DATA ABORT  ──>                        given up: the rest will not come
                              <──      ERROR(cause)      ends any operation; an ended write's DATA is discarded
-    PING(bytes)              ──>
-                             <──      PONG(bytes)
-BUSY, IDLE               ──>                        `nixl` alone: whether operations are in flight
+    BUSY, IDLE               ──>                        `nixl` alone: whether operations are in flight
 
 A header is 32 bytes, little-endian. The initiator numbers a connection's operations and never reuses a number.
 
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
 HEADER_BYTES = 32
 RANGE_BYTES = 24
 MAX_CHUNK_BYTES = 1 << 20
-MAX_PING_BYTES = 65_536
 MAX_TEXT_BYTES = 4_096
 
 _IOV_MAX = 512
@@ -68,11 +65,9 @@ class FrameKind(IntEnum):
     DONE = 6
     ABORT = 7
     ERROR = 8
-    PING = 9
-    PONG = 10
-    CHALLENGE = 11
-    BUSY = 12
-    IDLE = 13
+    CHALLENGE = 9
+    BUSY = 10
+    IDLE = 11
 
 
 class ProtocolError(Exception):
@@ -104,8 +99,6 @@ _LIMIT_BYTES = {
     FrameKind.WELCOME: MAX_CHUNK_BYTES,
     FrameKind.ERROR: MAX_TEXT_BYTES,
     FrameKind.DATA: MAX_CHUNK_BYTES,
-    FrameKind.PING: MAX_PING_BYTES,
-    FrameKind.PONG: MAX_PING_BYTES,
 }
 
 

@@ -52,15 +52,12 @@ def cursor_over(pool: MappedPages, ranges: Sequence[PageRange]) -> Cursor:
 class Operation:
     """One posted operation. `local` is a cursor in the caller's memory; `remote` one in the mapped pool (shm only)."""
 
-    def __init__(
-        self, kind: FrameKind, ranges: Sequence[PageRange], local: Sequence[Bytes], payload: bytes, deadline_ns: int
-    ) -> None:
+    def __init__(self, kind: FrameKind, ranges: Sequence[PageRange], local: Sequence[Bytes], deadline_ns: int) -> None:
         self.kind = kind
         self.ranges = ranges
         self.local = Cursor(local)
         self.remote = Cursor(())
-        self.payload = payload
-        self.total_bytes = len(payload) if kind is FrameKind.PING else sum(one.n_bytes for one in ranges)
+        self.total_bytes = sum(one.n_bytes for one in ranges)
         self.moved_bytes = 0
         self.deadline_ns = deadline_ns
         self.number = 0

@@ -12,7 +12,6 @@ and its lanes are not charged for them: nobody there sees a chunk.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 
 import msgspec
 import numpy as np
@@ -77,9 +76,6 @@ class NixlChannel(FramedChannel):
         self._busy = False
         """What we have told the server."""
         super().__init__(stream, welcome, traffic, traffic_class, max_ops)
-
-    def ping(self, payload: bytes, deadline_ns: int) -> "Future[bytes]":
-        raise NotImplementedError("nobody at the other end would answer")
 
     def _loops(self) -> dict[str, Callable[[], None]]:
         return super()._loops() | {"poller": self._poll_all}
