@@ -18,11 +18,14 @@ from dualpath.lab.faults.matrix import Path as ReadPath
 from dualpath.lab.faults.real import soak, trial
 from dualpath.lab.faults.real.asking import Answer, Prompt, until, verdict
 from dualpath.lab.faults.real.harm import Scene, Skip, harm
+from dualpath.lab.faults.real.namespaces import Namespaced
 from dualpath.lab.faults.real.served import Resources, Served
 from dualpath.lab.faults.real.soak import Sample, grown
 from dualpath.lab.faults.real.stages import STAGES, Stage, stage_of
 from dualpath.lab.faults.real.store_server import StoreServer, store_server
 from dualpath.lab.faults.real.trial import BACKGROUND, Bench, Trial, run
+from dualpath.lab.testbed.network import Testbed
+from dualpath.lab.testbed.plan import Rates, make_plan
 
 
 def at(fault: str, victim: str, phase: str) -> Combination:
@@ -242,3 +245,12 @@ def test_wrong_tokens_and_what_is_held_fail_a_combination(tmp_path: Path, monkey
     (one,) = found
     assert one.outcome == "FAILED"
     assert any("WRONG tokens" in text for text in one.found) and "held: a block 1.0" in one.found
+
+
+def test_options_of_the_caller_come_last_in_namespaces_too(tmp_path: Path) -> None:
+    """The last one counts: `-- --transport nixl` must not be served over tcp."""
+    testbed = Testbed(make_plan("faults", 1, 1, "10.91"), Rates())
+    served = Namespaced(testbed, ("--transport", "nixl"), tmp_path)
+    for command in (served._command, *served._engines.values()):
+        chosen = [command[at + 1] for at, word in enumerate(command) if word == "--transport"]
+        assert chosen[-1] == "nixl"

@@ -43,12 +43,12 @@ class Namespaced(Served):
         secret = work / "secret"
         secret.touch(0o600)
         secret.write_text(secrets.token_hex(32))
-        tcp = (*options, "--transport", "tcp", "--cluster-secret-file", str(secret))
+        given = ("--transport", "tcp", *options, "--cluster-secret-file", str(secret))
         super().__init__(
-            (*tcp, "--host", address, "--join-address", control), work, inside=iproute.inside(head.namespace)
+            (*given, "--host", address, "--join-address", control), work, inside=iproute.inside(head.namespace)
         )
         self._engines = {
-            node.name: (*iproute.inside(node.namespace), *_engine(node), "--coordinator", control, *tcp)
+            node.name: (*iproute.inside(node.namespace), *_engine(node), "--coordinator", control, *given)
             for node in self._plan.nodes
             if node.is_engine
         }
