@@ -203,7 +203,7 @@ def _compare_port(comparison: Comparison, place: str, tables: PortTables, weight
 
 def _compare_options(comparison: Comparison, found: Mapping[str, str], weights: Weights) -> None:
     place = "OpenSM's options"
-    so = "OpenSM takes nothing but TRUE as on, and programs no port: lanes stay as the hardware has them"
+    so = "OpenSM programs no port: lanes stay as the hardware has them (it takes nothing but TRUE as on)"
     comparison.compare(place, "qos", "TRUE", found.get("qos", "none"), so)
     for name, value in options(weights).items():
         if name in ("qos", "qos_policy_file", "qos_max_vls"):  # OpenSM 3.3.23 programs the same whatever the last says
@@ -236,20 +236,19 @@ def _compare_policy(comparison: Comparison, policy: str | FabricError) -> None:
     so = "no path gets KV's level of itself: KV to storage nodes goes with model messages"
     comparison.compare(place, "file", "readable", str(policy) if isinstance(policy, FabricError) else "readable", so)
     lines = [] if isinstance(policy, FabricError) else [line.partition("#")[0] for line in policy.splitlines()]
-    for line in filter(None, (" ".join(line.replace(":", " : ").split()) for line in lines)):
-        if line in ("qos-ulps", "end-qos-ulps") or re.fullmatch(_STORAGE_PATHS, line):
-            continue
-        level = line.removeprefix("default : ")
-        if level == line:
-            so = "it may give paths of either class the other's service level"
-            comparison.compare(place, "line that `render` does not write", "none", line, so)
-        else:
-            name = _NAMES.get(int(level) if level.isdecimal() else -1)
-            so = f"every path that asks for no level gets {f'that of {name}' if name else 'this'}"
-            comparison.compare(place, "default level", str(HIGH.service_level), level, so)
+    rules = [line for line in (" ".join(line.replace(":", " : ").split()) for line in lines) if line]
+    levels = [line.removeprefix("default : ") for line in rules if line.startswith("default : ")]
+    level = levels[-1] if levels else str(HIGH.service_level)
+    name = next((f"that of {name}" for known, name in _NAMES.items() if str(known) == level), "this")
+    so = f"every path that asks for no level gets {name}"
+    comparison.compare(place, "default level", str(HIGH.service_level), level, so)
+    others = [line for line in rules if re.fullmatch(_RENDERED_RULES, line) is None]
+    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    so = "they may give paths of either class the other's service level"
+    comparison.compare(place, "rules that render does not write", "none", "; ".join(others[:4]) + more or "none", so)
 
 
-_STORAGE_PATHS = rf"any ?, target-port-guid (0x\w+[, -]*)+ : {LOW.service_level}"
+_RENDERED_RULES = rf"(?:end-)?qos-ulps|default : .*|any ?, target-port-guid (?:0x\w+[, -]*)+ : {LOW.service_level}"
 _NAMES = {HIGH.service_level: "model messages", LOW.service_level: "KV"}
 _OTHERS = tuple(level for level in range(16) if level not in _NAMES)
 
