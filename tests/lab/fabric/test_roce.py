@@ -61,6 +61,7 @@ def test_dscps_that_nics_put_in_a_lossless_queue_by_themselves_are_put_elsewhere
 def test_weights_that_whole_percents_can_not_keep_are_said() -> None:
     note = "999:1 can't be kept here: KV has 1.01% of a link that model messages fill, not 0.10%"
     assert roce.notes((999, 1)) == (note,) and roce.notes((99, 1)) == ()
+    assert roce.check(DEVICE, **state("dcb", (999, 1)), weights=(999, 1)).notes == (note,)
     assert f"# {note}\n" in roce.render(DEVICE, (999, 1))[f"dcb-{DEVICE}.sh"]
 
 

@@ -31,7 +31,7 @@ class CheckReport(msgspec.Struct, frozen=True):
     """Values that were compared."""
     differences: tuple[Difference, ...]
     notes: tuple[str, ...] = ()
-    """What could not be read here, and why that is no difference."""
+    """What could not be read here, or can't be had, and why that is no difference."""
 
     @property
     def is_as_meant(self) -> bool:

@@ -146,7 +146,7 @@ def check(
     unread = sum(tables.high_limit is None for tables in read.values())
     simulated = f"the high limit of {unread} ports is not compared: a simulated fabric (ibsim) does not keep it"
     places = tuple(port.place for port in ports)
-    said = (simulated,) if unread else ()
+    said = (*notes(weights), *([simulated] if unread else []))
     return CheckReport("infiniband", places, comparison.compared, comparison.differences(), said)
 
 

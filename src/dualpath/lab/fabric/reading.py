@@ -117,9 +117,9 @@ def run(tool: str, *arguments: str) -> tuple[str, str]:
             raise FabricError(f"{shown} printed {MAX_BYTES:,} bytes or more: too much to be of a fabric")
         printed, complaints = (_printed(stream) for stream in (out, err))
     if code:
-        said = _words(complaints or printed) or f"exit code {code}"
+        said = complaints if complaints.strip() else printed
         hint = next((f"; {advice}" for sign, advice in _HINTS if sign in said), "")
-        raise FabricError(f"{shown}: {said}{hint}")
+        raise FabricError(f"{shown}: {_words(said) or f'exit code {code}'}{hint}")
     return printed, _words(complaints)
 
 
@@ -177,7 +177,10 @@ def _words(text: str) -> str:
 
 def _bound_output() -> None:
     """In the tool: the kernel ends it where it has written too much."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_BYTES, MAX_BYTES))
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (MAX_BYTES if most == resource.RLIM_INFINITY else min(MAX_BYTES, most), most)
+    )
 
 
 def _table(text: str) -> Table:

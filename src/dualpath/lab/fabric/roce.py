@@ -111,7 +111,7 @@ def check(
     comparison.compare(device, "rules by something else than DSCP", "none", _list(others) or "none", so)
     _compare_pfc(comparison, device, [one in (True, "on") for one in msgspec.convert(pfc, Pfc).prio_pfc])
     _compare_ets(comparison, device, msgspec.convert(ets, Ets), weights)
-    return CheckReport("roce", (device,), comparison.compared, comparison.differences())
+    return CheckReport("roce", (device,), comparison.compared, comparison.differences(), notes(weights))
 
 
 def _compare_marks(comparison: Comparison, device: str, app: App) -> None:
