@@ -66,7 +66,9 @@ def add(commands: Any) -> None:
     guid = "a port that all paths to carry KV: a storage node's (infiniband; may be repeated)"
     render.add_argument("--storage-guid", action="append", default=[], metavar="GUID", help=guid)
     render.add_argument("--out", type=_folder, metavar="DIR", help="write files here instead of printing them")
-    check.add_argument("--opensm-conf", type=Path, metavar="FILE", help="compare OpenSM's options too (infiniband)")
+    check.add_argument(
+        "--opensm-conf", type=Path, metavar="FILE", help="compare OpenSM's options and policy too (infiniband)"
+    )
     check.add_argument("--json", metavar="FILE", type=Path, help="write the report here too")
 
 
