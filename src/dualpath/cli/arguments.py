@@ -4,6 +4,7 @@ This module imports nothing heavy, because ``--help`` must be quick.
 """
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -125,8 +126,10 @@ def _parse_positive_number(text: str) -> float:
 
 def _parse_weights(text: str) -> tuple[int, int]:
     high, _, low = text.partition(":")
-    if not (high.isdecimal() and low.isdecimal() and int(high) >= int(low) >= 1):
-        raise ValueError(f"{text!r} are not two whole numbers, the higher one first; give them like 99:1")
+    if re.fullmatch(r"[0-9]{1,6}:[0-9]{1,6}", text) is None or not int(high) >= int(low) >= 1:
+        raise ValueError(
+            f"{text[:40]!r} are not two whole numbers below a million, the higher one first; give them like 99:1"
+        )
     return int(high), int(low)
 
 

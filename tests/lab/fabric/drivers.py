@@ -33,7 +33,7 @@ def execute(script: str, device: str) -> dict[str, Any]:
     state = fresh()
     first, *commands = script.splitlines()
     assert first == "#!/bin/sh -e"
-    for command in commands:
+    for command in (line for line in commands if not line.startswith("#")):
         grammar = DCB if command.startswith("dcb ") else MLNX
         matches = {name: match for name, form in grammar.items() if (match := form.fullmatch(command))}
         assert len(matches) == 1, f"no such command: {command}"

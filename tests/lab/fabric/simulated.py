@@ -103,6 +103,7 @@ class Fabric:
         return int(next(line for line in shown.splitlines() if line.strip().startswith("sl.")).rpartition("x")[2], 16)
 
     def _opensm(self, options: str, policy: str) -> list[str]:
+        options = options.replace("/etc/opensm/qos-policy.conf", str(self.folder / "qos-policy.conf"))
         (self.folder / "opensm.conf").write_text(options)
         (self.folder / "qos-policy.conf").write_text(policy)
         files = ["-F", str(self.folder / "opensm.conf"), "-f", str(self.folder / "osm.log")]

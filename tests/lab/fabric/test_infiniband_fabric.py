@@ -1,6 +1,7 @@
 """InfiniBand for real: what is rendered goes through OpenSM on a simulated fabric, and `qos check` reads it back."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,6 +108,84 @@ def test_a_high_limit_is_found_in_the_file(fabric: Fabric, tmp_path: Path) -> No
     assert code == 1
     (found,) = report["differences"]
     assert (found["what"], found["meant"], found["found"]) == ("qos_high_limit", "99", "255")
+
+
+@pytest.mark.parametrize(
+    ("options", "policy", "what", "follows"),
+    [
+        (f"{OPTIONS}qos_ca_high_limit 0\n", POLICY, "qos_ca_high_limit", "HCAs are left out: they get this instead"),
+        (
+            OPTIONS,
+            POLICY.replace("default : 0", "default : 2"),
+            "default level",
+            "every path that asks for no level gets that of KV",
+        ),
+        (
+            OPTIONS,
+            POLICY.replace("end-qos", "any, service-id 0x1 : 2\nend-qos"),
+            "rules that render does not write",
+            "they may give paths of either class the other's service level",
+        ),
+        (
+            replaced("qos_policy_file", "/nowhere/policy.conf"),
+            POLICY,
+            "file",
+            "no path gets KV's level of itself: KV to storage nodes goes with model messages",
+        ),
+        (
+            f"{OPTIONS}routing_engine minhop,lash\n",
+            POLICY,
+            "routing engine that takes lanes",
+            "it gives paths service levels of its own: KV and model messages may share lanes",
+        ),
+    ],
+    ids=["limit-0", "policy-level", "policy-rule", "no-policy", "lash"],
+)
+def test_what_ports_do_not_show_is_found_in_the_files(
+    fabric: Fabric, tmp_path: Path, options: str, policy: str, what: str, follows: str
+) -> None:
+    fabric.sweep(options, policy)
+    code, report = check(fabric, "--opensm-conf", str(tmp_path / "opensm.conf"))
+    assert code == 1
+    assert [(one["what"], one["follows"]) for one in report["differences"]] == [(what, follows)]
+
+
+def test_what_opensm_takes_as_the_same_is_no_difference(fabric: Fabric, tmp_path: Path) -> None:
+    same = OPTIONS.replace(" ", "\t").replace("0:0,1:0,2:64,3:0", '"2:64"').replace("qos_max_vls\t4", "qos_max_vls 2")
+    fabric.sweep(f"{same}qos_swe_high_limit -1 # unset\nqos_ca_vlarb_low 2:64,0:0\n", POLICY)
+    code, report = check(fabric, "--opensm-conf", str(tmp_path / "opensm.conf"))
+    assert (code, report["differences"]) == (0, [])
+
+
+@pytest.mark.parametrize("value", ["TRUE", '"TRUE"', "TRUE # on", "true", "1", "FALSE", "false", "TRUEx"])
+def test_qos_is_on_where_opensm_says_so(value: str, tmp_path: Path) -> None:
+    if (why := simulated.missing()) is not None:
+        pytest.skip(why)
+    (tmp_path / "in").write_text(f"qos {value}\n")
+    command = [shutil.which("opensm", path=simulated.PATH) or "opensm", "-F", "in", "-c", "out"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    is_on = "\nqos TRUE\n" in (tmp_path / "out").read_text()
+    found = [one.what for one in infiniband.check({}, (tmp_path / "in").read_text()).differences]
+    assert ("qos" not in found) == is_on
+
+
+def test_a_host_that_does_not_answer_is_a_difference(fabric: Fabric) -> None:
+    fabric.sweep(OPTIONS, POLICY)
+    fabric.order('Error "De1" 100', hosts=3)
+    code, report = check(fabric)
+    assert code == 1
+    (found,) = report["differences"]
+    assert (found["what"], found["places"]) == ("discovery", ["the fabric"]) and "timed out" in found["found"]
+
+
+def test_a_port_without_tables_does_not_hide_the_others(fabric: Fabric) -> None:
+    vlarb = 24
+    fabric.sweep(OPTIONS, POLICY)
+    fabric.order(f'Error "Pe1" 100 {vlarb}', hosts=4)
+    code, report = check(fabric)
+    assert code == 1
+    (found,) = report["differences"]
+    assert (found["what"], found["places"]) == ("answer", ["Pe1 port 1"]) and len(report["places"]) == 8
 
 
 def test_a_port_that_came_after_the_sweep_is_left_out(fabric: Fabric) -> None:

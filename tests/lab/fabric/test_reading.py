@@ -1,6 +1,8 @@
 """Tools that are missing, refuse, or say something else; what smpquery and ibnetdiscover print."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +63,91 @@ def test_a_tool_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Monke
         reading.check_linux("eth0")
 
 
+ONE_PORT = "echo \"CA 5 1 0x07 4x SDR - SW 2 4 0x20 ( 'De1' - 'Sw1' )\""
+ROW = "ports: in  0, out  0: | 0| 1| 2| 3| 0| 0| 0| 0| 0| 0| 0| 0| 0| 0| 0| 0|"
+SMPQUERY = "case $1 in sl2vl) echo '{}';; portinfo) echo 'VLHighLimit:...99';; vlarb) printf '{}';; esac"
+
+
+ODD_CLASS = """\
+case "$*" in
+    *qdisc*) echo '[{"kind":"htb","handle":"1:","root":true}]';;
+    *class*) echo 'class htb 1:1 root rate xbit ceil 1bit burst 1b cburst 1b';;
+esac"""
+
+
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [
+        ("tc", "echo 'no JSON {'"),
+        ("tc", "echo null"),
+        ("tc", "echo '[1,2]'"),
+        ("tc", r"printf '\377\376[]'"),
+        ("tc", "head -c 200000 /dev/zero | tr '\\0' '['"),
+        ("tc", 'echo "[{\\"kind\\":\\"htb\\",\\"handle\\":\\"1:\\",\\"root\\":true,\\"options\\":5}]"'),
+        ("tc", ODD_CLASS),
+        ("dcb", "echo nope"),
+        ("dcb", "echo '[]'"),
+        ("dcb", """echo '{"dscp_prio":[1,2],"prio_pfc":5,"prio_tc":"x","tc_tsa":null}'"""),
+        ("dcb", """echo '{"dscp_prio":[[8,9]]}'"""),
+        (
+            "dcb",
+            """echo '{"tc_tsa":["ets","ets","ets","ets","ets","ets","ets","ets","ets"],"tc_bw":[1,1,1,1,1,1,1,1]}'""",
+        ),
+        ("smpquery", "echo garbage"),
+        ("smpquery", SMPQUERY.format(ROW.replace(" 2|", " x|"), "")),
+        ("smpquery", SMPQUERY.format(ROW, "VL    : |0x0 |0x1 |\\n")),
+        ("smpquery", SMPQUERY.format(ROW, "VL    : |zz |0x1 |\\nWEIGHT: |0x1|0x3|\\n")),
+    ],
+)
+def test_output_that_is_not_a_tools_is_one_sentence(
+    name: str, script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool(tmp_path, name, script)
+    tool(tmp_path, "ibnetdiscover", ONE_PORT)
+    monkeypatch.setattr(reading, "_PATH", f"{tmp_path}:/usr/bin:/bin")
+    checks = {"tc": lambda: reading.check_linux("eth0"), "dcb": lambda: reading.check_roce("eth0")}
+    with pytest.raises(FabricError, match=f"^{name} printed something else than expected") as said:
+        checks.get(name, reading.check_infiniband)()
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"tc can't be run: Exec format error"),
+        (b"\x7fELFgarbage", r"tc can't be run: Exec format error"),
+        (b"#!/nowhere/sh\n", r"tc can't be run: No such file"),
+        (b"#!/bin/sh\nhead -c 5000000 /dev/zero\n", r"printed 1,000,000 bytes or more"),
+        (b"#!/bin/sh\nhead -c 900000 /dev/zero | tr '\\0' x >&2; exit 3\n", "^tc -j qdisc show dev eth0: x{400}…$"),
+    ],
+    ids=["empty", "binary", "interpreter", "endless", "long-complaint"],
+)
+def test_what_can_not_be_run_or_prints_without_end(
+    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tc").write_bytes(content)
+    (tmp_path / "tc").chmod(0o755)
+    monkeypatch.setattr(reading, "_PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(reading, "MAX_BYTES", 1_000_000)
+    with pytest.raises(FabricError, match=message):
+        reading.check_linux("eth0")
+
+
+def test_ports_that_there_was_no_time_for_are_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vlarb").write_text(VLARB)
+    (tmp_path / "sl2vl").write_text(SL2VL)
+    (tmp_path / "portinfo").write_text(INFO)
+    tool(tmp_path, "smpquery", f'cat "{tmp_path}/$1"')
+    tool(tmp_path, "ibnetdiscover", f"{ONE_PORT}; {ONE_PORT.replace('De1', 'De2').replace('CA 5', 'CA 6')}")
+    monkeypatch.setattr(reading, "_PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv(reading.SIMULATOR_VARIABLE, raising=False)
+    assert reading.check_infiniband().is_as_meant
+    clock = iter([0.0, 1.0, 2 * reading.FABRIC_TIMEOUT_S])
+    monkeypatch.setattr(reading, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    (found,) = reading.check_infiniband().differences
+    assert (found.places, found.what) == (("De2 port 1",), "answer") and found.found.startswith("not asked")
+
+
 def test_what_dcb_prints_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {
         "app": '{"dscp_prio":[[8,1],[46,5]]}',
@@ -77,6 +164,11 @@ def test_what_dcb_prints_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [one.found for one in reading.check_roce("eth2").differences] == ["none", "none"]
 
 
+def test_an_options_file_that_is_no_text_is_refused() -> None:
+    with pytest.raises(FabricError, match="can't be read: it is no text"):
+        reading.check_infiniband(Path(sys.executable))
+
+
 def test_ports_with_a_link_are_listed() -> None:
     text = (
         "CA     5  1 0x0000000000100007 4x SDR - SW     2  4 0x0000000000200000 ( 'De 1' - 'Sw1' )\n"
@@ -90,7 +182,7 @@ def test_tables_of_a_port_are_read() -> None:
     assert reading.port_tables(VLARB, SL2VL, INFO, False) == MEANT
     assert reading.port_tables(VLARB, SL2VL, INFO, True).high_limit is None
     for damaged in ((VLARB, "", INFO), (VLARB, SL2VL, ""), (VLARB, "ports: in  0, out  0: | 0| 1|\n", INFO)):
-        with pytest.raises(FabricError, match="something else than a port's tables"):
+        with pytest.raises(FabricError, match="not a port's tables"):
             reading.port_tables(*damaged, False)
 
 
@@ -139,9 +231,17 @@ def test_service_levels_that_are_not_ours_are_looked_at_too(lane: int, follows: 
     assert found.follows == follows
 
 
-def test_what_is_no_guid_is_refused() -> None:
-    with pytest.raises(FabricError, match="'0x1 : 0' is not the GUID of a port"):
-        infiniband.render(storage_guids=["0x1 : 0"])
+@pytest.mark.parametrize("guid", ["0x1 : 0", "0x0", "0xffffffffffffffff"])
+def test_what_is_no_guid_is_refused(guid: str) -> None:
+    with pytest.raises(FabricError, match=f"'{guid}' is not the GUID of a port"):
+        infiniband.render(storage_guids=["0x98039b0300a1b2c3", guid])
+
+
+def test_weights_that_a_high_limit_can_not_keep_are_said() -> None:
+    note = "3:2 can't be kept here: KV has 33.33% of a link that model messages fill, not 40.00%"
+    assert infiniband.notes((3, 2)) == (note,)
+    assert infiniband.render((3, 2))["opensm-qos.conf"].startswith(f"# {note}\n")
+    assert infiniband.notes((99, 1)) == infiniband.notes((1, 1)) == ()
 
 
 def test_alike_differences_are_one_and_every_line_says_what_follows() -> None:

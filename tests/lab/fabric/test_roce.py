@@ -52,6 +52,19 @@ def test_processes_mark_what_nics_are_told_to_look_for() -> None:
     assert "UCX_IB_TRAFFIC_CLASS=32" in environment and "NCCL_IB_TC=184" in environment
 
 
+def test_dscps_that_nics_put_in_a_lossless_queue_by_themselves_are_put_elsewhere() -> None:
+    """A NIC's own table has a DSCP's class selector as its priority."""
+    table = {dscp: dscp >> 3 for dscp in range(64)} | dict(state()["app"]["dscp_prio"])
+    assert [dscp for dscp, priority in table.items() if roce.PFC[priority]] == [roce.LOW.dscp, roce.HIGH.dscp]
+
+
+def test_weights_that_whole_percents_can_not_keep_are_said() -> None:
+    note = "999:1 can't be kept here: KV has 1.01% of a link that model messages fill, not 0.10%"
+    assert roce.notes((999, 1)) == (note,) and roce.notes((99, 1)) == ()
+    assert roce.check(DEVICE, **state("dcb", (999, 1)), weights=(999, 1)).notes == (note,)
+    assert f"# {note}\n" in roce.render(DEVICE, (999, 1))[f"dcb-{DEVICE}.sh"]
+
+
 def edited(part: str, key: str, value: Any) -> dict[str, Any]:
     damaged = state()
     damaged[part] = damaged[part] | {key: value}
@@ -105,6 +118,36 @@ def edited(part: str, key: str, value: Any) -> dict[str, Any]:
             edited("ets", "prio_tc", [0, 2, 0, 0, 0, 2, 2, 2]),
             "traffic class of priority 1",
             "traffic class 2 carries KV, with model messages, priority 6, priority 7",
+        ),
+        (
+            edited("app", "default_prio", [5]),
+            "priority of DSCP 0 (unmarked)",
+            "all unmarked traffic queues with model messages",
+        ),
+        (
+            edited("app", "dscp_prio", [[8, 1], [26, 5], [46, 5]]),
+            "other DSCPs of priority 5",
+            "what is marked so queues with model messages, in their lossless queue",
+        ),
+        (
+            edited("app", "dscp_prio", [[8, 1], [46, 0], [46, 5]]),
+            "priority of DSCP 46 (model messages)",
+            "the lossy queue of all other traffic or the lossless queue of model messages carries model messages",
+        ),
+        (
+            edited("app", "dgram_port_prio", [[4791, 0]]),
+            "rules by something else than DSCP",
+            "they may give either class another priority",
+        ),
+        (
+            edited("ets", "tc_tsa", ["strict", "ets", "ets", *["strict"] * 5]),
+            "scheduling of traffic classes 0 to 2",
+            "what is in traffic class 0 goes before both classes, and may leave them nothing",
+        ),
+        (
+            edited("ets", "prio_tc", [7, 1, 0, 0, 0, 2, 2, 2]),
+            "traffic class of priority 0",
+            "traffic class 7 carries priority 0, with nothing else; it goes before both classes",
         ),
         (edited("ets", "willing", True), "willing", "the switch's DCBX may replace these settings at any time"),
     ],

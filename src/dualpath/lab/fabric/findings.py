@@ -31,7 +31,7 @@ class CheckReport(msgspec.Struct, frozen=True):
     """Values that were compared."""
     differences: tuple[Difference, ...]
     notes: tuple[str, ...] = ()
-    """What could not be read here, and why that is no difference."""
+    """What could not be read here, or can't be had, and why that is no difference."""
 
     @property
     def is_as_meant(self) -> bool:
@@ -82,3 +82,12 @@ def kv_is_left(share: float, meant: float) -> str:
     if abs(share - meant) <= meant / 100:
         return f"KV still has {meant:.2%} of a link that model messages fill: no effect on the shares"
     return f"KV has {share:.2%} of a link that model messages fill, instead of {meant:.2%}"
+
+
+def not_kept(weights: Weights, share: float) -> tuple[str, ...]:
+    """Says that KV comes out with `share` of a full link, where that is not within 5 % of what `weights` ask for."""
+    asked = weights[1] / sum(weights)
+    if abs(share - asked) <= asked / 20:
+        return ()
+    shown = ":".join(map(str, weights))
+    return (f"{shown} can't be kept here: KV has {share:.2%} of a link that model messages fill, not {asked:.2%}",)

@@ -8,7 +8,11 @@ the high one goes first (paper §5). A queue holds a few milliseconds, or one la
 """
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
+
+import msgspec
 
 from dualpath.core.traffic_classes import CLASSES, WEIGHTS
 from dualpath.core.vocabulary import TrafficClass
@@ -26,10 +30,48 @@ BURST_S = 0.001
 MIN_BURST_BYTES = 64 * 1024
 """Size of one packet of segmentation offload."""
 QUANTUM_BYTES = 64 * 1024
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_CLASS = re.compile(r"^class htb (\S+) (?:root|parent \S+)(.*?) rate (\d+)(\w?)bit ceil (\d+)(\w?)bit", re.MULTILINE)
-_MATCHES = {"ip": f"{CLASSES[TrafficClass.HIGH].tos << 16:x}", "ipv6": f"{CLASSES[TrafficClass.HIGH].tos << 20:x}"}
-"""The first word of a packet of the high class, by protocol, as tc's JSON writes it."""
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_CLASS = re.compile(r"^class htb (\S+) (?:root|parent (\S+))(.*)$", re.MULTILINE)
+_RENDERED = re.compile(r"^class add dev \S+ (parent \S+) classid (\S+) htb", re.MULTILINE)
+_QUEUE = re.compile(r"^qdisc add dev \S+ parent (\S+) handle \S+ (.*)$", re.MULTILINE)
+_SCAFFOLD = re.compile(r"u32 (?:chain 0)?(?: fh \w+: ht divisor 1)?\s*$")
+"""What tc shows besides the u32 filters themselves: their kind, and a hash table of one row."""
+_PLACE = re.compile(r"\bparent 1:|\b(?:pref|chain|fh|order|ht|bkt) \S+|\bkey\b|\bnot_in_hw\b|\*")
+"""What tc shows of a filter besides what it matches and does."""
+_TOS = CLASSES[TrafficClass.HIGH].tos
+_FILTERS = {
+    protocol: f"protocol {protocol} u32 flowid {HIGH_CLASS} match {_TOS << shift:08x}/{TOS_MASK << shift:08x} at 0"
+    for protocol, shift in (("ip", 16), ("ipv6", 20))
+}
+_NAMES = {LINK_CLASS: "the link", HIGH_CLASS: "the high class", LOW_CLASS: "the low class (KV)"}
+_LONGEST_BURST_S = 274.0
+"""The kernel keeps a burst as 32 bits of 64 ns at the class's rate; of longer ones it shows what is left."""
+
+
+class Qdisc(msgspec.Struct, frozen=True):
+    """Of ``tc -json qdisc show``."""
+
+    kind: str
+    handle: str = ""
+    parent: str = ""
+    root: bool = False
+    options: dict[str, Any] | None = None
+
+    @property
+    def shown(self) -> str:
+        return " ".join([self.kind, *(f"{name} {value}" for name, value in (self.options or {}).items())])
+
+
+class HtbClass(msgspec.Struct, frozen=True):
+    """Rates in bit/s, sizes in bytes; tc shows a priority and a quantum of classes with a queue alone."""
+
+    parent: str
+    rate: int
+    ceil: int
+    burst: int
+    cburst: int
+    prio: str | None = None
+    quantum: int | None = None
 
 
 def shaping(device: str, rate_bytes_per_s: int | None, discipline: Discipline, weights: Weights = WEIGHTS) -> list[str]:
@@ -48,7 +90,7 @@ def shaping(device: str, rate_bytes_per_s: int | None, discipline: Discipline, w
         )
 
     lines = [clear, f"qdisc replace dev {device} root handle 1: htb default 20", htb("1:", LINK_CLASS, rate, 0)]
-    mark = f"{CLASSES[TrafficClass.HIGH].tos:#x} {TOS_MASK:#x} flowid {HIGH_CLASS}"
+    mark = f"{_TOS:#x} {TOS_MASK:#x} flowid {HIGH_CLASS}"
     if discipline == "classes":
         high, low = _shares(weights)
         lines += [
@@ -65,82 +107,123 @@ def shaping(device: str, rate_bytes_per_s: int | None, discipline: Discipline, w
 
 def check(
     device: str,
-    qdiscs: list[dict[str, Any]],
+    qdiscs: Sequence[Qdisc],
     classes: str,
-    filters: list[dict[str, Any]],
+    filters: str,
     weights: Weights = WEIGHTS,
     rate_bytes_per_s: int | None = None,
 ) -> CheckReport:
-    """Compares what ``tc`` shows of `device` with `shaping`'s lines.
+    """Compares all that ``tc`` shows of `device` with what `shaping`'s lines install; anything besides differs too.
 
-    `qdiscs` and `filters` are ``tc -json qdisc|filter show``, `classes` the text of ``tc class show``, which has no
-    JSON in iproute2 6.1. Without `rate_bytes_per_s` the link's rate is taken as found.
+    `qdiscs` are ``tc -json qdisc show``, `classes` the text of ``tc -details class show``, which has no JSON in
+    iproute2 6.1, and `filters` that of ``tc filter show``, whose JSON repeats keys. Without `rate_bytes_per_s` the
+    link's rate is taken as found. Raises ValueError for what tc does not print.
     """
     comparison = Comparison()
-    root = next((one for one in qdiscs if one.get("root")), {})
-    comparison.compare(device, "root qdisc", "htb", root.get("kind", "none"), "one queue for all: KV delays messages")
-    if root.get("kind") == "htb":
-        default = str(root.get("options", {}).get("default", "0"))
-        lost = "traffic without a mark bypasses the classes and their rate"
-        comparison.compare(device, "class of unmarked traffic", "0x20", default, lost)
-        _compare_classes(comparison, device, classes, weights, rate_bytes_per_s)
-        for protocol, word in _MATCHES.items():
-            targets = [_flow_of(one, word) for one in filters if one.get("protocol") == protocol]
-            found = next((target for target in targets if target), "none")
-            so = f"model messages over {protocol} queue with KV, in the low class"
-            comparison.compare(
-                device, f"{protocol} filter of DSCP {CLASSES[TrafficClass.HIGH].dscp}", HIGH_CLASS, found, so
-            )
+    root = next((one for one in qdiscs if one.root), Qdisc("none"))
+    shown = f"{root.kind} {root.handle}".strip()
+    comparison.compare(device, "root qdisc", "htb 1:", shown, "one queue for all, or other classes: KV delays messages")
+    if shown == "htb 1:":
+        found = _classes(classes)
+        default = f"1:{int(str((root.options or {}).get('default', '0')), 16):x}"
+        goes = f"joins {_name(default)}" if default in found else "bypasses the classes and their rate"
+        so = f"what no filter matches, KV with it, {goes}"
+        comparison.compare(device, "class of unmarked traffic", LOW_CLASS, default, so)
+        link = found[LINK_CLASS].rate if LINK_CLASS in found else max((one.ceil for one in found.values()), default=0)
+        lines = "\n".join(shaping(device, rate_bytes_per_s or link // 8, "classes", weights))
+        _compare_classes(comparison, device, _classes(_RENDERED.sub(r"class htb \2 \1", lines)), found)
+        _compare_queues(comparison, device, dict(_QUEUE.findall(lines)), qdiscs)
+        _compare_filters(comparison, device, filters)
     return CheckReport("linux", (device,), comparison.compared, comparison.differences())
 
 
 def _compare_classes(
-    comparison: Comparison, device: str, text: str, weights: Weights, rate_bytes_per_s: int | None
+    comparison: Comparison, device: str, meant: dict[str, HtbClass], found: dict[str, HtbClass]
 ) -> None:
-    found = {
-        name: (_bits(rate, unit), _bits(ceil, ceil_unit), *re.findall(r"prio (\d)", rest))
-        for name, rest, rate, unit, ceil, ceil_unit in _CLASS.findall(text)
-    }
-    link = found.get(LINK_CLASS, (0, 0))[0]
-    if rate_bytes_per_s is not None:
-        so = "the shares are of another rate than the link's: they don't hold, or the link is not used in full"
-        comparison.compare(
-            device, "rate of the link", _shown(rate_bytes_per_s * 8), _near(rate_bytes_per_s * 8, link), so
-        )
-    for name, what, share, prio in zip(
-        (HIGH_CLASS, LOW_CLASS), ("the high class", "the low class (KV)"), _shares(weights), "01", strict=True
-    ):
-        if name not in found:
-            comparison.compare(device, what, f"class {name}", "none", "its packets bypass the classes")
+    for name in [*meant, *(other for other in found if other not in meant)]:
+        what, one, other = _name(name), meant.get(name), found.get(name)
+        if one is None or other is None:
+            so = "its packets bypass the classes" if one else "its rate comes off what the two classes share"
+            shown = other and f"rate {_bits(other.rate)} under {other.parent}"
+            comparison.compare(device, what, f"class {name}" if one else "none", shown or "none", so)
             continue
-        rate, ceil, *prios = found[name]
-        meant = max(round(link * share), 8)
-        comparison.compare(device, f"rate of {what}", _shown(meant), _near(meant, rate), "other shares than meant")
-        borrow = f"it borrows nothing: {what} may not use what the other leaves idle"
-        comparison.compare(device, f"ceiling of {what}", _shown(link), _near(link, ceil), borrow)
-        so = "what the link has to spare does not go to model messages first"
-        comparison.compare(device, f"priority of {what}", prio, "".join(map(str, prios)) or "0", so)
+        so = "the two classes do not share one link: one may starve the other, or exceed the rate"
+        comparison.compare(device, f"parent of {what}", one.parent, other.parent, so)
+        link = name == LINK_CLASS
+        so = "the shares are of another rate than the link's: they don't hold, or the link is not used in full"
+        so = so if link else "other shares than meant"
+        comparison.compare(device, f"rate of {what}", _bits(one.rate), _bits(_near(one.rate, other.rate)), so)
+        so = f"it borrows nothing: {what} may not use what the other leaves idle"
+        so = "the link stops there, whatever its classes may use" if link else so
+        comparison.compare(device, f"ceiling of {what}", _bits(one.ceil), _bits(_near(one.ceil, other.ceil)), so)
+        if not link:
+            so = "what the link has to spare does not go to model messages first"
+            comparison.compare(device, f"priority of {what}", one.prio, other.prio or "none", so)
+            so = "turns of another size: the classes share what is to spare otherwise than meant"
+            comparison.compare(device, f"quantum of {what}", one.quantum, other.quantum, so)
+        so = "it does not reach its rate between two ticks of the kernel's clock, or exceeds it for longer than meant"
+        bursts = [_burst(one.burst, other.burst, one.rate), _burst(one.cburst, other.cburst, one.ceil)]
+        comparison.compare(device, f"bursts of {what}", f"{[one.burst, one.cburst]} bytes", f"{bursts} bytes", so)
+
+
+def _compare_queues(comparison: Comparison, device: str, meant: dict[str, str], qdiscs: Sequence[Qdisc]) -> None:
+    found = {one.parent: one.shown for one in qdiscs if not one.root and one.kind != "ingress"}
+    for parent in [*meant, *(other for other in found if other not in meant)]:
+        so = "it may drop, delay or send elsewhere what is to leave by the class's rate alone"
+        what = f"queue of {_NAMES.get(parent, parent)}"
+        comparison.compare(device, what, meant.get(parent, "none"), found.get(parent, "none"), so)
+
+
+def _compare_filters(comparison: Comparison, device: str, text: str) -> None:
+    blocks = [block for block in re.split(r"^filter ", text, flags=re.MULTILINE)[1:] if not _SCAFFOLD.search(block)]
+    found = Counter(" ".join(_PLACE.sub(" ", block).split()) for block in blocks)
+    for protocol, shown in _FILTERS.items():
+        so = f"model messages over {protocol} queue with KV, in the low class, unless another filter takes them"
+        what = f"{protocol} filter of DSCP {CLASSES[TrafficClass.HIGH].dscp}"
+        comparison.compare(device, what, shown, shown if found[shown] else "none", so)
+        found[shown] -= 1
+    for shown in (+found).elements():
+        target = re.search(r"flowid (\S+)", shown)
+        goes = f"goes to {_name(target[1])}" if target else "may go elsewhere"
+        comparison.compare(
+            device, "another filter", "none", shown, f"what it matches {goes}, if no earlier filter does"
+        )
+
+
+def _classes(text: str) -> dict[str, HtbClass]:
+    """Reads classes by name. Raises ValueError (msgspec's too) for what lacks a rate."""
+    found = {}
+    for name, parent, rest in _CLASS.findall(text):
+        words = dict(re.findall(r"([a-z]+) (\S+)", rest))
+        sizes = {key: _number(words[key]) for key in ("rate", "ceil", "burst", "cburst", "quantum") if key in words}
+        found[name] = msgspec.convert({**words, **sizes, "parent": parent or "1:"}, HtbClass)
+    return found
 
 
 def _shares(weights: Weights) -> tuple[float, float]:
     return weights[0] / sum(weights), weights[1] / sum(weights)
 
 
-def _flow_of(one: dict[str, Any], word: str) -> str | None:
-    """The class that a filter sends the high class's packets to, if it is about them."""
-    options = one.get("options", {})
-    match = options.get("match", {})
-    return str(options.get("flowid")) if (match.get("value"), match.get("off")) == (word, 0) else None
+def _name(place: str) -> str:
+    return _NAMES.get(place, f"class {place}")
 
 
-def _bits(number: str, unit: str) -> int:
-    return int(number) * _UNITS[unit]
+def _number(text: str) -> int:
+    """Reads a rate in bits, or a size in bytes, whose units are of 1024."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)(bit|b|)(?:/\d+)?", text)
+    if match is None:
+        raise ValueError(f"{text!r} is no rate or size")
+    return int(match[1]) * int((1000 if match[3] == "bit" else 1024) ** _UNITS[match[2]])
 
 
-def _shown(bits_per_s: int) -> str:
-    return f"{bits_per_s:,} bit/s"
+def _bits(rate: int) -> str:
+    return f"{rate:,} bit/s"
 
 
-def _near(meant: int, found: int) -> str:
-    """Shows `found`; as `meant` if it is that but for the rounding of tc, which shows rates in whole units."""
-    return _shown(meant if abs(found - meant) <= meant / 100 else found)
+def _near(meant: int, found: int) -> int:
+    """Returns `meant` if `found` is that, but for tc's rounding to whole units, and the kernel's to whole bytes."""
+    return meant if abs(found - meant) <= max(meant / 100, 8) else found
+
+
+def _burst(meant: int, found: int, rate: int) -> int:
+    return meant if meant * 8 > rate * _LONGEST_BURST_S else _near(meant, found)

@@ -17,7 +17,7 @@ import msgspec
 
 from dualpath.core.traffic_classes import CLASSES, WEIGHTS
 from dualpath.core.vocabulary import TrafficClass
-from dualpath.lab.fabric.findings import CheckReport, Comparison, FabricError, Weights, kv_is_left
+from dualpath.lab.fabric.findings import CheckReport, Comparison, FabricError, Weights, kv_is_left, not_kept
 
 HIGH, LOW = CLASSES[TrafficClass.HIGH], CLASSES[TrafficClass.LOW]
 MAX_VLS = 4
@@ -29,7 +29,10 @@ UNLIMITED = 255
 """As high limit: the low table waits until no lane of the high one has anything."""
 POLICY_FILE = "/etc/opensm/qos-policy.conf"
 PORT_KINDS = {"ca": "HCAs", "swe": "switches' ports", "sw0": "switches' own port 0", "rtr": "routers"}
-_UNSET = ("(null)", "0", "-1", "")
+UNSET = ("(null)", "-1", "")
+"""As OpenSM writes what it was not told; 0 is a value."""
+LANE_ROUTING = ("lash", "dfsssp", "nue", "torus-2QoS")
+"""Routing engines that give paths service levels of their own, against deadlock."""
 Table = Mapping[int, int]
 """Weights in 64 bytes by virtual lane; those of weight 0 are left out."""
 
@@ -86,7 +89,7 @@ def render(
     Raises FabricError for what is no GUID.
     """
     for guid in storage_guids:
-        if re.fullmatch(r"0x[0-9a-fA-F]{1,16}", guid) is None:
+        if re.fullmatch(r"0x[0-9a-fA-F]{1,16}", guid) is None or not 0 < int(guid, 16) < 2**64 - 1:
             raise FabricError(f"{guid!r} is not the GUID of a port; give one like 0x98039b0300a1b2c3 (ibstat shows it)")
     policy = [
         "# Service levels of paths that ask for none. UCX and NCCL choose theirs by engine.env.",
@@ -95,7 +98,8 @@ def render(
         *(f"    any, target-port-guid {guid} : {LOW.service_level}" for guid in storage_guids),
         "end-qos-ulps",
     ]
-    opensm = [f"{name} {value}" for name, value in options(weights, policy_file).items()]
+    opensm = [f"# {note}" for note in notes(weights)]
+    opensm += [f"{name} {value}" for name, value in options(weights, policy_file).items()]
     environment = [
         "# for processes whose UCX carries KV alone; for NCCL, whose messages are of the high class",
         f"UCX_IB_SL={LOW.service_level}",
@@ -105,26 +109,60 @@ def render(
     return {name: "\n".join(text) + "\n" for name, text in files.items()}
 
 
+def notes(weights: Weights) -> tuple[str, ...]:
+    """Returns what is to be said of weights that a high limit can't keep."""
+    meant = meant_tables(weights)
+    return not_kept(weights, kv_share(meant, meant.sl2vl["0"]))
+
+
 def check(
-    ports: Mapping[Port, PortTables | None], installed: str | None = None, weights: Weights = WEIGHTS
+    ports: Mapping[Port, PortTables | str | None],
+    installed: str | None = None,
+    weights: Weights = WEIGHTS,
+    policy: str | FabricError | None = None,
+    complaints: str = "",
 ) -> CheckReport:
     """Compares every port with what is meant, and OpenSM's own options (`installed`, a file's text) if given.
 
-    None stands for the tables of a port without LID, which can't be asked.
+    None stands for the tables of a port without LID, which can't be asked, and a text for why another has none.
+    `policy` is the text of OpenSM's QoS policy, or why it can't be read; `complaints` are of the tool that found ports.
     """
     comparison = Comparison()
+    so = "a host or switch that does not answer is left out here: what it does with KV is not known"
+    comparison.compare("the fabric", "discovery", "no complaint", complaints or "no complaint", so)
     if installed is not None:
-        _compare_options(comparison, installed, weights)
+        _compare_options(comparison, read_options(installed), weights)
+    if policy is not None:
+        _compare_policy(comparison, policy)
+    read = {}
     for port, tables in ports.items():
         so = "the subnet manager has not set this port up: it is left out, and passes no data"
-        comparison.compare(port.place, "LID", "assigned", "assigned" if tables else "none", so)
-        if tables:
+        comparison.compare(port.place, "LID", "assigned", "none" if tables is None else "assigned", so)
+        if isinstance(tables, str):
+            comparison.compare(port.place, "answer", "its tables", tables, "what it does with KV is not known")
+        elif tables:
+            read[port] = tables
             _compare_port(comparison, port.place, tables, weights)
-    unread = sum(tables.high_limit is None for tables in ports.values() if tables)
+    unread = sum(tables.high_limit is None for tables in read.values())
     simulated = f"the high limit of {unread} ports is not compared: a simulated fabric (ibsim) does not keep it"
     places = tuple(port.place for port in ports)
-    notes = (simulated,) if unread else ()
-    return CheckReport("infiniband", places, comparison.compared, comparison.differences(), notes)
+    said = (*notes(weights), *([simulated] if unread else []))
+    return CheckReport("infiniband", places, comparison.compared, comparison.differences(), said)
+
+
+def read_options(text: str) -> dict[str, str]:
+    """Reads a file as OpenSM does: a name, white space, a value that may be quoted; the last line of a name holds."""
+    found = {}
+    for line in text.splitlines():
+        name, *value = line.partition("#")[0].split(maxsplit=1) or [""]
+        found[name] = "".join(value).strip().strip('"').strip()
+    return found
+
+
+def policy_file(installed: str) -> str:
+    """Returns the path of the policy that OpenSM reads by its options."""
+    named = read_options(installed).get("qos_policy_file", "")
+    return POLICY_FILE if named in UNSET else named
 
 
 def kv_share(tables: PortTables, lanes: tuple[int, ...]) -> float:
@@ -163,26 +201,54 @@ def _compare_port(comparison: Comparison, place: str, tables: PortTables, weight
         comparison.compare(place, what, others, found, _others_effect(lanes))
 
 
-def _compare_options(comparison: Comparison, installed: str, weights: Weights) -> None:
-    found = {}
-    for line in installed.splitlines():
-        name, _, value = line.strip().partition(" ")
-        found[name] = "".join(value.split())
+def _compare_options(comparison: Comparison, found: Mapping[str, str], weights: Weights) -> None:
     place = "OpenSM's options"
+    so = "OpenSM programs no port: lanes stay as the hardware has them (it takes nothing but TRUE as on)"
+    comparison.compare(place, "qos", "TRUE", found.get("qos", "none"), so)
     for name, value in options(weights).items():
-        if name == "qos":
-            so = "OpenSM programs no port: lanes stay as the hardware has them, and KV delays model messages"
-            comparison.compare(place, name, value, found.get(name, "none").upper(), so)
-        elif name != "qos_policy_file":
-            so = "every port gets this instead, at OpenSM's next sweep"
-            comparison.compare(place, name, value, found.get(name, "none"), so)
-            for kind, ports in PORT_KINDS.items():
-                own = name.replace("qos_", f"qos_{kind}_")
-                other = found.get(own, "")
-                so = f"{ports} are left out: they get this instead"
-                comparison.compare(place, own, "unset", "unset" if other in (*_UNSET, value) else other, so)
+        if name in ("qos", "qos_policy_file", "qos_max_vls"):  # OpenSM 3.3.23 programs the same whatever the last says
+            continue
+        so = "every port gets this instead, at OpenSM's next sweep"
+        comparison.compare(place, name, value, value if _same(found.get(name), value) else found.get(name, "none"), so)
+        for kind, ports in PORT_KINDS.items():
+            own = name.replace("qos_", f"qos_{kind}_")
+            other = found.get(own, "")
+            so = f"{ports} are left out: they get this instead"
+            comparison.compare(place, own, "unset", "unset" if other in UNSET or _same(other, value) else other, so)
+    engines = [one for one in re.split(r"[,\s]+", found.get("routing_engine", "")) if one in LANE_ROUTING]
+    so = "it gives paths service levels of its own: KV and model messages may share lanes"
+    comparison.compare(place, "routing engine that takes lanes", "none", _listed(engines) or "none", so)
 
 
+def _same(found: str | None, meant: str) -> bool:
+    """Whether OpenSM makes the same of two lists: it takes lanes in any order, and 0 for what is left out."""
+    if found is None:
+        return False
+    lists = [[word.strip() for word in text.split(",")] for text in (found, meant)]
+    if ":" in meant:
+        one, other = ([word for word in words if not word.endswith(":0")] for words in lists)
+        return sorted(one) == sorted(other)
+    return [*lists[0], *["0"] * (len(lists[1]) - len(lists[0]))] == lists[1]
+
+
+def _compare_policy(comparison: Comparison, policy: str | FabricError) -> None:
+    place = "OpenSM's policy"
+    so = "no path gets KV's level of itself: KV to storage nodes goes with model messages"
+    comparison.compare(place, "file", "readable", str(policy) if isinstance(policy, FabricError) else "readable", so)
+    lines = [] if isinstance(policy, FabricError) else [line.partition("#")[0] for line in policy.splitlines()]
+    rules = [line for line in (" ".join(line.replace(":", " : ").split()) for line in lines) if line]
+    levels = [line.removeprefix("default : ") for line in rules if line.startswith("default : ")]
+    level = levels[-1] if levels else str(HIGH.service_level)
+    name = next((f"that of {name}" for known, name in _NAMES.items() if str(known) == level), "this")
+    so = f"every path that asks for no level gets {name}"
+    comparison.compare(place, "default level", str(HIGH.service_level), level, so)
+    others = [line for line in rules if re.fullmatch(_RENDERED_RULES, line) is None]
+    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    so = "they may give paths of either class the other's service level"
+    comparison.compare(place, "rules that render does not write", "none", "; ".join(others[:4]) + more or "none", so)
+
+
+_RENDERED_RULES = rf"(?:end-)?qos-ulps|default : .*|any ?, target-port-guid (?:0x\w+[, -]*)+ : {LOW.service_level}"
 _NAMES = {HIGH.service_level: "model messages", LOW.service_level: "KV"}
 _OTHERS = tuple(level for level in range(16) if level not in _NAMES)
 
@@ -206,7 +272,7 @@ def _others_effect(lanes: tuple[int, ...]) -> str:
     return "; ".join(found) or "no effect on the two classes"
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def _listed(numbers: Sequence[object]) -> str:
     return ", ".join(map(str, numbers))
 
 

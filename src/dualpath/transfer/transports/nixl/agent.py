@@ -38,7 +38,7 @@ _CLASS = {
 class Invitation(msgspec.Struct, frozen=True):
     """What a server tells a peer that has proved itself: its agent, and where in its memory the pool lies."""
 
-    metadata: bytes
+    metadata: Annotated[bytes, msgspec.Meta(max_length=MAX_CHUNK_BYTES // 2)]
     pool_at: Count
     stride_bytes: Count
 
