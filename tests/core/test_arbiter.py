@@ -169,6 +169,18 @@ chunks = st.lists(
 )
 
 
+def test_a_high_chunk_whose_packet_has_passed_before_the_poll_waits_for_no_other() -> None:
+    """Polled late, beyond its credit: it starts as early as the credit reaches back."""
+    arbiter = Arbiter(111_111_112, burst_ns=10)
+    arbiter.request(0, HIGH, 1)
+    arbiter.request(0, LOW, 4097)
+    late = arbiter.request(10, HIGH, 1)
+    assert len(arbiter.poll(10)) == 2
+    assert arbiter.next_wake() is not None and arbiter.next_wake() < 29  # type: ignore[operator]
+    (grant,) = arbiter.poll(29)
+    assert (grant.ticket, grant.start_ns) == (late, 19)
+
+
 @settings(deadline=None, derandomize=True)
 @given(chunks, st.integers(0, 2_000), st.integers(1, 3 * SECOND_NS))
 def test_every_chunk_has_the_link_once_in_order_and_alone_in_its_class(

@@ -1,13 +1,19 @@
 """Trainers' endpoints: who may use them, and what they ask of the cluster."""
 
+import asyncio
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from fake_cluster import FakeGenerator, running_server, says
+from starlette.requests import Request
+from starlette.responses import Response
 
 from dualpath.cluster.generator import RequestError
-from dualpath.server.endpoints.control import _ELSEWHERE, _is_loopback
+from dualpath.server.endpoints.control import _ELSEWHERE, _Control
+from dualpath.server.errors import ApiError
 
 BOTH = ("weights", "kv_cache")
 CALLS: list[tuple[str, dict[str, Any] | None, tuple[Any, ...]]] = [
@@ -78,12 +84,23 @@ def test_with_keys_a_key_is_needed() -> None:
 
 @pytest.mark.parametrize(
     ("client", "allowed"),
-    [(("127.0.0.1", 5), True), (("::1", 5), True), (("10.1.2.3", 5), False), (("testclient", 5), False), (None, False)],
+    [
+        (("127.0.0.1", 5), True),
+        (("::1", 5), True),
+        (("::ffff:127.0.0.1", 5), True),
+        (("10.1.2.3", 5), False),
+        (("testclient", 5), False),
+        (None, False),
+    ],
 )
 def test_without_keys_only_this_host(client: tuple[str, int] | None, allowed: bool) -> None:
-    from starlette.requests import Request
+    async def endpoint(_: Request) -> Response:
+        return Response()
 
-    assert _is_loopback(Request({"type": "http", "client": client})) is allowed
+    asked = Request({"type": "http", "client": client, "headers": [(b"host", b"localhost")]})
+    guarded = _Control(SimpleNamespace(who_controls="this host")).guarded(endpoint)  # type: ignore[arg-type]
+    with nullcontext() if allowed else pytest.raises(ApiError, match="only programs of this host"):
+        asyncio.run(guarded(asked))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

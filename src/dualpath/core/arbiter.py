@@ -95,10 +95,10 @@ class Arbiter:
 
     def poll(self, now: int) -> list[Grant]:
         """Returns grants for all chunks that can start by `now`, a class's in link order; some end after `now`."""
-        self._free_at_ns = [max(free_ns, now - self._burst_ns) for free_ns in self._free_at_ns]
         grants: list[Grant] = []
         while (head := self._next()) is not None and head[1] <= now:
-            grants.append(self._serve(*head))
+            traffic_class, start_ns = head
+            grants.append(self._serve(traffic_class, max(start_ns, now - self._burst_ns)))
         return grants
 
     def next_wake(self) -> int | None:

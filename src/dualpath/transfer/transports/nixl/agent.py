@@ -9,7 +9,7 @@ import uuid
 import weakref
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,7 +19,7 @@ from dualpath.core.traffic_classes import CLASSES
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.spec.bounds import Count
 from dualpath.transfer.pool import Bytes
-from dualpath.transfer.transports.framed.frames import StreamClosed
+from dualpath.transfer.transports.framed.frames import MAX_CHUNK_BYTES, StreamClosed
 
 LIBRARIES = ("nixl_cu12", "nixl_cu13", "nixl_rocm")
 """Builds of NIXL; they differ in the GPUs whose memory they move. The package ``nixl`` would choose among them, for
