@@ -53,11 +53,17 @@ def _nixl() -> "Transport":
     return NixlTransport()
 
 
+def _protocol() -> type:
+    from dualpath.transfer.transport import Transport
+
+    return Transport
+
+
 TRANSPORTS: "Registry[Transport]" = Registry(
     "transport",
     "dualpath.transports",
     {"shm": _shm, "tcp": _tcp, "tcp-authenticated": _tcp_authenticated, "nixl": _nixl},
-    methods=("serve", "connect", "sweep"),
+    protocol=_protocol,
 )
 """``shm`` within a host, ``tcp`` anywhere, ``tcp-authenticated`` where somebody might change bytes on their way,
 ``nixl`` for RDMA (an extra); and other packages' transports. Importing this imports no numpy."""
