@@ -26,7 +26,7 @@ class Registry(Generic[Thing]):
 
     `known` holds things themselves, `lazy` functions that import and return one, so that listing stays cheap. Ours and
     those added here take precedence over installed ones. Without a group there are no installed ones. An installed name
-    must give an object that fits the protocol which `protocol` imports and returns.
+    must give an object that fits the protocol which `protocol` imports and returns; `guide` says how to write one.
     """
 
     def __init__(
@@ -36,10 +36,12 @@ class Registry(Generic[Thing]):
         lazy: Mapping[str, Callable[[], Thing]] | None = None,
         known: Mapping[str, Thing] | None = None,
         protocol: Callable[[], type] | None = None,
+        guide: str = "",
     ) -> None:
         self.kind = kind
         self._group = group
         self._protocol = protocol
+        self._guide = guide
         self._lazy = dict(lazy or {})
         self._known = dict(known or {})
 
@@ -78,7 +80,7 @@ class Registry(Generic[Thing]):
             if isinstance(thing, type):
                 raise UnknownNameError(f"{point.value} is a class; name an object of it")
             if fault := misfit(thing, self._protocol()):
-                raise UnknownNameError(f"{point.value} is no {self.kind}: it {fault}")
+                raise UnknownNameError(f"{point.value} is no {self.kind}: it {fault}; see {self._guide}")
         return thing
 
 

@@ -17,7 +17,7 @@ from dualpath.core.vocabulary import TrafficClass
 from dualpath.spec.bounds import MAX_ADDRESS_CHARS
 from dualpath.spec.log import ROOT
 from dualpath.spec.registry import misfit
-from dualpath.transfer import TRANSPORTS
+from dualpath.transfer import GUIDE, TRANSPORTS
 from dualpath.transfer.pool import BufferPool
 from dualpath.transfer.traffic import TrafficManager
 from dualpath.transfer.transport import Channel, Server, TransferCause, TransferError, Transport
@@ -25,7 +25,6 @@ from dualpath.transfer.transport import Channel, Server, TransferCause, Transfer
 logger = logging.getLogger(f"{ROOT}.transport")
 
 T = TypeVar("T")
-HOW_TO = "see docs/how-to/add-a-transport.md"
 
 
 class TransportMistake(ValueError):  # noqa: N818 (it is the transport's, not the caller's)
@@ -86,7 +85,7 @@ class GuardedTransport:
 
     def complaint(self, method: str, what: str) -> str:
         """Returns one line: which transport's method does what, and where to read about it."""
-        return " ".join(f"transport {self._name!r}: its {method} {what}; {HOW_TO}".split())
+        return " ".join(f"transport {self._name!r}: its {method} {what}; see {GUIDE}".split())
 
     @contextmanager
     def _only(self, method: str, *known: type[Exception]) -> Iterator[None]:
