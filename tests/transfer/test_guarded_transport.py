@@ -100,7 +100,7 @@ def test_a_server_that_does_not_count_refusals_is_refused() -> None:
 
 @pytest.mark.parametrize("result", [None, server()])
 def test_what_is_no_channel_fails_the_connection(result) -> None:
-    with pytest.raises(TransferError, match="its connect returned .*, which is no Channel: it has no is_open and no"):
+    with pytest.raises(TransferError, match=r"its connect returned .*, which is no Channel: it has no is_open and no"):
         connect(odd(lambda: result))
 
 

@@ -16,7 +16,7 @@ CONNECT_THREADS = 4
 MOST_HUNG = 4
 """Threads in which a transport's `connect` hangs that are replaced."""
 CONNECT_TIMEOUT_S = 5.0
-LATE_S = 2.0
+LATE_S = 1.0
 """A transport may see its time-out so much late; from then on its `connect` counts as hung."""
 
 
