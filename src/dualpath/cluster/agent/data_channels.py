@@ -10,6 +10,7 @@ from functools import partial
 from dualpath.cluster.agent.host import EngineHost
 from dualpath.cluster.deadline_threads import AbandonedError, Call, DeadlineThreads, LateError
 from dualpath.core.vocabulary import TrafficClass
+from dualpath.thread_names import named_threads
 from dualpath.transfer.transport import Channel, TransferCause, TransferError
 
 CONNECT_THREADS = 4
@@ -30,6 +31,7 @@ class DataChannels:
         self._closed = False
         deadline_s = CONNECT_TIMEOUT_S + LATE_S
         self._threads = DeadlineThreads(CONNECT_THREADS, "connect", deadline_s, most_hung=MOST_HUNG)
+        self._closing = named_threads(CONNECT_THREADS, "disconnect")
 
     def get(self, address: str) -> Channel | None:
         """Returns the open channel to an address; None when there is none."""
@@ -65,7 +67,7 @@ class DataChannels:
             await asyncio.wait([self._opening[address]])
         channel = self._channels.pop(address, None)
         if channel is not None:
-            await asyncio.to_thread(channel.close)
+            await asyncio.get_running_loop().run_in_executor(self._closing, channel.close)
 
     async def drop_all(self) -> None:
         """Close every channel, also one that is still being opened: the next ones are of another epoch."""
@@ -77,6 +79,7 @@ class DataChannels:
         self._closed = True
         for channel in self._channels.values():
             channel.close()
+        self._closing.shutdown(wait=True, cancel_futures=True)
 
     def _connect(self, address: str, call: Call[None]) -> None:
         """On a thread of its own."""
