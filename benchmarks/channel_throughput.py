@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 
 from dualpath.core.vocabulary import TrafficClass
+from dualpath.spec.registry import UnknownNameError
 from dualpath.transfer import TRANSPORTS
 from dualpath.transfer.pool import BufferPool
 from dualpath.transfer.traffic import TrafficManager
@@ -223,12 +224,21 @@ def main() -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--transport", action="append", metavar="NAME", help="of these alone (default: all there are)")
+    which = "of these alone (default: all there are)"
+    parser.add_argument("--transport", action="append", metavar="NAME", type=_transport, help=which)
     parser.add_argument("--json", type=Path, help="write the result here as well")
 
 
 def kinds_of(arguments: argparse.Namespace) -> list[str]:
     return arguments.transport or [name for name in TRANSPORTS.names() if _is_there(name)]
+
+
+def _transport(name: str) -> str:
+    try:
+        TRANSPORTS.get(name)
+    except (UnknownNameError, ModuleNotFoundError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
 
 
 def _is_there(name: str) -> bool:

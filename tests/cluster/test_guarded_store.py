@@ -150,6 +150,52 @@ def test_one_that_can_not_be_inspected_does_not_pretend(tmp_path: Path) -> None:
     assert not isinstance(guarded(FaultyStore(PosixStore(tmp_path), dict)), Inspectable)
 
 
+class BeforeLayers(PosixStore):
+    """Written when a block was always read whole."""
+
+    def read(self, space: Any, key: Any, into: Any, pace: Any = None) -> None: ...  # type: ignore[override]
+
+
+class LeftoversAlways(PosixStore):
+    """One of the methods by which it is inspected takes no argument."""
+
+    def leftovers(self) -> list[str]:  # type: ignore[override]
+        return []
+
+
+def before_layers(location: str, *, durable: bool) -> Any:
+    return BeforeLayers(location.partition("://")[2])
+
+
+def leftovers_always(location: str, *, durable: bool) -> Any:
+    return LeftoversAlways(location.partition("://")[2])
+
+
+def nothing(location: str, *, durable: bool) -> Any:
+    return None
+
+
+def exits(location: str, *, durable: bool) -> Any:
+    raise SystemExit(7)
+
+
+@pytest.mark.parametrize(
+    ("opener", "complaint"),
+    [
+        ("before_layers", r"can't be called as read\(space, key, into, pace, layers\): too many positional arguments"),
+        (
+            "leftovers_always",
+            r"can't be called as leftovers\(\*, remove\): got an unexpected keyword",
+        ),
+        ("nothing", "NoneType is no store: it has no location and no prepare and no write and no read"),
+        ("exits", "can't be opened: SystemExit: 7"),
+    ],
+)
+def test_what_is_no_store_is_refused_when_it_is_opened(tmp_path: Path, opener: str, complaint: str) -> None:
+    with pytest.raises(StoreLocationError, match=complaint):
+        open_store(f"{__name__}:{opener}://{tmp_path}")
+
+
 def opens_nothing(location: str, *, durable: bool) -> Any:
     raise RuntimeError("no such luck")
 

@@ -47,7 +47,7 @@ class Bench:
             parts, sweep=self._sweep, on_end=lambda _, why: self.ended.append(why), on_hopeless=self.hopeless.append
         )
 
-    def _sweep(self) -> None:
+    async def _sweep(self) -> None:
         self.sweeps += 1
 
     async def until(self, condition: Callable[[], object]) -> None:

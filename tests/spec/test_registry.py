@@ -2,10 +2,11 @@
 
 import sys
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 
-from dualpath.spec.registry import Registry, UnknownNameError
+from dualpath.spec.registry import Registry, UnknownNameError, misfit
 
 FOUND: Registry[int] = Registry("number", "dualpath.test_numbers", lazy={"two": lambda: 2}, known={"one": 1})
 
@@ -48,3 +49,62 @@ def test_two_packages_with_one_name_are_named(tmp_path: Path, monkeypatch: pytes
     assert FOUND.names() == ("two", "one", "three")
     with pytest.raises(UnknownNameError, match="offered more than once: math:pi of first, math:pi of second"):
         FOUND.get("three")
+
+
+class Asked(Protocol):
+    """What a thing must have."""
+
+    @property
+    def place(self) -> str: ...
+
+    def move(self, what: int, where: int = 0, *, how: str, soon: bool = False) -> None: ...
+
+
+class Has:
+    """Has a place."""
+
+    place = "here"
+
+
+class Fits(Has):
+    def move(self, a: int, b: int = 1, **more: Any) -> None: ...
+
+
+class TakesAnything(Has):
+    def move(self, *given: Any, **named: Any) -> None: ...
+
+
+class TakesLess(Has):
+    def move(self, what: int, *, how: str, soon: bool) -> None: ...
+
+
+class AsksForMore(Has):
+    def move(self, what: int, where: int, why: str, *, how: str, soon: bool) -> None: ...
+
+
+class Native(Has):
+    """Its method does not tell its arguments."""
+
+    move = staticmethod(dict.update)
+
+
+class NoMethod(Has):
+    move = 3
+
+
+@pytest.mark.parametrize("thing", [Fits(), TakesAnything(), Native()])
+def test_a_thing_that_can_be_called_so_fits(thing: object) -> None:
+    assert misfit(thing, Asked) == ""
+
+
+@pytest.mark.parametrize(
+    ("thing", "why"),
+    [
+        (object(), "has no place and no move"),
+        (NoMethod(), "has no move"),
+        (TakesLess(), "can't be called as move(what, where, *, how, soon): too many positional arguments"),
+        (AsksForMore(), "can't be called as move(what, where, *, how, soon): missing a required argument: 'why'"),
+    ],
+)
+def test_one_that_does_not_fit_says_why(thing: object, why: str) -> None:
+    assert misfit(thing, Asked) == why

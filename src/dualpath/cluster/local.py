@@ -13,7 +13,7 @@ from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.coordinator.coordinator import Coordinator
 from dualpath.cluster.coordinator.membership import Crew
 from dualpath.cluster.engine_parts import all_parts, node_parts
-from dualpath.cluster.leftovers import sweep
+from dualpath.cluster.leftovers import Sweep
 from dualpath.cluster.supervisor import Supervisor
 from dualpath.kv import open_store
 
@@ -47,7 +47,7 @@ class OwnEngines:
         self.coordinator = coordinator
         self.supervisor = Supervisor(
             all_parts(node_parts(self._config, coordinator.control_address, lambda: coordinator.weights[0])),
-            sweep=lambda: sweep(self._config.transport),
+            sweep=Sweep(self._config.transport),
             on_end=self._ended,
             on_hopeless=coordinator.membership.hopeless,
         )
@@ -86,7 +86,7 @@ class NoEngines(OwnEngines):
 
     async def begin(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator
-        sweep(self._config.transport)
+        await Sweep(self._config.transport)()
 
 
 class Standby(Protocol):

@@ -11,7 +11,7 @@ from dualpath.cluster.children import Child
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.control_link import ABANDONED
 from dualpath.cluster.engine_parts import agent_part, all_parts, one_node
-from dualpath.cluster.leftovers import sweep
+from dualpath.cluster.leftovers import Sweep
 from dualpath.cluster.parts import CAN_NOT_RUN, Part
 from dualpath.cluster.supervisor import Supervisor
 from dualpath.core.vocabulary import Role
@@ -46,7 +46,7 @@ class _Node:
         self._code = 0
         self._supervisor = Supervisor(
             parts(),
-            sweep=lambda: sweep(config.transport),
+            sweep=Sweep(config.transport),
             on_end=self._ended,
             on_hopeless=self._hopeless,
             on_change=self._look,

@@ -55,7 +55,7 @@ class Supervisor:
         self,
         parts: Iterable[Part],
         *,
-        sweep: Callable[[], None],
+        sweep: Callable[[], Coroutine[Any, Any, None]],
         on_end: Callable[[Child, str], None],
         on_hopeless: Callable[[str], None],
         on_change: Callable[[], None] = lambda: None,
@@ -96,7 +96,7 @@ class Supervisor:
 
     async def start(self) -> None:
         """Start every part, one after the other: the first fork server's import of torch takes seconds."""
-        self._sweep()
+        await self._sweep()
         self.spawn(self._notice_silent_ends())
         for slot in self._slots.values():
             if not self._stopping:
@@ -180,7 +180,8 @@ class Supervisor:
         del self._children[child.ticket]
         why = f"{child.name} (pid {child.pid}) ended with {child.end()}"
         logger.log(logging.DEBUG if self._stopping else logging.WARNING, why)
-        self._sweep()
+        if not self._stopping:  # else `stop` does it
+            self.spawn(self._sweep())
         self._on_end(child, f"{why}: {child.step}")
         if slot.current is child:
             slot.current = None
@@ -287,7 +288,7 @@ class Supervisor:
         if self._children:
             end_fork_server()
             await self._all_ended(STOP_GRACE_S)
-        self._sweep()
+        await self._sweep()
 
     async def _all_ended(self, seconds: float) -> None:
         give_up_s = time.monotonic() + seconds

@@ -6,12 +6,12 @@ from msgspec import Meta
 
 from dualpath.core.vocabulary import Leg
 from dualpath.kv.keys import KEY_BYTES
-from dualpath.spec.bounds import MAX_ITEMS, Count, TokenId
+from dualpath.spec.bounds import MAX_ADDRESS_CHARS, MAX_ITEMS, Count, TokenId
 from dualpath.spec.metrics import Sample
 
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 """A `kv.keys.BlockKey`."""
-Address = Annotated[str, Meta(max_length=65_536)]
+Address = Annotated[str, Meta(max_length=MAX_ADDRESS_CHARS)]
 """Of a data server; a fabric's may hold metadata."""
 Figures = Annotated[
     dict[Annotated[Sample, Meta(max_length=512, pattern=r"\A[ -~]*\Z")], Annotated[float, Meta(ge=-1e18, le=1e18)]],

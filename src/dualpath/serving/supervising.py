@@ -19,7 +19,7 @@ from dualpath.cluster.cluster_secret import cluster_secret, tell_engines
 from dualpath.cluster.config import ClusterConfig
 from dualpath.cluster.control_address import control_listener, stop_listening
 from dualpath.cluster.engine_parts import all_parts, node_parts
-from dualpath.cluster.leftovers import sweep
+from dualpath.cluster.leftovers import Sweep
 from dualpath.cluster.parts import CAN_NOT_RUN, Part, ReplaceError
 from dualpath.cluster.preflight import settled
 from dualpath.cluster.supervisor import Supervisor
@@ -88,7 +88,7 @@ class SupervisedCluster:
         )
         self._supervisor = Supervisor(
             [Part(SERVER, self._server.start), *all_parts(nodes)],
-            sweep=lambda: sweep(config.transport),
+            sweep=Sweep(config.transport),
             on_end=self._ended,
             on_hopeless=self._hopeless,
             on_change=self._tell_table,

@@ -12,4 +12,6 @@ Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Name = Annotated[str, Meta(max_length=256, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
 """One line, for logs and people."""
+MAX_ADDRESS_CHARS = 65_536
+"""Of the address that peers connect to: RDMA transports put their registered memory's description into it."""
 Text = Annotated[str, Meta(max_length=65_536)]

@@ -8,6 +8,7 @@ A package adds one without changing ours. In its ``pyproject.toml``::
 A name may also be ``package.module:attribute``, which needs no entry point (``--system my_policies:MINE``).
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -25,7 +26,7 @@ class Registry(Generic[Thing]):
 
     `known` holds things themselves, `lazy` functions that import and return one, so that listing stays cheap. Ours and
     those added here take precedence over installed ones. Without a group there are no installed ones. An installed name
-    must give an object that has all `methods`.
+    must give an object that fits the protocol which `protocol` imports and returns; `guide` says how to write one.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class Registry(Generic[Thing]):
         group: str | None,
         lazy: Mapping[str, Callable[[], Thing]] | None = None,
         known: Mapping[str, Thing] | None = None,
-        methods: tuple[str, ...] = (),
+        protocol: Callable[[], type] | None = None,
+        guide: str = "",
     ) -> None:
         self.kind = kind
         self._group = group
-        self._methods = methods
+        self._protocol = protocol
+        self._guide = guide
         self._lazy = dict(lazy or {})
         self._known = dict(known or {})
 
@@ -73,9 +76,51 @@ class Registry(Generic[Thing]):
         except (Exception, SystemExit) as error:  # another package's code may raise anything
             what = f"{type(error).__name__}: {error}"
             raise UnknownNameError(f"{self.kind} {point.name!r} can't be loaded: {what}") from error
-        missing = [method for method in self._methods if not callable(getattr(thing, method, None))]
-        if missing:
-            raise UnknownNameError(f"{point.value} is no {self.kind}: it has no {' and no '.join(missing)}")
-        if self._methods and isinstance(thing, type):
-            raise UnknownNameError(f"{point.value} is a class; name an object of it")
+        if self._protocol is not None:
+            if isinstance(thing, type):
+                raise UnknownNameError(f"{point.value} is a class; name an object of it")
+            if fault := misfit(thing, self._protocol()):
+                raise UnknownNameError(f"{point.value} is no {self.kind}: it {fault}; see {self._guide}")
         return thing
+
+
+def misfit(thing: object, protocol: type) -> str:
+    """Returns why `thing` does not fit a protocol, as "has no close"; empty when it does.
+
+    It lacks a method or a property, or a method can't be called as the protocol says. What a method gives is not looked
+    at, nor the arguments of one that does not tell them (native code).
+    """
+    asked = {name: kind for name, kind in vars(protocol).items() if not name.startswith("_")}
+    missing = [
+        name
+        for name, kind in asked.items()
+        if not hasattr(thing, name) or (inspect.isfunction(kind) and not callable(getattr(thing, name)))
+    ]
+    if missing:
+        return f"has no {' and no '.join(missing)}"
+    for name, kind in asked.items():
+        if inspect.isfunction(kind) and (why := _refusal(getattr(thing, name), inspect.signature(kind))):
+            return f"can't be called as {name}{_arguments(kind)}: {why}"
+    return ""
+
+
+def _refusal(method: Callable[..., object], asked: inspect.Signature) -> str:
+    """Returns why `method` does not take what a protocol's method takes beside `self`; empty when it does."""
+    try:
+        offered = inspect.signature(method)
+    except (TypeError, ValueError):
+        return ""
+    _, *parameters = asked.parameters.values()
+    by_name = {one.name: None for one in parameters if one.kind is one.KEYWORD_ONLY}
+    try:
+        offered.bind(*[None] * (len(parameters) - len(by_name)), **by_name)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def _arguments(method: Callable[..., object]) -> str:
+    """Returns the names of a method's arguments, as "(pool, *, host)"."""
+    _, *parameters = inspect.signature(method).parameters.values()
+    bare = [one.replace(annotation=one.empty, default=one.empty) for one in parameters]
+    return str(inspect.Signature(bare))

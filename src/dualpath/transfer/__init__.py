@@ -53,11 +53,19 @@ def _nixl() -> "Transport":
     return NixlTransport()
 
 
+def _protocol() -> type:
+    from dualpath.transfer.transport import Transport
+
+    return Transport
+
+
+GUIDE = "docs/how-to/add-a-transport.md"
 TRANSPORTS: "Registry[Transport]" = Registry(
     "transport",
     "dualpath.transports",
     {"shm": _shm, "tcp": _tcp, "tcp-authenticated": _tcp_authenticated, "nixl": _nixl},
-    methods=("serve", "connect", "sweep"),
+    protocol=_protocol,
+    guide=GUIDE,
 )
 """``shm`` within a host, ``tcp`` anywhere, ``tcp-authenticated`` where somebody might change bytes on their way,
 ``nixl`` for RDMA (an extra); and other packages' transports. Importing this imports no numpy."""

@@ -181,7 +181,7 @@ class Transport(Protocol):
     def sweep(self) -> list[str]:
         """Remove what killed servers of this host have left behind. Returns what was removed. Spares live servers.
 
-        The supervisor calls it on its event loop, at the start and after an engine process has ended: it must be quick.
+        The supervisor calls it on a thread, at the start and after an engine process has ended: it must be quick.
         """
         ...
 

@@ -5,14 +5,20 @@ when an engine joins or before a prompt joins a batch. The compute thread only g
 """
 
 import asyncio
+from functools import partial
 
 from dualpath.cluster.agent.host import EngineHost
+from dualpath.cluster.deadline_threads import AbandonedError, Call, DeadlineThreads, LateError
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.thread_names import named_threads
-from dualpath.transfer.transport import Channel, TransferError
+from dualpath.transfer.transport import Channel, TransferCause, TransferError
 
 CONNECT_THREADS = 4
+MOST_HUNG = 4
+"""Threads in which a transport's `connect` hangs that are replaced."""
 CONNECT_TIMEOUT_S = 5.0
+LATE_S = 1.0
+"""A transport may see its time-out so much late; from then on its `connect` counts as hung."""
 
 
 class DataChannels:
@@ -21,8 +27,11 @@ class DataChannels:
     def __init__(self, host: EngineHost) -> None:
         self._host = host
         self._channels: dict[str, Channel] = {}
-        self._opening: dict[str, asyncio.Future[Channel]] = {}
-        self._threads = named_threads(CONNECT_THREADS, "connect")
+        self._opening: dict[str, asyncio.Future[None]] = {}
+        self._closed = False
+        deadline_s = CONNECT_TIMEOUT_S + LATE_S
+        self._threads = DeadlineThreads(CONNECT_THREADS, "connect", deadline_s, most_hung=MOST_HUNG)
+        self._closing = named_threads(CONNECT_THREADS, "disconnect")
 
     def get(self, address: str) -> Channel | None:
         """Returns the open channel to an address; None when there is none."""
@@ -35,20 +44,22 @@ class DataChannels:
             return None
         opening = self._opening.get(address)
         if opening is None:
-            opening = asyncio.get_running_loop().run_in_executor(self._threads, self._connect, address)
+            opening = self._threads.submit(partial(self._connect, address)).future
             self._opening[address] = opening
-            opening.add_done_callback(lambda opened: self._opened(address, opened))
+            opening.add_done_callback(partial(self._opened, address))
         try:
             await asyncio.shield(opening)
         except (TransferError, ValueError) as error:
             return error
+        except LateError as error:
+            what = f"hangs ({error}; it was given {CONNECT_TIMEOUT_S:g} s)"
+            return TransferError(TransferCause.PEER_CLOSED, self._host.transport.complaint("connect", what))
         return None
 
-    def _opened(self, address: str, opened: "asyncio.Future[Channel]") -> None:
-        """Store the new channel; runs before the callers of `open` continue."""
+    def _opened(self, address: str, opened: "asyncio.Future[None]") -> None:
+        """Runs before the callers of `open` continue."""
         del self._opening[address]
-        if not opened.cancelled() and opened.exception() is None:
-            self._channels[address] = opened.result()
+        opened.exception()  # mark it as seen: the callers may have been cancelled
 
     async def drop(self, address: str) -> None:
         """Close the channel to a lost engine, also one that is still being opened."""
@@ -56,20 +67,23 @@ class DataChannels:
             await asyncio.wait([self._opening[address]])
         channel = self._channels.pop(address, None)
         if channel is not None:
-            await asyncio.get_running_loop().run_in_executor(self._threads, channel.close)
+            await asyncio.get_running_loop().run_in_executor(self._closing, channel.close)
 
     async def drop_all(self) -> None:
         """Close every channel, also one that is still being opened: the next ones are of another epoch."""
         await asyncio.gather(*(self.drop(address) for address in [*self._opening, *self._channels]))
 
     def close(self) -> None:
-        """Close every channel; their transfers in progress end."""
+        """Close every channel; their transfers in progress end. One that is still being opened is closed once it is."""
+        self._threads.close(CONNECT_TIMEOUT_S)
+        self._closed = True
         for channel in self._channels.values():
             channel.close()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._closing.shutdown(wait=True, cancel_futures=True)
 
-    def _connect(self, address: str) -> Channel:
-        return self._host.transport.connect(
+    def _connect(self, address: str, call: Call[None]) -> None:
+        """On a thread of its own."""
+        channel = self._host.transport.connect(
             address,
             self._host.traffic,
             traffic_class=TrafficClass.LOW,
@@ -77,3 +91,13 @@ class DataChannels:
             key=self._host.config.cluster.secret.data_key,
             timeout_s=CONNECT_TIMEOUT_S,
         )
+        try:
+            call.hand_over(lambda: self._keep(address, channel))
+        except AbandonedError:
+            channel.close()
+            raise
+
+    def _keep(self, address: str, channel: Channel) -> None:
+        if self._closed:
+            raise AbandonedError
+        self._channels[address] = channel

@@ -7,7 +7,6 @@ the main thread.
 
 import asyncio
 import logging
-import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -15,60 +14,38 @@ from typing import Any
 from dualpath.cluster import messages as m
 from dualpath.cluster.agent.attached import AttachedEngine
 from dualpath.cluster.agent.block_io import BlockIO
+from dualpath.cluster.agent.data_plane import STAGING_BLOCKS, DataPlane
 from dualpath.cluster.agent.vllm_engine import VllmEngine
-from dualpath.cluster.attachment import AgentConfig, Attach, Attached, Leave, Owner
+from dualpath.cluster.attachment import AgentConfig, Attached, Leave, Owner
 from dualpath.cluster.control_link import ComeBack, ControlLink
 from dualpath.core.vocabulary import Role
 from dualpath.spec import metrics
 from dualpath.spec.log import ROOT
 from dualpath.spec.metrics import Figures, Sample
-from dualpath.transfer import TRANSPORTS
-from dualpath.transfer.pool import BufferPool
-from dualpath.transfer.traffic import Nic, TrafficManager
 
 ABANDON_POLL_S = 0.005
 """How often a member that lets go of its attempts looks whether any is left."""
-STAGING_BLOCKS = 4
-"""Pages beside a decode engine's buffer, through which generated blocks go to storage; each is held for one write."""
 STAGING: Owner = (-1, 0)
 """The holder of those pages."""
-
-
-def make_pool(facts: Attach, buffer_bytes: int) -> BufferPool:
-    """Take an engine's buffer, which may be seconds of work. Raises ValueError when it does not hold a block, OSError
-    when memory is short."""
-    block_bytes = facts.layout.full_block_bytes
-    blocks = buffer_bytes // block_bytes
-    if blocks < 1:
-        raise ValueError(f"--buffer {buffer_bytes} does not hold a Full Block of this model, {block_bytes} bytes")
-    if facts.role is Role.DECODE:
-        blocks += STAGING_BLOCKS
-    return BufferPool.create("buffer", block_bytes, blocks)
 
 
 class EngineHost:
     """One engine's part of its node. Used from the main asyncio thread unless a method says otherwise."""
 
-    def __init__(self, config: AgentConfig, attached: AttachedEngine | VllmEngine, snic: Nic, pool: BufferPool) -> None:
-        """Raises ValueError or OSError when the data server can't listen, StoreError for a store that can't be."""
+    def __init__(self, config: AgentConfig, attached: AttachedEngine | VllmEngine, plane: DataPlane) -> None:
+        """Raises StoreError for a store that can't be. `plane` is this engine's from then on."""
         cluster, facts = config.cluster, attached.facts
         self.config = config
         self.attached = attached
         self._logger = logging.getLogger(f"{ROOT}.engine {facts.name}")
         self.layout = facts.layout
-        self.traffic = TrafficManager(
-            snic=snic, cnic_bytes_per_s=cluster.cnic_rate, copies_pass_cnic=cluster.copies_pass_cnic
-        )
-        self.pool = pool
+        self.pool, self.traffic, self.transport, self.server = plane
         self.staging: asyncio.Queue[int] = asyncio.Queue()
         """Free staging pages."""
         staging_blocks = STAGING_BLOCKS if facts.role is Role.DECODE else 0
-        self.buffer_blocks = pool.pages - staging_blocks
-        for page in pool.allocate(STAGING, staging_blocks):
+        self.buffer_blocks = self.pool.pages - staging_blocks
+        for page in self.pool.allocate(STAGING, staging_blocks):
             self.staging.put_nowait(page)
-        self.transport = TRANSPORTS.get(cluster.transport)
-        name, key = uuid.uuid4().hex[:12], cluster.secret.data_key
-        self.server = self.transport.serve(self.pool, self.traffic, host=cluster.data_host, name=name, key=key)
         self.blocks = BlockIO(cluster, self.layout, self.pool, self.traffic)
         periods = {"heartbeat_ns": cluster.heartbeat_ns, "lease_ns": cluster.lease_ns}
         self.link = ControlLink(cluster.secret, **periods, grace_s=cluster.grace_s)

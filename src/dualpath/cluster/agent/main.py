@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dualpath.cluster.agent.attached import AttachedEngine
+from dualpath.cluster.agent.data_plane import DataPlanes
 from dualpath.cluster.agent.gathering import Gathering
-from dualpath.cluster.agent.host import EngineHost, make_pool
+from dualpath.cluster.agent.host import EngineHost
 from dualpath.cluster.agent.layer_threads import LayerThreads
 from dualpath.cluster.agent.member import Member
 from dualpath.cluster.agent.vllm_engine import VllmEngine
@@ -66,7 +67,8 @@ class NodeAgent:
 
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
-        self._snic = TrafficManager(snic_bytes_per_s=config.cluster.snic_rate).snic
+        snic = TrafficManager(snic_bytes_per_s=config.cluster.snic_rate).snic
+        self._planes = DataPlanes(config.cluster, snic)
         self._layers: dict[str, LayerThreads] = {}
         """By attachment."""
         self.members: set[Member] = set()
@@ -94,6 +96,7 @@ class NodeAgent:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._planes.close()
         self._socket.close()
         with contextlib.suppress(FileNotFoundError):
             if Path(self._config.socket).stat().st_ino == self._inode:  # else it is its successor's
@@ -161,9 +164,9 @@ class NodeAgent:
 
     async def _member(self, engine: AttachedEngine | VllmEngine) -> Member:
         """Raises OSError, ValueError or StoreError when the engine can't be served."""
-        pool = await asyncio.to_thread(make_pool, engine.facts, self._config.cluster.buffer_bytes)
+        plane = await self._planes.open(engine.facts)
         try:
-            return Member(EngineHost(self._config, engine, self._snic, pool))
+            return Member(EngineHost(self._config, engine, plane))
         except BaseException:
-            pool.close()
+            plane.close()
             raise

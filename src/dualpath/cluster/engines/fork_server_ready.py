@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from dualpath.cluster.engines.fork_server import DEATH
-from dualpath.cluster.leftovers import sweep
+from dualpath.cluster.leftovers import sweep_own
 from dualpath.cluster.siblings import KILL_S, end_siblings
 from dualpath.transfer import TRANSPORTS
 
@@ -27,7 +27,8 @@ def _end_engines(*_: object) -> None:
         _reap(KILL_S)
     end_siblings(LEAVE_S)
     _remove_own_folder()
-    sweep("shm")  # the one transport of ours that leaves files
+    sweep_own()
+    TRANSPORTS.get("shm").sweep()  # the one transport of ours that leaves files
     os._exit(1)
 
 

@@ -11,8 +11,8 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from dualpath.kv.stores.errors import StoreError, StoreLocationError
-from dualpath.kv.stores.protocol import Store
-from dualpath.spec.registry import Registry, UnknownNameError
+from dualpath.kv.stores.protocol import Inspectable, Store
+from dualpath.spec.registry import Registry, UnknownNameError, misfit
 
 
 class StoreOpener(Protocol):
@@ -71,8 +71,14 @@ def open_store(location: str | Path, *, durable: bool = True) -> Store:
             f"--store {location}: {scheme} names {opener!r}, which opens no store; name a function"
         )
     try:
-        return opener(str(location), durable=durable)
+        store = opener(str(location), durable=durable)
+        fault = misfit(store, Store) or (misfit(store, Inspectable) if isinstance(store, Inspectable) else "")
     except StoreError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # another package's code may raise anything
         raise StoreLocationError(f"--store {location} can't be opened: {type(error).__name__}: {error}") from error
+    if fault:
+        raise StoreLocationError(
+            f"--store {location}: {type(store).__name__} is no store: it {fault}; see docs/how-to/add-a-store.md"
+        )
+    return store
