@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from dualpath.kv import BlockKey, KVLayout, KVPart, Namespace, PosixStore, PrefixIndex, block_keys, namespace, rebuild
+from dualpath.kv.stores.errors import BlockFault
 from dualpath.kv.stores.inspection import fsck
+from dualpath.kv.stores.naming import bad_name
 from dualpath.kv.stores.posix_directory import StoreDirectory
 from dualpath.kv.stores.posix_namespaces import MAX_SETTLED, NamespaceFolders
 
@@ -155,6 +157,47 @@ def test_a_folder_that_goes_and_comes_back_under_a_writer(
     calls = run(1000, 1000)
     for gone, back in itertools.combinations(range(calls), 2):
         run(gone, back)
+
+
+def test_a_block_that_is_mended_while_it_is_judged_stays(
+    store: PosixStore, space: Namespace, write_chain: WriteChain, path_of: PathOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (key,) = write_chain(1)
+    path_of(key).write_bytes(b"half")
+    verify = store.verify
+
+    def judge(root: bytes, judged: bytes) -> None:
+        try:
+            verify(root, judged)
+        finally:
+            path_of(key).unlink()
+            write_chain(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "verify", judge)
+        assert store.quarantine(space.root, key) is None
+    store.verify(space.root, key)
+    assert store.quarantined(space.root) == 0
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_quarantine_follows_no_link(
+    folder: bool, store: PosixStore, tmp_path: Path, space: Namespace, write_chain: WriteChain, path_of: PathOf
+) -> None:
+    """What lies there by its name may be a link that was set aside before."""
+    write_chain(1)
+    shard = tmp_path / "store" / space.hex / "zz"
+    outside = tmp_path / "outside"
+    bad = tmp_path / "store" / bad_name(f"{space.hex}/zz", BlockFault.HEADER)
+    bad.parent.mkdir()
+    bad.symlink_to(outside)
+    if folder:
+        shard.mkdir()
+    else:
+        shard.write_bytes(b"no folder")
+    assert store._files.set_aside(shard, BlockFault.HEADER, folder=folder)
+    assert bad.is_dir() if folder else bad.read_bytes() == b"no folder"
+    assert not outside.exists() and [path.name for path in bad.parent.iterdir()] == [bad.name]
 
 
 def interrupted(

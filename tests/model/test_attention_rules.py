@@ -9,7 +9,7 @@ from conftest import WINDOWED
 from engine_world import PLACES, Buffers, Engines, buffers_of, packed_logits, random_tokens
 from transformers import AutoModelForCausalLM
 
-from dualpath.model import LoadedModel, rules
+from dualpath.model import LoadedModel, release_weights, restore_weights, rules
 from dualpath.model.attention import GroupedForm, LayerQueries
 from dualpath.model.rules import AttentionRules
 from dualpath.model.spans import PackedSequence
@@ -169,6 +169,20 @@ def test_half_precision_stays_near_full(checkpoint: Callable[[str], Path]) -> No
             Buffers(model, buffers, [(0, 120, ((0, 120),))]), random_tokens(120, seed=3), list(range(120)), [119]
         )
         assert logits.isfinite().all()
+
+
+def test_the_head_is_that_of_the_weights_that_serve(checkpoint: Callable[[str], Path]) -> None:
+    """Also after the deepest sleep, when the network is another."""
+    path = checkpoint("gemma2")
+    model = LoadedModel.load(path)
+    hidden = torch.randn(3, model.network.config.hidden_size)
+    before = model.head(hidden)
+    release_weights(model, keep=False)
+    restore_weights(model, path, path)
+    assert torch.equal(model.head(hidden), before)
+    with torch.no_grad():
+        model.network.get_output_embeddings().weight.mul_(3)
+    assert not torch.allclose(model.head(hidden), before)
 
 
 def test_caps_and_scales_of_logits_are_the_heads_too(windowed: Engines) -> None:

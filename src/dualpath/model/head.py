@@ -10,33 +10,27 @@ from torch import Tensor
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
-class OutputHead:
-    """The model's own `forward`, whose decoder returns the hidden states that it is given.
+@torch.inference_mode()
+def logits_of(network: Any, hidden: Tensor) -> Tensor:
+    """Returns the logits ``[n, vocab]`` of a causal language model's last hidden states ``[n, width]``.
 
-    Weights are the network's: it is copied as far as the names of its parts go.
+    It is the model's own `forward`, of a copy as far as the names of its parts go, whose decoder returns `hidden`.
+    Nothing is kept: weights, and the network itself, may be others the next time.
     """
-
-    def __init__(self, network: Any) -> None:
-        self._decoder = _Given()
-        self._network = copy.copy(network)
-        self._network._modules = {
-            name: self._decoder if module is network.get_decoder() else module
-            for name, module in network._modules.items()
-        }
-
-    @torch.inference_mode()
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Returns the logits ``[n, vocab]`` of hidden states ``[n, width]``."""
-        self._decoder.output = MoeModelOutputWithPast(last_hidden_state=hidden[None])
-        try:
-            logits: Tensor = self._network(input_ids=None).logits[0]
-        finally:
-            self._decoder.output = None
-        return logits
+    decoder = network.get_decoder()
+    alone = copy.copy(network)
+    given = _Given(MoeModelOutputWithPast(last_hidden_state=hidden[None]))
+    alone._modules = {name: given if part is decoder else part for name, part in network._modules.items()}
+    logits: Tensor = alone(input_ids=None).logits[0]
+    return logits
 
 
 class _Given(torch.nn.Module):
-    output: MoeModelOutputWithPast | None = None
+    """Stands in for a decoder."""
 
-    def forward(self, *_: Any, **__: Any) -> MoeModelOutputWithPast | None:
-        return self.output
+    def __init__(self, output: MoeModelOutputWithPast) -> None:
+        super().__init__()
+        self._output = output
+
+    def forward(self, *_: Any, **__: Any) -> MoeModelOutputWithPast:
+        return self._output

@@ -27,7 +27,7 @@ from dualpath.model.attention import (
     packed_attention,
 )
 from dualpath.model.forms import forms_of
-from dualpath.model.head import OutputHead
+from dualpath.model.head import logits_of
 from dualpath.model.linears import pack_linears
 from dualpath.model.rules import PLAIN, AttentionRules
 from dualpath.model.seam_checks import (
@@ -67,7 +67,6 @@ class LoadedModel:
         windows = _Probe(self).run()
         self.layout = KVLayout.of([LayerKV(*kept) for kept in zip(parts, windows, strict=True)], dtype)
         self.max_length_tokens = longest_context_tokens(config)
-        self.head = OutputHead(network)
         self.scores_prompts = head_alone(self, _Probe(self))
         """Whether `hidden` and `head` together compute what `forward` does."""
 
@@ -131,6 +130,10 @@ class LoadedModel:
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Returns the logits ``[n, vocab]`` of hidden states ``[n, width]``."""
+        return logits_of(self.network, hidden)
 
     def _masks(self) -> dict[str, Tensor] | None:
         """Returns ready masks by type of layer, which models with an indexer take as they are; None for others."""

@@ -8,7 +8,7 @@ line that names the transport and the method. Reads and writes do not pass throu
 import logging
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -115,12 +115,24 @@ class _GuardedServer:
     @property
     def refused_connections(self) -> int:
         """0 when the server does not say."""
-        return self._ask("refused_connections", lambda: int(self._genuine.refused_connections), 0)
+        return self._ask("refused_connections", lambda: min(max(int(self._genuine.refused_connections), 0), 1 << 53), 0)
 
     def quiesce(self, peer_tag: str) -> "Future[None]":
         """Without proof, and a mistake is none, the future stays open: pages stay in quarantine."""
-        unproven: Future[None] = Future()
-        return self._ask("quiesce", lambda: _future(self._genuine.quiesce(peer_tag)), unproven)
+        proof: Future[None] = Future()
+        proof.set_running_or_notify_cancel()
+
+        def on_end(ended: "Future[None]") -> None:
+            error = CancelledError() if ended.cancelled() else ended.exception()
+            if error is None:
+                proof.set_result(None)
+            elif isinstance(error, TransferError):
+                proof.set_exception(error)
+            else:
+                self._tell("quiesce", f"ended without proof: {error!r}")
+
+        self._ask("quiesce", lambda: _future(self._genuine.quiesce(peer_tag)).add_done_callback(on_end), None)
+        return proof
 
     def close(self) -> None:
         self._ask("close", self._genuine.close, None)
@@ -128,11 +140,14 @@ class _GuardedServer:
     def _ask(self, method: str, call: Callable[[], T], otherwise: T) -> T:
         try:
             return call()
-        except Exception as error:
-            if method not in self._told:  # a beat asks every second
-                self._told.add(method)
-                logger.error("%s", self._transport.complaint(f"server's {method}", _said(error)))
+        except BaseException as error:  # as in `_only`
+            self._tell(method, _said(error))
             return otherwise
+
+    def _tell(self, method: str, what: str) -> None:
+        if method not in self._told:  # a beat asks every second
+            self._told.add(method)
+            logger.error("%s", self._transport.complaint(f"server's {method}", what))
 
 
 def _future(result: object) -> "Future[None]":

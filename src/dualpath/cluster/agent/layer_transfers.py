@@ -151,9 +151,12 @@ class BatchTransfers:
         deadline_ns = time.monotonic_ns() + TRANSFER_DEADLINE_NS
         try:
             verb = item.channel.write if write else item.channel.read
-            return None, verb(ranges, local, deadline_ns)
-        except Exception as error:  # a closed or overfull channel fails this item alone
-            return error, None
+            transfer: object = verb(ranges, local, deadline_ns)
+        except BaseException as error:  # a closed or overfull channel, or foreign code's panic, fails this item alone
+            return error if isinstance(error, Exception) else RuntimeError(repr(error)), None
+        if not isinstance(transfer, Future):  # nothing would be waited for, and rows taken that never came
+            return TypeError(f"the channel's {verb.__name__} returned {transfer!r}, and no Future"), None
+        return None, transfer
 
     def _copy(self, layer: int, rows: Rows, runs: list[TokenRun]) -> None:
         self._traffic.local_copy(sum(run.tokens for run in runs) * self._layout.row_bytes[layer])

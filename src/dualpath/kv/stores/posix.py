@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dualpath.kv.keys import BlockKey, Namespace
@@ -147,7 +147,8 @@ class PosixStore:
             if error.cause is BlockFault.MISSING:
                 return None
             with store_errors(f"block {key.hex()} cannot be quarantined"):
-                moved = self._files.set_aside(self._files.block_path(root, key), error.cause)
+                path = self._files.block_path(root, key)
+                moved = self._files.set_aside(path, error.cause, unless=lambda at: self._is_sound(at, root, key))
             return error.cause if moved else None
         return None
 
@@ -169,9 +170,18 @@ class PosixStore:
 
     def verify(self, root: BlockKey, key: BlockKey) -> None:
         """See `Inspectable.verify`."""
-        with open_block(self._files.block_path(root, key), key) as fd:
+        self._verify(self._files.block_path(root, key), root, key)
+
+    def _verify(self, path: Path, root: BlockKey, key: BlockKey) -> None:
+        with open_block(path, key) as fd:
             header = check_root(read_header(fd, key), root)
             read_payload(fd, header, self._scratch(header.payload_bytes), unpaced)
+
+    def _is_sound(self, path: Path, root: BlockKey, key: BlockKey) -> bool:
+        with suppress(BlockError, BlockUnavailableError):
+            self._verify(path, root, key)
+            return True
+        return False
 
     def set_aside(self, file: BadFile) -> None:
         """See `Inspectable.set_aside`."""

@@ -7,7 +7,7 @@ New files and folders are for their owner alone. A store whose directory is setg
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -178,10 +178,18 @@ class StoreDirectory:
         if bits & stat.S_IRWXG:
             path.chmod(bits)
 
-    def set_aside(self, path: Path, cause: BlockFault, *, folder: bool | None = None) -> bool:
+    def set_aside(
+        self,
+        path: Path,
+        cause: BlockFault,
+        *,
+        folder: bool | None = None,
+        unless: Callable[[Path], bool] = lambda _: False,
+    ) -> bool:
         """Move what is bad into quarantine, whatever it is. Returns False if it is gone already.
 
-        `folder` says what the caller has found. If it is the other by now, somebody has mended the place: it stays.
+        Somebody may mend the place meanwhile; what is there then stays. `folder` says what the caller has found there,
+        and `unless` whether what has been moved is not bad after all.
         """
         aside = self.path / bad_name(self._name(path), cause)
         try:
@@ -189,8 +197,12 @@ class StoreDirectory:
                 path = _move(path, path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"), folder)
             for parent in (aside.parent.parent, aside.parent):
                 self.make_folder(parent)
+            moved = _move(path, aside.with_name(f".{secrets.token_hex(8)}.tmp"), folder)
+            if unless(moved):
+                moved.replace(path)
+                return False
             remove(aside)
-            _move(path, aside, folder)
+            moved.replace(aside)
         except _MendedError:
             return False
         except OSError as error:
@@ -212,13 +224,13 @@ class _MendedError(Exception):
 
 
 def _move(path: Path, to: Path, folder: bool | None) -> Path:
-    """Raises _MendedError, OSError."""
+    """Move to a name that nobody has. Raises _MendedError, OSError."""
     if folder is None:
         return path.replace(to)
     if folder:
         to.mkdir()
     else:
-        to.touch()
+        os.close(os.open(to, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     try:  # the kernel puts no folder in a file's place, and no file in a folder's
         return path.replace(to)
     except OSError as error:

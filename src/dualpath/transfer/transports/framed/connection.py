@@ -69,7 +69,12 @@ class Connection:
         self._receiver = threading.Thread(target=self._run, name=f"channel receiver {number}", daemon=True)
 
     def start(self) -> None:
-        self._receiver.start()
+        """Raises RuntimeError when no thread can be started; then it is closed."""
+        try:
+            self._receiver.start()
+        except RuntimeError:
+            self._stream.close()
+            raise
 
     def join(self, timeout_s: float) -> None:
         self._receiver.join(timeout_s)

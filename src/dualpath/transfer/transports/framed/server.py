@@ -185,7 +185,13 @@ class FramedServer:
             self._accepted += 1
             connection = self._transport.connection(self._accepted, connected, self, session)
             self._connections[self._accepted] = connection
-        connection.start()
+        try:
+            connection.start()
+        except RuntimeError as error:  # no thread can be started now
+            _log.warning("%s: refusing %r: %s", self.address, connection.peer_tag, error)
+            with self._lock:
+                self._refused += 1
+                del self._connections[connection.number]
 
     # ── Called by connections ────────────────────────────────────────────────────────────────────────────────────────
 

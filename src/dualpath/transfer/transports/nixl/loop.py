@@ -44,6 +44,7 @@ class Loop:
         self._changed = threading.Condition()
         self._in_flight = 0
         self._why = ""
+        self._lives_on = False
         try:
             self._agent: Agent | None = Agent(traffic_class, False, ucx_options=UCX_OPTIONS)
         except StreamClosed as error:
@@ -55,10 +56,13 @@ class Loop:
         return self._call(lambda agent: agent.register(address, n_bytes, device))
 
     def deregister(self, number: int) -> None:
-        """The memory may be freed when this has returned: it waits for copies in flight."""
+        """The memory may be freed when this has returned: it waits for copies in flight.
+
+        Raises LoopError also where an ended loop's agent lives on, and may touch the memory.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._in_flight)
-            if self._agent is not None:
+            if self._agent is not None or self._lives_on:
                 self._call(lambda agent: agent.deregister(number))
 
     def copy(self, to_device: bool, copies: Sequence[Copy], device: int | None = None) -> None:
@@ -110,5 +114,6 @@ class Loop:
             agent, self._agent = self._agent, None
             self._why = self._why or why
             if agent is not None and not agent.destroy():
+                self._lives_on = True
                 self._why += "; its agent lives on, and may touch memory until this process ends"
             return LoopError(self._why)
