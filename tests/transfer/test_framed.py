@@ -516,6 +516,24 @@ def test_ranges_of_one_write_land_in_their_order_and_reads_pass_between_operatio
         pair.connect(max_ops_in_flight=1025)
 
 
+def test_a_connection_without_threads_is_refused_alone(pair, monkeypatch):
+    server = pair.serve()
+    start = threading.Thread.start
+
+    def none_left(thread):
+        if thread.name.startswith("channel receiver"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(TransferError, match="did not welcome us"):
+            pair.connect()
+    statistics = server.statistics()
+    assert (statistics.connections_open, statistics.connections_refused) == (0, 1)
+    works(pair, pair.connect())
+
+
 def test_connections_beyond_the_bound_are_refused(pair, monkeypatch):
     monkeypatch.setattr("dualpath.transfer.transports.framed.server.MAX_CONNECTIONS", 1)
     server = pair.serve()
