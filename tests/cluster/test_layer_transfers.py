@@ -1,6 +1,7 @@
 """One batch's KV on its way, layer by layer: runs cover what a plan says, and bytes arrive where they belong."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -149,6 +150,35 @@ def test_an_item_that_fails_does_not_disturb_the_others(world: World) -> None:
     kinds = [type(error) for error in errors]
     assert kinds == [ConnectionError, TransferError, AttemptCancelledError, TransferError, type(None)]
     assert np.array_equal(layer_rows(world.de, [4], 1, 0, 10), rows[4])
+
+
+class Panic(BaseException):
+    """As native code's."""
+
+
+class Odd:
+    """Somebody else's channel. What it calls with has no name, as a partial's."""
+
+    is_open = True
+
+    def __init__(self, panics: bool) -> None:
+        self.read = self.write = partial(self._move, panics)
+
+    def _move(self, panics: bool, *_: object) -> None:
+        if panics:
+            raise Panic("no")
+
+
+@pytest.mark.parametrize(("panics", "said"), [(False, "the channel's {} returned None"), (True, "Panic")])
+def test_what_gives_no_future_is_no_transfer(panics: bool, said: str) -> None:
+    """Nothing may be computed on rows that never came."""
+    world = World("shm")
+    plan = chunk_plan((Leg(Side.DE, 0, 1),), 64, 64, 10)
+    batch = world.batch(ItemTransfers(plan, [], 0, [0, 1], Odd(panics), lambda: False))  # type: ignore[arg-type]
+    for verb, move, tokens in (("read", batch.load_layer, 64), ("write", batch.ship_layer, 74)):
+        (error,) = move(0, [np.zeros(tokens * LAYOUT.row_bytes[0], dtype=np.uint8)])
+        assert said.format(verb) in str(error)
+    world.close()
 
 
 def test_a_peer_that_dies_ends_the_transfer(world: World) -> None:

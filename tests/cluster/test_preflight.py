@@ -153,13 +153,13 @@ def test_copies_through_the_cnic_need_nixl_and_of_a_gpu_rdma(tmp_path: Path, mon
     checkpoint(tmp_path / "tiny")
     monkeypatch.setattr(preflight, "_RDMA_DEVICES", tmp_path / "rdma")
     monkeypatch.setattr(preflight, "_check_device", lambda _: None)
-    monkeypatch.setattr(preflight, "find_spec", lambda _: object())
+    monkeypatch.setattr("dualpath.transfer.transports.nixl.agent.find_spec", lambda _: object())
     assert settled(config(tmp_path, device_copies="cnic")).device_copies == "cnic"
     with pytest.raises(ValueError, match=r"^--device-copies cnic: a GPU's copies need an RDMA NIC.*; use memcpy"):
         settled(config(tmp_path, device_copies="cnic", device="cuda"))
     (tmp_path / "rdma" / "mlx5_0").mkdir(parents=True)
     assert settled(config(tmp_path, device_copies="cnic", device="cuda")).device == "cuda"
-    monkeypatch.setattr(preflight, "find_spec", lambda _: None)
+    monkeypatch.setattr("dualpath.transfer.transports.nixl.agent.find_spec", lambda _: None)
     assert settled(config(tmp_path)).device_copies == "memcpy"
     with pytest.raises(ValueError, match=r"^--device-copies cnic: needs NIXL: pip install 'dualpath\[nixl\]'"):
         settled(config(tmp_path, device_copies="cnic"))

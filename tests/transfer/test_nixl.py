@@ -191,7 +191,7 @@ def test_a_deadline_holds_though_the_server_stands_still(transport):
 
 
 def test_without_the_library_the_name_says_which_extra_is_missing(monkeypatch):
-    monkeypatch.setattr("dualpath.transfer.transports.nixl.find_spec", lambda name: None)
+    monkeypatch.setattr("dualpath.transfer.transports.nixl.agent.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError) as missing:
         TRANSPORTS.get("nixl")
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]

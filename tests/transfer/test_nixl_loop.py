@@ -186,6 +186,8 @@ def test_an_agent_that_lives_on_is_told_of(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Agent, "destroy", lambda self: destroy(self) and False)
     with pytest.raises(LoopError, match="may touch memory until this process ends"):
         memories.copy(True, [(0, 0, 10)])
+    with pytest.raises(LoopError, match="may touch memory until this process ends"):
+        loop.deregister(memories.numbers[0])  # its memory may not be freed
 
 
 def test_memory_is_not_let_go_while_a_copy_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,9 +138,9 @@ def _check_device(device: str) -> None:
 def _check_device_copies(config: ClusterConfig) -> None:
     if config.device_copies != "cnic":
         return
-    from dualpath.transfer.transports.nixl.agent import LIBRARIES
+    from dualpath.transfer.transports.nixl.agent import installed_library
 
-    if not any(map(find_spec, LIBRARIES)):
+    if installed_library() is None:
         raise NotReadyError(
             "--device-copies cnic: needs NIXL: pip install 'dualpath[nixl]', or leave it out: memcpy copies without it"
         )

@@ -149,13 +149,13 @@ class BatchTransfers:
             ranges.append(PageRange(run.page, start, stop - start))
             local.append(self._part(layer, rows, run))
         deadline_ns = time.monotonic_ns() + TRANSFER_DEADLINE_NS
+        verb = "write" if write else "read"
         try:
-            verb = item.channel.write if write else item.channel.read
-            transfer: object = verb(ranges, local, deadline_ns)
+            transfer: object = getattr(item.channel, verb)(ranges, local, deadline_ns)
         except BaseException as error:  # a closed or overfull channel, or foreign code's panic, fails this item alone
             return error if isinstance(error, Exception) else RuntimeError(repr(error)), None
         if not isinstance(transfer, Future):  # nothing would be waited for, and rows taken that never came
-            return TypeError(f"the channel's {verb.__name__} returned {transfer!r}, and no Future"), None
+            return TypeError(f"the channel's {verb} returned {transfer!r}, and no Future"), None
         return None, transfer
 
     def _copy(self, layer: int, rows: Rows, runs: list[TokenRun]) -> None:

@@ -14,7 +14,6 @@ a network of the cluster's own. UCX's variables (``UCX_TLS``, ``UCX_NET_DEVICES`
 """
 
 import os
-from importlib.util import find_spec
 
 from dualpath.core.vocabulary import TrafficClass
 from dualpath.spec.loopback import is_loopback
@@ -22,7 +21,7 @@ from dualpath.transfer.pool import BufferPool
 from dualpath.transfer.traffic import TrafficManager
 from dualpath.transfer.transports.framed.frames import StreamClosed
 from dualpath.transfer.transports.framed.server import FramedServer
-from dualpath.transfer.transports.nixl.agent import LIBRARIES, Agent
+from dualpath.transfer.transports.nixl.agent import LIBRARIES, Agent, installed_library
 from dualpath.transfer.transports.nixl.channel import NixlChannel
 from dualpath.transfer.transports.nixl.connection import NixlConnection
 from dualpath.transfer.transports.tcp import AuthenticatedTcpTransport
@@ -39,7 +38,7 @@ class NixlTransport(AuthenticatedTcpTransport):
     connection = NixlConnection
 
     def __init__(self) -> None:
-        if not any(map(find_spec, LIBRARIES)):  # to import it takes a second, and the supervisor only sweeps
+        if installed_library() is None:
             raise ModuleNotFoundError(f"No module named {LIBRARIES[0]!r}", name=LIBRARIES[0])
 
     def serve(self, pool: BufferPool, traffic: TrafficManager, *, host: str, name: str, key: bytes) -> FramedServer:
@@ -47,7 +46,7 @@ class NixlTransport(AuthenticatedTcpTransport):
             first = pool.view(0)
             Agent(TrafficClass.LOW, is_loopback(host) is True, first, first.nbytes).destroy()
         except StreamClosed as error:
-            names = sorted(name for name in os.environ if name.startswith("UCX_") and "_LOG_" not in name)
-            chosen = ", ".join(f"{name}={os.environ[name]}" for name in names)
+            choices = sorted(one for one in os.environ if one.startswith("UCX_") and "_LOG_" not in one)
+            chosen = ", ".join(f"{one}={os.environ[one]}" for one in choices)
             raise OSError(f"transport nixl can't start here ({chosen or 'no UCX variable is set'}): {error}") from error
         return super().serve(pool, traffic, host=host, name=name, key=key)
